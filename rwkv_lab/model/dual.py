@@ -1,0 +1,304 @@
+"""RWKV_Dual: one set of weights, run as a transformer (whole sequences) or as an RNN (token by token)."""
+
+from collections.abc import Callable
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rwkv_lab.checkpoint import Layout, write_checkpoint
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.model import rwkv7
+from rwkv_lab.model.generation import generate
+from rwkv_lab.model.loading import fill, model_file, read_model, read_time_states
+from rwkv_lab.model.state import RWKVState
+from rwkv_lab.model.tokenizer import ByteTokenizer
+
+
+class RWKVMode(Enum):
+    """How a call runs through its tokens; both give the same logits and the same state up to rounding."""
+
+    TRANSFORMER = "transformer"  # all tokens at once, layer by layer
+    RNN = "rnn"  # one token after the other
+
+
+class RWKV_Dual(nn.Module):
+    """An RWKV-7 language model. Its `state_dict` has exactly the names and shapes of BlinkDL's checkpoints.
+
+    The constructor makes a fresh model in float32, drawn from torch's generator; `from_pretrained` reads one.
+
+    Args:
+        n_embd: channels C, a multiple of head_size.
+        n_layer: number of blocks L.
+        vocab_size: V. Text in and out needs 256 or 257 (bytes).
+        ctx_len: tokens run at once when a prompt is read; no limit on how long a sequence may be.
+        mode: how `model(tokens)` runs.
+        head_size: N.
+
+    Raises:
+        ParameterError: sizes that do not go together.
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_layer: int,
+        vocab_size: int,
+        ctx_len: int = 1024,
+        mode: RWKVMode = RWKVMode.TRANSFORMER,
+        head_size: int = 64,
+    ):
+        if min(n_embd, n_layer, vocab_size, ctx_len, head_size) < 1 or n_embd % head_size:
+            raise ParameterError(
+                f"n_embd={n_embd}, n_layer={n_layer}, vocab_size={vocab_size}, ctx_len={ctx_len}: all must be >= 1,\n"
+                f"and n_embd a multiple of head_size={head_size}."
+            )
+        layout = Layout(
+            version="7.0",
+            n_layer=n_layer,
+            n_embd=n_embd,
+            dim_att=n_embd,
+            dim_ffn=4 * n_embd,
+            vocab_size=vocab_size,
+            n_head=n_embd // head_size,
+            head_size=head_size,
+            ranks=rwkv7.fresh_ranks(n_embd),
+        )
+        self._build(layout, ctx_len, mode, rwkv7.GROUP_NORM_EPS, value_residual_in_layer_0=False)
+        rwkv7.initialise(self.emb, self.blocks, self.head)
+
+    def _build(self, layout, ctx_len, mode, group_norm_eps, value_residual_in_layer_0) -> None:
+        """Modules of the right sizes, LayerNorms set, everything else not yet."""
+        super().__init__()
+        self.layout, self.ctx_len = layout, ctx_len
+        self.set_mode(mode)
+        # skip_init: every value is set afterwards, by `initialise` or from a file.
+        self.emb = nn.utils.skip_init(nn.Embedding, layout.vocab_size, layout.n_embd)
+        self.blocks = nn.ModuleList(
+            rwkv7.Block(layout, layer, group_norm_eps, value_residual=layer > 0 or value_residual_in_layer_0)
+            for layer in range(layout.n_layer)
+        )
+        self.ln_out = nn.LayerNorm(layout.n_embd)
+        self.head = nn.utils.skip_init(nn.Linear, layout.n_embd, layout.vocab_size, bias=False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        mode: RWKVMode = RWKVMode.TRANSFORMER,
+        group_norm_eps: float | None = None,
+    ) -> "RWKV_Dual":
+        """Load a checkpoint; all dimensions come from its tensors.
+
+        Args:
+            path: `.pth`, `.safetensors`, or a folder that `save_pretrained` wrote. Any dtype inside.
+            dtype: of the parameters. The WKV state and `time_state` are float32 in any case (float64 for float64).
+            group_norm_eps: of `att.ln_x`; None for RWKV-7's 64e-5. No file records it, some implementations differ.
+
+        Raises:
+            LayoutError: not a whole model of a generation that runs here, or tensors that do not fit.
+            CorruptFileError, UnsafeFileError: see `open_checkpoint`.
+        """
+        layout, tensors = read_model(path)
+        model = cls.__new__(cls)
+        eps = rwkv7.GROUP_NORM_EPS if group_norm_eps is None else group_norm_eps
+        with torch.device(device):
+            model._build(layout, 1024, mode, eps, value_residual_in_layer_0="blocks.0.att.v1" in tensors)
+        model.to(dtype=dtype)
+        if any(name.endswith(".time_state") for name in tensors):
+            model.add_time_state()
+        fill(model, tensors, path)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `<folder>/model.safetensors` (the folder is made if need be) and return its path.
+
+        Raises:
+            OutputError: the file is there already, or cannot be written.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_checkpoint(model_file(folder), self.state_dict())
+        return model_file(folder)
+
+    # ------------------------------------------------------------------ running
+
+    def forward(self, tokens, state: RWKVState | None = None, return_v_first: bool = False):
+        """Run tokens `[B,T]` (integers, T >= 1) in the model's mode.
+
+        Args:
+            state: what came before; None for `create_state`. Never changed in place.
+            return_v_first: give layer 0's values instead of the state.
+
+        Returns:
+            logits `[B,T,V]`, and the state after the last token, or v_first `[B,T,A]` (A = C in released models).
+
+        Raises:
+            ParameterError: tokens of a wrong shape, dtype or value; a state of another batch size.
+        """
+        tokens = self._checked(tokens)
+        if self.mode is RWKVMode.TRANSFORMER:
+            pieces = [tokens]
+        else:
+            pieces = tokens.split(1, dim=1)
+        logits, v_first = [], []
+        for piece in pieces:
+            x, state, v = self._run(piece, state)
+            logits.append(self.head(self.ln_out(x)))
+            v_first.append(v)
+        logits = torch.cat(logits, dim=1)
+        return logits, torch.cat(v_first, dim=1) if return_v_first else state
+
+    def parallel(self, tokens, state: RWKVState | None = None):
+        """As calling the model in TRANSFORMER mode, whatever its mode is: logits `[B,T,V]` and the final state."""
+        x, state, _ = self._run(self._checked(tokens), state)
+        return self.head(self.ln_out(x)), state
+
+    def prefill(self, tokens, state: RWKVState | None = None):
+        """Read tokens `[B,T]` in parallel, `ctx_len` at a time: logits after the last one `[B,V]`, and the state.
+
+        Next to feed is the token that those logits choose; the last one of `tokens` has been read already.
+        """
+        for piece in self._checked(tokens).split(self.ctx_len, dim=1):
+            x, state, _ = self._run(piece, state)
+        return self.head(self.ln_out(x[:, -1])), state
+
+    def _run(self, tokens, state):
+        """tokens `[B,T]` -> x `[B,T,C]` before ln_out, the new state, v_first `[B,T,A]`."""
+        B, L = len(tokens), self.layout.n_layer
+        if state is None:
+            state = self.create_state(B)
+        elif state.wkv.shape[:2] != (B, L):
+            raise ParameterError(
+                f"The state is of {state.wkv.shape[0]} sequences and {state.wkv.shape[1]} layers; "
+                f"the tokens are of {B} sequences, the model has {L} layers."
+            )
+        try:
+            x = self.blocks[0].ln0(F.embedding(tokens, self.emb.weight))  # [B,T,C]
+        except IndexError as e:
+            raise ParameterError(f"A token is outside the vocabulary: 0 to {self.layout.vocab_size - 1}.") from e
+        v_first, att_shift, ffn_shift, wkv = None, [], [], []
+        for layer, block in enumerate(self.blocks):
+            x, att, ffn, S, v_first = block(
+                x, state.att_shift[:, layer], state.ffn_shift[:, layer], state.wkv[:, layer], v_first
+            )
+            att_shift.append(att)
+            ffn_shift.append(ffn)
+            wkv.append(S)
+        return x, RWKVState(torch.stack(wkv, 1), torch.stack(att_shift, 1), torch.stack(ffn_shift, 1)), v_first
+
+    def _checked(self, tokens) -> torch.Tensor:
+        tokens = torch.as_tensor(tokens, device=self.get_device())
+        if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int64, torch.int32):
+            raise ParameterError(
+                f"tokens must be integers of shape [B,T] with B, T >= 1; given {tokens.dtype} {list(tokens.shape)}."
+            )
+        return tokens
+
+    # ------------------------------------------------------------------ states
+
+    def create_state(self, batch_size: int = 1) -> RWKVState:
+        """The state before the first token: `time_state` where the model has one, else zeros.
+
+        Gradients reach `time_state` through it.
+        """
+        layout, weight = self.layout, self.emb.weight
+        if self.has_time_state:
+            wkv = torch.stack([block.att.time_state for block in self.blocks])  # [L,H,V,K]
+        else:
+            heads = (layout.n_head, layout.head_size, layout.head_size)
+            wkv = torch.zeros(layout.n_layer, *heads, dtype=self._state_dtype, device=weight.device)
+        shift = weight.new_zeros(batch_size, layout.n_layer, layout.n_embd)
+        return RWKVState(wkv.expand(batch_size, *wkv.shape), shift, shift)
+
+    @property
+    def has_time_state(self) -> bool:
+        """Whether the model carries tuned initial states (`blocks.i.att.time_state`)."""
+        return self.blocks[0].att.time_state is not None
+
+    @property
+    def _state_dtype(self) -> torch.dtype:
+        return torch.float64 if self.emb.weight.dtype == torch.float64 else torch.float32
+
+    def add_time_state(self) -> None:
+        """Give every layer an initial state `[H,V,K]`, zeros to begin with; leaves those that are there."""
+        if self.has_time_state:
+            return
+        shape = (self.layout.n_head, self.layout.head_size, self.layout.head_size)
+        for block in self.blocks:
+            zeros = torch.zeros(shape, dtype=self._state_dtype, device=self.get_device())
+            block.att.time_state = nn.Parameter(zeros)
+
+    def load_state_file(self, path: str | Path) -> None:
+        """Take the tuned initial states of a state file (or of a whole model that has them) as this model's own.
+
+        Raises:
+            LayoutError: none there, or of a model of other dimensions.
+            NumericsError: NaN or infinity inside.
+        """
+        shape = (self.layout.n_head, self.layout.head_size, self.layout.head_size)
+        states = read_time_states(path, self.layout.n_layer, shape)
+        self.add_time_state()
+        with torch.no_grad():
+            for block, time_state in zip(self.blocks, states, strict=True):
+                block.att.time_state.copy_(time_state)
+
+    # ------------------------------------------------------------------ the rest
+
+    def set_mode(self, mode: RWKVMode | str) -> None:
+        """Choose how `model(tokens)` runs.
+
+        Raises:
+            ParameterError: no such mode.
+        """
+        try:
+            self.mode = RWKVMode(mode)
+        except ValueError as e:
+            raise ParameterError(f"There is no mode {mode!r}: RWKVMode.TRANSFORMER or RWKVMode.RNN.") from e
+
+    def get_device(self) -> torch.device:
+        return self.emb.weight.device
+
+    @cached_property
+    def tokenizer(self) -> ByteTokenizer:
+        """Text to tokens and back. Raises ParameterError where the vocabulary is not of bytes."""
+        return ByteTokenizer(self.layout.vocab_size)
+
+    def batch_decode(self, list_of_ids) -> list[str]:
+        """The text of each list of token ids."""
+        return [self.tokenizer.decode(ids) for ids in list_of_ids]
+
+    def generate_with_streaming(
+        self,
+        prompt: str,
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+        seed: int = 0,
+        state: RWKVState | None = None,
+        streaming_callback: Callable[[int, str], None] | None = None,
+    ) -> str:
+        """Continue a prompt and return the new text.
+
+        Args:
+            temperature: 0 always takes the likeliest token.
+            top_p: draw from the smallest set of tokens that holds this much probability.
+            seed: the same seed gives the same text.
+            state: RWKVState of one sequence to start from; None for `create_state()`.
+            streaming_callback: called with every new token and the text that it completes, "" inside a character.
+
+        Raises:
+            ParameterError: sampling values out of range, or no tokenizer for this vocabulary.
+            NumericsError: NaN or infinity in the logits.
+        """
+        return generate(self, prompt, max_new_tokens, temperature, top_p, seed, state, streaming_callback)
+
+
+@torch.no_grad()
+def init_state_with_past(model: RWKV_Dual, tokens) -> RWKVState:
+    """The state after tokens `[B,T]`, left by one parallel pass: go on with the token that follows them."""
+    return model.prefill(tokens)[1]

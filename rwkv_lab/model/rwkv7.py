@@ -1,0 +1,178 @@
+"""RWKV-7 "Goose": the layers, and how a fresh model starts.
+
+Formulas: arXiv 2503.14456. Parameters carry the names and shapes of BlinkDL's checkpoints, so that a state dict is a
+checkpoint: matrices of Linear layers lie as [out,in], the low-rank pairs w1/w2, a1/a2, v1/v2, g1/g2 as [in,rank] and
+[rank,out]. C = n_embd, A = dim_att, N = head_size, H = A/N, F = dim_ffn.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rwkv_lab.wkv import wkv7
+
+GROUP_NORM_EPS = 64e-5  # (1e-5)·8², whatever the head size
+
+
+class TimeMix(nn.Module):
+    """`blocks.i.att`: mixes along time through the WKV state."""
+
+    def __init__(self, layout, layer: int, group_norm_eps: float, value_residual: bool):
+        super().__init__()
+        C, A = layout.n_embd, layout.dim_att
+        self.n_head, self.head_size, self.layer = layout.n_head, layout.head_size, layer
+        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"):
+            self.register_parameter(name, _vector(C))
+        for name in ("w", "a", "v") if value_residual else ("w", "a"):
+            self.register_parameter(f"{name}0", _vector(A))
+            self.register_parameter(f"{name}1", nn.Parameter(torch.empty(C, layout.ranks[name])))
+            self.register_parameter(f"{name}2", nn.Parameter(torch.empty(layout.ranks[name], A)))
+        self.g1 = nn.Parameter(torch.empty(C, layout.ranks["g"]))
+        self.g2 = nn.Parameter(torch.empty(layout.ranks["g"], A))
+        self.k_k, self.k_a = _vector(A), _vector(A)
+        self.r_k = nn.Parameter(torch.empty(self.n_head, self.head_size))
+        self.receptance = nn.Linear(C, A, bias=False)
+        self.key = nn.Linear(C, A, bias=False)
+        self.value = nn.Linear(C, A, bias=False)
+        self.output = nn.Linear(A, C, bias=False)
+        self.ln_x = nn.GroupNorm(self.n_head, A, eps=group_norm_eps)
+        self.register_parameter("time_state", None)  # [H,V,K] once `RWKV_Dual.add_time_state` was called
+
+    def forward(self, x, shift, wkv_state, v_first):
+        """x `[B,T,C]`, shift `[B,C]`, wkv_state `[B,H,V,K]`, v_first `[B,T,A]` (None in layer 0).
+
+        Returns the output `[B,T,C]`, the new wkv_state, and v_first, which layer 0 makes.
+        """
+        B, T, _ = x.shape
+        heads = (B, T, self.n_head, self.head_size)
+        delta = _previous(x, shift) - x
+        xr, xw, xk, xv, xa, xg = (
+            torch.addcmul(x, delta, mu) for mu in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        )
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        # In float32 even in a bfloat16 model: the decay is very close to 1, where bfloat16 has steps of 0.4 %.
+        wx = (self.w0 + torch.tanh(xw @ self.w1) @ self.w2).to(wkv_state.dtype)
+        log_decay = -math.exp(-0.5) * torch.sigmoid(wx)
+        a = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)  # how much of what is read is taken out again
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        if self.layer == 0:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2))
+        kk = F.normalize((k * self.k_k).view(heads), dim=-1)
+        k = k * (1 + (a - 1) * self.k_a)
+
+        r, k, v_heads, a = (z.view(heads) for z in (r, k, v, a))  # [B,T,H,N]
+        y, wkv_state = wkv7(r, log_decay.view(heads), k, v_heads, -kk, kk * a, wkv_state)
+        # GroupNorm over the heads; as a LayerNorm over the last axis it is much faster on a CPU.
+        y = F.layer_norm(y, (self.head_size,), eps=self.ln_x.eps).view(B, T, -1)
+        y = torch.addcmul(self.ln_x.bias, y, self.ln_x.weight)
+        y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v_heads).view(B, T, -1)
+        return self.output(y * g), wkv_state, v_first
+
+
+class ChannelMix(nn.Module):
+    """`blocks.i.ffn`: mixes the channels of one token."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.x_k = _vector(layout.n_embd)
+        self.key = nn.Linear(layout.n_embd, layout.dim_ffn, bias=False)
+        self.value = nn.Linear(layout.dim_ffn, layout.n_embd, bias=False)
+
+    def forward(self, x, shift):
+        """x `[B,T,C]`, shift `[B,C]` -> `[B,T,C]`."""
+        k = self.key(torch.addcmul(x, _previous(x, shift) - x, self.x_k))
+        return self.value(torch.relu(k).square())
+
+
+class Block(nn.Module):
+    """`blocks.i`: time mix and channel mix, each behind a LayerNorm and added to what came in."""
+
+    def __init__(self, layout, layer: int, group_norm_eps: float, value_residual: bool):
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(layout.n_embd)  # applied to the embedding
+        self.ln1 = nn.LayerNorm(layout.n_embd)
+        self.ln2 = nn.LayerNorm(layout.n_embd)
+        self.att = TimeMix(layout, layer, group_norm_eps, value_residual)
+        self.ffn = ChannelMix(layout)
+
+    def forward(self, x, att_shift, ffn_shift, wkv_state, v_first):
+        """x `[B,T,C]`, shifts `[B,C]`, wkv_state `[B,H,V,K]`.
+
+        Returns x, the three states after the last token, and v_first.
+        """
+        x_att = self.ln1(x)
+        y, wkv_state, v_first = self.att(x_att, att_shift, wkv_state, v_first)
+        x = x + y
+        x_ffn = self.ln2(x)
+        x = x + self.ffn(x_ffn, ffn_shift)
+        return x, x_att[:, -1], x_ffn[:, -1], wkv_state, v_first
+
+
+def _vector(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(1, 1, size))
+
+
+def _previous(x, shift):
+    """x of the token before, `[B,T,C]`; `shift` `[B,C]` is the one before the first."""
+    return torch.cat([shift.unsqueeze(1), x[:, :-1]], dim=1)
+
+
+def fresh_ranks(n_embd: int) -> dict[str, int]:
+    """Ranks of a fresh model's low-rank pairs: multiples of 32 near a constant times sqrt(C) (RWKV-LM's newer rule)."""
+    return {name: max(32, round(c * n_embd**0.5 / 32) * 32) for name, c in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
+
+
+@torch.no_grad()
+def initialise(emb, blocks, head) -> None:
+    """Fill a fresh model in place, by the start values that RWKV-LM publishes for RWKV-7. Draws from torch's generator.
+
+    LayerNorms keep torch's ones and zeros, except ln_x, whose weight grows with depth.
+    """
+    vocab_size, C = head.weight.shape
+    nn.init.uniform_(emb.weight, -1e-4, 1e-4)
+    nn.init.orthogonal_(head.weight, gain=0.5 * max(1.0, vocab_size / C) ** 0.5)
+    for layer, block in enumerate(blocks):
+        _initialise_time_mix(block.att, layer, len(blocks))
+        _initialise_channel_mix(block.ffn, layer, len(blocks))
+
+
+def _initialise_time_mix(att, layer: int, n_layer: int) -> None:
+    C, A = att.receptance.weight.shape[1], att.receptance.weight.shape[0]
+    depth = layer / max(n_layer - 1, 1)  # 0 in the first layer, 1 in the last
+    left = 1 - layer / n_layer  # 1 in the first layer, almost 0 in the last
+    channel = torch.arange(C) / C
+    for name, power in dict(x_r=0.2, x_w=0.9, x_k=0.7, x_v=0.7, x_a=0.9, x_g=0.2).items():
+        getattr(att, name)[:] = 1 - channel ** (power * left)
+
+    line = torch.arange(A) / max(A - 1, 1)  # 0..1 over all channels
+    zigzag = torch.linspace(-1, 1, att.head_size).repeat(att.n_head)  # -1..1 over the channels of every head
+    zigzag = zigzag * zigzag.abs()
+    att.w0[:] = -5.5 + 6 * line ** (1 + depth**0.3) + 2.5 * zigzag  # slow channels and fast ones in every head
+    att.a0[:] = -0.19 + 0.3 * zigzag + 0.4 * (line - 0.5)
+    att.k_k[:] = 0.71 - 0.1 * (line - 0.5)
+    nn.init.constant_(att.k_a, 1.02)
+    nn.init.constant_(att.r_k, -0.04)
+    pairs = [(att.w1, att.w2), (att.a1, att.a2), (att.g1, att.g2)]
+    if "v0" in att._parameters:
+        att.v0[:] = 0.73 - 0.4 * (line - 0.5)
+        pairs.append((att.v1, att.v2))
+    for into, out in pairs:
+        nn.init.zeros_(into)
+        nn.init.orthogonal_(out, gain=0.1 * max(1.0, out.shape[0] / out.shape[1]) ** 0.5)
+
+    for linear, scale in ((att.receptance, 0.5), (att.key, 0.05), (att.value, 0.5)):
+        nn.init.uniform_(linear.weight, -scale / C**0.5, scale / C**0.5)
+    nn.init.zeros_(att.output.weight)  # every block starts as the identity
+    nn.init.constant_(att.ln_x.weight, ((1 + layer) / n_layer) ** 0.7)
+
+
+def _initialise_channel_mix(ffn, layer: int, n_layer: int) -> None:
+    C = ffn.key.weight.shape[1]
+    ffn.x_k[:] = 1 - (torch.arange(C) / C) ** ((1 - layer / n_layer) ** 4)
+    nn.init.uniform_(ffn.key.weight, -0.5 / C**0.5, 0.5 / C**0.5)
+    nn.init.zeros_(ffn.value.weight)

@@ -1,0 +1,19 @@
+"""Training: whole models, or only the state that every sequence starts from; and the demo model that tests run on."""
+
+from rwkv_lab.train.data import CORPORA, Corpus, load_corpus
+from rwkv_lab.train.demo import demo_base, demo_folder, demo_state
+from rwkv_lab.train.trainer import RECIPES, Recipe, Sample, TrainResult, train
+
+__all__ = [
+    "CORPORA",
+    "RECIPES",
+    "Corpus",
+    "Recipe",
+    "Sample",
+    "TrainResult",
+    "demo_base",
+    "demo_folder",
+    "demo_state",
+    "load_corpus",
+    "train",
+]

@@ -1,0 +1,91 @@
+"""Text to train on and text that is held out. Nothing is downloaded: Python brings two corpora.
+
+* "english": the reference texts of Python's own `help()`, `pydoc_data.topics`. Cut into pieces of about 2,000 bytes at
+  paragraph ends; a piece is held out when its hash says so.
+* "python": the source files of the standard library, without tests and data tables. A file is held out as a whole.
+* a path: any file, read as bytes. The last tenth is held out.
+
+The hash is SHA-256 of the piece's name (`topic/number`, or the file's path below the library): one in ten is held out.
+Both parts are in the order of that hash, so neither depends on the order in which a folder lists its files.
+"""
+
+import hashlib
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from rwkv_lab.errors import ParameterError
+
+CORPORA = ("english", "python")
+_PIECE = 2000  # bytes of English per piece
+_MAX_HELD_OUT = 64 * 1024  # bytes; scoring more would take longer than it tells
+_NOT_CODE = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "site-packages"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Bytes to train on and bytes never trained on."""
+
+    name: str
+    train: bytes
+    held_out: bytes
+    split: str  # in words, for reports
+
+
+def load_corpus(data: str) -> Corpus:
+    """The corpus of a name in `CORPORA`, or of a file.
+
+    Raises:
+        ParameterError: neither a name nor a file, or a file of less than 10,000 bytes.
+    """
+    if data == "english":
+        return _split_by_hash(
+            data, _english_pieces(), "pieces of pydoc_data.topics of 2,000 bytes, one in ten held out"
+        )
+    if data == "python":
+        return _split_by_hash(data, _library_files(), "files of the standard library, one in ten held out as a whole")
+    path = Path(data)
+    if not path.is_file():
+        raise ParameterError(f"data={data!r} is neither one of {', '.join(CORPORA)} nor a file.")
+    text = path.read_bytes()
+    if len(text) < 10_000:
+        raise ParameterError(f"{path} has {len(text)} bytes; at least 10,000 are needed to train and to hold some out.")
+    cut = len(text) * 9 // 10
+    return Corpus(path.name, text[:cut], text[cut:][:_MAX_HELD_OUT], "the last tenth of the file held out")
+
+
+def _split_by_hash(name: str, pieces: dict[str, bytes], split: str) -> Corpus:
+    by_hash = sorted((hashlib.sha256(key.encode()).digest(), key) for key in pieces)
+    train = b"\n".join(pieces[key] for digest, key in by_hash if not _held_out(digest))
+    held_out = b"\n".join(pieces[key] for digest, key in by_hash if _held_out(digest))
+    return Corpus(name, train, held_out[:_MAX_HELD_OUT], split)
+
+
+def _held_out(digest: bytes) -> bool:
+    return int.from_bytes(digest[-8:]) % 10 == 0  # the last bytes: the order goes by the first ones
+
+
+def _english_pieces() -> dict[str, bytes]:
+    from pydoc_data.topics import topics
+
+    pieces = {}
+    for topic, text in topics.items():
+        lines: list[str] = []
+        count = 0
+        for paragraph in text.split("\n\n"):
+            lines.append(paragraph)
+            if sum(map(len, lines)) >= _PIECE:
+                pieces[f"{topic}/{count}"] = "\n\n".join(lines).encode()
+                lines, count = [], count + 1
+        pieces[f"{topic}/{count}"] = "\n\n".join(lines).encode()
+    return pieces
+
+
+def _library_files() -> dict[str, bytes]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = {}
+    for path in root.rglob("*.py"):
+        name = path.relative_to(root)
+        if not _NOT_CODE & set(name.parts) and not name.name.startswith("_sysconfigdata"):
+            files[name.as_posix()] = path.read_bytes()
+    return files
