@@ -1,0 +1,30 @@
+"""rwkv_lab: a workbench for people who own RWKV language models.
+
+`open_checkpoint` and `merge` are here at once, the model when it is first asked for: opening and merging need no model.
+"""
+
+from importlib import import_module
+
+# Bound here, after its module was imported, so that `rwkv_lab.merge` is the function and not the folder of that name.
+from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.merge import merge
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "RWKV_Dual": "rwkv_lab.model",
+    "RWKVMode": "rwkv_lab.model",
+    "init_state_with_past": "rwkv_lab.model",
+}
+
+__all__ = ["open_checkpoint", "merge", *_HOME, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'rwkv_lab' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,22 @@
+"""Any checkpoint on disk: opened lazily, described from its headers, written whole or not at all."""
+
+from rwkv_lab.checkpoint.fingerprint import FileFacts, file_facts
+from rwkv_lab.checkpoint.layout import Layout, detect_layout
+from rwkv_lab.checkpoint.open import Checkpoint, open_checkpoint
+from rwkv_lab.checkpoint.source import TensorInfo
+from rwkv_lab.checkpoint.tensors import compare, expected_tensors
+from rwkv_lab.checkpoint.write import write_checkpoint, write_text
+
+__all__ = [
+    "Checkpoint",
+    "FileFacts",
+    "Layout",
+    "TensorInfo",
+    "compare",
+    "detect_layout",
+    "expected_tensors",
+    "file_facts",
+    "open_checkpoint",
+    "write_checkpoint",
+    "write_text",
+]

@@ -1,0 +1,150 @@
+"""Output that appears whole or not at all: a temporary beside the target, fsync, rename.
+
+A temporary is locked (`flock`) while its process lives. Whoever writes to the same target next removes the ones that
+nobody holds any more, so that a killed run leaves nothing behind for long.
+"""
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rwkv_lab.errors import OutputError
+
+_MARK = ".rwkv_lab-partial"
+
+
+@contextmanager
+def atomic_file(path: Path, overwrite: bool) -> Iterator[int]:
+    """A file descriptor to write to, which becomes `path` when the block ends well; permissions follow the umask.
+
+    Raises:
+        OutputError: `path` exists and may not be overwritten, or its folder cannot be written to.
+    """
+    check_target(path, overwrite)
+    _remove_stale(path)
+    temporary = _temporary(path)
+    with _os_errors(path):
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with _os_errors(path):
+            yield fd
+            os.fsync(fd)
+            _publish(temporary, path, overwrite)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder to write into, which becomes `path` when the block ends well. Files in it must be synced.
+
+    Raises:
+        OutputError: as for `atomic_file`.
+    """
+    check_target(path, overwrite)
+    _remove_stale(path)
+    temporary = _temporary(path)
+    with _os_errors(path):
+        temporary.mkdir()
+    fd = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with _os_errors(path):
+            yield temporary
+            os.fsync(fd)
+            if overwrite and path.is_dir():
+                old = _temporary(path)
+                path.rename(old)
+                temporary.rename(path)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        os.close(fd)
+    _sync_folder(path.parent)
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Refuse a target that exists (unless `overwrite`) or whose folder is not there or not writable.
+
+    Raises:
+        OutputError: says which.
+    """
+    if path.is_symlink() and not path.exists():
+        raise OutputError(f"{path} is a link to a file that is not there; remove it or name another output")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists; choose another output, or say overwrite=True")
+    folder = path.parent
+    if not folder.exists():
+        raise OutputError(f"the folder {folder} is not there; create it first")
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is a file, so nothing can be written into it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"the folder {folder} is not writable for this user")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}{_MARK}")
+
+
+def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(temporary, path)
+        return
+    try:  # a link refuses a target that came into being meanwhile; a rename would replace it
+        os.link(temporary, path)
+    except FileExistsError as e:
+        raise OutputError(f"{path} was written by somebody else meanwhile; it was left alone") from e
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise OutputError(f"{path} was written by somebody else meanwhile; it was left alone") from None
+        os.replace(temporary, path)
+    else:
+        os.unlink(temporary)
+
+
+def _remove_stale(path: Path) -> None:
+    head = f".{path.name[:100]}."
+    for left in path.parent.iterdir():
+        if not (left.name.startswith(head) and left.name.endswith(_MARK)) or left.is_symlink():
+            continue
+        try:
+            fd = os.open(left, os.O_RDONLY)
+        except OSError:
+            continue  # finished or removed meanwhile
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        except BlockingIOError:
+            pass  # a living process is writing it
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def _os_errors(path: Path) -> Iterator[None]:
+    """Disk full, quota, permissions: as an error of our tree that names the output."""
+    try:
+        yield
+    except OSError as e:
+        raise OutputError(f"cannot write {path}: {e.strerror or e}; nothing was left behind") from e
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,67 @@
+"""What a set of tensors is: a model, a tuned state, an adapter, a part of a model."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rwkv_lab.checkpoint.layout import Layout, Shape, common_prefix, detect_layout, possible_versions, unsupported_variant
+from rwkv_lab.checkpoint.tensors import Misfit, compare
+from rwkv_lab.errors import LayoutError
+
+# Adapters by a name that only they have. The order matters: PiSSA's init file also carries "lora".
+_ADAPTER_MARKS = [
+    ("pissa-init", r"\.init_lora_[AB]$"),
+    ("lora", r"\.lora_[AB](\.weight|\.default\.weight)?$"),
+    ("miss", r"\.(miss_block|disha|bone|bone_block)$"),
+]
+
+
+@dataclass(frozen=True)
+class Identity:
+    kind: str  # "model", "partial", "state", "lora", "pissa-init", "miss", …, "converted", "unsupported" or "unknown"
+    layout: Layout | None  # for whole models, and partial ones that still show their dimensions
+    reason: str  # why there is no layout, or what a partial model lacks; "" for a whole model
+    evidence: tuple[str, ...]  # names and shapes that decided
+    prefix: str  # wrapper prefix that every name carries, "" if none
+    misfit: Misfit | None  # how a "model" or "partial" differs from a whole model of its layout
+
+
+def identify(shapes: Mapping[str, Shape], others: Mapping[str, object], adapter_config: dict | None) -> Identity:
+    """Tell what `{name: shape}` is; `others` are entries of the file that are no tensors."""
+    names = [*shapes, *others]
+    prefix = common_prefix(list(shapes))
+    bare = {n.removeprefix(prefix): s for n, s in shapes.items()}
+
+    def plain(kind: str, reason: str, *evidence: str) -> Identity:
+        return Identity(kind, None, reason, evidence, prefix, None)
+
+    if adapter_config is not None:
+        peft_type = str(adapter_config.get("peft_type", "")).lower()
+        return plain(peft_type or "unknown", "an adapter, not a whole model", f"adapter_config.json: peft_type {peft_type}")
+    if not shapes:
+        return plain("unknown", "there is no tensor in it")
+    for kind, pattern in _ADAPTER_MARKS:
+        name = next((n for n in shapes if re.search(pattern, n)), None)
+        if name:
+            return plain(kind, "an adapter, not a whole model", f"{name} {list(shapes[name])}")
+    states = [n for n in shapes if n.endswith(".time_state")]
+    if len(states) == len(shapes):
+        return plain("state", "a tuned state, not a whole model", f"{states[0]} {list(shapes[states[0]])}")
+    variant = unsupported_variant([n.removeprefix(prefix) for n in names])
+    if variant:
+        kind = "converted" if variant[1] == "_strategy" else "unsupported"
+        return plain(kind, f"not supported: {variant[0]}", variant[1])
+    try:
+        layout = detect_layout(bare)
+    except LayoutError as e:
+        if any(re.match(r"blocks\.\d+\.", n) or n in ("emb.weight", "head.weight") for n in bare):
+            versions, marks = possible_versions(list(bare))
+            could_be = "RWKV-" + " or ".join(sorted(versions)) if versions else "no single generation"
+            return plain("partial", f"{e}; its names could be of {could_be}", *marks)
+        return plain("unknown", str(e))
+    misfit = compare(layout, bare)
+    if misfit.missing or misfit.wrong:
+        lacks = misfit.missing or tuple(n for n, _, _ in misfit.wrong)
+        reason = f"{len(lacks)} tensors are missing or of another shape, first {lacks[0]}"
+        return Identity("partial", layout, reason, layout.evidence, prefix, misfit)
+    return Identity("model", layout, "", layout.evidence, prefix, misfit)

@@ -1,0 +1,39 @@
+"""NaN, Inf, and rounding to a smaller dtype once."""
+
+import numpy as np
+import torch
+
+# For each float format: unsigned and signed view, and the bits of +Inf. As integers, every NaN and Inf lies at or above
+# +Inf when the sign is clear (a signed comparison) and at or above -Inf when it is set (an unsigned one), so that two
+# running maxima find them; that goes at memory speed, and without a temporary.
+_VIEWS = {
+    torch.bfloat16: (np.uint16, np.int16, 0x7F80),
+    torch.float16: (np.uint16, np.int16, 0x7C00),
+    torch.float32: (np.uint32, np.int32, 0x7F800000),
+    torch.float64: (np.uint64, np.int64, 0x7FF0000000000000),
+    torch.complex64: (np.uint32, np.int32, 0x7F800000),
+}
+
+
+def all_finite(data: memoryview | np.ndarray, dtype: torch.dtype) -> bool:
+    """True where no element of `data` (raw bytes of a dense tensor) is NaN or Inf; always for integers."""
+    if dtype not in _VIEWS or len(data) == 0:
+        return True
+    unsigned, signed, infinity = _VIEWS[dtype]
+    bits = np.frombuffer(data, unsigned)
+    return int(bits.max()) < infinity | (1 << (8 * bits.itemsize - 1)) and int(bits.view(signed).max()) < infinity
+
+
+def round_to(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`values` rounded to the nearest `dtype`, ties to even, once.
+
+    torch goes from float64 to a 16-bit format by way of float32, which rounds twice. Rounding to odd on the way
+    (truncate, and set the last bit if anything was lost) keeps the information that the second rounding needs.
+    """
+    if values.dtype == torch.float64 and dtype in (torch.bfloat16, torch.float16):
+        nearest = values.float()
+        inexact = torch.isfinite(nearest) & (nearest.double() != values)
+        bits = nearest.view(torch.int32)
+        bits = torch.where(inexact & (nearest.double().abs() > values.abs()), bits - 1, bits)  # towards zero
+        return torch.where(inexact, bits | 1, bits).view(torch.float32).to(dtype)
+    return values.to(dtype)

@@ -1,0 +1,212 @@
+"""Opens any checkpoint lazily: headers now, a tensor when it is asked for. What a file is, its bytes decide."""
+
+import json
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from rwkv_lab.checkpoint.kind import Identity, identify
+from rwkv_lab.checkpoint.layout import Layout
+from rwkv_lab.checkpoint.safetensors_header import looks_like_safetensors, read_safetensors_header
+from rwkv_lab.checkpoint.source import SourceFile, TensorInfo
+from rwkv_lab.checkpoint.torch_zip import read_torch_zip
+from rwkv_lab.errors import CorruptFileError, LayoutError, UnsafeFileError
+
+log = logging.getLogger(__name__)
+
+_MAX_JSON = 100_000_000  # bytes of an index or config; 1,000 tensors take 0.1 MB
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+class Checkpoint:
+    """Tensors by name in one file or folder. Use as a context manager; `open_checkpoint` makes it.
+
+    `ck[name]` reads one tensor now; everything else comes from the headers alone.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.format = ""  # "pth", "safetensors", "folder" or "adapter"
+        self.files: list[SourceFile] = []
+        self.info: dict[str, TensorInfo] = {}  # in file order
+        self.others: dict[str, object] = {}  # entries of a .pth that are no tensors
+        self.metadata: dict[str, str] = {}  # of a .safetensors
+        self.adapter_config: dict | None = None  # of an adapter folder
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor, dense and row-major, read now. KeyError where there is none of that name."""
+        return self.info[name].read()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.info
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.info)
+
+    def __len__(self) -> int:
+        return len(self.info)
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self.files:
+            self.files.pop().close()
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file, or of the files of a folder that hold tensors."""
+        return sum(f.size for f in self.files)
+
+    @cached_property
+    def identity(self) -> Identity:
+        return identify({n: t.shape for n, t in self.info.items()}, self.others, self.adapter_config)
+
+    @property
+    def kind(self) -> str:
+        """"model", "partial", "state", "lora", "pissa-init", "miss", "converted", "unsupported" or "unknown"."""
+        return self.identity.kind
+
+    @property
+    def layout(self) -> Layout | None:
+        """Generation and dimensions; None where this is not a model, and then `reason` says why."""
+        return self.identity.layout
+
+    @property
+    def reason(self) -> str:
+        return self.identity.reason
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        return self.identity.evidence
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a torch zip `.pth`, a `.safetensors`, a Hugging Face folder (one file, or shards with their index) or an
+    adapter folder.
+
+    Only headers are read. No pickle is ever run.
+
+    Raises:
+        CorruptFileError: missing, truncated, or not a checkpoint.
+        UnsafeFileError: a pickle that would run code, or an index that leads out of its folder.
+        LayoutError: a folder without a checkpoint, or an index that disagrees with its shards.
+    """
+    path = Path(path)
+    ck = Checkpoint(path)
+    try:
+        if path.is_dir():
+            _open_folder(ck, path)
+        else:
+            _open_file(ck, path)
+    except BaseException:
+        ck.close()
+        raise
+    return ck
+
+
+def _open_file(ck: Checkpoint, path: Path) -> None:
+    """Add the tensors of one file to `ck`."""
+    if not path.exists():
+        raise CorruptFileError(f"there is no file {path}")
+    if not path.is_file():
+        raise CorruptFileError(f"{path} is neither a file nor a folder")
+    file = SourceFile(path)
+    ck.files.append(file)
+    head = file.read(0, min(file.size, 512))
+    if head.startswith(b"PK\x03\x04"):
+        if path.suffix == ".safetensors":
+            log.info("%s holds a torch checkpoint, whatever its name says", path)
+        tensors, others = read_torch_zip(file)
+        ck.others |= others
+        ck.format = ck.format or "pth"
+    elif looks_like_safetensors(head, file.size):
+        if path.suffix != ".safetensors":
+            log.info("%s holds safetensors, whatever its name says", path)
+        tensors, metadata = read_safetensors_header(file)
+        ck.metadata |= metadata
+        ck.format = ck.format or "safetensors"
+    else:
+        raise _not_a_checkpoint(path, head, file.size)
+    twice = next((n for n in tensors if n in ck.info), None)
+    if twice:
+        raise LayoutError(f"{path}: {twice} is in {ck.info[twice].file.path.name} too; a tensor may stand in one file only")
+    ck.info |= tensors
+
+
+def _not_a_checkpoint(path: Path, head: bytes, size: int) -> Exception:
+    text = head.lstrip().lower()
+    if size == 0:
+        return CorruptFileError(f"{path} is empty (0 bytes); download or copy it again")
+    if head.startswith(b"version https://git-lfs"):
+        return CorruptFileError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return CorruptFileError(f"{path} is a web page, probably an error message of the site; download it again")
+    if head[257:262] == b"ustar":
+        return UnsafeFileError(f"{path} is in torch's legacy tar format, which can run code when it is read; refused")
+    if head[:1] == b"\x80" and 2 <= head[1] <= 5:
+        return UnsafeFileError(
+            f"{path} is a bare pickle, which can run code when it is read; nothing was run.\n"
+            "Save it again with a current torch.save(model.state_dict(), ...) where it comes from."
+        )
+    if head.startswith(b"GGUF"):
+        return CorruptFileError(f"{path} is a GGUF file; rwkv_lab reads .pth and .safetensors")
+    return CorruptFileError(f"{path} is neither a torch zip (.pth) nor safetensors; it begins with {head[:8]!r}")
+
+
+def _open_folder(ck: Checkpoint, folder: Path) -> None:
+    ck.format = "folder"
+    names = _ADAPTERS if (folder / "adapter_config.json").is_file() else (*_INDEXES, *_SINGLES)
+    if names is _ADAPTERS:
+        ck.format, ck.adapter_config = "adapter", _read_json(folder / "adapter_config.json")
+    found = next((folder / n for n in names if (folder / n).is_file()), None)
+    if found is None:
+        there = sorted(p.name for p in folder.iterdir())[:8]
+        raise LayoutError(f"{folder} holds none of {', '.join(names)}.\nIt holds: {', '.join(there) or 'nothing'}")
+    if found.name in _INDEXES:
+        _open_shards(ck, folder, found)
+    else:
+        _open_file(ck, found)
+
+
+def _open_shards(ck: Checkpoint, folder: Path, index: Path) -> None:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
+        raise LayoutError(f"{index} has no weight_map of names to files")
+    # Snapshots of the Hugging Face cache link into the blobs folder two levels up: the one way out that is expected.
+    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    shards = list(dict.fromkeys(weight_map.values()))
+    for shard in shards:
+        target = folder / shard
+        if Path(shard).name != shard or target.resolve().parent not in homes:
+            raise UnsafeFileError(f"{index} names the shard {shard!r}, which is outside its folder; nothing was opened")
+        if not target.is_file():
+            raise LayoutError(f"{index} names the shard {shard}, which is not there; download it too")
+    for shard in shards:
+        _open_file(ck, folder / shard)
+    for name, shard in weight_map.items():
+        if name not in ck.info or ck.info[name].file.path.name != shard:
+            raise LayoutError(f"{index} says that {name} is in {shard}; it is not")
+    unlisted = [n for n in ck.info if n not in weight_map]
+    if unlisted:
+        raise LayoutError(f"{index} does not list {unlisted[0]}, which is in {ck.info[unlisted[0]].file.path.name}")
+
+
+def _read_json(path: Path) -> dict:
+    if path.stat().st_size > _MAX_JSON:
+        raise CorruptFileError(f"{path} has {path.stat().st_size} bytes; {_MAX_JSON} are the limit")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise CorruptFileError(f"{path} is not JSON ({e})") from e
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{path} holds a {type(value).__name__}, not an object")
+    return value

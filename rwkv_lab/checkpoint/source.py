@@ -1,0 +1,121 @@
+"""A file that tensors are read from: its bytes by position, never mapped, and what is known of each tensor in it.
+
+Files are read by `pread`: a mapped file that shrinks, or a network disk that fails, kills the process without a message.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rwkv_lab.errors import CorruptFileError
+
+
+BLOCK = 1 << 18  # bytes; the blocks of two threads fit into a second-level cache, larger ones go at memory speed
+
+
+class SourceFile:
+    """An open file, read by position; safe to share between threads.
+
+    Raises:
+        CorruptFileError: the path cannot be opened, or ends before the bytes that were asked for.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY)
+        except OSError as e:
+            raise CorruptFileError(f"cannot open {path}: {e.strerror}") from e
+        self.size = os.fstat(self.fd).st_size
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        data = os.pread(self.fd, nbytes, offset)
+        if len(data) < nbytes:  # a signal or a network disk may cut one read short; the end of the file cuts all
+            buffer = bytearray(nbytes)
+            self.read_into(memoryview(buffer), offset)
+            return bytes(buffer)
+        return data
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(buffer):
+            n = os.preadv(self.fd, [buffer[done:]], offset + done)
+            if n == 0:
+                raise CorruptFileError(
+                    f"{self.path} ends at byte {offset + done}, {len(buffer) - done} bytes early; it looks truncated"
+                )
+            done += n
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a header describes it; its data is not read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: SourceFile
+    offset: int  # where the bytes of its first element lie in the file
+    stride: tuple[int, ...] | None = None  # in elements; None where row-major and dense, as nearly always
+    crc32: int | None = None  # of its bytes, where the file records it and the tensor is the whole record
+    storage: tuple[int, int] | None = None  # (offset, bytes) of the storage it is a view of; equal for tied tensors
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for d in self.shape:
+            n *= d
+        return n
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements written one after the other."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def span(self) -> int:
+        """Bytes from its first element to the end of its last, in the file."""
+        if self.stride is None or self.numel == 0:
+            return self.nbytes
+        last = sum((d - 1) * s for d, s in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """The tensor, dense and row-major, in memory of its own."""
+        if self.numel == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        buffer = bytearray(self.span)
+        self.file.read_into(memoryview(buffer), self.offset)
+        flat = torch.frombuffer(buffer, dtype=self.dtype)
+        if self.stride is None:
+            return flat.view(self.shape)
+        return flat.as_strided(self.shape, self.stride).contiguous()
+
+    def blocks(self, multiple: int = 1) -> Iterator[torch.Tensor]:
+        """Its values in order, as flat tensors of about `BLOCK` bytes, each a whole number of `multiple` elements."""
+        if self.stride is not None:  # a strided view has to be gathered first, in memory as large as what it spans
+            yield self.read().flatten()
+            return
+        step = max(BLOCK // self.dtype.itemsize // multiple, 1) * multiple * self.dtype.itemsize
+        for start in range(0, self.nbytes, step):
+            data = bytearray(min(step, self.nbytes - start))
+            self.file.read_into(memoryview(data), self.offset + start)
+            yield torch.frombuffer(data, dtype=self.dtype)
+
+
+def dense_stride(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """True where the strides are those of a dense row-major tensor; dimensions of size 1 may have any."""
+    expected = 1
+    for d, s in zip(reversed(shape), reversed(stride), strict=True):
+        if d == 0:
+            return True
+        if d != 1 and s != expected:
+            return False
+        expected *= d
+    return True

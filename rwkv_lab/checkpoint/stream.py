@@ -1,0 +1,207 @@
+"""Moves tensors into output files at the speed of a copy, in memory that does not depend on their size.
+
+Where every byte will lie is known beforehand (`file_layout`), so a few threads take one tensor each, in any order. A tensor
+passes in blocks that stay in the processor's cache: read, scanned, added to its checksum, written.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from isal.isal_zlib import crc32
+
+from rwkv_lab.checkpoint.file_layout import FileLayout
+from rwkv_lab.checkpoint.numerics import all_finite, round_to
+from rwkv_lab.checkpoint.source import BLOCK, TensorInfo
+from rwkv_lab.errors import CorruptFileError, NumericsError
+from rwkv_lab.progress import Progress
+
+WORKERS = min(2, os.cpu_count() or 1)  # one copies while the other scans; a third only waits for the disk
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor of the output: the bytes of `source` as they are, or the values that `compute` yields.
+
+    `compute()` yields flat tensors, in order, whose values are rounded to `dtype` here, once.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: TensorInfo | None = None
+    compute: Callable[[], Iterable[torch.Tensor]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        n = self.dtype.itemsize
+        for d in self.shape:
+            n *= d
+        return n
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is wrong with the values of one tensor of the output."""
+
+    name: str
+    nan: int = 0
+    inf: int = 0
+    overflow: int = 0  # finite before, Inf in the output's dtype
+
+    @property
+    def clean(self) -> bool:
+        return not (self.nan or self.inf or self.overflow)
+
+    def __str__(self) -> str:
+        counts = [f"{n} {what}" for n, what in ((self.nan, "NaN"), (self.inf, "Inf"), (self.overflow, "overflow")) if n]
+        return f"{self.name} ({', '.join(counts)})"
+
+
+@dataclass(frozen=True)
+class OutFile:
+    fd: int
+    layout: FileLayout
+    tensors: Sequence[OutTensor]
+
+
+def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: bool, label: str) -> list[Findings]:
+    """Write every tensor of every file, then the bytes around them.
+
+    Args:
+        files: open for writing, with their layouts.
+        scan: whether a tensor that is copied as it is gets looked at for NaN and Inf; computed ones always are.
+        refuse: raise where something is found; else only report it.
+        label: for the progress.
+    Returns:
+        What was found, only tensors with something wrong.
+    Raises:
+        NumericsError: NaN, Inf or overflow, and `refuse`.
+        CorruptFileError: the bytes of a source do not have the checksum that stands beside them.
+    """
+    jobs = [(file, i) for file in files for i in range(len(file.tensors))]
+    jobs.sort(key=lambda job: -job[0].tensors[job[1]].nbytes)  # largest first, or the last one keeps a thread waiting
+    crcs = {id(file): [0] * len(file.tensors) for file in files}
+    work = _Work()
+
+    def run(file: OutFile, i: int) -> Findings:
+        tensor = file.tensors[i]
+        write = _copy if tensor.compute is None else _compute
+        crcs[id(file)][i], findings = write(tensor, file.fd, file.layout.offsets[i], scan, work)
+        return findings
+
+    total = sum(f.tensors[i].nbytes for f, i in jobs)
+    with _one_torch_thread_each(), Progress(label, total) as progress, ThreadPoolExecutor(WORKERS) as pool:
+        futures = [pool.submit(run, file, i) for file, i in jobs]
+        try:
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
+                progress.advance(work.done - progress.done)
+                if any(f.exception() for f in done):
+                    break
+            findings = [f.result() for f in futures if not f.cancelled() and (f.done() or not pending)]
+        except BaseException:
+            work.stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+        progress.advance(work.done - progress.done)
+    found = sorted((f for f in findings if not f.clean), key=lambda f: f.name)
+    if found and refuse:
+        more = f" and {len(found) - 10} more" if len(found) > 10 else ""
+        raise NumericsError(
+            f"the output would have NaN, Inf or overflow in {len(found)} tensors: {', '.join(map(str, found[:10]))}{more}.\n"
+            "Nothing was written. Repair the inputs, choose another dtype, or say allow_nonfinite=True to record and go on."
+        )
+    for file in files:
+        for offset, data in file.layout.rest(crcs[id(file)]):
+            _write(file.fd, memoryview(data), offset)
+    return found
+
+
+class _Work:
+    """What the threads share: how far they are, and whether they should stop."""
+
+    def __init__(self):
+        self.done = 0
+        self.stop = threading.Event()
+        self.lock = threading.Lock()
+
+    def advance(self, nbytes: int) -> None:
+        if self.stop.is_set():
+            raise InterruptedError("stopped")
+        with self.lock:
+            self.done += nbytes
+
+
+def _copy(t: OutTensor, fd: int, offset: int, scan: Callable[[OutTensor], bool], work: _Work) -> tuple[int, Findings]:
+    source, nbytes = t.source, t.nbytes
+    if source.stride is not None:
+        return _compute(OutTensor(t.name, t.shape, t.dtype, compute=source.blocks), fd, offset, scan, work)
+    buffer = memoryview(bytearray(min(BLOCK, nbytes)))
+    crc, look, dirty = 0, scan(t), False
+    for start in range(0, nbytes, BLOCK):
+        block = buffer[: min(BLOCK, nbytes - start)]
+        source.file.read_into(block, source.offset + start)
+        crc = crc32(block, crc)
+        if look and not dirty:
+            dirty = not all_finite(block, t.dtype)
+        _write(fd, block, offset + start)
+        work.advance(len(block))
+    if source.crc32 is not None and crc != source.crc32:
+        raise CorruptFileError(
+            f"{source.file.path}: the bytes of {t.name} do not have the checksum that stands beside them "
+            f"({crc:08x}, recorded {source.crc32:08x}).\nThe file was damaged after it was saved; download or copy it again."
+        )
+    return crc, _count(t.name, source.blocks(), t.dtype) if dirty else Findings(t.name)
+
+
+def _compute(t: OutTensor, fd: int, offset: int, scan: Callable[[OutTensor], bool], work: _Work) -> tuple[int, Findings]:
+    crc, start, findings = 0, 0, Findings(t.name)
+    for values in t.compute():
+        for piece in values.split(BLOCK // t.dtype.itemsize):
+            block = memoryview(round_to(piece, t.dtype).contiguous().view(torch.uint8).numpy())
+            if not all_finite(block, t.dtype):
+                findings = _add(findings, _count(t.name, [piece], t.dtype))
+            crc = crc32(block, crc)
+            _write(fd, block, offset + start)
+            start += len(block)
+            work.advance(len(block))
+    if start != t.nbytes:
+        raise AssertionError(f"{t.name}: {start} bytes were computed, {t.nbytes} were planned")
+    return crc, findings
+
+
+def _count(name: str, pieces: Iterable[torch.Tensor], dtype: torch.dtype) -> Findings:
+    findings = Findings(name)
+    for piece in pieces:
+        rounded = round_to(piece, dtype)
+        overflow = int((rounded.isinf() & piece.isfinite()).sum())
+        here = Findings(name, int(rounded.isnan().sum()), int(piece.isinf().sum()), overflow)
+        findings = _add(findings, here)
+    return findings
+
+
+def _add(a: Findings, b: Findings) -> Findings:
+    return Findings(a.name, a.nan + b.nan, a.inf + b.inf, a.overflow + b.overflow)
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
+@contextmanager
+def _one_torch_thread_each() -> Iterator[None]:
+    """Our threads are the parallelism: torch's own, started from each of them, would fight over the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

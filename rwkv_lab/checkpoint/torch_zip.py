@@ -1,0 +1,117 @@
+"""Reads the header of a torch checkpoint: a zip of stored records, one of them a pickle that says what the others are."""
+
+import struct
+import zipfile
+from dataclasses import dataclass
+
+from rwkv_lab.checkpoint.source import SourceFile, TensorInfo, dense_stride
+from rwkv_lab.checkpoint.torch_pickle import PickledTensor, read_tensor_pickle
+from rwkv_lab.errors import CorruptFileError, UnsafeFileError
+
+_LOCAL_HEADER = struct.Struct("<4s5HIIIHH")  # 30 bytes: signature, …, length of name, length of extra
+_MAX_PICKLE = 100_000_000  # bytes; a model of 1,000 tensors has 0.1 MB
+
+
+@dataclass(frozen=True)
+class Record:
+    """A stored member of the zip."""
+
+    offset: int  # of its data in the file
+    nbytes: int
+    crc32: int | None  # None where the writer left the checksums out (torch's set_crc32_options(False))
+
+
+def read_torch_zip(file: SourceFile) -> tuple[dict[str, TensorInfo], dict[str, object]]:
+    """(tensors by name in file order, what else stands in the dict).
+
+    Raises:
+        CorruptFileError: truncated, compressed, overlapping, or sizes that do not agree.
+        UnsafeFileError: records that lead outside the archive, or a pickle that wants more than tensors.
+    """
+    records = _records(file)
+    folder, pickle = _find_pickle(records, file)
+    if pickle.nbytes > _MAX_PICKLE:
+        raise CorruptFileError(f"{file.path}: its pickle has {pickle.nbytes} bytes; {_MAX_PICKLE} are the limit")
+    order = records.get(f"{folder}/byteorder")
+    if order and file.read(order.offset, order.nbytes) != b"little":
+        raise CorruptFileError(f"{file.path} was written on a big-endian machine; save it again on a little-endian one")
+    entries = read_tensor_pickle(file.read(pickle.offset, pickle.nbytes), str(file.path))
+    tensors: dict[str, TensorInfo] = {}
+    others: dict[str, object] = {}
+    for name, value in entries.items():
+        if not isinstance(name, str):
+            raise CorruptFileError(f"{file.path}: the key {name!r} is not a name")
+        if isinstance(value, PickledTensor):
+            tensors[name] = _tensor_info(name, value, records.get(f"{folder}/data/{value.key}"), file)
+        else:
+            others[name] = value
+    return tensors, others
+
+
+def _tensor_info(name: str, t: PickledTensor, record: Record | None, file: SourceFile) -> TensorInfo:
+    if record is None:
+        raise CorruptFileError(f"{file.path}: the data of {name} (record {t.key}) is not in the file")
+    itemsize = t.dtype.itemsize
+    if t.storage_numel * itemsize != record.nbytes:
+        raise CorruptFileError(
+            f"{file.path}: {name} claims {t.storage_numel} values of {t.dtype}, its record has {record.nbytes} bytes"
+        )
+    whole = TensorInfo(name, t.shape, t.dtype, file, 0, None if dense_stride(t.shape, t.stride) else t.stride)
+    if whole.numel and t.storage_offset * itemsize + whole.span > record.nbytes:
+        raise CorruptFileError(
+            f"{file.path}: {name} of shape {list(t.shape)} reaches beyond its record of {record.nbytes} bytes"
+        )
+    entire = whole.stride is None and whole.nbytes == record.nbytes
+    return TensorInfo(
+        name,
+        t.shape,
+        t.dtype,
+        file,
+        offset=record.offset + t.storage_offset * itemsize,
+        stride=whole.stride,
+        crc32=record.crc32 if entire else None,
+        storage=(record.offset, record.nbytes),
+    )
+
+
+def _records(file: SourceFile) -> dict[str, Record]:
+    try:
+        with open(file.fd, "rb", closefd=False) as stream, zipfile.ZipFile(stream) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, OverflowError, struct.error) as e:
+        raise CorruptFileError(
+            f"{file.path} starts like a torch checkpoint but its zip directory cannot be read ({e}).\n"
+            f"The file looks truncated: it has {file.size} bytes. Download or copy it again."
+        ) from e
+    # torch can be told to leave checksums out; it then writes 0 for every record, among them ones that cannot have 0.
+    checksummed = any(m.CRC for m in members)
+    records: dict[str, Record] = {}
+    end = 0
+    for m in sorted(members, key=lambda m: m.header_offset):
+        if m.filename in records:
+            raise CorruptFileError(f"{file.path}: the record {m.filename} stands in it twice")
+        if m.filename.startswith("/") or "\\" in m.filename or ".." in m.filename.split("/"):
+            raise UnsafeFileError(f"{file.path}: the record {m.filename!r} leads outside the archive")
+        if m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size or m.flag_bits & 1:
+            raise CorruptFileError(f"{file.path}: the record {m.filename} is compressed or encrypted; torch never does that")
+        if m.header_offset < end or m.header_offset + _LOCAL_HEADER.size > file.size:
+            raise CorruptFileError(f"{file.path}: the record {m.filename} overlaps another or lies beyond the end")
+        header = _LOCAL_HEADER.unpack(file.read(m.header_offset, _LOCAL_HEADER.size))
+        if header[0] != b"PK\x03\x04":
+            raise CorruptFileError(f"{file.path}: the record {m.filename} is not where the zip directory says")
+        offset = m.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
+        end = offset + m.file_size
+        if end > file.size:
+            raise CorruptFileError(f"{file.path}: {m.filename} needs {end} bytes, the file has {file.size}: truncated")
+        records[m.filename] = Record(offset, m.file_size, m.CRC if checksummed else None)
+    return records
+
+
+def _find_pickle(records: dict[str, Record], file: SourceFile) -> tuple[str, Record]:
+    found = [(n.removesuffix("/data.pkl"), r) for n, r in records.items() if n.count("/") == 1 and n.endswith("/data.pkl")]
+    if len(found) != 1:
+        raise CorruptFileError(f"{file.path} is a zip, but not one that torch.save wrote ({len(found)} data.pkl in it)")
+    folder = found[0][0]
+    if f"{folder}/constants.pkl" in records or any(n.startswith(f"{folder}/code/") for n in records):
+        raise UnsafeFileError(f"{file.path} is a TorchScript archive: it holds code. Save model.state_dict() instead.")
+    return found[0]

@@ -1,0 +1,124 @@
+"""Writes checkpoints: .pth and .safetensors, whole or in shards; streamed, and whole or not at all."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from rwkv_lab.checkpoint.atomic import atomic_file, atomic_folder
+from rwkv_lab.checkpoint.file_layout import FileLayout, file_layout
+from rwkv_lab.checkpoint.stream import Findings, OutFile, OutTensor, stream
+from rwkv_lab.errors import OutputError, ParameterError
+
+SUFFIXES = {".pth": "pth", ".safetensors": "safetensors"}
+
+
+def file_kind(path: Path) -> str:
+    """"pth" or "safetensors", from the suffix of an output.
+
+    Raises:
+        ParameterError: another suffix.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ParameterError(f"the output {path} must end in .pth or .safetensors: that decides its format")
+    return SUFFIXES[path.suffix]
+
+
+def write_stream(
+    path: Path,
+    tensors: Sequence[OutTensor],
+    layout: FileLayout,
+    overwrite: bool,
+    scan: Callable[[OutTensor], bool],
+    refuse: bool = True,
+) -> list[Findings]:
+    """Write `tensors` as `layout` (of `file_layout`) says; `path` appears when all is there.
+
+    Raises: as `stream` and `atomic_file`.
+    """
+    with atomic_file(path, overwrite) as fd:
+        return stream([OutFile(fd, layout, tensors)], scan, refuse, f"writing {path.name}")
+
+
+def write_checkpoint(
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | None = None,
+) -> None:
+    """Write tensors to a `.pth` or `.safetensors`, or, with `max_shard_size`, to a folder of safetensors shards.
+
+    Args:
+        tensors: any layout in memory, on any device; tied ones are written once each.
+        metadata: short texts that travel in the file.
+        max_shard_size: bytes of tensor data per shard; a tensor larger than that gets a shard of its own.
+    Raises:
+        OutputError: the target exists (unless `overwrite`), cannot be written, or has no room.
+        ParameterError: a suffix that is neither, or a shard size below 1.
+    """
+    path, notes = Path(path), dict(metadata or {})
+    out = [_out_tensor(name, t.detach()) for name, t in tensors.items()]
+    if max_shard_size is None:
+        layout = file_layout(file_kind(path), out, notes)
+        write_stream(path, out, layout, overwrite, scan=lambda t: False, refuse=False)
+    else:
+        _write_shards(path, out, notes, overwrite, max_shard_size)
+
+
+def _out_tensor(name: str, tensor: torch.Tensor) -> OutTensor:
+    return OutTensor(name, tuple(tensor.shape), tensor.dtype, compute=lambda: [tensor.cpu().contiguous().flatten()])
+
+
+def _write_shards(folder: Path, tensors: list[OutTensor], notes: dict[str, str], overwrite: bool, limit: int) -> None:
+    if limit < 1:
+        raise ParameterError(f"max_shard_size is {limit}; it must be at least 1 byte")
+    shards = _split(tensors, limit)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    with atomic_folder(folder, overwrite) as temporary:
+        fds = [os.open(temporary / n, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666) for n in names]
+        try:
+            files = [
+                OutFile(fd, file_layout("safetensors", shard, notes), shard)
+                for fd, shard in zip(fds, shards, strict=True)
+            ]
+            stream(files, lambda t: False, False, f"writing {folder.name}")
+            for fd in fds:
+                os.fsync(fd)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors)},
+            "weight_map": {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard},
+        }
+        with open(temporary / "model.safetensors.index.json", "x") as f:
+            json.dump(index, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def _split(tensors: list[OutTensor], limit: int) -> list[list[OutTensor]]:
+    shards: list[list[OutTensor]] = [[]]
+    size = 0
+    for t in tensors:
+        if shards[-1] and size + t.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(t)
+        size += t.nbytes
+    return shards
+
+
+def write_text(path: Path, text: str, overwrite: bool) -> None:
+    """Write a small text file, whole or not at all.
+
+    Raises:
+        OutputError: as `atomic_file`.
+    """
+    data = text.encode()
+    with atomic_file(path, overwrite) as fd:
+        if os.write(fd, data) != len(data):
+            raise OutputError(f"cannot write {path}: the disk took only a part of it")

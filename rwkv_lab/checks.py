@@ -1,0 +1,14 @@
+"""A verdict: something that was measured, the limit it had to keep, and whether it did."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str  # what was checked, in words a reader of the report understands
+    value: float | int | str  # what was found
+    limit: float | int | str  # what had to hold, in the unit of `value`
+    passed: bool
+
+    def __str__(self) -> str:
+        return f"{'PASS' if self.passed else 'FAIL'}  {self.name}: {self.value} (limit {self.limit})"

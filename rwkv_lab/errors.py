@@ -1,0 +1,41 @@
+"""The one exception tree. Every message says what is wrong, where, and what to do, in at most three lines."""
+
+
+class RwkvLabError(Exception):
+    """Root of everything that rwkv_lab raises on purpose."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Called by IPython instead of its own traceback: a notebook shows the message, not our stack."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UnsafeFileError(RwkvLabError):
+    """The file would run code, or leads outside its own folder."""
+
+
+class CorruptFileError(RwkvLabError):
+    """The bytes are not what their own header says: truncated, overlapping, or no checkpoint at all."""
+
+
+class LayoutError(RwkvLabError):
+    """Keys, shapes or generations do not fit: missing, extra, of another model, or not supported."""
+
+
+class NumericsError(RwkvLabError):
+    """NaN, Inf, or a value that the output dtype cannot hold."""
+
+
+class ParameterError(RwkvLabError):
+    """A parameter has a wrong name, type or value."""
+
+
+class OutputError(RwkvLabError):
+    """The output cannot be written there: it exists, is an input, has no room, or is out of bounds."""
+
+
+class KernelError(RwkvLabError):
+    """A kernel that was asked for cannot be built or run."""
+
+
+class ExportError(RwkvLabError):
+    """Root of what goes wrong in an export."""

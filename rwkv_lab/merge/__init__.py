@@ -1,0 +1,7 @@
+"""Merging: tuned weights into a base checkpoint."""
+
+from rwkv_lab.merge.merge import merge
+from rwkv_lab.merge.plan import MergePlan, MergeResult, PlanRow
+from rwkv_lab.merge.verify import verify_merge
+
+__all__ = ["MergePlan", "MergeResult", "PlanRow", "merge", "verify_merge"]

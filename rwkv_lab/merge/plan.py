@@ -1,0 +1,51 @@
+"""What a merge would do, tensor by tensor, before a byte of tensor data is read; and what it did."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from rwkv_lab.checkpoint import FileFacts, Layout
+from rwkv_lab.checks import Check
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One tensor of the output."""
+
+    name: str
+    action: str  # "copy": the base's bytes; "cast"; "overlay": tuned's tensor; "add": new in the output; "blend"; "lora"
+    source: str  # "base", "tuned" or "base + tuned"
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # in the output
+    nbytes: int  # in the output
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    method: str  # "state", "overlay" or "lora", never "auto"
+    layout: Layout  # of the base
+    rows: tuple[PlanRow, ...]  # in the order of the output file
+    skipped: tuple[str, ...]  # tensors of `tuned` that include/exclude keep out
+    output_bytes: int  # exact size of the output file
+    disk_free: int  # bytes free where the output goes
+    memory_needed: int  # bytes of anonymous memory, an upper bound
+    memory_free: int  # bytes the machine has available
+
+    @property
+    def changed(self) -> tuple[PlanRow, ...]:
+        """The rows whose values do not simply come from the base."""
+        return tuple(row for row in self.rows if row.action not in ("copy", "cast"))
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    plan: MergePlan
+    base: Path
+    tuned: Path
+    out: Path
+    recipe: dict  # the arguments that decide the output's bytes
+    inputs: tuple[FileFacts, ...]  # base, tuned
+    outputs: tuple[FileFacts, ...] = ()  # the checkpoint and its provenance; empty after a dry run
+    checks: tuple[Check, ...] = ()  # made while streaming; empty after a dry run
+    seconds: dict[str, float] = field(default_factory=dict)  # "plan", "merge"

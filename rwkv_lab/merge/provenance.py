@@ -1,0 +1,36 @@
+"""What made an output: enough to make it again, bit for bit. No clock and no folder names: they would change its bytes."""
+
+import json
+import platform
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rwkv_lab.checkpoint import FileFacts
+from rwkv_lab.checkpoint.stream import Findings
+
+RECORD = "rwkv_lab.json"  # its name among the records of a .pth, and as a key of a .safetensors' metadata
+
+
+def provenance(recipe: dict, inputs: Sequence[FileFacts]) -> dict:
+    """JSON-ready description of a merge."""
+    from rwkv_lab import __version__  # here, because rwkv_lab/__init__ imports this room
+
+    return {
+        "made_by": f"rwkv_lab {__version__}",
+        "job": "merge",
+        "recipe": recipe,
+        "inputs": [{"name": f.path.name, "bytes": f.bytes, "fingerprint": f.fingerprint} for f in inputs],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+def as_text(made: dict) -> str:
+    return json.dumps(made, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def beside(made: dict, output: FileFacts, findings: Sequence[Findings]) -> str:
+    """The file that lies beside the output: the same, and what the output turned out to be."""
+    facts = {"name": output.path.name, "bytes": output.bytes, "fingerprint": output.fingerprint}
+    return as_text(made | {"output": facts, "nonfinite": [str(f) for f in findings]})

@@ -1,0 +1,59 @@
+"""Where an output may go, and whether there is room for it: checked before a byte of tensor data is read."""
+
+import os
+import shutil
+from pathlib import Path
+
+from rwkv_lab.checkpoint import Checkpoint
+from rwkv_lab.checkpoint.atomic import check_target
+from rwkv_lab.errors import OutputError, ParameterError
+from rwkv_lab.progress import human_bytes
+
+
+def check_output(out: Path, inputs: list[Checkpoint], allowed_dir: str | Path | None, overwrite: bool) -> None:
+    """Refuse an output outside `allowed_dir`, onto an input by any alias, or onto an existing file.
+
+    Raises:
+        OutputError: says which rule.
+        ParameterError: `allowed_dir` is not a folder.
+    """
+    if allowed_dir is not None:
+        allowed = Path(allowed_dir)
+        if not allowed.is_dir():
+            raise ParameterError(f"allowed_dir={str(allowed_dir)!r} is not a folder")
+        if not out.resolve().is_relative_to(allowed.resolve()):
+            raise OutputError(f"{out} is outside {allowed}, the only folder that allowed_dir lets outputs go to")
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder; name a file in it, such as {out / 'merged.pth'}")
+    if out.exists():
+        target = os.stat(out)
+        for file in (f for ck in inputs for f in ck.files):
+            if os.path.samestat(target, os.fstat(file.fd)):
+                raise OutputError(f"{out} is the input {file.path}, under this or another name; inputs are never written to")
+    check_target(out, overwrite)
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes this user may still write there."""
+    return shutil.disk_usage(folder).free
+
+
+def memory_free() -> int:
+    """Bytes of memory the machine can give without swapping."""
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_room(out: Path, output_bytes: int, free: int, memory_needed: int, memory: int) -> None:
+    """Refuse what will not fit.
+
+    Raises:
+        OutputError: says how much is needed and there.
+    """
+    if output_bytes > free:
+        raise OutputError(f"{out} needs {human_bytes(output_bytes)}, {human_bytes(free)} are free on that disk")
+    if memory_needed > memory:
+        raise OutputError(f"the merge needs {human_bytes(memory_needed)} of memory, {human_bytes(memory)} are free")

@@ -1,0 +1,73 @@
+"""Progress of long work: a widget in JupyterLab, a bar in a terminal, one log line per few per cent elsewhere."""
+
+import logging
+import sys
+import time
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY = 0.05  # of the total: at most 20 lines for one job, however long
+
+
+def frontend_present() -> bool:
+    """True when a person's front end (JupyterLab, VS Code) sent the running cell.
+
+    Such clients put metadata (cell id, trust) into their execute requests; papermill, nbclient and nbval send none.
+    """
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if shell is None or not hasattr(shell, "kernel"):
+        return False
+    return bool(shell.get_parent().get("metadata"))
+
+
+def human_bytes(n: float) -> str:
+    """Bytes in decimal units, three digits: 3.03 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 999.5 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
+        n /= 1000
+    raise AssertionError("unreachable")
+
+
+class Progress:
+    """Counts work done against `total` and shows throughput and time left. Use as a context manager.
+
+    Args:
+        label: what is being done, two or three words.
+        total: amount of work in `unit`.
+        unit: "B" is shown as kB, MB, GB; anything else as it is.
+    """
+
+    def __init__(self, label: str, total: int, unit: str = "B"):
+        self.label, self.total, self.unit = label, total, unit
+        self.done, self._logged, self._start = 0, 0.0, time.perf_counter()
+        self._bar = None
+        if frontend_present() or sys.stderr.isatty():
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def advance(self, amount: int) -> None:
+        if amount <= 0:
+            return
+        self.done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+        elif self.total and self.done / self.total >= self._logged + LOG_EVERY:
+            self._logged = self.done / self.total
+            self._log()
+
+    def _log(self) -> None:
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        rate = self.done / seconds
+        show = human_bytes if self.unit == "B" else lambda n: f"{n:.3g} {self.unit}"
+        left = (self.total - self.done) / rate
+        log.info("%s: %.0f %% (%s/s, %.0f s left)", self.label, 100 * self.done / self.total, show(rate), left)
+
+    def __exit__(self, *exc) -> None:
+        if self._bar is not None:
+            self._bar.close()
