@@ -1,7 +1,7 @@
 """Text to train on and text that is held out. Nothing is downloaded: Python brings two corpora.
 
-* "english": the reference texts of Python's own `help()`, `pydoc_data.topics`. Cut into pieces of about 2,000 bytes at
-  paragraph ends; a piece is held out when its hash says so.
+* "english": the reference texts of Python's `help()`, `pydoc_data.topics`. Topics repeat each other, so every longer
+  paragraph is kept once; the rest is cut at paragraph ends into pieces of about 2,000 bytes, the unit of the split.
 * "python": the source files of the standard library, without tests and data tables. A file is held out as a whole.
 * a path: any file, read as bytes. The last tenth is held out.
 
@@ -17,7 +17,8 @@ from pathlib import Path
 from rwkv_lab.errors import ParameterError
 
 CORPORA = ("english", "python")
-_PIECE = 2000  # bytes of English per piece
+_PIECE = 2000  # characters of English per piece
+_LONG = 60  # characters; shorter paragraphs ("Example:") repeat as they do in any text
 _MAX_HELD_OUT = 64 * 1024  # bytes; scoring more would take longer than it tells
 _NOT_CODE = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "site-packages"}
 
@@ -40,7 +41,7 @@ def load_corpus(data: str) -> Corpus:
     """
     if data == "english":
         return _split_by_hash(
-            data, _english_pieces(), "pieces of pydoc_data.topics of 2,000 bytes, one in ten held out"
+            data, _english_pieces(), "pieces of 2,000 characters of pydoc_data.topics, one in ten held out"
         )
     if data == "python":
         return _split_by_hash(data, _library_files(), "files of the standard library, one in ten held out as a whole")
@@ -68,16 +69,19 @@ def _held_out(digest: bytes) -> bool:
 def _english_pieces() -> dict[str, bytes]:
     from pydoc_data.topics import topics
 
-    pieces = {}
-    for topic, text in topics.items():
-        lines: list[str] = []
+    pieces, seen = {}, set()
+    for topic, text in sorted(topics.items()):
+        paragraphs: list[str] = []
         count = 0
         for paragraph in text.split("\n\n"):
-            lines.append(paragraph)
-            if sum(map(len, lines)) >= _PIECE:
-                pieces[f"{topic}/{count}"] = "\n\n".join(lines).encode()
-                lines, count = [], count + 1
-        pieces[f"{topic}/{count}"] = "\n\n".join(lines).encode()
+            if len(paragraph) > _LONG and paragraph in seen:
+                continue
+            seen.add(paragraph)
+            paragraphs.append(paragraph)
+            if sum(map(len, paragraphs)) >= _PIECE:
+                pieces[f"{topic}/{count}"] = "\n\n".join(paragraphs).encode()
+                paragraphs, count = [], count + 1
+        pieces[f"{topic}/{count}"] = "\n\n".join(paragraphs).encode()
     return pieces
 
 

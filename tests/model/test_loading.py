@@ -1,0 +1,130 @@
+"""Files into models and back."""
+
+import pytest
+import torch
+from random_rwkv7 import add_random_time_state, make_model, make_tokens, relative_rms
+
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
+from rwkv_lab.errors import LayoutError, NumericsError, OutputError
+from rwkv_lab.model import RWKV_Dual, RWKVMode
+
+
+def logits_of(model):
+    return model(make_tokens(2, 20, model.layout.vocab_size))[0]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("n_embd, head_size, tuned", [(32, 32, True), (64, 16, False)])
+def test_dimensions_come_from_the_tensors(tmp_path, suffix, n_embd, head_size, tuned):
+    model = make_model(n_embd, head_size=head_size, vocab_size=300)
+    if tuned:
+        add_random_time_state(model)
+    path = tmp_path / f"m{suffix}"
+    write_checkpoint(path, model.state_dict())
+    loaded = RWKV_Dual.from_pretrained(path, mode=RWKVMode.RNN)
+    assert loaded.mode is RWKVMode.RNN and loaded.has_time_state == tuned
+    loaded.set_mode(RWKVMode.TRANSFORMER)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_saved_folder_opens_again(tmp_path):
+    model = make_model()
+    written = model.save_pretrained(tmp_path / "new" / "folder")
+    assert written.parent == tmp_path / "new" / "folder"
+    assert torch.equal(logits_of(RWKV_Dual.from_pretrained(written.parent)), logits_of(model))
+    with pytest.raises(OutputError):
+        model.save_pretrained(written.parent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype_is_converted_but_states_stay_exact(tmp_path, dtype):
+    model = make_model()
+    add_random_time_state(model)
+    write_checkpoint(tmp_path / "m.pth", model.state_dict())
+    loaded = RWKV_Dual.from_pretrained(tmp_path / "m.pth", dtype=dtype)
+    assert loaded.emb.weight.dtype == dtype
+    assert torch.equal(loaded.create_state().wkv.float(), model.create_state().wkv)
+
+
+def test_files_of_others_squeezed_prefixed_and_with_layer_0_value_residual(tmp_path):
+    model = make_model(32, head_size=32, n_layer=2)
+    expected = logits_of(model)
+    tensors = {f"model.{name}": t.squeeze() for name, t in model.state_dict().items()}
+    for name in ("v0", "v1", "v2"):  # unused in layer 0, yet some files have them
+        tensors[f"model.blocks.0.att.{name}"] = tensors[f"model.blocks.1.att.{name}"]
+    write_checkpoint(tmp_path / "m.pth", dict(reversed(tensors.items())))
+    loaded = RWKV_Dual.from_pretrained(tmp_path / "m.pth")
+    assert torch.equal(logits_of(loaded), expected)
+    loaded.save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as ck:
+        assert {f"model.{name}" for name in ck.info} == set(tensors)
+
+
+def test_group_norm_eps_is_the_users_choice(tmp_path):
+    model = make_model()
+    write_checkpoint(tmp_path / "m.pth", model.state_dict())
+    assert torch.equal(logits_of(RWKV_Dual.from_pretrained(tmp_path / "m.pth", group_norm_eps=64e-5)), logits_of(model))
+    other = RWKV_Dual.from_pretrained(tmp_path / "m.pth", group_norm_eps=1e-5)
+    assert relative_rms(logits_of(other), logits_of(model)) > 1e-4
+
+
+def test_a_state_file_takes_effect(tmp_path):
+    tuned, plain = make_model(), make_model()
+    add_random_time_state(tuned)
+    states = {name: t for name, t in tuned.state_dict().items() if name.endswith("time_state")}
+    write_checkpoint(tmp_path / "state.pth", states)
+    plain.load_state_file(tmp_path / "state.pth")
+    assert torch.equal(logits_of(plain), logits_of(tuned))
+    write_checkpoint(tmp_path / "whole.pth", tuned.state_dict())
+    again = make_model()
+    again.load_state_file(tmp_path / "whole.pth")
+    assert torch.equal(logits_of(again), logits_of(tuned))
+
+
+def test_state_files_that_do_not_fit_are_refused(tmp_path):
+    model = make_model()  # two layers, [2,32,32]
+    good = {f"blocks.{i}.att.time_state": torch.zeros(2, 32, 32) for i in range(2)}
+    first = "blocks.0.att.time_state"
+    for number, (tensors, error, words) in enumerate(
+        [
+            ({first: good[first]}, LayoutError, "1 layers"),
+            (good | {"blocks.2.att.time_state": good[first]}, LayoutError, "3 layers"),
+            (good | {first: torch.zeros(1, 64, 64)}, LayoutError, r"blocks.0.*\[1, 64, 64\].*\[2, 32, 32\]"),
+            (good | {first: torch.full((2, 32, 32), float("nan"))}, NumericsError, "blocks.0"),
+            ({"emb.weight": torch.zeros(3, 3)}, LayoutError, "none"),
+        ]
+    ):
+        path = tmp_path / f"{number}.pth"
+        write_checkpoint(path, tensors)
+        with pytest.raises(error, match=words):
+            model.load_state_file(path)
+    assert not model.has_time_state
+
+
+def test_models_that_cannot_run_are_refused(tmp_path):
+    tensors = make_model().state_dict()
+    cases = {
+        "state.pth": ({"blocks.0.att.time_state": torch.zeros(1, 64, 64)}, "no whole model"),
+        "missing.pth": ({n: t for n, t in tensors.items() if n != "blocks.1.att.k_a"}, "blocks.1.att.k_a"),
+        "shape.pth": (tensors | {"blocks.1.ln2.bias": torch.zeros(63)}, "blocks.1.ln2.bias"),
+    }
+    for name, (content, words) in cases.items():
+        write_checkpoint(tmp_path / name, content)
+        with pytest.raises(LayoutError, match=words):
+            RWKV_Dual.from_pretrained(tmp_path / name)
+
+
+def test_other_generations_are_refused_by_name(tmp_path):
+    V, C, F = 50, 8, 32
+    tensors = {"emb.weight": (V, C), "head.weight": (V, C)}
+    tensors |= {f"{ln}.{part}": (C,) for ln in ("ln_out", "blocks.0.ln0") for part in ("weight", "bias")}
+    tensors |= {f"blocks.0.{ln}.{part}": (C,) for ln in ("ln1", "ln2") for part in ("weight", "bias")}
+    tensors |= {f"blocks.0.att.{n}": (C,) for n in ("time_decay", "time_first")}
+    tensors |= {f"blocks.0.att.time_mix_{n}": (1, 1, C) for n in "kvr"}
+    tensors |= {f"blocks.0.att.{n}.weight": (C, C) for n in ("key", "value", "receptance", "output")}
+    tensors |= {f"blocks.0.ffn.time_mix_{n}": (1, 1, C) for n in "kr"}
+    tensors |= {"blocks.0.ffn.key.weight": (F, C), "blocks.0.ffn.receptance.weight": (C, C)}
+    tensors |= {"blocks.0.ffn.value.weight": (C, F)}
+    write_checkpoint(tmp_path / "v4.pth", {name: torch.zeros(shape) for name, shape in tensors.items()})
+    with pytest.raises(LayoutError, match=r"RWKV-4.0.*7\.0"):
+        RWKV_Dual.from_pretrained(tmp_path / "v4.pth")

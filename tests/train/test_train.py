@@ -1,0 +1,154 @@
+"""Training: what it learns, what it leaves alone, what it writes and what it refuses."""
+
+import hashlib
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.errors import OutputError, ParameterError
+from rwkv_lab.model import RWKV_Dual, bits_per_byte
+from rwkv_lab.train import demo_base, demo_folder, demo_state, load_corpus, train
+from rwkv_lab.train.optimiser import make_optimiser, set_lr
+
+TINY = dict(steps=30, batch_size=2, ctx_len=32, n_embd=32, n_layer=2, head_size=16)
+
+
+def sha256(path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny pretrained model and the result that came with it."""
+    return train("pretrain", out=tmp_path_factory.mktemp("base") / "base.pth", **TINY)
+
+
+def test_pretraining_learns_and_reports_what_it_measured(base):
+    assert base.bits_after < base.bits_before - 1  # an untrained model needs 8 bits
+    assert base.bits_before == pytest.approx(8.0, abs=0.2)
+    assert len(base.losses) == 30 and base.losses[-1] < base.losses[0]
+    model = RWKV_Dual.from_pretrained(base.out)
+    assert base.bits_after == pytest.approx(bits_per_byte(model, load_corpus("english").held_out, 32), rel=1e-6)
+    assert base.frozen == 0 and base.trained == sum(p.numel() for p in model.parameters())
+    assert [s.prompt for s in base.samples] == ["The ", "If the value of "]
+    assert base.outputs[0].bytes == base.out.stat().st_size and base.inputs == []
+    assert set(base.seconds) == {"data", "before", "training", "after", "total"}
+
+
+def test_the_same_arguments_write_the_same_file(base, tmp_path):
+    again = train("pretrain", out=tmp_path / "again.pth", **TINY)
+    assert sha256(again.out) == sha256(base.out) and again.losses == base.losses
+    assert sha256(train("pretrain", out=tmp_path / "other.pth", seed=1, **TINY).out) != sha256(base.out)
+
+
+def test_training_leaves_the_callers_random_numbers_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train("pretrain", out=tmp_path / "m.pth", **(TINY | {"steps": 1}))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_state_tuning_trains_the_states_and_nothing_else(base, tmp_path):
+    before = sha256(base.out)
+    settings = dict(base=base.out, steps=20, batch_size=2, ctx_len=32, lr=0.1)
+    tuned = [train("state", tmp_path / name, **settings) for name in ("one.pth", "two.pth")]
+    assert sha256(base.out) == before and sha256(tuned[0].out) == sha256(tuned[1].out)
+    assert tuned[0].bits_after < tuned[0].bits_before
+    assert tuned[0].trained == 2 * 32 * 16 and tuned[0].frozen == base.trained
+    assert tuned[0].inputs == base.outputs
+    with open_checkpoint(tuned[0].out) as ck:
+        assert ck.kind == "state"
+        assert sorted(ck.info) == [f"blocks.{i}.att.time_state" for i in range(2)]
+        assert all(ck[name].shape == (2, 16, 16) and ck[name].dtype == torch.float32 for name in ck.info)
+    model = RWKV_Dual.from_pretrained(base.out)
+    model.load_state_file(tuned[0].out)
+    held_out = load_corpus("python").held_out
+    assert tuned[0].bits_after == pytest.approx(bits_per_byte(model, held_out, 32), rel=1e-6)
+
+
+def test_pretraining_goes_on_from_a_base(base, tmp_path):
+    longer = train("pretrain", out=tmp_path / "m.safetensors", base=base.out, **(TINY | {"steps": 5, "lr": 1e-3}))
+    assert longer.bits_before == pytest.approx(base.bits_after, rel=1e-6)
+
+
+def test_refusals_come_before_any_work(base, tmp_path):
+    free = tmp_path / "new.pth"
+    cases = [
+        (dict(kind="lora", out=free), ParameterError, "pretrain, state"),
+        (dict(kind="state", out=free), ParameterError, "base="),
+        (dict(kind="pretrain", out=free, steps=0), ParameterError, "steps=0"),
+        (dict(kind="pretrain", out=free, lr=-1.0), ParameterError, "lr=-1"),
+        (dict(kind="pretrain", out=free, dtype="fp32"), ParameterError, "float32"),
+        (dict(kind="pretrain", out=free, data="no such thing"), ParameterError, "english, python"),
+        (dict(kind="pretrain", out=tmp_path / "m.bin"), ParameterError, ".pth"),
+        (dict(kind="pretrain", out=base.out), OutputError, "exists"),
+    ]
+    for arguments, error, words in cases:
+        with pytest.raises(error, match=words):
+            train(**arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(bytes(random.Random(0).choices(b"abcd", k=20_000)))
+    corpus = load_corpus(str(path))
+    assert corpus.train + corpus.held_out == path.read_bytes() and len(corpus.held_out) == 2000
+    path.write_text("short")
+    with pytest.raises(ParameterError, match="10,000"):
+        load_corpus(str(path))
+
+
+def test_held_out_text_is_not_in_the_training_text():
+    for name in ("english", "python"):
+        corpus = load_corpus(name)
+        assert len(corpus.train) > 8 * len(corpus.held_out) > 160_000
+        paragraphs = [paragraph for paragraph in corpus.held_out.split(b"\n\n") if len(paragraph) > 100]
+        repeated = sum(paragraph in corpus.train for paragraph in paragraphs)
+        assert len(paragraphs) > 50
+        assert repeated <= {"english": 0, "python": 0.05 * len(paragraphs)}[name]  # licences repeat from file to file
+
+
+def test_the_split_does_not_depend_on_the_order_of_a_folder(monkeypatch):
+    expected = load_corpus("python")
+    rglob = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: sorted(rglob(self, pattern), reverse=True))
+    assert load_corpus("python") == expected
+
+
+def test_parameter_groups_and_schedule():
+    model = RWKV_Dual(32, 2, 257, head_size=16)
+    optimiser = make_optimiser(model, "pretrain", 1.0)
+    groups = {(g["weight_decay"], g["factor"]): g["params"] for g in optimiser.param_groups}
+    assert {id(p) for p in groups[0.0, 2.0]} == {id(b.att.w0) for b in model.blocks}
+    assert id(model.head.weight) in {id(p) for p in groups[0.1, 1.0]}
+    assert id(model.blocks[0].att.w1) in {id(p) for p in groups[0.0, 1.0]}
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+    rates = []
+    for step in range(100):
+        set_lr(optimiser, "pretrain", 1.0, step, 100)
+        rates.append(optimiser.param_groups[0]["lr"])
+    assert max(rates) == 1.0 and rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[-1] < 0.03
+
+
+def test_demo_files_are_trained_once_where_the_environment_says(tmp_path, monkeypatch, caplog):
+    from rwkv_lab.train import demo
+
+    calls = []
+
+    def quick(kind, out, base=None):
+        calls.append(kind)
+        return train(kind, out, base=base, **(TINY | {"steps": 2}))
+
+    monkeypatch.setenv("RWKV_LAB_DEMO", str(tmp_path / "d"))
+    monkeypatch.setattr(demo, "train", quick)
+    assert demo_folder() == tmp_path / "d"
+    state, base = demo_state(), demo_base()
+    assert state == demo_state() and calls == ["pretrain", "state"]
+    assert {state.name, base.name} < set(os.listdir(tmp_path / "d"))
+    assert "two minutes" in caplog.text and "is ready" in caplog.text
