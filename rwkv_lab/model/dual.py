@@ -68,21 +68,22 @@ class RWKV_Dual(nn.Module):
             ranks=rwkv7.fresh_ranks(n_embd),
         )
         self._build(layout, ctx_len, mode, rwkv7.GROUP_NORM_EPS, value_residual_in_layer_0=False)
-        rwkv7.initialise(self.emb, self.blocks, self.head)
+        self.to_empty(device="cpu")
+        rwkv7.initialise(self)
 
     def _build(self, layout, ctx_len, mode, group_norm_eps, value_residual_in_layer_0) -> None:
-        """Modules of the right sizes, LayerNorms set, everything else not yet."""
+        """Modules of the right sizes without memory behind them, which comes with `to_empty`."""
         super().__init__()
         self.layout, self.ctx_len = layout, ctx_len
         self.set_mode(mode)
-        # skip_init: every value is set afterwards, by `initialise` or from a file.
-        self.emb = nn.utils.skip_init(nn.Embedding, layout.vocab_size, layout.n_embd)
-        self.blocks = nn.ModuleList(
-            rwkv7.Block(layout, layer, group_norm_eps, value_residual=layer > 0 or value_residual_in_layer_0)
-            for layer in range(layout.n_layer)
-        )
-        self.ln_out = nn.LayerNorm(layout.n_embd)
-        self.head = nn.utils.skip_init(nn.Linear, layout.n_embd, layout.vocab_size, bias=False)
+        with torch.device("meta"):
+            self.emb = nn.Embedding(layout.vocab_size, layout.n_embd)
+            self.blocks = nn.ModuleList(
+                rwkv7.Block(layout, layer, group_norm_eps, value_residual=layer > 0 or value_residual_in_layer_0)
+                for layer in range(layout.n_layer)
+            )
+            self.ln_out = nn.LayerNorm(layout.n_embd)
+            self.head = nn.Linear(layout.n_embd, layout.vocab_size, bias=False)
 
     @classmethod
     def from_pretrained(
@@ -107,11 +108,11 @@ class RWKV_Dual(nn.Module):
         layout, tensors = read_model(path)
         model = cls.__new__(cls)
         eps = rwkv7.GROUP_NORM_EPS if group_norm_eps is None else group_norm_eps
-        with torch.device(device):
-            model._build(layout, 1024, mode, eps, value_residual_in_layer_0="blocks.0.att.v1" in tensors)
-        model.to(dtype=dtype)
+        model._build(layout, 1024, mode, eps, value_residual_in_layer_0="blocks.0.att.v1" in tensors)
+        model.to(dtype)
         if any(name.endswith(".time_state") for name in tensors):
             model.add_time_state()
+        model.to_empty(device=device)
         fill(model, tensors, path)
         return model
 

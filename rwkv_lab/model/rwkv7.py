@@ -128,17 +128,20 @@ def fresh_ranks(n_embd: int) -> dict[str, int]:
 
 
 @torch.no_grad()
-def initialise(emb, blocks, head) -> None:
+def initialise(model) -> None:
     """Fill a fresh model in place, by the start values that RWKV-LM publishes for RWKV-7. Draws from torch's generator.
 
-    LayerNorms keep torch's ones and zeros, except ln_x, whose weight grows with depth.
+    LayerNorms are ones and zeros, except ln_x, whose weight grows with depth.
     """
-    vocab_size, C = head.weight.shape
-    nn.init.uniform_(emb.weight, -1e-4, 1e-4)
-    nn.init.orthogonal_(head.weight, gain=0.5 * max(1.0, vocab_size / C) ** 0.5)
-    for layer, block in enumerate(blocks):
-        _initialise_time_mix(block.att, layer, len(blocks))
-        _initialise_channel_mix(block.ffn, layer, len(blocks))
+    vocab_size, C = model.head.weight.shape
+    nn.init.uniform_(model.emb.weight, -1e-4, 1e-4)
+    nn.init.orthogonal_(model.head.weight, gain=0.5 * max(1.0, vocab_size / C) ** 0.5)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            module.reset_parameters()
+    for layer, block in enumerate(model.blocks):
+        _initialise_time_mix(block.att, layer, len(model.blocks))
+        _initialise_channel_mix(block.ffn, layer, len(model.blocks))
 
 
 def _initialise_time_mix(att, layer: int, n_layer: int) -> None:

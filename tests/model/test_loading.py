@@ -64,8 +64,8 @@ def test_group_norm_eps_is_the_users_choice(tmp_path):
     model = make_model()
     write_checkpoint(tmp_path / "m.pth", model.state_dict())
     assert torch.equal(logits_of(RWKV_Dual.from_pretrained(tmp_path / "m.pth", group_norm_eps=64e-5)), logits_of(model))
-    other = RWKV_Dual.from_pretrained(tmp_path / "m.pth", group_norm_eps=1e-5)
-    assert relative_rms(logits_of(other), logits_of(model)) > 1e-4
+    other = RWKV_Dual.from_pretrained(tmp_path / "m.pth", group_norm_eps=0.1)
+    assert relative_rms(logits_of(other), logits_of(model)) > 1e-3
 
 
 def test_a_state_file_takes_effect(tmp_path):

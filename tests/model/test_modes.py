@@ -110,8 +110,9 @@ def test_bfloat16_keeps_its_state_in_float32():
 
 def test_every_parameter_of_a_fresh_model_is_set(monkeypatch):
     """With memory that comes back full of NaN, what initialisation forgets would show."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    for name in ("empty", "empty_like"):
+        allocate = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, allocate=allocate, **k: allocate(*a, **k).fill_(float("nan")))
     model = RWKV_Dual(n_embd=64, n_layer=2, vocab_size=300, head_size=32)
     assert all(p.isfinite().all() for p in model.parameters())
     assert model(make_tokens(1, 5))[0].isfinite().all()
