@@ -48,7 +48,9 @@ def file_layout(kind: str, tensors: Sequence[Described], notes: dict[str, str]) 
     known = STORAGE_DTYPES.values() if kind == "pth" else DTYPE_NAMES
     odd = next((t for t in tensors if t.dtype not in known), None)
     if odd is not None:
-        raise OutputError(f"{odd.name} is {odd.dtype}, which a .{kind} file cannot hold; choose another dtype or format")
+        raise OutputError(
+            f"{odd.name} is {odd.dtype}, which a .{kind} file cannot hold; choose another dtype or format"
+        )
     return _pth_layout(tensors, notes) if kind == "pth" else _safetensors_layout(tensors, notes)
 
 

@@ -4,7 +4,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rwkv_lab.checkpoint.layout import Layout, Shape, common_prefix, detect_layout, possible_versions, unsupported_variant
+from rwkv_lab.checkpoint.layout import (
+    Layout,
+    Shape,
+    common_prefix,
+    detect_layout,
+    possible_versions,
+    unsupported_variant,
+)
 from rwkv_lab.checkpoint.tensors import Misfit, compare
 from rwkv_lab.errors import LayoutError
 
@@ -37,7 +44,9 @@ def identify(shapes: Mapping[str, Shape], others: Mapping[str, object], adapter_
 
     if adapter_config is not None:
         peft_type = str(adapter_config.get("peft_type", "")).lower()
-        return plain(peft_type or "unknown", "an adapter, not a whole model", f"adapter_config.json: peft_type {peft_type}")
+        return plain(
+            peft_type or "unknown", "an adapter, not a whole model", f"adapter_config.json: peft_type {peft_type}"
+        )
     if not shapes:
         return plain("unknown", "there is no tensor in it")
     for kind, pattern in _ADAPTER_MARKS:

@@ -195,7 +195,16 @@ def detect_layout(shapes: Mapping[str, Shape]) -> Layout:
     evidence = [f"{n} {list(shapes[n])}" for n in (deciding, "emb.weight", att + "key.weight", ffn + "key.weight") if n]
     evidence.append(f"blocks.0 … blocks.{layers[-1]}")
     return Layout(
-        version, len(layers), n_embd, dim_att, dim_ffn, vocab_size, n_head, head_size, _ranks(s, version), tuple(evidence)
+        version,
+        len(layers),
+        n_embd,
+        dim_att,
+        dim_ffn,
+        vocab_size,
+        n_head,
+        head_size,
+        _ranks(s, version),
+        tuple(evidence),
     )
 
 

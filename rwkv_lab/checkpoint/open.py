@@ -72,7 +72,7 @@ class Checkpoint:
 
     @property
     def kind(self) -> str:
-        """"model", "partial", "state", "lora", "pissa-init", "miss", "converted", "unsupported" or "unknown"."""
+        """ "model", "partial", "state", "lora", "pissa-init", "miss", "converted", "unsupported" or "unknown"."""
         return self.identity.kind
 
     @property
@@ -138,7 +138,9 @@ def _open_file(ck: Checkpoint, path: Path) -> None:
         raise _not_a_checkpoint(path, head, file.size)
     twice = next((n for n in tensors if n in ck.info), None)
     if twice:
-        raise LayoutError(f"{path}: {twice} is in {ck.info[twice].file.path.name} too; a tensor may stand in one file only")
+        raise LayoutError(
+            f"{path}: {twice} is in {ck.info[twice].file.path.name} too; a tensor may stand in one file only"
+        )
     ck.info |= tensors
 
 

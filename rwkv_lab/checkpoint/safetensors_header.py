@@ -87,7 +87,9 @@ def _tensor_info(name: str, entry, data_start: int, file: SourceFile) -> TensorI
         raise bad(f"has the offsets {offsets!r}")
     info = TensorInfo(name, tuple(shape), DTYPES[dtype], file, offset=data_start + offsets[0])
     if offsets[1] - offsets[0] != info.nbytes:
-        raise bad(f"has shape {shape} of {dtype}, that is {info.nbytes} bytes, but its offsets span {offsets[1] - offsets[0]}")
+        raise bad(
+            f"has shape {shape} of {dtype}, that is {info.nbytes} bytes, but its offsets span {offsets[1] - offsets[0]}"
+        )
     return info
 
 
@@ -95,12 +97,16 @@ def _check_cover(tensors: dict[str, TensorInfo], data_start: int, file: SourceFi
     """Every byte of the data belongs to exactly one tensor."""
     order = sorted(tensors.values(), key=lambda t: (t.offset, t.offset + t.nbytes))
     if order and order[0].offset != data_start:
-        raise CorruptFileError(f"{file.path}: {order[0].offset - data_start} bytes before {order[0].name!r} belong to no tensor")
+        raise CorruptFileError(
+            f"{file.path}: {order[0].offset - data_start} bytes before {order[0].name!r} belong to no tensor"
+        )
     for before, after in pairwise(order):
         gap = after.offset - (before.offset + before.nbytes)
         if gap:
             what = "overlap" if gap < 0 else "leave a gap"
-            raise CorruptFileError(f"{file.path}: the tensors {before.name!r} and {after.name!r} {what} ({abs(gap)} bytes)")
+            raise CorruptFileError(
+                f"{file.path}: the tensors {before.name!r} and {after.name!r} {what} ({abs(gap)} bytes)"
+            )
     expected = order[-1].offset + order[-1].nbytes if order else data_start
     if file.size < expected:
         raise CorruptFileError(f"{file.path} looks truncated: expected {expected} bytes, have {file.size}")

@@ -1,7 +1,8 @@
 """Moves tensors into output files at the speed of a copy, in memory that does not depend on their size.
 
 Where every byte will lie is known beforehand (`file_layout`), so a few threads take one tensor each, in any order. A tensor
-passes in blocks that stay in the processor's cache: read, scanned, added to its checksum, written.
+passes in blocks that stay in the processor's cache: read, scanned, added to its checksum, written. Meanwhile the disk already
+writes what is done. (Letting the kernel copy unchanged bytes, `copy_file_range`, was tried: not faster than this, and blind.)
 """
 
 import os
@@ -20,7 +21,8 @@ from rwkv_lab.checkpoint.source import BLOCK, TensorInfo
 from rwkv_lab.errors import CorruptFileError, NumericsError
 from rwkv_lab.progress import Progress
 
-WORKERS = min(2, os.cpu_count() or 1)  # one copies while the other scans; a third only waits for the disk
+FLUSH_FROM = 1 << 27  # bytes of output from which it pays to write to the disk while still copying
+WORKERS = min(2, os.cpu_count() or 1)  # one computes or scans while the other writes
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: 
         return findings
 
     total = sum(f.tensors[i].nbytes for f, i in jobs)
-    with _one_torch_thread_each(), Progress(label, total) as progress, ThreadPoolExecutor(WORKERS) as pool:
+    with _one_torch_thread_each(), Progress(label, total) as progress, ThreadPoolExecutor(WORKERS + 1) as pool:
+        flushing = pool.submit(_flush_along, [f.fd for f in files], work) if total >= FLUSH_FROM else None
         futures = [pool.submit(run, file, i) for file, i in jobs]
         try:
             pending = set(futures)
@@ -110,6 +113,9 @@ def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: 
             pool.shutdown(cancel_futures=True)
             raise
         progress.advance(work.done - progress.done)
+        work.stop.set()
+        if flushing is not None:
+            flushing.result()  # the kernel reports a failed write to one caller only: it must not get lost here
     found = sorted((f for f in findings if not f.clean), key=lambda f: f.name)
     if found and refuse:
         more = f" and {len(found) - 10} more" if len(found) > 10 else ""
@@ -130,6 +136,8 @@ class _Work:
         self.done = 0
         self.stop = threading.Event()
         self.lock = threading.Lock()
+        # The file system lets one thread at a time write to a file; the others would spin, not sleep, for their turn.
+        self.writing = threading.Lock()
 
     def advance(self, nbytes: int) -> None:
         if self.stop.is_set():
@@ -139,18 +147,19 @@ class _Work:
 
 
 def _copy(t: OutTensor, fd: int, offset: int, scan: Callable[[OutTensor], bool], work: _Work) -> tuple[int, Findings]:
-    source, nbytes = t.source, t.nbytes
+    source, nbytes, look = t.source, t.nbytes, scan(t)
     if source.stride is not None:
         return _compute(OutTensor(t.name, t.shape, t.dtype, compute=source.blocks), fd, offset, scan, work)
     buffer = memoryview(bytearray(min(BLOCK, nbytes)))
-    crc, look, dirty = 0, scan(t), False
+    crc, dirty = 0, False
     for start in range(0, nbytes, BLOCK):
         block = buffer[: min(BLOCK, nbytes - start)]
         source.file.read_into(block, source.offset + start)
         crc = crc32(block, crc)
         if look and not dirty:
             dirty = not all_finite(block, t.dtype)
-        _write(fd, block, offset + start)
+        with work.writing:
+            _write(fd, block, offset + start)
         work.advance(len(block))
     if source.crc32 is not None and crc != source.crc32:
         raise CorruptFileError(
@@ -160,7 +169,16 @@ def _copy(t: OutTensor, fd: int, offset: int, scan: Callable[[OutTensor], bool],
     return crc, _count(t.name, source.blocks(), t.dtype) if dirty else Findings(t.name)
 
 
-def _compute(t: OutTensor, fd: int, offset: int, scan: Callable[[OutTensor], bool], work: _Work) -> tuple[int, Findings]:
+def _flush_along(fds: Sequence[int], work: _Work) -> None:
+    """Have the disk write what has been copied so far, again and again, so that little is left for the end."""
+    while not work.stop.wait(0.05):
+        for fd in fds:
+            os.fdatasync(fd)
+
+
+def _compute(
+    t: OutTensor, fd: int, offset: int, scan: Callable[[OutTensor], bool], work: _Work
+) -> tuple[int, Findings]:
     crc, start, findings = 0, 0, Findings(t.name)
     for values in t.compute():
         for piece in values.split(BLOCK // t.dtype.itemsize):
@@ -168,7 +186,8 @@ def _compute(t: OutTensor, fd: int, offset: int, scan: Callable[[OutTensor], boo
             if not all_finite(block, t.dtype):
                 findings = _add(findings, _count(t.name, [piece], t.dtype))
             crc = crc32(block, crc)
-            _write(fd, block, offset + start)
+            with work.writing:
+                _write(fd, block, offset + start)
             start += len(block)
             work.advance(len(block))
     if start != t.nbytes:

@@ -93,7 +93,9 @@ def _records(file: SourceFile) -> dict[str, Record]:
         if m.filename.startswith("/") or "\\" in m.filename or ".." in m.filename.split("/"):
             raise UnsafeFileError(f"{file.path}: the record {m.filename!r} leads outside the archive")
         if m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size or m.flag_bits & 1:
-            raise CorruptFileError(f"{file.path}: the record {m.filename} is compressed or encrypted; torch never does that")
+            raise CorruptFileError(
+                f"{file.path}: the record {m.filename} is compressed or encrypted; torch never does that"
+            )
         if m.header_offset < end or m.header_offset + _LOCAL_HEADER.size > file.size:
             raise CorruptFileError(f"{file.path}: the record {m.filename} overlaps another or lies beyond the end")
         header = _LOCAL_HEADER.unpack(file.read(m.header_offset, _LOCAL_HEADER.size))
@@ -108,7 +110,9 @@ def _records(file: SourceFile) -> dict[str, Record]:
 
 
 def _find_pickle(records: dict[str, Record], file: SourceFile) -> tuple[str, Record]:
-    found = [(n.removesuffix("/data.pkl"), r) for n, r in records.items() if n.count("/") == 1 and n.endswith("/data.pkl")]
+    found = [
+        (n.removesuffix("/data.pkl"), r) for n, r in records.items() if n.count("/") == 1 and n.endswith("/data.pkl")
+    ]
     if len(found) != 1:
         raise CorruptFileError(f"{file.path} is a zip, but not one that torch.save wrote ({len(found)} data.pkl in it)")
     folder = found[0][0]

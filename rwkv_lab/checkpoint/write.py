@@ -16,7 +16,7 @@ SUFFIXES = {".pth": "pth", ".safetensors": "safetensors"}
 
 
 def file_kind(path: Path) -> str:
-    """"pth" or "safetensors", from the suffix of an output.
+    """ "pth" or "safetensors", from the suffix of an output.
 
     Raises:
         ParameterError: another suffix.

@@ -32,7 +32,9 @@ def changes(
         LayoutError: halves without their other half, ranks or shapes that do not fit, or names the base does not have.
     """
     if any(re.search(r"\.lora_[AB]\..*weight$", n) for n in tuned.info):
-        raise LayoutError(f"{tuned.path} is an adapter in Hugging Face's layout; this method reads X.lora_A and X.lora_B")
+        raise LayoutError(
+            f"{tuned.path} is an adapter in Hugging Face's layout; this method reads X.lora_A and X.lora_B"
+        )
     adapted: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
     for name, info in tuned.info.items():
@@ -62,7 +64,9 @@ def _adapted(x: str, weight: TensorInfo, halves: dict[str, TensorInfo], alpha: f
             raise LayoutError(f"{x}.lora_{here} is there, {x}.lora_{missing} is not; the adapter is incomplete")
     a, b = halves["A"], halves["B"]
     if len(weight.shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2:
-        raise LayoutError(f"{x}: weight {list(weight.shape)}, lora_A {list(a.shape)}, lora_B {list(b.shape)}: matrices needed")
+        raise LayoutError(
+            f"{x}: weight {list(weight.shape)}, lora_A {list(a.shape)}, lora_B {list(b.shape)}: matrices needed"
+        )
     rank = a.shape[0]
     if rank == 0 or b.shape[1] != rank or a.shape[1] != weight.shape[1] or b.shape[0] != weight.shape[0]:
         raise LayoutError(

@@ -118,7 +118,11 @@ def merge(
         )
         check_room(out, plan.output_bytes, plan.disk_free, plan.memory_needed, plan.memory_free)
         log.info(
-            "%s: %d of %d tensors change, output %s", method, len(plan.changed), len(rows), human_bytes(plan.output_bytes)
+            "%s: %d of %d tensors change, output %s",
+            method,
+            len(plan.changed),
+            len(rows),
+            human_bytes(plan.output_bytes),
         )
         planned = time.perf_counter()
         result = MergeResult(
@@ -208,7 +212,9 @@ def _check_base(base: Checkpoint, allow_extra: list[str]) -> Layout:
     if identity.layout is None:
         raise LayoutError(f"the base {base.path} is not a whole RWKV model (kind {base.kind!r}): {base.reason}")
     if identity.prefix:
-        raise LayoutError(f"every name in the base {base.path} begins with {identity.prefix!r}; save it without that prefix")
+        raise LayoutError(
+            f"every name in the base {base.path} begins with {identity.prefix!r}; save it without that prefix"
+        )
     misfit = identity.misfit
     if misfit.missing:
         more = f" and {len(misfit.missing) - 10} more" if len(misfit.missing) > 10 else ""
@@ -231,7 +237,9 @@ def _check_base(base: Checkpoint, allow_extra: list[str]) -> Layout:
 def _check_dtypes(ck: Checkpoint) -> None:
     for name, t in ck.info.items():
         if t.dtype not in _FLOATS:
-            raise LayoutError(f"{name} in {ck.path} is {t.dtype}; weights must be bfloat16, float16, float32 or float64")
+            raise LayoutError(
+                f"{name} in {ck.path} is {t.dtype}; weights must be bfloat16, float16, float32 or float64"
+            )
     doubles = sum(t.dtype == torch.float64 for t in ck.info.values())
     if doubles:
         log.warning("%s holds %d float64 tensors; RWKV models have none", ck.path, doubles)

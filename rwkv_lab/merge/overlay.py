@@ -54,7 +54,9 @@ def same_dimensions(tuned: Checkpoint, layout: Layout) -> None:
     for field in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "n_head", "head_size"):
         ours, theirs = getattr(layout, field), getattr(other, field)
         if ours != theirs:
-            raise LayoutError(f"{field} differs: {tuned.path} has {theirs}, the base has {ours}; they are different models")
+            raise LayoutError(
+                f"{field} differs: {tuned.path} has {theirs}, the base has {ours}; they are different models"
+            )
 
 
 def full_tensors(
@@ -93,5 +95,7 @@ def refuse_prefix(unmatched: list[str], all_names: dict[str, TensorInfo], base: 
     prefix = common_prefix(unmatched)
     if not prefix and all(n.startswith("base_model.model.") for n in unmatched):
         prefix = "base_model.model."
-    hint = f"Their names begin with {prefix!r}; save them without it." if prefix else f"The base has {next(iter(base))}, …"
+    hint = (
+        f"Their names begin with {prefix!r}; save them without it." if prefix else f"The base has {next(iter(base))}, …"
+    )
     raise LayoutError(f"0 of {len(all_names)} tensors matched the base; first {unmatched[0]}.\n{hint}")

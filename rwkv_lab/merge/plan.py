@@ -14,7 +14,9 @@ class PlanRow:
     """One tensor of the output."""
 
     name: str
-    action: str  # "copy": the base's bytes; "cast"; "overlay": tuned's tensor; "add": new in the output; "blend"; "lora"
+    action: (
+        str  # "copy": the base's bytes; "cast"; "overlay": tuned's tensor; "add": new in the output; "blend"; "lora"
+    )
     source: str  # "base", "tuned" or "base + tuned"
     shape: tuple[int, ...]
     dtype: torch.dtype  # in the output

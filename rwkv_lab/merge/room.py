@@ -29,7 +29,9 @@ def check_output(out: Path, inputs: list[Checkpoint], allowed_dir: str | Path | 
         target = os.stat(out)
         for file in (f for ck in inputs for f in ck.files):
             if os.path.samestat(target, os.fstat(file.fd)):
-                raise OutputError(f"{out} is the input {file.path}, under this or another name; inputs are never written to")
+                raise OutputError(
+                    f"{out} is the input {file.path}, under this or another name; inputs are never written to"
+                )
     check_target(out, overwrite)
 
 

@@ -8,7 +8,9 @@ from rwkv_lab.errors import LayoutError
 from rwkv_lab.merge.change import Change, overwrite
 
 
-def changes(base: Checkpoint, tuned: Checkpoint, layout: Layout, alpha: float | None, precision: torch.dtype) -> list[Change]:
+def changes(
+    base: Checkpoint, tuned: Checkpoint, layout: Layout, alpha: float | None, precision: torch.dtype
+) -> list[Change]:
     """One change per layer. A whole checkpoint may serve as `tuned`: only its `time_state` is taken.
 
     Args:
