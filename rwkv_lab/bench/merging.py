@@ -1,8 +1,8 @@
 """What a merge costs, beside `cp` of the base and beside the script that people use today.
 
 Every way runs in a process of its own, in turn, several rounds; the clock stops when the disk has everything (`sync`).
-Memory is the peak of RssAnon above what the process had after its imports: pages of mapped files do not count, since the
-system can drop them. Answers are compared before a figure is reported.
+Memory is the peak of RssAnon above what the process had after its imports: pages of mapped files do not count, since
+the system can drop them. Answers are compared before a figure is reported.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Where every byte of an output file will lie, known before the first is written: .pth and .safetensors.
 
-A `.pth` is a zip of stored records: the pickle that describes the tensors, one record per tensor aligned to 64 bytes, and
-short ones for the version and the byte order. What is written here is what `torch.save` writes, with its checksums.
+A `.pth` is a zip of stored records: the pickle that describes the tensors, one record per tensor aligned to 64 bytes,
+and short ones for the version and the byte order. What is written here is what `torch.save` writes, with its checksums.
 """
 
 import io

@@ -1,7 +1,7 @@
 """Which generation of RWKV a checkpoint holds, and how large it is: read from names and shapes alone, in any order.
 
-Shapes are compared without their dimensions of size 1: files of third parties hold `[C]` where BlinkDL's hold `[1, 1, C]`,
-and one-head models come with their head dimension squeezed away.
+Shapes are compared without their dimensions of size 1: files of third parties hold `[C]` where BlinkDL's hold `[1, 1,
+C]`, and one-head models come with their head dimension squeezed away.
 """
 
 import re

@@ -44,7 +44,7 @@ def read_safetensors_header(file: SourceFile) -> tuple[dict[str, TensorInfo], di
     length = int.from_bytes(file.read(0, 8), "little")
     if length > MAX_HEADER or 8 + length > file.size:
         raise CorruptFileError(
-            f"{file.path}: its header claims {length} bytes, the file has {file.size}. It is truncated or not safetensors."
+            f"{file.path}: its header claims {length} bytes, the file has {file.size}: truncated, or not safetensors"
         )
     raw = file.read(8, length)
     header = _parse(raw, file)

@@ -1,6 +1,7 @@
 """A file that tensors are read from: its bytes by position, never mapped, and what is known of each tensor in it.
 
-Files are read by `pread`: a mapped file that shrinks, or a network disk that fails, kills the process without a message.
+Files are read by `pread`: a mapped file that shrinks, or a network disk that fails, kills the process without a
+message.
 """
 
 import os
@@ -11,7 +12,6 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.errors import CorruptFileError
-
 
 BLOCK = 1 << 18  # bytes; the blocks of two threads fit into a second-level cache, larger ones go at memory speed
 

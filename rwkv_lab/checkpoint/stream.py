@@ -1,8 +1,9 @@
 """Moves tensors into output files at the speed of a copy, in memory that does not depend on their size.
 
-Where every byte will lie is known beforehand (`file_layout`), so a few threads take one tensor each, in any order. A tensor
-passes in blocks that stay in the processor's cache: read, scanned, added to its checksum, written. Meanwhile the disk already
-writes what is done. (Letting the kernel copy unchanged bytes, `copy_file_range`, was tried: not faster than this, and blind.)
+Where every byte will lie is known beforehand (`file_layout`), so a few threads take one tensor each, in any order. A
+tensor passes in blocks that stay in the processor's cache: read, scanned, added to its checksum, written. Meanwhile the
+disk already writes what is done. (Letting the kernel copy unchanged bytes, `copy_file_range`, was tried: not faster
+than this, and blind.)
 """
 
 import os
@@ -120,8 +121,8 @@ def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: 
     if found and refuse:
         more = f" and {len(found) - 10} more" if len(found) > 10 else ""
         raise NumericsError(
-            f"the output would have NaN, Inf or overflow in {len(found)} tensors: {', '.join(map(str, found[:10]))}{more}.\n"
-            "Nothing was written. Repair the inputs, choose another dtype, or say allow_nonfinite=True to record and go on."
+            f"NaN, Inf or overflow in {len(found)} tensors of the output: {', '.join(map(str, found[:10]))}{more}.\n"
+            "Nothing was written. Repair the inputs, choose another dtype, or record them with allow_nonfinite=True."
         )
     for file in files:
         for offset, data in file.layout.rest(crcs[id(file)]):
@@ -164,7 +165,7 @@ def _copy(t: OutTensor, fd: int, offset: int, scan: Callable[[OutTensor], bool],
     if source.crc32 is not None and crc != source.crc32:
         raise CorruptFileError(
             f"{source.file.path}: the bytes of {t.name} do not have the checksum that stands beside them "
-            f"({crc:08x}, recorded {source.crc32:08x}).\nThe file was damaged after it was saved; download or copy it again."
+            f"({crc:08x}, recorded {source.crc32:08x}).\nIt was damaged after it was saved; download or copy it again."
         )
     return crc, _count(t.name, source.blocks(), t.dtype) if dirty else Findings(t.name)
 

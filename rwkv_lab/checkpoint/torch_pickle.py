@@ -1,8 +1,8 @@
 """Reads the pickle inside a torch checkpoint without ever running it.
 
-A pickle is a program for a small stack machine. `pickletools` takes it apart; the machine here knows only the instructions
-that `torch.save` writes for a dict of tensors, and builds descriptions from them: no name is imported, nothing is called.
-An instruction or a global that is not on the lists below makes the file unsafe.
+A pickle is a program for a small stack machine. `pickletools` takes it apart; the machine here knows only the
+instructions that `torch.save` writes for a dict of tensors, and builds descriptions from them: no name is imported,
+nothing is called. An instruction or a global that is not on the lists below makes the file unsafe.
 """
 
 import pickletools
@@ -134,7 +134,7 @@ def _run(data: bytes, where: str):
             if arg not in _GLOBALS:
                 raise UnsafeFileError(
                     f"{where}: its pickle asks for {arg.replace(' ', '.')}, which is not a tensor. Nothing was run.\n"
-                    "Save it again as tensors only where it comes from: torch.save(model.state_dict(), ...) or safetensors."
+                    "Save it again where it comes from, as tensors only: torch.save(model.state_dict(), ...)."
                 )
             stack.append(_Global(arg))
         elif op == "BINPERSID":

@@ -1,4 +1,4 @@
-"""Reads the header of a torch checkpoint: a zip of stored records, one of them a pickle that says what the others are."""
+"""Reads the header of a torch checkpoint: a zip of stored records, one of them a pickle that describes the others."""
 
 import struct
 import zipfile

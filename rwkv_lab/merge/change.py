@@ -20,7 +20,8 @@ class Change:
 
 
 def overwrite(name: str, base: TensorInfo | None, tuned: TensorInfo, alpha: float, precision: torch.dtype) -> Change:
-    """`tuned` in the place of `base`: bit for bit at alpha 1, else base + alpha (tuned - base); no base counts as zeros.
+    """`tuned` in the place of `base`: bit for bit at alpha 1, else base + alpha (tuned - base); no base counts as
+    zeros.
 
     The output has the base's shape where there is one, so that `[C]` may stand for `[1, 1, C]`.
     """
@@ -33,7 +34,8 @@ def overwrite(name: str, base: TensorInfo | None, tuned: TensorInfo, alpha: floa
         )
 
     def blend() -> Iterator[torch.Tensor]:
-        # Blocks of both have equally many elements only if their dtypes are of one size; a tensor is cut by the wider one.
+        # Blocks of both have equally many elements only if their dtypes are of one size; a tensor is cut by the wider
+        # one.
         for b, t in _in_step(base, tuned):
             yield torch.lerp(b.to(precision), t.to(precision), alpha)
 

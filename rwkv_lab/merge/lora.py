@@ -1,8 +1,8 @@
 """Method "lora": W + alpha/r · B A, in the layout of RWKV-LM-LoRA and RWKV-PEFT.
 
-Keys: `X.lora_A [r, in]` and `X.lora_B [out, r]` for the base's `X.weight [out, in]`; any other tensor in the file (`ln*`,
-`time_*`) is whole, and takes the place of the base's. The file does not say alpha. A PiSSA adapter has the same keys, and
-is not a LoRA: its base is what the decomposition left over.
+Keys: `X.lora_A [r, in]` and `X.lora_B [out, r]` for the base's `X.weight [out, in]`; any other tensor in the file
+(`ln*`, `time_*`) is whole, and takes the place of the base's. The file does not say alpha. A PiSSA adapter has the same
+keys, and is not a LoRA: its base is what the decomposition left over.
 """
 
 import re

@@ -64,8 +64,8 @@ def merge(
         pissa_init: for PiSSA adapters; none of today's three methods takes it.
         include, exclude: shell-style patterns on the output's tensor names: which of them `tuned` may touch.
         dtype: "bf16", "fp16" or "fp32" for every tensor of the output; None keeps each tensor's own.
-        scan: "all" looks for NaN and Inf in every tensor of the output, "changed" in those that do not come from the base.
-        allowed_dir: the only folder (with those below it) that the output may go to.
+        scan: "all" looks for NaN and Inf in every tensor of the output, "changed" in those that do not come from the
+        base. allowed_dir: the only folder (with those below it) that the output may go to.
         overwrite: allow `out` to exist; never allows it to be an input.
         dry_run: stop after the plan; nothing is written.
         allow_extra: patterns of tensor names that may be there although the generation does not know them.
@@ -169,7 +169,7 @@ def check_alpha(method: str, alpha: float | None) -> None:
         if alpha is None:
             raise ParameterError(
                 "alpha is missing: a LoRA file does not say it, and the delta is scaled by alpha / r.\n"
-                "Give the lora_alpha it was trained with. For a PiSSA adapter no alpha is right: it needs its init file."
+                "Give the lora_alpha it was trained with. (For a PiSSA adapter no alpha is right.)"
             )
         if alpha < 0:
             raise ParameterError(f"alpha is {alpha}; a LoRA's alpha is 0 or more")
@@ -281,7 +281,7 @@ def _output(
 
 
 def _memory_needed(changes: list[Change], tuned: Checkpoint, precision: torch.dtype) -> int:
-    """Upper bound of the anonymous memory: blocks of every thread, a LoRA's two halves, tensors that must be gathered."""
+    """Upper bound of the anonymous memory: every thread's blocks, a LoRA's two halves, tensors that must be gathered."""
     blocks = 16 * BLOCK  # values, product and rounded copy of one block in float64, with room for the allocator
     halves = 0
     if any(c.action == "lora" for c in changes):

@@ -1,4 +1,4 @@
-"""What made an output: enough to make it again, bit for bit. No clock and no folder names: they would change its bytes."""
+"""What made an output: enough to make it again, bit for bit. No clock, no folder names: they would change its bytes."""
 
 import json
 import platform

@@ -1,7 +1,7 @@
 """Proof of a merge: re-opens what was written with the formats' own libraries and recomputes it from the inputs.
 
-Nothing of the merge is used here but its arguments: files are read by `torch.load` and `safetensors`, and the arithmetic is
-written again, in float64.
+Nothing of the merge is used here but its arguments: files are read by `torch.load` and `safetensors`, and the
+arithmetic is written again, in float64.
 """
 
 import zipfile
@@ -21,8 +21,8 @@ _ROWS = 1 << 20  # elements compared at a time
 def verify_merge(result: MergeResult) -> list[Check]:
     """Compare the output of a merge with an independent recomputation, tensor by tensor.
 
-    A tensor that should be a copy must equal its source bit for bit. A computed one must lie within half a unit in the last
-    place of its dtype of the float64 result, plus the rounding that the stated precision allows.
+    A tensor that should be a copy must equal its source bit for bit. A computed one must lie within half a unit in the
+    last place of its dtype of the float64 result, plus the rounding that the stated precision allows.
     """
     base, tuned, out = _read(result.base), _read(result.tuned), _read(result.out)
     recipe = result.recipe
@@ -80,7 +80,7 @@ def _read(path: Path) -> Mapping[str, torch.Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {n: t.detach() for n, t in loaded.items() if isinstance(t, torch.Tensor)}
     with safe_open(path, "pt") as f:
-        return {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118: safe_open is no mapping
+        return {n: f.get_tensor(n) for n in f.keys()}
 
 
 def _touched(base: Mapping, tuned: Mapping, recipe: dict) -> set[str]:
@@ -117,7 +117,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _error_in_bounds(name: str, base: Mapping, tuned: Mapping, out: torch.Tensor, recipe: dict) -> float:
-    """Largest |out - exact| over what rounding allows: half a unit of the output's dtype, and the arithmetic's own error."""
+    """Largest |out - exact| over what rounding allows: half a unit of the output's dtype, and the arithmetic's error."""
     alpha = recipe["alpha"]
     stem = name.removesuffix(".weight")
     eps = torch.finfo(getattr(torch, recipe["precision"])).eps
