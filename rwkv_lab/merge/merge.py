@@ -281,7 +281,7 @@ def _output(
 
 
 def _memory_needed(changes: list[Change], tuned: Checkpoint, precision: torch.dtype) -> int:
-    """Upper bound of the anonymous memory: every thread's blocks, a LoRA's two halves, tensors that must be gathered."""
+    """Upper bound of the anonymous memory: each thread's blocks, a LoRA's two halves, tensors that must be gathered."""
     blocks = 16 * BLOCK  # values, product and rounded copy of one block in float64, with room for the allocator
     halves = 0
     if any(c.action == "lora" for c in changes):

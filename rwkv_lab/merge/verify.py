@@ -117,7 +117,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _error_in_bounds(name: str, base: Mapping, tuned: Mapping, out: torch.Tensor, recipe: dict) -> float:
-    """Largest |out - exact| over what rounding allows: half a unit of the output's dtype, and the arithmetic's error."""
+    """Largest |out - exact| over what rounding allows: half a unit of its dtype, and the arithmetic's error."""
     alpha = recipe["alpha"]
     stem = name.removesuffix(".weight")
     eps = torch.finfo(getattr(torch, recipe["precision"])).eps

@@ -1,0 +1,118 @@
+"""The house itself: one list of dependencies, floors that close known holes, two commands, nothing heavy at import."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def requirement(line: str) -> tuple[str, tuple[int, ...] | None]:
+    """(name, lowest version) of `name>=1.2`."""
+    match = re.fullmatch(r"([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?(?:>=([0-9.]+))?", line)
+    assert match, f"{line!r} is not name>=version"
+    return match[1], tuple(map(int, match[2].split("."))) if match[2] else None
+
+
+def floors() -> dict[str, tuple[int, ...]]:
+    lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
+    return {name: floor for name, floor in map(requirement, lines) if name != "rwkv_lab"}
+
+
+def test_environment_only_points_to_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python, pip, packages = environment["dependencies"]
+    assert python == f"python{PROJECT['requires-python']}"
+    assert (pip, packages) == ("pip", {"pip": ["-e .[all]"]})
+    assert set(requirement_extras(EXTRAS["all"][0])) == set(EXTRAS) - {"all"}
+
+
+def requirement_extras(line: str) -> list[str]:
+    return re.fullmatch(r"rwkv_lab\[(.*)\]", line)[1].split(",")
+
+
+@pytest.mark.parametrize(
+    ("name", "floor"), [("torch", (2, 10)), ("onnx", (1, 21)), ("jupyter-server", (2, 18)), ("papermill", (2, 6))]
+)
+def test_floors_that_close_known_holes(name, floor):
+    assert floors()[name] >= floor
+
+
+def test_every_dependency_has_a_floor():
+    assert [name for name, floor in floors().items() if floor is None] == []
+
+
+def test_constraints_keep_within_the_ranges():
+    pinned = dict(re.findall(r"^([a-z0-9_-]+)==([0-9.]+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    assert tuple(map(int, pinned["torch"].split("."))) >= floors()["torch"]
+
+
+def test_imports_of_the_notebooks_are_declared():
+    declared = {name.replace("-", "_") for name in floors()} | {"rwkv_lab"} | set(sys.stdlib_module_names)
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        for cell in json.loads(notebook.read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                used = re.findall(r"^(?:import|from) ([A-Za-z0-9_]+)", "".join(cell["source"]), re.M)
+                assert set(used) <= declared, f"{notebook.name} imports {set(used) - declared}"
+
+
+def test_import_is_light_and_does_nothing_on_the_side():
+    heavy = ["transformers", "onnxruntime", "matplotlib", "pandas", "ipywidgets", "IPython", "rwkv_lab.model"]
+    code = f"import sys, rwkv_lab; print([m for m in {heavy} if m in sys.modules], callable(rwkv_lab.merge))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["[]", "True"]
+
+
+def test_wheel_brings_kernels_and_notebooks(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ROOT]
+    subprocess.run([*pip, *build], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, capture_output=True)
+    code = (
+        "import rwkv_lab, rwkv_lab.resources as r; print(rwkv_lab.__file__);"
+        "print((r.kernels_folder() / 'README.md').is_file(), (r.notebooks_folder() / 'merge.ipynb').is_file())"
+    )
+    run = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True, env=environment)
+    where, found = done.stdout.splitlines()
+    assert where.startswith(str(tmp_path))
+    assert found == "True True"
+
+
+def test_no_unsafe_loading_anywhere():
+    sources = [*(ROOT / "rwkv_lab").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+    for path in sources:
+        text = path.read_text()
+        assert not re.search(r"weights_only\s*=\s*False", text), path
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, f"{path}: {call}"
+
+
+def test_rooms_import_only_rooms_below_them():
+    order = ["workbench", "merge", "train", "bench", "model", "wkv", "checkpoint"]
+    jobs = {"merge", "train", "bench"}
+    allowed = {room: set(order[i + 1 :]) - jobs for i, room in enumerate(order)}
+    allowed["workbench"] |= jobs
+    allowed["bench"] |= jobs - {"bench"}  # it measures them
+    allowed["checkpoint"] = allowed["wkv"] = set()
+    for room, below in allowed.items():
+        for path in (ROOT / "rwkv_lab" / room).rglob("*.py"):
+            used = set(re.findall(r"^\s*(?:from|import) rwkv_lab\.(\w+)", path.read_text(), re.M))
+            assert used & set(order) <= below | {room}, f"{path.relative_to(ROOT)} imports {used - below - {room}}"
+
+
+def test_dependency_of_makefile_and_ci():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert targets >= {"demo", "test", "lab", "lint", "bench", "clean"}
