@@ -2,15 +2,17 @@
 
 from rwkv_lab.train.data import CORPORA, Corpus, load_corpus
 from rwkv_lab.train.demo import demo_base, demo_folder, demo_state
-from rwkv_lab.train.trainer import RECIPES, Recipe, Sample, TrainResult, train
+from rwkv_lab.train.trainer import DTYPES, RECIPES, Recipe, Sample, TrainResult, choose_recipe, train
 
 __all__ = [
     "CORPORA",
+    "DTYPES",
     "RECIPES",
     "Corpus",
     "Recipe",
     "Sample",
     "TrainResult",
+    "choose_recipe",
     "demo_base",
     "demo_folder",
     "demo_state",
