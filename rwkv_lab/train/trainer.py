@@ -40,7 +40,7 @@ RECIPES = {
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 _CLIP = 1.0  # largest norm of the gradient
-_PROMPTS = {"english": ("The ", "If the value of "), "python": ("def ", "import os\n")}
+_PROMPTS = {"english": ("The ", "If the value of "), "python": ("def ", "import ")}
 _SAMPLE_LENGTH = 120  # tokens
 
 
@@ -221,7 +221,7 @@ def _measure(model, corpus: Corpus, ctx_len: int, seed: int) -> tuple[float, lis
     """Held-out bits per byte, and (prompt, continuation) pairs."""
     bits = bits_per_byte(model, corpus.held_out, ctx_len)
     prompts = _PROMPTS.get(corpus.name) or (corpus.held_out[:20].decode("utf-8", errors="replace"),)
-    return bits, [(p, model.generate_with_streaming(p, _SAMPLE_LENGTH, 0.7, 0.9, seed)) for p in prompts]
+    return bits, [(p, model.generate_with_streaming(p, _SAMPLE_LENGTH, 1.0, 0.8, seed)) for p in prompts]
 
 
 class _Clock:
