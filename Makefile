@@ -21,13 +21,15 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY)
-	@mkdir -p reports/demo
+	@mkdir -p demo reports/demo
 	@echo "1/3 pretraining the demo model on the help texts of Python"
-	@$(RUN) notebooks/train.ipynb reports/demo/pretrain.ipynb -p report reports/demo/pretrain -p kind pretrain -p overwrite True
+	@$(RUN) notebooks/train.ipynb reports/demo/pretrain.ipynb -r report reports/demo/pretrain \
+		-r kind pretrain -r base "" -r data english -r out demo/demo-base.pth -p overwrite True
 	@echo "2/3 tuning its state on the source code of the standard library"
-	@$(RUN) notebooks/train.ipynb reports/demo/state.ipynb -p report reports/demo/state -p kind state -p overwrite True
+	@$(RUN) notebooks/train.ipynb reports/demo/state.ipynb -r report reports/demo/state \
+		-r kind state -r base demo/demo-base.pth -r data python -r out demo/demo-state.pth -p overwrite True
 	@echo "3/3 merging the state into the model"
-	@$(RUN) notebooks/merge.ipynb reports/demo/merge.ipynb -p report reports/demo/merge -p overwrite True
+	@$(RUN) notebooks/merge.ipynb reports/demo/merge.ipynb -r report reports/demo/merge
 	@echo "The report: $(CURDIR)/reports/demo/merge/report.html"
 
 test: $(READY)
