@@ -1,0 +1,72 @@
+"""How far each tensor of a merged checkpoint lies from the base's: what the figures of a merge are drawn from."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rwkv_lab.checkpoint import Checkpoint, TensorInfo
+from rwkv_lab.checkpoint.source import BLOCK
+from rwkv_lab.progress import Progress
+
+_CHUNK = BLOCK // 8  # elements; divides the blocks of every float dtype, so that two tensors are cut at the same places
+BINS = 256  # of the histogram: the exponents of float32
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One tensor: Δ = merged - base, in float32. A tensor that the base does not have is compared with zeros."""
+
+    name: str
+    shape: tuple[int, ...]
+    new: bool  # the base does not have it
+    relative: float  # ‖Δ‖ / ‖base‖ in the Frobenius norm; NaN where the base's is 0
+    rms: float  # root of the mean of Δ², in the unit of the weights
+    largest: float  # max |Δ|
+    histogram: np.ndarray  # int64 [256]: bin e counts 2^(e-127) <= |Δ| < 2^(e-126); bin 0 counts Δ = 0
+
+    @property
+    def numel(self) -> int:
+        return int(self.histogram.sum())
+
+
+def deltas(base: Checkpoint, merged: Checkpoint, names: Iterable[str]) -> list[Delta]:
+    """Compare tensors of two open checkpoints, a block at a time: memory does not grow with their size.
+
+    Args:
+        names: which tensors of `merged`, in the order of the answer. Those that are known to be copies need no reading.
+    """
+    names = list(names)
+    with Progress("comparing with the base", sum(merged.info[n].nbytes for n in names)) as progress:
+        return [_delta(base.info.get(name), merged.info[name], progress) for name in names]
+
+
+def _delta(base: TensorInfo | None, merged: TensorInfo, progress: Progress) -> Delta:
+    histogram = torch.zeros(BINS, dtype=torch.int64)
+    moved = size = largest = 0.0
+    old = _chunks(base) if base else None
+    for after in _chunks(merged):
+        before = next(old) if old else torch.zeros_like(after)
+        size += float(torch.linalg.vector_norm(before, dtype=torch.float64)) ** 2
+        change = (after - before).abs_()
+        moved += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+        largest = max(largest, float(change.max()))
+        # The sign is clear, so that the bits above the mantissa are the exponent.
+        histogram += torch.bincount(change.view(torch.int32) >> 23, minlength=BINS)
+        progress.advance(len(after) * merged.dtype.itemsize)
+    return Delta(
+        name=merged.name,
+        shape=merged.shape,
+        new=base is None,
+        relative=(moved / size) ** 0.5 if size else float("nan"),
+        rms=(moved / max(merged.numel, 1)) ** 0.5,
+        largest=largest,
+        histogram=histogram.numpy(),
+    )
+
+
+def _chunks(info: TensorInfo) -> Iterator[torch.Tensor]:
+    for block in info.blocks():
+        for chunk in block.split(_CHUNK):
+            yield chunk.float()

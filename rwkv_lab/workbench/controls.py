@@ -1,0 +1,186 @@
+"""Panels for JupyterLab: a second way to set a notebook's parameters, with Plan and Run buttons.
+
+A panel edits `run.config` and calls the functions that the cells call; nothing can be done here only. Work runs in the
+main thread, where Interrupt reaches it.
+"""
+
+import html
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets as widgets
+from IPython.display import display
+
+from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.merge.merge import DTYPES, METHODS
+from rwkv_lab.progress import frontend_present
+from rwkv_lab.workbench.choosing import FileChooser
+from rwkv_lab.workbench.parameters import NOTEBOOKS
+from rwkv_lab.workbench.run import Run
+
+_LABEL = {"description_width": "7rem"}
+_WIDE = widgets.Layout(width="44rem")
+
+
+class Field:
+    """A widget for one parameter, and how its value is turned into the parameter's and back."""
+
+    def __init__(self, name: str, widget: Any, to_widget: Callable = lambda v: v, from_widget: Callable = lambda v: v):
+        self.name, self.widget = name, widget
+        self._to_widget, self._from_widget = to_widget, from_widget
+
+    @property
+    def value(self) -> Any:
+        """The parameter's value, not yet validated."""
+        return self._from_widget(self.widget.value)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self.widget.value = self._to_widget(value)
+
+
+class Panel:
+    """Fields and buttons over one run. Every change is validated at once; a refused one leaves the parameters alone.
+
+    Args:
+        fields: in the order in which they are shown.
+        buttons: label -> what it does with the run.
+    """
+
+    def __init__(self, run: Run, fields: list[Field], buttons: dict[str, Callable[[Run], object]]):
+        self.run = run
+        self.fields = {f.name: f for f in fields}
+        self.message = widgets.HTML()
+        self.output = widgets.Output()
+        for field in fields:
+            field.value = getattr(run.config, field.name)
+            field.widget.observe(lambda change: self.apply(), "value")
+        self.buttons = {}
+        for label, work in buttons.items():
+            button = widgets.Button(description=label, button_style="primary" if label == "Run" else "")
+            button.on_click(lambda _, work=work: self.do(work))
+            self.buttons[label] = button
+        shown = [getattr(f.widget, "box", f.widget) for f in fields]
+        self.box = widgets.VBox([*shown, widgets.HBox([*self.buttons.values()]), self.message, self.output])
+
+    def apply(self) -> bool:
+        """Take the fields over into `run.config`, all or none; False, with a message, where they are refused."""
+        try:
+            self.run.configure(**{name: field.value for name, field in self.fields.items()})
+        except RwkvLabError as e:
+            self._say(e)
+            return False
+        self.message.value = ""
+        return True
+
+    def do(self, work: Callable[[Run], object]) -> None:
+        """What a click does: take the fields over, work, and show the result or the refusal in the panel."""
+        if not self.apply():
+            return
+        self._enable(False)
+        self.output.clear_output()
+        self.message.value = "working …"
+        try:
+            with self.output:
+                work(self.run)
+            self.message.value = ""
+        except RwkvLabError as e:
+            self._say(e)
+        finally:
+            self._enable(True)
+
+    def _say(self, error: RwkvLabError) -> None:
+        text = html.escape(f"{type(error).__name__}: {error}")
+        self.message.value = f'<pre style="color: var(--jp-error-color1, #c00); white-space: pre-wrap">{text}</pre>'
+
+    def _enable(self, enabled: bool) -> None:
+        for button in self.buttons.values():
+            button.disabled = not enabled
+
+
+def merge_panel(run: Run) -> Panel | None:
+    """Show the panel of merge.ipynb; None, and a line that says so, where no front end is there."""
+    from rwkv_lab.workbench import merging
+
+    if not _someone_there():
+        return None
+    fields = [
+        _path("base"),
+        _path("tuned"),
+        _text("out", "merged.pth in the report folder"),
+        _choice("method", ("auto", *METHODS)),
+        _number("alpha"),
+        _patterns("include"),
+        _patterns("exclude"),
+        _choice("scan", ("all", "changed")),
+        _choice("dtype", (("each its own", ""), *((d, d) for d in DTYPES))),
+        _flag("overwrite"),
+    ]
+    return _show(Panel(run, fields, {"Plan": merging.preview, "Run": merging.everything}))
+
+
+def inspect_panel(run: Run) -> Panel | None:
+    """Show the panel of inspect.ipynb; None, and a line that says so, where no front end is there."""
+    from rwkv_lab.workbench import inspecting
+
+    if not _someone_there():
+        return None
+    return _show(Panel(run, [_path("checkpoint")], {"Run": inspecting.everything}))
+
+
+def _someone_there() -> bool:
+    """In batch no widget may even be made: its state would be saved in the executed notebook."""
+    if not frontend_present():
+        print("No front end here: the parameters above hold.")
+    return frontend_present()
+
+
+def _show(panel: Panel) -> Panel:
+    display(panel.box)
+    return panel
+
+
+def _help(name: str) -> str:
+    return next(m.model_fields[name].description for m in NOTEBOOKS.values() if name in m.model_fields)
+
+
+def _path(name: str) -> Field:
+    return Field(name, FileChooser(name, _help(name)))
+
+
+def _text(name: str, placeholder: str) -> Field:
+    widget = widgets.Text(
+        description=name,
+        placeholder=placeholder,
+        tooltip=_help(name),
+        style=_LABEL,
+        layout=_WIDE,
+        continuous_update=False,
+    )
+    return Field(name, widget)
+
+
+def _choice(name: str, options: tuple) -> Field:
+    return Field(name, widgets.Dropdown(options=options, description=name, tooltip=_help(name), style=_LABEL))
+
+
+def _number(name: str) -> Field:
+    field = _text(name, _help(name))
+    # Text that is no number goes on as it is, and is refused with the parameter's own words.
+    return Field(name, field.widget, lambda v: "" if v is None else f"{v:g}", lambda text: text.strip() or None)
+
+
+def _patterns(name: str) -> Field:
+    widget = widgets.Textarea(
+        description=name,
+        placeholder=f"{_help(name)}; one per line",
+        rows=2,
+        style=_LABEL,
+        layout=_WIDE,
+        continuous_update=False,
+    )
+    return Field(name, widget, "\n".join, lambda text: [line.strip() for line in text.splitlines() if line.strip()])
+
+
+def _flag(name: str) -> Field:
+    return Field(name, widgets.Checkbox(description=f"{name}: {_help(name)}", style=_LABEL, layout=_WIDE))

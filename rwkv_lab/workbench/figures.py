@@ -1,0 +1,245 @@
+"""Figures. Each function returns a matplotlib Figure and touches no global state; colours suit the colour-blind."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from rwkv_lab.checkpoint import TensorInfo
+from rwkv_lab.merge.deltas import BINS, Delta
+from rwkv_lab.workbench.tables import shown
+
+_WIDTH = 9.0  # inches
+_DPI = 144
+# Okabe and Ito's colours: told apart with every kind of colour vision.
+BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8a8f98"
+_CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, "#E69F00", "#F0E442", GREY)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG, on white, for screens of twice the usual density."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")
+    return buffer.getvalue()
+
+
+def moved_per_layer(changes: Sequence[Delta], n_layer: int, subtitle: str) -> Figure:
+    """Layer × matrix heat map of how far tensors moved, and bars for those outside the layers.
+
+    Args:
+        changes: tensors that may have moved; matrices without any are left out.
+        subtitle: base, tuned and method.
+    """
+    relative = {d.name: d.relative for d in changes if not d.new}
+    new = {d.name: d.rms for d in changes if d.new}
+    if new and not relative:  # nothing to divide by: the base has none of these tensors
+        return layer_map(
+            new, n_layer, "New tensors, which the base does not have", subtitle, "root mean square of the values"
+        )
+    marked = {n for n in new if n not in relative}
+    title = "What moved: ‖merged − base‖ / ‖base‖ of each tensor"
+    return layer_map(
+        relative | dict.fromkeys(marked, np.nan), n_layer, title, subtitle, "relative Frobenius norm", {"new": marked}
+    )
+
+
+def layer_map(
+    values: Mapping[str, float],
+    n_layer: int,
+    title: str,
+    subtitle: str,
+    unit: str,
+    marks: Mapping[str, set[str]] | None = None,
+) -> Figure:
+    """One coloured cell per tensor `blocks.<layer>.<matrix>`; tensors outside the layers are listed below.
+
+    Args:
+        values: number by tensor name, on a logarithmic scale; zero and NaN stay grey.
+        unit: what the numbers are, for the colour bar.
+        marks: text for a cell -> names of the tensors that carry it.
+    """
+    cells: dict[str, dict[int, float]] = {}
+    outside = {}
+    for name, value in values.items():
+        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if found and int(found[1]) < n_layer:
+            cells.setdefault(found[2], {})[int(found[1])] = value
+        else:
+            outside[name] = value
+    matrices = sorted(cells, key=_natural)
+    grid = np.full((max(len(matrices), 1), max(n_layer, 1)), np.nan)
+    for row, matrix in enumerate(matrices):
+        for layer, value in cells[matrix].items():
+            grid[row, layer] = value
+    figure = Figure(figsize=(_WIDTH, 1.9 + 0.24 * len(grid) + 0.2 * min(len(outside), 8)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor("#e4e7eb")
+    shown_cells = np.ma.masked_where(~(grid > 0), grid)
+    image = axes.imshow(
+        shown_cells, aspect="auto", cmap="viridis", norm=_log_scale([*values.values()]), interpolation="none"
+    )
+    for text, names in (marks or {}).items():
+        for name in names:
+            found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+            if found:
+                axes.text(int(found[1]), matrices.index(found[2]), text, ha="center", va="center", fontsize=7)
+    axes.set_yticks(range(len(matrices)), [_short(m) for m in matrices], fontsize=8, family="monospace")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    axes.set_xticks(np.arange(-0.5, n_layer), minor=True)
+    axes.set_yticks(np.arange(-0.5, len(grid)), minor=True)
+    axes.grid(which="minor", color="white", linewidth=1)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    below = [f"{_short(n)}  {v:.3g}" for n, v in list(outside.items())[:8]]
+    if len(outside) > 8:
+        below[-1] = f"… and {len(outside) - 7} more"
+    axes.set_xlabel("layer" + ("\n\noutside the layers:  " + "\n".join(below) if below else ""))
+    _titles(axes, title, subtitle)
+    figure.colorbar(image, ax=axes, label=unit, pad=0.02, aspect=30, shrink=0.95)
+    return figure
+
+
+def delta_histogram(changes: Sequence[Delta], subtitle: str) -> Figure:
+    """How many weights moved how far: |Δ| in bins that double, over all tensors that may have moved."""
+    counts = sum((d.histogram for d in changes), np.zeros(BINS, dtype=np.int64))
+    figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
+    axes = figure.subplots()
+    total, still = int(counts.sum()), int(counts[0])
+    used = np.flatnonzero(counts[1:]) + 1
+    if len(used):
+        bins = np.arange(used[0], used[-1] + 1)
+        axes.bar(2.0 ** (bins - 127.0), counts[bins], width=2.0 ** (bins - 127.0) * 0.94, align="edge", color=BLUE)
+        axes.set_xscale("log")
+    else:
+        axes.text(0.5, 0.5, "no weight moved", ha="center", transform=axes.transAxes, color=GREY)
+    axes.set_xlabel("|merged − base|, in the unit of the weights")
+    axes.set_ylabel("weights")
+    share = f"{still / total:.1%}" if total else "none"
+    _titles(
+        axes,
+        "How far single weights moved",
+        f"{subtitle}\nof {total:,} weights in tensors that changed, {share} stayed",
+    )
+    _quiet(axes)
+    return figure
+
+
+def loss_curve(losses: Sequence[float], title: str, subtitle: str, unit: str = "bits per byte") -> Figure:
+    """Training loss by step: every batch, and a running mean over a twentieth of the run."""
+    figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
+    axes = figure.subplots()
+    steps = np.arange(1, len(losses) + 1)
+    axes.plot(steps, losses, color=SKY, linewidth=0.8, alpha=0.7, label="each batch")
+    window = max(len(losses) // 20, 1)
+    if window > 1:
+        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(steps[window - 1 :], mean, color=BLUE, linewidth=2, label=f"mean of {window} batches")
+        axes.legend(frameon=False)
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"loss, {unit}")
+    _titles(axes, title, subtitle)
+    _quiet(axes)
+    return figure
+
+
+def bits_bars(bits: Mapping[str, Mapping[str, float]], subtitle: str) -> Figure:
+    """Bits per byte of held-out text, a group of bars per text and a bar per model; lower is better.
+
+    Args:
+        bits: text -> model -> bits per byte.
+    """
+    models = list(dict.fromkeys(m for row in bits.values() for m in row))
+    figure = Figure(figsize=(_WIDTH, 1.5 + 0.42 * len(bits) * len(models)), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(models)
+    for i, model in enumerate(models):
+        places = [row + (i - (len(models) - 1) / 2) * height for row, text in enumerate(bits) if model in bits[text]]
+        widths = [bits[text][model] for text in bits if model in bits[text]]
+        bars = axes.barh(places, widths, height * 0.9, color=_CYCLE[i % len(_CYCLE)], label=model)
+        axes.bar_label(bars, fmt=" %.3f", fontsize=9)
+    axes.set_yticks(range(len(bits)), list(bits))
+    axes.invert_yaxis()
+    axes.set_xlabel("bits per byte (lower is better)")
+    axes.margins(x=0.12)
+    _titles(axes, "Held-out text before and after", subtitle)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _quiet(axes)
+    return figure
+
+
+def sizes_by_part(info: Mapping[str, TensorInfo], subtitle: str) -> Figure:
+    """Where the bytes of a checkpoint lie, and in which dtype: a bar per part of the model."""
+    parts: dict[str, dict[str, int]] = {}
+    for name, tensor in info.items():
+        row = parts.setdefault(_part(name), {})
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        row[dtype] = row.get(dtype, 0) + tensor.nbytes
+    names = sorted(parts, key=lambda p: -sum(parts[p].values()))
+    dtypes = sorted({d for row in parts.values() for d in row})
+    figure = Figure(figsize=(_WIDTH, 1.5 + 0.32 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    left = np.zeros(len(names))
+    for i, dtype in enumerate(dtypes):
+        widths = np.array([parts[p].get(dtype, 0) / 1e6 for p in names])
+        axes.barh(range(len(names)), widths, 0.72, left=left, color=_CYCLE[i % len(_CYCLE)], label=dtype)
+        left += widths
+    axes.set_yticks(range(len(names)), [_short(n) for n in names], family="monospace", fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("MB")
+    _titles(axes, "Where the bytes are", subtitle)
+    axes.legend(frameon=False, loc="lower right")
+    _quiet(axes)
+    return figure
+
+
+def _log_scale(values: Sequence[float]) -> LogNorm:
+    positive = [v for v in values if v > 0 and np.isfinite(v)]
+    low, high = (min(positive), max(positive)) if positive else (0.1, 1.0)
+    if high / low < 4:  # a scale over a hair's breadth would make noise look like a pattern
+        middle = (low * high) ** 0.5
+        low, high = middle / 2, middle * 2
+    return LogNorm(low, high)
+
+
+def _part(name: str) -> str:
+    found = re.match(r"blocks\.\d+\.([^.]+)(\.[^.]+)?", name)
+    if not found:
+        return name.split(".")[0]
+    if found[1] in ("att", "ffn") and name.endswith((".weight", ".bias")) and name.count(".") == 4:
+        return f"blocks.*.{found[1]}{found[2]}"
+    return f"blocks.*.{found[1]}.*"
+
+
+def _natural(name: str) -> list:
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name)]
+
+
+def _short(name: str) -> str:
+    """A tensor's name for a label: printable, at most 40 characters, and no mathtext (a `$` would be typeset)."""
+    text = shown(name).replace("$", "\\$")
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def _titles(axes, title: str, subtitle: str) -> None:
+    lines = subtitle.count("\n") + 1
+    axes.set_title(shown(subtitle).replace("$", "\\$"), loc="left", fontsize=9, color="#57606a")
+    axes.annotate(
+        title,
+        (0, 1),
+        (0, 8 + 13 * lines),
+        "axes fraction",
+        "offset points",
+        fontsize=12,
+        fontweight="bold",
+        va="bottom",
+    )
+
+
+def _quiet(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="both", color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)

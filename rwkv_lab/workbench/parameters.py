@@ -1,0 +1,235 @@
+"""What each notebook takes: names, types, ranges and help. papermill only warns of a wrong name; here it is an error.
+
+Types are strict: the text "true" is no bool, True is no number, 1.0 is no whole number. One thing is converted: text
+that reads as a number, where one with a fraction is asked for, because YAML 1.1 takes `1e-3` for text.
+"""
+
+import ast
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.merge.merge import DTYPES, METHODS, check_alpha, method_of
+
+DEMO = ("demo:base", "demo:state")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value  # refused by its type
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        raise ValueError("it should be a finite number")
+    return value
+
+
+def _given(path: str) -> str:
+    if not path.strip():
+        raise ValueError("it should be a path, and is empty")
+    return path
+
+
+def _absolute(path: str) -> str:
+    """Seen from the current folder: the caller's under papermill, the notebook's in JupyterLab. Demo names, "" stay."""
+    if "\0" in path:
+        raise ValueError("it should be a path, and holds a zero byte")
+    if path in ("", *DEMO):
+        return path
+    if path.startswith("demo:"):
+        raise ValueError(f"it should be one of {', '.join(DEMO)}, or a path")
+    return os.path.abspath(os.path.expanduser(path))
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+InputPath = Annotated[str, AfterValidator(_given), AfterValidator(_absolute)]
+PathOrEmpty = Annotated[str, AfterValidator(_absolute)]
+Patterns = list[Annotated[str, AfterValidator(_given)]]
+
+
+class Parameters(BaseModel):
+    """What all notebooks share. Field order is the order in the notebook, descriptions are its help comments."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", validate_default=True)
+
+
+class MergeParameters(Parameters):
+    base: InputPath = Field("demo:base", description="the model to merge into: .pth, .safetensors or a folder")
+    tuned: InputPath = Field("demo:state", description="what to merge: a state, a full or partial fine-tune, a LoRA")
+    out: PathOrEmpty = Field("", description="empty: merged.pth in the report folder, replaced by the next run")
+    method: Literal[("auto", *METHODS)] = Field(
+        "auto", description="auto reads it off the file; or state, overlay, lora"
+    )
+    alpha: Annotated[Number, Field(ge=0)] | None = Field(
+        None, description="0 to 1: how far to go; for a LoRA: its alpha"
+    )
+    weights: list[Number] = Field([], description="for methods that mix models; none of today's takes it")
+    include: Patterns = Field([], description="shell patterns of tensors that may change; empty: all")
+    exclude: Patterns = Field([], description="shell patterns of tensors that stay the base's")
+    scan: Literal["all", "changed"] = Field("all", description="where to look for NaN and Inf: all or changed")
+    dtype: Literal[("", *DTYPES)] = Field(
+        "", description="bf16, fp16 or fp32 for every tensor; empty: each keeps its own"
+    )
+    allowed_dir: PathOrEmpty = Field("", description="the only folder that the output may go to; empty: any")
+    overwrite: bool = Field(False, description="replace the output if it is there; never an input")
+    dry_run: bool = Field(False, description="stop after the plan")
+    allow_extra: Patterns = Field(
+        [], description="patterns of tensors that the generation does not know but may be there"
+    )
+    report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/merge")
+
+
+class InspectParameters(Parameters):
+    checkpoint: InputPath = Field("demo:base", description="any checkpoint: .pth, .safetensors, a folder, an adapter")
+    report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/inspect")
+
+
+class TrainParameters(Parameters):
+    kind: Literal["pretrain", "state"] = Field("state", description="pretrain trains the whole model, state its start")
+    base: PathOrEmpty = Field("demo:base", description="the model to start from; empty: a fresh one, for pretrain only")
+    data: Annotated[str, AfterValidator(_given)] = Field(
+        "python", description="english, python or the path of a text file"
+    )
+    out: PathOrEmpty = Field("", description="empty: trained.pth in the report folder, replaced by the next run")
+    steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="batches to train on; None: the kind's own number"
+    )
+    batch_size: Annotated[int, Field(ge=1)] | None = Field(None, description="texts per batch; None: the kind's own")
+    ctx_len: Annotated[int, Field(ge=1)] | None = Field(None, description="bytes per text; None: the kind's own")
+    lr: Annotated[Number, Field(gt=0)] | None = Field(None, description="highest learning rate; None: the kind's own")
+    dtype: Literal["float32", "float64", "bfloat16"] = Field(
+        "float32", description="of the model: float32, float64, bfloat16"
+    )
+    device: Annotated[str, AfterValidator(_given)] = Field("cpu", description="cpu or cuda")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="the same seed gives the same file")
+    overwrite: bool = Field(False, description="replace the output if it is there")
+    report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/train")
+
+
+NOTEBOOKS: dict[str, type[Parameters]] = {
+    "merge": MergeParameters,
+    "inspect": InspectParameters,
+    "train": TrainParameters,
+}
+
+_PLAIN = (str, bytes, int, float, complex, list, dict, tuple, set, type(None))
+_HINTS = {
+    "bool_type": "papermill's -p takes True and False, spelled like this.",
+    "string_type": "papermill's -p turns text that looks like a number into one; -r {name} keeps it as text.",
+    "list_type": 'papermill takes a list by -y: -y \'{{"{name}": ["blocks.0.*"]}}\'',
+}
+
+
+def read_parameters(notebook: str, namespace: Mapping[str, Any], names_are_all: bool) -> Parameters:
+    """Validate the parameters of a notebook.
+
+    Args:
+        notebook: a key of `NOTEBOOKS`.
+        namespace: variables by name, such as `globals()`; a parameter that is not in it keeps its default.
+        names_are_all: every public variable with a plain value must be a parameter. True in batch; in JupyterLab a
+            person's own variables lie in the same namespace.
+    Raises:
+        ParameterError: an unknown name, a wrong type, a value out of range, or parameters that do not go together.
+    """
+    model = NOTEBOOKS[notebook]
+    if names_are_all:
+        _refuse_code(notebook, namespace)
+        for name, value in namespace.items():
+            hidden = name.startswith("_") or name in ("In", "Out")  # IPython's own
+            if not hidden and name not in model.model_fields and isinstance(value, _PLAIN):
+                raise _unknown(notebook, name)
+    return _validated(model, {name: namespace[name] for name in model.model_fields if name in namespace})
+
+
+def changed(config: Parameters, **values: Any) -> Parameters:
+    """The same parameters with some changed, validated again.
+
+    Raises:
+        ParameterError: as `read_parameters`.
+    """
+    for name in values:
+        if name not in type(config).model_fields:
+            raise ParameterError(f"there is no parameter {name!r}; there are: {', '.join(type(config).model_fields)}")
+    return _validated(type(config), config.model_dump() | values)
+
+
+def input_path(value: str) -> Path:
+    """The file behind an input parameter; the demo files are trained now if they are not there."""
+    from rwkv_lab import train  # here, because it brings the model with it
+
+    if value == "demo:base":
+        return train.demo_base()
+    if value == "demo:state":
+        return train.demo_state()
+    return Path(value)
+
+
+def check_files(config: Parameters) -> None:
+    """Refuse what only the files' headers can tell: an alpha that does not fit the method that `auto` stands for.
+
+    Raises:
+        ParameterError: alpha out of range, or missing for a LoRA.
+        RwkvLabError: the file cannot be opened.
+    """
+    if isinstance(config, MergeParameters) and config.method == "auto" and config.tuned not in DEMO:
+        with open_checkpoint(config.tuned) as tuned:
+            check_alpha(method_of(tuned), config.alpha)
+    elif isinstance(config, MergeParameters):
+        check_alpha("state" if config.method == "auto" else config.method, config.alpha)
+
+
+def _validated(model: type[Parameters], values: Mapping[str, Any]) -> Parameters:
+    try:
+        config = model(**values)
+    except ValidationError as e:
+        raise _in_our_words(e) from None
+    if isinstance(config, MergeParameters) and (config.base in DEMO) != (config.tuned in DEMO):
+        given, missing = ("base", "tuned") if config.tuned in DEMO else ("tuned", "base")
+        raise ParameterError(
+            f"{missing} is missing: {given} is {getattr(config, given)}, {missing} is still the demo's.\n"
+            f"Give both, or neither for the demo."
+        )
+    if isinstance(config, TrainParameters) and config.kind == "state" and not config.base:
+        raise ParameterError("base is missing: kind='state' tunes the initial state of a model; give that model")
+    return config
+
+
+def _unknown(notebook: str, name: str) -> ParameterError:
+    allowed = list(NOTEBOOKS[notebook].model_fields)
+    near = get_close_matches(name, allowed, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    return ParameterError(f"{notebook} has no parameter {name!r}{hint}\nIt takes: {', '.join(allowed)}")
+
+
+def _in_our_words(error: ValidationError) -> ParameterError:
+    """The first of pydantic's findings, what to do about it, and which other parameters are wrong too."""
+    first, *rest = error.errors()
+    name, value = first["loc"][0], repr(first["input"])
+    says = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    lines = [f"{name}={value if len(value) <= 80 else value[:80] + '…'}: {says}"]
+    if first["type"] in _HINTS:
+        lines.append(_HINTS[first["type"]].format(name=name))
+    others = sorted({str(e["loc"][0]) for e in rest} - {str(name)})
+    if others:
+        lines.append(f"Wrong too: {', '.join(others)}")
+    return ParameterError("\n".join(lines))
+
+
+def _refuse_code(notebook: str, namespace: Mapping[str, Any]) -> None:
+    """papermill writes `name = value` without looking at the name, so that a name may be code. Read what it wrote."""
+    for source in namespace.get("In", []):
+        if not source.startswith("# Parameters"):
+            continue
+        for statement in ast.parse(source).body:
+            target = statement.targets[0] if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
+            if not isinstance(target, ast.Name):
+                raise ParameterError(f"{ast.unparse(statement)[:80]!r} does not set a parameter; names are plain words")
+            if target.id not in NOTEBOOKS[notebook].model_fields:
+                raise _unknown(notebook, target.id)

@@ -1,0 +1,99 @@
+"""`report.html`: one file that is read offline, without the project, and tells nothing of the disk it came from."""
+
+import base64
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from rwkv_lab.checkpoint import FileFacts, write_text
+from rwkv_lab.checks import Check
+from rwkv_lab.progress import human_bytes
+from rwkv_lab.workbench.result import Record, versions
+from rwkv_lab.workbench.tables import Table, shown
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as PNG."""
+
+    title: str
+    caption: str  # how to read it, one or two sentences
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What several models wrote after the same prompt."""
+
+    prompt: str
+    texts: dict[str, str]  # model -> continuation
+
+
+@dataclass
+class Page:
+    """What a notebook has to show. All of it may hold text from checkpoints; the template escapes everything."""
+
+    notebook: str
+    headline: str = ""  # what was made, of what, in one sentence
+    facts: list[tuple[str, object]] = field(default_factory=list)  # recipe, plan, dimensions
+    pictures: list[Picture] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+def write_report(path: Path, page: Page, record: Record, command: str) -> None:
+    """Write `report.html`, whole or not at all.
+
+    Args:
+        command: the shell command that repeats the run, "" where the parameters were refused.
+    Raises:
+        OutputError: the folder cannot be written to.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    known = _paths_in(record)
+    environment.filters |= {
+        "shown": lambda value: without_folders(shown(value), known),
+        "base64": lambda png: base64.b64encode(png).decode(),
+        "bytes": human_bytes,
+    }
+    text = environment.get_template("report.html.jinja").render(
+        page=page,
+        record=record,
+        verdict=_verdict(record),
+        checks=[(c, isinstance(c, Check)) for c in record.checks],
+        command=command,
+        versions=versions(),
+        when=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    )
+    write_text(path, text.encode("utf-8", "replace").decode(), overwrite=True)
+
+
+def without_folders(text: str, known: Iterable[str]) -> str:
+    """`text` with every absolute path cut down to its last part: a report that is passed on tells no home folders.
+
+    Args:
+        known: paths that are known to occur, which may have spaces in them.
+    """
+    for path in sorted(known, key=len, reverse=True):
+        text = text.replace(path, Path(path).name)
+    return re.sub(r"(?<![\w.~/<-])~?/(?:[^\s/'\"<>]+/)+(?=[^\s/])", "", text)
+
+
+def _paths_in(record: Record) -> set[str]:
+    files: list[FileFacts] = [*record.inputs, *record.outputs]
+    values = [v for v in record.parameters.values() if isinstance(v, str)]
+    found = {str(f.path) for f in files} | {str(f.path.absolute()) for f in files} | {str(record.folder)}
+    found |= {v for v in values if Path(v).is_absolute() and len(Path(v).parts) > 1}
+    return found | {str(Path(v).parent) for v in found if len(Path(v).parts) > 2}
+
+
+def _verdict(record: Record) -> str:
+    if record.status == "failed":
+        return "FAIL"
+    return "FAIL" if record.failed_checks else "PASS" if record.checks else "DONE"

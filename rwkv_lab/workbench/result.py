@@ -1,0 +1,112 @@
+"""`result.json`: what a script reads of a run. Written as "running" first, and replaced whole when the run ends."""
+
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rwkv_lab import __version__
+from rwkv_lab.checkpoint import FileFacts, write_text
+from rwkv_lab.checks import Check
+
+
+@dataclass(frozen=True)
+class NotApplicable:
+    """A check that this run gives no occasion for; it is neither passed nor failed."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"n/a   {self.name}: {self.reason}"
+
+
+@dataclass
+class Record:
+    """The content of `result.json`. Change the fields, then `write`."""
+
+    folder: Path
+    notebook: str
+    parameters: Mapping[str, object]
+    status: str = "running"  # "running", "ok" or "failed"
+    error: BaseException | None = None
+    inputs: list[FileFacts] = field(default_factory=list)
+    outputs: list[FileFacts] = field(default_factory=list)
+    checks: list[Check | NotApplicable] = field(default_factory=list)
+    metrics: dict[str, object] = field(default_factory=dict)
+    figures: list[Path] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def failed_checks(self) -> list[Check]:
+        return [c for c in self.checks if isinstance(c, Check) and not c.passed]
+
+    def as_dict(self) -> dict:
+        """JSON-ready: no NaN, paths absolute, `passed` null for a check that does not apply."""
+        error = {"class": type(self.error).__name__, "message": str(self.error)} if self.error is not None else None
+        return _plain(
+            {
+                "notebook": self.notebook,
+                "status": self.status,
+                "error": error,
+                "parameters": self.parameters,
+                "inputs": _files(self.inputs),
+                "outputs": _files(self.outputs),
+                "checks": [_check(c) for c in self.checks],
+                "metrics": self.metrics,
+                "figures": self.figures,
+                "versions": versions(),
+                "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            }
+        )
+
+    def write(self) -> Path:
+        """Replace `result.json`, whole or not at all, and return its path.
+
+        Raises:
+            OutputError: the folder cannot be written to.
+        """
+        path = self.folder / "result.json"
+        text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        # Text from a file may hold lone surrogates, which UTF-8 cannot carry.
+        write_text(path, text.encode("utf-8", "replace").decode() + "\n", overwrite=True)
+        return path
+
+
+def versions() -> dict[str, str]:
+    """What the result depends on."""
+    return {
+        "rwkv_lab": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def _files(facts: Iterable[FileFacts]) -> list[dict]:
+    return [{"path": f.path.absolute(), "bytes": f.bytes, "fingerprint": f.fingerprint} for f in facts]
+
+
+def _check(check: Check | NotApplicable) -> dict:
+    if isinstance(check, NotApplicable):
+        return {"name": check.name, "value": f"not applicable: {check.reason}", "limit": None, "passed": None}
+    return {"name": check.name, "value": check.value, "limit": check.limit, "passed": bool(check.passed)}
+
+
+def _plain(value: object) -> object:
+    """What JSON can hold: NaN and Inf as text, everything unknown as text."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (np.generic, torch.Tensor)):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, (str, int)) else str(value)

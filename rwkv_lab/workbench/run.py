@@ -1,0 +1,204 @@
+"""One run of a notebook: its parameters, its folder, `result.json` and `report.html`, from first cell to last."""
+
+import json
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rwkv_lab.errors import OutputError
+from rwkv_lab.progress import frontend_present
+from rwkv_lab.resources import checkout_folder
+from rwkv_lab.workbench.parameters import NOTEBOOKS, Parameters, changed, check_files, read_parameters
+from rwkv_lab.workbench.report import Page, Picture, write_report
+from rwkv_lab.workbench.result import Record
+from rwkv_lab.workbench.tables import Table
+
+
+class Run:
+    """What the cells of a notebook hand on to each other. `start` makes it.
+
+    config: the validated parameters; `configure` changes them.
+    record: what goes into `result.json`.
+    page: what goes into `report.html`.
+    """
+
+    def __init__(self, notebook: str, folder: Path, parameters: Mapping[str, object]):
+        self.notebook, self.folder = notebook, folder
+        self.config: Parameters | None = None  # until the parameters are validated
+        self._begin(parameters)
+
+    def _begin(self, parameters: Mapping[str, object]) -> None:
+        self._start = time.perf_counter()
+        self.page = Page(notebook=self.notebook)
+        self.record = Record(self.folder, self.notebook, parameters)
+        (self.folder / "report.html").unlink(missing_ok=True)  # of an earlier run: it would pass for this one's
+        self.record.write()
+
+    def configure(self, **values: Any) -> None:
+        """Change parameters, all or none.
+
+        Raises:
+            ParameterError: an unknown name or a value that is refused; nothing has changed then.
+        """
+        config = changed(self.config, **values)
+        check_files(config)
+        self.config = config
+
+    def begin_again(self) -> None:
+        """Start over with the parameters as they are now; forget what an earlier pass through the notebook recorded."""
+        self._begin(self.config.model_dump())
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Record the seconds that a stage takes."""
+        start = time.perf_counter()
+        yield
+        self.record.seconds[stage] = time.perf_counter() - start
+
+    def output_path(self, name: str) -> Path:
+        """Where the output goes: parameter `out`, or `name` in the report folder."""
+        return Path(self.config.out or self.folder / name)
+
+    def may_overwrite(self) -> bool:
+        """An output without a name of its own belongs to the report folder, and is replaced with the report."""
+        return self.config.overwrite or not self.config.out
+
+    def show_figure(self, name: str, title: str, caption: str, figure: Any) -> None:
+        """Save a matplotlib Figure as `<name>.png` in the report folder, put it into the report, and display it."""
+        from IPython.display import Image, display
+
+        from rwkv_lab.workbench.figures import png  # matplotlib takes a second that validation need not wait for
+
+        picture = Picture(title, caption, png(figure))
+        path = self.folder / f"{name}.png"
+        path.write_bytes(picture.png)
+        self.page.pictures.append(picture)
+        self.record.figures.append(path)
+        display(Image(picture.png, width=900))
+
+    def command(self) -> str:
+        """The shell command that repeats this run with papermill."""
+        words = ["papermill", f"notebooks/{self.notebook}.ipynb", str(self.folder / "run.ipynb")]
+        for name, field in type(self.config).model_fields.items():
+            value = getattr(self.config, name)
+            if name == "report":
+                words += ["-r", name, str(self.folder)]
+            elif value == field.default:
+                continue
+            elif isinstance(value, str):
+                words += ["-r", name, value]  # -p would turn a name like 12e4 into a number
+            elif isinstance(value, list):
+                words += ["-y", json.dumps({name: value}, ensure_ascii=False)]
+            else:
+                words += ["-p", name, str(value)]
+        return shlex.join(words)
+
+    def fail(self, error: BaseException) -> None:
+        """Record that the run failed, and write the report of it."""
+        self.record.status, self.record.error = "failed", error
+        self._end()
+
+    def finish(self, must_pass: bool) -> None:
+        """Write `result.json` and `report.html` for good, and say where they are.
+
+        Args:
+            must_pass: a check that failed makes the run fail. False where finding faults is the job.
+        Raises:
+            OutputError: a check failed.
+        """
+        failed = self.record.failed_checks
+        if failed and must_pass:
+            raise OutputError(
+                f"{len(failed)} of {len(self.record.checks)} checks failed, first: {failed[0]}.\n"
+                f"Do not use the output; {self.folder / 'report.html'} has all checks."
+            )
+        self.record.status, self.record.error = "ok", None
+        self._end()
+        print(f"report  {self.folder / 'report.html'}\nresult  {self.folder / 'result.json'}\nagain   {self.command()}")
+
+    def _end(self) -> None:
+        self.record.seconds["total"] = time.perf_counter() - self._start
+        write_report(self.folder / "report.html", self.page, self.record, self.command() if self.config else "")
+        self.record.write()
+
+    def after_cell(self, result: Any) -> None:
+        """Called by IPython after every cell: one that raised while the run was on makes the run fail."""
+        error = result.error_before_exec or result.error_in_exec
+        if error is not None and self.record.status == "running":
+            self.fail(error)
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def __repr__(self) -> str:
+        return repr(self._table())
+
+    def _table(self) -> Table:
+        rows = [
+            (name, _as_literal(getattr(self.config, name)), field.description)
+            for name, field in type(self.config).model_fields.items()
+        ]
+        return Table(f"Parameters of this {self.notebook} run", ("parameter", "value", "what it is"), rows)
+
+
+def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
+    """Validate the parameters of a notebook and open its run; `result.json` says "running" from here on.
+
+    Args:
+        notebook: "merge", "inspect" or "train".
+        namespace: the notebook's `globals()`. In batch every public plain variable in it must be a parameter; in
+            JupyterLab a person's own variables may be there too.
+    Raises:
+        ParameterError: a wrong name, type or value; `result.json` says "failed" then, and why.
+        OutputError: the report folder cannot be made.
+    """
+    wanted = namespace.get("report")
+    given = {name: namespace[name] for name in NOTEBOOKS[notebook].model_fields if name in namespace}
+    run = Run(notebook, _report_folder(notebook, wanted if isinstance(wanted, str) else ""), given)
+    try:
+        run.config = read_parameters(notebook, namespace, names_are_all=not frontend_present())
+        run.config.report = str(run.folder)
+        run.record.parameters = run.config.model_dump()
+        check_files(run.config)
+    except Exception as e:
+        run.fail(e)
+        raise
+    run.record.write()
+    _join_kernel(run)
+    return run
+
+
+def _report_folder(notebook: str, wanted: str) -> Path:
+    home = checkout_folder() or Path.cwd()
+    folder = Path(wanted).expanduser().absolute() if wanted.strip() else home / "reports" / notebook
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as e:
+        raise OutputError(f"the report folder {folder} cannot be made: {e}") from e
+    return folder
+
+
+def _join_kernel(run: Run) -> None:
+    """Hear of cells that raise, in the place of an earlier run, and let the package's log appear under the cells."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:  # plain Python: exceptions reach the caller
+        return
+    for callback in list(shell.events.callbacks["post_run_cell"]):
+        if isinstance(getattr(callback, "__self__", None), Run):
+            shell.events.unregister("post_run_cell", callback)
+    shell.events.register("post_run_cell", run.after_cell)
+    log = logging.getLogger("rwkv_lab")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler(sys.stdout))
+        log.setLevel(logging.INFO)
+
+
+def _as_literal(value: object) -> str:
+    return value if isinstance(value, str) and value else repr(value)

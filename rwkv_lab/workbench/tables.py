@@ -1,0 +1,53 @@
+"""Tables as JupyterLab, a log and the report show them. Every cell is escaped: names may come from a hostile file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+_TEXT_ROWS = 40  # of a table in a log
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under column names. Cells are text or numbers; numbers stand to the right."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    note: str = ""
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{escape(c)}</th>" for c in self.columns)
+        body = "".join(f"<tr>{''.join(_cell(v) for v in row)}</tr>" for row in self.rows)
+        note = f"<p>{escape(self.note)}</p>" if self.note else ""
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f'<p><b>{escape(self.title)}</b></p><div style="max-height: 24em; overflow: auto">{table}</div>{note}'
+
+    def __repr__(self) -> str:
+        cells = [list(self.columns)] + [[shown(v) for v in row] for row in self.rows[:_TEXT_ROWS]]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+        lines = [
+            self.title,
+            *("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells),
+        ]
+        if len(self.rows) > _TEXT_ROWS:
+            lines.append(f"… and {len(self.rows) - _TEXT_ROWS} more rows")
+        return "\n".join(lines + ([self.note] if self.note else []))
+
+
+def shown(value: object) -> str:
+    """A cell as text: four digits of a float, thousands of an int set apart, no control characters."""
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def _cell(value: object) -> str:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    style = ' style="text-align: right"' if number else ' style="text-align: left; white-space: pre-wrap"'
+    return f"<td{style}>{escape(shown(value))}</td>"
