@@ -221,7 +221,7 @@ def _measure(model, corpus: Corpus, ctx_len: int, seed: int) -> tuple[float, lis
     """Held-out bits per byte, and (prompt, continuation) pairs."""
     bits = bits_per_byte(model, corpus.held_out, ctx_len)
     prompts = _PROMPTS.get(corpus.name) or (corpus.held_out[:20].decode("utf-8", errors="replace"),)
-    return bits, [(p, model.generate_with_streaming(p, _SAMPLE_LENGTH, 1.0, 0.8, seed)) for p in prompts]
+    return bits, [(p, model.generate_with_streaming(p, _SAMPLE_LENGTH, 1.0, 0.95, seed)) for p in prompts]
 
 
 class _Clock:
