@@ -8,13 +8,14 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rwkv_lab.errors import OutputError
 
 _MARK = ".rwkv_lab-partial"
+_PREVIOUS = ".rwkv_lab-previous"  # a folder that is just being replaced
 
 
 @contextmanager
@@ -24,13 +25,10 @@ def atomic_file(path: Path, overwrite: bool) -> Iterator[int]:
     Raises:
         OutputError: `path` exists and may not be overwritten, or its folder cannot be written to.
     """
-    check_target(path, overwrite)
     _remove_stale(path)
-    temporary = _temporary(path)
-    with _os_errors(path):
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    check_target(path, overwrite)
+    temporary, fd = _create(path, lambda t: os.open(t, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
         with _os_errors(path):
             yield fd
             os.fsync(fd)
@@ -50,22 +48,15 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         OutputError: as for `atomic_file`.
     """
-    check_target(path, overwrite)
     _remove_stale(path)
-    temporary = _temporary(path)
-    with _os_errors(path):
-        temporary.mkdir()
-    fd = os.open(temporary, os.O_RDONLY)
+    check_target(path, overwrite)
+    temporary, fd = _create(path, _make_folder)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
         with _os_errors(path):
             yield temporary
             os.fsync(fd)
             if overwrite and path.is_dir():
-                old = _temporary(path)
-                path.rename(old)
-                temporary.rename(path)
-                shutil.rmtree(old)
+                _swap(temporary, path)
             else:
                 temporary.rename(path)
     except BaseException:
@@ -95,8 +86,44 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise OutputError(f"the folder {folder} is not writable for this user")
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}{_MARK}")
+def _temporary(path: Path, mark: str = _MARK) -> Path:
+    return path.with_name(f"{_head(path)}{secrets.token_hex(6)}{mark}")
+
+
+def _head(path: Path) -> str:
+    return f".{path.name[:50]}."  # 50 characters are at most 200 bytes, of the 255 that a name may have
+
+
+def _create(path: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
+    """A new temporary and its descriptor, locked."""
+    with _os_errors(path):
+        while True:
+            temporary = _temporary(path)
+            fd = create(temporary)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if temporary.exists():  # else another process took it for a dead one's before it was locked
+                return temporary, fd
+            os.close(fd)
+
+
+def _make_folder(temporary: Path) -> int:
+    temporary.mkdir()
+    return os.open(temporary, os.O_RDONLY)
+
+
+def _swap(temporary: Path, path: Path) -> None:
+    """Put the folder `temporary` in the place of the folder `path`.
+
+    Two renames, so killed between them `path` is gone; `_remove_stale` puts the old folder back.
+    """
+    old = _temporary(path, _PREVIOUS)
+    path.rename(old)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
 
 
 def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
@@ -116,9 +143,14 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 def _remove_stale(path: Path) -> None:
-    head = f".{path.name[:100]}."
+    if not path.parent.is_dir():
+        return
     for left in path.parent.iterdir():
-        if not (left.name.startswith(head) and left.name.endswith(_MARK)) or left.is_symlink():
+        if not left.name.startswith(_head(path)) or left.is_symlink():
+            continue
+        if left.name.endswith(_PREVIOUS) and left.is_dir():
+            shutil.rmtree(left, ignore_errors=True) if path.exists() else left.rename(path)
+        if not left.name.endswith(_MARK):
             continue
         try:
             fd = os.open(left, os.O_RDONLY)

@@ -17,6 +17,7 @@ import torch
 from isal.isal_zlib import crc32
 
 from rwkv_lab.checkpoint.safetensors_header import DTYPE_NAMES
+from rwkv_lab.checkpoint.source import is_name
 from rwkv_lab.checkpoint.torch_pickle import STORAGE_DTYPES
 from rwkv_lab.errors import OutputError
 
@@ -43,8 +44,11 @@ def file_layout(kind: str, tensors: Sequence[Described], notes: dict[str, str]) 
     Args:
         notes: short texts that travel in the file: metadata of a .safetensors, records of a .pth.
     Raises:
-        OutputError: a dtype that the format does not have.
+        OutputError: a dtype that the format does not have, or a name that no reader would accept.
     """
+    unfit = next((t.name for t in tensors if not is_name(t.name) or t.name == "__metadata__"), None)
+    if unfit is not None:
+        raise OutputError(f"a tensor cannot be called {unfit!r}; name it in printable text")
     known = STORAGE_DTYPES.values() if kind == "pth" else DTYPE_NAMES
     odd = next((t for t in tensors if t.dtype not in known), None)
     if odd is not None:

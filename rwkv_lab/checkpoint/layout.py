@@ -203,30 +203,35 @@ def detect_layout(shapes: Mapping[str, Shape]) -> Layout:
         vocab_size,
         n_head,
         head_size,
-        _ranks(s, version),
+        _ranks(s, version, len(layers)),
         tuple(evidence),
     )
 
 
 def _version(s: _Shapes, att: str, dim_att: int) -> tuple[str, str]:
-    """(generation, the name that decided it)."""
-    if att + "r_k" in s or att + "k_k" in s:
-        return "7.0", att + ("r_k" if att + "r_k" in s else "k_k")
-    if att + "time_maa_x" in s:
+    """(generation, the name that decided it). Any one name of a generation will do: which are missing is said later."""
+
+    def first(*names: str) -> str | None:
+        return next((att + n for n in names if att + n in s), None)
+
+    if mark := first("r_k", "k_k"):
+        return "7.0", mark
+    if mark := first(*(f"time_maa_{z}" for z in "xwkvrg")):
         if att + "gate.weight" not in s:
-            raise LayoutError(f"not supported: RWKV-6 without gate ({att}time_maa_x is there, {att}gate.weight is not)")
-        return "6.0", att + "time_maa_x"
-    if att + "ln_x.weight" in s and att + "time_mix_k" in s:
+            raise LayoutError(f"not supported: RWKV-6 without gate ({mark} is there, {att}gate.weight is not)")
+        return "6.0", mark
+    mark = first("time_mix_k", "time_mix_v", "time_mix_r")
+    if mark and first("ln_x.weight", "ln_x.bias"):
         # One decay per head, or one per channel: a squeezed [1, N] of a one-head 5.2 model counts N = dim_att values.
         if s.numel(att + "time_decay") == dim_att:
             return "5.2", att + "time_decay"
-        return ("5.1" if att + "gate.weight" in s else "5.0"), att + "time_decay"
-    if att + "time_mix_k" in s and att + "time_first" in s:
-        return "4.0", att + "time_first"
-    raise LayoutError(f"not an RWKV model: {att}* has none of r_k (7), time_maa_x (6), time_mix_k (4, 5)")
+        return ("5.1" if first("gate.weight", "time_mix_g") else "5.0"), att + "time_decay"
+    if mark:
+        return "4.0", first("time_first") or mark
+    raise LayoutError(f"not an RWKV model: {att}* has none of r_k (7), time_maa_* (6), time_mix_* (4, 5)")
 
 
-def _ranks(s: _Shapes, version: str) -> dict[str, int]:
+def _ranks(s: _Shapes, version: str, n_layer: int) -> dict[str, int]:
     """Low-rank dimensions, which no formula of n_embd gives reliably: two are in circulation."""
     att = "blocks.0.att."
     if version == "6.0":
@@ -234,8 +239,8 @@ def _ranks(s: _Shapes, version: str) -> dict[str, int]:
     if version == "7.0":
         ranks = {name: s.matrix(f"{att}{name}1")[1] for name in "wag"}
         # Layer 0 has no use for v1: released files leave it out, so a one-layer model may have none at all.
-        v1 = next((n for n in ("blocks.1.att.v1", "blocks.0.att.v1") if n in s), None)
-        if v1:
-            ranks["v"] = s.matrix(v1)[1]
+        v1 = next((f"blocks.{i}.att.v1" for i in [*range(1, n_layer), 0] if f"blocks.{i}.att.v1" in s), None)
+        if v1 or n_layer > 1:
+            ranks["v"] = s.matrix(v1 or "blocks.1.att.v1")[1]
         return ranks
     return {}

@@ -12,6 +12,9 @@ _VIEWS = {
     torch.float32: (np.uint32, np.int32, 0x7F800000),
     torch.float64: (np.uint64, np.int64, 0x7FF0000000000000),
     torch.complex64: (np.uint32, np.int32, 0x7F800000),
+    torch.complex128: (np.uint64, np.int64, 0x7FF0000000000000),
+    torch.float8_e5m2: (np.uint8, np.int8, 0x7C),
+    torch.float8_e4m3fn: (np.uint8, np.int8, 0x7F),  # has no Inf, and one NaN
 }
 
 

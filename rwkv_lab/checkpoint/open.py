@@ -107,6 +107,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             _open_folder(ck, path)
         else:
             _open_file(ck, path)
+    except OSError as e:  # a name that is too long, a folder that may not be listed, a disk that fails
+        ck.close()
+        raise CorruptFileError(f"cannot read {path}: {e.strerror or e}") from e
     except BaseException:
         ck.close()
         raise
@@ -154,7 +157,7 @@ def _not_a_checkpoint(path: Path, head: bytes, size: int) -> Exception:
         return CorruptFileError(f"{path} is a web page, probably an error message of the site; download it again")
     if head[257:262] == b"ustar":
         return UnsafeFileError(f"{path} is in torch's legacy tar format, which can run code when it is read; refused")
-    if head[:1] == b"\x80" and 2 <= head[1] <= 5:
+    if len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:
         return UnsafeFileError(
             f"{path} is a bare pickle, which can run code when it is read; nothing was run.\n"
             "Save it again with a current torch.save(model.state_dict(), ...) where it comes from."
@@ -183,12 +186,13 @@ def _open_shards(ck: Checkpoint, folder: Path, index: Path) -> None:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
         raise LayoutError(f"{index} has no weight_map of names to files")
-    # Snapshots of the Hugging Face cache link into the blobs folder two levels up: the one way out that is expected.
-    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    homes = [folder.resolve()]
+    if homes[0].parent.name == "snapshots":  # of the Hugging Face cache: its files are links, the one way out to expect
+        homes.append(homes[0].parent.parent / "blobs")
     shards = list(dict.fromkeys(weight_map.values()))
     for shard in shards:
         target = folder / shard
-        if Path(shard).name != shard or target.resolve().parent not in homes:
+        if Path(shard).name != shard or not shard.isprintable() or not _stays_in(target, homes):
             raise UnsafeFileError(f"{index} names the shard {shard!r}, which is outside its folder; nothing was opened")
         if not target.is_file():
             raise LayoutError(f"{index} names the shard {shard}, which is not there; download it too")
@@ -200,6 +204,13 @@ def _open_shards(ck: Checkpoint, folder: Path, index: Path) -> None:
     unlisted = [n for n in ck.info if n not in weight_map]
     if unlisted:
         raise LayoutError(f"{index} does not list {unlisted[0]}, which is in {ck.info[unlisted[0]].file.path.name}")
+
+
+def _stays_in(target: Path, folders: list[Path]) -> bool:
+    try:
+        return target.resolve().parent in folders
+    except (OSError, RuntimeError):  # links in a circle
+        return False
 
 
 def _read_json(path: Path) -> dict:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from rwkv_lab.checkpoint.source import SourceFile, TensorInfo
+from rwkv_lab.checkpoint.source import SourceFile, TensorInfo, is_name
 from rwkv_lab.errors import CorruptFileError
 
 DTYPES = {
@@ -58,11 +58,12 @@ def read_safetensors_header(file: SourceFile) -> tuple[dict[str, TensorInfo], di
 
 def _parse(raw: bytes, file: SourceFile) -> dict:
     def unique(pairs: list[tuple[str, object]]) -> dict:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            twice = next(n for n in names if names.count(n) > 1)
-            raise CorruptFileError(f"{file.path}: {twice!r} stands in its header twice")
-        return dict(pairs)
+        found: dict = {}
+        for name, value in pairs:
+            if name in found:
+                raise CorruptFileError(f"{file.path}: {name!r} stands in its header twice")
+            found[name] = value
+        return found
 
     if not raw.startswith(b"{"):
         raise CorruptFileError(f"{file.path}: its header starts with {raw[:8]!r}, not with a JSON object")
@@ -76,6 +77,8 @@ def _tensor_info(name: str, entry, data_start: int, file: SourceFile) -> TensorI
     def bad(why: str) -> CorruptFileError:
         return CorruptFileError(f"{file.path}: the tensor {name!r} in its header {why}")
 
+    if not is_name(name):
+        raise bad("has a name with control characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise bad("is not {dtype, shape, data_offsets}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

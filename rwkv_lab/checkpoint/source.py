@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from isal.isal_zlib import crc32
 
 from rwkv_lab.errors import CorruptFileError
 
@@ -50,7 +51,9 @@ class SourceFile:
             done += n
 
     def close(self) -> None:
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1  # the system gives the number to the next file that is opened: never read from that
+        if fd >= 0:
+            os.close(fd)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class TensorInfo:
     file: SourceFile
     offset: int  # where the bytes of its first element lie in the file
     stride: tuple[int, ...] | None = None  # in elements; None where row-major and dense, as nearly always
-    crc32: int | None = None  # of its bytes, where the file records it and the tensor is the whole record
+    crc32: int | None = None  # of the bytes it spans, where the file records it and they are the whole record
     storage: tuple[int, int] | None = None  # (offset, bytes) of the storage it is a view of; equal for tied tensors
 
     @property
@@ -86,12 +89,27 @@ class TensorInfo:
         last = sum((d - 1) * s for d, s in zip(self.shape, self.stride, strict=True))
         return (last + 1) * self.dtype.itemsize
 
+    def check(self, crc: int) -> None:
+        """Refuse bytes whose checksum is not the recorded one. Nothing happens where none is recorded.
+
+        Raises:
+            CorruptFileError: says both.
+        """
+        if self.crc32 is not None and crc != self.crc32:
+            raise CorruptFileError(
+                f"{self.file.path}: the bytes of {self.name} do not have the checksum that stands beside them "
+                f"({crc:08x}, recorded {self.crc32:08x}).\n"
+                "It was damaged after it was saved; download or copy it again."
+            )
+
     def read(self) -> torch.Tensor:
         """The tensor, dense and row-major, in memory of its own."""
         if self.numel == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         buffer = bytearray(self.span)
         self.file.read_into(memoryview(buffer), self.offset)
+        if self.crc32 is not None:
+            self.check(crc32(buffer))
         flat = torch.frombuffer(buffer, dtype=self.dtype)
         if self.stride is None:
             return flat.view(self.shape)
@@ -103,10 +121,20 @@ class TensorInfo:
             yield self.read().flatten()
             return
         step = max(BLOCK // self.dtype.itemsize // multiple, 1) * multiple * self.dtype.itemsize
+        crc = 0
         for start in range(0, self.nbytes, step):
             data = bytearray(min(step, self.nbytes - start))
             self.file.read_into(memoryview(data), self.offset + start)
+            if self.crc32 is not None:
+                crc = crc32(data, crc)
+                if start + step >= self.nbytes:  # before the last block is handed out: nobody may ask for one more
+                    self.check(crc)
             yield torch.frombuffer(data, dtype=self.dtype)
+
+
+def is_name(name: object) -> bool:
+    """Whether a file may call a tensor that: text that can be shown and written, without control characters."""
+    return isinstance(name, str) and name.isprintable()
 
 
 def dense_stride(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

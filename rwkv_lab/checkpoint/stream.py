@@ -19,7 +19,7 @@ from isal.isal_zlib import crc32
 from rwkv_lab.checkpoint.file_layout import FileLayout
 from rwkv_lab.checkpoint.numerics import all_finite, round_to
 from rwkv_lab.checkpoint.source import BLOCK, TensorInfo
-from rwkv_lab.errors import CorruptFileError, NumericsError
+from rwkv_lab.errors import NumericsError
 from rwkv_lab.progress import Progress
 
 FLUSH_FROM = 1 << 27  # bytes of output from which it pays to write to the disk while still copying
@@ -162,11 +162,7 @@ def _copy(t: OutTensor, fd: int, offset: int, scan: Callable[[OutTensor], bool],
         with work.writing:
             _write(fd, block, offset + start)
         work.advance(len(block))
-    if source.crc32 is not None and crc != source.crc32:
-        raise CorruptFileError(
-            f"{source.file.path}: the bytes of {t.name} do not have the checksum that stands beside them "
-            f"({crc:08x}, recorded {source.crc32:08x}).\nIt was damaged after it was saved; download or copy it again."
-        )
+    source.check(crc)
     return crc, _count(t.name, source.blocks(), t.dtype) if dirty else Findings(t.name)
 
 

@@ -56,9 +56,6 @@ class _Storage:
     numel: int
 
 
-_MARK = object()
-
-
 def read_tensor_pickle(data: bytes, where: str) -> dict:
     """The dict that the pickle holds, with a `PickledTensor` in the place of every tensor.
 
@@ -82,11 +79,12 @@ def read_tensor_pickle(data: bytes, where: str) -> dict:
 
 def _run(data: bytes, where: str):
     stack: list = []
+    marks: list[int] = []  # heights of the stack
     memo: dict[int, object] = {}
 
     def pop_to_mark() -> list:
-        at = len(stack) - 1 - stack[::-1].index(_MARK)
-        items = stack[at + 1 :]
+        at = marks.pop()
+        items = stack[at:]
         del stack[at:]
         return items
 
@@ -101,7 +99,7 @@ def _run(data: bytes, where: str):
         elif op in ("BINGET", "LONG_BINGET"):
             stack.append(memo[arg])
         elif op == "MARK":
-            stack.append(_MARK)
+            marks.append(len(stack))
         elif op in ("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"):
             stack.append(arg)
         elif op in ("NONE", "NEWTRUE", "NEWFALSE"):
@@ -155,6 +153,8 @@ def _set_items(target, items: list) -> None:
     if not isinstance(target, dict):
         raise UnsafeFileError("the pickle sets items on something that is not a dict. Nothing was run.")
     for key, value in zip(items[::2], items[1::2], strict=True):
+        if not isinstance(key, str | int):  # others may take for ever to hash or to show
+            raise CorruptFileError(f"the pickle has {_describe(key)} where a name is expected")
         if key in target:
             raise CorruptFileError(f"the name {key!r} stands in the file twice")
         target[key] = value
@@ -167,7 +167,9 @@ def _storage(pid, where: str) -> _Storage:
     dtype = STORAGE_DTYPES.get(kind.name.removeprefix("torch "))
     if dtype is None:
         raise UnsafeFileError(f"{where}: {kind.name} is not a storage. Nothing was run.")
-    return _Storage(str(key), dtype, _size(numel))
+    if not isinstance(key, str):
+        raise CorruptFileError(f"{where}: a storage is called by {_describe(key)}, not by the name of a record")
+    return _Storage(key, dtype, _size(numel))
 
 
 def _rebuild(function, args, where: str):
@@ -186,8 +188,9 @@ def _rebuild(function, args, where: str):
 
 
 def _size(value) -> int:
-    if type(value) is not int or value < 0:
-        raise CorruptFileError(f"the pickle gives {value!r} where a size is expected")
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        shown = value if type(value) is int and abs(value) < 1 << 64 else _describe(value)
+        raise CorruptFileError(f"the pickle gives {shown} where a size is expected")
     return value
 
 

@@ -4,7 +4,9 @@ import struct
 import zipfile
 from dataclasses import dataclass
 
-from rwkv_lab.checkpoint.source import SourceFile, TensorInfo, dense_stride
+from isal.isal_zlib import crc32
+
+from rwkv_lab.checkpoint.source import SourceFile, TensorInfo, dense_stride, is_name
 from rwkv_lab.checkpoint.torch_pickle import PickledTensor, read_tensor_pickle
 from rwkv_lab.errors import CorruptFileError, UnsafeFileError
 
@@ -35,11 +37,17 @@ def read_torch_zip(file: SourceFile) -> tuple[dict[str, TensorInfo], dict[str, o
     order = records.get(f"{folder}/byteorder")
     if order and file.read(order.offset, order.nbytes) != b"little":
         raise CorruptFileError(f"{file.path} was written on a big-endian machine; save it again on a little-endian one")
-    entries = read_tensor_pickle(file.read(pickle.offset, pickle.nbytes), str(file.path))
+    data = file.read(pickle.offset, pickle.nbytes)
+    if pickle.crc32 is not None and crc32(data) != pickle.crc32:
+        raise CorruptFileError(
+            f"{file.path}: the list of its tensors (data.pkl) does not have the checksum that stands beside it.\n"
+            "It was damaged after it was saved; download or copy it again."
+        )
+    entries = read_tensor_pickle(data, str(file.path))
     tensors: dict[str, TensorInfo] = {}
     others: dict[str, object] = {}
     for name, value in entries.items():
-        if not isinstance(name, str):
+        if not is_name(name):
             raise CorruptFileError(f"{file.path}: the key {name!r} is not a name")
         if isinstance(value, PickledTensor):
             tensors[name] = _tensor_info(name, value, records.get(f"{folder}/data/{value.key}"), file)
@@ -57,11 +65,13 @@ def _tensor_info(name: str, t: PickledTensor, record: Record | None, file: Sourc
             f"{file.path}: {name} claims {t.storage_numel} values of {t.dtype}, its record has {record.nbytes} bytes"
         )
     whole = TensorInfo(name, t.shape, t.dtype, file, 0, None if dense_stride(t.shape, t.stride) else t.stride)
+    if whole.nbytes >= 1 << 63:
+        raise CorruptFileError(f"{file.path}: {name} of shape {list(t.shape)} is larger than any tensor can be")
     if whole.numel and t.storage_offset * itemsize + whole.span > record.nbytes:
         raise CorruptFileError(
             f"{file.path}: {name} of shape {list(t.shape)} reaches beyond its record of {record.nbytes} bytes"
         )
-    entire = whole.stride is None and whole.nbytes == record.nbytes
+    entire = t.storage_offset == 0 and whole.span == record.nbytes
     return TensorInfo(
         name,
         t.shape,
@@ -78,7 +88,7 @@ def _records(file: SourceFile) -> dict[str, Record]:
     try:
         with open(file.fd, "rb", closefd=False) as stream, zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OverflowError, struct.error) as e:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as e:
         raise CorruptFileError(
             f"{file.path} starts like a torch checkpoint but its zip directory cannot be read ({e}).\n"
             f"The file looks truncated: it has {file.size} bytes. Download or copy it again."

@@ -53,6 +53,9 @@ def changes(
             f"{len(unmatched)} of {len(halves)} LoRA tensors have no matrix in the base: {', '.join(unmatched[:10])}.\n"
             f"The base is RWKV-{layout.version} with {layout.n_layer} layers; the adapter is of another model."
         )
+    both = next((x for x in adapted if f"{x}.weight" in whole), None)
+    if both is not None:
+        raise LayoutError(f"{both}.weight stands in {tuned.path} whole and as a LoRA; only one of them can be meant")
     out = [_adapted(x, base.info[f"{x}.weight"], halves, alpha, precision) for x, halves in adapted.items()]
     # Whole tensors are the tuned values themselves: alpha says nothing about them.
     return out + full_tensors(base, tuned, layout, whole, None, precision, allow_extra)

@@ -104,19 +104,20 @@ def merge(
             "precision": precision,
             "allow_extra": list(allow_extra) if allow_extra is not None else None,
         }
+        rows, tensors = _output(base_ck, applied, out_dtype)
+        memory = _memory_needed(base_ck, tuned_ck, changes, wide)
+        # Fingerprints read some tensor data, or all of it, but all of them are of one length: the size is known before.
+        blank = [FileFacts(ck.path, ck.bytes, f"{hash}:{'0' * 64}") for ck in (base_ck, tuned_ck)]
+        size = file_layout(kind, tensors, {RECORD: as_text(provenance(recipe, blank))}).size
+        plan = MergePlan(method, layout, tuple(rows), skipped, size, disk_free(out.parent), memory, memory_free())
+        check_room(out, plan.output_bytes, plan.disk_free, plan.memory_needed, plan.memory_free)
         hashing = time.perf_counter()
         inputs = (file_facts(base_ck, hash), file_facts(tuned_ck, hash))
         hashing = time.perf_counter() - hashing
         if hash == "sha256":
             log.info("sha256 of both inputs took %.1f s", hashing)
         made = provenance(recipe, inputs)
-        rows, tensors = _output(base_ck, applied, out_dtype)
         layout_out = file_layout(kind, tensors, {RECORD: as_text(made)})
-        memory = _memory_needed(changes, tuned_ck, wide)
-        plan = MergePlan(
-            method, layout, tuple(rows), skipped, layout_out.size, disk_free(out.parent), memory, memory_free()
-        )
-        check_room(out, plan.output_bytes, plan.disk_free, plan.memory_needed, plan.memory_free)
         log.info(
             "%s: %d of %d tensors change, output %s",
             method,
@@ -280,7 +281,7 @@ def _output(
     return rows, tensors
 
 
-def _memory_needed(changes: list[Change], tuned: Checkpoint, precision: torch.dtype) -> int:
+def _memory_needed(base: Checkpoint, tuned: Checkpoint, changes: list[Change], precision: torch.dtype) -> int:
     """Upper bound of the anonymous memory: each thread's blocks, a LoRA's two halves, tensors that must be gathered."""
     blocks = 16 * BLOCK  # values, product and rounded copy of one block in float64, with room for the allocator
     halves = 0
@@ -290,7 +291,8 @@ def _memory_needed(changes: list[Change], tuned: Checkpoint, precision: torch.dt
             stem = name.rsplit(".lora_", 1)[0]
             per_matrix[stem] = per_matrix.get(stem, 0) + t.nbytes + t.numel * precision.itemsize
         halves = max(per_matrix.values())
-    gathered = max((2 * c.copy.span for c in changes if c.copy and c.copy.stride is not None), default=0)
+    views = [t for ck in (base, tuned) for t in ck.info.values() if t.stride is not None]
+    gathered = 2 * max((t.span + t.nbytes for t in views), default=0)  # one of the base, one of tuned, for a blend
     return WORKERS * (blocks + halves + gathered)
 
 

@@ -11,9 +11,12 @@ def select(names: Iterable[str], include: Sequence[str] | None, exclude: Sequenc
     """Names that match some pattern of `include` (None: all) and none of `exclude`.
 
     Raises:
-        ParameterError: a pattern that matches no name.
+        ParameterError: a pattern that matches no name, or one where a list is expected.
     """
     names = list(names)
+    for what, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ParameterError(f"{what}={patterns!r}: it must be a list of patterns")
     for what, patterns in (("include", include or []), ("exclude", exclude or [])):
         for p in patterns:
             if not any(fnmatchcase(n, p) for n in names):

@@ -9,6 +9,8 @@ from rwkv_lab.checkpoint.atomic import check_target
 from rwkv_lab.errors import OutputError, ParameterError
 from rwkv_lab.progress import human_bytes
 
+NAME_MAX = 255  # bytes of a file name, on every common file system
+
 
 def check_output(out: Path, inputs: list[Checkpoint], allowed_dir: str | Path | None, overwrite: bool) -> None:
     """Refuse an output outside `allowed_dir`, onto an input by any alias, or onto an existing file.
@@ -23,6 +25,8 @@ def check_output(out: Path, inputs: list[Checkpoint], allowed_dir: str | Path | 
             raise ParameterError(f"allowed_dir={str(allowed_dir)!r} is not a folder")
         if not out.resolve().is_relative_to(allowed.resolve()):
             raise OutputError(f"{out} is outside {allowed}, the only folder that allowed_dir lets outputs go to")
+    if len(os.fsencode(out.name)) > NAME_MAX:
+        raise OutputError(f"the name {out.name[:60]}… has {len(os.fsencode(out.name))} bytes; {NAME_MAX} are the limit")
     if out.is_dir():
         raise OutputError(f"{out} is a folder; name a file in it, such as {out / 'merged.pth'}")
     if out.exists():

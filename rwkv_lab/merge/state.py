@@ -6,6 +6,7 @@ from rwkv_lab.checkpoint import Checkpoint, Layout
 from rwkv_lab.checkpoint.layout import same_shape
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.merge.change import Change, overwrite
+from rwkv_lab.merge.overlay import same_dimensions
 
 
 def changes(
@@ -20,6 +21,7 @@ def changes(
     """
     if not layout.n_head:
         raise LayoutError(f"the base is RWKV-{layout.version}, which has no time_state; states exist from RWKV-5 on")
+    same_dimensions(tuned, layout)
     states = {n: t for n, t in tuned.info.items() if n.endswith(".time_state")}
     if not states:
         raise LayoutError(f"{tuned.path} has no tensor named *.time_state; it is of kind {tuned.kind!r}")
