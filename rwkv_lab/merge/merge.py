@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -305,7 +306,8 @@ def _describe_output(out: Path, made: dict, findings: list[Findings]) -> tuple[F
     facts, note = file_facts(out), _beside(out)
     text = beside(made, facts, findings)
     write_text(note, text, overwrite=True)
-    return facts, FileFacts(note, len(text.encode()), "")
+    data = text.encode()
+    return facts, FileFacts(note, len(data), f"sha256:{sha256(data).hexdigest()}")
 
 
 def _streaming_checks(
