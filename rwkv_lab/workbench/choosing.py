@@ -64,8 +64,10 @@ class FileChooser(HasTraits):
     def show(self, folder: Path) -> None:
         """Fill the list with what is in a folder."""
         self._rows = listing(folder)
+        self.list.unobserve(self._picked, "index")  # new options choose the first row by themselves, and that is ".."
         # No row is chosen to begin with, so that picking any of them is a change.
         self.list.options, self.list.index = [label for label, _ in self._rows], None
+        self.list.observe(self._picked, "index")
 
     def _picked(self, change: dict) -> None:
         if change["new"] is None:

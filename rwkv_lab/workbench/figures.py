@@ -2,12 +2,14 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from rwkv_lab.checkpoint import TensorInfo
 from rwkv_lab.merge.deltas import BINS, Delta
@@ -15,6 +17,8 @@ from rwkv_lab.workbench.tables import shown
 
 _WIDTH = 9.0  # inches
 _DPI = 144
+_ROWS = 60  # of a heat map or a bar chart; a hostile file may have any number of names
+_NAME = {"family": "monospace", "parse_math": False}  # a `$` in a tensor's name is no formula
 # Okabe and Ito's colours: told apart with every kind of colour vision.
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8a8f98"
 _CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, "#E69F00", "#F0E442", GREY)
@@ -43,7 +47,12 @@ def moved_per_layer(changes: Sequence[Delta], n_layer: int, subtitle: str) -> Fi
     marked = {n for n in new if n not in relative}
     title = "What moved: ‖merged − base‖ / ‖base‖ of each tensor"
     return layer_map(
-        relative | dict.fromkeys(marked, np.nan), n_layer, title, subtitle, "relative Frobenius norm", {"new": marked}
+        relative | dict.fromkeys(marked, np.nan),
+        n_layer,
+        title,
+        subtitle,
+        "relative Frobenius norm, + is new",
+        {"+": marked},
     )
 
 
@@ -70,13 +79,19 @@ def layer_map(
             cells.setdefault(found[2], {})[int(found[1])] = value
         else:
             outside[name] = value
-    matrices = sorted(cells, key=_natural)
+    matrices = sorted(cells, key=_natural)[:_ROWS]
+    if len(cells) > _ROWS:
+        subtitle += f"\nthe first {_ROWS} of {len(cells)} matrices"
     grid = np.full((max(len(matrices), 1), max(n_layer, 1)), np.nan)
     for row, matrix in enumerate(matrices):
         for layer, value in cells[matrix].items():
             grid[row, layer] = value
-    figure = Figure(figsize=(_WIDTH, 1.9 + 0.24 * len(grid) + 0.2 * min(len(outside), 8)), layout="constrained")
-    axes = figure.subplots()
+    below = [f"{_short(n)} {v:.3g}" for n, v in list(outside.items())[:8]]
+    if len(outside) > 8:
+        below[-1] = f"… and {len(outside) - 7} more"
+    if below:
+        subtitle += f"\noutside the layers: {',  '.join(below)}"
+    figure, axes = _titled(max(1.0 + 0.24 * len(grid), 1.9), title, f"{subtitle}\ncolour: {unit}")
     axes.set_facecolor("#e4e7eb")
     shown_cells = np.ma.masked_where(~(grid > 0), grid)
     image = axes.imshow(
@@ -85,30 +100,30 @@ def layer_map(
     for text, names in (marks or {}).items():
         for name in names:
             found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-            if found:
-                axes.text(int(found[1]), matrices.index(found[2]), text, ha="center", va="center", fontsize=7)
-    axes.set_yticks(range(len(matrices)), [_short(m) for m in matrices], fontsize=8, family="monospace")
+            if found and found[2] in matrices:
+                axes.text(int(found[1]), matrices.index(found[2]), text, ha="center", va="center", fontsize=9)
+    axes.set_yticks(range(len(matrices)), [_short(m) for m in matrices], fontsize=8, **_NAME)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     axes.set_xticks(np.arange(-0.5, n_layer), minor=True)
     axes.set_yticks(np.arange(-0.5, len(grid)), minor=True)
     axes.grid(which="minor", color="white", linewidth=1)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    below = [f"{_short(n)}  {v:.3g}" for n, v in list(outside.items())[:8]]
-    if len(outside) > 8:
-        below[-1] = f"… and {len(outside) - 7} more"
-    axes.set_xlabel("layer" + ("\n\noutside the layers:  " + "\n".join(below) if below else ""))
-    _titles(axes, title, subtitle)
-    figure.colorbar(image, ax=axes, label=unit, pad=0.02, aspect=30, shrink=0.95)
+    axes.set_xlabel("layer")
+    narrow = image.norm.vmax / image.norm.vmin < 30
+    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30, ticks=LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    bar.ax.yaxis.set_major_formatter("{x:g}")
+    bar.ax.yaxis.set_minor_locator(NullLocator())
     return figure
 
 
 def delta_histogram(changes: Sequence[Delta], subtitle: str) -> Figure:
     """How many weights moved how far: |Δ| in bins that double, over all tensors that may have moved."""
     counts = sum((d.histogram for d in changes), np.zeros(BINS, dtype=np.int64))
-    figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
-    axes = figure.subplots()
     total, still = int(counts.sum()), int(counts[0])
+    share = f"{still / total:.1%}" if total else "none"
+    subtitle += f"\nof {total:,} weights in tensors that changed, {share} stayed where they were"
+    figure, axes = _titled(3.0, "How far single weights moved", subtitle)
     used = np.flatnonzero(counts[1:]) + 1
     if len(used):
         bins = np.arange(used[0], used[-1] + 1)
@@ -118,20 +133,14 @@ def delta_histogram(changes: Sequence[Delta], subtitle: str) -> Figure:
         axes.text(0.5, 0.5, "no weight moved", ha="center", transform=axes.transAxes, color=GREY)
     axes.set_xlabel("|merged − base|, in the unit of the weights")
     axes.set_ylabel("weights")
-    share = f"{still / total:.1%}" if total else "none"
-    _titles(
-        axes,
-        "How far single weights moved",
-        f"{subtitle}\nof {total:,} weights in tensors that changed, {share} stayed",
-    )
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     _quiet(axes)
     return figure
 
 
-def loss_curve(losses: Sequence[float], title: str, subtitle: str, unit: str = "bits per byte") -> Figure:
-    """Training loss by step: every batch, and a running mean over a twentieth of the run."""
-    figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
-    axes = figure.subplots()
+def loss_curve(losses: Sequence[float], title: str, subtitle: str) -> Figure:
+    """Training loss by step, in bits per byte: every batch, and a running mean over a twentieth of the run."""
+    figure, axes = _titled(3.0, title, subtitle)
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color=SKY, linewidth=0.8, alpha=0.7, label="each batch")
     window = max(len(losses) // 20, 1)
@@ -140,8 +149,7 @@ def loss_curve(losses: Sequence[float], title: str, subtitle: str, unit: str = "
         axes.plot(steps[window - 1 :], mean, color=BLUE, linewidth=2, label=f"mean of {window} batches")
         axes.legend(frameon=False)
     axes.set_xlabel("step")
-    axes.set_ylabel(f"loss, {unit}")
-    _titles(axes, title, subtitle)
+    axes.set_ylabel("loss, bits per byte")
     _quiet(axes)
     return figure
 
@@ -153,8 +161,7 @@ def bits_bars(bits: Mapping[str, Mapping[str, float]], subtitle: str) -> Figure:
         bits: text -> model -> bits per byte.
     """
     models = list(dict.fromkeys(m for row in bits.values() for m in row))
-    figure = Figure(figsize=(_WIDTH, 1.5 + 0.42 * len(bits) * len(models)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _titled(0.8 + 0.4 * len(bits) * len(models), "Held-out text before and after", subtitle)
     height = 0.8 / len(models)
     for i, model in enumerate(models):
         places = [row + (i - (len(models) - 1) / 2) * height for row, text in enumerate(bits) if model in bits[text]]
@@ -165,7 +172,6 @@ def bits_bars(bits: Mapping[str, Mapping[str, float]], subtitle: str) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("bits per byte (lower is better)")
     axes.margins(x=0.12)
-    _titles(axes, "Held-out text before and after", subtitle)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _quiet(axes)
     return figure
@@ -178,19 +184,17 @@ def sizes_by_part(info: Mapping[str, TensorInfo], subtitle: str) -> Figure:
         row = parts.setdefault(_part(name), {})
         dtype = str(tensor.dtype).removeprefix("torch.")
         row[dtype] = row.get(dtype, 0) + tensor.nbytes
-    names = sorted(parts, key=lambda p: -sum(parts[p].values()))
+    names = sorted(parts, key=lambda p: -sum(parts[p].values()))[:_ROWS]
     dtypes = sorted({d for row in parts.values() for d in row})
-    figure = Figure(figsize=(_WIDTH, 1.5 + 0.32 * len(names)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _titled(0.8 + 0.3 * len(names), "Where the bytes are", subtitle)
     left = np.zeros(len(names))
     for i, dtype in enumerate(dtypes):
         widths = np.array([parts[p].get(dtype, 0) / 1e6 for p in names])
         axes.barh(range(len(names)), widths, 0.72, left=left, color=_CYCLE[i % len(_CYCLE)], label=dtype)
         left += widths
-    axes.set_yticks(range(len(names)), [_short(n) for n in names], family="monospace", fontsize=9)
+    axes.set_yticks(range(len(names)), [_short(n) for n in names], fontsize=9, **_NAME)
     axes.invert_yaxis()
     axes.set_xlabel("MB")
-    _titles(axes, "Where the bytes are", subtitle)
     axes.legend(frameon=False, loc="lower right")
     _quiet(axes)
     return figure
@@ -219,24 +223,21 @@ def _natural(name: str) -> list:
 
 
 def _short(name: str) -> str:
-    """A tensor's name for a label: printable, at most 40 characters, and no mathtext (a `$` would be typeset)."""
-    text = shown(name).replace("$", "\\$")
+    """A tensor's name for a label: printable, and at most 40 characters."""
+    text = shown(name)
     return text if len(text) <= 40 else text[:39] + "…"
 
 
-def _titles(axes, title: str, subtitle: str) -> None:
-    lines = subtitle.count("\n") + 1
-    axes.set_title(shown(subtitle).replace("$", "\\$"), loc="left", fontsize=9, color="#57606a")
-    axes.annotate(
-        title,
-        (0, 1),
-        (0, 8 + 13 * lines),
-        "axes fraction",
-        "offset points",
-        fontsize=12,
-        fontweight="bold",
-        va="bottom",
-    )
+def _titled(height: float, title: str, subtitle: str) -> tuple[Figure, Axes]:
+    """A figure whose axes take `height` inches below a title and a subtitle that begin at its left edge."""
+    lines = [part for line in shown(subtitle).split("\n") for part in textwrap.wrap(line, 125)]
+    head = 0.42 + 0.16 * len(lines)
+    figure = Figure(figsize=(_WIDTH, height + head), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + head)))
+    whole = height + head
+    figure.text(0.012, 1 - 0.1 / whole, title, fontsize=12, fontweight="bold", va="top", parse_math=False)
+    figure.text(0.012, 1 - 0.36 / whole, "\n".join(lines), fontsize=9, color="#57606a", va="top", parse_math=False)
+    return figure, figure.subplots()
 
 
 def _quiet(axes) -> None:

@@ -37,7 +37,7 @@ def plan(run: Run) -> MergePlan:
         "memory_needed": made.memory_needed,
         "memory_free": made.memory_free,
     }
-    run.page.headline = f"The plan to merge {_what(result)}: nothing was written."
+    run.page.headline = f"Planned, nothing written: {_what(result)}."
     run.page.facts = _facts(result)
     run.page.tables = [plan_table(made)]
     return made
@@ -66,7 +66,7 @@ def carry_out(run: Run) -> MergeResult | None:
     result = _merge(run, dry_run=False)
     run.record.seconds |= {"merge": result.seconds["merge"]}
     run.record.outputs = list(result.outputs)
-    run.page.headline = f"Merged {_what(result)} into {result.out.name}, {human_bytes(result.outputs[0].bytes)}."
+    run.page.headline = f"{result.out.name}, {human_bytes(result.outputs[0].bytes)}: {_what(result)}."
     rows = [(str(f.path), f.bytes, f.fingerprint) for f in result.outputs]
     display(Table("Written", ("file", "bytes", "fingerprint"), rows))
     return result
@@ -177,7 +177,7 @@ def _facts(result: MergeResult) -> list[tuple[str, object]]:
 
 def _what(result: MergeResult) -> str:
     alpha = "" if result.recipe["alpha"] is None else f", alpha {result.recipe['alpha']:g}"
-    return f"{result.tuned.name} into {result.base.name} (method {result.plan.method}{alpha})"
+    return f"{result.tuned.name} merged into {result.base.name}, method {result.plan.method}{alpha}"
 
 
 def _merge(run: Run, dry_run: bool) -> MergeResult:

@@ -171,6 +171,13 @@ def input_path(value: str) -> Path:
     return Path(value)
 
 
+def train_demo(config: Parameters) -> None:
+    """Have the demo files that the parameters name, now rather than in the middle of a run: training takes minutes."""
+    for value in config.model_dump().values():
+        if value in DEMO:
+            input_path(value)
+
+
 def check_files(config: Parameters) -> None:
     """Refuse what only the files' headers can tell: an alpha that does not fit the method that `auto` stands for.
 

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from rwkv_lab.checkpoint import FileFacts, write_text
 from rwkv_lab.checks import Check
@@ -53,15 +54,16 @@ def write_report(path: Path, page: Page, record: Record, command: str) -> None:
     Raises:
         OutputError: the folder cannot be written to.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     known = _paths_in(record)
-    environment.filters |= {
-        "shown": lambda value: without_folders(shown(value), known),
-        "base64": lambda png: base64.b64encode(png).decode(),
-        "bytes": human_bytes,
-    }
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        # Whatever the template writes goes through here, then through the escaping; Markup is what it wrote itself.
+        finalize=lambda v: v if isinstance(v, Markup) else without_folders(shown(v), known),
+    )
+    environment.filters |= {"base64": lambda png: Markup(base64.b64encode(png).decode()), "bytes": human_bytes}
     text = environment.get_template("report.html.jinja").render(
         page=page,
         record=record,

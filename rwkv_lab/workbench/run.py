@@ -13,7 +13,7 @@ from typing import Any
 from rwkv_lab.errors import OutputError
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.resources import checkout_folder
-from rwkv_lab.workbench.parameters import NOTEBOOKS, Parameters, changed, check_files, read_parameters
+from rwkv_lab.workbench.parameters import NOTEBOOKS, Parameters, changed, check_files, read_parameters, train_demo
 from rwkv_lab.workbench.report import Page, Picture, write_report
 from rwkv_lab.workbench.result import Record
 from rwkv_lab.workbench.tables import Table
@@ -160,16 +160,18 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
     wanted = namespace.get("report")
     given = {name: namespace[name] for name in NOTEBOOKS[notebook].model_fields if name in namespace}
     run = Run(notebook, _report_folder(notebook, wanted if isinstance(wanted, str) else ""), given)
+    _join_kernel(run)
     try:
         run.config = read_parameters(notebook, namespace, names_are_all=not frontend_present())
         run.config.report = str(run.folder)
         run.record.parameters = run.config.model_dump()
+        with run.timed("demo"):
+            train_demo(run.config)
         check_files(run.config)
-    except Exception as e:
+    except BaseException as e:
         run.fail(e)
         raise
     run.record.write()
-    _join_kernel(run)
     return run
 
 

@@ -1,0 +1,79 @@
+"""Figures are drawn for any sizes, any names, and values that no scale can show."""
+
+import io
+
+import matplotlib
+import numpy as np
+import pytest
+
+from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.merge.deltas import BINS, Delta
+from rwkv_lab.workbench import figures
+
+
+def delta(name, relative=0.1, new=False) -> Delta:
+    histogram = np.zeros(BINS, dtype=np.int64)
+    histogram[[0, 120, 125]] = 5, 7, 9
+    return Delta(name, (3, 7), new, relative, 0.01, 0.5, histogram)
+
+
+def text_of(figure) -> str:
+    texts = figure.findobj(matplotlib.text.Text)
+    return "\n".join(t.get_text() for t in texts)
+
+
+@pytest.mark.parametrize("n_layer", [1, 3, 12, 61])
+def test_heat_map_has_a_cell_per_layer_and_matrix(n_layer):
+    changes = [delta(f"blocks.{i}.{m}.weight") for i in range(n_layer) for m in ("att.key", "ffn.key")]
+    figure = figures.moved_per_layer(changes, n_layer, "tuned into base, method overlay")
+    (image,) = figure.axes[0].get_images()
+    assert image.get_array().shape == (2, n_layer)
+    text = text_of(figure)
+    assert "att.key.weight" in text and "tuned into base, method overlay" in text and "Frobenius" in text
+
+
+def test_zero_nan_and_new_tensors_are_told_apart_from_small_ones():
+    changes = [delta("blocks.0.a", 0.0), delta("blocks.1.a", 0.5), delta("blocks.0.b", float("nan"), new=True)]
+    figure = figures.moved_per_layer([*changes, delta("emb.weight", 0.25)], 2, "")
+    image = figure.axes[0].get_images()[0].get_array()
+    assert image.mask.tolist() == [[True, False], [True, True]]
+    assert "+" in text_of(figure).split("\n") and "emb.weight 0.25" in text_of(figure)
+
+
+def test_histogram_counts_every_weight_that_moved():
+    figure = figures.delta_histogram([delta("a"), delta("b")], "")
+    bars = figure.axes[0].patches
+    assert sum(bar.get_height() for bar in bars) == 2 * (7 + 9)
+    assert bars[0].get_x() == 2.0**-7 and "23.8%" in text_of(figure)
+
+
+@pytest.mark.parametrize("name", ["$x^$ \\frac", "\u202eevil\x1b", "blocks.99999.x", "a" * 500, ""])
+def test_hostile_names_are_drawn(name):
+    changes = [delta(name), delta(f"blocks.0.{name}x")]
+    figures.png(figures.moved_per_layer(changes, 1, name))
+
+
+def test_a_file_of_ten_thousand_matrices_makes_no_poster():
+    values = {f"blocks.0.m{i}": 1.0 for i in range(10_000)}
+    figure = figures.layer_map(values, 1, "t", "s", "u")
+    assert figure.get_size_inches()[1] < 20 and "first 60 of 10000" in text_of(figure)
+
+
+def test_training_figures():
+    assert figures.png(figures.loss_curve([3.0, 2.0, 1.0] * 40, "t", "s")).startswith(b"\x89PNG")
+    figure = figures.bits_bars({"english": {"base": 2.0, "merged": 1.5}, "python": {"base": 3.0}}, "s")
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [2.0, 3.0, 1.5]
+
+
+def test_sizes_add_up(demo_folder):
+    with open_checkpoint(demo_folder / "demo-base.pth") as ck:
+        figure = figures.sizes_by_part(ck.info, "demo")
+        total = sum(bar.get_width() for bar in figure.axes[0].patches)
+        assert total * 1e6 == pytest.approx(sum(t.nbytes for t in ck.info.values()))
+
+
+def test_a_figure_is_a_png_of_useful_size():
+    from PIL import Image
+
+    width, _ = Image.open(io.BytesIO(figures.png(figures.delta_histogram([delta("a")], "")))).size
+    assert width == 1296

@@ -1,0 +1,93 @@
+"""The report is one file, offline, escaped, and silent about the disk it came from."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from rwkv_lab.checkpoint import FileFacts
+from rwkv_lab.checks import Check
+from rwkv_lab.errors import CorruptFileError
+from rwkv_lab.workbench.report import Page, Picture, Sample, without_folders, write_report
+from rwkv_lab.workbench.result import NotApplicable, Record
+from rwkv_lab.workbench.tables import Table
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 1111 * 1111 }}\u202e\x1b[31m"
+
+
+@pytest.fixture
+def page() -> str:
+    home = Path("/home/ada lovelace/models")
+    record = Record(Path("/home/ada lovelace/reports/x"), "merge", {"base": str(home / "base one.pth"), EVIL: EVIL})
+    record.inputs = [FileFacts(home / "base one.pth", 12, "records:" + "0" * 64)]
+    record.checks = [Check(EVIL, EVIL, 0, False), Check("ok", 1.25, 2, True), NotApplicable("maybe", EVIL)]
+    record.status, record.error = "failed", CorruptFileError(f"{home}/base one.pth and /root/secret/other.pth: {EVIL}")
+    content = Page(
+        "merge",
+        headline=EVIL,
+        facts=[(EVIL, EVIL)],
+        pictures=[Picture(EVIL, EVIL, b"\x89PNG")],
+        samples=[Sample(EVIL, {EVIL: EVIL})],
+        tables=[Table(EVIL, (EVIL, "n"), [(EVIL, 3)], EVIL)],
+    )
+    return content, record
+
+
+def render(page, tmp_path) -> str:
+    write_report(tmp_path / "report.html", *page, command="papermill -r base '/home/ada lovelace/models/base one.pth'")
+    return (tmp_path / "report.html").read_text()
+
+
+class Tags(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_nothing_from_a_checkpoint_becomes_markup(page, tmp_path):
+    text = render(page, tmp_path)
+    tags = Tags(text).found
+    assert "script" not in {tag for tag, _ in tags}
+    assert not [name for _, attrs in tags for name in attrs if name.startswith("on")]
+    assert [attrs["src"][:22] for tag, attrs in tags if tag == "img"] == ["data:image/png;base64,"]
+    assert "{{ 1111 * 1111 }}" in text and "1234321" not in text
+    assert "\u202e" not in text and "\x1b" not in text
+
+
+def test_it_needs_no_network(page, tmp_path):
+    text = render(page, tmp_path)
+    assert not re.search(r"https?://|src=\"(?!data:)|@import|url\(|<link", text)
+
+
+def test_no_folder_is_told(page, tmp_path):
+    text = render(page, tmp_path)
+    assert "base one.pth" in text and "other.pth" in text
+    for told in ("ada", "lovelace", "/root", "secret", "/home"):
+        assert told not in text
+
+
+def test_paths_are_cut_and_other_slashes_are_not():
+    assert without_folders("see /a/b/c.pth, ~/x/y.pth; 3/4 of a / b [H/V] notebooks/merge.ipynb 5 MB/s", []) == (
+        "see c.pth, y.pth; 3/4 of a / b [H/V] notebooks/merge.ipynb 5 MB/s"
+    )
+
+
+def test_verdict_and_checks(page, tmp_path):
+    text = render(page, tmp_path)
+    assert text.count('class="badge FAIL"') == 2 and text.count('class="badge PASS"') == 1  # headline and one check
+    assert '<span class="badge">n/a</span>' in text and "CorruptFileError" in text
+
+
+def test_tables_in_a_notebook_are_escaped():
+    table = Table(EVIL, ("x",), [(EVIL,)], EVIL)
+    assert {tag for tag, _ in Tags(table._repr_html_()).found} == set("p b div table thead tbody tr th td".split())
+    assert "\u202e" not in repr(Table("", ("x",), [(EVIL,)]))
+
+
+def test_a_long_table_is_cut_in_a_log():
+    assert "… and 60 more rows" in repr(Table("t", ("x",), [(i,) for i in range(100)]))
