@@ -19,7 +19,7 @@ from rwkv_lab.workbench.parameters import NOTEBOOKS
 from rwkv_lab.workbench.run import Run
 
 _LABEL = {"description_width": "7rem"}
-_WIDE = widgets.Layout(width="44rem")
+_WIDE = {"width": "44rem"}  # no Layout: that would be a widget, made at import
 
 
 class Field:

@@ -1,0 +1,73 @@
+"""What every notebook of the house has in common, read from the files without running them."""
+
+import ast
+
+import nbformat
+import papermill
+import pytest
+from conftest import ROOT
+
+from rwkv_lab.workbench.parameters import NOTEBOOKS
+
+FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(params=FILES, ids=lambda p: p.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def code_cells(notebook) -> list:
+    return [c for c in notebook.cells if c.cell_type == "code"]
+
+
+def test_every_job_with_parameters_has_its_notebook():
+    assert set(NOTEBOOKS) <= {p.stem for p in FILES}
+
+
+def test_no_output_is_committed(notebook):
+    assert [c for c in code_cells(notebook) if c.outputs or c.execution_count is not None] == []
+    assert "widgets" not in notebook.metadata
+
+
+def test_kernel_is_of_the_active_environment(notebook):
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.language_info.name == "python"
+
+
+def test_cells_are_short_and_define_nothing(notebook):
+    for cell in code_cells(notebook):
+        if "parameters" in cell.metadata.get("tags", []):
+            continue
+        assert len(cell.source.splitlines()) <= 15
+        tree = ast.parse(cell.source)  # fails on magics and installs, too
+        assert not [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Lambda))]
+
+
+def test_it_begins_with_a_title_and_ends_with_its_report(notebook):
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    assert code_cells(notebook)[-1].source.startswith("run.finish(")
+
+
+def test_parameters_validate_themselves_in_the_next_cell(path, notebook):
+    tagged = [i for i, c in enumerate(code_cells(notebook)) if "parameters" in c.metadata.get("tags", [])]
+    assert tagged == [0]
+    assert f'run = start("{path.stem}", globals())' in code_cells(notebook)[1].source
+
+
+def test_papermill_reads_the_parameters_as_the_model_has_them(path, capsys):
+    """Names, order, defaults and help: a line that papermill cannot parse would be missing here."""
+    found = papermill.inspect_notebook(str(path))
+    fields = NOTEBOOKS[path.stem].model_fields
+    assert list(found) == list(fields)
+    for name, field in fields.items():
+        assert ast.literal_eval(found[name]["default"]) == field.default
+        assert found[name]["help"] == field.description
+        assert found[name]["inferred_type_name"] != "None"
