@@ -78,7 +78,9 @@ _ALIGNMENT = 64  # bytes; torch's own
 _FOLDER = "archive"  # torch's own name where a file has none; one name for all outputs keeps them equal byte for byte
 _UTF8 = 0x0800
 _JANUARY_1980 = 33  # the zip format's first day: outputs must not depend on the clock
-_BIG = 0xFFFFFFFF  # from here on a number moves into the zip64 fields
+_BIG = 0xFFFFFFFF  # from here on a number moves into the zip64 fields …
+_MOVED = 0xFFFFFFFF  # … and this stands in its place
+_MANY = 0xFFFF  # the same two for the number of records
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class _Record:
         extra = struct.pack("<HHQQ", 1, 16, self.nbytes, self.nbytes) if big else b""
         padding = self.data_offset - self.header_offset - 30 - len(self.name) - len(extra)
         extra += struct.pack("<2sH", b"FB", padding - 4) + b"Z" * (padding - 4)
-        size = _BIG if big else self.nbytes
+        size = _MOVED if big else self.nbytes
         fixed = (b"PK\3\4", 45 if big else 20, _UTF8, 0, 0, _JANUARY_1980, crc, size, size, len(self.name), len(extra))
         return struct.pack("<4s5HIIIHH", *fixed) + self.name + extra
 
@@ -102,7 +104,7 @@ class _Record:
         big_size, big_offset = self.nbytes >= _BIG, self.header_offset >= _BIG
         numbers = [self.nbytes] * 2 * big_size + [self.header_offset] * big_offset
         extra = struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
-        size, offset = (_BIG if big_size else self.nbytes), (_BIG if big_offset else self.header_offset)
+        size, offset = (_MOVED if big_size else self.nbytes), (_MOVED if big_offset else self.header_offset)
         version = 45 if numbers else 20
         fixed = (b"PK\1\2", version, version, _UTF8, 0, 0, _JANUARY_1980, crc, size, size, len(self.name), len(extra))
         return struct.pack("<4s6HIIIHH3H2I", *fixed, 0, 0, 0, 0, offset) + self.name + extra
@@ -140,8 +142,9 @@ def _pth_layout(tensors: Sequence[Described], notes: dict[str, str]) -> FileLayo
 def _directory_end(count: int, size: int, offset: int) -> bytes:
     big = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, offset)
     big += struct.pack("<4sIQI", b"PK\6\7", 0, offset + size, 1)
-    needed = offset >= _BIG or size >= _BIG or count >= 0xFFFF
-    count, size, offset = min(count, 0xFFFF), min(size, _BIG), min(offset, _BIG)
+    needed = offset >= _BIG or size >= _BIG or count >= _MANY
+    if needed:
+        count, size, offset = _MANY, _MOVED, _MOVED
     return (big if needed else b"") + struct.pack("<4s4HIIH", b"PK\5\6", 0, 0, count, count, size, offset, 0)
 
 

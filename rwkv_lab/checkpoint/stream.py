@@ -196,6 +196,8 @@ def _count(name: str, pieces: Iterable[torch.Tensor], dtype: torch.dtype) -> Fin
     findings = Findings(name)
     for piece in pieces:
         rounded = round_to(piece, dtype)
+        if dtype.itemsize == 1:  # torch has no isinf for floats of eight bits
+            piece, rounded = piece.float(), rounded.float()
         overflow = int((rounded.isinf() & piece.isfinite()).sum())
         here = Findings(name, int(rounded.isnan().sum()), int(piece.isinf().sum()), overflow)
         findings = _add(findings, here)

@@ -1,5 +1,6 @@
 """Reads the header of a torch checkpoint: a zip of stored records, one of them a pickle that describes the others."""
 
+import io
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from rwkv_lab.errors import CorruptFileError, UnsafeFileError
 
 _LOCAL_HEADER = struct.Struct("<4s5HIIIHH")  # 30 bytes: signature, …, length of name, length of extra
 _MAX_PICKLE = 100_000_000  # bytes; a model of 1,000 tensors has 0.1 MB
+_MAX_DIRECTORY = 16_000_000  # bytes of the zip's list of its records; the same model has 0.1 MB
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,18 @@ def _tensor_info(name: str, t: PickledTensor, record: Record | None, file: Sourc
     )
 
 
+class _Frugal(io.FileIO):
+    """Refuses to read what a directory claims to be, where that is absurd."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > _MAX_DIRECTORY:
+            raise ValueError(f"it claims to have {size} bytes, {_MAX_DIRECTORY} are the limit")
+        return super().read(size)
+
+
 def _records(file: SourceFile) -> dict[str, Record]:
     try:
-        with open(file.fd, "rb", closefd=False) as stream, zipfile.ZipFile(stream) as archive:
+        with _Frugal(file.fd, "rb", closefd=False) as stream, zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as e:
         raise CorruptFileError(

@@ -69,7 +69,11 @@ def write_checkpoint(
 
 
 def _out_tensor(name: str, tensor: torch.Tensor) -> OutTensor:
-    return OutTensor(name, tuple(tensor.shape), tensor.dtype, compute=lambda: [tensor.cpu().contiguous().flatten()])
+    return OutTensor(name, tuple(tensor.shape), tensor.dtype, compute=lambda: [_dense(tensor)])
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().resolve_conj().resolve_neg().contiguous().flatten()
 
 
 def _write_shards(folder: Path, tensors: list[OutTensor], notes: dict[str, str], overwrite: bool, limit: int) -> None:

@@ -1,6 +1,5 @@
 """Generation and dimensions from shapes alone; what is not supported is named, with the evidence."""
 
-import random
 from dataclasses import replace
 
 import pytest

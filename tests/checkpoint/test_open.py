@@ -108,7 +108,8 @@ def test_the_system_reads_little_of_a_big_file(suffix, tmp_path):
         "import sys; from rwkv_lab import open_checkpoint\n"
         "count = lambda: int(open('/proc/self/io').readline().split()[1])\n"
         "before = count(); ck = open_checkpoint(sys.argv[1]); ck.kind, ck.layout\n"
-        "opened = count(); ck['x']; one = count(); ck['emb.weight']; print(opened - before, one - opened, count() - one)"
+        "opened = count(); ck['x']; one = count(); ck['emb.weight']\n"
+        "print(opened - before, one - opened, count() - one)"
     )
     if not os.path.exists("/proc/self/io"):
         pytest.skip("the system does not count what a process reads (/proc/self/io)")
