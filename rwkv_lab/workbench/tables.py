@@ -17,10 +17,12 @@ class Table:
     note: str = ""
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(c)}</th>" for c in self.columns)
+        first = self.rows[0] if self.rows else [""] * len(self.columns)
+        head = "".join(f"<th{_side(v)}>{escape(c)}</th>" for c, v in zip(self.columns, first, strict=True))
+        head = f"<thead><tr>{head}</tr></thead>" if any(self.columns) else ""
         body = "".join(f"<tr>{''.join(_cell(v) for v in row)}</tr>" for row in self.rows)
         note = f"<p>{escape(self.note)}</p>" if self.note else ""
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        table = f"<table>{head}<tbody>{body}</tbody></table>"
         return f'<p><b>{escape(self.title)}</b></p><div style="max-height: 24em; overflow: auto">{table}</div>{note}'
 
     def __repr__(self) -> str:
@@ -48,6 +50,9 @@ def shown(value: object) -> str:
 
 
 def _cell(value: object) -> str:
+    return f"<td{_side(value)}>{escape(shown(value))}</td>"
+
+
+def _side(value: object) -> str:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    style = ' style="text-align: right"' if number else ' style="text-align: left; white-space: pre-wrap"'
-    return f"<td{style}>{escape(shown(value))}</td>"
+    return ' style="text-align: right"' if number else ' style="text-align: left; white-space: pre-wrap"'

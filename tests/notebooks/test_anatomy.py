@@ -1,15 +1,15 @@
 """What every notebook of the house has in common, read from the files without running them."""
 
 import ast
+from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
-from conftest import ROOT
 
 from rwkv_lab.workbench.parameters import NOTEBOOKS
 
-FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FILES = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(params=FILES, ids=lambda p: p.stem)

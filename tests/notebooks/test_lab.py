@@ -8,10 +8,11 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
+ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")
 WAIT = 90_000  # milliseconds; on an idle machine everything takes seconds
 
@@ -37,8 +38,10 @@ def jupyter_lab(root, environment):
         "JUPYTERLAB_WORKSPACES_DIR": str(root / "workspaces"),
         "IPYTHONDIR": str(root / "ipython"),
     }
-    overrides = root / "config" / "labconfig"
-    overrides.mkdir(parents=True)
+    labconfig = root / "config" / "labconfig"
+    labconfig.mkdir(parents=True)
+    quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
+    (labconfig / "default_setting_overrides.json").write_text(json.dumps(quiet))
     with open(root / "log", "w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options],
