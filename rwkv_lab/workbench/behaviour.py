@@ -8,6 +8,7 @@ import torch
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checks import Check
+from rwkv_lab.errors import LayoutError
 from rwkv_lab.merge import MergeResult
 from rwkv_lab.merge.room import memory_free
 from rwkv_lab.model import RWKV_Dual, bits_per_byte
@@ -47,8 +48,7 @@ def compare_behaviour(result: MergeResult) -> Behaviour:
     The counterpart of a merged state is the base with the state file loaded beside it; of a whole fine-tune, that
     file itself. Both must give the same logits and bits per byte as the merged file, to the last bit.
 
-    Raises:
-        RwkvLabError: a model does not load.
+    A merged model that does not load is a check that failed; a base that does not load says nothing of the merge.
     """
     layout, params = result.plan.layout, sum(math.prod(r.shape) for r in result.plan.rows)
     needed, free = 2 * 4 * params, memory_free()  # a model in float32, and its tensors while it is filled
@@ -56,20 +56,27 @@ def compare_behaviour(result: MergeResult) -> Behaviour:
         return _nothing(f"models of RWKV-{layout.version} do not run here; RWKV-{', '.join(SUPPORTED)} do")
     if needed > free:
         return _nothing(f"it needs {human_bytes(needed)} of memory, {human_bytes(free)} are free")
-    base = _answers(RWKV_Dual.from_pretrained(result.base))
-    merged = _answers(RWKV_Dual.from_pretrained(result.out))
+    bytewise = layout.vocab_size in (256, 257)
+    texts = {text: load_corpus(text).held_out[:HELD_OUT] for text in CORPORA} if bytewise else {}
+    try:
+        base = _answers(RWKV_Dual.from_pretrained(result.base), texts)
+    except LayoutError as e:
+        return _nothing(f"the base does not run here: {e}")
+    try:
+        merged = _answers(RWKV_Dual.from_pretrained(result.out), texts)
+    except LayoutError as e:  # such as states for some layers only, which patterns may leave
+        return Behaviour(checks=[Check(_RUNS, str(e), 0, False), NotApplicable(_SAME, "the merged model does not run")])
     bad = int((~merged.logits.isfinite()).sum())
     checks: list[Check | NotApplicable] = [Check(_RUNS, bad, 0, bad == 0)]
     models = {"base": base, "merged": merged}
     name, why_not = _counterpart(result)
     if name:
-        models[name] = _load_counterpart(result)
+        models[name] = _load_counterpart(result, texts)
         checks += _compare(merged, models[name], name)
     else:
         checks.append(NotApplicable(_SAME, why_not))
-    texts = list(base.bits)
     return Behaviour(
-        bits={text: {model: a.bits[text] for model, a in models.items()} for text in texts},
+        bits={text: {model: a.bits[text] for model, a in models.items() if a.bits} for text in base.bits},
         samples=[
             Sample(p, {"base": b, "merged": m}) for p, b, m in zip(_PROMPTS, base.samples, merged.samples, strict=False)
         ],
@@ -98,12 +105,12 @@ def _counterpart(result: MergeResult) -> tuple[str, str]:
     return "", "the tuned file is a part of a model and does not run by itself"
 
 
-def _load_counterpart(result: MergeResult) -> _Answers:
+def _load_counterpart(result: MergeResult, texts: dict[str, bytes]) -> _Answers:
     if result.recipe["method"] != "state":
-        return _answers(RWKV_Dual.from_pretrained(result.tuned))
+        return _answers(RWKV_Dual.from_pretrained(result.tuned), texts)
     model = RWKV_Dual.from_pretrained(result.base)
     model.load_state_file(result.tuned)
-    return _answers(model)
+    return _answers(model, texts)
 
 
 def _compare(merged: _Answers, other: _Answers, name: str) -> list[Check]:
@@ -120,13 +127,13 @@ def _compare(merged: _Answers, other: _Answers, name: str) -> list[Check]:
 
 
 @torch.no_grad()
-def _answers(model: RWKV_Dual) -> _Answers:
+def _answers(model: RWKV_Dual, texts: dict[str, bytes]) -> _Answers:
     vocab = model.layout.vocab_size
     tokens = torch.arange(1, 65)[None] * 7919 % vocab  # any tokens will do, if they are the same for every model
     logits = model.parallel(tokens)[0][0].float()
     bits, samples = {}, []
-    if vocab in (256, 257) and bool(logits.isfinite().all()):
-        bits = {text: bits_per_byte(model, load_corpus(text).held_out[:HELD_OUT], CTX_LEN) for text in CORPORA}
+    if texts and bool(logits.isfinite().all()):
+        bits = {text: bits_per_byte(model, held_out, CTX_LEN) for text, held_out in texts.items()}
         samples = [model.generate_with_streaming(p, _SAMPLE, temperature=0.7, top_p=0.9, seed=0) for p in _PROMPTS]
     del model
     gc.collect()  # the next model may need the room

@@ -48,22 +48,24 @@ class FileChooser(HasTraits):
             layout=widgets.Layout(width="44rem"),
         )
         self.browse = widgets.ToggleButton(description="Browse", layout=widgets.Layout(width="6rem"))
-        self.list = widgets.Select(rows=10, layout=widgets.Layout(width="44rem", margin="0 0 0 7rem", display="none"))
-        self.box = widgets.VBox([widgets.HBox([self.text, self.browse]), self.list])
+        self.place = widgets.Label()
+        self.list = widgets.Select(rows=10, layout=widgets.Layout(width="36rem"))
+        self.walk = widgets.VBox([self.place, self.list], layout=widgets.Layout(margin="0 0 0 7.5rem", display="none"))
+        self.box = widgets.VBox([widgets.HBox([self.text, self.browse]), self.walk])
         self.text.observe(lambda change: setattr(self, "value", change["new"]), "value")
         self.observe(lambda change: setattr(self.text, "value", change["new"]), "value")
         self.browse.observe(lambda change: self._open(change["new"]), "value")
         self.list.observe(self._picked, "index")
 
     def _open(self, opened: bool) -> None:
-        self.list.layout.display = None if opened else "none"
+        self.walk.layout.display = None if opened else "none"
         if opened:
             chosen = Path(self.value)
             self.show(chosen.parent if chosen.is_absolute() and chosen.parent.is_dir() else Path.cwd())
 
     def show(self, folder: Path) -> None:
         """Fill the list with what is in a folder."""
-        self._rows = listing(folder)
+        self._rows, self.place.value = listing(folder), str(folder)
         self.list.unobserve(self._picked, "index")  # new options choose the first row by themselves, and that is ".."
         # No row is chosen to begin with, so that picking any of them is a change.
         self.list.options, self.list.index = [label for label, _ in self._rows], None

@@ -102,7 +102,7 @@ def test_walking_through_folders(tmp_path):
     chooser.value = str(tmp_path / "anything.pth")
     chooser.browse.value = True
     chooser.list.index = chooser.list.options.index("zoo/")
-    assert chooser.value == str(tmp_path / "anything.pth")
+    assert chooser.value == str(tmp_path / "anything.pth") and chooser.place.value == str(tmp_path / "zoo")
     chooser.list.index = chooser.list.options.index("x.pth")
     assert chooser.value == chooser.text.value == str(tmp_path / "zoo" / "x.pth")
     assert chooser.browse.value is False
