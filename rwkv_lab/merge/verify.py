@@ -104,7 +104,11 @@ def _read(path: Path) -> Mapping[str, torch.Tensor]:
         return _Safetensors(files)
     found: dict[str, torch.Tensor] = {}
     for file in files:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if file.suffix == ".safetensors":  # which torch takes for its word, unless it does not see the name
+            with open(file, "rb") as f:
+                loaded = torch.load(f, map_location="cpu", weights_only=True)
+        else:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         found |= {n: t.detach() for n, t in loaded.items() if isinstance(t, torch.Tensor)}
     return found
 
