@@ -7,18 +7,21 @@ import time
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 0.05  # of the total: at most 20 lines for one job, however long
+LOG_AFTER = 1.0  # seconds between two lines: a short job says nothing
 
 
 def frontend_present() -> bool:
     """True when a person's front end (JupyterLab, VS Code) sent the running cell.
 
-    Such clients put metadata (cell id, trust) into their execute requests; papermill, nbclient and nbval send none.
+    Such clients put metadata (cell id, trust) into their execute requests; papermill, nbclient and nbval send none. A
+    click on a button comes as a message to its widget, which only a front end sends.
     """
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is None or not hasattr(shell, "kernel"):
         return False
-    return bool(shell.get_parent().get("metadata"))
+    request = shell.get_parent()
+    return bool(request.get("metadata")) or request.get("header", {}).get("msg_type") == "comm_msg"
 
 
 def human_bytes(n: float) -> str:
@@ -41,7 +44,8 @@ class Progress:
 
     def __init__(self, label: str, total: int, unit: str = "B"):
         self.label, self.total, self.unit = label, total, unit
-        self.done, self._logged, self._start = 0, 0.0, time.perf_counter()
+        self.done, self._logged = 0, 0.0
+        self._start = self._last_line = time.perf_counter()
         self._bar = None
         if frontend_present() or sys.stderr.isatty():
             from tqdm.auto import tqdm
@@ -57,8 +61,8 @@ class Progress:
         self.done += amount
         if self._bar is not None:
             self._bar.update(amount)
-        elif self.total and self.done / self.total >= self._logged + LOG_EVERY:
-            self._logged = self.done / self.total
+        elif self.done >= self.total * (self._logged + LOG_EVERY) and time.perf_counter() >= self._last_line + LOG_AFTER:
+            self._logged, self._last_line = self.done / self.total, time.perf_counter()
             self._log()
 
     def _log(self) -> None:

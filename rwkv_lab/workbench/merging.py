@@ -197,4 +197,7 @@ def _merge(run: Run, dry_run: bool) -> MergeResult:
         overwrite=run.may_overwrite(),
         dry_run=dry_run,
         allow_extra=c.allow_extra or None,
+        allow_nonfinite=c.allow_nonfinite,
+        precision=c.precision,
+        hash=c.hash,
     )

@@ -83,6 +83,9 @@ class MergeParameters(Parameters):
     allow_extra: Patterns = Field(
         [], description="patterns of tensors that the generation does not know but may be there"
     )
+    allow_nonfinite: bool = Field(False, description="record NaN, Inf and overflow in the report instead of refusing")
+    precision: Literal["float32", "float64"] = Field("float32", description="of the arithmetic: float32 or float64")
+    hash: Literal["records", "sha256"] = Field("records", description="of the inputs: records is free, sha256 reads all")
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/merge")
 
 
