@@ -61,8 +61,10 @@ class Progress:
         self.done += amount
         if self._bar is not None:
             self._bar.update(amount)
-        elif self.done >= self.total * (self._logged + LOG_EVERY) and time.perf_counter() >= self._last_line + LOG_AFTER:
-            self._logged, self._last_line = self.done / self.total, time.perf_counter()
+            return
+        now = time.perf_counter()
+        if self.done >= self.total * (self._logged + LOG_EVERY) and now >= self._last_line + LOG_AFTER:
+            self._logged, self._last_line = self.done / self.total, now
             self._log()
 
     def _log(self) -> None:

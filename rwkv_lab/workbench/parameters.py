@@ -85,7 +85,7 @@ class MergeParameters(Parameters):
     )
     allow_nonfinite: bool = Field(False, description="record NaN, Inf and overflow in the report instead of refusing")
     precision: Literal["float32", "float64"] = Field("float32", description="of the arithmetic: float32 or float64")
-    hash: Literal["records", "sha256"] = Field("records", description="of the inputs: records is free, sha256 reads all")
+    hash: Literal["records", "sha256"] = Field("records", description="records: free; sha256: reads the inputs whole")
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/merge")
 
 
