@@ -2,7 +2,22 @@
 
 from rwkv_lab.model.dual import RWKV_Dual, RWKVMode, init_state_with_past
 from rwkv_lab.model.evaluate import bits_per_byte
-from rwkv_lab.model.state import RWKVState
-from rwkv_lab.model.tokenizer import ByteTokenizer
+from rwkv_lab.model.generation import generate
+from rwkv_lab.model.state import RWKVState, load_state, save_state
+from rwkv_lab.model.state_cache import StateCache
+from rwkv_lab.model.tokenizer import ByteTokenizer, WorldTokenizer, load_tokenizer
 
-__all__ = ["RWKV_Dual", "RWKVMode", "RWKVState", "ByteTokenizer", "bits_per_byte", "init_state_with_past"]
+__all__ = [
+    "RWKV_Dual",
+    "RWKVMode",
+    "RWKVState",
+    "ByteTokenizer",
+    "StateCache",
+    "WorldTokenizer",
+    "bits_per_byte",
+    "generate",
+    "init_state_with_past",
+    "load_state",
+    "load_tokenizer",
+    "save_state",
+]
