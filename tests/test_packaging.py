@@ -77,9 +77,7 @@ def test_wheel_brings_kernels_and_notebooks(tmp_path):
     build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ROOT]
     subprocess.run([*pip, *build], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run(
-        [*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, capture_output=True
-    )
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, capture_output=True)
     code = (
         "import rwkv_lab, rwkv_lab.resources as r; print(rwkv_lab.__file__);"
         "print((r.kernels_folder() / 'README.md').is_file(), (r.notebooks_folder() / 'merge.ipynb').is_file())"
