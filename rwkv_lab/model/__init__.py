@@ -1,5 +1,6 @@
 """RWKV models: one set of weights, run over whole sequences or token by token, with the same answers."""
 
+from rwkv_lab.model.capture import capture
 from rwkv_lab.model.dual import RWKV_Dual, RWKVMode, init_state_with_past
 from rwkv_lab.model.evaluate import bits_per_byte
 from rwkv_lab.model.generation import generate
@@ -15,6 +16,7 @@ __all__ = [
     "StateCache",
     "WorldTokenizer",
     "bits_per_byte",
+    "capture",
     "generate",
     "init_state_with_past",
     "load_state",

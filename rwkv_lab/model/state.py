@@ -81,7 +81,8 @@ def join(states: Sequence[RWKVState]) -> RWKVState:
 def state_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     """Shape of each part of the state of one sequence, without the batch."""
     L, C, H, N = layout.n_layer, layout.n_embd, layout.n_head, layout.head_size
-    return {"wkv": (L, H, N, N), "att_shift": (L, C), "ffn_shift": (L, C)}
+    wkv = (L, 3, layout.dim_att) if layout.version == "4.0" else (L, H, N, N)
+    return {"wkv": wkv, "att_shift": (L, C), "ffn_shift": (L, C)}
 
 
 def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
