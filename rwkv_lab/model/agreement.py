@@ -87,8 +87,8 @@ def compare_modes(
     backends: Sequence[str] | None = None,
     modes: Sequence[RWKVMode] = tuple(RWKVMode),
 ) -> list[ModeRow]:
-    """Run tokens `[B,T]` in every mode, backend and dtype, each beside float64 in TRANSFORMER mode, and beside the
-    first run in the same dtype.
+    """Run tokens `[B,T]` in every mode, backend and dtype, each beside float64 in TRANSFORMER mode on the
+    reference operator, and beside the first run in the same dtype.
 
     The judge has the weights as they are after rounding to the row's dtype, so that a row measures arithmetic alone.
     Costs, at a time, the memory of the model in float64 and in one of the dtypes, and logits of `B*T*V*8` bytes thrice.
@@ -111,7 +111,7 @@ def compare_modes(
     rows = []
     for dtype in dtypes:
         rounded = in_dtype(model, dtype)
-        expected, first = Run(in_dtype(rounded, torch.float64))(tokens), None
+        expected, first = Run(in_dtype(rounded, torch.float64), backend="reference")(tokens), None
         for mode in modes:
             for backend in all_backends() if backends is None else backends:
                 limits = {"limit": LIMITS[dtype], "accuracy": ACCURACY[dtype]}

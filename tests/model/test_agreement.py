@@ -33,7 +33,7 @@ def test_every_mode_backend_and_dtype_agrees(tmp_path):
         assert [row.verdict for row in rows] == ["PASS"] * 12
         assert {row.dtype for row in rows} == {torch.float64, torch.float32, torch.bfloat16}
         assert all(row.curve.shape == (70,) and row.curve.max() < 10 * row.accuracy for row in rows)
-        assert rows[4].logits_error > rows[0].logits_error > 0 and rows[4].logits_apart == 0 < rows[5].logits_apart
+        assert rows[4].logits_error > rows[1].logits_error > 0 and rows[4].logits_apart == 0 < rows[5].logits_apart
         assert rows[-1].logits_error > 1e-4  # bfloat16 cannot be that good: it was really run
     assert model.mode is RWKVMode.RNN and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
@@ -42,8 +42,7 @@ def test_a_wrong_decay_in_one_form_is_found_and_placed(monkeypatch):
     model = make_model(n_layer=3)
     break_the_chunked_decay(monkeypatch)
     rows = compare_modes(model, TOKENS, dtypes=[torch.float32], modes=[RWKVMode.TRANSFORMER])
-    assert [row.verdict for row in rows] == ["FAIL", "FAIL"]  # the judge is run by the broken form itself,
-    assert rows[1].logits_apart > 2e-5  # and both rows say that reference and chunked part
+    assert [(row.backend, row.verdict) for row in rows] == [("reference", "PASS"), ("chunked", "FAIL")]
     found = first_mismatch(Run(model, backend="reference"), Run(model, backend="chunked"), TOKENS)
     # The first token reads a state of zeros, so its decay cannot matter.
     assert (found.name, found.layer, found.token) == ("blocks.0.att.y", 0, 1)
@@ -135,9 +134,9 @@ def test_a_backend_that_cannot_run_is_a_row_and_not_the_end(monkeypatch):
     def none(*_):
         raise KernelError("there is no compiler")
 
-    monkeypatch.setitem(wkv._WKV7, "reference", none)
+    monkeypatch.setitem(wkv._WKV7, "chunked", none)
     rows = compare_modes(make_model(), TOKENS[:, :5], dtypes=[torch.float32])
-    assert [row.verdict for row in rows] == ["not run: there is no compiler", "PASS"] * 2
+    assert [row.verdict for row in rows] == ["PASS", "not run: there is no compiler"] * 2
 
 
 def test_refusals():
