@@ -51,8 +51,11 @@ def sample(logits, sampling: Sampling, generator: torch.Generator, counts: Count
         logits[seen] -= sampling.presence_penalty + sampling.frequency_penalty * often
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits, tokens = (logits / sampling.temperature).sort(descending=True, stable=True)
-    probs = logits[: sampling.top_k or None].softmax(-1)
+    if 0 < sampling.top_k < len(logits):  # a tenth of the time of sorting 65,536
+        logits, tokens = logits.topk(sampling.top_k)
+    else:
+        logits, tokens = logits.sort(descending=True, stable=True)
+    probs = ((logits - logits[0]).double() / sampling.temperature).softmax(-1)  # finite at any temperature above 0
     probs[probs.cumsum(-1) - probs >= sampling.top_p] = 0  # keeps at least the likeliest
     return int(tokens[torch.multinomial(probs, 1, generator=generator)])
 

@@ -51,6 +51,7 @@ def test_a_wrong_decay_in_one_form_is_found_and_placed(monkeypatch):
 
 def test_modes_that_part_late_are_caught_at_that_token(monkeypatch):
     model = make_model(dtype=torch.float64)
+    model.set_mode(RWKVMode.RNN)
     right = wkv._WKV7["chunked"]
 
     def forgets_at_40(r, w, k, v, a, b, state):
@@ -61,6 +62,7 @@ def test_modes_that_part_late_are_caught_at_that_token(monkeypatch):
     monkeypatch.setitem(wkv._WKV7, "chunked", forgets_at_40)
     found = first_mismatch(Run(model, RWKVMode.RNN), Run(model, RWKVMode.TRANSFORMER), TOKENS)
     assert (found.name, found.token) == ("blocks.0.att.y", 40)
+    assert model.mode is RWKVMode.RNN
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,14 @@ def test_nan_is_a_mismatch_and_no_pass():
     bad.blocks[1].att.a0.data[..., 3] = float("nan")
     assert first_mismatch(Run(good), Run(bad), TOKENS).name == "blocks.1.att.a"
     assert all(row.verdict == "FAIL" for row in compare_modes(bad, TOKENS[:, :3], dtypes=[torch.float32]))
+
+
+def test_tuned_states_are_not_rounded_with_the_weights():
+    model = make_model()
+    add_random_time_state(model)
+    copied = in_dtype(model, torch.bfloat16)
+    assert copied.emb.weight.dtype == torch.bfloat16
+    assert torch.equal(copied.create_state().wkv, model.create_state().wkv)
 
 
 def test_hand_over():

@@ -21,6 +21,7 @@ def drawn(counts=(), **sampling) -> set[int]:
 
 def test_top_k_and_temperature():
     assert drawn(top_p=1.0, temperature=3.0) == {0, 1, 2, 3}
+    assert drawn(top_p=1.0, temperature=1e-300) == {1}
     assert drawn(top_p=1.0, temperature=3.0, top_k=3) == {0, 1, 2}
     assert drawn(top_p=1.0, temperature=3.0, top_k=1) == {1}
     assert drawn(top_p=1.0, temperature=3.0, top_k=99) == {0, 1, 2, 3}

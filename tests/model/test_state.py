@@ -142,8 +142,8 @@ def test_the_cache_keeps_within_its_bytes_and_forgets_what_was_used_longest_ago(
     cache.longest_prefix(model, [1, 5])
     put(cache, model, [4])
     assert [cache.longest_prefix(model, [t]) is not None for t in (1, 2, 3, 4)] == [True, False, True, True]
-    put(cache, model, [4])
-    assert cache.nbytes == 3 * one
+    put(cache, model, [4])  # once more: takes its own place
+    assert cache.nbytes == 3 * one and len(cache) == 3
     small = StateCache(one - 1)
     put(small, model, [1])
     assert len(small) == small.nbytes == 0

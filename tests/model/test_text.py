@@ -122,3 +122,11 @@ def test_bits_per_byte_starts_every_window_from_the_state():
     assert bits_per_byte(model, data, 10, state=model.create_state()) == plain
     with pytest.raises(ParameterError):
         bits_per_byte(model, b"a", 10)
+
+
+def test_bits_per_byte_shares_the_bits_of_a_token_out_over_its_bytes():
+    model, text = make_model(vocab_size=65536), " Hello there, naïve 日本".encode()
+    ids = model.tokenizer.encode(text)
+    logits, _ = model(torch.tensor([ids[:-1]]))
+    bits = -logits[0].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).sum().item() / math.log(2)
+    assert bits_per_byte(model, text, 100) == pytest.approx(bits / len(text[len(" Hello") :]), rel=1e-5)

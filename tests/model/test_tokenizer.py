@@ -138,6 +138,13 @@ def test_json_end_of_text_and_added_tokens(byte_level):
         tokenizer.encode(b"a\xff")
 
 
+def test_json_tokens_stand_for_the_bytes_that_the_library_means(byte_level):
+    tokenizer, library = load_tokenizer(byte_level), Tokenizer.from_file(str(byte_level))
+    every = "".join(map(chr, range(0x800)))  # characters in which every byte occurs that UTF-8 can have in two
+    ids = tokenizer.encode(every)
+    assert ids == library.encode(every).ids and tokenizer.decode(ids) == library.decode(ids)
+
+
 def test_the_vocabulary_size_tells_the_tokenizer():
     assert tokenizer_for(65536).encode(" Hello") == [36786]
     assert tokenizer_for(257).encode("a") == [98] and tokenizer_for(256).encode("a") == [97]
