@@ -1,8 +1,25 @@
 """RWKV models: one set of weights, run over whole sequences or token by token, with the same answers."""
 
+from rwkv_lab.model.capture import capture
 from rwkv_lab.model.dual import RWKV_Dual, RWKVMode, init_state_with_past
 from rwkv_lab.model.evaluate import bits_per_byte
-from rwkv_lab.model.state import RWKVState
-from rwkv_lab.model.tokenizer import ByteTokenizer
+from rwkv_lab.model.generation import generate
+from rwkv_lab.model.state import RWKVState, load_state, save_state
+from rwkv_lab.model.state_cache import StateCache
+from rwkv_lab.model.tokenizer import ByteTokenizer, WorldTokenizer, load_tokenizer
 
-__all__ = ["RWKV_Dual", "RWKVMode", "RWKVState", "ByteTokenizer", "bits_per_byte", "init_state_with_past"]
+__all__ = [
+    "RWKV_Dual",
+    "RWKVMode",
+    "RWKVState",
+    "ByteTokenizer",
+    "StateCache",
+    "WorldTokenizer",
+    "bits_per_byte",
+    "capture",
+    "generate",
+    "init_state_with_past",
+    "load_state",
+    "load_tokenizer",
+    "save_state",
+]

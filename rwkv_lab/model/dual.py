@@ -1,8 +1,7 @@
 """RWKV_Dual: one set of weights, run as a transformer (whole sequences) or as an RNN (token by token)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import Enum
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,10 +11,11 @@ from torch.nn import functional as F
 from rwkv_lab.checkpoint import Layout, write_checkpoint
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import rwkv7
-from rwkv_lab.model.generation import generate
+from rwkv_lab.model.generation import Sampling, generate_one
 from rwkv_lab.model.loading import fill, model_file, read_model, read_time_states
-from rwkv_lab.model.state import RWKVState
-from rwkv_lab.model.tokenizer import ByteTokenizer
+from rwkv_lab.model.state import RWKVState, check_state, state_shapes
+from rwkv_lab.model.state_cache import StateCache
+from rwkv_lab.model.tokenizer import load_tokenizer, tokenizer_for
 
 
 class RWKVMode(Enum):
@@ -33,7 +33,7 @@ class RWKV_Dual(nn.Module):
     Args:
         n_embd: channels C, a multiple of head_size.
         n_layer: number of blocks L.
-        vocab_size: V. Text in and out needs 256 or 257 (bytes).
+        vocab_size: V. 65536 (World), 256 and 257 (bytes) tell the tokenizer; for others see `tokenizer`.
         ctx_len: tokens run at once when a prompt is read; no limit on how long a sequence may be.
         mode: how `model(tokens)` runs.
         head_size: N.
@@ -74,7 +74,7 @@ class RWKV_Dual(nn.Module):
     def _build(self, layout, ctx_len, mode, group_norm_eps, value_residual_in_layer_0) -> None:
         """Modules of the right sizes without memory behind them, which comes with `to_empty`."""
         super().__init__()
-        self.layout, self.ctx_len = layout, ctx_len
+        self.layout, self.ctx_len, self._tokenizer = layout, ctx_len, None
         self.set_mode(mode)
         with torch.device("meta"):
             self.emb = nn.Embedding(layout.vocab_size, layout.n_embd)
@@ -170,14 +170,10 @@ class RWKV_Dual(nn.Module):
 
     def _run(self, tokens, state):
         """tokens `[B,T]` -> x `[B,T,C]` before ln_out, the new state, v_first `[B,T,A]`."""
-        B, L = len(tokens), self.layout.n_layer
         if state is None:
-            state = self.create_state(B)
-        elif state.wkv.shape[:2] != (B, L):
-            raise ParameterError(
-                f"The state is of {state.wkv.shape[0]} sequences and {state.wkv.shape[1]} layers; "
-                f"the tokens are of {B} sequences, the model has {L} layers."
-            )
+            state = self.create_state(len(tokens))
+        else:
+            check_state(state, self.layout, len(tokens), self.emb.weight.dtype, self.get_device())
         try:
             x = self.blocks[0].ln0(F.embedding(tokens, self.emb.weight))  # [B,T,C]
         except IndexError as e:
@@ -202,19 +198,27 @@ class RWKV_Dual(nn.Module):
 
     # ------------------------------------------------------------------ states
 
-    def create_state(self, batch_size: int = 1) -> RWKVState:
+    def create_state(self, batch_size: int = 1, tuned: str | Path | None = None) -> RWKVState:
         """The state before the first token: `time_state` where the model has one, else zeros.
 
         Gradients reach `time_state` through it.
+
+        Args:
+            tuned: a state file whose `time_state` is taken instead; the model stays as it is.
+
+        Raises:
+            LayoutError, NumericsError: see `load_state_file`.
         """
-        layout, weight = self.layout, self.emb.weight
-        if self.has_time_state:
-            wkv = torch.stack([block.att.time_state for block in self.blocks])  # [L,H,V,K]
+        weight, shapes = self.emb.weight, state_shapes(self.layout)
+        zeros = {name: weight.new_zeros(shape) for name, shape in shapes.items() if name.endswith("shift")}
+        if tuned is not None:
+            states = read_time_states(tuned, self.layout.n_layer, shapes["wkv"][1:])
+            wkv = torch.stack(states).to(weight.device, self._state_dtype)  # [L,H,V,K]
+        elif self.has_time_state:
+            wkv = torch.stack([block.att.time_state for block in self.blocks])
         else:
-            heads = (layout.n_head, layout.head_size, layout.head_size)
-            wkv = torch.zeros(layout.n_layer, *heads, dtype=self._state_dtype, device=weight.device)
-        shift = weight.new_zeros(batch_size, layout.n_layer, layout.n_embd)
-        return RWKVState(wkv.expand(batch_size, *wkv.shape), shift, shift)
+            wkv = torch.zeros(shapes["wkv"], dtype=self._state_dtype, device=weight.device)
+        return RWKVState(wkv[None], **{name: zero[None] for name, zero in zeros.items()}).expand(batch_size)
 
     @property
     def has_time_state(self) -> bool:
@@ -264,10 +268,20 @@ class RWKV_Dual(nn.Module):
     def get_device(self) -> torch.device:
         return self.emb.weight.device
 
-    @cached_property
-    def tokenizer(self) -> ByteTokenizer:
-        """Text to tokens and back. Raises ParameterError where the vocabulary is not of bytes."""
-        return ByteTokenizer(self.layout.vocab_size)
+    @property
+    def tokenizer(self):
+        """Text to tokens and back; chosen by vocabulary size, or named: `model.tokenizer = "world"`, "bytes", a path.
+
+        Raises:
+            ParameterError: the size of the vocabulary does not tell, or the tokenizer named does not fit.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = tokenizer_for(self.layout.vocab_size)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, which: str | Path) -> None:
+        self._tokenizer = load_tokenizer(which, self.layout.vocab_size)
 
     def batch_decode(self, list_of_ids) -> list[str]:
         """The text of each list of token ids."""
@@ -282,8 +296,13 @@ class RWKV_Dual(nn.Module):
         seed: int = 0,
         state: RWKVState | None = None,
         streaming_callback: Callable[[int, str], None] | None = None,
+        top_k: int = 0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        stop_tokens: Collection[int] = (),
+        cache: StateCache | None = None,
     ) -> str:
-        """Continue a prompt and return the new text.
+        """Continue a prompt and return the new text, up to the end of text; `generate` continues several at once.
 
         Args:
             temperature: 0 always takes the likeliest token.
@@ -291,12 +310,18 @@ class RWKV_Dual(nn.Module):
             seed: the same seed gives the same text.
             state: RWKVState of one sequence to start from; None for `create_state()`.
             streaming_callback: called with every new token and the text that it completes, "" inside a character.
+            top_k: draw from this many likeliest tokens; 0 for all.
+            presence_penalty, frequency_penalty: taken off the logit of a token that was generated before, once, and
+                once for each time.
+            stop_tokens: tokens that end the text, as the end of text always does; they are not part of it.
+            cache: states of beginnings that were read before; not together with `state`.
 
         Raises:
-            ParameterError: sampling values out of range, or no tokenizer for this vocabulary.
+            ParameterError: values out of range, no tokenizer for this vocabulary, or a state that does not fit.
             NumericsError: NaN or infinity in the logits.
         """
-        return generate(self, prompt, max_new_tokens, temperature, top_p, seed, state, streaming_callback)
+        sampling = Sampling(temperature, top_p, top_k, presence_penalty, frequency_penalty)
+        return generate_one(self, prompt, max_new_tokens, sampling, seed, state, streaming_callback, stop_tokens, cache)
 
 
 @torch.no_grad()

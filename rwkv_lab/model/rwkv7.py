@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rwkv_lab.model.capture import Watched
 from rwkv_lab.wkv import wkv7
 
 GROUP_NORM_EPS = 64e-5  # (1e-5)·8², whatever the head size
 
 
-class TimeMix(nn.Module):
+class TimeMix(Watched):
     """`blocks.i.att`: mixes along time through the WKV state."""
 
     def __init__(self, layout, layer: int, group_norm_eps: float, value_residual: bool):
@@ -65,15 +66,19 @@ class TimeMix(nn.Module):
         k = k * (1 + (a - 1) * self.k_a)
 
         r, k, v_heads, a = (z.view(heads) for z in (r, k, v, a))  # [B,T,H,N]
-        y, wkv_state = wkv7(r, log_decay.view(heads), k, v_heads, -kk, kk * a, wkv_state)
+        y_wkv, wkv_state = wkv7(r, log_decay.view(heads), k, v_heads, -kk, kk * a, wkv_state)
         # GroupNorm over the heads; as a LayerNorm over the last axis it is much faster on a CPU.
-        y = F.layer_norm(y, (self.head_size,), eps=self.ln_x.eps).view(B, T, -1)
+        y = F.layer_norm(y_wkv, (self.head_size,), eps=self.ln_x.eps).view(B, T, -1)
         y = torch.addcmul(self.ln_x.bias, y, self.ln_x.weight)
         y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v_heads).view(B, T, -1)
-        return self.output(y * g), wkv_state, v_first
+        out = self.output(y * g)
+        if self.watchers:
+            self.seen(x=x, r=r, w=log_decay.view(heads), v=v_heads, a=a, kk=kk, k=k, g=g.view(heads))
+            self.seen(y=y_wkv, state=wkv_state[:, None], out=out)
+        return out, wkv_state, v_first
 
 
-class ChannelMix(nn.Module):
+class ChannelMix(Watched):
     """`blocks.i.ffn`: mixes the channels of one token."""
 
     def __init__(self, layout):
@@ -84,11 +89,14 @@ class ChannelMix(nn.Module):
 
     def forward(self, x, shift):
         """x `[B,T,C]`, shift `[B,C]` -> `[B,T,C]`."""
-        k = self.key(torch.addcmul(x, _previous(x, shift) - x, self.x_k))
-        return self.value(torch.relu(k).square())
+        k = torch.relu(self.key(torch.addcmul(x, _previous(x, shift) - x, self.x_k))).square()
+        out = self.value(k)
+        if self.watchers:
+            self.seen(x=x, k=k, out=out)
+        return out
 
 
-class Block(nn.Module):
+class Block(Watched):
     """`blocks.i`: time mix and channel mix, each behind a LayerNorm and added to what came in."""
 
     def __init__(self, layout, layer: int, group_norm_eps: float, value_residual: bool):
@@ -105,6 +113,8 @@ class Block(nn.Module):
 
         Returns x, the three states after the last token, and v_first.
         """
+        if self.watchers:
+            self.seen(x=x)
         x_att = self.ln1(x)
         y, wkv_state, v_first = self.att(x_att, att_shift, wkv_state, v_first)
         x = x + y

@@ -1,8 +1,13 @@
 """What a model remembers between two calls."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
+
+from rwkv_lab.checkpoint import Layout, open_checkpoint, write_checkpoint
+from rwkv_lab.errors import LayoutError, ParameterError
 
 
 @dataclass(frozen=True)
@@ -18,21 +23,140 @@ class RWKVState:
     att_shift: torch.Tensor
     ffn_shift: torch.Tensor
 
-    def _map(self, change) -> "RWKVState":
-        return RWKVState(change(self.wkv), change(self.att_shift), change(self.ffn_shift))
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The parts by name; the batch is the first dimension of each."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RWKVState":
+        return RWKVState(**{name: change(part) for name, part in self.tensors().items()})
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.wkv)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its numbers."""
+        return sum(part.nbytes for part in self.tensors().values())
 
     def clone(self) -> "RWKVState":
         """A copy that shares no memory with this one."""
-        return self._map(torch.Tensor.clone)
+        return self._map(lambda x: x.clone(memory_format=torch.contiguous_format))
 
     def detach(self) -> "RWKVState":
         """The same numbers, cut off from the graph that computed them."""
         return self._map(torch.Tensor.detach)
 
-    def to(self, device) -> "RWKVState":
-        """The same state on another device."""
-        return self._map(lambda x: x.to(device))
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "RWKVState":
+        """The same state on another device, or for a model of another dtype: of that dtype are the shifts alone."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return RWKVState(
+            **{
+                name: part.to(device=device, dtype=None if dtype is None else dtype if name.endswith("shift") else wide)
+                for name, part in self.tensors().items()
+            }
+        )
 
     def expand(self, batch_size: int) -> "RWKVState":
-        """The state of one sequence (B = 1) for `batch_size` sequences, without copying it."""
+        """The state of one sequence (B = 1) for `batch_size` sequences, without copying it.
+
+        Raises:
+            ParameterError: it is of several sequences already.
+        """
+        if self.batch_size not in (1, batch_size):
+            raise ParameterError(f"A state of {self.batch_size} sequences cannot become one of {batch_size}.")
         return self._map(lambda x: x.expand(batch_size, *x.shape[1:]))
+
+    def rows(self, rows: Sequence[int]) -> "RWKVState":
+        """The state of some of its sequences, in the order given; a copy."""
+        return self._map(lambda x: x[list(rows)])
+
+
+def join(states: Sequence[RWKVState]) -> RWKVState:
+    """Several states as one batch, in this order; the states of one model."""
+    parts = [state.tensors() for state in states]
+    return RWKVState(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def state_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Shape of each part of the state of one sequence, without the batch."""
+    L, C, H, N = layout.n_layer, layout.n_embd, layout.n_head, layout.head_size
+    wkv = (L, 3, layout.dim_att) if layout.version == "4.0" else (L, H, N, N)
+    return {"wkv": wkv, "att_shift": (L, C), "ffn_shift": (L, C)}
+
+
+def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Whether a state can go into a model with these tokens.
+
+    Raises:
+        ParameterError: it is of another model, of another number of sequences, in another dtype or on another device.
+    """
+    for name, shape in state_shapes(layout).items():
+        part = getattr(state, name)
+        if part.shape[1:] != shape:
+            raise ParameterError(
+                f"The state is of another model: its {name} has shape {list(part.shape)}, "
+                f"this model's {[batch_size, *shape]}."
+            )
+        if len(part) != batch_size:
+            raise ParameterError(
+                f"The state is of {len(part)} sequences, the tokens are of {batch_size}.\n"
+                "state.expand(n) gives one sequence's state to n, state.rows([...]) picks some."
+            )
+        if part.device != device:
+            raise ParameterError(f"The state is on {part.device}, the model on {device}: state.to({str(device)!r}).")
+    if state.att_shift.dtype != dtype and not torch.is_autocast_enabled(device.type):
+        raise ParameterError(
+            f"The state is of a model in {state.att_shift.dtype}, this one is in {dtype}: state.to(dtype={dtype})."
+        )
+
+
+# ---------------------------------------------------------------------- on disk
+
+_MARK = "rwkv_lab state 1"
+
+
+def _owner(layout: Layout) -> dict[str, str]:
+    """What a state belongs to, as it is written into its file."""
+    names = ("version", "n_layer", "n_embd", "dim_att", "n_head", "head_size")
+    return {name: str(getattr(layout, name)) for name in names}
+
+
+def save_state(path: str | Path, state: RWKVState, model) -> None:
+    """Write a state to a `.safetensors`, with the generation and dimensions of the model that it belongs to.
+
+    Raises:
+        OutputError: the file is there already, or cannot be written.
+        ParameterError: a state of another model, or another suffix.
+    """
+    check_state(state, model.layout, state.batch_size, model.emb.weight.dtype, model.get_device())
+    if Path(path).suffix != ".safetensors":
+        raise ParameterError(f"{path}: a state is written to a .safetensors.")
+    write_checkpoint(path, state.tensors(), metadata={"format": _MARK, **_owner(model.layout)})
+
+
+def load_state(path: str | Path, model) -> RWKVState:
+    """The state in a file that `save_state` wrote, in the model's dtype and on its device.
+
+    Raises:
+        LayoutError: no state, or the state of a model of another generation or other dimensions.
+        CorruptFileError: see `open_checkpoint`.
+    """
+    with open_checkpoint(path) as ck:
+        if ck.metadata.get("format") != _MARK:
+            raise LayoutError(
+                f"{path} is no state that save_state wrote ({ck.kind}).\n"
+                "A tuned initial state (time_state) goes into create_state(tuned=...) or load_state_file."
+            )
+        for name, expected in _owner(model.layout).items():
+            if ck.metadata.get(name) != expected:
+                raise LayoutError(
+                    f"{path} is a state of another model: its {name} is {ck.metadata.get(name)}, here {expected}."
+                )
+        shapes = state_shapes(model.layout)
+        for name, shape in shapes.items():
+            if name not in ck or tuple(ck.info[name].shape[1:]) != shape:
+                found = list(ck.info[name].shape) if name in ck else "missing"
+                raise LayoutError(f"{path}: {name} is {found}; the model needs {['B', *shape]}.")
+        state = RWKVState(**{name: ck[name] for name in shapes})
+    return state.to(model.get_device(), model.emb.weight.dtype)

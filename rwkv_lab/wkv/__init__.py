@@ -3,10 +3,11 @@
 import torch
 
 from rwkv_lab.errors import KernelError, ParameterError
+from rwkv_lab.wkv.choice import chosen_backend, use_backend
 from rwkv_lab.wkv.chunked import wkv7_chunked
 from rwkv_lab.wkv.reference import wkv7_reference
 
-__all__ = ["wkv7", "backends"]
+__all__ = ["wkv7", "backends", "use_backend"]
 
 _WKV7 = {"reference": wkv7_reference, "chunked": wkv7_chunked}
 
@@ -41,6 +42,8 @@ def wkv7(r, w, k, v, a, b, state=None, backend: str = "auto"):
         ParameterError: shapes that do not fit.
     """
     B, T, H, N = _check_shapes(r, w, k, v, a, b, state)
+    if backend == "auto":
+        backend = chosen_backend()
     if backend == "auto":
         backend = "reference" if T < _SHORT else "chunked"
     if backend not in _WKV7:

@@ -134,7 +134,7 @@ def test_refusals():
             model(tokens)
     with pytest.raises(ParameterError, match="0 to 256"):
         model(torch.tensor([[257]]))
-    with pytest.raises(ParameterError, match="2 sequences"):
+    with pytest.raises(ParameterError, match="of 2 sequences"):
         model(make_tokens(1, 1), state=model.create_state(2))
     with pytest.raises(ParameterError, match="RWKVMode"):
         model.set_mode("lstm")

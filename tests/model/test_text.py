@@ -1,6 +1,7 @@
 """Text in, text out: bytes as tokens, whole characters only, sampling, and bits per byte."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from random_rwkv7 import add_random_time_state, make_model, make_tokens
 
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model import ByteTokenizer, RWKVMode, bits_per_byte
-from rwkv_lab.model.generation import sample
+from rwkv_lab.model.generation import Sampling, sample
 
 TEXT = "naïve 日本語 👩‍🔬\n"
 
@@ -38,18 +39,18 @@ def test_a_stream_never_splits_a_character():
     assert all(len(piece) <= 1 and "\ufffd" not in piece for piece in pieces)
     cut = tokenizer.stream()
     assert cut.feed(tokenizer.encode("é")[0]) == ""
-    assert cut.feed(0, last=True) == "\ufffd"
+    assert cut.close() == "\ufffd"
 
 
 def test_sampling():
     logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
-    draw = lambda t, p, seed: sample(logits, t, p, torch.Generator().manual_seed(seed))  # noqa: E731
+    draw = lambda t, p, seed: sample(logits, Sampling(t, p), torch.Generator().manual_seed(seed), Counter())  # noqa: E731
     assert {draw(0, 1.0, s) for s in range(9)} == {1}
     assert {draw(1.0, 1e-9, s) for s in range(9)} == {1}
     assert {draw(5.0, 1.0, s) for s in range(99)} == {0, 1, 2, 3}
     assert {draw(1.0, 0.9, s) for s in range(99)} == {1, 2}  # 0.70 + 0.26 is the first sum above 0.9
     with pytest.raises(NumericsError):
-        sample(torch.tensor([0.0, float("nan")]), 1.0, 1.0, torch.Generator())
+        sample(torch.tensor([0.0, float("nan")]), Sampling(), torch.Generator(), Counter())
 
 
 @pytest.mark.parametrize("mode", list(RWKVMode))
@@ -93,7 +94,7 @@ def test_generation_stops_at_the_end_of_text():
 
 def test_generation_refuses_what_makes_no_sense():
     for wrong in ({"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"max_new_tokens": -1}):
-        with pytest.raises(ParameterError, match="Sampling"):
+        with pytest.raises(ParameterError, match="Sampling|max_new_tokens"):
             make_model().generate_with_streaming("x", **wrong)
     with pytest.raises(ParameterError, match="empty"):
         make_model(vocab_size=256).generate_with_streaming("")
@@ -121,3 +122,11 @@ def test_bits_per_byte_starts_every_window_from_the_state():
     assert bits_per_byte(model, data, 10, state=model.create_state()) == plain
     with pytest.raises(ParameterError):
         bits_per_byte(model, b"a", 10)
+
+
+def test_bits_per_byte_shares_the_bits_of_a_token_out_over_its_bytes():
+    model, text = make_model(vocab_size=65536), " Hello there, naïve 日本".encode()
+    ids = model.tokenizer.encode(text)
+    logits, _ = model(torch.tensor([ids[:-1]]))
+    bits = -logits[0].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).sum().item() / math.log(2)
+    assert bits_per_byte(model, text, 100) == pytest.approx(bits / len(text[len(" Hello") :]), rel=1e-5)

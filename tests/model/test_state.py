@@ -1,0 +1,160 @@
+"""States as things of their own: copied, moved, written, remembered."""
+
+import pytest
+import torch
+from random_rwkv7 import add_random_time_state, make_model, make_tokens
+
+from rwkv_lab.checkpoint import write_checkpoint
+from rwkv_lab.errors import LayoutError, OutputError, ParameterError
+from rwkv_lab.model import RWKVMode, StateCache, load_state, save_state
+
+PARTS = ("wkv", "att_shift", "ffn_shift")
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(getattr(one, n), getattr(other, n)) for n in PARTS)
+
+
+def state_after(model, T=5, B=1, seed=0):
+    return model(make_tokens(B, T, seed=seed))[1]
+
+
+@pytest.mark.parametrize("mode", list(RWKVMode))
+def test_no_door_changes_the_state_given_to_it(mode):
+    model = make_model()
+    model.set_mode(mode)
+    state = state_after(model)
+    before = state.clone()
+    model(make_tokens(1, 7), state=state)
+    model.parallel(make_tokens(1, 7), state)
+    model.prefill(make_tokens(1, 50), state)
+    model.generate_with_streaming("abc", 10, state=state)
+    assert same(state, before)
+
+
+def test_a_clone_shares_nothing_and_detach_cuts_the_graph():
+    model = make_model().requires_grad_(True)
+    state = model.create_state(3)  # expanded: one memory for three rows
+    clone = state.clone()
+    clone.wkv[0] += 1
+    assert same(model.create_state(3), state) and not clone.wkv[1].any()
+    state = state_after(model)
+    assert state.wkv.requires_grad and not any(part.requires_grad for part in state.detach().tensors().values())
+
+
+def test_to_another_dtype_keeps_the_wkv_state_wide():
+    model = make_model()
+    state = state_after(model).to(dtype=torch.bfloat16)
+    assert [getattr(state, n).dtype for n in PARTS] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    model.to(torch.bfloat16)(make_tokens(1, 2), state=state)
+    wide = state.to(dtype=torch.float64)
+    assert {getattr(wide, n).dtype for n in PARTS} == {torch.float64}
+    assert state.to("meta").wkv.device.type == "meta" and state.to("meta").att_shift.dtype == torch.bfloat16
+
+
+def test_states_of_others_are_refused_by_what_is_wrong():
+    model = make_model()
+    tokens = make_tokens(1, 1)
+    for other, words in [
+        (make_model(n_layer=3), r"another model.*\[1, 3, 2, 32, 32\].*\[1, 2, 2, 32, 32\]"),
+        (make_model(head_size=64), r"another model.*wkv.*\[1, 2, 1, 64, 64\]"),
+        (make_model(dtype=torch.float64), "float64.*float32"),
+    ]:
+        with pytest.raises(ParameterError, match=words):
+            model(tokens, state=other.create_state())
+        with pytest.raises(ParameterError, match=words):
+            model.generate_with_streaming("x", state=other.create_state())
+    with pytest.raises(ParameterError, match="2 sequences, the tokens are of 1"):
+        model(tokens, state=model.create_state(2))
+    with pytest.raises(ParameterError, match="meta"):
+        model(tokens, state=model.create_state().to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_state_comes_back_from_its_file_bit_for_bit(tmp_path, dtype):
+    model = make_model(dtype=dtype)
+    state = state_after(model, B=3)
+    save_state(tmp_path / "s.safetensors", state, model)
+    loaded = load_state(tmp_path / "s.safetensors", model)
+    assert same(loaded, state) and [getattr(loaded, n).dtype for n in PARTS] == [getattr(state, n).dtype for n in PARTS]
+    with pytest.raises(OutputError):
+        save_state(tmp_path / "s.safetensors", state, model)
+
+
+def test_state_files_of_other_models_are_refused(tmp_path):
+    model = make_model()
+    path = tmp_path / "s.safetensors"
+    save_state(path, state_after(model), model)
+    for other, words in [(make_model(n_layer=3), "n_layer is 2, here 3"), (make_model(head_size=64), "n_head is 2")]:
+        with pytest.raises(LayoutError, match=words):
+            load_state(path, other)
+        with pytest.raises(ParameterError, match="another model"):
+            save_state(tmp_path / "t.safetensors", state_after(model), other)
+    write_checkpoint(tmp_path / "m.safetensors", model.state_dict())
+    with pytest.raises(LayoutError, match="no state"):
+        load_state(tmp_path / "m.safetensors", model)
+    with pytest.raises(ParameterError, match=".safetensors"):
+        save_state(tmp_path / "s.pth", state_after(model), model)
+
+
+def test_a_tuned_state_file_goes_in_by_itself(tmp_path):
+    tuned, plain = make_model(), make_model()
+    add_random_time_state(tuned)
+    path = tmp_path / "tuned.pth"
+    write_checkpoint(path, {n: t for n, t in tuned.state_dict().items() if n.endswith("time_state")})
+    state = plain.create_state(tuned=path)
+    assert same(state, tuned.create_state()) and not plain.has_time_state
+    assert plain.generate_with_streaming("x", 20, state=state) == tuned.generate_with_streaming("x", 20)
+    with pytest.raises(LayoutError, match="layers 0 to 2"):
+        make_model(n_layer=3).create_state(tuned=path)
+
+
+def put(cache, model, *texts):
+    for text in texts:
+        cache.put(model, text, state_after(model, seed=len(text)), torch.full((257,), float(len(text))))
+
+
+def test_the_cache_finds_the_longest_beginning():
+    model, cache = make_model(), StateCache(10**7)
+    put(cache, model, [1], [1, 2, 3], [1, 2, 3, 4, 5, 6], [2, 2, 2, 2])
+    n, state, logits = cache.longest_prefix(model, [1, 2, 3, 4, 5])
+    assert n == 3 and logits[0] == 3 and same(state, state_after(model, seed=3))
+    assert cache.longest_prefix(model, [1, 2])[0] == 1
+    assert cache.longest_prefix(model, [1, 2, 3, 4, 5, 6])[0] == 6
+    assert cache.longest_prefix(model, [3, 2, 1]) is None
+    assert cache.longest_prefix(model, [257 + 1]) is None  # not the bytes of a token, the token
+
+
+def test_the_cache_gives_out_copies():
+    model, cache = make_model(), StateCache(10**7)
+    put(cache, model, [1, 2])
+    _, state, logits = cache.longest_prefix(model, [1, 2])
+    state.wkv.zero_(), logits.zero_()
+    assert cache.longest_prefix(model, [1, 2])[1].wkv.any() and cache.longest_prefix(model, [1, 2])[2].any()
+
+
+def test_the_cache_keeps_within_its_bytes_and_forgets_what_was_used_longest_ago():
+    model = make_model()
+    one = state_after(model).nbytes + 257 * 4 + 4
+    cache = StateCache(3 * one + 2)
+    put(cache, model, [1], [2], [3])
+    assert len(cache) == 3 and cache.nbytes == 3 * one
+    cache.longest_prefix(model, [1, 5])
+    put(cache, model, [4])
+    assert [cache.longest_prefix(model, [t]) is not None for t in (1, 2, 3, 4)] == [True, False, True, True]
+    put(cache, model, [4])  # once more: takes its own place
+    assert cache.nbytes == 3 * one and len(cache) == 3
+    small = StateCache(one - 1)
+    put(small, model, [1])
+    assert len(small) == small.nbytes == 0
+    cache.clear()
+    assert len(cache) == cache.nbytes == 0
+
+
+def test_a_cache_serves_one_model():
+    model, cache = make_model(), StateCache(10**7)
+    put(cache, model, [1])
+    with pytest.raises(ParameterError, match="another model"):
+        cache.longest_prefix(make_model(), [1])
+    with pytest.raises(ParameterError, match="0 bytes"):
+        StateCache(0)
