@@ -1,4 +1,5 @@
-"""The matrix forms of WKV5, WKV6 and WKV7: inside a chunk of tokens everything is matrix products; only the state goes from chunk to chunk.
+"""WKV5, WKV6 and WKV7 in matrix form: inside a chunk of tokens everything is matrix products; only the state goes from
+chunk to chunk.
 
 kernels/README.md derives them. Plain torch operations, so any device and autograd work as they are.
 """
@@ -12,7 +13,8 @@ from torch.nn.functional import pad
 # Timed forward + backward on two cores at [16,256,4,64]: 16 tokens 198 ms, 32 tokens 118 ms, 64 tokens 123 ms.
 CHUNK7 = 32
 
-# A power of two. Timed forward + backward on one core at [4,256,4,64]: 16 tokens 125 ms, 32 tokens 45 ms, 64 tokens 71 ms.
+# A power of two. Timed forward + backward on one core at [4,256,4,64]: 16 tokens 125 ms, 32 tokens 45 ms,
+# 64 tokens 71 ms.
 CHUNK6 = 32
 
 
