@@ -16,18 +16,30 @@ SHAPES = {  # none a power of two but where the head is the model
     "three heads of 32": dict(n_layer=3, n_head=3, head_size=32, dim_ffn=150),
     "three heads of 64": dict(n_layer=2, n_head=3, head_size=64, dim_ffn=224),
 }
-CASES = [(version, shape, False) for version in ("4.0", "5.0", "5.1", "5.2", "6.0", "7.0") for shape in SHAPES]
+CASES = [(version, shape, "") for version in ("4.0", "5.0", "5.1", "5.2", "6.0", "7.0") for shape in SHAPES]
+# It stops while printing the shape of a tensor with one number, which is what the decay of a one-head 5.0 or 5.1 is.
+# Such a 5.1 is also a 5.2 whose channels have one decay; 5.0 has no such counterpart, numpy judges it in test_answers.
+CASES = [c for c in CASES if not (c[0] == "5.0" and SHAPES[c[1]]["n_head"] == 1)]
 # Its own variants: a bonus stored as it is, and tuned states, which its RWKV-7 does not read.
-CASES += [("5.0", "three heads of 32", "time_faaaa"), ("5.1", "one head of 32", "time_faaaa")]
+CASES += [("5.0", "three heads of 32", "time_faaaa"), ("5.1", "three heads of 64", "time_faaaa")]
 CASES += [(version, "three heads of 32", "time_state") for version in ("5.0", "5.2", "6.0")]
 
 
 def tensors_of(version, shape, variant):
-    layout = make_layout(version, **SHAPES[shape])
-    tensors = random_tensors(layout, time_state=variant == "time_state")
+    tensors = random_tensors(make_layout(version, **SHAPES[shape]), time_state=variant == "time_state")
     if variant == "time_faaaa":
         tensors = {name.replace("time_first", "time_faaaa"): t for name, t in tensors.items()}
     return tensors
+
+
+def for_the_package(tensors, layout):
+    """The same model, in names and an order that the package understands."""
+    if layout.version == "5.1" and layout.n_head == 1:
+        per_channel = {n: t.expand(1, layout.head_size) for n, t in tensors.items() if n.endswith("time_decay")}
+        bonus = {n: t.exp().expand(1, layout.head_size) for n, t in tensors.items() if n.endswith("time_first")}
+        tensors = {n: t for n, t in tensors.items() if n not in bonus} | per_channel
+        tensors |= {n.replace("time_first", "time_faaaa"): t for n, t in bonus.items()}
+    return in_its_order(tensors)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +51,11 @@ def theirs(tmp_path_factory):
         cases = [case for case in CASES if (case[0] == "7.0") == v7]
         paths = [folder / f"{v7}{number}" for number in range(len(cases))]
         for case, path in zip(cases, paths, strict=True):
-            write_checkpoint(f"{path}.pth", in_its_order(tensors_of(*case)))
+            tensors = tensors_of(*case)
+            write_checkpoint(f"{path}.safetensors", tensors)
+            write_checkpoint(f"{path}.pth", for_the_package(tensors, make_layout(case[0], **SHAPES[case[1]])))
         numbers = run_rwkv_package([(path, tokens) for path in paths], v7)
-        answers |= {case: (f"{path}.pth", n) for case, path, n in zip(cases, paths, numbers, strict=True)}
+        answers |= {case: (f"{path}.safetensors", n) for case, path, n in zip(cases, paths, numbers, strict=True)}
     return answers
 
 
@@ -83,18 +97,17 @@ _HUGGING_FACE = [
 
 
 @pytest.mark.filterwarnings("ignore")  # its own affair
-@pytest.mark.parametrize("n_layer, n_embd, dim_att", [(1, 40, 40), (3, 36, 60)])
-def test_rwkv_4_of_transformers(tmp_path, n_layer, n_embd, dim_att):
+@pytest.mark.parametrize("n_layer, n_embd", [(2, 40), (3, 36)])
+def test_rwkv_4_of_transformers(tmp_path, n_layer, n_embd):
+    """It cannot run one layer (it divides by n_layer - 1), nor dim_att != n_embd (its states have n_embd channels)."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    sizes = dict(n_layer=n_layer, n_embd=n_embd, n_head=1, head_size=dim_att)
+    sizes = dict(n_layer=n_layer, n_embd=n_embd, n_head=1, head_size=n_embd)
     model = load_model(tmp_path, "4.0", **sizes)
     config = transformers.RwkvConfig(
         vocab_size=70,
         hidden_size=n_embd,
-        attention_hidden_size=dim_att,
         intermediate_size=52,
         num_hidden_layers=n_layer,
-        rescale_every=0,
         tie_word_embeddings=False,
     )
     judge = transformers.RwkvForCausalLM(config).eval()
