@@ -1,4 +1,4 @@
-"""Checkpoints of every generation with random weights in which no part is idle, and decays from very slow to very fast."""
+"""Checkpoints of every generation with random weights in which no part is idle, and decays from slow to very fast."""
 
 import torch
 
