@@ -10,7 +10,7 @@ import torch
 from rwkv_lab.errors import DeviceError, ParameterError
 
 # Torch raises RuntimeError, or AssertionError where it was built without CUDA, for much else too: the text decides.
-_FAILURE = re.compile(r"\b(CUDA|cu(DNN|BLAS)|HIP|NVIDIA|XPU|MPS|device-side assert)", re.IGNORECASE)
+_FAILURE = re.compile(r"\b(CUDA|CUBLAS|CUDNN|cuDNN|cuBLAS|HIP|NVIDIA|XPU|MPS|device-side assert)")
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
