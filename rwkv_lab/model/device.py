@@ -59,8 +59,10 @@ def falls_back(method):
             if self.fallback is None or self.get_device() == self.fallback:
                 raise
             warn_of_fallback(e, self.fallback)
-            self.to(self.fallback)
-            return method(self, tokens, None if state is None else state.to(self.fallback), *args, **kwargs)
+            with device_errors(self.get_device()):  # a device that is lost altogether does not give its weights back
+                self.to(self.fallback)
+                state = None if state is None else state.to(self.fallback)
+            return method(self, tokens, state, *args, **kwargs)
 
     return run
 
