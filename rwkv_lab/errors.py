@@ -37,5 +37,9 @@ class KernelError(RwkvLabError):
     """A kernel that was asked for cannot be built or run."""
 
 
+class DeviceError(RwkvLabError):
+    """A device is not there, failed, or ran out of memory."""
+
+
 class ExportError(RwkvLabError):
     """Root of what goes wrong in an export."""

@@ -88,15 +88,16 @@ def _block6(m: Layout) -> dict[str, Shape]:
 
 
 def _block7(m: Layout) -> dict[str, Shape]:
-    C = m.n_embd
+    C, A = m.n_embd, m.dim_att
     shapes = _vectors(m, "att", [f"x_{z}" for z in "rwkvag"])
     for name, rank in m.ranks.items():
         if name != "g":
-            shapes[f"att.{name}0"] = (1, 1, C)
-        shapes |= {f"att.{name}1": (C, rank), f"att.{name}2": (rank, C)}
+            shapes[f"att.{name}0"] = (1, 1, A)
+        shapes |= {f"att.{name}1": (C, rank), f"att.{name}2": (rank, A)}
     return {
         **shapes,
-        **_vectors(m, "att", ("k_k", "k_a")),
+        "att.k_k": (1, 1, A),
+        "att.k_a": (1, 1, A),
         "att.r_k": (m.n_head, m.head_size),
         **_matrices(m, gate=False),
         **_ln_x(m),

@@ -7,15 +7,22 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rwkv_lab.checkpoint import Layout, write_checkpoint
-from rwkv_lab.errors import ParameterError
-from rwkv_lab.model import rwkv7
+from rwkv_lab.errors import DeviceError, ParameterError
+from rwkv_lab.model import rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_lab.model.block import GROUP_NORM_EPS
+from rwkv_lab.model.device import device_errors, falls_back, parse_device, warn_of_fallback
 from rwkv_lab.model.generation import Sampling, generate_one
-from rwkv_lab.model.loading import fill, model_file, read_model, read_time_states
-from rwkv_lab.model.state import RWKVState, check_state, state_shapes
+from rwkv_lab.model.inputs import check_tokens
+from rwkv_lab.model.loading import fill, model_file, open_model, read_time_states
+from rwkv_lab.model.state import RWKVState, check_state, join, state_shapes
 from rwkv_lab.model.state_cache import StateCache
 from rwkv_lab.model.tokenizer import load_tokenizer, tokenizer_for
+from rwkv_lab.wkv import empty_wkv4_state
+
+_GENERATION = {"4.0": rwkv4, "5.0": rwkv5, "5.1": rwkv5, "5.2": rwkv5, "6.0": rwkv6, "7.0": rwkv7}
 
 
 class RWKVMode(Enum):
@@ -26,9 +33,10 @@ class RWKVMode(Enum):
 
 
 class RWKV_Dual(nn.Module):
-    """An RWKV-7 language model. Its `state_dict` has exactly the names and shapes of BlinkDL's checkpoints.
+    """An RWKV language model. Its `state_dict` has exactly the names and shapes of BlinkDL's checkpoints.
 
-    The constructor makes a fresh model in float32, drawn from torch's generator; `from_pretrained` reads one.
+    The constructor makes a fresh RWKV-7 in float32, drawn from torch's generator; `from_pretrained` reads a model of
+    any generation. Autocast may be on: the WKV operators stay in float32.
 
     Args:
         n_embd: channels C, a multiple of head_size.
@@ -37,6 +45,12 @@ class RWKV_Dual(nn.Module):
         ctx_len: tokens run at once when a prompt is read; no limit on how long a sequence may be.
         mode: how `model(tokens)` runs.
         head_size: N.
+
+    Attributes:
+        layout: generation and dimensions.
+        gradient_checkpointing: set it to True to keep only each layer's input for the backward pass and run the layer
+            again there: less memory, about a third more time. Off at first.
+        fallback: device to move to when the present one fails, None to raise; an argument of `from_pretrained`.
 
     Raises:
         ParameterError: sizes that do not go together.
@@ -67,19 +81,23 @@ class RWKV_Dual(nn.Module):
             head_size=head_size,
             ranks=rwkv7.fresh_ranks(n_embd),
         )
-        self._build(layout, ctx_len, mode, rwkv7.GROUP_NORM_EPS, value_residual_in_layer_0=False)
+        self._build(layout, ctx_len, mode, GROUP_NORM_EPS, names=())
         self.to_empty(device="cpu")
         rwkv7.initialise(self)
 
-    def _build(self, layout, ctx_len, mode, group_norm_eps, value_residual_in_layer_0) -> None:
-        """Modules of the right sizes without memory behind them, which comes with `to_empty`."""
+    def _build(self, layout, ctx_len, mode, group_norm_eps, names) -> None:
+        """Modules of the right sizes without memory behind them, which comes with `to_empty`.
+
+        `names` are those of the file's tensors: some generations have tensors that only some files hold.
+        """
         super().__init__()
         self.layout, self.ctx_len, self._tokenizer = layout, ctx_len, None
+        self.gradient_checkpointing, self.fallback = False, None
         self.set_mode(mode)
         with torch.device("meta"):
             self.emb = nn.Embedding(layout.vocab_size, layout.n_embd)
             self.blocks = nn.ModuleList(
-                rwkv7.Block(layout, layer, group_norm_eps, value_residual=layer > 0 or value_residual_in_layer_0)
+                _GENERATION[layout.version].make_block(layout, layer, group_norm_eps, names)
                 for layer in range(layout.n_layer)
             )
             self.ln_out = nn.LayerNorm(layout.n_embd)
@@ -93,28 +111,50 @@ class RWKV_Dual(nn.Module):
         device: str | torch.device = "cpu",
         mode: RWKVMode = RWKVMode.TRANSFORMER,
         group_norm_eps: float | None = None,
+        fallback: str | torch.device | None = None,
     ) -> "RWKV_Dual":
-        """Load a checkpoint; all dimensions come from its tensors.
+        """Load a checkpoint of RWKV-4, 5.0, 5.1, 5.2, 6 or 7; generation and dimensions come from its tensors.
+
+        Tensors are read and converted in blocks, straight to where they stay: nothing is in memory twice.
 
         Args:
             path: `.pth`, `.safetensors`, or a folder that `save_pretrained` wrote. Any dtype inside.
             dtype: of the parameters. The WKV state and `time_state` are float32 in any case (float64 for float64).
-            group_norm_eps: of `att.ln_x`; None for RWKV-7's 64e-5. No file records it, some implementations differ.
+                In float16, models of RWKV-4 to 6 halve their residual stream every six layers (see `Block`).
+            group_norm_eps: of `att.ln_x` in RWKV-5 to 7; None for 64e-5. No file records it, implementations differ.
+            fallback: device to go on with, after a warning, when `device` fails: now or in a later call of the model,
+                which is then moved there. None raises DeviceError.
 
         Raises:
             LayoutError: not a whole model of a generation that runs here, or tensors that do not fit.
             CorruptFileError, UnsafeFileError: see `open_checkpoint`.
+            DeviceError: the device is not there, failed, or has too little memory.
+            NumericsError: a value that float16 cannot hold.
+            ParameterError: no such device or mode, or a dtype that is no floating one.
         """
-        layout, tensors = read_model(path)
-        model = cls.__new__(cls)
-        eps = rwkv7.GROUP_NORM_EPS if group_norm_eps is None else group_norm_eps
-        model._build(layout, 1024, mode, eps, value_residual_in_layer_0="blocks.0.att.v1" in tensors)
-        model.to(dtype)
-        if any(name.endswith(".time_state") for name in tensors):
-            model.add_time_state()
-        model.to_empty(device=device)
-        fill(model, tensors, path)
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ParameterError(f"dtype={dtype}: models run in float64, float32, bfloat16 or float16.")
+        device = parse_device(device)
+        with open_model(path) as (layout, tensors):
+            model = cls.__new__(cls)
+            model._build(layout, 1024, mode, GROUP_NORM_EPS if group_norm_eps is None else group_norm_eps, tensors)
+            model.to(dtype)
+            if any(name.endswith(".time_state") for name in tensors):
+                model.add_time_state()
+            model.fallback = None if fallback is None else parse_device(fallback)
+            try:
+                model._load(tensors, path, device)
+            except DeviceError as e:
+                if model.fallback is None:
+                    raise
+                warn_of_fallback(e, model.fallback)
+                model._load(tensors, path, model.fallback)
         return model
+
+    def _load(self, tensors, path, device: torch.device) -> None:
+        with device_errors(device):
+            self.to_empty(device=device)
+            fill(self, tensors, path)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `<folder>/model.safetensors` (the folder is made if need be) and return its path.
@@ -128,20 +168,24 @@ class RWKV_Dual(nn.Module):
 
     # ------------------------------------------------------------------ running
 
+    @falls_back
     def forward(self, tokens, state: RWKVState | None = None, return_v_first: bool = False):
         """Run tokens `[B,T]` (integers, T >= 1) in the model's mode.
 
         Args:
             state: what came before; None for `create_state`. Never changed in place.
-            return_v_first: give layer 0's values instead of the state.
+            return_v_first: give layer 0's values instead of the state; RWKV-7 only.
 
         Returns:
             logits `[B,T,V]`, and the state after the last token, or v_first `[B,T,A]` (A = C in released models).
 
         Raises:
-            ParameterError: tokens of a wrong shape, dtype or value; a state of another batch size.
+            ParameterError: tokens of a wrong shape, dtype or value; a state of another model, batch, dtype or device.
+            DeviceError: the device failed, and there is no fallback.
         """
-        tokens = self._checked(tokens)
+        if return_v_first and self.layout.version != "7.0":
+            raise ParameterError(f"return_v_first: RWKV-{self.layout.version} has no v_first, only RWKV-7 has.")
+        tokens = check_tokens(self, tokens)
         if self.mode is RWKVMode.TRANSFORMER:
             pieces = [tokens]
         else:
@@ -154,19 +198,52 @@ class RWKV_Dual(nn.Module):
         logits = torch.cat(logits, dim=1)
         return logits, torch.cat(v_first, dim=1) if return_v_first else state
 
+    @falls_back
     def parallel(self, tokens, state: RWKVState | None = None):
         """As calling the model in TRANSFORMER mode, whatever its mode is: logits `[B,T,V]` and the final state."""
-        x, state, _ = self._run(self._checked(tokens), state)
+        x, state, _ = self._run(check_tokens(self, tokens), state)
         return self.head(self.ln_out(x)), state
 
-    def prefill(self, tokens, state: RWKVState | None = None):
+    @falls_back
+    def prefill(self, tokens, state: RWKVState | None = None, lengths=None):
         """Read tokens `[B,T]` in parallel, `ctx_len` at a time: logits after the last one `[B,V]`, and the state.
 
         Next to feed is the token that those logits choose; the last one of `tokens` has been read already.
+
+        Args:
+            lengths: B integers from 1 to T where rows are padded on the right: how many tokens of each row count.
+                Logits and state are those after each row's own last token. No padding is read: rows that have ended
+                drop out, so every length that occurs costs one pass more.
+
+        Raises:
+            ParameterError, DeviceError: as calling the model; lengths that do not fit.
         """
-        for piece in self._checked(tokens).split(self.ctx_len, dim=1):
+        tokens = check_tokens(self, tokens)
+        x, state = self._read(tokens, state) if lengths is None else self._read_ragged(tokens, state, lengths)
+        return self.head(self.ln_out(x)), state
+
+    def _read(self, tokens, state):
+        """tokens `[B,T]` -> x of the last one `[B,C]` before ln_out, the new state."""
+        for piece in tokens.split(self.ctx_len, dim=1):
             x, state, _ = self._run(piece, state)
-        return self.head(self.ln_out(x[:, -1])), state
+        return x[:, -1], state
+
+    def _read_ragged(self, tokens, state, lengths):
+        """As `_read`, of the first `lengths[row]` tokens of each row."""
+        B, T = tokens.shape
+        lengths = [int(n) for n in lengths]
+        if len(lengths) != B or not all(1 <= n <= T for n in lengths):
+            raise ParameterError(f"lengths={lengths}: tokens of shape {[B, T]} need {B} numbers from 1 to {T}.")
+        rows, start, last, states = list(range(B)), 0, {}, {}
+        for end in sorted(set(lengths)):
+            x, state = self._read(tokens[rows, start:end], state)
+            for i, row in enumerate(rows):
+                if lengths[row] == end:
+                    last[row], states[row] = x[i], state.rows([i])
+            going_on = [i for i, row in enumerate(rows) if lengths[row] > end]
+            rows, start, state = [rows[i] for i in going_on], end, state.rows(going_on)
+        order = range(B)
+        return torch.stack([last[row] for row in order]), join([states[row] for row in order])
 
     def _run(self, tokens, state):
         """tokens `[B,T]` -> x `[B,T,C]` before ln_out, the new state, v_first `[B,T,A]`."""
@@ -174,27 +251,20 @@ class RWKV_Dual(nn.Module):
             state = self.create_state(len(tokens))
         else:
             check_state(state, self.layout, len(tokens), self.emb.weight.dtype, self.get_device())
-        try:
-            x = self.blocks[0].ln0(F.embedding(tokens, self.emb.weight))  # [B,T,C]
-        except IndexError as e:
-            raise ParameterError(f"A token is outside the vocabulary: 0 to {self.layout.vocab_size - 1}.") from e
+        x = self.blocks[0].ln0(F.embedding(tokens, self.emb.weight))  # [B,T,C]
         v_first, att_shift, ffn_shift, wkv = None, [], [], []
         for layer, block in enumerate(self.blocks):
-            x, att, ffn, S, v_first = block(
-                x, state.att_shift[:, layer], state.ffn_shift[:, layer], state.wkv[:, layer], v_first
-            )
+            given = (x, state.att_shift[:, layer], state.ffn_shift[:, layer], state.wkv[:, layer], v_first)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, att, ffn, S, v_first = checkpoint(block, *given, use_reentrant=False)
+            else:
+                x, att, ffn, S, v_first = block(*given)
             att_shift.append(att)
             ffn_shift.append(ffn)
             wkv.append(S)
-        return x, RWKVState(torch.stack(wkv, 1), torch.stack(att_shift, 1), torch.stack(ffn_shift, 1)), v_first
-
-    def _checked(self, tokens) -> torch.Tensor:
-        tokens = torch.as_tensor(tokens, device=self.get_device())
-        if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int64, torch.int32):
-            raise ParameterError(
-                f"tokens must be integers of shape [B,T] with B, T >= 1; given {tokens.dtype} {list(tokens.shape)}."
-            )
-        return tokens
+        # Under autocast norms come out in float32; a state has the model's dtype all the same.
+        att_shift, ffn_shift = (torch.stack(z, 1).to(self.emb.weight.dtype) for z in (att_shift, ffn_shift))
+        return x, RWKVState(torch.stack(wkv, 1), att_shift, ffn_shift, self.layout.version), v_first
 
     # ------------------------------------------------------------------ states
 
@@ -210,33 +280,46 @@ class RWKV_Dual(nn.Module):
             LayoutError, NumericsError: see `load_state_file`.
         """
         weight, shapes = self.emb.weight, state_shapes(self.layout)
-        zeros = {name: weight.new_zeros(shape) for name, shape in shapes.items() if name.endswith("shift")}
         if tuned is not None:
+            self._refuse_version_4()
             states = read_time_states(tuned, self.layout.n_layer, shapes["wkv"][1:])
-            wkv = torch.stack(states).to(weight.device, self._state_dtype)  # [L,H,V,K]
+            wkv = torch.stack(states).to(weight.device, self.state_dtype)  # [L,H,V,K]
         elif self.has_time_state:
             wkv = torch.stack([block.att.time_state for block in self.blocks])
+        elif self.layout.version == "4.0":
+            wkv = empty_wkv4_state(self.layout.n_layer, self.layout.dim_att, weight.device).to(self.state_dtype)
         else:
-            wkv = torch.zeros(shapes["wkv"], dtype=self._state_dtype, device=weight.device)
-        return RWKVState(wkv[None], **{name: zero[None] for name, zero in zeros.items()}).expand(batch_size)
+            wkv = torch.zeros(shapes["wkv"], dtype=self.state_dtype, device=weight.device)
+        shift = weight.new_zeros(1, *shapes["att_shift"])
+        return RWKVState(wkv[None], shift, shift, self.layout.version).expand(batch_size)
 
     @property
     def has_time_state(self) -> bool:
         """Whether the model carries tuned initial states (`blocks.i.att.time_state`)."""
-        return self.blocks[0].att.time_state is not None
+        return getattr(self.blocks[0].att, "time_state", None) is not None
 
     @property
-    def _state_dtype(self) -> torch.dtype:
+    def state_dtype(self) -> torch.dtype:
+        """Of `RWKVState.wkv` and of `time_state`."""
         return torch.float64 if self.emb.weight.dtype == torch.float64 else torch.float32
 
     def add_time_state(self) -> None:
-        """Give every layer an initial state `[H,V,K]`, zeros to begin with; leaves those that are there."""
+        """Give every layer an initial state `[H,V,K]`, zeros to begin with; leaves those that are there.
+
+        Raises:
+            ParameterError: RWKV-4, whose states are no matrices.
+        """
         if self.has_time_state:
             return
-        shape = (self.layout.n_head, self.layout.head_size, self.layout.head_size)
+        self._refuse_version_4()
+        shape = state_shapes(self.layout)["wkv"][1:]
         for block in self.blocks:
-            zeros = torch.zeros(shape, dtype=self._state_dtype, device=self.get_device())
+            zeros = torch.zeros(shape, dtype=self.state_dtype, device=self.get_device())
             block.att.time_state = nn.Parameter(zeros)
+
+    def _refuse_version_4(self) -> None:
+        if self.layout.version == "4.0":
+            raise ParameterError("RWKV-4 has no time_state; states can be tuned from RWKV-5 on.")
 
     def load_state_file(self, path: str | Path) -> None:
         """Take the tuned initial states of a state file (or of a whole model that has them) as this model's own.
@@ -244,9 +327,10 @@ class RWKV_Dual(nn.Module):
         Raises:
             LayoutError: none there, or of a model of other dimensions.
             NumericsError: NaN or infinity inside.
+            ParameterError: this model is RWKV-4, which has no such states.
         """
-        shape = (self.layout.n_head, self.layout.head_size, self.layout.head_size)
-        states = read_time_states(path, self.layout.n_layer, shape)
+        self._refuse_version_4()
+        states = read_time_states(path, self.layout.n_layer, state_shapes(self.layout)["wkv"][1:])
         self.add_time_state()
         with torch.no_grad():
             for block, time_state in zip(self.blocks, states, strict=True):
@@ -325,6 +409,9 @@ class RWKV_Dual(nn.Module):
 
 
 @torch.no_grad()
-def init_state_with_past(model: RWKV_Dual, tokens) -> RWKVState:
-    """The state after tokens `[B,T]`, left by one parallel pass: go on with the token that follows them."""
-    return model.prefill(tokens)[1]
+def init_state_with_past(model: RWKV_Dual, tokens, lengths=None) -> RWKVState:
+    """The state after tokens `[B,T]`, left by one parallel pass: go on with the token that follows them.
+
+    `lengths` as in `RWKV_Dual.prefill`, for rows that are padded on the right.
+    """
+    return model.prefill(tokens, lengths=lengths)[1]

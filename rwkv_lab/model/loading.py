@@ -1,39 +1,38 @@
 """Checkpoints into models and back: which tensor goes where, and what to say when one does not."""
 
+from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint import TensorInfo, open_checkpoint
 from rwkv_lab.errors import LayoutError, NumericsError
 
-SUPPORTED = ("7.0",)
 
-
-def read_model(path) -> tuple[object, dict[str, torch.Tensor]]:
-    """Layout and tensors of a checkpoint, wrapper prefixes such as `model.` taken off.
+@contextmanager
+def open_model(path):
+    """Layout of a whole model, and `{name: TensorInfo}` of its tensors, wrapper prefixes such as `model.` taken off.
 
     Raises:
-        LayoutError: not a whole model, or a generation that cannot be run yet.
+        LayoutError: not a whole model.
     """
     with open_checkpoint(path) as ck:
         if ck.kind != "model":
             raise LayoutError(f"{path} is no whole model ({ck.kind}): {ck.reason}.")
-        if ck.layout.version not in SUPPORTED:
-            raise LayoutError(
-                f"{path} is RWKV-{ck.layout.version}; models of these generations run here: {', '.join(SUPPORTED)}."
-            )
-        prefix = ck.identity.prefix
-        return ck.layout, {name.removeprefix(prefix): ck[name] for name in ck.info}
+        yield ck.layout, {name.removeprefix(ck.identity.prefix): info for name, info in ck.info.items()}
 
 
-def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path) -> None:
-    """Put tensors into a module's parameters by name, in the dtype and on the device of the module.
+def fill(module: nn.Module, tensors: Mapping[str, TensorInfo], path) -> None:
+    """Read tensors into a module's parameters by name, in the dtype and on the device of the module.
 
+    They are read and converted in blocks, so that no second copy of a tensor is ever in memory.
     Dimensions of size 1 may differ (`[C]` for `[1,1,C]`); everything else must fit, and nothing may be left over.
 
     Raises:
         LayoutError: a name that is missing or left over, or a shape that does not fit.
+        NumericsError: a value too large for the module's dtype, as bfloat16 values may be for float16.
     """
     expected = dict(module.named_parameters())
     missing = [name for name in expected if name not in tensors]
@@ -41,14 +40,22 @@ def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path) -> Non
     if missing or extra:
         which = f"{missing[0]} is missing" if missing else f"{extra[0]} belongs to no part of the model"
         raise LayoutError(f"{path}: {which} ({len(missing)} missing, {len(extra)} left over).")
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            given = tensors[name]
-            if _without_ones(given.shape) != _without_ones(parameter.shape):
-                raise LayoutError(
-                    f"{path}: {name} has shape {list(given.shape)}; the model needs {list(parameter.shape)}."
+    for name, parameter in expected.items():
+        if _without_ones(tensors[name].shape) != _without_ones(parameter.shape):
+            raise LayoutError(
+                f"{path}: {name} has shape {list(tensors[name].shape)}; the model needs {list(parameter.shape)}."
+            )
+        flat = parameter.detach().view(-1)
+        at = 0
+        for block in tensors[name].blocks():
+            target = flat[at : at + len(block)]
+            target.copy_(block)
+            at += len(block)
+            if target.dtype == torch.float16 and (target.isinf().cpu() & block.isfinite()).any():
+                raise NumericsError(
+                    f"{path}: {name} holds {float(block.abs().max()):.4g}; float16 ends at 65504.\n"
+                    "Load it with dtype=torch.bfloat16 or torch.float32."
                 )
-            parameter.copy_(given.reshape(parameter.shape))
 
 
 def read_time_states(path, n_layer: int, shape: tuple[int, int, int]) -> list[torch.Tensor]:

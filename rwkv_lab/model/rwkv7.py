@@ -1,8 +1,6 @@
 """RWKV-7 "Goose": the layers, and how a fresh model starts.
 
-Formulas: arXiv 2503.14456. Parameters carry the names and shapes of BlinkDL's checkpoints, so that a state dict is a
-checkpoint: matrices of Linear layers lie as [out,in], the low-rank pairs w1/w2, a1/a2, v1/v2, g1/g2 as [in,rank] and
-[rank,out]. C = n_embd, A = dim_att, N = head_size, H = A/N, F = dim_ffn.
+Formulas: arXiv 2503.14456.
 """
 
 import math
@@ -11,10 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rwkv_lab.model.block import Block, head_norm, linear, matrix, previous, vector
 from rwkv_lab.model.capture import Watched
 from rwkv_lab.wkv import wkv7
-
-GROUP_NORM_EPS = 64e-5  # (1e-5)·8², whatever the head size
 
 
 class TimeMix(Watched):
@@ -25,19 +22,19 @@ class TimeMix(Watched):
         C, A = layout.n_embd, layout.dim_att
         self.n_head, self.head_size, self.layer = layout.n_head, layout.head_size, layer
         for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"):
-            self.register_parameter(name, _vector(C))
+            self.register_parameter(name, vector(C))
         for name in ("w", "a", "v") if value_residual else ("w", "a"):
-            self.register_parameter(f"{name}0", _vector(A))
-            self.register_parameter(f"{name}1", nn.Parameter(torch.empty(C, layout.ranks[name])))
-            self.register_parameter(f"{name}2", nn.Parameter(torch.empty(layout.ranks[name], A)))
-        self.g1 = nn.Parameter(torch.empty(C, layout.ranks["g"]))
-        self.g2 = nn.Parameter(torch.empty(layout.ranks["g"], A))
-        self.k_k, self.k_a = _vector(A), _vector(A)
-        self.r_k = nn.Parameter(torch.empty(self.n_head, self.head_size))
-        self.receptance = nn.Linear(C, A, bias=False)
-        self.key = nn.Linear(C, A, bias=False)
-        self.value = nn.Linear(C, A, bias=False)
-        self.output = nn.Linear(A, C, bias=False)
+            self.register_parameter(f"{name}0", vector(A))
+            self.register_parameter(f"{name}1", matrix(C, layout.ranks[name]))
+            self.register_parameter(f"{name}2", matrix(layout.ranks[name], A))
+        self.g1 = matrix(C, layout.ranks["g"])
+        self.g2 = matrix(layout.ranks["g"], A)
+        self.k_k, self.k_a = vector(A), vector(A)
+        self.r_k = matrix(self.n_head, self.head_size)
+        self.receptance = linear(C, A)
+        self.key = linear(C, A)
+        self.value = linear(C, A)
+        self.output = linear(A, C)
         self.ln_x = nn.GroupNorm(self.n_head, A, eps=group_norm_eps)
         self.register_parameter("time_state", None)  # [H,V,K] once `RWKV_Dual.add_time_state` was called
 
@@ -48,7 +45,7 @@ class TimeMix(Watched):
         """
         B, T, _ = x.shape
         heads = (B, T, self.n_head, self.head_size)
-        delta = _previous(x, shift) - x
+        delta = previous(x, shift) - x
         xr, xw, xk, xv, xa, xg = (
             torch.addcmul(x, delta, mu) for mu in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         )
@@ -61,15 +58,13 @@ class TimeMix(Watched):
         if self.layer == 0:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2))
+            v = torch.addcmul(v, v_first - v, torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2))
         kk = F.normalize((k * self.k_k).view(heads), dim=-1)
         k = k * (1 + (a - 1) * self.k_a)
 
         r, k, v_heads, a = (z.view(heads) for z in (r, k, v, a))  # [B,T,H,N]
         y_wkv, wkv_state = wkv7(r, log_decay.view(heads), k, v_heads, -kk, kk * a, wkv_state)
-        # GroupNorm over the heads; as a LayerNorm over the last axis it is much faster on a CPU.
-        y = F.layer_norm(y_wkv, (self.head_size,), eps=self.ln_x.eps).view(B, T, -1)
-        y = torch.addcmul(self.ln_x.bias, y, self.ln_x.weight)
+        y = head_norm(y_wkv, self.ln_x)
         y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v_heads).view(B, T, -1)
         out = self.output(y * g)
         if self.watchers:
@@ -83,53 +78,24 @@ class ChannelMix(Watched):
 
     def __init__(self, layout):
         super().__init__()
-        self.x_k = _vector(layout.n_embd)
-        self.key = nn.Linear(layout.n_embd, layout.dim_ffn, bias=False)
-        self.value = nn.Linear(layout.dim_ffn, layout.n_embd, bias=False)
+        self.x_k = vector(layout.n_embd)
+        self.key = linear(layout.n_embd, layout.dim_ffn)
+        self.value = linear(layout.dim_ffn, layout.n_embd)
 
     def forward(self, x, shift):
         """x `[B,T,C]`, shift `[B,C]` -> `[B,T,C]`."""
-        k = torch.relu(self.key(torch.addcmul(x, _previous(x, shift) - x, self.x_k))).square()
+        k = torch.relu(self.key(torch.addcmul(x, previous(x, shift) - x, self.x_k))).square()
         out = self.value(k)
         if self.watchers:
             self.seen(x=x, k=k, out=out)
         return out
 
 
-class Block(Watched):
-    """`blocks.i`: time mix and channel mix, each behind a LayerNorm and added to what came in."""
-
-    def __init__(self, layout, layer: int, group_norm_eps: float, value_residual: bool):
-        super().__init__()
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(layout.n_embd)  # applied to the embedding
-        self.ln1 = nn.LayerNorm(layout.n_embd)
-        self.ln2 = nn.LayerNorm(layout.n_embd)
-        self.att = TimeMix(layout, layer, group_norm_eps, value_residual)
-        self.ffn = ChannelMix(layout)
-
-    def forward(self, x, att_shift, ffn_shift, wkv_state, v_first):
-        """x `[B,T,C]`, shifts `[B,C]`, wkv_state `[B,H,V,K]`.
-
-        Returns x, the three states after the last token, and v_first.
-        """
-        if self.watchers:
-            self.seen(x=x)
-        x_att = self.ln1(x)
-        y, wkv_state, v_first = self.att(x_att, att_shift, wkv_state, v_first)
-        x = x + y
-        x_ffn = self.ln2(x)
-        x = x + self.ffn(x_ffn, ffn_shift)
-        return x, x_att[:, -1], x_ffn[:, -1], wkv_state, v_first
-
-
-def _vector(size: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(1, 1, size))
-
-
-def _previous(x, shift):
-    """x of the token before, `[B,T,C]`; `shift` `[B,C]` is the one before the first."""
-    return torch.cat([shift.unsqueeze(1), x[:, :-1]], dim=1)
+def make_block(layout, layer: int, group_norm_eps: float, names) -> Block:
+    """`blocks.<layer>` without values; `names` are those in the file: layer 0's v0, v1, v2 are unused, few files have
+    them."""
+    value_residual = layer > 0 or "blocks.0.att.v1" in names
+    return Block(layout, layer, TimeMix(layout, layer, group_norm_eps, value_residual), ChannelMix(layout))
 
 
 def fresh_ranks(n_embd: int) -> dict[str, int]:
@@ -178,8 +144,8 @@ def _initialise_time_mix(att, layer: int, n_layer: int) -> None:
         nn.init.zeros_(into)
         nn.init.orthogonal_(out, gain=0.1 * max(1.0, out.shape[0] / out.shape[1]) ** 0.5)
 
-    for linear, scale in ((att.receptance, 0.5), (att.key, 0.05), (att.value, 0.5)):
-        nn.init.uniform_(linear.weight, -scale / C**0.5, scale / C**0.5)
+    for projection, scale in ((att.receptance, 0.5), (att.key, 0.05), (att.value, 0.5)):
+        nn.init.uniform_(projection.weight, -scale / C**0.5, scale / C**0.5)
     nn.init.zeros_(att.output.weight)  # every block starts as the identity
     nn.init.constant_(att.ln_x.weight, ((1 + layer) / n_layer) ** 0.7)
 

@@ -1,7 +1,7 @@
 """What a model remembers between two calls."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -15,20 +15,23 @@ class RWKVState:
     """State of a batch of sequences after some token. A call of the model returns a new one and leaves the old alone.
 
     wkv: `[B,L,H,V,K]`, float32 (float64 in a float64 model); row = value index, column = key index.
+        RWKV-4 has no matrices: `[B,L,3,A]` = (a, b, p), where a e^p and b e^p are the sums of e^key v and of e^key.
     att_shift, ffn_shift: the last token's input of each layer's time mix and channel mix, after its LayerNorm,
         `[B,L,C]` in the model's dtype.
+    version: generation of the model that made it, such as "6.0"; "" where that is not known. Shapes do not tell.
     """
 
     wkv: torch.Tensor
     att_shift: torch.Tensor
     ffn_shift: torch.Tensor
+    version: str = ""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The parts by name; the batch is the first dimension of each."""
-        return {part.name: getattr(self, part.name) for part in fields(self)}
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "version"}
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RWKVState":
-        return RWKVState(**{name: change(part) for name, part in self.tensors().items()})
+        return replace(self, **{name: change(part) for name, part in self.tensors().items()})
 
     @property
     def batch_size(self) -> int:
@@ -50,12 +53,11 @@ class RWKVState:
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "RWKVState":
         """The same state on another device, or for a model of another dtype: of that dtype are the shifts alone."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return RWKVState(
-            **{
-                name: part.to(device=device, dtype=None if dtype is None else dtype if name.endswith("shift") else wide)
-                for name, part in self.tensors().items()
-            }
-        )
+        parts = {
+            name: part.to(device=device, dtype=None if dtype is None else dtype if name.endswith("shift") else wide)
+            for name, part in self.tensors().items()
+        }
+        return replace(self, **parts)
 
     def expand(self, batch_size: int) -> "RWKVState":
         """The state of one sequence (B = 1) for `batch_size` sequences, without copying it.
@@ -75,7 +77,7 @@ class RWKVState:
 def join(states: Sequence[RWKVState]) -> RWKVState:
     """Several states as one batch, in this order; the states of one model."""
     parts = [state.tensors() for state in states]
-    return RWKVState(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return replace(states[0], **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def state_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -91,6 +93,8 @@ def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.
     Raises:
         ParameterError: it is of another model, of another number of sequences, in another dtype or on another device.
     """
+    if state.version not in ("", layout.version):
+        raise ParameterError(f"The state is of RWKV-{state.version}, the model is RWKV-{layout.version}.")
     for name, shape in state_shapes(layout).items():
         part = getattr(state, name)
         if part.shape[1:] != shape:
@@ -158,5 +162,5 @@ def load_state(path: str | Path, model) -> RWKVState:
             if name not in ck or tuple(ck.info[name].shape[1:]) != shape:
                 found = list(ck.info[name].shape) if name in ck else "missing"
                 raise LayoutError(f"{path}: {name} is {found}; the model needs {['B', *shape]}.")
-        state = RWKVState(**{name: ck[name] for name in shapes})
+        state = RWKVState(**{name: ck[name] for name in shapes}, version=model.layout.version)
     return state.to(model.get_device(), model.emb.weight.dtype)

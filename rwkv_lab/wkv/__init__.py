@@ -1,23 +1,115 @@
-"""The WKV operators: what an RWKV layer remembers, in forms that agree and differ in speed."""
+"""The WKV operators: what an RWKV layer remembers, in forms that agree and differ in speed.
+
+Names, shapes, dtypes and formulas are given once per operator here; kernels/README.md derives the faster forms.
+All of them compute and return the state in float32, or in float64 when any input is float64, autocast or not; y comes
+back in the dtype that v has. All are differentiable with respect to every input, the state included, and never change
+an input in place.
+"""
+
+from contextlib import nullcontext
 
 import torch
 
 from rwkv_lab.errors import KernelError, ParameterError
 from rwkv_lab.wkv.choice import chosen_backend, use_backend
-from rwkv_lab.wkv.chunked import wkv7_chunked
-from rwkv_lab.wkv.reference import wkv7_reference
+from rwkv_lab.wkv.chunked import wkv5_chunked, wkv6_chunked, wkv7_chunked
+from rwkv_lab.wkv.reference import wkv4_reference, wkv5_reference, wkv6_reference, wkv7_reference
+from rwkv_lab.wkv.scan import wkv4_chunked
 
-__all__ = ["wkv7", "backends", "use_backend"]
+__all__ = ["wkv4", "wkv5", "wkv6", "wkv7", "backends", "empty_wkv4_state", "use_backend"]
 
-_WKV7 = {"reference": wkv7_reference, "chunked": wkv7_chunked}
+_FORMS = {
+    "wkv4": {"reference": wkv4_reference, "chunked": wkv4_chunked},
+    "wkv5": {"reference": wkv5_reference, "chunked": wkv5_chunked},
+    "wkv6": {"reference": wkv6_reference, "chunked": wkv6_chunked},
+    "wkv7": {"reference": wkv7_reference, "chunked": wkv7_chunked},
+}
 
-# Below this many tokens the recurrence is the faster one of the two (measured on two CPU cores, forward only).
-_SHORT = 4
+# Below this many tokens the recurrence is the faster one of the two (measured on CPU, forward only).
+_SHORT = {"wkv4": 6, "wkv5": 12, "wkv6": 12, "wkv7": 4}
+
+_EMPTY = -1e30  # exponent p before the first token: e^p is 0, and differences of exponents stay finite
 
 
 def backends() -> tuple[str, ...]:
-    """Names that `backend=` takes besides "auto", slowest first."""
-    return tuple(_WKV7)
+    """Names that `backend=` takes besides "auto", slowest first; every operator has all of them."""
+    return tuple(_FORMS["wkv7"])
+
+
+def wkv4(w, u, k, v, state=None, backend: str = "auto"):
+    """Run the RWKV-4 recurrence: per channel, a mean of all values so far, weighted by key and age.
+
+    `y_t = (Σ_{s<t} e^{(t-1-s)w + k_s} v_s + e^{u+k_t} v_t) / (Σ_{s<t} e^{(t-1-s)w + k_s} + e^{u+k_t})`
+
+    Args:
+        w: **log-decay** `[A]`, < 0; RWKV-4 has `w = -exp(time_decay)`.
+        u: bonus of the present token `[A]`, added to its key; `time_first` as it stands in the file.
+        k, v: key and value `[B,T,A]`, any floating dtype.
+        state: `[B,3,A]` = (a, b, p) before the first token: both sums, without and with v, are kept divided by e^p,
+            so a e^p is the sum with v and b e^p the one without. None for `empty_wkv4_state`.
+        backend: one of `backends()`, or "auto" for the fastest at this length.
+
+    Returns:
+        y `[B,T,A]` in v's dtype, and the state after the last token `[B,3,A]`, its p the largest exponent so far.
+
+    Raises:
+        KernelError: no such backend.
+        ParameterError: shapes or devices that do not fit.
+    """
+    if v.ndim != 3 or 0 in v.shape:
+        raise ParameterError(f"wkv4: v has shape {list(v.shape)}; it must be [B,T,A] with nothing empty.")
+    B, T, A = v.shape
+    _check("wkv4", v, k=(k, (B, T, A)), w=(w, (A,)), u=(u, (A,)), state=(state, (B, 3, A)))
+    if state is None:
+        state = empty_wkv4_state(B, A, v.device)
+    return _run("wkv4", backend, T, v.dtype, w, u, k, v, state)
+
+
+def empty_wkv4_state(B: int, A: int, device=None) -> torch.Tensor:
+    """The state of WKV4 before the first token, `[B,3,A]` float32: a = b = 0, p so low that e^p is 0."""
+    state = torch.zeros(B, 3, A, device=device)
+    state[:, 2] = _EMPTY
+    return state
+
+
+def wkv5(r, w, k, v, u, state=None, backend: str = "auto"):
+    """Run the RWKV-5 recurrence: as `wkv6`, with one decay for all tokens.
+
+    Args:
+        w: **log-decay** `[H,N]`, <= 0; RWKV-5 has `w = -exp(time_decay)`, in 5.0 and 5.1 one number per head, which
+            has to be expanded.
+        r, k, v, u, state, backend: as in `wkv6`.
+
+    Returns, raises: as `wkv6`.
+    """
+    B, T, H, N = _heads("wkv5", v)
+    _check_heads("wkv5", v, (r, k), w, (H, N), u, state)
+    return _run("wkv5", backend, T, v.dtype, r, w, k, v, u, _or_zeros(state, v))
+
+
+def wkv6(r, w, k, v, u, state=None, backend: str = "auto"):
+    """Run the RWKV-6 recurrence `y_t = (S_{t-1} + v_t (u ⊙ k_t)ᵀ) r_t`, `S_t = S_{t-1} diag(exp(w_t)) + v_t k_tᵀ`.
+
+    The output reads the state before this token's decay, and the present token through the bonus u.
+
+    Args:
+        r: receptance `[B,T,H,N]`, any floating dtype.
+        w: **log-decay** `[B,T,H,N]`, <= 0, as strong as you like; RWKV-6 has `w = -exp(time_decay + …)`.
+        k, v: key and value `[B,T,H,N]`.
+        u: bonus of the present token `[H,N]`; `time_faaaa`.
+        state: S before the first token, `[B,H,V,K]` with V = K = N; None for zeros.
+        backend: one of `backends()`, or "auto" for the fastest at this length.
+
+    Returns:
+        y `[B,T,H,N]` in v's dtype, and the state after the last token `[B,H,V,K]`.
+
+    Raises:
+        KernelError: no such backend.
+        ParameterError: shapes or devices that do not fit.
+    """
+    B, T, H, N = _heads("wkv6", v)
+    _check_heads("wkv6", v, (r, k), w, (B, T, H, N), u, state)
+    return _run("wkv6", backend, T, v.dtype, r, w, k, v, u, _or_zeros(state, v))
 
 
 def wkv7(r, w, k, v, a, b, state=None, backend: str = "auto"):
@@ -29,41 +121,67 @@ def wkv7(r, w, k, v, a, b, state=None, backend: str = "auto"):
             It is neither the kernels' w of other projects (there the decay is exp(-exp(w))) nor wx.
         k, v: key and value `[B,T,H,N]`.
         a, b: what is read from the state and where it is written back, `[B,T,H,N]`; in RWKV-7 `-kk` and `kk * a`.
-        state: S before the first token, `[B,H,V,K]` with V = K = N; None for zeros. Never changed in place.
+        state: S before the first token, `[B,H,V,K]` with V = K = N; None for zeros.
         backend: one of `backends()`, or "auto" for the fastest at this length.
 
     Returns:
-        y `[B,T,H,N]` in r's dtype, and the state after the last token `[B,H,V,K]`.
-        All inner arithmetic and the returned state are float32, or float64 when any input is float64.
-        Differentiable with respect to every input, the state included.
+        y `[B,T,H,N]` in v's dtype, and the state after the last token `[B,H,V,K]`.
 
     Raises:
         KernelError: no such backend.
-        ParameterError: shapes that do not fit.
+        ParameterError: shapes or devices that do not fit.
     """
-    B, T, H, N = _check_shapes(r, w, k, v, a, b, state)
+    B, T, H, N = _heads("wkv7", v)
+    shapes = {name: (x, v.shape) for name, x in zip("rwkab", (r, w, k, a, b), strict=True)}
+    _check("wkv7", v, **shapes, state=(state, (B, H, N, N)))
+    return _run("wkv7", backend, T, v.dtype, r, w, k, v, a, b, _or_zeros(state, v))
+
+
+def _run(name, backend, T, dtype, *inputs):
+    """Call one form of an operator; its y comes back in `dtype`."""
     if backend == "auto":
         backend = chosen_backend()
     if backend == "auto":
-        backend = "reference" if T < _SHORT else "chunked"
-    if backend not in _WKV7:
-        raise KernelError(f"There is no wkv backend {backend!r}.\nUse one of: auto, {', '.join(_WKV7)}.")
+        backend = "reference" if T < _SHORT[name] else "chunked"
+    if backend not in _FORMS[name]:
+        raise KernelError(f"There is no wkv backend {backend!r}.\nUse one of: auto, {', '.join(_FORMS[name])}.")
+    inner = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+    device = inputs[0].device.type
+    # Autocast would run the products in 16 bits: a state whose decay is near 1 does not survive that.
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        y, state = _FORMS[name][backend](*(x.to(inner) for x in inputs))
+    return y.to(dtype), state
 
-    given = [r, w, k, v, a, b] + ([] if state is None else [state])
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
-    if state is None:
-        state = torch.zeros(B, H, N, N, device=r.device)
-    y, state = _WKV7[backend](*(x.to(dtype) for x in (r, w, k, v, a, b, state)))
-    return y.to(r.dtype), state
+
+def _heads(name, v):
+    if v.ndim != 4 or 0 in v.shape:
+        raise ParameterError(f"{name}: v has shape {list(v.shape)}; it must be [B,T,H,N] with nothing empty.")
+    return v.shape
 
 
-def _check_shapes(r, w, k, v, a, b, state):
-    if r.ndim != 4 or 0 in r.shape:
-        raise ParameterError(f"wkv7: r has shape {list(r.shape)}; it must be [B,T,H,N] with nothing empty.")
-    for name, x in zip("wkvab", (w, k, v, a, b), strict=True):
-        if x.shape != r.shape:
-            raise ParameterError(f"wkv7: {name} has shape {list(x.shape)}, r has {list(r.shape)}; they must be equal.")
-    B, _, H, N = r.shape
-    if state is not None and tuple(state.shape) != (B, H, N, N):
-        raise ParameterError(f"wkv7: the state has shape {list(state.shape)}; r needs [B,H,V,K] = {[B, H, N, N]}.")
-    return r.shape
+def _check_heads(name, v, r_and_k, w, w_shape, u, state):
+    B, _, H, N = v.shape
+    r, k = r_and_k
+    _check(name, v, r=(r, v.shape), k=(k, v.shape), w=(w, w_shape), u=(u, (H, N)), state=(state, (B, H, N, N)))
+
+
+def _check(name, v, **inputs):
+    """Refuse an input that is not of its shape or not on v's device; `inputs` are (tensor or None, shape)."""
+    for which, (x, shape) in inputs.items():
+        if x is None:
+            continue
+        called = "the state" if which == "state" else which
+        if tuple(x.shape) != tuple(shape):
+            raise ParameterError(
+                f"{name}: {called} has shape {list(x.shape)}; beside v of {list(v.shape)} it must be {list(shape)}."
+            )
+        if x.device != v.device:
+            raise ParameterError(f"{name}: {called} is on {x.device}, v on {v.device}; they must be on one device.")
+
+
+def _or_zeros(state, v):
+    if state is not None:
+        return state
+    B, _, H, N = v.shape
+    return torch.zeros(B, H, N, N, device=v.device)

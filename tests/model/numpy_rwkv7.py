@@ -11,7 +11,7 @@ class NumpyRwkv7:
         self.N = head_size
         self.n_layer = 1 + max(int(name.split(".")[1]) for name in self.z if name.startswith("blocks."))
         C = self.z["emb.weight"].shape[1]
-        shape = (C // head_size, head_size, head_size)
+        shape = (len(self.z["blocks.0.att.key.weight"]) // head_size, head_size, head_size)
         self.wkv = [self.z.get(f"blocks.{i}.att.time_state", np.zeros(shape)).copy() for i in range(self.n_layer)]
         self.att_shift = [np.zeros(C) for _ in range(self.n_layer)]
         self.ffn_shift = [np.zeros(C) for _ in range(self.n_layer)]

@@ -19,7 +19,7 @@ def add_random_time_state(model: RWKV_Dual, seed=0) -> None:
     generator = torch.Generator().manual_seed(seed)
     model.add_time_state()
     for block in model.blocks:
-        block.att.time_state.data = torch.randn(block.att.time_state.shape, generator=generator).to(model._state_dtype)
+        block.att.time_state.data = torch.randn(block.att.time_state.shape, generator=generator).to(model.state_dtype)
 
 
 def make_tokens(B, T, vocab_size=257, seed=0) -> torch.Tensor:

@@ -16,9 +16,9 @@ TOKENS = make_tokens(2, 70)
 
 
 def break_the_chunked_decay(monkeypatch, factor=1.01):
-    right = wkv._WKV7["chunked"]
+    right = wkv._FORMS["wkv7"]["chunked"]
     broken = lambda r, w, *rest: right(r, w * factor, *rest)  # noqa: E731
-    monkeypatch.setitem(wkv._WKV7, "chunked", broken)
+    monkeypatch.setitem(wkv._FORMS["wkv7"], "chunked", broken)
 
 
 def test_every_mode_backend_and_dtype_agrees(tmp_path):
@@ -52,14 +52,14 @@ def test_a_wrong_decay_in_one_form_is_found_and_placed(monkeypatch):
 def test_modes_that_part_late_are_caught_at_that_token(monkeypatch):
     model = make_model(dtype=torch.float64)
     model.set_mode(RWKVMode.RNN)
-    right = wkv._WKV7["chunked"]
+    right = wkv._FORMS["wkv7"]["chunked"]
 
     def forgets_at_40(r, w, k, v, a, b, state):
         w = w.clone()
         w[:, 40:41] -= 0.5
         return right(r, w, k, v, a, b, state)
 
-    monkeypatch.setitem(wkv._WKV7, "chunked", forgets_at_40)
+    monkeypatch.setitem(wkv._FORMS["wkv7"], "chunked", forgets_at_40)
     found = first_mismatch(Run(model, RWKVMode.RNN), Run(model, RWKVMode.TRANSFORMER), TOKENS)
     assert (found.name, found.token) == ("blocks.0.att.y", 40)
     assert model.mode is RWKVMode.RNN
@@ -144,7 +144,7 @@ def test_a_backend_that_cannot_run_is_a_row_and_not_the_end(monkeypatch):
     def none(*_):
         raise KernelError("there is no compiler")
 
-    monkeypatch.setitem(wkv._WKV7, "chunked", none)
+    monkeypatch.setitem(wkv._FORMS["wkv7"], "chunked", none)
     rows = compare_modes(make_model(), TOKENS[:, :5], dtypes=[torch.float32])
     assert [row.verdict for row in rows] == ["PASS", "not run: there is no compiler"] * 2
 

@@ -1,11 +1,16 @@
 """Files into models and back."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from random_models import VERSIONS, load_model, make_layout, random_tensors, write_model
 from random_rwkv7 import add_random_time_state, make_model, make_tokens, relative_rms
 
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
-from rwkv_lab.errors import LayoutError, NumericsError, OutputError
+from rwkv_lab.errors import LayoutError, NumericsError, OutputError, ParameterError
 from rwkv_lab.model import RWKV_Dual, RWKVMode
 
 
@@ -114,17 +119,80 @@ def test_models_that_cannot_run_are_refused(tmp_path):
             RWKV_Dual.from_pretrained(tmp_path / name)
 
 
-def test_other_generations_are_refused_by_name(tmp_path):
-    V, C, F = 50, 8, 32
-    tensors = {"emb.weight": (V, C), "head.weight": (V, C)}
-    tensors |= {f"{ln}.{part}": (C,) for ln in ("ln_out", "blocks.0.ln0") for part in ("weight", "bias")}
-    tensors |= {f"blocks.0.{ln}.{part}": (C,) for ln in ("ln1", "ln2") for part in ("weight", "bias")}
-    tensors |= {f"blocks.0.att.{n}": (C,) for n in ("time_decay", "time_first")}
-    tensors |= {f"blocks.0.att.time_mix_{n}": (1, 1, C) for n in "kvr"}
-    tensors |= {f"blocks.0.att.{n}.weight": (C, C) for n in ("key", "value", "receptance", "output")}
-    tensors |= {f"blocks.0.ffn.time_mix_{n}": (1, 1, C) for n in "kr"}
-    tensors |= {"blocks.0.ffn.key.weight": (F, C), "blocks.0.ffn.receptance.weight": (C, C)}
-    tensors |= {"blocks.0.ffn.value.weight": (C, F)}
-    write_checkpoint(tmp_path / "v4.pth", {name: torch.zeros(shape) for name, shape in tensors.items()})
-    with pytest.raises(LayoutError, match=r"RWKV-4.0.*7\.0"):
-        RWKV_Dual.from_pretrained(tmp_path / "v4.pth")
+def test_variants_that_do_not_run_are_refused_by_name(tmp_path):
+    tensors = random_tensors(make_layout("6.0"))
+    write_checkpoint(tmp_path / "a.pth", tensors | {"blocks.0.att.gate_w1": torch.zeros(3, 3)})
+    with pytest.raises(LayoutError, match="RWKV-6a"):
+        RWKV_Dual.from_pretrained(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("sizes", [{}, dict(n_layer=1, n_head=1, head_size=24)], ids=["two heads", "one head"])
+def test_every_generation_is_told_from_its_tensors(tmp_path, version, suffix, sizes):
+    """In any order, behind a prefix, and with all dimensions of size 1 squeezed away."""
+    layout = make_layout(version, **sizes)
+    tensors = random_tensors(layout)
+    write_checkpoint(tmp_path / f"a{suffix}", tensors)
+    squeezed = {f"model.{name}": t.squeeze() for name, t in reversed(tensors.items())}
+    write_checkpoint(tmp_path / f"b{suffix}", squeezed)
+    one, other = (RWKV_Dual.from_pretrained(tmp_path / f"{name}{suffix}") for name in "ab")
+    assert (one.layout.version, one.layout.n_head, one.layout.ranks) == (version, layout.n_head, layout.ranks)
+    assert torch.equal(logits_of(one), logits_of(other))
+    one.save_pretrained(tmp_path / "folder")
+    assert torch.equal(logits_of(RWKV_Dual.from_pretrained(tmp_path / "folder")), logits_of(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_saving_and_loading_keeps_every_bit(tmp_path, version, dtype):
+    model = load_model(tmp_path, version, dtype, time_state=version != "4.0")
+    model.save_pretrained(tmp_path / "folder")
+    with open_checkpoint(tmp_path / "folder") as ck:
+        assert {name: (t.shape, t.dtype) for name, t in ck.info.items()} == {
+            name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()
+        }
+    again = RWKV_Dual.from_pretrained(tmp_path / "folder", dtype=dtype)
+    for (name, saved), loaded in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert saved.dtype == loaded.dtype and saved.view(torch.uint8).equal(loaded.view(torch.uint8)), name
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path):
+    tensors = random_tensors(make_layout("6.0"))
+    tensors["head.weight"][3, 4] = 70000
+    write_checkpoint(tmp_path / "m.pth", tensors)
+    with pytest.raises(NumericsError, match="head.weight holds 7e.04"):
+        RWKV_Dual.from_pretrained(tmp_path / "m.pth", dtype=torch.float16)
+    with pytest.raises(ParameterError, match="torch.int8"):
+        RWKV_Dual.from_pretrained(tmp_path / "m.pth", dtype=torch.int8)
+
+
+_PEAK = """
+import re, sys, torch
+from rwkv_lab.model import RWKV_Dual
+
+def now(what):
+    return 1024 * int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+torch.set_num_threads(1)
+RWKV_Dual.from_pretrained(sys.argv[1])  # all code is in memory now
+open("/proc/self/clear_refs", "w").write("5")  # forgets the peak so far
+before = now("VmRSS")
+model = RWKV_Dual.from_pretrained(sys.argv[2], dtype=getattr(torch, sys.argv[3]))
+print((now("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells peak memory this way")
+@pytest.mark.parametrize(
+    "suffix, stored, dtype", [(".pth", "bfloat16", "float32"), (".safetensors", "float32", "bfloat16")]
+)
+def test_loading_needs_no_more_memory_than_the_model(tmp_path, suffix, stored, dtype):
+    """Peak resident memory while loading; half of this model is its embedding and head, as in small real ones."""
+    write_model(tmp_path / f"small{suffix}", make_layout("6.0"))
+    tensors = random_tensors(make_layout("6.0", n_head=8, head_size=64, dim_ffn=1800, vocab_size=8000))
+    write_checkpoint(tmp_path / f"m{suffix}", {name: t.to(getattr(torch, stored)) for name, t in tensors.items()})
+    command = [sys.executable, "-c", _PEAK, tmp_path / f"small{suffix}", tmp_path / f"m{suffix}", dtype]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.1

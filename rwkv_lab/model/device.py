@@ -1,0 +1,73 @@
+"""What a failing device says, put into words, and going on elsewhere."""
+
+import functools
+import re
+import warnings
+from contextlib import contextmanager
+
+import torch
+
+from rwkv_lab.errors import DeviceError, ParameterError
+
+# Torch raises RuntimeError, or AssertionError where it was built without CUDA, for much else too: the text decides.
+_FAILURE = re.compile(r"\b(CUDA|CUBLAS|CUDNN|cuDNN|cuBLAS|HIP|NVIDIA|XPU|MPS|device-side assert)")
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+def parse_device(device) -> torch.device:
+    """A torch.device from its name.
+
+    Raises:
+        ParameterError: no such name.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise ParameterError(f'There is no device {device!r}; there are "cpu", "cuda", "cuda:1" and the like.') from e
+
+
+@contextmanager
+def device_errors(device: torch.device):
+    """Turn a failure of the device into a DeviceError that names settings which help; others pass."""
+    try:
+        yield
+    except (RuntimeError, AssertionError, MemoryError) as e:
+        text = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        if isinstance(e, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(text):
+            raise DeviceError(
+                f"{device} ran out of memory ({text}).\nTry dtype=torch.bfloat16, fewer sequences or a smaller "
+                'ctx_len at once, model.gradient_checkpointing = True in training,\nor device="cpu" / fallback="cpu".'
+            ) from e
+        if _FAILURE.search(text):
+            raise DeviceError(
+                f"{device} failed: {text}\n"
+                'Load the model with device="cpu", or with fallback="cpu" to go on there when this happens;\n'
+                "CUDA_LAUNCH_BLOCKING=1 in the environment shows which operation it was."
+            ) from e
+        raise
+
+
+def falls_back(method):
+    """Wrap a method `(self, tokens, state=None, …)` of a model: when its device fails, run it again on `fallback`."""
+
+    @functools.wraps(method)
+    def run(self, tokens, state=None, *args, **kwargs):
+        try:
+            with device_errors(self.get_device()):
+                return method(self, tokens, state, *args, **kwargs)
+        except DeviceError as e:
+            if self.fallback is None or self.get_device() == self.fallback:
+                raise
+            warn_of_fallback(e, self.fallback)
+            with device_errors(self.get_device()):  # a device that is lost altogether does not give its weights back
+                self.to(self.fallback)
+                state = None if state is None else state.to(self.fallback)
+            return method(self, tokens, state, *args, **kwargs)
+
+    return run
+
+
+def warn_of_fallback(error: DeviceError, fallback: torch.device) -> None:
+    """Say which device failed and where things go on."""
+    first = str(error).splitlines()[0]
+    warnings.warn(f"{first} Going on with device={str(fallback)!r}.", RuntimeWarning, stacklevel=3)

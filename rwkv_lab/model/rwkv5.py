@@ -1,0 +1,75 @@
+"""RWKV-5 "Eagle": matrix states, whose decay is the same for every token; 5.0, 5.1 and 5.2.
+
+Formulas: arXiv 2404.05892. 5.0 and 5.1 have one decay and one bonus per head, 5.2 has them per channel; 5.0 has no
+gate. The bonus is stored as its logarithm under the name `time_first`, as it is under the name `time_faaaa`.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rwkv_lab.model.block import Block, head_norm, into_residual, linear, matrix, previous, vector
+from rwkv_lab.model.capture import Watched
+from rwkv_lab.model.rwkv4 import ChannelMix
+from rwkv_lab.wkv import wkv5
+
+
+class TimeMix(Watched):
+    """`blocks.i.att`: mixes along time through the WKV state."""
+
+    def __init__(self, layout, layer: int, group_norm_eps: float, log_bonus: bool):
+        super().__init__()
+        C, A = layout.n_embd, layout.dim_att
+        self.n_head, self.head_size, self.layer = layout.n_head, layout.head_size, layer
+        per_head = (self.n_head, self.head_size) if layout.version == "5.2" else (self.n_head,)
+        self.time_decay = matrix(*per_head)  # the log-decay is -exp of it
+        self.log_bonus = log_bonus
+        self.register_parameter("time_first" if log_bonus else "time_faaaa", matrix(*per_head))
+        self.gated = layout.version != "5.0"
+        for z in "kvrg" if self.gated else "kvr":
+            self.register_parameter(f"time_mix_{z}", vector(C))
+        self.receptance = linear(C, A)
+        self.key = linear(C, A)
+        self.value = linear(C, A)
+        if self.gated:
+            self.gate = linear(C, A)
+        self.output = linear(A, C)
+        self.ln_x = nn.GroupNorm(self.n_head, A, eps=group_norm_eps)
+        self.register_parameter("time_state", None)  # [H,V,K] once `RWKV_Dual.add_time_state` was called
+
+    def forward(self, x, shift, wkv_state, v_first):
+        """x `[B,T,C]`, shift `[B,C]`, wkv_state `[B,H,V,K]`; v_first is handed through.
+
+        Returns the output `[B,T,C]`, the new wkv_state, v_first.
+        """
+        before = previous(x, shift)
+        xk, xv, xr = (
+            torch.addcmul(before, x - before, mu) for mu in (self.time_mix_k, self.time_mix_v, self.time_mix_r)
+        )
+        heads = (*x.shape[:2], self.n_head, self.head_size)
+        # v in the state's dtype makes y so too: before the norm, sums over many tokens may be too large for float16.
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv).to(wkv_state.dtype)
+        log_decay = self._per_channel(-torch.exp(self.time_decay.to(wkv_state.dtype)))
+        bonus = torch.exp(self.time_first.to(wkv_state.dtype)) if self.log_bonus else self.time_faaaa
+        r, k, v = (z.view(heads) for z in (r, k, v))
+        y_wkv, wkv_state = wkv5(r, log_decay, k, v, self._per_channel(bonus), wkv_state)
+        y = head_norm(y_wkv, self.ln_x).to(x.dtype)
+        gate = {}
+        if self.gated:
+            g = F.silu(self.gate(torch.addcmul(before, x - before, self.time_mix_g)))
+            y, gate = y * g, {"g": g.view(heads)}
+        out = into_residual(self.output, y, self.layer)
+        if self.watchers:
+            self.seen(x=x, r=r, w=log_decay.expand(heads), k=k, v=v, **gate)
+            self.seen(y=y_wkv, state=wkv_state[:, None], out=out)
+        return out, wkv_state, v_first
+
+    def _per_channel(self, x):
+        """`[H]` or `[H,N]` -> `[H,N]`."""
+        return x.view(self.n_head, -1).expand(-1, self.head_size)
+
+
+def make_block(layout, layer: int, group_norm_eps: float, names) -> Block:
+    """`blocks.<layer>` without values; `names` are those in the file, which decide what its bonus is called."""
+    log_bonus = f"blocks.{layer}.att.time_faaaa" not in names
+    return Block(layout, layer, TimeMix(layout, layer, group_norm_eps, log_bonus), ChannelMix(layout, layer))

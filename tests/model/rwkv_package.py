@@ -1,0 +1,47 @@
+"""Runs the PyPI package `rwkv` in a process of its own: it reads its settings from the environment when imported.
+
+What it needs, and real files have: the path without its suffix for RWKV-7, and names in an order that lets it tell the
+generation (ln_x and gate before time_decay, time_maa before time_faaaa; a real file's second layer comes after its
+first one's ln_x). It cannot run dim_att != n_embd from RWKV-5 on, nor read the time_state of a one-head model.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+_RUN = """
+import json, sys
+import numpy as np
+from rwkv.model import RWKV
+for path, tokens in json.loads(sys.argv[1]):
+    model = RWKV(model=path, strategy="cpu fp32")
+    out = {}
+    out["logits"], state = model.forward(tokens, None, full_output=True)
+    state = {f"state{i}": s.clone() for i, s in enumerate(state)}
+    one = None
+    steps = []
+    for token in tokens:
+        logits, one = model.forward([token], one)
+        steps.append(logits.numpy())
+    out |= state | {f"one{i}": s for i, s in enumerate(one)}
+    np.savez(path + ".npz", steps=np.stack(steps), **{name: x.numpy() for name, x in out.items()})
+"""
+_FIRST = ("ln_x", "gate.weight", "time_maa")
+
+
+def in_its_order(tensors: dict) -> dict:
+    return dict(sorted(tensors.items(), key=lambda item: not any(part in item[0] for part in _FIRST)))
+
+
+def run_rwkv_package(jobs: list[tuple[Path, list[int]]], v7: bool) -> list[dict[str, np.ndarray]]:
+    """For each (path without .pth, tokens): `logits` [T,V] and `state0…` of one call with all tokens, `steps` [T,V] and
+    `one0…` of a call per token."""
+    environment = os.environ | {"RWKV_V7_ON": str(int(v7)), "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    command = [sys.executable, "-c", _RUN, json.dumps([(str(path), tokens) for path, tokens in jobs])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [dict(np.load(f"{path}.npz")) for path, _ in jobs]
