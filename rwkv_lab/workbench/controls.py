@@ -14,6 +14,7 @@ from IPython.display import display
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.merge.merge import DTYPES, METHODS
 from rwkv_lab.progress import frontend_present
+from rwkv_lab.wkv import backends
 from rwkv_lab.workbench.choosing import FileChooser
 from rwkv_lab.workbench.parameters import NOTEBOOKS
 from rwkv_lab.workbench.run import Run
@@ -128,6 +129,23 @@ def inspect_panel(run: Run) -> Panel | None:
     return _show(Panel(run, [_path("checkpoint")], {"Run": inspecting.everything}))
 
 
+def modes_panel(run: Run) -> Panel | None:
+    """Show the panel of modes.ipynb; None, and a line that says so, where no front end is there."""
+    from rwkv_lab.workbench import modes
+
+    if not _someone_there():
+        return None
+    fields = [
+        _path("model"),
+        _path("compare_with"),
+        _whole("length", 16),
+        _whole("batch", 1),
+        _several("dtypes", tuple(modes.DTYPES)),
+        _several("backends", backends()),
+    ]
+    return _show(Panel(run, fields, {"Run": modes.everything}))
+
+
 def _someone_there() -> bool:
     """In batch no widget may even be made: its state would be saved in the executed notebook."""
     if not frontend_present():
@@ -168,6 +186,18 @@ def _number(name: str) -> Field:
     field = _text(name, _help(name))
     # Text that is no number goes on as it is, and is refused with the parameter's own words.
     return Field(name, field.widget, lambda v: "" if v is None else f"{v:g}", lambda text: text.strip() or None)
+
+
+def _whole(name: str, least: int) -> Field:
+    widget = widgets.BoundedIntText(description=name, tooltip=_help(name), min=least, max=2**20, style=_LABEL)
+    return Field(name, widget)
+
+
+def _several(name: str, options: tuple[str, ...]) -> Field:
+    widget = widgets.SelectMultiple(
+        options=options, description=name, tooltip=_help(name), rows=len(options), style=_LABEL
+    )
+    return Field(name, widget, tuple, list)
 
 
 def _patterns(name: str) -> Field:

@@ -91,7 +91,7 @@ def layer_map(
         below[-1] = f"… and {len(outside) - 7} more"
     if below:
         subtitle += f"\noutside the layers: {',  '.join(below)}"
-    figure, axes = _titled(max(1.0 + 0.24 * len(grid), 1.9), title, f"{subtitle}\ncolour: {unit}")
+    figure, axes = _one(max(1.0 + 0.24 * len(grid), 1.9), title, f"{subtitle}\ncolour: {unit}")
     axes.set_facecolor("#e4e7eb")
     shown_cells = np.ma.masked_where(~(grid > 0), grid)
     image = axes.imshow(
@@ -123,7 +123,7 @@ def delta_histogram(changes: Sequence[Delta], subtitle: str) -> Figure:
     total, still = int(counts.sum()), int(counts[0])
     share = f"{still / total:.1%}" if total else "none"
     subtitle += f"\nof {total:,} weights in tensors that changed, {share} stayed where they were"
-    figure, axes = _titled(3.0, "How far single weights moved", subtitle)
+    figure, axes = _one(3.0, "How far single weights moved", subtitle)
     used = np.flatnonzero(counts[1:]) + 1
     if len(used):
         bins = np.arange(used[0], used[-1] + 1)
@@ -134,13 +134,13 @@ def delta_histogram(changes: Sequence[Delta], subtitle: str) -> Figure:
     axes.set_xlabel("|merged − base|, in the unit of the weights")
     axes.set_ylabel("weights")
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    _quiet(axes)
+    quiet(axes)
     return figure
 
 
 def loss_curve(losses: Sequence[float], title: str, subtitle: str) -> Figure:
     """Training loss by step, in bits per byte: every batch, and a running mean over a twentieth of the run."""
-    figure, axes = _titled(3.0, title, subtitle)
+    figure, axes = _one(3.0, title, subtitle)
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color=SKY, linewidth=0.8, alpha=0.7, label="each batch")
     window = max(len(losses) // 20, 1)
@@ -150,7 +150,7 @@ def loss_curve(losses: Sequence[float], title: str, subtitle: str) -> Figure:
         axes.legend(frameon=False)
     axes.set_xlabel("step")
     axes.set_ylabel("loss, bits per byte")
-    _quiet(axes)
+    quiet(axes)
     return figure
 
 
@@ -161,7 +161,7 @@ def bits_bars(bits: Mapping[str, Mapping[str, float]], subtitle: str) -> Figure:
         bits: text -> model -> bits per byte.
     """
     models = list(dict.fromkeys(m for row in bits.values() for m in row))
-    figure, axes = _titled(0.8 + 0.4 * len(bits) * len(models), "Held-out text before and after", subtitle)
+    figure, axes = _one(0.8 + 0.4 * len(bits) * len(models), "Held-out text before and after", subtitle)
     height = 0.8 / len(models)
     for i, model in enumerate(models):
         places = [row + (i - (len(models) - 1) / 2) * height for row, text in enumerate(bits) if model in bits[text]]
@@ -173,7 +173,7 @@ def bits_bars(bits: Mapping[str, Mapping[str, float]], subtitle: str) -> Figure:
     axes.set_xlabel("bits per byte (lower is better)")
     axes.margins(x=0.12)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _quiet(axes)
+    quiet(axes)
     return figure
 
 
@@ -186,7 +186,7 @@ def sizes_by_part(info: Mapping[str, TensorInfo], subtitle: str) -> Figure:
         row[dtype] = row.get(dtype, 0) + tensor.nbytes
     names = sorted(parts, key=lambda p: -sum(parts[p].values()))[:_ROWS]
     dtypes = sorted({d for row in parts.values() for d in row})
-    figure, axes = _titled(0.8 + 0.3 * len(names), "Where the bytes are", subtitle)
+    figure, axes = _one(0.8 + 0.3 * len(names), "Where the bytes are", subtitle)
     left = np.zeros(len(names))
     for i, dtype in enumerate(dtypes):
         widths = np.array([parts[p].get(dtype, 0) / 1e6 for p in names])
@@ -196,7 +196,7 @@ def sizes_by_part(info: Mapping[str, TensorInfo], subtitle: str) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("MB")
     axes.legend(frameon=False, loc="lower right")
-    _quiet(axes)
+    quiet(axes)
     return figure
 
 
@@ -228,8 +228,8 @@ def _short(name: str) -> str:
     return text if len(text) <= 40 else text[:39] + "…"
 
 
-def _titled(height: float, title: str, subtitle: str) -> tuple[Figure, Axes]:
-    """A figure whose axes take `height` inches below a title and a subtitle that begin at its left edge."""
+def titled(height: float, title: str, subtitle: str) -> Figure:
+    """A figure with `height` inches of room for axes below a title and a subtitle that begin at its left edge."""
     lines = [part for line in shown(subtitle).split("\n") for part in textwrap.wrap(line, 125)]
     head = 0.42 + 0.16 * len(lines)
     figure = Figure(figsize=(_WIDTH, height + head), layout="constrained")
@@ -237,10 +237,16 @@ def _titled(height: float, title: str, subtitle: str) -> tuple[Figure, Axes]:
     whole = height + head
     figure.text(0.012, 1 - 0.1 / whole, title, fontsize=12, fontweight="bold", va="top", parse_math=False)
     figure.text(0.012, 1 - 0.36 / whole, "\n".join(lines), fontsize=9, color="#57606a", va="top", parse_math=False)
+    return figure
+
+
+def _one(height: float, title: str, subtitle: str) -> tuple[Figure, Axes]:
+    figure = titled(height, title, subtitle)
     return figure, figure.subplots()
 
 
-def _quiet(axes) -> None:
+def quiet(axes: Axes) -> None:
+    """Axes with a light grid and no frame."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="both", color="#e4e7eb", linewidth=0.8)
     axes.set_axisbelow(True)

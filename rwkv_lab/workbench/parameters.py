@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.merge import DTYPES, METHODS, check_alpha, method_of
+from rwkv_lab.wkv import backends
 
 DEMO = ("demo:base", "demo:state")
 
@@ -46,6 +47,12 @@ def _absolute(path: str) -> str:
     if path.startswith("demo:"):
         raise ValueError(f"it should be one of {', '.join(DEMO)}, or a path")
     return os.path.abspath(os.path.expanduser(path))
+
+
+def _backend(name: str) -> str:
+    if name not in backends():
+        raise ValueError(f"it should be one of {', '.join(backends())}")
+    return name
 
 
 Number = Annotated[float, BeforeValidator(_number)]
@@ -116,10 +123,25 @@ class TrainParameters(Parameters):
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/train")
 
 
+class ModesParameters(Parameters):
+    model: InputPath = Field("demo:base", description="a whole model of any generation: .pth, .safetensors, a folder")
+    compare_with: PathOrEmpty = Field("", description="a second model of the same layout: where do the two part?")
+    length: Annotated[int, Field(ge=16)] = Field(512, description="tokens of each sequence")
+    batch: Annotated[int, Field(ge=1)] = Field(2, description="sequences")
+    dtypes: Annotated[list[Literal["float64", "float32", "bfloat16", "float16"]], Field(min_length=1)] = Field(
+        ["float64", "float32", "bfloat16"], description="of float64, float32, bfloat16, float16"
+    )
+    backends: list[Annotated[str, AfterValidator(_backend)]] = Field(
+        [], description="of the WKV operator; empty: all there are"
+    )
+    report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/modes")
+
+
 NOTEBOOKS: dict[str, type[Parameters]] = {
     "merge": MergeParameters,
     "inspect": InspectParameters,
     "train": TrainParameters,
+    "modes": ModesParameters,
 }
 
 _PLAIN = (str, bytes, int, float, complex, list, dict, tuple, set, type(None))

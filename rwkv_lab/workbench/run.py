@@ -113,9 +113,10 @@ class Run:
         """
         failed = self.record.failed_checks
         if failed and must_pass:
+            advice = "Do not use the output; " if self.record.outputs else ""
             raise OutputError(
                 f"{len(failed)} of {len(self.record.checks)} checks failed, first: {failed[0]}.\n"
-                f"Do not use the output; {self.folder / 'report.html'} has all checks."
+                f"{advice}{self.folder / 'report.html'} has all checks."
             )
         self.record.status, self.record.error = "ok", None
         self._end()
@@ -150,7 +151,7 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
     """Validate the parameters of a notebook and open its run; `result.json` says "running" from here on.
 
     Args:
-        notebook: "merge", "inspect" or "train".
+        notebook: a key of `NOTEBOOKS`.
         namespace: the notebook's `globals()`. In batch every public plain variable in it must be a parameter; in
             JupyterLab a person's own variables may be there too.
     Raises:
