@@ -14,7 +14,7 @@ from rwkv_lab.model.agreement import ModeRow
 from rwkv_lab.workbench.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, quiet, titled
 
 _EXACT = 1e-17  # below what float64 can tell; an error of 0 is drawn as if it were this
-_DTYPES = (BLUE, ORANGE, GREEN, PURPLE)
+_DTYPES = (BLUE, ORANGE, GREEN, PURPLE)  # as many as `compare_modes` has limits for
 _STYLES = ("-", "--", "-.", ":", (0, (1, 3)), (0, (6, 2, 1, 2, 1, 2)))
 _HALF_LIVES = 2.0 ** np.arange(-4, 20.5, 0.5)  # tokens; edges of the bins
 _HEADS = 16  # state images of one figure
@@ -32,7 +32,7 @@ def agreement_matrix(rows: Sequence[ModeRow], subtitle: str) -> Figure:
     figure = titled(0.9 + 0.52 * len(runs), "Do the modes agree? Error of each run, with its verdict", subtitle)
     panels = figure.subplots(1, 2, sharey=True)
     scale = LogNorm(_EXACT, 1)
-    beside = ("beside float64, same weights", "beside the first run of the column")
+    beside = ("beside float64, same rounded weights", "beside the first run in the same dtype")
     for axes, heading, against_float64 in zip(panels, beside, (True, False), strict=True):
         grid = np.full((len(runs), len(dtypes)), np.nan)
         limits = {}
@@ -46,7 +46,10 @@ def agreement_matrix(rows: Sequence[ModeRow], subtitle: str) -> Figure:
         axes.set_title(heading, fontsize=10, loc="left")
         axes.set_xticks(range(len(dtypes)), [f"{name_of(d)}\nlimit {limits[d]:.0e}" for d in dtypes], fontsize=9)
         axes.set_yticks(range(len(runs)), [f"{mode}, {backend}" for mode, backend in runs], fontsize=9)
-        axes.tick_params(length=0)
+        axes.set_xticks(np.arange(-0.5, len(dtypes)), minor=True)
+        axes.set_yticks(np.arange(-0.5, len(runs)), minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.5)
+        axes.tick_params(which="both", length=0)
         axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=panels, pad=0.02, aspect=25, ticks=LogLocator(numticks=6))
     bar.set_label("relative RMS error", fontsize=9)
@@ -79,7 +82,7 @@ def _write_verdict(axes, x: int, y: int, row: ModeRow, error: float, limit: floa
 
 
 def error_growth(rows: Sequence[ModeRow], subtitle: str) -> Figure:
-    """Error of the logits along the sequence, a line per run; the limit of each dtype is dotted."""
+    """Error of the logits along the sequence, a line per run, and the limit of each dtype."""
     figure = titled(3.9, "Does the error grow along the text? Logits beside float64, at every position", subtitle)
     axes = figure.subplots()
     runs = list(dict.fromkeys((row.mode, row.backend) for row in rows))
@@ -93,14 +96,16 @@ def error_growth(rows: Sequence[ModeRow], subtitle: str) -> Figure:
         axes.plot(
             np.arange(len(mean)) + window / 2,
             mean,
-            color=_DTYPES[dtypes.index(row.dtype) % len(_DTYPES)],
+            color=_DTYPES[dtypes.index(row.dtype)],
             linestyle=_STYLES[runs.index((row.mode, row.backend)) % len(_STYLES)],
             linewidth=1.4,
             label=f"{name_of(row.dtype)}, {row.mode.value}, {row.backend}",
         )
-    for row in rows:
-        color = _DTYPES[dtypes.index(row.dtype) % len(_DTYPES)]
-        axes.axhline(row.accuracy, color=color, linestyle=":", linewidth=1)
+    length = max(len(row.curve) for row in rows)
+    for i, (dtype, limit) in enumerate(dict((row.dtype, row.accuracy) for row in rows).items()):
+        axes.axhline(limit, color=_DTYPES[i], linewidth=0.8, alpha=0.6)
+        text = f"limit of {name_of(dtype)}"
+        axes.text(length, limit, text, color=_DTYPES[i], fontsize=8, ha="right", va="bottom")
     axes.set_yscale("log")
     axes.set_xlabel("position in the sequence, tokens")
     axes.set_ylabel("relative RMS error")
@@ -129,7 +134,8 @@ def half_lives(log_decays: Sequence[np.ndarray], subtitle: str) -> Figure:
     median = [np.median(x) for x in inside]
     axes.plot(range(n_layer), median, "o", ms=5, color=ORANGE, mec="white", label="median of the layer")
     used = np.flatnonzero(shares.any(1))
-    axes.set_ylim(_HALF_LIVES[used[0]], _HALF_LIVES[used[-1] + 1])
+    lowest, highest = _HALF_LIVES[used[0]], _HALF_LIVES[used[-1] + 1]
+    axes.set_ylim(lowest, max(highest, 20 * lowest))  # room for a power of ten to be written
     axes.set_yscale("log")
     axes.set_ylabel("half-life, tokens")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -149,7 +155,7 @@ def state_sizes(positions: Sequence[int], sizes: np.ndarray, what: str, subtitle
         sizes: `[P,L]`.
         what: what is measured, for the axis.
     """
-    figure = titled(3.4, "How full does the state get along the text? One line per layer", subtitle)
+    figure = titled(3.4, "How large does the state get along the text? One line per layer", subtitle)
     axes = figure.subplots()
     n_layer = sizes.shape[1]
     colors = ListedColormap(colormaps["viridis"](np.linspace(0, 0.88, n_layer)))  # its last yellows are hard to see
@@ -178,9 +184,9 @@ def state_images(images: np.ndarray, title: str, subtitle: str, down: str, acros
     drawn = images[:_HEADS]
     if len(images) > _HEADS:
         subtitle += f"\nthe first {_HEADS} of {len(images)}"
-    columns = min(len(drawn), 8)
+    columns = min(max(len(drawn), 3), 8) if each else 1  # a single head need not fill the page
     lines = -(-len(drawn) // columns)
-    figure = titled(3.0 if lines == 1 and columns < 4 else 0.5 + 1.3 * lines, title, subtitle)
+    figure = titled(max(0.5 + 1.4 * lines, 3.0 if columns <= 4 else 0), title, subtitle)
     grid = figure.subplots(lines, columns, squeeze=False)
     # A few large entries would leave the rest pale.
     bound = float(np.nanquantile(np.abs(drawn), 0.995)) or 1.0
@@ -194,8 +200,8 @@ def state_images(images: np.ndarray, title: str, subtitle: str, down: str, acros
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=3 if each else 12))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3 if each else 12))
         axes.tick_params(labelsize=7)
+        axes.set_xlabel(across, fontsize=8)
+        axes.set_ylabel(down, fontsize=8)
         axes.label_outer()
-    figure.supxlabel(across, fontsize=9)
-    figure.supylabel(down, fontsize=9)
     figure.colorbar(image, ax=grid, pad=0.02, aspect=25, extend="both")
     return figure

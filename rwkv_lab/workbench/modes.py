@@ -134,10 +134,7 @@ def show_growth(run: Run, subject: Subject, rows: Sequence[ModeRow]) -> None:
             growth = row.growth
             run.record.checks.append(Check(name, _digits(growth), GROWTH, growth <= GROWTH))
     figure = mode_figures.error_growth(rows, _subtitle(run, subject))
-    caption = (
-        "Running means over a thirty-second of the text; dotted: the limit of each dtype. A run whose error is exactly "
-        "0 has no line."
-    )
+    caption = "Running means over a thirty-second of the text. A run whose error is exactly 0 has no line."
     run.show_figure("growth", "Error along the text", caption, figure)
 
 
