@@ -4,13 +4,23 @@ import copy
 
 import pytest
 import torch
+from random_models import VERSIONS, load_model
 from random_rwkv7 import add_random_time_state, make_model, make_tokens
 
 from rwkv_lab import wkv
 from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.errors import KernelError, ParameterError
 from rwkv_lab.model import RWKVMode
-from rwkv_lab.model.agreement import LIMITS, Run, check_hand_over, compare_modes, first_mismatch, in_dtype
+from rwkv_lab.model.agreement import (
+    GROWTH,
+    LIMITS,
+    ModeRow,
+    Run,
+    check_hand_over,
+    compare_modes,
+    first_mismatch,
+    in_dtype,
+)
 
 TOKENS = make_tokens(2, 70)
 
@@ -36,6 +46,56 @@ def test_every_mode_backend_and_dtype_agrees(tmp_path):
         assert rows[4].logits_error > rows[1].logits_error > 0 and rows[4].logits_apart == 0 < rows[5].logits_apart
         assert rows[-1].logits_error > 1e-4  # bfloat16 cannot be that good: it was really run
     assert model.mode is RWKVMode.RNN and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_generation_agrees_and_hands_over(version, tmp_path):
+    """Heads of an odd number, channels no power of two, decays from very slow to very fast."""
+    model = load_model(tmp_path, version, torch.float64, n_head=3, n_embd=40, time_state=version != "4.0")
+    tokens = make_tokens(2, 70, vocab_size=70)
+    rows = compare_modes(model, tokens)
+    assert [row.verdict for row in rows] == ["PASS"] * 3 * 2 * len(wkv.backends())
+    assert all(row.growth <= GROWTH for row in rows)
+    assert all(check.passed for check in check_hand_over(model, tokens))
+
+
+@pytest.mark.parametrize(
+    "version, weight, name",
+    [
+        ("4.0", "blocks.1.att.time_decay", "blocks.1.att.w"),
+        ("4.0", "blocks.1.att.time_first", "blocks.1.att.y"),
+        ("4.0", "blocks.0.ffn.receptance.weight", "blocks.0.ffn.r"),
+        ("5.0", "blocks.1.att.key.weight", "blocks.1.att.k"),
+        ("5.1", "blocks.0.att.gate.weight", "blocks.0.att.g"),
+        ("5.2", "blocks.1.att.value.weight", "blocks.1.att.v"),
+        ("5.2", "blocks.1.att.ln_x.weight", "blocks.1.att.out"),
+        ("6.0", "blocks.1.att.time_decay_w2", "blocks.1.att.w"),
+        ("6.0", "blocks.0.att.time_faaaa", "blocks.0.att.y"),
+        ("6.0", "blocks.1.ffn.key.weight", "blocks.1.ffn.k"),
+    ],
+)
+def test_a_changed_weight_of_every_generation_is_traced_to_its_operator(version, weight, name, tmp_path):
+    good = load_model(tmp_path, version)
+    bad = copy.deepcopy(good)
+    parameter = bad.get_parameter(weight)
+    parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    tokens = make_tokens(2, 30, vocab_size=70)
+    found = first_mismatch(Run(good), Run(bad), tokens)
+    assert found.name == name and found.token <= 1 and f"in layer {name[7]}," in str(found)
+
+
+def test_growth_tells_errors_that_settle_from_errors_that_pile_up():
+    def row(curve):
+        return ModeRow(RWKVMode.RNN, "reference", torch.float32, 1.0, 1.0, curve=curve)
+
+    tokens = torch.arange(1.0, 401)
+    assert row(torch.ones(400)).growth == 1 and row(torch.zeros(400)).growth == 1
+    assert row(tokens / (tokens + 20)).growth < 1.2 < GROWTH < 2.3 < row(tokens).growth
+    assert row(1.1**tokens).growth > 1e6
+    spike = torch.ones(400)
+    spike[390] = 1e6
+    assert row(spike).growth == 1  # one hard token is no growth
+    assert not row(torch.full((400,), float("nan"))).growth <= GROWTH
 
 
 def test_a_wrong_decay_in_one_form_is_found_and_placed(monkeypatch):

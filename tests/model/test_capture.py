@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from random_models import VERSIONS, load_model
 from random_rwkv7 import make_model, make_tokens, relative_rms
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKVMode, capture
-from rwkv_lab.wkv import wkv7
+from rwkv_lab.wkv import wkv4, wkv5, wkv6, wkv7
 
 B, T, H, N = 2, 12, 2, 32
 
@@ -46,6 +47,64 @@ def test_names_mean_what_the_formulas_say():
     x = seen["blocks.0.x"] + seen["blocks.0.att.out"] + seen["blocks.0.ffn.out"]
     assert torch.equal(x, seen["blocks.1.x"])
     assert relative_rms(model.blocks[1].ffn.value(seen["blocks.1.ffn.k"]), seen["blocks.1.ffn.out"]) < 1e-12
+
+
+ATT = {
+    "4.0": "x r w k v y state out",
+    "5.0": "x r w k v y state out",
+    "5.1": "x r w k v g y state out",
+    "5.2": "x r w k v g y state out",
+    "6.0": "x r w k v g y state out",
+    "7.0": "x r w v a kk k g y state out",
+}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_generation_shows_its_operators_in_both_modes(version, tmp_path):
+    """Names, order and shapes; both modes show the same numbers; the last state is the one that the model returns."""
+    model, T = load_model(tmp_path, version, torch.float64, head_size=8, n_embd=24), 9
+    tokens = make_tokens(B, T, vocab_size=70)
+    parallel, _ = everything(model, RWKVMode.TRANSFORMER, tokens)
+    one_by_one, final = everything(model, RWKVMode.RNN, tokens)
+    ffn = "x k out" if version == "7.0" else "x r k out"
+    names = ["x", *(f"att.{name}" for name in ATT[version].split()), *(f"ffn.{name}" for name in ffn.split())]
+    assert list(parallel) == list(one_by_one) == [f"blocks.{i}.{name}" for i in range(2) for name in names]
+    A, C = (16,) if version == "4.0" else (2, 8), (24,)
+    for name in parallel:
+        part = name.split(".", 2)[2]
+        if part == "att.state":
+            shape = (3, 16) if version == "4.0" else (2, 8, 8)
+            assert parallel[name].shape == (B, 1, *shape) and one_by_one[name].shape == (B, T, *shape)
+            assert relative_rms(one_by_one[name][:, -1], parallel[name][:, 0]) < 1e-12
+            continue
+        width = C if part in ("x", "att.x", "att.out", "ffn.x", "ffn.r", "ffn.out") else A
+        assert parallel[name].shape == (B, T, *((52,) if part == "ffn.k" else width)), name
+        assert relative_rms(one_by_one[name], parallel[name]) < 1e-12, name
+    assert torch.equal(one_by_one["blocks.1.att.state"][:, -1], final.wkv[:, 1])
+    assert all(parallel[f"blocks.{i}.att.w"].max() <= 0 for i in range(2))
+
+
+@pytest.mark.parametrize("mode", list(RWKVMode))
+@pytest.mark.parametrize("version", [v for v in VERSIONS if v != "7.0"])
+def test_the_recurrence_fed_with_what_was_captured_gives_what_was_captured(version, mode, tmp_path):
+    model = load_model(tmp_path, version, torch.float64, head_size=8)
+    seen, final = everything(model, mode, make_tokens(B, 9, vocab_size=70))
+    r, w, k, v, y = (seen[f"blocks.1.att.{name}"] for name in "rwkvy")
+    att = model.blocks[1].att
+    if version == "4.0":
+        expected, state = wkv4(w[0, 0], att.time_first, k, v, backend="reference")
+    elif version == "6.0":
+        expected, state = wkv6(r, w, k, v, att.time_faaaa, backend="reference")
+    else:
+        u = att.time_first.exp() if att.log_bonus else att.time_faaaa
+        expected, state = wkv5(r, w[0, 0], k, v, u.view(2, -1).expand(2, 8), backend="reference")
+    assert relative_rms(y, expected) < 1e-12
+    assert relative_rms(seen["blocks.1.att.state"][:, -1], state) < 1e-12
+    assert relative_rms(final.wkv[:, 1], state) < 1e-12
+    x = seen["blocks.0.x"] + seen["blocks.0.att.out"] + seen["blocks.0.ffn.out"]
+    assert relative_rms(seen["blocks.1.x"], x) < 1e-15
+    channel_mix = seen["blocks.1.ffn.r"] * model.blocks[1].ffn.value(seen["blocks.1.ffn.k"])
+    assert relative_rms(seen["blocks.1.ffn.out"], channel_mix) < 1e-12
 
 
 def test_only_what_was_asked_for_is_kept_and_only_while_asked():
