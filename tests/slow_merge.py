@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def start(moment: str, arguments: dict, limit: int | None = None):
 
 def _run(moment: str, arguments: dict, limit: int | None, pipe) -> None:
     sys.stderr = open(os.devnull, "w")  # the traceback of an interrupt is expected
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background with it ignored
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     _wait_at(moment, lambda: pipe.send("here"))

@@ -129,7 +129,7 @@ class _Shapes:
         if name not in self.shapes:
             raise LayoutError(f"not a complete RWKV model: {name} is missing")
         shape = self.shapes[name]
-        if len(shape) != 2:
+        if len(shape) != 2 or 0 in shape:
             raise LayoutError(f"not an RWKV model: {name} has shape {list(shape)}, a matrix is expected")
         return shape
 
@@ -187,8 +187,8 @@ def detect_layout(shapes: Mapping[str, Shape]) -> Layout:
         if source not in s:
             raise LayoutError(f"not a complete RWKV model: {source} is missing")
         n_head, head_size = s.heads(source, dim_att)
-    if n_head:
-        if dim_att % n_head:
+    if version != "4.0":
+        if not n_head or dim_att % n_head:
             raise LayoutError(f"{dim_att} attention channels cannot be split into {n_head} heads ({deciding})")
         head_size = dim_att // n_head
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, file_facts, open_checkpoint, write_text
-from rwkv_lab.checkpoint.file_layout import FileLayout, file_layout
+from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, Findings, OutTensor
 from rwkv_lab.checkpoint.write import file_kind, write_stream
@@ -104,6 +104,7 @@ def merge(
             "dtype": str(out_dtype).removeprefix("torch.") if out_dtype else None,
             "precision": precision,
             "allow_extra": list(allow_extra) if allow_extra is not None else None,
+            "allow_nonfinite": allow_nonfinite,
         }
         rows, tensors = _output(base_ck, applied, out_dtype)
         memory = _memory_needed(base_ck, tuned_ck, changes, wide)
@@ -137,7 +138,7 @@ def merge(
             out, tensors, layout_out, overwrite, lambda t: scan == "all" or t.name not in untouched, not allow_nonfinite
         )
     written = _describe_output(out, made, findings)
-    checks = _streaming_checks(rows, findings, scan, layout_out, written[0])
+    checks = _streaming_checks(plan, findings, scan, allow_nonfinite, written[0])
     seconds = result.seconds | {"merge": time.perf_counter() - planned}
     return MergeResult(
         plan, result.base, result.tuned, out, recipe, inputs, outputs=written, checks=checks, seconds=seconds
@@ -313,10 +314,12 @@ def _describe_output(out: Path, made: dict, findings: list[Findings]) -> tuple[F
 
 
 def _streaming_checks(
-    rows: list[PlanRow], findings: list[Findings], scan: str, layout: FileLayout, written: FileFacts
+    plan: MergePlan, findings: list[Findings], scan: str, allow_nonfinite: bool, written: FileFacts
 ) -> tuple[Check, ...]:
-    looked_at = sum(scan == "all" or r.action != "copy" for r in rows)
+    looked_at = sum(scan == "all" or r.action != "copy" for r in plan.rows)
+    limit = "any: allow_nonfinite" if allow_nonfinite else 0
+    unfit = f"tensors with NaN, Inf or overflow, of {looked_at} scanned"
     return (
-        Check(f"tensors with NaN, Inf or overflow, of {looked_at} scanned", len(findings), 0, not findings),
-        Check("size of the output, bytes", written.bytes, layout.size, written.bytes == layout.size),
+        Check(unfit, len(findings), limit, allow_nonfinite or not findings),
+        Check("size of the output, bytes", written.bytes, plan.output_bytes, written.bytes == plan.output_bytes),
     )

@@ -62,7 +62,12 @@ def verify_merge(result: MergeResult) -> list[Check]:
             counts["copied wrong"] == 0,
         ),
         Check("tensors of another shape or dtype than asked for", counts["other shape"], 0, counts["other shape"] == 0),
-        Check("values in the output that are NaN or Inf", counts["not finite"], 0, counts["not finite"] == 0),
+        Check(
+            "values in the output that are NaN or Inf",
+            counts["not finite"],
+            "any: allow_nonfinite" if recipe["allow_nonfinite"] else 0,
+            recipe["allow_nonfinite"] or counts["not finite"] == 0,
+        ),
     ]
     if counts["computed"]:
         where = f" ({worst_name})" if worst_name else ""

@@ -112,8 +112,13 @@ def test_nan_and_overflow_that_are_allowed_are_counted_and_recorded(files):
     result = merge(*files(base), dtype="fp16", allow_nonfinite=True)
     recorded = json.loads(result.outputs[1].path.read_text())["nonfinite"]
     assert recorded == ["emb.weight (1 NaN, 1 Inf, 1 overflow)", "head.weight (3 overflow)"]
-    assert [c.passed for c in result.checks] == [False, True]
-    assert not all(c.passed for c in verify_merge(result))
+    # What was allowed does not fail the run, and the report still says how much of it there is.
+    checks = [*result.checks, *verify_merge(result)]
+    assert all(c.passed for c in checks)
+    assert [(c.value, c.limit) for c in checks if "NaN" in c.name] == [
+        (2, "any: allow_nonfinite"),
+        (6, "any: allow_nonfinite"),
+    ]
     assert Findings("x").clean
 
 
