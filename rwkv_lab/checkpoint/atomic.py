@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rwkv_lab.errors import OutputError
@@ -65,6 +65,28 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         os.close(fd)
     _sync_folder(path.parent)
+
+
+@contextmanager
+def one_writer(path: Path, companion: Path, overwrite: bool) -> Iterator[Callable[[], None]]:
+    """For an output and a file beside it that describes it: they always belong together, whoever else writes them.
+
+    Yields what to call right before `path` is published. From then to the end of the block no other process publishes
+    into this folder, and an older companion is gone, so that a kill in between leaves `path` without one.
+
+    Raises:
+        OutputError: by the callback, `companion` exists and may not be overwritten.
+    """
+    with ExitStack() as locks:
+
+        def before_publishing() -> None:
+            fd = os.open(path.parent, os.O_RDONLY)
+            locks.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            check_target(companion, overwrite)
+            companion.unlink(missing_ok=True)
+
+        yield before_publishing
 
 
 def check_target(path: Path, overwrite: bool) -> None:

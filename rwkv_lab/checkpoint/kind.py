@@ -48,7 +48,9 @@ def identify(shapes: Mapping[str, Shape], others: Mapping[str, object], adapter_
             peft_type or "unknown", "an adapter, not a whole model", f"adapter_config.json: peft_type {peft_type}"
         )
     if not shapes:
-        return plain("unknown", "there is no tensor in it")
+        nested = next((key for key, value in others.items() if isinstance(value, dict)), None)
+        hint = f"; it has {nested!r}, a dict of its own: save that one by itself" if nested else ""
+        return plain("unknown", f"there is no tensor at its top level{hint}")
     for kind, pattern in _ADAPTER_MARKS:
         name = next((n for n in shapes if re.search(pattern, n)), None)
         if name:

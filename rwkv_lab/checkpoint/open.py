@@ -10,6 +10,7 @@ import torch
 
 from rwkv_lab.checkpoint.kind import Identity, identify
 from rwkv_lab.checkpoint.layout import Layout
+from rwkv_lab.checkpoint.paths import to_path
 from rwkv_lab.checkpoint.safetensors_header import looks_like_safetensors, read_safetensors_header
 from rwkv_lab.checkpoint.source import SourceFile, TensorInfo
 from rwkv_lab.checkpoint.torch_zip import read_torch_zip
@@ -99,8 +100,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         CorruptFileError: missing, truncated, or not a checkpoint.
         UnsafeFileError: a pickle that would run code, or an index that leads out of its folder.
         LayoutError: a folder without a checkpoint, or an index that disagrees with its shards.
+        ParameterError: no path.
     """
-    path = Path(path)
+    path = to_path(path, "checkpoint")
     ck = Checkpoint(path)
     try:
         if path.is_dir():

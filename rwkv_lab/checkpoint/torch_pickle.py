@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rwkv_lab.errors import CorruptFileError, UnsafeFileError
+from rwkv_lab.errors import CorruptFileError, LayoutError, RwkvLabError, UnsafeFileError
 
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -28,6 +28,7 @@ STORAGE_DTYPES = {
 }
 _ORDERED_DICT = "collections OrderedDict"
 _TENSOR = "torch._utils _rebuild_tensor_v2"
+_NEWER_TENSOR = "torch._utils _rebuild_tensor_v3"  # written for dtypes without a storage class of their own
 _PARAMETER = "torch._utils _rebuild_parameter"
 _GLOBALS = {_ORDERED_DICT, _TENSOR, _PARAMETER} | {f"torch {s}" for s in STORAGE_DTYPES}
 
@@ -65,10 +66,11 @@ def read_tensor_pickle(data: bytes, where: str) -> dict:
     Raises:
         UnsafeFileError: the pickle asks for anything but tensors, dicts, lists, numbers and strings.
         CorruptFileError: it is not a pickle, is cut off, or does not hold a dict.
+        LayoutError: tensors of a dtype such as float8.
     """
     try:
         value = _run(data, where)
-    except (UnsafeFileError, CorruptFileError):
+    except RwkvLabError:
         raise
     except Exception as e:  # whatever else a broken pickle does to the machine: index, type, value and unicode errors
         raise CorruptFileError(f"{where}: its pickle is damaged ({type(e).__name__}: {e})") from e
@@ -129,6 +131,11 @@ def _run(data: bytes, where: str):
                 module, name = stack[-2:]
                 del stack[-2:]
                 arg = f"{module} {name}"
+            if arg == _NEWER_TENSOR:
+                raise LayoutError(
+                    f"{where} holds tensors of a dtype that is not supported here, such as float8.\n"
+                    "Save it as bfloat16, float16 or float32."
+                )
             if arg not in _GLOBALS:
                 raise UnsafeFileError(
                     f"{where}: its pickle asks for {arg.replace(' ', '.')}, which is not a tensor. Nothing was run.\n"

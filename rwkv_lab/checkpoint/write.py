@@ -33,13 +33,19 @@ def write_stream(
     overwrite: bool,
     scan: Callable[[OutTensor], bool],
     refuse: bool = True,
+    before_publishing: Callable[[], None] = lambda: None,
 ) -> list[Findings]:
     """Write `tensors` as `layout` (of `file_layout`) says; `path` appears when all is there.
 
+    Args:
+        before_publishing: called when all is written and `path` is about to appear.
     Raises: as `stream` and `atomic_file`.
     """
     with atomic_file(path, overwrite) as fd:
-        return stream([OutFile(fd, layout, tensors)], scan, refuse, f"writing {path.name}")
+        findings = stream([OutFile(fd, layout, tensors)], scan, refuse, f"writing {path.name}")
+        os.fsync(fd)  # here, because others may have to wait from now on
+        before_publishing()
+        return findings
 
 
 def write_checkpoint(

@@ -58,7 +58,7 @@ def changes(
         raise LayoutError(f"{both}.weight stands in {tuned.path} whole and as a LoRA; only one of them can be meant")
     out = [_adapted(x, base.info[f"{x}.weight"], halves, alpha, precision) for x, halves in adapted.items()]
     # Whole tensors are the tuned values themselves: alpha says nothing about them.
-    return out + full_tensors(base, tuned, layout, whole, None, precision, allow_extra)
+    return out + full_tensors(base, tuned, layout, whole, 1.0, precision, allow_extra)
 
 
 def _adapted(x: str, weight: TensorInfo, halves: dict[str, TensorInfo], alpha: float, precision: torch.dtype) -> Change:

@@ -2,8 +2,10 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +13,9 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, file_facts, open_checkpoint, write_text
+from rwkv_lab.checkpoint.atomic import one_writer
 from rwkv_lab.checkpoint.file_layout import file_layout
+from rwkv_lab.checkpoint.paths import to_path
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, Findings, OutTensor
 from rwkv_lab.checkpoint.write import file_kind, write_stream
@@ -19,7 +23,7 @@ from rwkv_lab.checks import Check
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.merge import lora, overlay, state
 from rwkv_lab.merge.change import Change
-from rwkv_lab.merge.patterns import select
+from rwkv_lab.merge.patterns import pattern_list, select
 from rwkv_lab.merge.plan import MergePlan, MergeResult, PlanRow
 from rwkv_lab.merge.provenance import RECORD, as_text, beside, provenance
 from rwkv_lab.merge.room import check_output, check_room, disk_free, memory_free
@@ -80,30 +84,34 @@ def merge(
         NumericsError: NaN, Inf or overflow on the way; nothing is left behind.
     """
     start = time.perf_counter()
-    out = Path(out)
+    base, tuned, out = (to_path(p, what).absolute() for p, what in ((base, "base"), (tuned, "tuned"), (out, "out")))
     wide = _check_parameters(scan, precision, alpha)
+    include, exclude = pattern_list("include", include), pattern_list("exclude", exclude)
+    allow_extra = pattern_list("allow_extra", allow_extra)
     out_dtype = _output_dtype(dtype)
     kind = file_kind(out)
     with open_checkpoint(base) as base_ck, open_checkpoint(tuned) as tuned_ck:
         check_output(out, [base_ck, tuned_ck], allowed_dir, overwrite)
         check_output(_beside(out), [base_ck, tuned_ck], allowed_dir, overwrite)
-        layout = _check_base(base_ck, list(allow_extra or []))
+        _refuse_same(base_ck, tuned_ck)
+        layout = _check_base(base_ck, allow_extra or [])
         _check_dtypes(base_ck)
         _check_dtypes(tuned_ck)
         method = method_of(tuned_ck) if method == "auto" else method
         _check_method(method, alpha, weights, pissa_init)
-        changes = _changes(method, base_ck, tuned_ck, layout, alpha, wide, list(allow_extra or []))
+        alpha = 1.0 if alpha is None else float(alpha)  # a number of one type: the recipe is a part of the output
+        changes = _changes(method, base_ck, tuned_ck, layout, alpha, wide, allow_extra or [])
         chosen = select([c.name for c in changes], include, exclude)
         skipped = tuple(c.name for c in changes if c.name not in chosen)
         applied = [] if alpha == 0 else [c for c in changes if c.name in chosen]
         recipe = {
             "method": method,
             "alpha": alpha,
-            "include": list(include) if include is not None else None,
-            "exclude": list(exclude) if exclude is not None else None,
+            "include": include,
+            "exclude": exclude,
             "dtype": str(out_dtype).removeprefix("torch.") if out_dtype else None,
             "precision": precision,
-            "allow_extra": list(allow_extra) if allow_extra is not None else None,
+            "allow_extra": allow_extra,
             "allow_nonfinite": allow_nonfinite,
         }
         rows, tensors = _output(base_ck, applied, out_dtype)
@@ -128,21 +136,24 @@ def merge(
             human_bytes(plan.output_bytes),
         )
         planned = time.perf_counter()
-        result = MergeResult(
-            plan, Path(base), Path(tuned), out, recipe, inputs, seconds={"plan": planned - start, "hash": hashing}
-        )
+        result = MergeResult(plan, base, tuned, out, recipe, inputs, seconds={"plan": planned - start, "hash": hashing})
         if dry_run:
             return result
         untouched = {r.name for r in rows if r.action == "copy"}
-        findings = write_stream(
-            out, tensors, layout_out, overwrite, lambda t: scan == "all" or t.name not in untouched, not allow_nonfinite
-        )
-    written = _describe_output(out, made, findings)
+        with one_writer(out, _beside(out), overwrite) as before_publishing:
+            findings = write_stream(
+                out,
+                tensors,
+                layout_out,
+                overwrite,
+                lambda t: scan == "all" or t.name not in untouched,
+                not allow_nonfinite,
+                before_publishing,
+            )
+            written = _describe_output(out, made, findings, overwrite)
     checks = _streaming_checks(plan, findings, scan, allow_nonfinite, written[0])
     seconds = result.seconds | {"merge": time.perf_counter() - planned}
-    return MergeResult(
-        plan, result.base, result.tuned, out, recipe, inputs, outputs=written, checks=checks, seconds=seconds
-    )
+    return replace(result, outputs=written, checks=checks, seconds=seconds)
 
 
 def method_of(tuned: Checkpoint) -> str:
@@ -174,8 +185,8 @@ def check_alpha(method: str, alpha: float | None) -> None:
                 "alpha is missing: a LoRA file does not say it, and the delta is scaled by alpha / r.\n"
                 "Give the lora_alpha it was trained with. (For a PiSSA adapter no alpha is right.)"
             )
-        if alpha < 0:
-            raise ParameterError(f"alpha is {alpha}; a LoRA's alpha is 0 or more")
+        if not 0 <= alpha <= torch.finfo(torch.float32).max:
+            raise ParameterError(f"alpha is {alpha}; a LoRA's alpha is 0 or more, and a number of float32")
     elif alpha is not None and not 0 <= alpha <= 1:
         raise ParameterError(f"alpha is {alpha}; for method {method!r} it is a share of the way, 0 to 1")
 
@@ -237,6 +248,11 @@ def _check_base(base: Checkpoint, allow_extra: list[str]) -> Layout:
     return identity.layout
 
 
+def _refuse_same(base: Checkpoint, tuned: Checkpoint) -> None:
+    if any(os.path.samestat(os.fstat(b.fd), os.fstat(t.fd)) for b in base.files for t in tuned.files):
+        raise ParameterError(f"base and tuned are the same file {tuned.path}; the output would be the base")
+
+
 def _check_dtypes(ck: Checkpoint) -> None:
     for name, t in ck.info.items():
         if t.dtype not in _FLOATS:
@@ -253,7 +269,7 @@ def _changes(
     base: Checkpoint,
     tuned: Checkpoint,
     layout: Layout,
-    alpha: float | None,
+    alpha: float,
     precision: torch.dtype,
     allow_extra: list[str],
 ) -> list[Change]:
@@ -304,11 +320,11 @@ def _beside(out: Path) -> Path:
     return out.with_name(out.name + ".json")
 
 
-def _describe_output(out: Path, made: dict, findings: list[Findings]) -> tuple[FileFacts, FileFacts]:
+def _describe_output(out: Path, made: dict, findings: list[Findings], overwrite: bool) -> tuple[FileFacts, FileFacts]:
     """Write the provenance beside the output; facts of both files."""
     facts, note = file_facts(out), _beside(out)
     text = beside(made, facts, findings)
-    write_text(note, text, overwrite=True)
+    write_text(note, text, overwrite)
     data = text.encode()
     return facts, FileFacts(note, len(data), f"sha256:{sha256(data).hexdigest()}")
 

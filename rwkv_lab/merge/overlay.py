@@ -14,14 +14,14 @@ def changes(
     base: Checkpoint,
     tuned: Checkpoint,
     layout: Layout,
-    alpha: float | None,
+    alpha: float,
     precision: torch.dtype,
     allow_extra: list[str],
 ) -> list[Change]:
     """One change per tensor of `tuned`.
 
     Args:
-        alpha: 0 to 1, how far to go from the base to `tuned`; None is 1, which copies bit for bit.
+        alpha: 0 to 1, how far to go from the base to `tuned`; 1 copies bit for bit.
         allow_extra: patterns of names that may be in `tuned` and not in the base.
     Raises:
         LayoutError: another generation or other dimensions, no name in common, or names that the base does not have.
@@ -64,7 +64,7 @@ def full_tensors(
     tuned: Checkpoint,
     layout: Layout,
     tensors: dict[str, TensorInfo],
-    alpha: float | None,
+    alpha: float,
     precision: torch.dtype,
     allow_extra: list[str],
 ) -> list[Change]:
@@ -84,7 +84,7 @@ def full_tensors(
         wanted = there.shape if there else known.get(name)
         if wanted is not None and not same_shape(info.shape, wanted):
             raise LayoutError(f"{name} has shape {list(info.shape)} in {tuned.path} and {list(wanted)} in the base")
-        out.append(overwrite(name, there, info, 1.0 if alpha is None else alpha, precision))
+        out.append(overwrite(name, there, info, alpha, precision))
     return out
 
 

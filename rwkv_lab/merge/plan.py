@@ -7,6 +7,7 @@ import torch
 
 from rwkv_lab.checkpoint import FileFacts, Layout
 from rwkv_lab.checks import Check
+from rwkv_lab.progress import human_bytes
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,13 @@ class MergePlan:
     def changed(self) -> tuple[PlanRow, ...]:
         """The rows whose values do not simply come from the base."""
         return tuple(row for row in self.rows if row.action not in ("copy", "cast"))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method} into {self.layout}: {len(self.changed)} of {len(self.rows)} tensors change, "
+            f"{len(self.skipped)} kept out; output {human_bytes(self.output_bytes)}, "
+            f"memory at most {human_bytes(self.memory_needed)}"
+        )
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,14 @@ def provenance(recipe: dict, inputs: Sequence[FileFacts]) -> dict:
         "made_by": f"rwkv_lab {__version__}",
         "job": "merge",
         "recipe": recipe,
-        "inputs": [{"name": f.path.name, "bytes": f.bytes, "fingerprint": f.fingerprint} for f in inputs],
+        "inputs": [{"name": _printable(f.path.name), "bytes": f.bytes, "fingerprint": f.fingerprint} for f in inputs],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
+
+
+def _printable(name: str) -> str:
+    """A file name may be any bytes; text in a file is UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def as_text(made: dict) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rwkv_lab.checkpoint import Checkpoint
 from rwkv_lab.checkpoint.atomic import check_target
+from rwkv_lab.checkpoint.paths import to_path
 from rwkv_lab.errors import OutputError, ParameterError
 from rwkv_lab.progress import human_bytes
 
@@ -17,14 +18,16 @@ def check_output(out: Path, inputs: list[Checkpoint], allowed_dir: str | Path | 
 
     Raises:
         OutputError: says which rule.
-        ParameterError: `allowed_dir` is not a folder.
+        ParameterError: `allowed_dir` is not a folder, or the name has characters that cannot be printed.
     """
     if allowed_dir is not None:
-        allowed = Path(allowed_dir)
+        allowed = to_path(allowed_dir, "allowed_dir")
         if not allowed.is_dir():
             raise ParameterError(f"allowed_dir={str(allowed_dir)!r} is not a folder")
         if not out.resolve().is_relative_to(allowed.resolve()):
             raise OutputError(f"{out} is outside {allowed}, the only folder that allowed_dir lets outputs go to")
+    if not out.name.isprintable():
+        raise ParameterError(f"out={str(out)!r}: a name of printable characters is needed")
     if len(os.fsencode(out.name)) > NAME_MAX:
         raise OutputError(f"the name {out.name[:60]}… has {len(os.fsencode(out.name))} bytes; {NAME_MAX} are the limit")
     if out.is_dir():

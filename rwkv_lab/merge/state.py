@@ -9,13 +9,11 @@ from rwkv_lab.merge.change import Change, overwrite
 from rwkv_lab.merge.overlay import same_dimensions
 
 
-def changes(
-    base: Checkpoint, tuned: Checkpoint, layout: Layout, alpha: float | None, precision: torch.dtype
-) -> list[Change]:
+def changes(base: Checkpoint, tuned: Checkpoint, layout: Layout, alpha: float, precision: torch.dtype) -> list[Change]:
     """One change per layer. A whole checkpoint may serve as `tuned`: only its `time_state` is taken.
 
     Args:
-        alpha: factor on the state, 0 to 1; None is 1.
+        alpha: factor on the state, 0 to 1.
     Raises:
         LayoutError: the base's generation has no such state, or layers, heads or head sizes do not fit.
     """
@@ -41,6 +39,6 @@ def changes(
                 f"{name} in {tuned.path} has shape {list(info.shape)}; the base has {layout.n_head} heads of "
                 f"{layout.head_size}, so {list(wanted)} is needed"
             )
-        change = overwrite(name, base.info.get(name), info, 1.0 if alpha is None else alpha, precision)
+        change = overwrite(name, base.info.get(name), info, alpha, precision)
         out.append(change)
     return out

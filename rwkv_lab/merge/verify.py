@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from rwkv_lab.checks import Check
+from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.plan import MergeResult
 
 _ROWS = 1 << 20  # elements compared at a time
@@ -24,7 +25,12 @@ def verify_merge(result: MergeResult) -> list[Check]:
 
     A tensor that should be a copy must equal its source bit for bit. A computed one must lie within half a unit in the
     last place of its dtype of the float64 result, plus the rounding that the stated precision allows.
+
+    Raises:
+        ParameterError: the result of a dry run, which wrote nothing.
     """
+    if not result.outputs:
+        raise ParameterError(f"{result.out} was not written: this is the result of a dry run")
     base, tuned, out = _read(result.base), _read(result.tuned), _read(result.out)
     recipe = result.recipe
     expected = dict.fromkeys(base)
@@ -156,7 +162,7 @@ def _is_copy(name: str, tuned: Mapping, touched: set[str], recipe: dict) -> bool
         return True
     if recipe["method"] == "lora":
         return name in tuned
-    return recipe["alpha"] is None or recipe["alpha"] == 1
+    return recipe["alpha"] == 1
 
 
 def _rounds_twice(source: torch.Tensor, dtype: str | None) -> bool:

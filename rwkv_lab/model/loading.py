@@ -29,18 +29,22 @@ def fill(module: nn.Module, tensors: Mapping[str, TensorInfo], path) -> None:
 
     They are read and converted in blocks, so that no second copy of a tensor is ever in memory.
     Dimensions of size 1 may differ (`[C]` for `[1,1,C]`); everything else must fit, and nothing may be left over.
+    A layer without a `time_state`, where others have one, starts from zeros.
 
     Raises:
         LayoutError: a name that is missing or left over, or a shape that does not fit.
         NumericsError: a value too large for the module's dtype, as bfloat16 values may be for float16.
     """
     expected = dict(module.named_parameters())
-    missing = [name for name in expected if name not in tensors]
+    missing = [name for name in expected if name not in tensors and not name.endswith(".time_state")]
     extra = [name for name in tensors if name not in expected]
     if missing or extra:
         which = f"{missing[0]} is missing" if missing else f"{extra[0]} belongs to no part of the model"
         raise LayoutError(f"{path}: {which} ({len(missing)} missing, {len(extra)} left over).")
     for name, parameter in expected.items():
+        if name not in tensors:
+            parameter.detach().zero_()
+            continue
         if _without_ones(tensors[name].shape) != _without_ones(parameter.shape):
             raise LayoutError(
                 f"{path}: {name} has shape {list(tensors[name].shape)}; the model needs {list(parameter.shape)}."

@@ -52,6 +52,9 @@ def compare_behaviour(result: MergeResult) -> Behaviour:
     needed, free = 4 * sum(math.prod(r.shape) for r in result.plan.rows), memory_free()  # a model in float32
     if needed > free:
         return _nothing(f"it needs {human_bytes(needed)} of memory, {human_bytes(free)} are free")
+    beyond = _why_not_run(result)
+    if beyond:
+        return _nothing(beyond)
     bytewise = result.plan.layout.vocab_size in (256, 257)
     texts = {text: load_corpus(text).held_out[:HELD_OUT] for text in CORPORA} if bytewise else {}
     try:
@@ -60,9 +63,11 @@ def compare_behaviour(result: MergeResult) -> Behaviour:
         return _nothing(f"the base does not run here: {e}")
     try:
         merged = _answers(RWKV_Dual.from_pretrained(result.out), texts)
-    except LayoutError as e:  # such as states for some layers only, which patterns may leave
+    except LayoutError as e:
         return Behaviour(checks=[Check(_RUNS, str(e), 0, False), NotApplicable(_SAME, "the merged model does not run")])
     bad = int((~merged.logits.isfinite()).sum())
+    if bad and result.recipe["allow_nonfinite"]:
+        return _nothing("values that are NaN or Inf were allowed into it")
     checks: list[Check | NotApplicable] = [Check(_RUNS, bad, 0, bad == 0)]
     models = {"base": base, "merged": merged}
     name, why_not = _counterpart(result)
@@ -78,6 +83,15 @@ def compare_behaviour(result: MergeResult) -> Behaviour:
         ],
         checks=checks,
     )
+
+
+def _why_not_run(result: MergeResult) -> str:
+    """What the caller allowed and no model can make sense of; "" if there is nothing of the kind."""
+    with open_checkpoint(result.out) as merged:
+        extra = merged.identity.misfit.extra if merged.identity.misfit else ()
+    if extra:
+        return f"it has {len(extra)} tensors that RWKV-{result.plan.layout.version} does not know, such as {extra[0]}"
+    return "values that are NaN or Inf were allowed into it" if result.checks[0].value else ""
 
 
 def _nothing(reason: str) -> Behaviour:

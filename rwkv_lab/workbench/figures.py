@@ -110,6 +110,8 @@ def layer_map(
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("layer")
+    if not shown_cells.count():
+        return figure  # nothing has a colour, so there is no scale to explain
     narrow = image.norm.vmax / image.norm.vmin < 30
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30, ticks=LogLocator(subs=(1, 2, 5) if narrow else (1,)))
     bar.ax.yaxis.set_major_formatter("{x:g}")
@@ -123,8 +125,10 @@ def delta_histogram(changes: Sequence[Delta], subtitle: str) -> Figure:
     total, still = int(counts.sum()), int(counts[0])
     share = f"{still / total:.1%}" if total else "none"
     subtitle += f"\nof {total:,} weights in tensors that changed, {share} stayed where they were"
+    if counts[-1]:  # the exponent of NaN and Inf
+        subtitle += f", {counts[-1]:,} became NaN or Inf"
     figure, axes = _one(3.0, "How far single weights moved", subtitle)
-    used = np.flatnonzero(counts[1:]) + 1
+    used = np.flatnonzero(counts[1:-1]) + 1
     if len(used):
         bins = np.arange(used[0], used[-1] + 1)
         axes.bar(2.0 ** (bins - 127.0), counts[bins], width=2.0 ** (bins - 127.0) * 0.94, align="edge", color=BLUE)

@@ -46,6 +46,8 @@ def describe(run: Run) -> None:
                 Check("tensors of another shape than the layout's", len(misfit.wrong), 0, not misfit.wrong),
                 Check("tensors that the layout does not know", len(misfit.extra), 0, not misfit.extra),
             ]
+        elif ck.kind == "unknown":
+            run.record.checks = [Check("what the file is", f"not recognised: {ck.reason}", "recognised", False)]
         run.page.headline = f"{ck.path.name} is {_kind_in_words(ck)}."
         run.page.facts = facts
         run.page.tables = [Table("Evidence", ("name and shape",), [(line,) for line in ck.evidence])]
@@ -68,10 +70,10 @@ def measure(run: Run) -> dict[str, Statistics]:
     run.page.tables.append(table)
     nan, inf = sum(s.nan for s in found.values()), sum(s.inf for s in found.values())
     run.record.metrics |= {"nan": nan, "inf": inf}
-    run.record.checks += [
-        Check("values that are NaN", nan, 0, nan == 0),
-        Check("values that are Inf", inf, 0, inf == 0),
-    ]
+    for what, count in (("nan", nan), ("inf", inf)):
+        first = next((f", first in {name}" for name, s in found.items() if getattr(s, what)), "")
+        called = {"nan": "NaN", "inf": "Inf"}[what]
+        run.record.checks.append(Check(f"values that are {called}{first}", count, 0, count == 0))
     display(table)
     return found
 
@@ -137,7 +139,7 @@ def _kind_in_words(ck: Checkpoint) -> str:
     model = f"RWKV-{ck.layout.version}" if ck.layout else ""
     words = {
         "model": f"a whole {model} model",
-        "partial": f"a part of a {model or 'RWKV'} model",
+        "partial": f"a part of an {model or 'RWKV'} model",
         "state": "a tuned state",
         "lora": "a LoRA adapter",
         "pissa-init": "the starting point of a PiSSA adapter",

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint.paths import path_fault
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.merge import DTYPES, METHODS, check_alpha, method_of
 from rwkv_lab.wkv import backends
@@ -32,20 +33,21 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _given(path: str) -> str:
-    if not path.strip():
-        raise ValueError("it should be a path, and is empty")
-    return path
+def _given(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
 
 
 def _absolute(path: str) -> str:
     """Seen from the current folder: the caller's under papermill, the notebook's in JupyterLab. Demo names, "" stay."""
-    if "\0" in path:
-        raise ValueError("it should be a path, and holds a zero byte")
     if path in ("", *DEMO):
         return path
     if path.startswith("demo:"):
         raise ValueError(f"it should be one of {', '.join(DEMO)}, or a path")
+    fault = path_fault(path)
+    if fault:
+        raise ValueError(fault)
     return os.path.abspath(os.path.expanduser(path))
 
 

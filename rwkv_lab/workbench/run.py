@@ -179,6 +179,8 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
 def _report_folder(notebook: str, wanted: str) -> Path:
     home = checkout_folder() or Path.cwd()
     folder = Path(wanted).expanduser().absolute() if wanted.strip() else home / "reports" / notebook
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"the report folder {folder} is a file; name another one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as e:

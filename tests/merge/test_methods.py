@@ -256,9 +256,13 @@ globs = st.lists(st.sampled_from(["*", "*weight", "blocks.0.*", "blocks.[01].att
 @given(st.one_of(st.none(), globs), st.one_of(st.none(), globs), st.randoms(use_true_random=False))
 def test_selection_is_inclusion_without_exclusion(include, exclude, rng):
     names = rng.sample(NAMES, len(NAMES))
-    found = select(names, include, exclude)
-    wide = set(names) if include is None else set().union(*(select(names, [p], None) for p in include))
-    assert found == wide - set().union(*(select(names, [p], None) for p in exclude or []))
+    wide = set().union(*(select(names, [p], None) for p in include)) if include else set(names)
+    left = wide - set().union(*(select(names, [p], None) for p in exclude or []))
+    if left:
+        assert select(names, include, exclude) == left
+    else:
+        with pytest.raises(ParameterError, match="keep out all"):
+            select(names, include, exclude)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)

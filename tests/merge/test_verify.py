@@ -104,7 +104,7 @@ def test_other_tensors_shapes_and_dtypes_fail_it(kind, change, said, run):
 def test_the_recipe_is_part_of_the_proof(run):
     """The right file for another alpha, another pattern, another precision is the wrong file."""
     result, *_ = run("blend")
-    for wrong in ({"alpha": 0.31}, {"alpha": None}, {"alpha": 0}, {"exclude": ["emb.*"]}, {"dtype": "float16"}):
+    for wrong in ({"alpha": 0.31}, {"alpha": 1}, {"alpha": 0}, {"exclude": ["emb.*"]}, {"dtype": "float16"}):
         result.recipe.update(before := dict(result.recipe), **wrong)
         assert failed(result), wrong
         result.recipe.update(before)

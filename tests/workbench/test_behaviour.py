@@ -86,13 +86,30 @@ def test_what_cannot_be_compared_is_not_passed(demo_folder, tmp_path, tensors):
 
 
 def test_a_merged_model_that_does_not_load_has_failed(demo_folder, tmp_path, tensors):
-    """The model wants a state for every layer or for none."""
+    result = merge(demo_folder / "demo-base.pth", demo_folder / "demo-state.pth", tmp_path / "m.pth")
+    del tensors["ln_out.weight"]
+    write_checkpoint(tmp_path / "m.pth", tensors, overwrite=True)
+    found = compare_behaviour(result)
+    assert not found.checks[0].passed and "ln_out.weight" in found.checks[0].value
+
+
+def test_states_for_some_layers_run(demo_folder, tmp_path):
     state = demo_folder / "demo-state.pth"
     found = compare_behaviour(merge(demo_folder / "demo-base.pth", state, tmp_path / "m.pth", exclude=["blocks.0.*"]))
-    assert not found.checks[0].passed and "blocks.0.att.time_state is missing" in found.checks[0].value
+    assert found.checks[0].passed and "keep 1 tensors" in reasons(found)[0]
+
+
+def test_what_was_allowed_does_not_fail_the_run(demo_folder, tmp_path, tensors):
+    base, state = demo_folder / "demo-base.pth", demo_folder / "demo-state.pth"
     write_checkpoint(tmp_path / "base.pth", tensors | {"odd": torch.zeros(3)})
     found = compare_behaviour(merge(tmp_path / "base.pth", state, tmp_path / "n.pth", allow_extra=["odd"]))
-    assert len(reasons(found)) == 2 and "the base does not run here" in reasons(found)[0]
+    assert len(reasons(found)) == 2 and "does not know, such as odd" in reasons(found)[0]
+    with open_checkpoint(state) as ck:
+        states = {name: ck[name] for name in ck}
+    next(iter(states.values()))[0, 0, 0] = float("inf")
+    write_checkpoint(tmp_path / "state.pth", states)
+    found = compare_behaviour(merge(base, tmp_path / "state.pth", tmp_path / "i.pth", allow_nonfinite=True))
+    assert len(reasons(found)) == 2 and "were allowed" in reasons(found)[0]
 
 
 def test_models_that_do_not_fit_into_memory(demo_folder, tmp_path, monkeypatch):

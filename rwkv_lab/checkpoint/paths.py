@@ -1,0 +1,36 @@
+"""Paths as people give them."""
+
+import os
+import re
+from pathlib import Path
+
+from rwkv_lab.errors import ParameterError
+
+
+def to_path(value: str | os.PathLike, what: str) -> Path:
+    """`value` as a path, `~` expanded.
+
+    Args:
+        what: whose path it is, for messages: "base", "out", ….
+    Raises:
+        ParameterError: not a path at all, or one that `path_fault` finds fault with.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ParameterError(f"{what}={value!r}: it should be a path")
+    text = os.fsdecode(value)
+    fault = path_fault(text)
+    if fault:
+        raise ParameterError(f"{what}={text!r}: {fault}")
+    return Path(text).expanduser()
+
+
+def path_fault(text: str) -> str:
+    """What keeps `text` from being a path: it is empty, holds a zero byte, or is an address of the net; "" if nothing
+    does."""
+    if not text.strip():
+        return "it should be a path, and is empty"
+    if "\0" in text:
+        return "it should be a path, and holds a zero byte"
+    if re.match(r"(https?|hf|s3|gs)://", text):
+        return "it is an address; download it first, then give the file"
+    return ""
