@@ -70,10 +70,11 @@ def measure(run: Run) -> dict[str, Statistics]:
     run.page.tables.append(table)
     nan, inf = sum(s.nan for s in found.values()), sum(s.inf for s in found.values())
     run.record.metrics |= {"nan": nan, "inf": inf}
+    called = {"nan": "NaN", "inf": "Inf"}
     for what, count in (("nan", nan), ("inf", inf)):
-        first = next((f", first in {name}" for name, s in found.items() if getattr(s, what)), "")
-        called = {"nan": "NaN", "inf": "Inf"}[what]
-        run.record.checks.append(Check(f"values that are {called}{first}", count, 0, count == 0))
+        first = next((name for name, s in found.items() if getattr(s, what)), "")
+        value = f"{count:,}, first in {first}" if count else 0
+        run.record.checks.append(Check(f"values that are {called[what]}", value, 0, count == 0))
     display(table)
     return found
 
