@@ -55,18 +55,28 @@ INLINE void transpose_square(Vec *x) {
     }
 }
 
-// to[u * width + i] = rows[i * apart + u] for u < units, i < count <= LANES; zeros for i from count to width.
-inline void columns_of_rows(float *to, int width, const float *rows, int64_t apart, int count, int64_t units) {
+// to[j * width ..] = lane j of every row, rows `apart` floats from one to the next; zeros for rows from `count` on.
+template <int WIDTH>
+INLINE void lay_square(float *to, const float *rows, int64_t apart, int count) {
+    Vec x[LANES];
+    if (count >= std::min(WIDTH, LANES)) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) x[i] = i < WIDTH ? load(rows + i * apart) : Vec{};
+    } else {
+        for (int i = 0; i < LANES; i++) x[i] = i < count ? load(rows + i * apart) : Vec{};
+    }
+    transpose_square(x);
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++) store(to + j * WIDTH, x[j]);
+}
+
+// to[u * TILE + i] = rows[i * apart + u] for u < units, i < count; zeros for i from count to TILE.
+inline void columns_of_rows(float *to, const float *rows, int64_t apart, int count, int64_t units) {
     int64_t u = 0;
     // The last column is written alone: a whole vector would reach into what another thread lays out behind it.
-    for (; u + LANES < units; u += LANES) {
-        Vec x[LANES];
-        for (int i = 0; i < LANES; i++) x[i] = i < count ? load(rows + i * apart + u) : Vec{};
-        transpose_square(x);
-        for (int j = 0; j < LANES; j++) store(to + (u + j) * width, x[j]);
-    }
+    for (; u + LANES < units; u += LANES) lay_square<TILE>(to + u * TILE, rows + u, apart, count);
     for (; u < units; u++)
-        for (int i = 0; i < width && i < LANES; i++) to[u * width + i] = i < count ? rows[i * apart + u] : 0;
+        for (int i = 0; i < TILE; i++) to[u * TILE + i] = i < count ? rows[i * apart + u] : 0;
 }
 
 // Lays out `count` rows of k floats, `apart` floats from one to the next, as tile number `tile` of X.
@@ -92,7 +102,7 @@ inline void lay_tile(float *packed, int64_t tile, float *rows, int64_t apart, in
             }
             if (k % 2) memset(bytes + 2 * k, 0, 2);
         }
-    columns_of_rows(packed + tile * units * TILE, TILE, rows, apart, count, units);
+    columns_of_rows(packed + tile * units * TILE, rows, apart, count, units);
 }
 
 struct Weight {
@@ -122,6 +132,9 @@ inline void lay_panel(float *to, const Weight &w, int64_t k, int64_t begin, int6
                     for (int i = 0; i < count; i++)
                         load_row(rows + i * 64, {w.data, w.dtype}, (first + c0 + i) * w.along_n + k0, int(some),
                                  int(some));
+                } else if (w.along_n % 2 == 0) {  // whole units already
+                    from = reinterpret_cast<const float *>(halves + (first + c0) * w.along_n + k0);
+                    apart = w.along_n / 2;
                 } else {
                     const bool half = last_is_half && u + some == units;
                     for (int i = 0; i < count; i++) {
@@ -131,12 +144,7 @@ inline void lay_panel(float *to, const Weight &w, int64_t k, int64_t begin, int6
                 }
                 float *out = to + u * PANEL + c0;
                 int64_t j = 0;
-                for (; j + LANES <= some; j += LANES) {
-                    Vec x[LANES];
-                    for (int i = 0; i < LANES; i++) x[i] = i < count ? load(from + i * apart + j) : Vec{};
-                    transpose_square(x);
-                    for (int i = 0; i < LANES; i++) store(out + (j + i) * PANEL, x[i]);
-                }
+                for (; j + LANES <= some; j += LANES) lay_square<PANEL>(out + j * PANEL, from + j, apart, count);
                 for (; j < some; j++)
                     for (int i = 0; i < LANES; i++) out[j * PANEL + i] = i < count ? from[i * apart + j] : 0;
             }
@@ -248,6 +256,45 @@ void multiply_block(const Product &p, int64_t begin, int64_t end, int64_t first,
             store_row({p.y, int(p.y_dtype)}, (first_row + i) * p.y_apart + first, y + i * columns, columns);
 }
 
+// The same for one or two rows and a W whose columns lie together: every column is read once, as it lies.
+template <bool PAIRS>
+void multiply_few(const Product &p, int64_t first, int columns) {
+    const int64_t units = units_of(p.k, PAIRS), whole = p.k / (PAIRS ? 2 : 1) / LANES * LANES;
+    Buffer x(p.rows * units);
+    for (int64_t i = 0; i < p.rows; i++)
+        for (int64_t u = 0; u < units; u++) x.get()[i * units + u] = p.x[u * TILE + i];
+    const int size = p.w_dtype == FLOAT32 ? 4 : 2;
+    Buffer wide(units), y(columns);
+    for (int64_t i = 0; i < p.rows; i++) {
+        const float *row = x.get() + i * units;
+        const int64_t at = i * p.y_apart + first;
+        if (p.add) load_row(y.get(), {p.y, FLOAT32}, at, columns, columns);
+        for (int c = 0; c < columns; c++) {
+            const char *column = static_cast<const char *>(p.w) + (first + c) * p.w_along_n * size;
+            const float *w = reinterpret_cast<const float *>(column);
+            if (!PAIRS && size == 2) {
+                load_row(wide.get(), {column, int(p.w_dtype)}, 0, int(p.k), int(p.k));
+                w = wide.get();
+            }
+            Vec sums[4] = {};
+            int64_t u = 0;
+            for (; u + 4 * LANES <= whole; u += 4 * LANES)
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++)
+                    sums[j] = multiply_add<PAIRS>(sums[j], load(row + u + j * LANES), load(w + u + j * LANES));
+            for (; u < whole; u += LANES) sums[0] = multiply_add<PAIRS>(sums[0], load(row + u), load(w + u));
+            if (u < units) {
+                float rest[LANES] = {}, of_row[LANES] = {};
+                memcpy(rest, w + u, size_t(p.k - u * (PAIRS ? 2 : 1)) * (PAIRS ? 2 : 4));
+                memcpy(of_row, row + u, size_t(units - u) * 4);
+                sums[1] = multiply_add<PAIRS>(sums[1], load(of_row), load(rest));
+            }
+            y.get()[c] = sum(sums[0] + sums[1] + sums[2] + sums[3]) + (p.add ? y.get()[c] : 0);
+        }
+        store_row({p.y, int(p.y_dtype)}, at, y.get(), columns);
+    }
+}
+
 // All products at once; tasks of different products run beside each other.
 inline void multiply(const Product *products, int count, bool pairs, int threads) {
     constexpr int WIDTH = BLOCK_PANELS * PANEL;
@@ -267,11 +314,14 @@ inline void multiply(const Product *products, int count, bool pairs, int threads
     }
     parallel_for(int(tasks.size()), threads, [&](int i) {
         const Task &t = tasks[size_t(i)];
-        const int columns = int(std::min<int64_t>(WIDTH, t.product->n - t.first));
+        const Product &p = *t.product;
+        const int columns = int(std::min<int64_t>(WIDTH, p.n - t.first));
+        if (p.rows <= 2 && p.w_along_k == 1)
+            return pairs ? multiply_few<true>(p, t.first, columns) : multiply_few<false>(p, t.first, columns);
         if (pairs)
-            multiply_block<true>(*t.product, t.begin, t.end, t.first, columns);
+            multiply_block<true>(p, t.begin, t.end, t.first, columns);
         else
-            multiply_block<false>(*t.product, t.begin, t.end, t.first, columns);
+            multiply_block<false>(p, t.begin, t.end, t.first, columns);
     });
 }
 
