@@ -1,8 +1,8 @@
 """The parallel pass over many tokens on a CPU, without gradients: as `Block.forward` says it, in few compiled passes.
 
 The plain torch form in rwkv4.py to rwkv7.py stays the definition. Here everything between two matrix products is
-float32, the residual stream too, so that float16 needs no rescaling; what products read is rounded to bfloat16 where the
-model is bfloat16 and the processor multiplies pairs of it. Products take the weights as they lie: no copy is kept.
+float32, the residual stream too, so that float16 needs no rescaling; what products read is rounded to bfloat16 where
+the model is bfloat16 and the processor multiplies pairs of it. Products take the weights as they lie: no copy is kept.
 """
 
 import ctypes
@@ -150,7 +150,9 @@ class _Pass:
         x, v_first = self.room("x", rows, C), None
         ln0 = model.blocks[0].ln0
         self.call("embed", tokens, model.emb.weight, *self.norm(ln0), rows, C, x)
-        time_mix = {"4": self._time_mix4, "5": self._time_mix5, "6": self._time_mix6, "7": self._time_mix7}[self.version[0]]
+        time_mix = {"4": self._time_mix4, "5": self._time_mix5, "6": self._time_mix6, "7": self._time_mix7}[
+            self.version[0]
+        ]
         for layer, block in enumerate(model.blocks):
             att[layer], wkv[layer], v_first = time_mix(block, x, tokens.shape, att[layer], wkv[layer], v_first)
             ffn[layer] = self._channel_mix(block, x, tokens.shape, ffn[layer])
@@ -188,7 +190,9 @@ class _Pass:
         laid = self.activate(rows, *((f"hidden {z}", hidden[z], activation[z]) for z in low))
         vx = None if first else self.room("vx", rows, A)
         outputs = {"w": w, "a": a, "g": g, "v": vx}
-        self.multiply(rows, *((one, _Into(getattr(att, f"{z}2")), outputs[z]) for z, one in zip(low, laid, strict=True)))
+        self.multiply(
+            rows, *((one, _Into(getattr(att, f"{z}2")), outputs[z]) for z, one in zip(low, laid, strict=True))
+        )
         self.call(
             *("gates7", k, v, w, a, vx, v_first, read, att.w0, att.a0, None if first else att.v0, att.k_k, att.k_a),
             *(self.dtype, rows, H, N),
@@ -218,7 +222,7 @@ class _Pass:
         (low,) = self.activate(rows, ("decay", low, _TANH))
         self.multiply(rows, (low, _Into(att.time_decay_w2), w))
         self.call("decays6", w, att.time_decay, self.dtype, rows, A)
-        y, S = wkv6(*(z.view(heads) for z in (r, w, k, v)), att.time_faaaa.float(), S)
+        y, S = wkv6(*(z.view(heads) for z in (r, w, k, v)), att.time_faaaa, S)
         self._heads_out(att, x, y, g, True)
         return shift, S, v_first
 
@@ -241,10 +245,8 @@ class _Pass:
         mu = (att.time_mix_k, att.time_mix_v, att.time_mix_r)
         (xk, xv, xr), shift = self._mix_in(block.ln1, x, shape, shift, mu, "kvr", of_present=True)
         k, v, r = (self.room(z, rows, A) for z in "kvr")
-        self.multiply(
-            rows, (xk, att.key.weight, k), (xv, att.value.weight, v), (xr, att.receptance.weight, r)
-        )
-        y, S = wkv4(-torch.exp(att.time_decay.float()), att.time_first.float(), k.view(*shape, A), v.view(*shape, A), S)
+        self.multiply(rows, (xk, att.key.weight, k), (xv, att.value.weight, v), (xr, att.receptance.weight, r))
+        y, S = wkv4(-torch.exp(att.time_decay.float()), att.time_first, k.view(*shape, A), v.view(*shape, A), S)
         laid = self.laid("out", rows, A)
         self.call("gate4", r, y.contiguous(), rows, A, laid, self.pairs)
         self.multiply(rows, (laid, att.output.weight, x), add=True)
