@@ -121,7 +121,7 @@ extern "C" {
 
 // Whether 16-bit models are multiplied in pairs of bfloat16 here, and floats that `rows` rows of k take, laid out.
 int64_t has_pairs() { return HAS_PAIRS; }
-int64_t laid_floats(int64_t rows, int64_t k) { return (rows + TILE - 1) / TILE * TILE * k; }
+int64_t laid_floats(int64_t rows, int64_t k, int64_t pairs) { return (rows + TILE - 1) / TILE * TILE * units_of(k, pairs); }
 
 void multiply_all(const Product *products, int64_t count, int64_t pairs, int64_t threads) {
     multiply(products, int(count), pairs, int(threads));

@@ -64,10 +64,31 @@ def run(model: nn.Module, tokens: torch.Tensor, state: RWKVState) -> tuple[torch
     # [L][B,...] each: what goes from one run of tokens to the next
     att, ffn, wkv = (list(part.unbind(1)) for part in (state.att_shift, state.ffn_shift, state.wkv))
     for start in range(0, T, per_pass):
-        piece = tokens[:, start : start + per_pass].long().contiguous()
-        rows = one_pass.over(piece, att, ffn, wkv)
-        x[:, start : start + per_pass] = rows.view(B, -1, rows.shape[1])
-    return x, RWKVState(torch.stack(wkv, 1), torch.stack(att, 1), torch.stack(ffn, 1), state.version)
+        piece, rows = tokens[:, start : start + per_pass].long(), x[:, start : start + per_pass]
+        if rows.is_contiguous():
+            one_pass.over(piece.contiguous(), rows.flatten(0, 1), att, ffn, wkv)
+        else:
+            own = one_pass.room("x", piece.numel(), x.shape[2])
+            one_pass.over(piece.contiguous(), own, att, ffn, wkv)
+            _copy(rows, own.view(rows.shape))
+    return x, RWKVState(_stack(wkv), _stack(att), _stack(ffn), state.version)
+
+
+def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
+    """torch.stack(parts, 1), the last two axes in memory as the parts have them."""
+    first = parts[0]
+    turned = first.ndim > 2 and first.mT.is_contiguous()
+    shape = first.mT.shape if turned else first.shape
+    out = torch.empty(len(first), len(parts), *shape[1:], dtype=first.dtype)
+    for i, part in enumerate(parts):
+        _copy(out[:, i], part.mT if turned else part)
+    return out.mT if turned else out
+
+
+def _copy(to: torch.Tensor, part: torch.Tensor) -> None:
+    """By numpy: torch's threads, once called, spin for milliseconds on the cores that the next pass needs."""
+    to, part = ((x.view(torch.int16) if x.itemsize == 2 else x).numpy() for x in (to, part))
+    to[...] = part
 
 
 @torch.no_grad()
@@ -117,7 +138,8 @@ class _Pass:
 
     def laid(self, name: str, rows: int, k: int) -> torch.Tensor:
         """Room for rows of k laid out for a product."""
-        return self.room(f"laid {name}", self.library.laid_floats(ctypes.c_int64(rows), ctypes.c_int64(k)))
+        size = (ctypes.c_int64(z) for z in (rows, k, self.pairs))
+        return self.room(f"laid {name}", self.library.laid_floats(*size))
 
     def multiply(self, rows: int, *products, add: bool = False) -> None:
         """y = x W, or y += x W, for each (x laid out, W, y `[rows,n]`); all at once."""
@@ -144,19 +166,16 @@ class _Pass:
 
     # ------------------------------------------------------------------ the layers
 
-    def over(self, tokens, att, ffn, wkv) -> torch.Tensor:
-        """tokens `[B,T]` -> x `[B*T,C]`; the lists of states, one entry per layer, are brought up to date."""
-        model, rows, C = self.model, tokens.numel(), self.model.layout.n_embd
-        x, v_first = self.room("x", rows, C), None
-        ln0 = model.blocks[0].ln0
-        self.call("embed", tokens, model.emb.weight, *self.norm(ln0), rows, C, x)
+    def over(self, tokens, x, att, ffn, wkv) -> None:
+        """Fill x `[B*T,C]` from tokens `[B,T]`; the lists of states, one entry per layer, are brought up to date."""
+        model, v_first = self.model, None
+        self.call("embed", tokens, model.emb.weight, *self.norm(model.blocks[0].ln0), *x.shape, x)
         time_mix = {"4": self._time_mix4, "5": self._time_mix5, "6": self._time_mix6, "7": self._time_mix7}[
             self.version[0]
         ]
         for layer, block in enumerate(model.blocks):
             att[layer], wkv[layer], v_first = time_mix(block, x, tokens.shape, att[layer], wkv[layer], v_first)
             ffn[layer] = self._channel_mix(block, x, tokens.shape, ffn[layer])
-        return x
 
     def _mix_in(self, ln, x, shape, shift, mu, names, of_present=False, extra=None):
         """The mixtures of a token and the one before, laid out, and the new shift."""
