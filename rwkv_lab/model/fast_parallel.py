@@ -13,6 +13,7 @@ from torch import nn
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.model.state import RWKVState
+from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
 from rwkv_lab.wkv import wkv4, wkv5, wkv6, wkv7
 from rwkv_lab.wkv.choice import chosen_backend
 from rwkv_lab.wkv.loader import cpu_library
@@ -45,6 +46,8 @@ def is_possible(model: nn.Module) -> bool:
 
 def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
     if module._forward_hooks or module._forward_pre_hooks or getattr(module, "watchers", ()):
+        return False
+    if isinstance(module, PackedLinear | PackedEmbedding):
         return False
     if "forward" in vars(module) or not type(module).__module__.startswith(("rwkv_lab.model.", "torch.nn.modules.")):
         return False
