@@ -1,0 +1,40 @@
+// Launches of WKV7. Every function queues its work on `stream` and returns a cudaError as a number, 0 for none.
+// Tensors are contiguous and aligned to 16 bytes; types are the numbers in dispatch.cuh; kernels/README.md has the shapes.
+#include "dispatch.cuh"
+#include "wkv7.cuh"
+
+extern "C" int wkv7_forward(int type, int decay_type, int B, int T, int H, int N, const void* r, const void* w,
+                            const void* k, const void* v, const void* a, const void* b, const void* state, void* y,
+                            void* last, void* checkpoints, void* stream) {
+    return with_size(N, [&](auto size) {
+        return with_types(type, decay_type, [&](auto x, auto decay) {
+            constexpr int N = size;
+            using X = typename decltype(x)::type;
+            using W = typename decltype(decay)::type;
+            return launch<wkv7::ForwardTiles<N>>(
+                wkv7::forward<N, X, W>, B * H, Share<N>::THREADS, stream, static_cast<const X*>(r),
+                static_cast<const W*>(w), static_cast<const X*>(k), static_cast<const X*>(v), static_cast<const X*>(a),
+                static_cast<const X*>(b), static_cast<const float*>(state), static_cast<X*>(y),
+                static_cast<float*>(last), static_cast<float*>(checkpoints), T, H);
+        });
+    });
+}
+
+extern "C" int wkv7_backward(int type, int decay_type, int B, int T, int H, int N, const void* r, const void* w,
+                             const void* k, const void* v, const void* a, const void* b, const void* checkpoints,
+                             const void* dy, const void* dlast, void* dr, void* dw, void* dk, void* dv, void* da,
+                             void* db, void* dstate, void* stream) {
+    return with_size(N, [&](auto size) {
+        return with_types(type, decay_type, [&](auto x, auto decay) {
+            constexpr int N = size;
+            using X = typename decltype(x)::type;
+            using W = typename decltype(decay)::type;
+            return launch<wkv7::BackwardTiles<N>>(
+                wkv7::backward<N, X, W>, B * H, Share<N>::THREADS, stream, static_cast<const X*>(r),
+                static_cast<const W*>(w), static_cast<const X*>(k), static_cast<const X*>(v), static_cast<const X*>(a),
+                static_cast<const X*>(b), static_cast<const float*>(checkpoints), static_cast<const X*>(dy),
+                static_cast<const float*>(dlast), static_cast<X*>(dr), static_cast<W*>(dw), static_cast<X*>(dk),
+                static_cast<X*>(dv), static_cast<X*>(da), static_cast<X*>(db), static_cast<float*>(dstate), T, H);
+        });
+    });
+}
