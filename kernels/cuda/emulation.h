@@ -23,6 +23,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 
 struct uint3 {
@@ -45,6 +46,13 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {  // to nearest, ties to even
     const auto bits = std::bit_cast<std::uint32_t>(x);
     if (x != x) return {0x7fff};
     return {std::uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
 
 struct __half {
@@ -167,6 +175,14 @@ Value __shfl_xor_sync(unsigned, Value value, int mask) {
     Value found;
     emulation::among_lanes(value, [&](auto of) { found = of(emulation::lane() ^ mask); });
     return found;
+}
+
+inline bool __any_sync(unsigned, bool mine) {
+    bool any = false;
+    emulation::among_lanes(mine, [&](auto of) {
+        for (int lane = 0; lane < emulation::WARP; ++lane) any |= of(lane);
+    });
+    return any;
 }
 
 using std::min;

@@ -2,6 +2,7 @@
 // Tensors are contiguous and aligned to 16 bytes; types are the numbers in dispatch.cuh; kernels/README.md has the shapes.
 #include "dispatch.cuh"
 #include "wkv7.cuh"
+#include "wkv7_chunked.cuh"
 
 extern "C" int wkv7_forward(int type, int decay_type, int B, int T, int H, int N, const void* r, const void* w,
                             const void* k, const void* v, const void* a, const void* b, const void* state, void* y,
@@ -17,6 +18,21 @@ extern "C" int wkv7_forward(int type, int decay_type, int B, int T, int H, int N
                 static_cast<const X*>(b), static_cast<const float*>(state), static_cast<X*>(y),
                 static_cast<float*>(last), static_cast<float*>(checkpoints), T, H);
         });
+    });
+}
+
+// As wkv7_forward, on tensor cores: only for bf16 and a head size of 64.
+extern "C" int wkv7_forward_chunked(int type, int decay_type, int B, int T, int H, int N, const void* r, const void* w,
+                                    const void* k, const void* v, const void* a, const void* b, const void* state,
+                                    void* y, void* last, void* checkpoints, void* stream) {
+    if (type != BFLOAT16 || N != wkv7::N) return NO_SUCH_KERNEL;
+    return with_types(type, decay_type, [&](auto, auto decay) {
+        using W = typename decltype(decay)::type;
+        return launch<wkv7::ChunkedMemory>(
+            wkv7::forward_chunked<W>, B * H, wkv7::PREPARERS + wkv7::CARRIERS, stream, static_cast<const bf16*>(r),
+            static_cast<const W*>(w), static_cast<const bf16*>(k), static_cast<const bf16*>(v),
+            static_cast<const bf16*>(a), static_cast<const bf16*>(b), static_cast<const float*>(state),
+            static_cast<bf16*>(y), static_cast<float*>(last), static_cast<float*>(checkpoints), T, H);
     });
 }
 
