@@ -84,10 +84,13 @@ __device__ __forceinline__ void advance(float (&S)[Share<N>::OWN], const Backwar
 // again: through every fourth token, so that a token is not recomputed 7.5 times but 3.
 //
 // dlast: gradient of the final state. dstate: gradient of the initial one; G waits there from tile to tile.
+// wanted: null, or one number per block, 0 where there is nothing left to do.
 template <int N, class X, class W>
 __global__ void __launch_bounds__(Share<N>::THREADS)
     backward(const X* r, const W* w, const X* k, const X* v, const X* a, const X* b, const float* checkpoints,
-             const X* dy, const float* dlast, X* dr, W* dw, X* dk, X* dv, X* da, X* db, float* dstate, int T, int H) {
+             const X* dy, const float* dlast, X* dr, W* dw, X* dk, X* dv, X* da, X* db, float* dstate,
+             const int* wanted, int T, int H) {
+    if (wanted && !wanted[blockIdx.x]) return;
     constexpr int OWN = Share<N>::OWN, THREADS = Share<N>::THREADS, STEP = 4;
     auto& tile = block_memory<BackwardTiles<N>>();
     const Share<N> share;

@@ -30,11 +30,17 @@ struct Chunk {
     float p_end[N];
 };
 
-struct ChunkedMemory {
-    Chunk chunk[2];
-    ChunkRows k, b, y;  // K' and B' are the preparers' own, y the carriers'
+// What the preparers also make on their way: K', B', the sums of w, and A'B'ᵀ ⊙ M₋.
+struct Scratch {
+    ChunkRows k, b;
     float log_p[L][N];
     float a_b[L][L + 1];
+};
+
+struct ChunkedMemory {
+    Chunk chunk[2];
+    Scratch scratch;
+    ChunkRows y;
 };
 
 // One thread's sixteenth of a row of every input: 8 channels of one token.
@@ -83,7 +89,7 @@ __device__ __forceinline__ bool decays_too_much(const float (&p_end)[N]) {
 
 // The preparers' work on one chunk. `raw` is of this chunk; next() replaces it once it is used up.
 template <class W, class Next>
-__device__ __forceinline__ void prepare(Chunk& chunk, ChunkedMemory& memory, Raw<W>& raw, int rank, Next next) {
+__device__ __forceinline__ void prepare(Chunk& chunk, Scratch& scratch, Raw<W>& raw, int rank, Next next) {
     const int t = rank / 8, n = rank % 8 * 8;
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
@@ -94,7 +100,7 @@ __device__ __forceinline__ void prepare(Chunk& chunk, ChunkedMemory& memory, Raw
     if (rank < N) {
         float sum = 0;
 #pragma unroll
-        for (int s = 0; s < L; ++s) memory.log_p[s][rank] = sum += chunk.w[s][rank];
+        for (int s = 0; s < L; ++s) scratch.log_p[s][rank] = sum += chunk.w[s][rank];
         chunk.p_end[rank] = __expf(sum);
     }
     meet(PREPARED, PREPARERS);
@@ -108,14 +114,14 @@ __device__ __forceinline__ void prepare(Chunk& chunk, ChunkedMemory& memory, Raw
     float p[8], p_before[8], inverse[8], to_end[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const float log_p = memory.log_p[t][n + i];
+        const float log_p = scratch.log_p[t][n + i];
         p[i] = __expf(log_p);
         p_before[i] = __expf(log_p - raw.w[i]);
         inverse[i] = __expf(-log_p);
-        to_end[i] = __expf(memory.log_p[L - 1][n + i] - log_p);
+        to_end[i] = __expf(scratch.log_p[L - 1][n + i] - log_p);
     }
     put(chunk.r, t, n, scaled(raw.r, p)), put(chunk.a, t, n, scaled(raw.a, p_before));
-    put(memory.k, t, n, scaled(raw.k, inverse)), put(memory.b, t, n, scaled(raw.b, inverse));
+    put(scratch.k, t, n, scaled(raw.k, inverse)), put(scratch.b, t, n, scaled(raw.b, inverse));
     put(chunk.k, t, n, scaled(raw.k, to_end)), put(chunk.b, t, n, scaled(raw.b, to_end));
     next();
     meet(PREPARED, PREPARERS);
@@ -123,7 +129,7 @@ __device__ __forceinline__ void prepare(Chunk& chunk, ChunkedMemory& memory, Raw
     // One score matrix per warp: A'B'ᵀ, A'K'ᵀ, R'K'ᵀ, R'B'ᵀ.
     const int which = rank / 32, lane = rank % 32;
     const ChunkRows& left = which < 2 ? chunk.a : chunk.r;
-    const ChunkRows& right = which == 0 || which == 3 ? memory.b : memory.k;
+    const ChunkRows& right = which == 0 || which == 3 ? scratch.b : scratch.k;
     float c[2][4] = {};
 #pragma unroll
     for (int i = 0; i < N; i += 16) multiply_add(c, rows_as_a(left, i), rows_as_b(right, i));
@@ -136,7 +142,7 @@ __device__ __forceinline__ void prepare(Chunk& chunk, ChunkedMemory& memory, Raw
             const int last = which < 2 ? row - 1 : row;  // the last token that this one reads from
             const float first = s <= last ? c[half][i] : 0, second = s + 1 <= last ? c[half][i + 1] : 0;
             if (which == 0) {
-                memory.a_b[row][s] = first, memory.a_b[row][s + 1] = second;
+                scratch.a_b[row][s] = first, scratch.a_b[row][s + 1] = second;
             } else {
                 *reinterpret_cast<unsigned*>(&out[row][s]) = pack(first, second);
             }
@@ -150,7 +156,7 @@ __device__ __forceinline__ void prepare(Chunk& chunk, ChunkedMemory& memory, Raw
         for (int row = 0; row < L; ++row) {
             x[row] = row == lane ? 1.0f : 0.0f;
 #pragma unroll
-            for (int s = 0; s < row; ++s) x[row] += memory.a_b[row][s] * x[s];
+            for (int s = 0; s < row; ++s) x[row] += scratch.a_b[row][s] * x[s];
             chunk.solved[row][lane] = __float2bfloat16_rn(x[row]);
         }
     }
@@ -304,7 +310,7 @@ __global__ void __launch_bounds__(PREPARERS + CARRIERS, 2)
         };
         next();
         for (int number = 0; number < chunks; ++number) {
-            prepare(memory.chunk[number % 2], memory, raw, rank, next);
+            prepare(memory.chunk[number % 2], memory.scratch, raw, rank, next);
             meet(HANDOVER, PREPARERS + CARRIERS);
         }
     }
