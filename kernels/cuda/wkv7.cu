@@ -57,13 +57,13 @@ extern "C" int wkv7_backward(int type, int decay_type, int B, int T, int H, int 
     });
 }
 
-// As wkv7_backward, on tensor cores: only for bf16 and a head size of 64. `last` is the final state; `refused` is room
-// for B H numbers: the heads that the recurrence has to go through after all, which it then does.
+// As wkv7_backward, on tensor cores: only for bf16 and a head size of 64. `refused` is room for B H numbers: the heads
+// that the recurrence has to go through after all, which it then does.
 extern "C" int wkv7_backward_chunked(int type, int decay_type, int B, int T, int H, int N, const void* r, const void* w,
                                      const void* k, const void* v, const void* a, const void* b,
-                                     const void* checkpoints, const void* last, const void* dy, const void* dlast,
-                                     void* dr, void* dw, void* dk, void* dv, void* da, void* db, void* dstate,
-                                     void* refused, void* stream) {
+                                     const void* checkpoints, const void* dy, const void* dlast, void* dr, void* dw,
+                                     void* dk, void* dv, void* da, void* db, void* dstate, void* refused,
+                                     void* stream) {
     if (type != BFLOAT16 || N != wkv7::N) return NO_SUCH_KERNEL;
     return with_types(type, decay_type, [&](auto, auto decay) {
         using W = typename decltype(decay)::type;
@@ -72,7 +72,7 @@ extern "C" int wkv7_backward_chunked(int type, int decay_type, int B, int T, int
         const int error = launch<wkv7::ChunkedBackwardMemory>(
             wkv7::backward_chunked<W>, B * H, wkv7::PREPARERS + wkv7::CARRIERS, stream, in(r),
             static_cast<const W*>(w), in(k), in(v), in(a), in(b), static_cast<const float*>(checkpoints),
-            static_cast<const float*>(last), in(dy), static_cast<const float*>(dlast), out(dr), static_cast<W*>(dw),
+            in(dy), static_cast<const float*>(dlast), out(dr), static_cast<W*>(dw),
             out(dk), out(dv), out(da), out(db), static_cast<float*>(dstate), static_cast<int*>(refused), T, H);
         if (error) return error;
         return launch<wkv7::BackwardTiles<wkv7::N>>(

@@ -11,7 +11,7 @@ struct ForwardTiles {
     float r[TILE][N], d[TILE][N], k[TILE][N], v[TILE][N], a[TILE][N], b[TILE][N], y[TILE][N];
 };
 
-// checkpoints: [B,H,ceil(T/TILE),V,K], the state before each tile; or null.
+// checkpoints: [B,H,ceil(T/TILE)+1,V,K], the state before each tile and after the last; or null.
 template <int N, class X, class W>
 __global__ void __launch_bounds__(Share<N>::THREADS)
     forward(const X* r, const W* w, const X* k, const X* v, const X* a, const X* b, const float* state, X* y,
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(Share<N>::THREADS)
     const Share<N> share;  // a row: one value index, all keys
     const Rows<N> rows(T, H);
     const std::size_t matrix = std::size_t(blockIdx.x) * N * N;
-    if (checkpoints) checkpoints += matrix * ((T + TILE - 1) / TILE);
+    if (checkpoints) checkpoints += matrix * ((T + TILE - 1) / TILE + 1);
 
     float S[OWN];
     load_row(S, state + matrix, share);
@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(Share<N>::THREADS)
         store(y + from, tile.y, rows.stride, count, THREADS);
     }
     store_row(last + matrix, S, share);
+    if (checkpoints) store_row(checkpoints, S, share);
 }
 
 template <int N>
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(Share<N>::THREADS)
     const Rows<N> rows(T, H);
     const std::size_t matrix = std::size_t(blockIdx.x) * N * N;
     const int tiles = (T + TILE - 1) / TILE;
-    checkpoints += matrix * tiles;
+    checkpoints += matrix * (tiles + 1);
     dstate += matrix;
     const float* G_from = dlast + matrix;
 

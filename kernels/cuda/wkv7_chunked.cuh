@@ -275,13 +275,11 @@ __global__ void __launch_bounds__(PREPARERS + CARRIERS, 2)
         each_pair(S, first_row, [&](float& x, float& next, int at) {
             x = state[matrix + at], next = state[matrix + at + 1];
         });
+        const auto save = [&](float* to) {
+            each_pair(S, first_row, [&](float& x, float& next, int at) { to[at] = x, to[at + 1] = next; });
+        };
         for (int number = 0; number < chunks; ++number) {
-            if (checkpoints) {
-                float* checkpoint = checkpoints + (std::size_t(blockIdx.x) * chunks + number) * N * N;
-                each_pair(S, first_row, [&](float& x, float& next, int at) {
-                    checkpoint[at] = x, checkpoint[at + 1] = next;
-                });
-            }
+            if (checkpoints) save(checkpoints + (std::size_t(blockIdx.x) * (chunks + 1) + number) * N * N);
             meet(HANDOVER, PREPARERS + CARRIERS);  // this chunk is prepared, the one before may be overwritten
             const Chunk& chunk = memory.chunk[number % 2];
             if (decays_too_much(chunk.p_end)) {
@@ -297,9 +295,8 @@ __global__ void __launch_bounds__(PREPARERS + CARRIERS, 2)
             }
             __syncwarp();  // they may be filled anew
         }
-        each_pair(S, first_row, [&](float& x, float& next, int at) {
-            last[matrix + at] = x, last[matrix + at + 1] = next;
-        });
+        save(last + matrix);
+        if (checkpoints) save(checkpoints + (std::size_t(blockIdx.x) * (chunks + 1) + chunks) * N * N);
     } else {
         const int rank = threadIdx.x - CARRIERS;
         Raw<W> raw;

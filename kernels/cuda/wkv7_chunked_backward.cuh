@@ -231,11 +231,11 @@ __device__ __forceinline__ void token_gradients(const Chunk& chunk, const Scratc
 }
 
 // As `backward`, which is its check, and which takes over a head that has a chunk with too much decay: refused[block]
-// says so. last: the final state, [B,H,V,K].
+// says so.
 template <class W>
 __global__ void __launch_bounds__(PREPARERS + CARRIERS, 2)
     backward_chunked(const bf16* r, const W* w, const bf16* k, const bf16* v, const bf16* a, const bf16* b,
-                     const float* checkpoints, const float* last, const bf16* dy, const float* dlast, bf16* dr, W* dw,
+                     const float* checkpoints, const bf16* dy, const float* dlast, bf16* dr, W* dw,
                      bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate, int* refused, int T, int H) {
     auto& memory = block_memory<ChunkedBackwardMemory>();
     const Rows<N> rows(T, H);
@@ -246,8 +246,8 @@ __global__ void __launch_bounds__(PREPARERS + CARRIERS, 2)
         StateRows G;
         each_pair(G, own, [&](float& x, float& next, int at) { x = dlast[matrix + at], next = dlast[matrix + at + 1]; });
         for (int number = chunks - 1; number >= 0; --number) {
-            const float* S_start = checkpoints + (std::size_t(blockIdx.x) * chunks + number) * N * N;
-            const float* S_end = number + 1 < chunks ? S_start + N * N : last + matrix;
+            const float* S_start = checkpoints + (std::size_t(blockIdx.x) * (chunks + 1) + number) * N * N;
+            const float* S_end = S_start + N * N;
             StateRows S;
             each_pair(S, own, [&](float& x, float& next, int at) { x = S_end[at], next = S_end[at + 1]; });
             float at_end[N / 8][2];

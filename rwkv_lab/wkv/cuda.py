@@ -20,6 +20,7 @@ HEAD_SIZES = (32, 64, 128)
 TILE = 16  # tokens between two kept states, as in kernels/cuda/tiles.cuh
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in kernels/cuda/dispatch.cuh
+_chunked = True  # tests switch it off, to have the recurrence for the same tensors
 _SOURCES = {"wkv4": "wkv4", "wkv5": "wkv6", "wkv6": "wkv6", "wkv7": "wkv7"}
 
 
@@ -98,16 +99,17 @@ def _wkv6_backward(function, dw, r, w, k, v, u, kept, dy, dlast):
 
 
 def wkv7_forward(r, w, k, v, a, b, state, keep: bool = False):
-    """WKV7; the states kept are `[B,H,ceil(T/16),V,K]`."""
+    """WKV7; the states kept are `[B,H,ceil(T/16)+1,V,K]`, the final one among them."""
     B, T, H, N = v.shape
     dtype = v.dtype
     w = _laid_out(w.to(_decay_dtype(w, r, k, v, a, b)))
     r, k, v, a, b = _tokens(r, k, v, a, b)
     state = _laid_out(state.float())
     y, last = _empty_like(v), _empty_like(state)
-    kept = _empty((B, H, -(-T // TILE), N, N), v) if keep else None
+    kept = _empty((B, H, -(-T // TILE) + 1, N, N), v) if keep else None
     sizes = (_TYPES[v.dtype], _TYPES[w.dtype], B, T, H, N)
-    _call("wkv7_forward", sizes, r, w, k, v, a, b, state, y, last, kept)
+    function = "wkv7_forward_chunked" if _on_tensor_cores(v) else "wkv7_forward"
+    _call(function, sizes, r, w, k, v, a, b, state, y, last, kept)
     return y.to(dtype), last, kept
 
 
@@ -120,8 +122,17 @@ def wkv7_backward(r, w, k, v, a, b, kept, dy, dlast):
     dlast = _laid_out(dlast.float())
     gradients = [_empty_like(x) for x in (r, w, k, v, a, b, dlast)]
     sizes = (_TYPES[v.dtype], _TYPES[w.dtype], B, T, H, N)
-    _call("wkv7_backward", sizes, r, w, k, v, a, b, kept, dy, dlast, *gradients)
+    tensors = (r, w, k, v, a, b, kept, dy, dlast, *gradients)
+    if _on_tensor_cores(v):
+        _call("wkv7_backward_chunked", sizes, *tensors, _empty((B * H,), v, dtype=torch.int32))
+    else:
+        _call("wkv7_backward", sizes, *tensors)
     return *_as(dtypes, *gradients[:6]), gradients[6]
+
+
+def _on_tensor_cores(v) -> bool:
+    """Whether WKV7 has a chunked kernel for such per-token tensors."""
+    return _chunked and v.dtype == torch.bfloat16 and v.shape[-1] == 64
 
 
 def _tokens(*tensors):

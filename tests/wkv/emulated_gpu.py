@@ -54,7 +54,8 @@ class Gpu:
         count = torch.Size(shape).numel()
         buffer = torch.full(((count + 2 * GUARD) * dtype.itemsize,), SENTINEL, dtype=torch.uint8).view(dtype)
         inside = buffer[GUARD : GUARD + count]
-        inside.fill_(float("nan"))
+        if dtype.is_floating_point:
+            inside.fill_(float("nan"))
         self._buffers.append((buffer, inside))
         return inside.view(shape)
 

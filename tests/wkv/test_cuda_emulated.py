@@ -23,6 +23,10 @@ SIZES = [(1, 1, 1, 64), (3, 5, 2, 32), (1, 17, 2, 64), (3, 33, 1, 64), (1, 67, 2
 # 16 bits: what comes back is rounded once, by at most half a step; what is float32 stays as exact as above.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 
+# On tensor cores every factor of every product is rounded to bf16, an error of 1.7e-3 RMS. A state is one product away
+# from its inputs, y and the gradients are two to four, and rounded once more at the end.
+TENSOR_CORES = {torch.float32: 4e-3, torch.bfloat16: 8e-3}
+
 
 def make_inputs(name, B, T, H, N, dtype, w_dtype=None, seed=0) -> dict[str, torch.Tensor]:
     """In the ranges that RWKV produces, rounded to the dtypes that the kernel gets."""
@@ -103,13 +107,15 @@ def test_answers_and_gradients_in_float32(gpu, name, size):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [(1, 17, 2, 64), (1, 5, 1, 32), (1, 3, 1, 128)])
-def test_answers_and_gradients_in_16_bits(gpu, name, size, dtype):
+def test_answers_and_gradients_in_16_bits(gpu, name, size, dtype, monkeypatch):
+    monkeypatch.setattr(cuda, "_chunked", False)
     check(gpu, name, make_inputs(name, *size, dtype))
 
 
 @pytest.mark.parametrize("name", ["wkv6", "wkv7"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_log_decays_may_stay_float32(gpu, name, dtype):
+def test_log_decays_may_stay_float32(gpu, name, dtype, monkeypatch):
+    monkeypatch.setattr(cuda, "_chunked", False)
     inputs = make_inputs(name, 1, 18, 1, 64, dtype, w_dtype=torch.float32)
     y, last, _ = getattr(cuda, f"{name}_forward")(*inputs.values())
     expected = getattr(rwkv_lab.wkv, name)(*(x.double() for x in inputs.values()), backend="reference")
@@ -176,3 +182,37 @@ def test_refusals(gpu):
         cuda.wkv7_forward(*(x.double() for x in inputs.values()))
     with pytest.raises(KernelError, match=r"wkv7_forward with .* error 1"):
         cuda.wkv7_forward(*make_inputs("wkv7", 1, 2, 1, 48, torch.float32).values())
+
+
+@pytest.mark.parametrize("w_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [(1, 1, 1, 64), (3, 16, 1, 64), (1, 17, 2, 64), (1, 67, 1, 64)])
+def test_wkv7_on_tensor_cores(gpu, size, w_dtype):
+    check(gpu, "wkv7", make_inputs("wkv7", *size, torch.bfloat16, w_dtype), TENSOR_CORES)
+
+
+def test_tensor_cores_and_recurrence_start_a_backward_from_the_same_states(gpu, monkeypatch):
+    inputs = [gpu.put(x) for x in make_inputs("wkv7", 1, 35, 1, 64, torch.bfloat16).values()]
+    fast = cuda.wkv7_forward(*inputs, keep=True)
+    monkeypatch.setattr(cuda, "_chunked", False)
+    slow = cuda.wkv7_forward(*inputs, keep=True)
+    for x, true in zip(fast, slow, strict=True):
+        assert relative_rms(x, true) < TENSOR_CORES[x.dtype]
+    assert torch.equal(slow[2][:, :, 0], inputs[-1]) and torch.equal(slow[2][:, :, -1], slow[1])
+
+
+@pytest.mark.parametrize("log_decay", [-2.0, -2.5, -1e4])
+def test_tensor_cores_with_decays_that_nothing_can_be_divided_by(gpu, log_decay):
+    """One channel of one head, most of the second chunk: on both sides of the bound, and far beyond it."""
+    inputs = make_inputs("wkv7", 1, 34, 2, 64, torch.bfloat16)
+    inputs["w"][:, 14:30, 1, 5] = log_decay
+    check(gpu, "wkv7", inputs, TENSOR_CORES)
+
+
+@pytest.mark.parametrize("log_decay", [-1e-5, -0.6065])
+def test_tensor_cores_with_one_token_repeated(gpu, log_decay):
+    """The triangular system at its hardest: an inverse by squaring would drown in cancellation."""
+    inputs = make_inputs("wkv7", 1, 34, 1, 64, torch.bfloat16)
+    kk = normalize(torch.ones_like(inputs["k"]), dim=-1)
+    inputs |= {"w": torch.full_like(inputs["w"], log_decay), "a": -kk, "b": kk}
+    # Every token makes the same rounding errors, and next to nothing of them is forgotten.
+    check(gpu, "wkv7", inputs, {dtype: 2 * bound for dtype, bound in TENSOR_CORES.items()})
