@@ -108,7 +108,6 @@ __device__ __forceinline__ void prepare(Chunk& chunk, Scratch& scratch, Raw<W>& 
     if (decays_too_much(chunk.p_end)) {
         put(chunk.r, t, n, raw.r), put(chunk.a, t, n, raw.a), put(chunk.k, t, n, raw.k), put(chunk.b, t, n, raw.b);
         next();
-        meet(PREPARED, PREPARERS);  // log_p may be filled anew
         return;
     }
     float p[8], p_before[8], inverse[8], to_end[8];

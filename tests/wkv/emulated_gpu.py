@@ -51,6 +51,7 @@ class Gpu:
 
     def guarded(self, shape, dtype) -> torch.Tensor:
         """NaN between guard bands."""
+        shape = (shape,) if isinstance(shape, int) else shape
         count = torch.Size(shape).numel()
         buffer = torch.full(((count + 2 * GUARD) * dtype.itemsize,), SENTINEL, dtype=torch.uint8).view(dtype)
         inside = buffer[GUARD : GUARD + count]

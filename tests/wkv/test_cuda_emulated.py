@@ -3,11 +3,12 @@
 import pytest
 import torch
 from emulated_gpu import Gpu
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
 import rwkv_lab.wkv
 from rwkv_lab.errors import KernelError
-from rwkv_lab.wkv import cuda
+from rwkv_lab.wkv import cpu, cuda
 
 NAMES = {
     "wkv4": ("w", "u", "k", "v", "state"),
@@ -66,11 +67,18 @@ def expected_answers(name, inputs, dy, dlast):
 
 def emulated_answers(gpu, name, inputs, dy, dlast):
     inputs = [gpu.put(x) for x in inputs.values()]
-    forward, backward = (getattr(cuda, f"{name}_{way}") for way in ("forward", "backward"))
-    y, last, kept = forward(*inputs, keep=True)
-    gradients = backward(*inputs[:-1], kept, gpu.put(dy), gpu.put(dlast))
+    y, last, *kept = forward(name)(*inputs, keep=True)
+    gradients = backward(name)(*inputs[:-1], *kept, gpu.put(dy), gpu.put(dlast))
     gpu.check_guards()
     return y, last, *gradients
+
+
+def forward(name):
+    return getattr(cuda, f"{name.replace('5', '6')}_forward")
+
+
+def backward(name):
+    return getattr(cuda, f"{name.replace('5', '6')}_backward")
 
 
 def check(gpu, name, inputs, tolerance=None):
@@ -117,7 +125,7 @@ def test_answers_and_gradients_in_16_bits(gpu, name, size, dtype, monkeypatch):
 def test_log_decays_may_stay_float32(gpu, name, dtype, monkeypatch):
     monkeypatch.setattr(cuda, "_chunked", False)
     inputs = make_inputs(name, 1, 18, 1, 64, dtype, w_dtype=torch.float32)
-    y, last, _ = getattr(cuda, f"{name}_forward")(*inputs.values())
+    y, last, *_ = forward(name)(*inputs.values(), keep=False)
     expected = getattr(rwkv_lab.wkv, name)(*(x.double() for x in inputs.values()), backend="reference")
     assert y.dtype == dtype and relative_rms(y, expected[0]) < TOLERANCE[dtype]
     assert relative_rms(last, expected[1]) < TOLERANCE[torch.float32]
@@ -154,7 +162,7 @@ def test_wkv4_with_any_number_of_channels(gpu, A):
 def test_wkv4_starts_from_the_empty_state(gpu):
     inputs = make_inputs("wkv4", 2, 19, 1, 32, torch.float32)
     inputs["state"] = rwkv_lab.wkv.empty_wkv4_state(2, 32)
-    y, last, _ = cuda.wkv4_forward(*(gpu.put(x) for x in inputs.values()))
+    y, last, _ = cuda.wkv4_forward(*(gpu.put(x) for x in inputs.values()), keep=False)
     expected = rwkv_lab.wkv.wkv4(*(x.double() for x in inputs.values()), backend="reference")
     assert relative_rms(y, expected[0]) < TOLERANCE[torch.float32]
     assert relative_rms(last, expected[1]) < TOLERANCE[torch.float32]
@@ -166,22 +174,51 @@ def test_views_and_mixed_dtypes_are_laid_out_first(gpu):
     odd = dict(inputs)
     odd["r"] = inputs["r"].transpose(1, 2).contiguous().transpose(1, 2)
     odd["v"] = torch.cat([torch.zeros(1), inputs["v"].flatten()])[1:].view(inputs["v"].shape)
-    found, expected = (cuda.wkv7_forward(*x.values()) for x in (odd, inputs))
+    found, expected = (cuda.wkv7_forward(*x.values(), keep=False) for x in (odd, inputs))
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     for z in "rv":
         odd[z] = inputs[z].bfloat16()
-        y, _, _ = cuda.wkv7_forward(*odd.values())
+        y, *_ = cuda.wkv7_forward(*odd.values(), keep=False)
         assert y.dtype == odd["v"].dtype
-        exact = cuda.wkv7_forward(*(x.float() for x in odd.values()))[0]
+        exact = cuda.wkv7_forward(*(x.float() for x in odd.values()), keep=False)[0]
         assert torch.equal(y, exact.to(y.dtype))
 
 
-def test_refusals(gpu):
-    inputs = make_inputs("wkv7", 1, 2, 1, 32, torch.float32)
-    with pytest.raises(KernelError, match="no kernels for torch.float64"):
-        cuda.wkv7_forward(*(x.double() for x in inputs.values()))
+def test_sizes_that_are_not_compiled_are_refused(gpu):
     with pytest.raises(KernelError, match=r"wkv7_forward with .* error 1"):
-        cuda.wkv7_forward(*make_inputs("wkv7", 1, 2, 1, 48, torch.float32).values())
+        cuda.wkv7_forward(*make_inputs("wkv7", 1, 2, 1, 48, torch.float32).values(), keep=False)
+
+
+def test_no_gradient_of_the_final_state_is_one_of_zeros(gpu, name):
+    inputs = [gpu.put(x) for x in make_inputs(name, 1, 18, 1, 64, torch.float32).values()]
+    y, last, *kept = forward(name)(*inputs, keep=True)
+    found, expected = (backward(name)(*inputs[:-1], *kept, gpu.put(y), d) for d in (None, torch.zeros_like(last)))
+    assert all(torch.equal(x, true) for x, true in zip(found, expected, strict=True))
+
+
+def test_through_torch(gpu, name, monkeypatch):
+    """The same kernels behind the operators that torch knows, with its autograd."""
+    for way in ("wkv4_forward", "wkv4_backward", "wkv6_forward", "wkv6_backward", "wkv7_forward", "wkv7_backward"):
+        monkeypatch.setattr(cpu, way, getattr(cuda, way))
+    inputs = make_inputs(name, 2, 18, 1, 64, torch.float32)
+    found, expected = [], []
+    for answers, dtype, backend in ((found, torch.float32, "cpu"), (expected, torch.float64, "reference")):
+        given = [x.to(dtype).requires_grad_() for x in inputs.values()]
+        y, last = getattr(rwkv_lab.wkv, name)(*given, backend=backend)
+        answers += [y, last, *torch.autograd.grad(y.square().sum() + last.sum(), given)]
+    for x, true in zip(found, expected, strict=True):
+        assert relative_rms(x, true) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_torch_is_told_the_shapes_that_come_out(gpu, name, keep):
+    inputs = make_inputs(name, 2, 18, 1, 64, torch.bfloat16)
+    made = forward(name)(*inputs.values(), keep)
+    with FakeTensorMode():
+        fake = [torch.empty_like(x, device="cuda") for x in inputs.values()]
+        told = getattr(torch.ops.rwkv_lab, name.replace("5", "6"))(*fake, keep)
+    for x, true in zip(told, made, strict=True):
+        assert (x.shape, x.dtype, x.stride()) == (true.shape, true.dtype, true.stride())
 
 
 @pytest.mark.parametrize("w_dtype", [torch.bfloat16, torch.float32])
