@@ -19,7 +19,7 @@ CHUNK = 16  # tokens between two kept states; the same number stands in the sour
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in kernels/cuda/dispatch.cuh
 _SOURCES = {"wkv4": "wkv4", "wkv5": "wkv6", "wkv6": "wkv6", "wkv7": "wkv7"}
-_chunked = True  # tests switch it off, to have the recurrence of WKV7 where tensor cores would be used
+_chunked = True  # whether WKV7 may take the tensor cores
 
 
 def wkv4_forward(w, u, k, v, state, keep: bool):
@@ -129,6 +129,17 @@ def architectures() -> tuple[str]:
     if not torch.cuda.is_available():
         raise KernelError("torch finds no CUDA device, so there is no GPU architecture to compile for.")
     return ("{}{}".format(*torch.cuda.get_device_capability()),)
+
+
+@contextmanager
+def recurrence_only() -> Iterator[None]:
+    """Inside the block WKV7 goes token by token also where there is a form for tensor cores, whose check that is."""
+    global _chunked
+    before, _chunked = _chunked, False
+    try:
+        yield
+    finally:
+        _chunked = before
 
 
 def _on_tensor_cores(v) -> bool:
