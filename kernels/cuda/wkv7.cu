@@ -5,6 +5,18 @@
 #include "wkv7_chunked.cuh"
 #include "wkv7_chunked_backward.cuh"
 
+namespace {
+
+// Calls use(Type<W>) for log-decays beside bf16.
+template <class Use>
+int with_decay(int type, Use use) {
+    if (type == BFLOAT16) return use(Type<bf16>());
+    if (type == FLOAT32) return use(Type<float>());
+    return NO_SUCH_KERNEL;
+}
+
+}  // namespace
+
 extern "C" int wkv7_forward(int type, int decay_type, int B, int T, int H, int N, const void* r, const void* w,
                             const void* k, const void* v, const void* a, const void* b, const void* state, void* y,
                             void* last, void* checkpoints, void* stream) {
@@ -27,7 +39,7 @@ extern "C" int wkv7_forward_chunked(int type, int decay_type, int B, int T, int 
                                     const void* k, const void* v, const void* a, const void* b, const void* state,
                                     void* y, void* last, void* checkpoints, void* stream) {
     if (type != BFLOAT16 || N != wkv7::N) return NO_SUCH_KERNEL;
-    return with_types(type, decay_type, [&](auto, auto decay) {
+    return with_decay(decay_type, [&](auto decay) {
         using W = typename decltype(decay)::type;
         return launch<wkv7::ChunkedMemory>(
             wkv7::forward_chunked<W>, B * H, wkv7::PREPARERS + wkv7::CARRIERS, stream, static_cast<const bf16*>(r),
@@ -65,7 +77,7 @@ extern "C" int wkv7_backward_chunked(int type, int decay_type, int B, int T, int
                                      void* dk, void* dv, void* da, void* db, void* dstate, void* refused,
                                      void* stream) {
     if (type != BFLOAT16 || N != wkv7::N) return NO_SUCH_KERNEL;
-    return with_types(type, decay_type, [&](auto, auto decay) {
+    return with_decay(decay_type, [&](auto decay) {
         using W = typename decltype(decay)::type;
         const auto in = [](const void* x) { return static_cast<const bf16*>(x); };
         const auto out = [](void* x) { return static_cast<bf16*>(x); };

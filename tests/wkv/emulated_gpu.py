@@ -74,5 +74,3 @@ class Gpu:
     def take_over(self, monkeypatch):
         monkeypatch.setattr(cuda, "_current", self.current)
         monkeypatch.setattr(cuda, "_empty", lambda shape, like, dtype=torch.float32: self.guarded(shape, dtype))
-
-
