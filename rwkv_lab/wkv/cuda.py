@@ -79,8 +79,8 @@ def wkv6_backward(r, w, k, v, u, kept, dy, d_final):
 
 
 def wkv7_forward(r, w, k, v, a, b, state, keep: bool):
-    """y `[B,T,H,N]`, final state `[B,H,V,K]`, and, to go backward, states along time `[B,H,chunks+1,V,K]`, the final one
-    among them (else empty); the fourth place, where the CPU keeps readings, is empty."""
+    """y `[B,T,H,N]`, final state `[B,H,V,K]`, and, to go backward, states along time `[B,H,chunks+1,V,K]` with the
+    final one (else empty); the fourth place, where the CPU keeps readings, is empty."""
     B, T, H, N = v.shape
     dtype = v.dtype
     w = _laid_out(w.to(_decay_dtype(w, r, k, v, a, b)))

@@ -1,4 +1,4 @@
-"""The device code of `kernels/cuda`, unchanged, on the CPU against the reference in float64: `emulated_gpu` says how."""
+"""The device code of `kernels/cuda`, unchanged, on the CPU, against the reference in float64; see `emulated_gpu`."""
 
 import pytest
 import torch
