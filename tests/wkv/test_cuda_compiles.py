@@ -18,7 +18,8 @@ def test_nvcc_accepts_the_sources(name, tmp_path):
     if nvcc is None:
         pytest.skip("no nvcc")
     targets = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in ARCHITECTURES]
-    command = [nvcc, "-std=c++17", *QUICKLY, "-shared", "-Xcompiler", "-fPIC", *targets, "-o", tmp_path / "library.so"]
-    done = subprocess.run([*command, SOURCES / f"{name}.cu"], capture_output=True, text=True)
+    library = ("-shared", "-Xcompiler", "-fPIC", "-o", tmp_path / "library.so")
+    command = [nvcc, "-std=c++17", "-t2", *QUICKLY, *targets, *library, SOURCES / f"{name}.cu"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
