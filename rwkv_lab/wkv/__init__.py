@@ -21,13 +21,13 @@ from rwkv_lab.wkv.scan import wkv4_chunked
 __all__ = ["wkv4", "wkv5", "wkv6", "wkv7", "backends", "empty_wkv4_state", "use_backend"]
 
 _FORMS = {
-    "wkv4": {"reference": wkv4_reference, "chunked": wkv4_chunked, "cpu": compiled.wkv4},
-    "wkv5": {"reference": wkv5_reference, "chunked": wkv5_chunked, "cpu": compiled.wkv6},
-    "wkv6": {"reference": wkv6_reference, "chunked": wkv6_chunked, "cpu": compiled.wkv6},
-    "wkv7": {"reference": wkv7_reference, "chunked": wkv7_chunked, "cpu": compiled.wkv7},
+    "wkv4": {"reference": wkv4_reference, "chunked": wkv4_chunked, "cpu": compiled.wkv4, "cuda": compiled.wkv4},
+    "wkv5": {"reference": wkv5_reference, "chunked": wkv5_chunked, "cpu": compiled.wkv6, "cuda": compiled.wkv6},
+    "wkv6": {"reference": wkv6_reference, "chunked": wkv6_chunked, "cpu": compiled.wkv6, "cuda": compiled.wkv6},
+    "wkv7": {"reference": wkv7_reference, "chunked": wkv7_chunked, "cpu": compiled.wkv7, "cuda": compiled.wkv7},
 }
 
-_COMPILED = ("cpu",)
+_COMPILED = ("cpu", "cuda")
 
 # Below this many tokens the recurrence is the faster one of the two in torch (measured on CPU, forward only).
 _SHORT = {"wkv4": 6, "wkv5": 12, "wkv6": 12, "wkv7": 4}
@@ -150,15 +150,15 @@ def wkv7(r, w, k, v, a, b, state=None, backend: str = "auto"):
 def _run(name, backend, T, dtype, *inputs):
     """Call one form of an operator; its y comes back in `dtype`."""
     double = any(x.dtype == torch.float64 for x in inputs)
-    device = inputs[0].device.type
+    device, width = inputs[0].device.type, inputs[-1].shape[-1]
     if backend == "auto":
         backend = chosen_backend()
     if backend == "auto":
-        backend = fastest(name, device, double) or ("reference" if T < _SHORT[name] else "chunked")
+        backend = fastest(name, device, double, width) or ("reference" if T < _SHORT[name] else "chunked")
     if backend not in _FORMS[name]:
         raise KernelError(f"There is no wkv backend {backend!r}.\nUse one of: auto, {', '.join(_FORMS[name])}.")
     if backend in _COMPILED:
-        compiled.check(name, backend, device, double)
+        compiled.check(name, backend, device, double, width)
         return _FORMS[name][backend](*inputs)
     inner = torch.float64 if double else torch.float32
     # Autocast would run the products in 16 bits: a state whose decay is near 1 does not survive that.

@@ -5,8 +5,9 @@ import time
 import torch
 
 from rwkv_lab.errors import KernelError
+from rwkv_lab.wkv import cuda
 from rwkv_lab.wkv.cpu import SOURCES
-from rwkv_lab.wkv.loader import cache_folder, cpu_build, cpu_library
+from rwkv_lab.wkv.loader import cache_folder, cpu_build, cpu_library, cuda_build
 
 
 def main() -> None:
@@ -16,16 +17,17 @@ def main() -> None:
     print("chunked    there: plain torch, all tokens at once, any device and dtype")
     for source in dict.fromkeys(SOURCES.values()):
         operators = " and ".join(name for name, of in SOURCES.items() if of == source)
-        for line in cpu_state(source):
-            print(f"cpu        {operators}: {line}")
+        for backend in ("cpu", "cuda"):
+            for line in state(backend, source):
+                print(f"{backend:<10} {operators}: {line}")
 
 
-def cpu_state(source: str) -> list[str]:
-    """What there is to say about `kernels/cpu/<source>.cpp`, which is compiled for it if need be."""
+def state(backend: str, source: str) -> list[str]:
+    """What there is to say about a source in `kernels/<backend>`, which is compiled for it if need be."""
     try:
-        build = cpu_build(source)
+        build = cuda_build(source, cuda.architectures()) if backend == "cuda" else cpu_build(source)
         known, start = build.library.exists(), time.perf_counter()
-        cpu_library(source)
+        cuda.library(source) if backend == "cuda" else cpu_library(source)
     except KernelError as error:
         return [f"not there. {line}" if i == 0 else line for i, line in enumerate(str(error).splitlines())]
     seconds = time.perf_counter() - start

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 import torch
 
 from rwkv_lab.errors import KernelError
+from rwkv_lab.wkv import cuda
 from rwkv_lab.wkv.cpu import SOURCES
-from rwkv_lab.wkv.loader import cpu_build, cpu_library, failed
+from rwkv_lab.wkv.loader import cpu_build, cpu_library, cuda_build, failed
 
 log = logging.getLogger("rwkv_lab")
 
@@ -32,15 +33,24 @@ def chosen_backend() -> str:
     return _chosen
 
 
-def fastest(name: str, device: str, double: bool) -> str | None:
-    """The compiled backend for operator `name` on such inputs; None where torch's own operations have to do."""
-    if device != "cpu" or double:
+def fastest(name: str, device: str, double: bool, width: int) -> str | None:
+    """The compiled backend for operator `name` on such inputs, whose state has rows of `width`; None where torch's own
+    operations have to do."""
+    if device not in ("cpu", "cuda") or double:
         return None
-    why = problem(name, "cpu")
+    why = unfit(name, device, width) or problem(name, device)
     if why is not None:
         _tell(why)
         return None
-    return "cpu"
+    return device
+
+
+def unfit(name: str, backend: str, width: int) -> str | None:
+    """Why a compiled backend has nothing for this head size, in a sentence; None if it has."""
+    if backend != "cuda" or name == "wkv4" or width in cuda.HEAD_SIZES:
+        return None
+    sizes = ", ".join(map(str, cuda.HEAD_SIZES))
+    return f'backend="cuda" is compiled for head sizes {sizes}, and this one is {width}; use "chunked" for it.'
 
 
 # torch.compile calls it while tracing, without looking inside, where sources are compiled.
@@ -48,7 +58,7 @@ def fastest(name: str, device: str, double: bool) -> str | None:
 def problem(name: str, backend: str) -> str | None:
     """Why a compiled backend cannot run operator `name` here, in a sentence; None if it can. Compiles it if need be."""
     try:
-        cpu_library(SOURCES[name])
+        cuda.library(SOURCES[name]) if backend == "cuda" else cpu_library(SOURCES[name])
     except KernelError as error:
         return str(error)
     return None
@@ -58,10 +68,10 @@ def available(backend: str) -> bool:
     """Whether a compiled backend is there or can be expected to come out of its sources. Compiles nothing."""
     try:
         for source in SOURCES.values():
-            cpu_build(source)
+            cuda_build(source, cuda.architectures()) if backend == "cuda" else cpu_build(source)
     except KernelError:
         return False
-    return not any(failed("cpu", source) for source in SOURCES.values())
+    return not any(failed(backend, source) for source in SOURCES.values())
 
 
 @torch.compiler.assume_constant_result

@@ -7,7 +7,7 @@ import torch
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.wkv import operators
-from rwkv_lab.wkv.choice import problem
+from rwkv_lab.wkv.choice import problem, unfit
 from rwkv_lab.wkv.cpu import DTYPES
 
 
@@ -26,7 +26,7 @@ def wkv7(r, w, k, v, a, b, state):
     return _run(operators.wkv7, (r, w, k, v, a, b), state)
 
 
-def check(name: str, backend: str, device: str, double: bool) -> None:
+def check(name: str, backend: str, device: str, double: bool, width: int) -> None:
     """Raise KernelError if that backend cannot run operator `name` on such inputs."""
     if device != backend:
         raise KernelError(f'backend="{backend}" needs tensors on that device; these are on {device}.')
@@ -35,7 +35,7 @@ def check(name: str, backend: str, device: str, double: bool) -> None:
             f'backend="{backend}" computes in float32, but an input is float64.\n'
             'Use backend="chunked" or "reference", or convert the inputs.'
         )
-    if why := problem(name, backend):
+    if why := unfit(name, backend, width) or problem(name, backend):
         raise KernelError(why)
 
 

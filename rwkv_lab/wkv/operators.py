@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rwkv_lab.errors import KernelError
-from rwkv_lab.wkv import cpu
+from rwkv_lab.wkv import cpu, cuda
 
 custom_op = torch.library.custom_op
 
@@ -62,6 +62,17 @@ def wkv7_backward(
     return cpu.wkv7_backward(r, w, k, v, a, b, kept, readings, dy, d_final)
 
 
+for _operator, _on_gpu in (
+    (wkv4, cuda.wkv4_forward),
+    (wkv4_backward, cuda.wkv4_backward),
+    (wkv6, cuda.wkv6_forward),
+    (wkv6_backward, cuda.wkv6_backward),
+    (wkv7, cuda.wkv7_forward),
+    (wkv7_backward, cuda.wkv7_backward),
+):
+    _operator.register_kernel("cuda")(_on_gpu)
+
+
 # ---------------------------------------------------------------------- shapes
 
 
@@ -70,27 +81,33 @@ def _whole(x):
     return x.new_empty(x.shape)
 
 
-def _chunks(T):
-    return (T + cpu.CHUNK - 1) // cpu.CHUNK
+def _chunks(v):
+    return -(-v.shape[1] // (cuda.CHUNK if v.is_cuda else cpu.CHUNK))
+
+
+def _state(state):
+    """The final state [B,H,V,K] as it lies in memory: on the CPU with keys outermost."""
+    return _whole(state) if state.is_cuda else _whole(state).mT
 
 
 @wkv4.register_fake
 def _(w, u, k, v, state, keep):
-    B, T, A = v.shape
-    return _whole(v), _whole(state), state.new_empty((B, _chunks(T), 3, A) if keep else (0,))
+    B, _, A = v.shape
+    return _whole(v), _whole(state), state.new_empty((B, _chunks(v), 3, A) if keep else (0,))
 
 
 @wkv6.register_fake
 def _(r, w, k, v, u, state, keep):
-    B, T, H, N = v.shape
-    return _whole(v), _whole(state).mT, state.new_empty((B, H, _chunks(T), N, N) if keep else (0,))
+    B, _, H, N = v.shape
+    return _whole(v), _state(state), state.new_empty((B, H, _chunks(v), N, N) if keep else (0,))
 
 
 @wkv7.register_fake
 def _(r, w, k, v, a, b, state, keep):
-    B, T, H, N = v.shape
-    kept, readings = ((B, H, _chunks(T), N, N), v.shape) if keep else ((0,), (0,))
-    return _whole(v), _whole(state).mT, state.new_empty(kept), state.new_empty(readings)
+    B, _, H, N = v.shape
+    more, readings = (1, (0,)) if v.is_cuda else (0, v.shape)
+    kept, readings = ((B, H, _chunks(v) + more, N, N), readings) if keep else ((0,), (0,))
+    return _whole(v), _state(state), state.new_empty(kept), state.new_empty(readings)
 
 
 @wkv4_backward.register_fake
