@@ -145,8 +145,8 @@ def decoder(engine: Engine, tokens: torch.Tensor) -> Callable[[], float]:
         tokens: `[B,T]`, read before; a peer takes one sequence.
     """
     if engine.session:
-        ids = tokens[0].tolist()[:READ]
-        return lambda: _PEER_STEPS / engine.session.seconds("decode", ids + ids[:_PEER_STEPS], READ)
+        ids = tokens[0].tolist()[: 1 + _PEER_STEPS]
+        return lambda: _PEER_STEPS / engine.session.seconds("decode", ids, 1)
     model, batch = engine.model, len(tokens)
     tokens = tokens.to(model.get_device())
     state = model.prefill(tokens)[1]

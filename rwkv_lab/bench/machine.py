@@ -165,7 +165,7 @@ def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
 # ---------------------------------------------------------------------- memory
 
 
-def memory(what: str) -> int | None:
+def memory_of(what: str) -> int | None:
     """Bytes of this process by /proc's name: VmRSS now, VmHWM at the peak, RssAnon; None where it is not told."""
     try:
         with open("/proc/self/status") as f:

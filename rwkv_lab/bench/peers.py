@@ -125,7 +125,7 @@ def open_peer(peer: Peer, path: Path, dtype: str) -> Iterator[Session]:
             stdout=subprocess.PIPE,
             stderr=complaints,
             text=True,
-            env=_environment() | _switches(path),
+            env=child_environment() | _switches(path),
         )
 
         def ask(request: dict) -> dict:
@@ -158,7 +158,8 @@ def _switches(path: Path) -> dict[str, str]:
     return {"RWKV_V7_ON": str(int(seven)), "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
+    """For processes that measure: this package on their path, and as many threads as here."""
     root = str(Path(__file__).parents[2])  # a checkout that is run without being installed
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     threads = str(torch.get_num_threads())
@@ -175,7 +176,7 @@ def _run_command(peer: Peer, path: Path, dtype: str, request: dict) -> dict:
         for name, value in values.items():
             words = [word.replace(f"{{{name}}}", str(value)) for word in words]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, env=_environment(), timeout=_TIMEOUT)
+            done = subprocess.run(words, capture_output=True, text=True, env=child_environment(), timeout=_TIMEOUT)
         except (OSError, subprocess.TimeoutExpired) as e:
             raise PeerError(f"its command does not run: {e}") from e
     if done.returncode:

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from rwkv_lab.bench.machine import forget_peak, memory
+from rwkv_lab.bench.machine import forget_peak, memory_of
 
 
 def main() -> None:
@@ -24,11 +24,11 @@ def main() -> None:
         try:
             if model is None:
                 forget_peak()
-                before, start = memory("VmRSS"), time.perf_counter()
+                before, start = memory_of("VmRSS"), time.perf_counter()
                 model = RWKV(model=request["model"], strategy=f"cpu {request['dtype']}")
                 reply = {"seconds": time.perf_counter() - start}
                 if before is not None:
-                    reply["peak"] = memory("VmHWM") - before
+                    reply["peak"] = memory_of("VmHWM") - before
             else:
                 reply = _answer(model, request)
         except Exception as e:  # whatever the package raises is an answer too
