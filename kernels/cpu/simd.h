@@ -283,6 +283,12 @@ inline void exponentials(float *x, int size) {
     for (int i = 0; i < size; i += LANES) store(x + i, exponential(load(x + i)));
 }
 
+// Whether values should be gone through nv vectors at a time: there are tasks for all threads, and no vector is empty.
+inline bool fits_block(int nv, int64_t heads, int N, int threads) {
+    const int blocks = (N + nv * LANES - 1) / (nv * LANES);
+    return N > nv / 2 * LANES && heads * blocks >= threads;
+}
+
 INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // A state as the caller has it, float32, any strides (counted in floats): element [value][key] of one head.

@@ -134,14 +134,9 @@ void forward_all(const Forward &f, int threads) {
 // Wide blocks of values share the loads of a token's numbers; narrow ones give every thread something to do.
 template <int FIXED>
 void forward_width(const Forward &f, int threads) {
-    const int64_t heads = f.size.B * f.size.H;
-    auto busy = [&](int nv) {  // enough tasks for the threads, and no block wider than the head
-        int blocks = (f.size.N + nv * LANES - 1) / (nv * LANES);
-        return nv == 1 || (f.size.N > (nv / 2) * LANES && heads * blocks >= threads);
-    };
     if constexpr (REGISTERS >= 32)
-        if (busy(4)) return forward_all<FIXED, 4>(f, threads);
-    if (busy(2)) return forward_all<FIXED, 2>(f, threads);
+        if (fits_block(4, f.size.B * f.size.H, f.size.N, threads)) return forward_all<FIXED, 4>(f, threads);
+    if (fits_block(2, f.size.B * f.size.H, f.size.N, threads)) return forward_all<FIXED, 2>(f, threads);
     forward_all<FIXED, 1>(f, threads);
 }
 
