@@ -34,7 +34,14 @@ def wkv4_forward(w, u, k, v, state, keep: bool):
     y, final = torch.empty_like(v), torch.empty_like(state)
     kept = state.new_empty((B, -(-T // CHUNK), 3, A) if keep else 0)
     _function("wkv4_forward")(
-        *_addresses(w, u, k, v), _dtypes(w, u, k, v), *_addresses(state, y, final), _address(kept), B, T, A, _threads(v, 32)
+        *_addresses(w, u, k, v),
+        _dtypes(w, u, k, v),
+        *_addresses(state, y, final),
+        _address(kept),
+        B,
+        T,
+        A,
+        _threads(v, 32),
     )
     return y, final, kept
 
