@@ -17,7 +17,7 @@ from rwkv_lab.bench.merging import benchmark_merge
 from rwkv_lab.bench.merging import table as merge_table
 from rwkv_lab.bench.models import SHAPES, random_model
 from rwkv_lab.bench.operators import OPERATORS, Shape, measure_operators
-from rwkv_lab.bench.peers import default_peers, parse_peers
+from rwkv_lab.bench.peers import AUTO, parse_peers
 from rwkv_lab.bench.speed import LIMITS, Plan, measure_speed
 from rwkv_lab.bench.training import measure_training
 from rwkv_lab.checkpoint import write_text
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--backends", nargs="+", default=[], help="of the WKV operators; by default all there are")
         one.add_argument("--device", default="cpu")
         one.add_argument(
-            "--peers", nargs="*", default=default_peers(), help="rwkv, or 'name=command'; see rwkv_lab/bench/peers.py"
+            "--peers", nargs="*", default=[AUTO], help="auto, rwkv, or 'name=command'; see rwkv_lab/bench/peers.py"
         )
     merge = jobs.add_parser(
         "merge", help="wall time and memory of merging, beside cp and the naive script", parents=[common]

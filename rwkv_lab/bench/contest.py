@@ -166,12 +166,12 @@ def as_json(machine: Mapping, floors: Mapping[str, Sequence[float]], rows: Seque
     return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+COLUMNS = ("what", "subject", "size", "engine", "median", "min–max", "unit", "share of floors", "agreement", "note")
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown, a line for each row."""
-    lines = [
-        "| what | subject | size | engine | median | min–max | unit | share of floors | agreement | note |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     return "\n".join(lines + [f"| {' | '.join(cells(row))} |" for row in rows])
 
 

@@ -66,11 +66,11 @@ def load_model(path: Path, dtype: str, device: str = "cpu") -> RWKV_Dual:
     if dtype not in QUANTISED:
         return RWKV_Dual.from_pretrained(path, dtype=DTYPES[dtype], device=device).requires_grad_(False)
     try:
-        from rwkv_lab.model import quantise_weights
+        from rwkv_lab.model.weight_only import quantise_weights
     except ImportError as e:
         raise KernelError(f"weights cannot be {dtype} here") from e
     model = RWKV_Dual.from_pretrained(path, dtype=torch.bfloat16, device=device).requires_grad_(False)
-    return quantise_weights(model, dtype) or model
+    return quantise_weights(model, dtype, in_place=True)
 
 
 def tokens_for(vocab_size: int, batch: int, length: int) -> torch.Tensor:

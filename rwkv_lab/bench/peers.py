@@ -30,7 +30,7 @@ import torch
 from rwkv_lab.bench.machine import package_version
 from rwkv_lab.errors import ParameterError, RwkvLabError
 
-RWKV = "rwkv"
+RWKV, AUTO = "rwkv", "auto"
 _RWKV_DTYPES = ("bf16", "fp32")
 _NEEDED = ("{task}", "{model}", "{tokens}", "{out}")
 _TIMEOUT = 1800  # seconds for one request
@@ -52,27 +52,24 @@ class Peer:
         return bool(self.command) or dtype in _RWKV_DTYPES
 
 
-def default_peers() -> list[str]:
-    """What can be compared with here without being told how."""
-    return [RWKV] if importlib.util.find_spec("rwkv") else []
-
-
 def parse_peers(wanted: Sequence[str]) -> list[Peer]:
-    """Peers from texts: "rwkv", or "name=command".
+    """Peers from texts: "auto" (`rwkv` where it is installed), "rwkv", or "name=command".
 
     Raises:
         ParameterError: an unknown name without a command, or a command that has no place for what it needs.
     """
+    there = importlib.util.find_spec("rwkv") is not None
+    wanted = [RWKV if text == AUTO else text for text in wanted if text != AUTO or there]
     found = []
     for text in wanted:
         name, equals, command = text.partition("=")
         name, command = name.strip(), command.strip()
         if not equals and name != RWKV:
-            raise ParameterError(f"peers: {text!r} is neither {RWKV!r} nor 'name=command'.")
+            raise ParameterError(f"peers: {text!r} is neither {AUTO!r} nor {RWKV!r} nor 'name=command'.")
         missing = [place for place in _NEEDED if place not in command]
         if equals and (not name or missing):
             raise ParameterError(f"peers: {text!r} needs a name, and {', '.join(_NEEDED)} in its command.")
-        if not equals and importlib.util.find_spec("rwkv") is None:
+        if not equals and not there:
             raise ParameterError("peers: the package rwkv is not installed; pip install rwkv")
         found.append(Peer(f"{RWKV} {package_version(RWKV)}" if not equals else name, command))
     return found

@@ -12,7 +12,7 @@ from rwkv_lab.bench.contest import Floors, Row
 from rwkv_lab.bench.engines import OURS
 from rwkv_lab.workbench.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, quiet, titled
 
-_FLOORS = {"read floor": "reading the weights once", "FMA rate": "float32 multiply-adds", "bf16 matmul rate": "bf16"}
+_FLOORS = ("read floor", "FMA rate", "bf16 matmul rate")
 _PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
 _MARKERS = "osD^vP"
 
@@ -58,37 +58,42 @@ def rates(rows: Sequence[Row], title: str, subtitle: str) -> Figure:
     figure = titled(sum(heights) + 0.35 * len(panels), title, subtitle)
     stacked = np.ravel(figure.subplots(len(panels), 1, height_ratios=heights))
     for axes, (heading, chosen) in zip(stacked, panels, strict=True):
-        _bars(axes, chosen, " {:.4g}", lambda share: share in _FLOORS)
+        _bars(axes, chosen, marked=_FLOORS)
         axes.set_title(heading, fontsize=10, loc="left")
         axes.set_xlabel("tokens per second", fontsize=9)
     return figure
 
 
-def _bars(axes: Axes, rows: Sequence[Row], number: str, marked) -> None:
-    """A bar per row with its spread, and a tick at the first of its floors; rows without a rate say so."""
+def _bars(axes: Axes, rows: Sequence[Row], marked: Sequence[str]) -> None:
+    """A bar per row with its spread, and a tick at the floor that it is nearest to; rows without a rate say so.
+
+    Args:
+        marked: shares that are of a floor; others are only told.
+    """
     widest = max((max(row.samples) for row in rows if row.samples), default=1.0)
-    ends = [widest]
+    ends = [1.5 * widest]
     for y, row in enumerate(rows):
         if not row.samples:
-            why = "disagrees" if row.disagrees else "not run"
-            axes.text(widest * 0.01, y, f"no rate: {why}", va="center", fontsize=8, color=GREY)
+            why = "its answers disagree" if row.disagrees else "it did not run"
+            axes.text(widest * 0.01, y, f"no rate: {why}", va="center", fontsize=8, color="#57606a")
             continue
         low, high = row.median - min(row.samples), max(row.samples) - row.median
         axes.barh(y, row.median, 0.66, color=BLUE if row.engine == OURS else ORANGE)
         axes.errorbar(row.median, y, xerr=[[low], [high]], color="#333333", capsize=2, linewidth=1)
-        note = number.format(row.median)
-        shares = {floor: share for floor, share in row.shares.items() if marked(floor)}
-        if shares:
-            floor, share = max(shares.items(), key=lambda item: item[1])
+        note = f"{row.median:.4g}"
+        if row.shares:
+            floor, share = max(row.shares.items(), key=lambda item: item[1])
+            note += f"  ({share:.0%} of {floor})"
             at = row.median / share if share else 0
-            note += f"  ({share:.0%} of {_FLOORS.get(floor, floor)})"
-            if at < 6 * widest:
+            if floor in marked and at < 6 * widest:  # a floor too far away would press all bars to the left
                 axes.plot([at, at], [y - 0.4, y + 0.4], color="black", linewidth=2)
-                ends.append(at)
-        axes.text(max(row.samples), y, note, va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+                ends.append(1.03 * at)
+        behind = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}
+        place = max(row.samples) + 0.012 * max(ends)
+        axes.text(place, y, note, va="center", fontsize=8, bbox=behind, parse_math=False)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8, parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, max(max(ends) * 1.03, widest * 1.45))
+    axes.set_xlim(0, max(ends))
     quiet(axes)
 
 
@@ -119,6 +124,7 @@ def batch_rates(rows: Sequence[Row], subtitle: str) -> Figure:
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel("sequences")
     axes.set_ylabel("tokens per second")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     _legend(axes)
@@ -167,7 +173,7 @@ def memory(rows: Sequence[Row], subtitle: str) -> Figure:
     figure = titled(sum(heights) + 0.35 * len(groups), "Memory while loading", subtitle)
     panels = np.ravel(figure.subplots(len(groups), 1, height_ratios=heights))
     for axes, subject, group in zip(panels, subjects, groups, strict=True):
-        _bars(axes, group, " {:.4g}", lambda share: True)
+        _bars(axes, group, marked=("the model's size",))
         axes.set_title(subject, fontsize=10, loc="left", parse_math=False)
         axes.set_xlabel("MB above the imports", fontsize=9)
     return figure
