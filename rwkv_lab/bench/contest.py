@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 QUIET = 0.1  # CPUs that other processes may use during a sample; above that it is taken again
 _AGAIN = 2  # times at most; then the quietest counts and the row says so
+_LONG = 3.0  # seconds: a sample that took longer is not taken again
 _PAUSE = 0.05  # seconds between two samples, for the last one's spinning threads to fall asleep
 
 
@@ -112,7 +113,7 @@ def _sample(take: Callable[[], float]) -> tuple[float, float]:
         with watched() as load:
             value = take()
         tries.append((load.foreign, value))
-        if load.foreign <= QUIET:
+        if load.foreign <= QUIET or load.seconds > _LONG:
             break
     foreign, value = min(tries)
     return value, foreign

@@ -25,8 +25,7 @@ QUANTISED = ("int8", "int4")
 
 READ, STEPS = 64, 64  # tokens of the comparison of answers: read at once, then one by one
 BATCH_STEPS = 4  # of every sequence of a batch
-_SAMPLE = 0.5  # seconds that one sample of decoding should take
-_PEER_STEPS = 24
+_FEW = 8  # steps that tell how many a peer does in that time
 
 
 @dataclass(frozen=True)
@@ -138,26 +137,29 @@ def our_answers(model: RWKV_Dual, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([logits, rest[0]]).cpu()
 
 
-def decoder(engine: Engine, tokens: torch.Tensor) -> Callable[[], float]:
-    """A function that decodes for about half a second and returns tokens per second, of all sequences together.
+def decoder(engine: Engine, tokens: torch.Tensor, duration: float = 0.5) -> Callable[[], float]:
+    """A function that takes one sample: tokens per second, of all sequences together.
 
     Args:
         tokens: `[B,T]`, read before; a peer takes one sequence.
+        duration: of a sample, in seconds, as it is now.
     """
     if engine.session:
-        ids = tokens[0].tolist()[: 1 + _PEER_STEPS]
-        return lambda: _PEER_STEPS / engine.session.seconds("decode", ids, 1)
+        ids = tokens[0].tolist()
+        few = engine.session.seconds("decode", ids[: 1 + _FEW], 1) / _FEW
+        steps = max(_FEW, min(round(duration / few), len(ids) - 1))
+        return lambda: steps / engine.session.seconds("decode", ids[: 1 + steps], 1)
     model, batch = engine.model, len(tokens)
     tokens = tokens.to(model.get_device())
     state = model.prefill(tokens)[1]
     # Two steps take long the first time: what is compiled on first use is compiled then.
     steps, seconds = 1, 0.0
-    while seconds < _SAMPLE / 4:
+    while seconds < duration / 4:
         steps *= 2
         seconds = _decode(model, tokens[:, :1], state, steps)
         if steps == 2:
             seconds = 0.0
-    steps = max(2, round(steps * _SAMPLE / seconds))
+    steps = max(2, round(steps * duration / seconds))
     return lambda: batch * steps / _decode(model, tokens[:, :1], state, steps)
 
 

@@ -1,10 +1,12 @@
 """What loading a checkpoint takes: seconds, and the peak of memory above what the imports have taken."""
 
 import json
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rwkv_lab.bench.contest import Row, interleave, say
@@ -22,48 +24,43 @@ def measure_loading(
     Memory is the peak of resident memory while loading, less what was resident before, and its share is of the size
     that the model has in memory.
     """
-    rows, contestants, found = [], {}, {}
-    for dtype in dtypes:
-        contestants[OURS, dtype] = lambda dtype=dtype: _load(path, dtype)
+    loads: dict[tuple[str, str], Callable[[], dict]] = {(OURS, dtype): partial(_load, path, dtype) for dtype in dtypes}
     for peer in peers:
         if not peer.command:  # a command loads once per request, and says nothing about it
-            for dtype in dtypes:
-                if peer.runs(dtype):
-                    contestants[peer.name, dtype] = lambda peer=peer, dtype=dtype: _load_peer(peer, path, dtype)
+            loads |= {(peer.name, d): partial(_load_peer, peer, path, d) for d in dtypes if peer.runs(d)}
+    replies: dict[tuple[str, str], list[dict]] = {who: [] for who in loads}
+    problems: dict[tuple[str, str], str] = {}
 
-    def sampler(who: tuple[str, str], load: Callable[[], dict]) -> Callable[[], float]:
-        def take() -> float:
-            reply = load()
-            found.setdefault(who, []).append(reply)
-            return reply["seconds"]
-
-        return take
-
-    able = {}
-    for (engine, dtype), load in contestants.items():
+    def take(who: tuple[str, str]) -> float:
         try:
-            load()
-            able[f"{engine} {dtype}"] = sampler((engine, dtype), load)
+            replies[who].append(loads[who]())
         except RwkvLabError as e:
-            problem = str(e).splitlines()[0]
-            rows.append(say(Row("load", subject, engine, dtype, 1, "s", problem=problem)))
-    results = interleave(able, rounds, warm_up=False)
-    for (engine, dtype), replies in found.items():
-        samples, foreign = results[f"{engine} {dtype}"]
+            problems[who] = str(e).splitlines()[0]
+            return math.nan
+        return replies[who][-1]["seconds"]
+
+    results = interleave({" ".join(who): partial(take, who) for who in loads}, rounds, warm_up=False)
+    rows = []
+    for who in loads:
+        engine, dtype = who
+        samples, foreign = results[" ".join(who)]
+        if who in problems:
+            rows.append(say(Row("load", subject, engine, dtype, 1, "s", problem=problems[who])))
+            continue
         rows.append(say(Row("load", subject, engine, dtype, 1, "s", samples, foreign)))
-        peaks = [reply["peak"] for reply in replies if reply.get("peak")][-rounds:]
+        peaks = [reply["peak"] for reply in replies[who] if "peak" in reply]
         if peaks:
-            # A peer holds what our model holds in the same dtype.
-            size = next((r["bytes"] for r in found.get((OURS, dtype), replies) if "bytes" in r), None)
             row = Row("load memory", subject, engine, dtype, 1, "MB", [peak / 1e6 for peak in peaks])
-            if size:
-                row.shares["the model's size"] = row.median * 1e6 / size
-                row.facts["model MB"] = size / 1e6
+            ours = replies.get((OURS, dtype))  # a peer holds what our model holds in the same dtype
+            if ours:
+                row.facts["model MB"] = ours[0]["bytes"] / 1e6
+                row.shares["the model's size"] = row.median / row.facts["model MB"]
             rows.append(say(row))
     return rows
 
 
 def _load(path: Path, dtype: str) -> dict:
+    """In a process of its own: "seconds", "bytes" of the model, and "peak" where the system tells it."""
     command = [sys.executable, "-m", "rwkv_lab.bench.loading", str(path), dtype]
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
     if done.returncode:

@@ -17,7 +17,7 @@ from rwkv_lab.errors import KernelError
 from rwkv_lab.wkv.loader import cpu_library
 
 _TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # of /proc's clocks, per second
-_READ_BYTES = 1 << 29  # far more than any cache holds
+_READ_BYTES = 1 << 28  # far more than a cache holds
 
 
 def machine() -> dict:
@@ -67,7 +67,7 @@ def multiply_add_rate() -> float:
     library = _floors()
     if library is None:
         return matmul_rate(torch.float32)
-    return library.fma_gflops(torch.get_num_threads(), 0.2)
+    return library.fma_gflops(torch.get_num_threads(), 0.1)
 
 
 def matmul_rate(dtype: torch.dtype) -> float:

@@ -128,7 +128,9 @@ class _Match:
                 self.add(_row(job, self, engine, size, agreement=agreement, problem=refusal(agreement)))
         return admitted
 
-    def contest(self, job: str, size: int, admitted: Mapping, contestants: Mapping, describe: Callable) -> None:
+    def contest(
+        self, job: str, size: int, admitted: Mapping, contestants: Mapping, describe: Callable, floors: bool = True
+    ) -> None:
         """Measure; `describe(engine, samples, floors of these rounds)` gives a row's shares and facts."""
         able = {}
         for key, take in contestants.items():
@@ -138,14 +140,14 @@ class _Match:
             except PeerError as e:
                 engine, agreement = admitted[key]
                 self.add(_row(job, self, engine, size, agreement=agreement, problem=str(e)))
-        machine = self._machine()
+        machine = self._machine() if floors else {}
         results = interleave({**machine, **able}, self.plan.rounds, warm_up=False)
-        floors = {name: results.pop(name)[0] for name in machine}
-        for name, samples in floors.items():
+        now = {name: results.pop(name)[0] for name in machine}
+        for name, samples in now.items():
             self.floors.setdefault(name, []).extend(samples)
         for key, (samples, foreign) in results.items():
             engine, agreement = admitted[key]
-            shares, facts = describe(engine, samples, floors)
+            shares, facts = describe(engine, samples, now)
             measured = {"samples": samples, "foreign": foreign, "shares": shares, "facts": facts}
             self.add(_row(job, self, engine, size, agreement=agreement, **measured))
 
@@ -172,7 +174,14 @@ def _decode(match: _Match, batch: int) -> None:
     tokens = match.expected.tokens(batch, BATCH_STEPS if batch > 1 else READ + STEPS)
     engines = match.engines if batch == 1 else [e for e in match.engines if e.model]
     admitted = match.admit("decode", batch, engines, partial(_decoding_agrees, match, tokens))
-    contestants = {key: decoder(engine, tokens) for key, (engine, _) in admitted.items()}
+    contestants, short = {}, {}
+    for key, (engine, agreement) in admitted.items():
+        try:
+            contestants[key] = decoder(engine, tokens)
+            if batch == 1:  # beside a busy loop it may take twenty times as long
+                short[key] = decoder(engine, tokens, duration=0.1)
+        except PeerError as e:
+            match.add(_row("decode", match, engine, batch, agreement=agreement, problem=str(e)))
     match.contest("decode", batch, admitted, contestants, partial(_of_decoding, match, batch))
     if batch == 1 and torch.device(match.plan.device).type == "cpu":
         medians = {row.name: row.median for row in match.rows if row.job == "decode" and row.samples}
@@ -180,8 +189,8 @@ def _decode(match: _Match, batch: int) -> None:
         def kept(engine: Engine, samples: Sequence[float], _: Floors):
             return {"its rate alone": statistics.median(samples) / medians[engine.key]}, {}
 
-        beside = {key: partial(_beside_a_busy_loop, take) for key, take in contestants.items() if key in medians}
-        match.contest("decode beside a busy loop", batch, admitted, beside, kept)
+        beside = {key: partial(_beside_a_busy_loop, take) for key, take in short.items() if key in medians}
+        match.contest("decode beside a busy loop", batch, admitted, beside, kept, floors=False)
 
 
 def _decoding_agrees(match: _Match, tokens: torch.Tensor, engine: Engine) -> Agreement:

@@ -26,6 +26,7 @@ from rwkv_lab.workbench.result import NotApplicable
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.tables import Table
 
+_LOADS = 2  # at most, since each starts a process that imports torch
 _GROWTH = (1, 4, 16)  # contexts, in the longest of the prompts
 
 
@@ -99,7 +100,7 @@ def measure_memory(run: Run, measured: Measured) -> None:
     """What loading takes, in processes of their own."""
     with run.timed("loading"):
         plan = measured.plan
-        rows = measure_loading(measured.path, measured.path.name, plan.dtypes, plan.rounds, plan.peers)
+        rows = measure_loading(measured.path, measured.path.name, plan.dtypes, min(plan.rounds, _LOADS), plan.peers)
     _note(run, measured, rows, {}, "Loading")
 
 
