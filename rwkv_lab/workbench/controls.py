@@ -146,6 +146,25 @@ def modes_panel(run: Run) -> Panel | None:
     return _show(Panel(run, fields, {"Run": modes.everything}))
 
 
+def benchmark_panel(run: Run) -> Panel | None:
+    """Show the panel of benchmark.ipynb; None, and a line that says so, where no front end is there."""
+    from rwkv_lab.workbench import benchmarking
+
+    if not _someone_there():
+        return None
+    fields = [
+        _path("model"),
+        _numbers("lengths"),
+        _numbers("batches"),
+        _several("dtypes", ("bf16", "fp32", "fp16", "int8", "int4")),
+        _several("backends", backends()),
+        _choice("device", ("cpu", "cuda")),
+        _patterns("peers"),
+        _whole("rounds", 1),
+    ]
+    return _show(Panel(run, fields, {"Run": benchmarking.everything}))
+
+
 def _someone_there() -> bool:
     """In batch no widget may even be made: its state would be saved in the executed notebook."""
     if not frontend_present():
@@ -191,6 +210,16 @@ def _number(name: str) -> Field:
 def _whole(name: str, least: int) -> Field:
     widget = widgets.BoundedIntText(description=name, tooltip=_help(name), min=least, max=2**20, style=_LABEL)
     return Field(name, widget)
+
+
+def _numbers(name: str) -> Field:
+    field = _text(name, _help(name))
+    return Field(name, field.widget, lambda v: ", ".join(map(str, v)), _whole_numbers)
+
+
+def _whole_numbers(text: str) -> list:
+    """Words that are no numbers go on as they are, and are refused with the parameter's own words."""
+    return [int(word) if word.isdecimal() else word for word in text.replace(",", " ").split()]
 
 
 def _several(name: str, options: tuple[str, ...]) -> Field:
