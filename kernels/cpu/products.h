@@ -400,19 +400,38 @@ struct Job {
     void *result = nullptr;  // [B,outputs] in the model's dtype
 };
 
+// Calls task(i) for every i in 0 .. n-1. Each thread has a stretch of its own and goes through it in order, since memory is
+// fastest read in long runs; whoever is done helps the others, so that no one waits for a thread whose core is busy.
+template <class Task>
+void in_stretches(int n, int threads, Task &&task) {
+    constexpr int MOST = 64;
+    struct alignas(64) Next {
+        std::atomic<int> at;
+    };
+    threads = std::clamp(threads, 1, std::min(std::max(n, 1), MOST));
+    Next next[MOST];
+    for (int t = 0; t < threads; t++) next[t].at.store(int(int64_t(n) * t / threads), std::memory_order_relaxed);
+    parallel_for(threads, threads, [&](int mine) {
+        FlushToZero flush;
+        for (int turn = 0; turn < threads; turn++) {
+            const int t = (mine + turn) % threads, end = int(int64_t(n) * (t + 1) / threads);
+            for (int i; (i = next[t].at.fetch_add(1, std::memory_order_relaxed)) < end;) task(i);
+        }
+    });
+}
+
 // All jobs at once, cut into runs of outputs that take some microseconds each.
 template <int D, int N>
 void run_jobs(const Job (&jobs)[N], int64_t B, int threads) {
-    constexpr int64_t BYTES = 1 << 16;
+    constexpr int64_t BYTES = 1 << 15;
     int run[N], last[N], total = 0;
     for (int i = 0; i < N; i++) {
         const Tensor &w = *jobs[i].weight;
-        int64_t rows = std::max<int64_t>(BYTES / w.row_bytes(), 1);
-        run[i] = w.turned ? round_up(int(std::min<int64_t>(rows, 64)), 64) : round_up(int(rows), 8);
+        const int64_t rows = std::max<int64_t>(BYTES / w.row_bytes(), 1);
+        run[i] = w.turned ? 64 : (int(std::min<int64_t>(rows, 256)) + 15) / 16 * 16;
         last[i] = total += (w.outputs() + run[i] - 1) / run[i];
     }
-    parallel_for(total, threads, [&](int task) {
-        FlushToZero flush;
+    in_stretches(total, threads, [&](int task) {
         int i = 0;
         while (task >= last[i]) i++;
         const Job &job = jobs[i];
