@@ -65,12 +65,24 @@ template <int F>
 INLINE Vec widened(const void *from, int64_t at) {
     if constexpr (F == FLOAT32) return load(static_cast<const float *>(from) + at);
     if constexpr (F == INT8) {
+#if defined(__AVX512F__)
+        const auto *bytes = reinterpret_cast<const __m128i *>(static_cast<const int8_t *>(from) + at);
+        return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+#elif defined(__AVX2__)
+        const auto *bytes = reinterpret_cast<const __m128i *>(static_cast<const int8_t *>(from) + at);
+        return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes)));
+#endif
         Bytes x;
         memcpy(&x, static_cast<const int8_t *>(from) + at, sizeof x);
         return __builtin_convertvector(__builtin_convertvector(x, Ints), Vec);
     }
     Halves x;
     memcpy(&x, static_cast<const uint16_t *>(from) + at, sizeof x);
+#if defined(__AVX512F__)
+    if constexpr (F == BFLOAT16) return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);
+#elif defined(__AVX2__)
+    if constexpr (F == BFLOAT16) return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)x), 16);
+#endif
     if constexpr (F == BFLOAT16) return (Vec)(__builtin_convertvector(x, Ints) << 16);
 #if defined(__AVX512F__)
     return (Vec)_mm512_cvtph_ps((__m256i)x);
@@ -216,7 +228,9 @@ INLINE Vec nibbles(Ints x) {
 
 template <int TR, int TB>
 INLINE void int4_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
+    constexpr int CHAINS = TR * TB == 1 ? 4 : 1;  // so that additions do not wait for each other
     const int lines = (w.columns + LINE4 - 1) / LINE4;
+    Vec chains[TR * TB * CHAINS] = {};
     for (int line = 0; line < lines; line++) {
 #pragma GCC unroll 4
         for (int r = 0; r < TR; r++) {
@@ -235,12 +249,14 @@ INLINE void int4_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, V
 #pragma GCC unroll 8
                     for (int b = 0; b < TB; b++) {
                         const float *xb = x.row(b0 + b) + line * LINE4 + pair * GROUP4 + i;
-                        sums[r * TB + b] += (one * load(xb) + two * load(xb + 16)) * scale;
+                        chains[(r * TB + b) * CHAINS + pair % CHAINS] += (one * load(xb) + two * load(xb + 16)) * scale;
                     }
                 }
             }
         }
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < TR * TB * CHAINS; i++) sums[i / CHAINS] += chains[i];
 }
 
 template <int F, bool BFLOAT, int TR, int TB>
@@ -306,6 +322,11 @@ void add_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, i
                 for (int k = 0; k < w.rows; k++)
 #pragma GCC unroll 4
                     for (int i = 0; i < NV; i++)
+                        sums[i] += widened<F>(w.data, int64_t(k) * w.columns + at + i * LANES) * broadcast(xb[k]);
+            } else if (there == 2 * LANES) {  // common ranks
+                for (int k = 0; k < w.rows; k++)
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; i++)
                         sums[i] += widened<F>(w.data, int64_t(k) * w.columns + at + i * LANES) * broadcast(xb[k]);
             } else {
                 for (int k = 0; k < w.rows; k++)
@@ -379,19 +400,38 @@ struct Job {
     void *result = nullptr;  // [B,outputs] in the model's dtype
 };
 
+// Calls task(i) for every i in 0 .. n-1. Each thread has a stretch of its own and goes through it in order, since memory is
+// fastest read in long runs; whoever is done helps the others, so that no one waits for a thread whose core is busy.
+template <class Task>
+void in_stretches(int n, int threads, Task &&task) {
+    constexpr int MOST = 64;
+    struct alignas(64) Next {
+        std::atomic<int> at;
+    };
+    threads = std::clamp(threads, 1, std::min(std::max(n, 1), MOST));
+    Next next[MOST];
+    for (int t = 0; t < threads; t++) next[t].at.store(int(int64_t(n) * t / threads), std::memory_order_relaxed);
+    parallel_for(threads, threads, [&](int mine) {
+        FlushToZero flush;
+        for (int turn = 0; turn < threads; turn++) {
+            const int t = (mine + turn) % threads, end = int(int64_t(n) * (t + 1) / threads);
+            for (int i; (i = next[t].at.fetch_add(1, std::memory_order_relaxed)) < end;) task(i);
+        }
+    });
+}
+
 // All jobs at once, cut into runs of outputs that take some microseconds each.
 template <int D, int N>
 void run_jobs(const Job (&jobs)[N], int64_t B, int threads) {
-    constexpr int64_t BYTES = 1 << 16;
+    constexpr int64_t BYTES = 1 << 15;
     int run[N], last[N], total = 0;
     for (int i = 0; i < N; i++) {
         const Tensor &w = *jobs[i].weight;
-        int64_t rows = std::max<int64_t>(BYTES / w.row_bytes(), 1);
-        run[i] = w.turned ? round_up(int(std::min<int64_t>(rows, 64)), 64) : round_up(int(rows), 8);
+        const int64_t rows = std::max<int64_t>(BYTES / w.row_bytes(), 1);
+        run[i] = w.turned ? 64 : (int(std::min<int64_t>(rows, 256)) + 15) / 16 * 16;
         last[i] = total += (w.outputs() + run[i] - 1) / run[i];
     }
-    parallel_for(total, threads, [&](int task) {
-        FlushToZero flush;
+    in_stretches(total, threads, [&](int task) {
         int i = 0;
         while (task >= last[i]) i++;
         const Job &job = jobs[i];

@@ -8,6 +8,8 @@ that this package makes. Otherwise the torch modules run, as they do with `use_b
 import ctypes
 import logging
 import operator
+from collections.abc import Callable
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.model.block import RESCALE_EVERY
+from rwkv_lab.model.recycled import recycled
 from rwkv_lab.model.state import RWKVState, check_state, state_shapes
 from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
 from rwkv_lab.wkv.choice import chosen_backend
@@ -78,6 +81,9 @@ class _Call(ctypes.Structure):
     ]
 
 
+_address = torch.Tensor.data_ptr
+
+
 class _Unfit(Exception):
     """This model cannot run here; the torch modules can."""
 
@@ -92,7 +98,7 @@ class _Table:
         self.source, names = _SOURCES[model.layout.version]
         self.dtype = model.ln_out.weight.dtype
         self.modules = [model.emb, model.blocks[0].ln0, model.ln_out, model.head]
-        self.slots, rows = [], []  # slots: (dictionary, name) under which a module has a tensor
+        rows = []
         for module in self.modules:
             rows += self._of_module(module)
         for block in model.blocks:
@@ -106,9 +112,11 @@ class _Table:
                 else:
                     used = block is not model.blocks[0] or name not in _IDLE
                     rows.append(self._of_parameter(owner, last, turned=name in _TURNED) if used else _NOTHING)
+        self.owners = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
         self.watched = [m for m in self.modules if hasattr(m, "watchers")]
-        self.lent = [d[name] for d, name in self.slots]  # kept alive, so that no address is used again
-        self.addresses = [tensor.data_ptr() for tensor in self.lent]
+        self.lent = [x for d in self.owners for x in d.values()]  # kept alive, so that no address is used again
+        self.there = [x for x in self.lent if x is not None]
+        self.addresses = list(map(_address, self.there))
         self.rows = (_Tensor * len(rows))(*rows)
         layout, ln_x = model.layout, getattr(model.blocks[0].att, "ln_x", None)
         self.model = _Model(
@@ -124,7 +132,6 @@ class _Table:
         if type(module) in (nn.LayerNorm, nn.GroupNorm):
             return [self._of_parameter(module, "weight"), self._of_parameter(module, "bias")]
         if type(module) in (PackedLinear, PackedEmbedding):
-            self.slots += [(module._buffers, "codes"), (module._buffers, "scales")]
             codes, scales = module.codes.data_ptr(), module.scales.data_ptr()
             return [_Tensor(codes, scales, _PACKED[module.bits], module.rows, module.columns, 0)]
         raise _Unfit
@@ -133,14 +140,16 @@ class _Table:
         x = owner._parameters.get(name)
         if type(x) is not nn.Parameter or not x.is_contiguous() or x.dtype != self.dtype or x.device.type != "cpu":
             raise _Unfit
-        self.slots.append((owner._parameters, name))
         rows, columns = x.shape if x.ndim == 2 else (1, x.numel())
         return _Tensor(x.data_ptr(), None, _DTYPES[x.dtype], rows, columns, int(turned))
 
     def still_there(self) -> bool:
         """Whether every tensor is the one that it was, at the address where it was."""
-        now = [d.get(name) for d, name in self.slots]
-        return all(map(operator.is_, now, self.lent)) and [x.data_ptr() for x in now] == self.addresses
+        # Some hundred tensors are looked at for every token: `map` over C functions takes a third of a loop's time.
+        now = [x for d in self.owners for x in d.values()]
+        if len(now) != len(self.lent) or not all(map(operator.is_, now, self.lent)):
+            return False
+        return list(map(_address, self.there)) == self.addresses
 
     def undisturbed(self) -> bool:
         """Whether nobody watches the modules or has hooked into them."""
@@ -152,37 +161,38 @@ class _Table:
 _tables: WeakKeyDictionary[nn.Module, _Table] = WeakKeyDictionary()
 
 
-def compiled_step(model, tokens, state: RWKVState | None) -> bool:
-    """Whether `run_step` can take these tokens.
+def compiled_step(model, tokens, state: RWKVState | None) -> Callable | None:
+    """What takes these tokens `[B,T]` through the model one by one, where it can: a function `(tokens, state)` that
+    returns logits `[B,T,V]` and the new state, and raises ParameterError for a state that does not fit.
 
     Raises:
         KernelError: the step cannot be compiled, and `use_backend("cpu")` demands it.
     """
     backend = chosen_backend()
     if backend not in ("auto", "cpu") or model.layout.version not in _SOURCES or type(tokens) is not torch.Tensor:
-        return False
-    if model.ln_out.weight.dtype not in _DTYPES or model.ln_out.weight.device.type != "cpu":
-        return False
+        return None
+    weight = model.ln_out.weight
+    if weight.dtype not in _DTYPES or weight.device.type != "cpu":
+        return None
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
-        return False
+        return None
     table = _table(model)
     if table is None or not table.undisturbed():
-        return False
+        return None
     if torch.is_grad_enabled():
         given = () if state is None else state.tensors().values()
-        tuned = [block.att.time_state for block in model.blocks] if state is None and model.has_time_state else ()
-        if any([x.requires_grad for x in (*table.lent, *given, *tuned)]):
-            return False
+        if any([x.requires_grad for x in (*table.there, *given)]):
+            return None
     try:
-        cpu_library(table.source)
+        library = cpu_library(table.source)
     except KernelError as error:
         if backend == "cpu":
             raise
         if table.source not in _told:
             _told.add(table.source)
             log.warning("Tokens go through torch one by one: %s", error)
-        return False
-    return True
+        return None
+    return partial(_run, model, table, library.step)
 
 
 _told: set[str] = set()  # sources of which somebody has been told that they do not compile
@@ -200,33 +210,26 @@ def _table(model) -> _Table | None:
 
 
 @torch.no_grad()
-def run_step(model, tokens, state: RWKVState | None) -> tuple[torch.Tensor, RWKVState]:
-    """Run tokens `[B,T]` one after the other, as `compiled_step` has allowed: logits `[B,T,V]` and the new state.
-
-    Raises:
-        ParameterError: a state that does not fit.
-    """
-    table, layout, B = _table(model), model.layout, len(tokens)
-    dtype, function = table.dtype, cpu_library(table.source).step
+def _run(model, table: _Table, step, tokens, state: RWKVState | None) -> tuple[torch.Tensor, RWKVState]:
+    layout, dtype, B = model.layout, table.dtype, len(tokens)
     if state is None:
         state = model.create_state(B)
     else:
         check_state(state, layout, B, dtype, tokens.device)
-    shape = (B, *state_shapes(layout)["wkv"])
+    shape, shifts = (B, *state_shapes(layout)["wkv"]), (B, layout.n_layer, layout.n_embd)
     logits = []
     for column in tokens.to(torch.int64).unbind(1):
         column = column.contiguous()
         wkv, att, ffn = state.wkv.float(), _rows(state.att_shift, dtype), _rows(state.ffn_shift, dtype)
-        new_wkv = torch.empty(shape)
-        new_att, new_ffn = (torch.empty(B, layout.n_layer, layout.n_embd, dtype=dtype) for _ in range(2))
-        out = torch.empty(B, layout.vocab_size, dtype=dtype)
+        new_wkv, new_att, new_ffn = recycled(shape, torch.float32), recycled(shifts, dtype), recycled(shifts, dtype)
+        out = recycled((B, layout.vocab_size), dtype)
         strides = wkv.stride() if wkv.ndim == 5 else (*wkv.stride(), 0)
         call = _Call(
             *(column.data_ptr(), B, wkv.data_ptr(), strides, att.data_ptr(), ffn.data_ptr()),
             *(att.stride()[:2], ffn.stride()[:2]),
             *(new_wkv.data_ptr(), new_att.data_ptr(), new_ffn.data_ptr(), out.data_ptr(), torch.get_num_threads()),
         )
-        function(ctypes.byref(table.model), ctypes.byref(call))
+        step(ctypes.byref(table.model), ctypes.byref(call))
         logits.append(out)
         # Key-major is how the kernel holds it: [B,L,H,K,V] in memory.
         logical = new_wkv if wkv.ndim == 4 else new_wkv.transpose(-1, -2)

@@ -12,7 +12,7 @@ from rwkv_lab.checkpoint import Layout, write_checkpoint
 from rwkv_lab.errors import DeviceError, ParameterError
 from rwkv_lab.model import fast_parallel, rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_lab.model.block import GROUP_NORM_EPS
-from rwkv_lab.model.compiled_step import compiled_step, run_step
+from rwkv_lab.model.compiled_step import compiled_step
 from rwkv_lab.model.device import device_errors, falls_back, parse_device, warn_of_fallback
 from rwkv_lab.model.generation import Sampling, generate_one
 from rwkv_lab.model.inputs import check_tokens
@@ -188,8 +188,8 @@ class RWKV_Dual(nn.Module):
         tokens = check_tokens(self, tokens)
         if self.mode is RWKVMode.TRANSFORMER:
             pieces = [tokens]
-        elif not return_v_first and compiled_step(self, tokens, state):
-            return run_step(self, tokens, state)
+        elif not return_v_first and (step := compiled_step(self, tokens, state)):
+            return step(tokens, state)
         else:
             pieces = tokens.split(1, dim=1)
         logits, v_first = [], []
@@ -221,8 +221,8 @@ class RWKV_Dual(nn.Module):
             ParameterError, DeviceError: as calling the model; lengths that do not fit.
         """
         tokens = check_tokens(self, tokens)
-        if tokens.shape[1] == 1 and compiled_step(self, tokens, state):
-            logits, state = run_step(self, tokens, state)
+        if tokens.shape[1] == 1 and (step := compiled_step(self, tokens, state)):
+            logits, state = step(tokens, state)
             return logits[:, 0], state
         x, state = self._read(tokens, state) if lengths is None else self._read_ragged(tokens, state, lengths)
         return self._logits(x), state
