@@ -1,8 +1,8 @@
 """One token through a whole model as one compiled call: `kernels/cpu/step*.cpp`, with weights used where they lie.
 
-`compiled_step` says whether a call can go that way. It can where the answer is the same and nobody looks
-inside: on the CPU, without gradients, hooks, watchers or autocast, in float32, bfloat16 or float16, and with the modules
-that this package makes. Otherwise the torch modules run, as they do with `use_backend("reference")` or "chunked".
+`compiled_step` says whether a call can go that way. It can where the answer is the same and nobody looks inside: on the
+CPU, without gradients, hooks, watchers or autocast, in float32, bfloat16 or float16, and with modules that this package
+makes. Otherwise the torch modules run, as they do with `use_backend("reference")` or "chunked".
 """
 
 import ctypes

@@ -46,7 +46,7 @@ def test_every_mode_backend_and_dtype_agrees(tmp_path):
         assert all(row.curve.shape == (70,) and row.curve.max() < 10 * row.accuracy for row in rows)
         double, single = rows[:2], [row for row in rows if row.dtype == torch.float32]
         assert single[0].logits_error > double[1].logits_error > 0
-        assert single[0].logits_apart == 0 < single[1].logits_apart
+        assert single[0].logits_apart == 0 < single[len(single) // 2].logits_apart
         assert rows[-1].logits_error > 1e-4  # bfloat16 cannot be that good: it was really run
     assert model.mode is RWKVMode.RNN and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
