@@ -32,8 +32,8 @@ GROWTH = 2.0
 @dataclass(frozen=True)
 class ModeRow:
     """One run, beside the float64 run in TRANSFORMER mode of a model with the same (rounded) weights, and beside the
-    first mode on the same backend in its own dtype. Errors are relative RMS: over all logits, and of the final state the
-    worst of its parts.
+    first mode on the same backend in its own dtype. Errors are relative RMS: over all logits, and of the final state
+    the worst of its parts.
     """
 
     mode: RWKVMode
