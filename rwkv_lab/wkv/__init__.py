@@ -1,8 +1,8 @@
 """The WKV operators: what an RWKV layer remembers, in forms that agree and differ in speed.
 
 Names, shapes, dtypes and formulas are given once per operator here; kernels/README.md derives the faster forms.
-`reference` and `chunked` are plain torch; `cpu` is compiled on first use, for float32, bfloat16 and float16. All of them
-compute and return the state in float32, or in float64 when any input is float64, autocast or not; y comes
+`reference` and `chunked` are plain torch; `cpu` is compiled on first use, for float32, bfloat16 and float16.
+All of them compute and return the state in float32, or in float64 when any input is float64, autocast or not; y comes
 back in the dtype that v has. All are differentiable with respect to every input, the state included, and never change
 an input in place.
 """
@@ -35,12 +35,15 @@ _SHORT = {"wkv4": 6, "wkv5": 12, "wkv6": 12, "wkv7": 4}
 _EMPTY = -1e30  # exponent p before the first token: e^p is 0, and differences of exponents stay finite
 
 
-def backends() -> tuple[str, ...]:
-    """Names that `backend=` takes here besides "auto", slowest first; every operator has all of them.
+def backends(dtype: torch.dtype | None = None) -> tuple[str, ...]:
+    """Names that `backend=` takes here besides "auto"; every operator has all of them.
 
     Compiles nothing: "cpu" is among them when there is a compiler and nothing went wrong so far.
+
+    Args:
+        dtype: leaves out the backends that do not compute in it: the compiled ones for float64.
     """
-    return tuple(name for name in _FORMS["wkv7"] if name not in _COMPILED or available(name))
+    return tuple(x for x in _FORMS["wkv7"] if x not in _COMPILED or (dtype != torch.float64 and available(x)))
 
 
 def wkv4(w, u, k, v, state=None, backend: str = "auto"):
