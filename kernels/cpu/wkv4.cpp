@@ -1,6 +1,6 @@
 // WKV4, forward and backward; kernels/README.md has the formulas. Channels are independent: a task is a run of them.
-#include "parallel.h"
 #include "simd.h"
+#include "torch_threads.h"
 
 using namespace rwkv_lab;
 
@@ -182,7 +182,7 @@ void backward_channels(const Backward &f, int64_t b, int64_t first) {
 template <class Task>
 void for_channels(const Sizes &size, int threads, Task &&task) {
     const int64_t runs = (size.A + W - 1) / W;
-    parallel_for(int(size.B * runs), threads, [&](int i) { task(i / runs, i % runs * W); });
+    parallel_with_torch(int(size.B * runs), threads, [&](int i) { task(i / runs, i % runs * W); });
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // WKV7, forward and backward; kernels/README.md has the formulas and says why the loops run as they do.
-#include "parallel.h"
 #include "simd.h"
+#include "torch_threads.h"
 
 using namespace rwkv_lab;
 
@@ -125,7 +125,7 @@ void forward_block(const Forward &f, int64_t b, int64_t h, int first) {
 template <int FIXED, int NV>
 void forward_all(const Forward &f, int threads) {
     const int blocks = (f.size.N + NV * LANES - 1) / (NV * LANES);
-    parallel_for(int(f.size.B * f.size.H * blocks), threads, [&](int i) {
+    parallel_with_torch(int(f.size.B * f.size.H * blocks), threads, [&](int i) {
         const int head = i / blocks;
         forward_block<FIXED, NV>(f, head / f.size.H, head % f.size.H, i % blocks * NV * LANES);
     });
@@ -379,5 +379,5 @@ extern "C" void wkv7_backward(const void *r, const void *w, const void *k, const
                output(da, dtypes, 4),
                output(db, dtypes, 5),
                d_state};
-    parallel_for(int(B * H), threads, [&](int i) { backward_head(f, i / H, i % H); });
+    parallel_with_torch(int(B * H), threads, [&](int i) { backward_head(f, i / H, i % H); });
 }

@@ -1,8 +1,8 @@
 """The WKV operators: what an RWKV layer remembers, in forms that agree and differ in speed.
 
 Names, shapes, dtypes and formulas are given once per operator here; kernels/README.md derives the faster forms.
-`reference` and `chunked` are plain torch; `cpu` is compiled on first use, for float32, bfloat16 and float16. All of them
-compute and return the state in float32, or in float64 when any input is float64, autocast or not; y comes
+`reference` and `chunked` are plain torch; `cpu` is compiled on first use, for float32, bfloat16 and float16.
+All of them compute and return the state in float32, or in float64 when any input is float64, autocast or not; y comes
 back in the dtype that v has. All are differentiable with respect to every input, the state included, and never change
 an input in place.
 """

@@ -1,4 +1,4 @@
-"""`python -m rwkv_lab.wkv`: which backends of the WKV operators are there, how they were built, and why others are not."""
+"""`python -m rwkv_lab.wkv`: which backends of the WKV operators are there, how they were built, why others are not."""
 
 import time
 

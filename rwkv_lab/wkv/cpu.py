@@ -5,6 +5,9 @@ float32. The state comes back as `[B,H,V,K]` with keys outermost in memory, as t
 """
 
 import ctypes
+import functools
+import re
+from pathlib import Path
 
 import torch
 
@@ -102,8 +105,8 @@ def wkv6_backward(r, w, k, v, u, kept, dy, d_final):
 
 
 def wkv7_forward(r, w, k, v, a, b, state, keep: bool):
-    """y `[B,T,H,N]`, final state `[B,H,V,K]`, and, to go backward (else empty), states along time `[B,H,chunks,K,V]` and
-    the readings S a `[B,T,H,N]`."""
+    """y `[B,T,H,N]`, final state `[B,H,V,K]`, and, to go backward (else empty), states along time `[B,H,chunks,K,V]`
+    and the readings S a `[B,T,H,N]`."""
     B, T, H, N = v.shape
     r, w, k, v, a, b = (x.contiguous() for x in (r, w, k, v, a, b))
     y, final = torch.empty_like(v), state.new_empty(B, H, N, N)
@@ -139,10 +142,26 @@ def wkv7_backward(r, w, k, v, a, b, kept, readings, dy, d_final):
 def _function(name: str):
     function = _functions.get(name)
     if function is None:
-        function = getattr(cpu_library(name[:4]), name)
+        library = cpu_library(name[:4])
+        library.use_openmp(_gomp_parallel())
+        function = getattr(library, name)
         function.argtypes, function.restype = _SIGNATURES[name], None
         _functions[name] = function
     return function
+
+
+@functools.cache
+def _gomp_parallel() -> ctypes.c_void_p:
+    """Address of `GOMP_parallel` in the OpenMP library that torch has loaded; NULL where there is none to be found."""
+    try:
+        mapped = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+    except OSError:
+        return ctypes.c_void_p()
+    inside = str(Path(torch.__file__).parent.parent)  # torch/lib or torch.libs: others (scikit-learn's) are not torch's
+    for path in sorted(mapped, key=lambda path: not path.startswith(inside)):
+        if re.match(r"lib(gomp|iomp5|omp)\b", Path(path).name):
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p)
+    return ctypes.c_void_p()
 
 
 def _addresses(*tensors) -> list[int]:

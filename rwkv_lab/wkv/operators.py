@@ -1,7 +1,7 @@
 """The compiled WKV operators as torch knows them: `torch.ops.rwkv_lab.wkv4`, `.wkv6` (also WKV5) and `.wkv7`.
 
-Each returns, behind y and the final state, what its backward pass needs, empty unless `keep`. Registered with shapes for
-`torch.compile` and `torch.export`, and with a backward pass that is an operator too. There is no second derivative.
+Each returns, behind y and the final state, what its backward pass needs, empty unless `keep`. Registered with shapes
+for `torch.compile` and `torch.export`, and with a backward pass that is an operator too. There is no second derivative.
 """
 
 import torch
@@ -115,8 +115,7 @@ def _(r, w, k, v, a, b, kept, readings, dy, d_final):
 
 
 def _differentiable(forward, backward, n_inputs: int) -> None:
-    """Register `backward` as the gradient of `forward`, whose first n_inputs arguments are those of the recurrence, then
-    the state, then keep."""
+    """Register `backward` as the gradient of `forward`, whose arguments are n_inputs of the recurrence, state, keep."""
 
     def remember(ctx, inputs, output):
         ctx.keep = inputs[-1]

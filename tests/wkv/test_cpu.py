@@ -21,8 +21,8 @@ SIZES = [
 ]
 SHORT = (2, 37, 3, 32)
 
-# Rounding errors of float32 (6e-8) that pile up along time and in sums over N. Where nearly nothing is forgotten over 1000
-# tokens (WKV5's slowest decays, WKV4's sums) they grow with the number of tokens.
+# Rounding errors of float32 (6e-8) that pile up along time and in sums over N. Where nearly nothing is forgotten over
+# 1000 tokens (WKV5's slowest decays, WKV4's sums) they grow with the number of tokens.
 OUTPUT, GRADIENT = 3e-6, 2e-5
 # An input in 16 bits is exact once it is read; what comes out in 16 bits is rounded once.
 ROUNDED = {torch.float32: 0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

@@ -1,4 +1,4 @@
-"""The loader under everything that can go wrong: each time there is a working library, or one sentence that says why not.
+"""The loader under everything that can go wrong: each time a working library, or one sentence that says why not.
 
 Each trial is a process of its own with a cache of its own; a small source stands in for the kernels where it can.
 """
@@ -26,17 +26,21 @@ RUN = "import torch; from rwkv_lab.wkv import wkv7; x = torch.ones(1, 2, 1, 32);
 
 @pytest.fixture
 def package(tmp_path):
+    return small_package(tmp_path, SMALL)
+
+
+def small_package(folder, content):
     """The loader as an installed package without the rest, whose kernels are one small source.
 
     In place of torch, whose import takes a second, there is what the loader asks of it.
     """
-    root, source = tmp_path / "package", kernels_folder().parent / "rwkv_lab"
+    root, source = folder / "package", kernels_folder().parent / "rwkv_lab"
     (root / "rwkv_lab" / "kernels" / "cpu").mkdir(parents=True)
     (root / "rwkv_lab" / "wkv").mkdir()
     for name in ("errors.py", "resources.py", "wkv/loader.py"):
         shutil.copy(source / name, root / "rwkv_lab" / name)
     (root / "torch.py").write_text("__version__ = '2.99'\n")
-    (root / "rwkv_lab" / "kernels" / "cpu" / "small.cpp").write_text(SMALL)
+    (root / "rwkv_lab" / "kernels" / "cpu" / "small.cpp").write_text(content)
     (root / "rwkv_lab" / "kernels" / "cpu" / "some.h").write_text("#pragma once\n")
     return root
 
@@ -220,6 +224,34 @@ def test_the_portable_build_agrees(tmp_path):
     out, err = finish(start(code, cache=tmp_path / "cache", RWKV_LAB_PORTABLE="1"))
     assert out == "True", err
     assert len(libraries(tmp_path / "cache")) == 3
+
+
+def test_the_team_of_threads_survives_a_fork_and_several_callers(tmp_path):
+    code = (
+        "import os, threading; from rwkv_lab.wkv.loader import cpu_library\n"
+        "def run(times, bad):\n"
+        "    for i in range(times):\n"
+        "        n = 1 + i % 97\n"
+        "        if lib.count(n, 1 + i % 4) != n * (n - 1) // 2: bad.append(n)\n"
+        "lib, bad = cpu_library('small'), []\n"
+        "run(3000, bad)\n"
+        "if not (child := os.fork()): run(300, bad); os._exit(len(bad))\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "threads = [threading.Thread(target=run, args=(2000, bad)) for _ in range(4)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\n"
+        "print(bad)\n"
+    )
+    counting = (
+        '#include "parallel.h"\n'
+        'extern "C" int count(int n, int threads) {\n'
+        "    std::atomic<int> sum{0};\n"
+        "    rwkv_lab::parallel_for(n, threads, [&](int i) { sum += i; });\n"
+        "    return sum;\n"
+        "}\n"
+    )
+    package = small_package(tmp_path, counting)
+    shutil.copy(kernels_folder() / "cpu" / "parallel.h", package / "rwkv_lab" / "kernels" / "cpu")
+    assert finish(start(code, package, tmp_path / "cache"))[0] == "[]"
 
 
 def test_the_state_of_every_backend_is_printed(tmp_path):
