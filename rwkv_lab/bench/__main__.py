@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--shapes", nargs="*", choices=SHAPES, help="models with random weights, made here")
         one.add_argument("--models", nargs="*", type=Path, default=[], help="checkpoints of your own, instead")
         one.add_argument("--dtypes", nargs="+", choices=LIMITS, default=list(Plan.dtypes))
-        one.add_argument("--lengths", nargs="+", type=int, help="tokens of prompts")
+        one.add_argument("--lengths", nargs="+", type=int, help="tokens of prompts; the longest is the operators' too")
         one.add_argument("--batches", nargs="+", type=int, help="sequences decoded at once")
         one.add_argument("--contexts", nargs="+", type=int, help="tokens read before, for growth")
         one.add_argument("--backends", nargs="+", default=[], help="of the WKV operators; by default all there are")
@@ -116,7 +116,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> list[str]:
         rows: list[Row] = []
         floors: Floors = {}
         if job == "wkv":
-            shape = Shape(length=512 if quick else 2048)
+            shape = Shape(length=max(options.lengths or [512 if quick else 2048]))
             rows, floors = measure_operators(shape, names, rounds, options.device, OPERATORS)
         elif job == "training":
             rows = measure_training(names, rounds)

@@ -95,7 +95,8 @@ def interleave(
     names = list(contestants)
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
     for r in range(-1 if warm_up else 0, rounds):
-        for name in names[max(r, 0) % len(names) :] + names[: max(r, 0) % len(names)]:
+        first = max(r, 0) % max(len(names), 1)
+        for name in names[first:] + names[:first]:
             if r < 0:
                 contestants[name]()
                 continue

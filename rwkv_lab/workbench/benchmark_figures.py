@@ -80,7 +80,7 @@ def _bars(axes: Axes, rows: Sequence[Row], marked: Sequence[str]) -> None:
         low, high = row.median - min(row.samples), max(row.samples) - row.median
         axes.barh(y, row.median, 0.66, color=BLUE if row.engine == OURS else ORANGE)
         axes.errorbar(row.median, y, xerr=[[low], [high]], color="#333333", capsize=2, linewidth=1)
-        note = f"{row.median:.4g}"
+        note = f"{row.median:,.0f}" if row.median >= 1000 else f"{row.median:.3g}"
         if row.shares:
             floor, share = max(row.shares.items(), key=lambda item: item[1])
             note += f"  ({share:.0%} of {floor})"
