@@ -7,8 +7,8 @@
 
 #include <vector>
 
-#include "parallel.h"
 #include "simd.h"
+#include "torch_threads.h"
 
 namespace rwkv_lab {
 
@@ -312,7 +312,7 @@ inline void multiply(const Product *products, int count, bool pairs, int threads
             for (int64_t part = 0; part < parts; part++)
                 tasks.push_back({products + i, tiles * part / parts, tiles * (part + 1) / parts, first});
     }
-    parallel_for(int(tasks.size()), threads, [&](int i) {
+    parallel_with_torch(int(tasks.size()), threads, [&](int i) {
         const Task &t = tasks[size_t(i)];
         const Product &p = *t.product;
         const int columns = int(std::min<int64_t>(WIDTH, p.n - t.first));

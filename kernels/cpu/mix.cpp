@@ -83,7 +83,7 @@ INLINE void per_head(float *over, int64_t H, int64_t N, Term term, Value value) 
 template <class Task>
 void over_tiles(int64_t rows, int threads, Task task) {
     const int64_t tiles = (rows + TILE - 1) / TILE;
-    parallel_for(int(tiles), threads, [&](int i) { task(i, i * int64_t(TILE), int(std::min<int64_t>(TILE, rows - i * TILE))); });
+    parallel_with_torch(int(tiles), threads, [&](int i) { task(i, i * int64_t(TILE), int(std::min<int64_t>(TILE, rows - i * TILE))); });
 }
 
 // A tile of rows that is computed row by row and then laid out for a product.

@@ -256,7 +256,7 @@ class RWKV_Dual(nn.Module):
             state = self.create_state(len(tokens))
         else:
             check_state(state, self.layout, len(tokens), self.emb.weight.dtype, self.get_device())
-        if tokens.shape[1] > 1 and not return_v_first and fast_parallel.is_possible(self):
+        if not return_v_first and fast_parallel.is_possible(self):
             return *fast_parallel.run(self, tokens, state), None
         x = self.blocks[0].ln0(self.emb(tokens))  # [B,T,C]
         v_first, att_shift, ffn_shift, wkv = None, [], [], []

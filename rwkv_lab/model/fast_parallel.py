@@ -13,13 +13,15 @@ from torch import nn
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.model.state import RWKVState
-from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
 from rwkv_lab.wkv import wkv4, wkv5, wkv6, wkv7
 from rwkv_lab.wkv.choice import chosen_backend
-from rwkv_lab.wkv.loader import cpu_library
+from rwkv_lab.wkv.cpu import library_on_torch_threads
 
 _BLOCK = 512  # rows (batch times tokens) at once: enough to pay for reading a layer's weights, few enough for the cache
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PLAIN = {f"rwkv_lab.model.{x}" for x in ("dual", "block", "rwkv4", "rwkv5", "rwkv6", "rwkv7")} | {
+    f"torch.nn.modules.{x}" for x in ("linear", "normalization", "sparse", "container")
+}  # where the classes of a model stand to which nothing was added
 _NONE, _TANH, _SIGMOID, _RELU_SQUARE = range(4)
 
 
@@ -33,10 +35,10 @@ def is_possible(model: nn.Module) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    parameters = list(model.parameters())
-    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+    if weight.dtype not in _DTYPES:
         return False
-    if weight.dtype not in _DTYPES or not all(_is_plain(module, weight.dtype) for module in model.modules()):
+    grad = torch.is_grad_enabled()
+    if not all(_is_plain(module, weight.dtype, grad) for module in model.modules()):
         return False
     try:
         return _library() is not None
@@ -44,15 +46,17 @@ def is_possible(model: nn.Module) -> bool:
         return False
 
 
-def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
+def _is_plain(module: nn.Module, dtype: torch.dtype, grad: bool) -> bool:
     if module._forward_hooks or module._forward_pre_hooks or getattr(module, "watchers", ()):
         return False
-    if isinstance(module, PackedLinear | PackedEmbedding):
-        return False
-    if "forward" in vars(module) or not type(module).__module__.startswith(("rwkv_lab.model.", "torch.nn.modules.")):
+    if "forward" in vars(module) or type(module).__module__ not in _PLAIN:
         return False
     return all(
-        p is None or name == "time_state" or (p.dtype == dtype and p.is_contiguous() and p.device.type == "cpu")
+        p is None
+        or p.device.type == "cpu"
+        and p.is_contiguous()
+        and not (grad and p.requires_grad)
+        and (p.dtype == dtype or name == "time_state")
         for name, p in module._parameters.items()
     )
 
@@ -73,25 +77,8 @@ def run(model: nn.Module, tokens: torch.Tensor, state: RWKVState) -> tuple[torch
         else:
             own = one_pass.room("x", piece.numel(), x.shape[2])
             one_pass.over(piece.contiguous(), own, att, ffn, wkv)
-            _copy(rows, own.view(rows.shape))
-    return x, RWKVState(_stack(wkv), _stack(att), _stack(ffn), state.version)
-
-
-def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
-    """torch.stack(parts, 1), the last two axes in memory as the parts have them."""
-    first = parts[0]
-    turned = first.ndim > 2 and first.mT.is_contiguous()
-    shape = first.mT.shape if turned else first.shape
-    out = torch.empty(len(first), len(parts), *shape[1:], dtype=first.dtype)
-    for i, part in enumerate(parts):
-        _copy(out[:, i], part.mT if turned else part)
-    return out.mT if turned else out
-
-
-def _copy(to: torch.Tensor, part: torch.Tensor) -> None:
-    """By numpy: torch's threads, once called, spin for milliseconds on the cores that the next pass needs."""
-    to, part = ((x.view(torch.int16) if x.itemsize == 2 else x).numpy() for x in (to, part))
-    to[...] = part
+            rows.copy_(own.view(rows.shape))
+    return x, RWKVState(*(torch.stack(parts, 1) for parts in (wkv, att, ffn)), state.version)
 
 
 @torch.no_grad()
@@ -327,7 +314,7 @@ class _Laying(ctypes.Structure):
 
 
 def _library() -> ctypes.CDLL:
-    library = cpu_library("mix")
+    library = library_on_torch_threads("mix")
     library.has_pairs.restype = library.laid_floats.restype = ctypes.c_int64
     return library
 

@@ -142,12 +142,21 @@ def wkv7_backward(r, w, k, v, a, b, kept, readings, dy, d_final):
 def _function(name: str):
     function = _functions.get(name)
     if function is None:
-        library = cpu_library(name[:4])
-        library.use_openmp(_gomp_parallel())
-        function = getattr(library, name)
+        function = getattr(library_on_torch_threads(name[:4]), name)
         function.argtypes, function.restype = _SIGNATURES[name], None
         _functions[name] = function
     return function
+
+
+def library_on_torch_threads(name: str) -> ctypes.CDLL:
+    """`cpu_library(name)`, of a source that includes torch_threads.h, told where torch's threads are.
+
+    Raises:
+        KernelError: as `cpu_library`.
+    """
+    library = cpu_library(name)
+    library.use_openmp(_gomp_parallel())
+    return library
 
 
 @functools.cache
