@@ -139,6 +139,8 @@ class _Table:
                     turned = name in _TURNED
                     rows.append(_NOTHING if idle or missing else self._of_parameter(owner, last, turned))
         self.owners = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
+        self.trees = [m._modules for m in (model, model.blocks, *self.modules) if m._modules]
+        self.grown = [m for d in self.trees for m in d.values()]
         self.watched = [m for m in self.modules if hasattr(m, "watchers")]
         self.lent = [x for d in self.owners for x in d.values()]  # kept alive, so that no address is used again
         self.there = [x for x in self.lent if x is not None]
@@ -171,11 +173,12 @@ class _Table:
         return _Tensor(x.data_ptr(), None, _DTYPES[x.dtype], rows, columns, int(turned))
 
     def still_there(self) -> bool:
-        """Whether every tensor is the one that it was, at the address where it was."""
+        """Whether every module and tensor is the one that it was, and every tensor at the address where it was."""
         # Some hundred tensors are looked at for every token: `map` over C functions takes a third of a loop's time.
-        now = [x for d in self.owners for x in d.values()]
-        if len(now) != len(self.lent) or not all(map(operator.is_, now, self.lent)):
-            return False
+        for dictionaries, known in ((self.trees, self.grown), (self.owners, self.lent)):
+            now = [x for d in dictionaries for x in d.values()]
+            if len(now) != len(known) or not all(map(operator.is_, now, known)):
+                return False
         return list(map(_address, self.there)) == self.addresses
 
     def undisturbed(self) -> bool:
