@@ -101,7 +101,7 @@ def compare_modes(
 
     Args:
         model: a model, which stays as it is, or the path of a checkpoint.
-        backends: names that `wkv7` takes; None for all there are.
+        backends: names that `wkv7` takes; None for all that there are for each dtype.
         modes: the first is what the others are compared with.
 
     Returns:
@@ -119,7 +119,7 @@ def compare_modes(
         rounded = in_dtype(model, dtype)
         expected, first = Run(in_dtype(rounded, torch.float64), backend="reference")(tokens), None
         for mode in modes:
-            for backend in all_backends() if backends is None else backends:
+            for backend in all_backends(dtype) if backends is None else backends:
                 limits = {"limit": LIMITS[dtype], "accuracy": ACCURACY[dtype]}
                 try:
                     found = Run(rounded, mode, backend)(tokens)

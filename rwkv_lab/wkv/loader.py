@@ -7,6 +7,7 @@ a rename, or not at all, so that processes may race for it and may be killed at 
 
 import atexit
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -30,7 +31,7 @@ from rwkv_lab.resources import kernels_folder
 
 log = logging.getLogger(__name__)
 
-_COMMON = ("-std=c++20", "-O3", "-fPIC", "-shared")
+_COMMON = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
 _NATIVE = ("-march=native",)
 _PORTABLE = ("-march=x86-64-v2",)  # what every x86 of the last fifteen years can run
 _PATIENCE = 600  # seconds until a compiler is given up
@@ -73,6 +74,11 @@ def cuda_library(name: str, architectures: tuple[str, ...] | None = None) -> cty
             missing. It is remembered: the next call raises at once.
     """
     return _remembered(("cuda", name, architectures), lambda: cuda_build(name, architectures))
+
+
+def failed(kind: str, name: str) -> bool:
+    """Whether an attempt of this process to get `kernels/<kind>/<name>` went wrong."""
+    return any(isinstance(found, KernelError) and key[:2] == (kind, name) for key, found in _results.items())
 
 
 def cache_folder() -> Path:
@@ -134,7 +140,12 @@ def _portable() -> bool:
 
 def _cpp_compiler() -> tuple[tuple[str, ...], str]:
     """Command and version of the C++ compiler: `$CXX`, else the first there is."""
-    for command in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+    return _cpp_compiler_of(os.environ.get("CXX"), os.environ.get("PATH"))
+
+
+@functools.cache
+def _cpp_compiler_of(chosen: str | None, path: str | None) -> tuple[tuple[str, ...], str]:
+    for command in (chosen, "g++", "c++", "clang++"):
         words = shlex.split(command) if command else []
         if words and (path := shutil.which(words[0])):
             return (path, *words[1:]), f"{path} {_version_line((path, *words[1:]))}"
