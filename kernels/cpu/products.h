@@ -359,7 +359,7 @@ inline void product(const Tensor &w, int first, int last, const Rows &x, int64_t
 
 // ------------------------------------------------------------------ whole products on all threads
 
-enum Activation { NONE, TANH, SIGMOID, SQUARED_RELU };
+enum Activation { NONE, TANH, SIGMOID, SILU, SQUARED_RELU };
 
 // e^x of n numbers, in place.
 inline void exponentials_of(float *x, int n) {
@@ -387,7 +387,9 @@ void activate(float *x, int n, Activation f) {
         for (int i = 0; i < n; i++) x[i] = std::tanh(x[i]);
     else if (f == SIGMOID)
         sigmoids(x, n);
-    else
+    else if (f == SILU) {
+        for (int i = 0; i < n; i++) x[i] = x[i] / (1 + std::exp(-x[i]));
+    } else
         for (int i = 0; i < n; i++) x[i] = x[i] <= 0 ? 0 : x[i] * x[i];  // NaN stays NaN
     for (int i = 0; i < n; i++) x[i] = rounded<D>(x[i]);
 }

@@ -16,6 +16,7 @@ struct Model {
     int32_t dtype;  // of the activations
     int32_t L, C, A, F, V, H, N;
     float norm_eps, head_norm_eps;
+    int32_t generation;
     int32_t rescale;  // layers after which x is halved; 0 for never
 };
 
@@ -32,6 +33,8 @@ struct Call {
     void *new_att_shift, *new_ffn_shift, *logits;
     int64_t threads;
 };
+
+enum { EMB, LN0, LN_OUT = 3, HEAD = 5, LAYERS };  // what comes before the layers' tensors
 
 // Memory of one call, handed out in pieces whose rows have zeros behind their end.
 class Scratch {
@@ -126,7 +129,7 @@ void each_sequence(int64_t B, int threads, Task &&task) {
 // x[b] = ln0(embedding of the token)
 template <int D>
 void embed(const Model &m, const Call &c, int64_t b, float *x) {
-    const Tensor &table = m.tensors[0];
+    const Tensor &table = m.tensors[EMB];
     const int64_t token = c.tokens[b];
     if (table.format <= FLOAT16) {
         load_row(x, {table.data, table.format}, token * m.C, m.C, m.C);
@@ -144,7 +147,7 @@ void embed(const Model &m, const Call &c, int64_t b, float *x) {
         }
     }
     for (int i = 0; i < m.C; i++) x[i] = rounded<D>(x[i]);
-    layer_norm<D>(x, x, m.tensors[1], m.tensors[2], m.C, m.norm_eps);
+    layer_norm<D>(x, x, m.tensors[LN0], m.tensors[LN0 + 1], m.C, m.norm_eps);
 }
 
 // now = ln(x), kept as the new shift; before = the shift given.
@@ -169,6 +172,16 @@ void mix(const Rows &to, int64_t b, const float *now, const float *delta, const 
 template <int D>
 void add(float *x, const float *y, int n) {
     for (int i = 0; i < n; i++) x[i] = rounded<D>(x[i] + y[i]);
+}
+
+// Logits of x.
+template <int D>
+void head(const Model &m, const Call &c, const Rows &x, const Rows &now) {
+    each_sequence(c.B, int(c.threads), [&](int64_t b) {
+        layer_norm<D>(now.row(b), x.row(b), m.tensors[LN_OUT], m.tensors[LN_OUT + 1], m.C, m.norm_eps);
+        mirror(now, b, m.C);
+    });
+    run_jobs<D>({{&m.tensors[HEAD], now, {}, NONE, c.logits}}, c.B, int(c.threads));
 }
 
 // A state of one head, key-major: S[k][v] for values v0 .. v0+width-1 into rows of `width`.

@@ -7,7 +7,6 @@ namespace {
 
 enum { LN1 = 0, LN2 = 2, X_R = 4, X_W, X_K, X_V, X_A, X_G, W0, W1, W2, A0, A1, A2, V0, V1, V2, G1, G2, K_K, K_A, R_K,
        RECEPTANCE, KEY, VALUE, OUTPUT, LN_X, FFN_X_K = LN_X + 2, FFN_KEY, FFN_VALUE, PER_LAYER };
-enum { EMB, LN0, LN_OUT = 3, HEAD = 5, LAYERS };
 
 // S' = S diag(d) + (S a) bᵀ + v kᵀ, y = S' r for `NV` vectors of values; S[K][V], N floats per key.
 template <int NV>
@@ -57,7 +56,7 @@ struct Mixed {
 
 // One head of tokens b0 .. b1-1: the outer halves of the low-rank pairs, WKV, norm, bonus, gate.
 template <int D>
-void head(const Model &m, const Call &c, int layer, const Tensor *t, const Mixed &x, int h, int64_t b0, int64_t b1) {
+void one_head(const Model &m, const Call &c, int layer, const Tensor *t, const Mixed &x, int h, int64_t b0, int64_t b1) {
     FlushToZero flush;
     const int N = m.N, first = h * N, wide = round_up(N, LANES);
     const int64_t count = b1 - b0, all = count * wide;
@@ -151,7 +150,7 @@ void step(const Model &m, const Call &c) {
         const int blocks = int((B + TOGETHER - 1) / TOGETHER);
         parallel_for(m.H * blocks, threads, [&](int i) {
             const int64_t b0 = i % blocks * TOGETHER;
-            head<D>(m, c, layer, t, z, i / blocks, b0, std::min(b0 + TOGETHER, B));
+            one_head<D>(m, c, layer, t, z, i / blocks, b0, std::min(b0 + TOGETHER, B));
         });
         run_jobs<D>({{&t[OUTPUT], z.y, out}}, B, threads);
         each_sequence(B, threads, [&](int64_t b) {
@@ -164,12 +163,8 @@ void step(const Model &m, const Call &c) {
         run_jobs<D>({{&t[FFN_KEY], xk, key, SQUARED_RELU}}, B, threads);
         run_jobs<D>({{&t[FFN_VALUE], key, out}}, B, threads);
     }
-    each_sequence(B, threads, [&](int64_t b) {
-        add<D>(x.row(b), out.row(b), C);
-        layer_norm<D>(now.row(b), x.row(b), m.tensors[LN_OUT], m.tensors[LN_OUT + 1], C, m.norm_eps);
-        mirror(now, b, C);
-    });
-    run_jobs<D>({{&m.tensors[HEAD], now, {}, NONE, c.logits}}, B, threads);
+    each_sequence(B, threads, [&](int64_t b) { add<D>(x.row(b), out.row(b), C); });
+    head<D>(m, c, x, now);
 }
 
 }  // namespace

@@ -34,9 +34,32 @@ _SEVEN = (
     "att.v2 att.g1 att.g2 att.k_k att.k_a att.r_k att.receptance att.key att.value att.output att.ln_x "
     "ffn.x_k ffn.key ffn.value"
 ).split()
-_SOURCES = {"7.0": ("step7", _SEVEN)}
-_TURNED = {f"att.{x}{i}" for x in "wavg" for i in "12"}
+_FOUR = (
+    "ln1 ln2 att.time_decay att.time_first att.time_mix_k att.time_mix_v att.time_mix_r att.key att.value "
+    "att.receptance att.output ffn.time_mix_k ffn.time_mix_r ffn.key ffn.receptance ffn.value"
+).split()
+_FIVE = (
+    "ln1 ln2 att.time_faaaa att.time_first att.time_decay att.receptance att.key att.value att.gate att.output att.ln_x "
+    "ffn.time_mix_k ffn.time_mix_r ffn.key ffn.receptance ffn.value "
+    "att.time_mix_k att.time_mix_v att.time_mix_r att.time_mix_g"
+).split()
+_SIX = (
+    "ln1 ln2 att.time_faaaa att.time_first att.time_decay att.receptance att.key att.value att.gate att.output att.ln_x "
+    "ffn.time_maa_k ffn.time_maa_r ffn.key ffn.receptance ffn.value "
+    "att.time_maa_x att.time_maa_w att.time_maa_k att.time_maa_v att.time_maa_r att.time_maa_g "
+    "att.time_maa_w1 att.time_maa_w2 att.time_decay_w1 att.time_decay_w2"
+).split()
+_SOURCES = {
+    "4.0": ("step4", _FOUR),
+    "5.0": ("step56", _FIVE),
+    "5.1": ("step56", _FIVE),
+    "5.2": ("step56", _FIVE),
+    "6.0": ("step56", _SIX),
+    "7.0": ("step7", _SEVEN),
+}
+_TURNED = {f"att.{x}{i}" for x in (*"wavg", "time_maa_w", "time_decay_w") for i in "12"}
 _IDLE = {"att.v0", "att.v1", "att.v2"}  # of the first layer
+_MISSING = {"att.time_first", "att.time_faaaa", "att.gate", "att.time_mix_g"}  # not in every model of RWKV-5 and 6
 
 
 class _Tensor(ctypes.Structure):
@@ -59,6 +82,7 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("dtype", "L", "C", "A", "F", "V", "H", "N")),
         ("norm_eps", ctypes.c_float),
         ("head_norm_eps", ctypes.c_float),
+        ("generation", ctypes.c_int32),
         ("rescale", ctypes.c_int32),
     ]
 
@@ -110,9 +134,13 @@ class _Table:
                     self.modules.append(owner._modules[last])
                     rows += self._of_module(owner._modules[last])
                 else:
-                    used = block is not model.blocks[0] or name not in _IDLE
-                    rows.append(self._of_parameter(owner, last, turned=name in _TURNED) if used else _NOTHING)
+                    idle = name in _IDLE and block is model.blocks[0]
+                    missing = name in _MISSING and last not in owner._parameters
+                    turned = name in _TURNED
+                    rows.append(_NOTHING if idle or missing else self._of_parameter(owner, last, turned))
         self.owners = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
+        self.trees = [m._modules for m in (model, model.blocks, *self.modules) if m._modules]
+        self.grown = [m for d in self.trees for m in d.values()]
         self.watched = [m for m in self.modules if hasattr(m, "watchers")]
         self.lent = [x for d in self.owners for x in d.values()]  # kept alive, so that no address is used again
         self.there = [x for x in self.lent if x is not None]
@@ -123,6 +151,7 @@ class _Table:
             ctypes.addressof(self.rows),
             *(_DTYPES[self.dtype], layout.n_layer, layout.n_embd, layout.dim_att, layout.dim_ffn, layout.vocab_size),
             *(layout.n_head, layout.head_size, model.ln_out.eps, 0.0 if ln_x is None else ln_x.eps),
+            int(layout.version[0]),
             RESCALE_EVERY if self.dtype == torch.float16 and layout.version != "7.0" else 0,
         )
 
@@ -140,15 +169,16 @@ class _Table:
         x = owner._parameters.get(name)
         if type(x) is not nn.Parameter or not x.is_contiguous() or x.dtype != self.dtype or x.device.type != "cpu":
             raise _Unfit
-        rows, columns = x.shape if x.ndim == 2 else (1, x.numel())
+        rows, columns = (x.shape[:-1].numel(), x.shape[-1]) if turned or x.ndim == 2 else (1, x.numel())
         return _Tensor(x.data_ptr(), None, _DTYPES[x.dtype], rows, columns, int(turned))
 
     def still_there(self) -> bool:
-        """Whether every tensor is the one that it was, at the address where it was."""
+        """Whether every module and tensor is the one that it was, and every tensor at the address where it was."""
         # Some hundred tensors are looked at for every token: `map` over C functions takes a third of a loop's time.
-        now = [x for d in self.owners for x in d.values()]
-        if len(now) != len(self.lent) or not all(map(operator.is_, now, self.lent)):
-            return False
+        for dictionaries, known in ((self.trees, self.grown), (self.owners, self.lent)):
+            now = [x for d in dictionaries for x in d.values()]
+            if len(now) != len(known) or not all(map(operator.is_, now, known)):
+                return False
         return list(map(_address, self.there)) == self.addresses
 
     def undisturbed(self) -> bool:
