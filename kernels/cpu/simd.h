@@ -109,9 +109,16 @@ INLINE Vec pair_sums(Vec a, Vec b) {
     return out;
 }
 #else
-constexpr Ints lanes_from(int start, int step) {
+INLINE Ints lanes_from(int start, int step) {
     Ints out{};
     for (int i = 0; i < LANES; i++) out[i] = start + step * i;
+    return out;
+}
+
+// Lanes start, start + 1, … of one vector, each followed by the same lane of another.
+INLINE Ints interleaved(int start) {
+    Ints out{};
+    for (int i = 0; i < LANES; i++) out[i] = start + i / 2 + i % 2 * LANES;
     return out;
 }
 
@@ -141,13 +148,42 @@ INLINE float sum(Vec x) {
     return lanes[0];
 }
 
-// to[j][i] = from[i][j] for i < rows, j < columns; strides count floats. In squares, so that both stay in the cache.
+#if !defined(__clang__)
+// LANES x LANES numbers. Each round interleaves the first half of the rows with the second; after log2(LANES) rounds every
+// number has changed its row for its column.
+INLINE void transpose_square(float *to, int64_t to_stride, const float *from, int64_t from_stride) {
+    const Ints LOW = interleaved(0), HIGH = interleaved(LANES / 2);
+    Vec x[LANES], y[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) x[i] = load(from + i * from_stride);
+#pragma GCC unroll 4
+    for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = __builtin_shuffle(x[i], x[i + LANES / 2], LOW);
+            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + LANES / 2], HIGH);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) x[i] = y[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) store(to + i * to_stride, x[i]);
+}
+#endif
+
+// to[j][i] = from[i][j] for i < rows, j < columns; strides count floats.
 inline void transpose(float *to, int64_t to_stride, const float *from, int64_t from_stride, int rows, int columns) {
-    constexpr int SQUARE = 16;
-    for (int i0 = 0; i0 < rows; i0 += SQUARE)
-        for (int j0 = 0; j0 < columns; j0 += SQUARE)
-            for (int j = j0; j < std::min(j0 + SQUARE, columns); j++)
-                for (int i = i0; i < std::min(i0 + SQUARE, rows); i++) to[j * to_stride + i] = from[i * from_stride + j];
+    for (int i0 = 0; i0 < rows; i0 += LANES)
+        for (int j0 = 0; j0 < columns; j0 += LANES) {
+#if !defined(__clang__)
+            if (i0 + LANES <= rows && j0 + LANES <= columns) {
+                transpose_square(to + j0 * to_stride + i0, to_stride, from + i0 * from_stride + j0, from_stride);
+                continue;
+            }
+#endif
+            for (int j = j0; j < std::min(j0 + LANES, columns); j++)
+                for (int i = i0; i < std::min(i0 + LANES, rows); i++) to[j * to_stride + i] = from[i * from_stride + j];
+        }
 }
 
 // ------------------------------------------------------------------ rows of any dtype

@@ -143,7 +143,7 @@ struct Chunk {
 };
 
 // States before every token of the chunk, from the one before the first: P[i][row][key].
-inline void states(float *P, const Chunk &x, int count, int wide, int first, int rows) {
+INLINE void states(float *P, const Chunk &x, int count, int wide, int first, int rows) {
     for (int i = 0; i + 1 < count; i++) {
         const float *from = P + i * ROWS * wide, *v = x.v + i * wide + first;
         float *to = P + (i + 1) * ROWS * wide;
@@ -195,9 +195,10 @@ INLINE void back_keys(float *G, const float *P, const Chunk &x, int at, int wide
     }
 }
 
+template <int FIXED>
 void backward_head(const Backward &f, int64_t b, int64_t h) {
     FlushToZero flush;
-    const int N = f.size.N, wide = round_up(N, LANES), chunk_rows = CHUNK * wide;
+    const int N = FIXED ? FIXED : f.size.N, wide = round_up(N, LANES), chunk_rows = CHUNK * wide;
     const int64_t T = f.size.T, head = b * f.size.H + h;
     Buffer buffer(size_t(wide) * wide + size_t(CHUNK) * ROWS * wide + 9 * size_t(chunk_rows) + ROWS * LANES + 3 * wide);
     float *free = buffer.get();
@@ -232,6 +233,16 @@ void backward_head(const Backward &f, int64_t b, int64_t h) {
             transpose(P, wide, kept + first, N, N, rows);
             states(P, x, count, wide, first, rows);
             for (int i = count - 1; i >= 0; i--) {
+                if (first == 0) {  // what will be written for this token, and read for one of the chunk before
+                    const int64_t at = f.size.row(b, t0 + i, h), soon = at - CHUNK * f.size.H * N;
+                    for (const Output &out : {f.dr, f.dk, f.dv}) prefetch_row(out, at, N);
+                    if (f.size.per_token) prefetch_row(f.dw, at, N);
+                    if (t0 > 0) {
+                        for (const Input &in : {f.r, f.k, f.v, f.dy}) prefetch_row(in, soon, N);
+                        if (f.size.per_token) prefetch_row(f.w, soon, N);
+                        prefetch_row(Input{kept - N * N, FLOAT32}, i * N * N / CHUNK, N * N / CHUNK);
+                    }
+                }
                 const float *before = P + i * ROWS * wide;
                 int j = 0;
                 for (; j + KEYS * LANES <= wide; j += KEYS * LANES)
@@ -318,5 +329,14 @@ extern "C" void wkv6_backward(const void *r, const void *w, const void *k, const
                dw_sum,
                du,
                d_state};
-    parallel_with_torch(int(B * H), threads, [&](int i) { backward_head(f, i / H, i % H); });
+    parallel_with_torch(int(B * H), threads, [&](int i) {
+        if (N == 32)
+            backward_head<32>(f, i / H, i % H);
+        else if (N == 64)
+            backward_head<64>(f, i / H, i % H);
+        else if (N == 128)
+            backward_head<128>(f, i / H, i % H);
+        else
+            backward_head<0>(f, i / H, i % H);
+    });
 }

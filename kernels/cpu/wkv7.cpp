@@ -162,7 +162,7 @@ struct Chunk {
 };
 
 // States before every token of the chunk, and after the last, from the one before the first: P[i][row][key].
-inline void states(float *P, const Chunk &x, int count, int wide, int first, int rows) {
+INLINE void states(float *P, const Chunk &x, int count, int wide, int first, int rows) {
     for (int i = 0; i < count; i++) {
         const float *from = P + i * ROWS * wide, *d = x.d + (i + 1) * wide, *k = x.k + (i + 1) * wide;
         const float *b = x.b + (i + 1) * wide, *v = x.v + (i + 1) * wide + first, *u = x.u + (i + 1) * wide + first;
@@ -178,9 +178,9 @@ inline void states(float *P, const Chunk &x, int count, int wide, int first, int
 
 // Goes from G = dL/dS_t to the one of the token before, over keys j .. j + NK*LANES - 1 and the rows of one block.
 // P holds S_{t-1}; i is the token's row in x. Partial sums over keys for dv and du of the token before go to pv and pu.
-template <int NK>
+template <int NK, bool BEGIN>
 INLINE void back_keys(float *G, const float *P, const Chunk &x, int i, int wide, int first, int rows, int j, const float *du,
-                      float *pv, float *pu, bool begin) {
+                      float *pv, float *pu) {
     Vec d[NK], a[NK], r[NK], k[NK], b[NK], sd[NK], sk[NK], sb[NK], sa[NK], sr[NK];
     const int at = i * wide + j, before = at - wide;
 #pragma GCC unroll 2
@@ -212,8 +212,8 @@ INLINE void back_keys(float *G, const float *P, const Chunk &x, int i, int wide,
             to_u += next * b[n];
         }
         float *pv_at = pv + row * LANES, *pu_at = pu + row * LANES;
-        store(pv_at, begin ? to_v : load(pv_at) + to_v);
-        store(pu_at, begin ? to_u : load(pu_at) + to_u);
+        store(pv_at, BEGIN ? to_v : load(pv_at) + to_v);
+        store(pu_at, BEGIN ? to_u : load(pu_at) + to_u);
     }
 #pragma GCC unroll 2
     for (int n = 0; n < NK; n++) {
@@ -244,9 +244,10 @@ inline void begin_back(float *G, const float *S, const Chunk &x, int i, int wide
     }
 }
 
+template <int FIXED>
 void backward_head(const Backward &f, int64_t b, int64_t h) {
     FlushToZero flush;
-    const int N = f.size.N, wide = round_up(N, LANES);
+    const int N = FIXED ? FIXED : f.size.N, wide = round_up(N, LANES);
     const int64_t T = f.size.T, head = b * f.size.H + h, apart = f.size.H * N;
     const int chunk_rows = (CHUNK + 1) * wide;
     Buffer buffer(size_t(wide) * wide + size_t(CHUNK + 1) * ROWS * wide + size_t(14) * chunk_rows + 2 * ROWS * LANES + wide);
@@ -299,12 +300,24 @@ void backward_head(const Backward &f, int64_t b, int64_t h) {
                 finish(count);
             }
             for (int i = count; i > 0; i--) {
+                if (first == 0) {  // what will be written for this token, and read for one of the chunk before
+                    const int64_t at = f.size.row(b, t0 + i - 1, h), soon = at - CHUNK * apart;
+                    for (const Output &out : {f.dr, f.dw, f.dk, f.dv, f.da, f.db}) prefetch_row(out, at, N);
+                    if (t0 > 0) {
+                        for (const Input &in : {f.r, f.w, f.k, f.v, f.a, f.b, f.dy, readings}) prefetch_row(in, soon, N);
+                        prefetch_row(Input{kept - N * N, FLOAT32}, (i - 1) * N * N / CHUNK, N * N / CHUNK);
+                    }
+                }
                 const float *before = P + (i - 1) * ROWS * wide;
-                int j = 0;
+                int j = wide >= KEYS * LANES ? KEYS * LANES : LANES;
+                if (wide >= KEYS * LANES)
+                    back_keys<KEYS, true>(g, before, x, i, wide, first, rows, 0, du + first, pv, pu);
+                else
+                    back_keys<1, true>(g, before, x, i, wide, first, rows, 0, du + first, pv, pu);
                 for (; j + KEYS * LANES <= wide; j += KEYS * LANES)
-                    back_keys<KEYS>(g, before, x, i, wide, first, rows, j, du + first, pv, pu, j == 0);
+                    back_keys<KEYS, false>(g, before, x, i, wide, first, rows, j, du + first, pv, pu);
                 for (; j < wide; j += LANES)
-                    back_keys<1>(g, before, x, i, wide, first, rows, j, du + first, pv, pu, j == 0);
+                    back_keys<1, false>(g, before, x, i, wide, first, rows, j, du + first, pv, pu);
                 finish(i - 1);
             }
         }
@@ -379,5 +392,14 @@ extern "C" void wkv7_backward(const void *r, const void *w, const void *k, const
                output(da, dtypes, 4),
                output(db, dtypes, 5),
                d_state};
-    parallel_with_torch(int(B * H), threads, [&](int i) { backward_head(f, i / H, i % H); });
+    parallel_with_torch(int(B * H), threads, [&](int i) {
+        if (N == 32)
+            backward_head<32>(f, i / H, i % H);
+        else if (N == 64)
+            backward_head<64>(f, i / H, i % H);
+        else if (N == 128)
+            backward_head<128>(f, i / H, i % H);
+        else
+            backward_head<0>(f, i / H, i % H);
+    });
 }

@@ -142,8 +142,9 @@ def wkv7(r, w, k, v, a, b, state=None, backend: str = "auto"):
         ParameterError: shapes or devices that do not fit.
     """
     B, T, H, N = _heads("wkv7", v)
-    shapes = {name: (x, v.shape) for name, x in zip("rwkab", (r, w, k, a, b), strict=True)}
-    _check("wkv7", v, **shapes, state=(state, (B, H, N, N)))
+    shape = v.shape
+    inputs = {"r": (r, shape), "w": (w, shape), "k": (k, shape), "a": (a, shape), "b": (b, shape)}
+    _check("wkv7", v, **inputs, state=(state, (B, H, N, N)))
     return _run("wkv7", backend, T, v.dtype, r, w, k, v, a, b, _or_zeros(state, v))
 
 
@@ -182,16 +183,16 @@ def _check_heads(name, v, r_and_k, w, w_shape, u, state):
 
 def _check(name, v, **inputs):
     """Refuse an input that is not of its shape or not on v's device; `inputs` are (tensor or None, shape)."""
+    device = v.device
     for which, (x, shape) in inputs.items():
-        if x is None:
+        if x is None or (x.shape == shape and x.device == device):
             continue
         called = "the state" if which == "state" else which
-        if tuple(x.shape) != tuple(shape):
+        if x.shape != shape:
             raise ParameterError(
                 f"{name}: {called} has shape {list(x.shape)}; beside v of {list(v.shape)} it must be {list(shape)}."
             )
-        if x.device != v.device:
-            raise ParameterError(f"{name}: {called} is on {x.device}, v on {v.device}; they must be on one device.")
+        raise ParameterError(f"{name}: {called} is on {x.device}, v on {device}; they must be on one device.")
 
 
 def _or_zeros(state, v):

@@ -182,7 +182,10 @@ def _address(tensor) -> int | None:
 
 
 def _dtypes(*tensors) -> int:
-    return sum(DTYPES[x.dtype] << (2 * i) for i, x in enumerate(tensors))
+    word = 0
+    for x in reversed(tensors):
+        word = word << 2 | DTYPES[x.dtype]
+    return word
 
 
 def _threads(v, width: int) -> int:

@@ -125,9 +125,9 @@ def _differentiable(forward, backward, n_inputs: int) -> None:
     def gradients(ctx, dy, d_final, *_):
         if not ctx.keep:
             raise KernelError(f"{forward._name} was run without keep=True, so it cannot be gone through backward.")
-        *inputs, v = (*ctx.saved_tensors, ctx.saved_tensors[3])
-        dy = torch.zeros_like(v) if dy is None else dy
-        return *backward(*inputs, dy, d_final), None
+        saved = ctx.saved_tensors  # looked at once: gradient checkpointing allows no more
+        dy = torch.zeros_like(saved[3]) if dy is None else dy  # saved[3] is v
+        return *backward(*saved, dy, d_final), None
 
     forward.register_autograd(gradients, setup_context=remember)
     backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
