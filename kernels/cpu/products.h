@@ -35,7 +35,7 @@ struct Tensor {
     }
 };
 
-// Rows of numbers, one row per token of the batch; in a bfloat16 model they are rounded, and lie there as bfloat16 too.
+// Rows of numbers, one row per token of the batch; in a bfloat16 model they lie there rounded as bfloat16, too.
 struct Rows {
     float *at = nullptr;
     uint16_t *half = nullptr;
@@ -48,7 +48,7 @@ struct Rows {
 #define BFLOAT_DOTS 1
 #endif
 
-// Rounds to a dtype: where torch stores a result, its numbers lose what the dtype cannot hold.
+// Rounds to a dtype: its numbers lose what the dtype cannot hold.
 template <int D>
 INLINE float rounded(float x) {
     if constexpr (D == BFLOAT16) return bfloat_to_float(float_to_bfloat(x));
@@ -309,6 +309,15 @@ void dot_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, i
     }
 }
 
+// An activation as a product with weights of format F reads it.
+template <int F>
+INLINE Vec factor(float x) {
+#if defined(BFLOAT_DOTS)
+    if constexpr (F == BFLOAT16) return broadcast(rounded<BFLOAT16>(x));
+#endif
+    return broadcast(x);
+}
+
 // Matrices [in,out]: every input adds its multiple of a row. A block of outputs stays in registers.
 template <int F>
 void add_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, int64_t b1, float *out, int64_t out_stride) {
@@ -322,17 +331,17 @@ void add_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, i
                 for (int k = 0; k < w.rows; k++)
 #pragma GCC unroll 4
                     for (int i = 0; i < NV; i++)
-                        sums[i] += widened<F>(w.data, int64_t(k) * w.columns + at + i * LANES) * broadcast(xb[k]);
+                        sums[i] += widened<F>(w.data, int64_t(k) * w.columns + at + i * LANES) * factor<F>(xb[k]);
             } else if (there == 2 * LANES) {  // common ranks
                 for (int k = 0; k < w.rows; k++)
 #pragma GCC unroll 2
                     for (int i = 0; i < 2; i++)
-                        sums[i] += widened<F>(w.data, int64_t(k) * w.columns + at + i * LANES) * broadcast(xb[k]);
+                        sums[i] += widened<F>(w.data, int64_t(k) * w.columns + at + i * LANES) * factor<F>(xb[k]);
             } else {
                 for (int k = 0; k < w.rows; k++)
                     for (int i = 0; i < NV && i * LANES < there; i++)
                         sums[i] += widened_part<F>(w.data, int64_t(k) * w.columns + at + i * LANES, std::min(LANES, there - i * LANES)) *
-                                   broadcast(xb[k]);
+                                   factor<F>(xb[k]);
             }
             memcpy(out + at - first, sums, size_t(there) * sizeof(float));
         }
@@ -379,9 +388,7 @@ inline void sigmoids(float *x, int n) {
     for (int i = 0; i < n; i++) x[i] = 1 / (1 + x[i]);
 }
 
-template <int D>
-void activate(float *x, int n, Activation f) {
-    for (int i = 0; i < n; i++) x[i] = rounded<D>(x[i]);
+inline void activate(float *x, int n, Activation f) {
     if (f == NONE) return;
     if (f == TANH)
         for (int i = 0; i < n; i++) x[i] = std::tanh(x[i]);
@@ -391,7 +398,6 @@ void activate(float *x, int n, Activation f) {
         for (int i = 0; i < n; i++) x[i] = x[i] / (1 + std::exp(-x[i]));
     } else
         for (int i = 0; i < n; i++) x[i] = x[i] <= 0 ? 0 : x[i] * x[i];  // NaN stays NaN
-    for (int i = 0; i < n; i++) x[i] = rounded<D>(x[i]);
 }
 
 // What one product needs: out is where the model's numbers go on, or `result` where they leave it in its own dtype.
@@ -444,7 +450,7 @@ void run_jobs(const Job (&jobs)[N], int64_t B, int threads) {
         const int64_t stride = job.result ? n : job.out.stride;
         product(w, first, first + n, job.x, 0, B, out, stride);
         for (int64_t b = 0; b < B; b++) {
-            activate<D>(out + b * stride, n, job.then);
+            activate(out + b * stride, n, job.then);
             if (job.result) store_row({job.result, D}, b * w.outputs() + first, out + b * stride, n);
             if (job.out.half) store_row({job.out.half, BFLOAT16}, b * stride + first, out + b * stride, n);
         }

@@ -1,7 +1,7 @@
 // One token of every sequence of a batch through a whole model: what all generations share.
 //
-// Numbers are float32 here. In a bfloat16 or float16 model they are rounded wherever torch would store them, so that the
-// answers are those of the torch modules up to the order of sums.
+// Numbers are float32 here, whatever the model's dtype; only shifts and, in a bfloat16 model, what a product reads are
+// rounded: where the parallel pass in mix.cpp rounds too, so that both modes give the same up to the order of sums.
 #pragma once
 
 #include <vector>
@@ -106,7 +106,7 @@ template <int D>
 void layer_norm(float *to, const float *x, const Tensor &weight, const Tensor &bias, int n, float eps) {
     standardise(to, x, n, eps);
     const Numbers<D> w(weight), b(bias);
-    for (int i = 0; i < n; i++) to[i] = rounded<D>(to[i] * w[i] + b[i]);
+    for (int i = 0; i < n; i++) to[i] = to[i] * w[i] + b[i];
 }
 
 // The bfloat16 twins of a row, where there are any.
@@ -146,7 +146,6 @@ void embed(const Model &m, const Call &c, int64_t b, float *x) {
             x[i] = float(code) * bfloat_to_float(table.scales[token * lines * 4 + i / GROUP4]);
         }
     }
-    for (int i = 0; i < m.C; i++) x[i] = rounded<D>(x[i]);
     layer_norm<D>(x, x, m.tensors[LN0], m.tensors[LN0 + 1], m.C, m.norm_eps);
 }
 
@@ -155,23 +154,24 @@ template <int D>
 void norm_and_shift(const Model &m, const Call &c, int layer, int64_t b, bool att, const Tensor *ln, const float *x, float *now,
                     float *before) {
     layer_norm<D>(now, x, ln[0], ln[1], m.C, m.norm_eps);
+    for (int i = 0; i < m.C; i++) now[i] = rounded<D>(now[i]);  // as the state will have it
     const int64_t *strides = att ? c.att_strides : c.ffn_strides;
     load_row(before, {att ? c.att_shift : c.ffn_shift, D}, b * strides[0] + layer * strides[1], m.C, m.C);
     store_row({att ? c.new_att_shift : c.new_ffn_shift, D}, (b * m.L + layer) * m.C, now, m.C);
 }
 
-// to = now + (before - now) * mu, rounded where torch rounds
+// to = now + (before - now) * mu
 template <int D>
 void mix(const Rows &to, int64_t b, const float *now, const float *delta, const Tensor &mu, int n) {
     const Numbers<D> share(mu);
     float *out = to.row(b);
-    for (int i = 0; i < n; i++) out[i] = rounded<D>(now[i] + delta[i] * share[i]);
+    for (int i = 0; i < n; i++) out[i] = now[i] + delta[i] * share[i];
     mirror(to, b, n);
 }
 
 template <int D>
 void add(float *x, const float *y, int n) {
-    for (int i = 0; i < n; i++) x[i] = rounded<D>(x[i] + y[i]);
+    for (int i = 0; i < n; i++) x[i] += y[i];
 }
 
 // Logits of x.

@@ -51,7 +51,7 @@ void step(const Model &m, const Call &c) {
                 const float wkv = (past[i] * a[i] + present[i] * value[i]) / (past[i] * sum[i] + present[i]);
                 new_a[i] = old[i] * a[i] + fresh[i] * value[i];
                 new_sum[i] = old[i] * sum[i] + fresh[i];
-                y.row(b)[i] = rounded<D>(r.row(b)[i] * rounded<D>(wkv));
+                y.row(b)[i] = r.row(b)[i] * wkv;
             }
             halve<D>(m, layer, y.row(b), A);
             mirror(y, b, A);

@@ -11,7 +11,7 @@ template <int D>
 void halve(const Model &m, int layer, float *x, int n) {
     if (!m.rescale || layer < m.rescale) return;
     const float scale = std::ldexp(1.0f, -(layer / m.rescale));
-    for (int i = 0; i < n; i++) x[i] = rounded<D>(x[i] * scale);
+    for (int i = 0; i < n; i++) x[i] *= scale;
 }
 
 // to = before + (now - before) * mu
@@ -19,7 +19,7 @@ template <int D>
 void from_before(const Rows &to, int64_t b, const float *now, const float *before, const Tensor &mu, int n) {
     const Numbers<D> share(mu);
     float *out = to.row(b);
-    for (int i = 0; i < n; i++) out[i] = rounded<D>(before[i] + rounded<D>(now[i] - before[i]) * share[i]);
+    for (int i = 0; i < n; i++) out[i] = before[i] + (now[i] - before[i]) * share[i];
     mirror(to, b, n);
 }
 
@@ -41,7 +41,7 @@ struct ChannelMix {
                 from_before<D>(xk, b, now.row(b), before.row(b), mu_k, m.C);
                 from_before<D>(xr, b, now.row(b), before.row(b), mu_r, m.C);
             } else {
-                for (int i = 0; i < m.C; i++) before.row(b)[i] = rounded<D>(before.row(b)[i] - now.row(b)[i]);
+                for (int i = 0; i < m.C; i++) before.row(b)[i] -= now.row(b)[i];
                 mix<D>(xk, b, now.row(b), before.row(b), mu_k, m.C);
                 mix<D>(xr, b, now.row(b), before.row(b), mu_r, m.C);
             }
@@ -59,10 +59,10 @@ struct ChannelMix {
         const bool halves = m.rescale && layer % m.rescale == m.rescale - 1;
         each_sequence(c.B, threads, [&](int64_t b) {
             float *gated = out.row(b);
-            for (int i = 0; i < m.C; i++) gated[i] = rounded<D>(receptance.row(b)[i] * gated[i]);
+            for (int i = 0; i < m.C; i++) gated[i] *= receptance.row(b)[i];
             add<D>(x.row(b), gated, m.C);
             if (halves)
-                for (int i = 0; i < m.C; i++) x.row(b)[i] = rounded<D>(x.row(b)[i] * 0.5f);
+                for (int i = 0; i < m.C; i++) x.row(b)[i] *= 0.5f;
         });
     }
 };

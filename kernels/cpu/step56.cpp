@@ -43,7 +43,7 @@ void one_head(const Model &m, const Call &c, int layer, const Tensor *t, const M
     if constexpr (GENERATION == 6) product(t[DECAY_W2], first, first + N, x.decay, b0, b1, d, wide);
     for (int64_t b = b0; b < b1; b++, d += wide) {
         for (int i = 0; i < N; i++)
-            d[i] = GENERATION == 6 ? decay[first + i] + rounded<D>(d[i]) : decay[per_channel ? first + i : h];
+            d[i] = GENERATION == 6 ? decay[first + i] + d[i] : decay[per_channel ? first + i : h];
         exponentials_of(d, N);
         for (int i = 0; i < N; i++) d[i] = -d[i];
         exponentials_of(d, N);
@@ -51,9 +51,9 @@ void one_head(const Model &m, const Call &c, int layer, const Tensor *t, const M
         wkv(state.to, key_major(state, N, S), N, x.r.row(b) + first, d, x.k.row(b) + first, x.v.row(b) + first, u, y);
         standardise(y, y, N, m.head_norm_eps);
         float *out = x.y.row(b) + first;
-        for (int i = 0; i < N; i++) out[i] = rounded<D>(ln_b[first + i] + y[i] * ln_w[first + i]);
+        for (int i = 0; i < N; i++) out[i] = ln_b[first + i] + y[i] * ln_w[first + i];
         if (t[GATE].data)
-            for (int i = 0; i < N; i++) out[i] = rounded<D>(out[i] * x.gate.row(b)[first + i]);
+            for (int i = 0; i < N; i++) out[i] *= x.gate.row(b)[first + i];
         halve<D>(m, layer, out, N);
         if (x.y.half) store_row({x.y.half, BFLOAT16}, b * x.y.stride + first, out, N);
     }
@@ -92,7 +92,7 @@ void step(const Model &m, const Call &c) {
         if constexpr (GENERATION == 6) {
             each_sequence(B, threads, [&](int64_t b) {
                 norm_and_shift<D>(m, c, layer, b, true, t + LN1, x.row(b), now.row(b), before.row(b));
-                for (int i = 0; i < C; i++) before.row(b)[i] = rounded<D>(before.row(b)[i] - now.row(b)[i]);
+                for (int i = 0; i < C; i++) before.row(b)[i] -= now.row(b)[i];
                 mix<D>(xw, b, now.row(b), before.row(b), t[MAA_X], C);
             });
             run_jobs<D>({{&t[MAA_W1], xw, all, TANH}}, B, threads);
@@ -111,7 +111,7 @@ void step(const Model &m, const Call &c) {
                     const Numbers<D> mu(t[MAA_W + i]);
                     const float *more = shares[i].row(b), *present = now.row(b), *delta = before.row(b);
                     float *to = mixed[i]->row(b);
-                    for (int j = 0; j < C; j++) to[j] = rounded<D>(present[j] + delta[j] * rounded<D>(mu[j] + more[j]));
+                    for (int j = 0; j < C; j++) to[j] = present[j] + delta[j] * (mu[j] + more[j]);
                     mirror(*mixed[i], b, C);
                 }
             });

@@ -72,42 +72,37 @@ void one_head(const Model &m, const Call &c, int layer, const Tensor *t, const M
     for (int64_t b = b0; b < b1; b++) {
         float *pw = low + (b - b0) * wide, *pa = pw + all, *pg = pa + all, *pv = pg + all;
         const float *r = x.r.row(b) + first, *key = x.k.row(b) + first;
-        for (int i = 0; i < N; i++) d[i] = rounded<D>(w0[first + i] + rounded<D>(pw[i]));
+        for (int i = 0; i < N; i++) d[i] = w0[first + i] + pw[i];
         sigmoids(d, N);
         for (int i = 0; i < N; i++) d[i] *= -0.60653066f;  // -e^(-1/2)
         exponentials_of(d, N);
-        for (int i = 0; i < N; i++) pa[i] = rounded<D>(a0[first + i] + rounded<D>(pa[i]));
+        for (int i = 0; i < N; i++) pa[i] = a0[first + i] + pa[i];
         sigmoids(pa, N);
         float *own = x.v.row(b) + first, *v_first = x.v_first.row(b) + first;
         if (mixes_values) {
-            for (int i = 0; i < N; i++) pv[i] = rounded<D>(v0[first + i] + rounded<D>(pv[i]));
+            for (int i = 0; i < N; i++) pv[i] = v0[first + i] + pv[i];
             sigmoids(pv, N);
-            for (int i = 0; i < N; i++) v[i] = rounded<D>(own[i] + rounded<D>(v_first[i] - own[i]) * rounded<D>(pv[i]));
+            for (int i = 0; i < N; i++) v[i] = own[i] + (v_first[i] - own[i]) * pv[i];
         } else {
             for (int i = 0; i < N; i++) v[i] = v_first[i] = own[i];
         }
-        for (int i = 0; i < N; i++) kk[i] = rounded<D>(key[i] * k_k[first + i]);
-        const float length = std::max(rounded<D>(std::sqrt(total_of_products(kk, kk, N))), 1e-12f);
+        for (int i = 0; i < N; i++) kk[i] = key[i] * k_k[first + i];
+        const float length = std::max(std::sqrt(total_of_products(kk, kk, N)), 1e-12f);
         for (int i = 0; i < N; i++) {
-            const float a = rounded<D>(pa[i]);
-            kk[i] = rounded<D>(kk[i] / length);
-            ka[i] = rounded<D>(kk[i] * a);
+            kk[i] /= length;
+            ka[i] = kk[i] * pa[i];
             kk[i] = -kk[i];
-            k[i] = rounded<D>(key[i] * rounded<D>(1 + rounded<D>(rounded<D>(a - 1) * k_a[first + i])));
+            k[i] = key[i] * (1 + (pa[i] - 1) * k_a[first + i]);
         }
         const HeadState state = head_state(m, c, layer, b, h);
         wkv(state.to, key_major(state, N, S), N, r, d, k, v, kk, ka, y);
         float bonus = 0;
-        for (int i = 0; i < N; i++) {
-            bonus += rounded<D>(rounded<D>(r[i] * k[i]) * r_k[first + i]);
-            y[i] = rounded<D>(y[i]);
-        }
-        bonus = rounded<D>(bonus);
+        for (int i = 0; i < N; i++) bonus += r[i] * k[i] * r_k[first + i];
         standardise(y, y, N, m.head_norm_eps);
         float *out = x.y.row(b) + first;
         for (int i = 0; i < N; i++) {
-            const float normed = rounded<D>(ln_b[first + i] + rounded<D>(y[i]) * ln_w[first + i]);
-            out[i] = rounded<D>(rounded<D>(normed + rounded<D>(bonus * v[i])) * rounded<D>(pg[i]));
+            const float normed = ln_b[first + i] + y[i] * ln_w[first + i];
+            out[i] = (normed + bonus * v[i]) * pg[i];
         }
         if (x.y.half) store_row({x.y.half, BFLOAT16}, b * x.y.stride + first, out, N);
     }
@@ -139,7 +134,7 @@ void step(const Model &m, const Call &c) {
             if (layer) add<D>(x.row(b), out.row(b), C);
             float *delta = before.row(b);
             norm_and_shift<D>(m, c, layer, b, true, t + LN1, x.row(b), now.row(b), delta);
-            for (int i = 0; i < C; i++) delta[i] = rounded<D>(delta[i] - now.row(b)[i]);
+            for (int i = 0; i < C; i++) delta[i] -= now.row(b)[i];
             for (int i = 0; i < 6; i++) mix<D>(mixed[i], b, now.row(b), delta, t[X_R + i], C);
         });
         const Job projections[] = {{&t[RECEPTANCE], xr, z.r}, {&t[KEY], xk, z.k},           {&t[VALUE], xv, z.v},
@@ -157,7 +152,7 @@ void step(const Model &m, const Call &c) {
             add<D>(x.row(b), out.row(b), C);
             float *delta = before.row(b);
             norm_and_shift<D>(m, c, layer, b, false, t + LN2, x.row(b), now.row(b), delta);
-            for (int i = 0; i < C; i++) delta[i] = rounded<D>(delta[i] - now.row(b)[i]);
+            for (int i = 0; i < C; i++) delta[i] -= now.row(b)[i];
             mix<D>(xk, b, now.row(b), delta, t[FFN_X_K], C);
         });
         run_jobs<D>({{&t[FFN_KEY], xk, key, SQUARED_RELU}}, B, threads);
