@@ -256,7 +256,7 @@ class RWKV_Dual(nn.Module):
             state = self.create_state(len(tokens))
         else:
             check_state(state, self.layout, len(tokens), self.emb.weight.dtype, self.get_device())
-        if not return_v_first and fast_parallel.is_possible(self):
+        if not return_v_first and fast_parallel.is_possible(self, state):
             return *fast_parallel.run(self, tokens, state), None
         x = self.blocks[0].ln0(self.emb(tokens))  # [B,T,C]
         v_first, att_shift, ffn_shift, wkv = None, [], [], []
@@ -275,7 +275,8 @@ class RWKV_Dual(nn.Module):
 
     def _logits(self, x):
         """x `[...,C]` before ln_out -> logits `[...,V]`."""
-        return fast_parallel.logits(self, x) if fast_parallel.is_possible(self) else self.head(self.ln_out(x))
+        possible = not x.requires_grad and fast_parallel.is_possible(self)
+        return fast_parallel.logits(self, x) if possible else self.head(self.ln_out(x))
 
     # ------------------------------------------------------------------ states
 

@@ -25,8 +25,8 @@ _PLAIN = {f"rwkv_lab.model.{x}" for x in ("dual", "block", "rwkv4", "rwkv5", "rw
 _NONE, _TANH, _SIGMOID, _RELU_SQUARE = range(4)
 
 
-def is_possible(model: nn.Module) -> bool:
-    """Whether `run` and `logits` give what the torch form gives.
+def is_possible(model: nn.Module, state: RWKVState | None = None) -> bool:
+    """Whether `run` (from this state) and `logits` give what the torch form gives.
 
     Not where gradients, watchers, hooks or modules of another kind (adapters) are in the way.
     """
@@ -38,6 +38,8 @@ def is_possible(model: nn.Module) -> bool:
     if weight.dtype not in _DTYPES:
         return False
     grad = torch.is_grad_enabled()
+    if grad and state is not None and any(part.requires_grad for part in state.tensors().values()):
+        return False
     if not all(_is_plain(module, weight.dtype, grad) for module in model.modules()):
         return False
     try:

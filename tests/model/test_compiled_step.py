@@ -14,9 +14,11 @@ from rwkv_lab.model import compiled_step as room
 from rwkv_lab.model import recycled as memory
 from rwkv_lab.wkv import use_backend
 
-# float32: rounding in another order, through two layers. 16 bits: both round at the same places, so that only sums at
-# the edge of two numbers fall differently, and then by a step of 2^-8 or 2^-11 of one number among many.
-APART = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# float32: rounding in another order, through two layers. 16 bits: the step rounds at fewer places than the modules, so
+# both are laid beside float64. Most errors are half of the modules'; the factor is for the few heads of almost equal
+# values, which their norm blows up with whatever rounding there was.
+APART = 2e-5
+WORSE = 2.0
 
 SIZES = [
     dict(),
@@ -42,6 +44,15 @@ def error(found, expected) -> float:
     return max(relative_rms(logits, right), *(relative_rms(x, right_state[n]) for n, x in state.tensors().items()))
 
 
+def as_good(model, tokens, found, expected, state=None) -> bool:
+    """In float32 the same; in 16 bits about as near to float64, with the same weights, as the modules are."""
+    if model.emb.weight.dtype == torch.float32:
+        return error(found, expected) < APART
+    judge = copy.deepcopy(model).double()
+    right = judge(tokens, None if state is None else state.to(dtype=torch.float64))
+    return error(found, right) < WORSE * error(expected, right) + 1e-3
+
+
 @pytest.fixture
 def steps(monkeypatch) -> list:
     """Grows with every compiled call, so that a test can say whether there was one."""
@@ -61,7 +72,7 @@ def poison(monkeypatch):
     monkeypatch.setattr(room, "recycled", full_of_nan)
 
 
-@pytest.mark.parametrize("dtype", list(APART))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_it_gives_what_the_modules_give(tmp_path, version, dtype, poison, steps):
     for sizes in SIZES:
@@ -71,9 +82,10 @@ def test_it_gives_what_the_modules_give(tmp_path, version, dtype, poison, steps)
             found, expected = model(tokens), by_torch(model, tokens)
             assert found[0].shape == expected[0].shape and found[0].dtype == dtype
             assert found[1].wkv.dtype == torch.float32 and found[1].ffn_shift.dtype == dtype
-            assert error(found, expected) < APART[dtype], (sizes, B)
+            assert as_good(model, tokens, found, expected), (sizes, B)
             token = make_tokens(B, 1, seed=3)
-            assert error(model(token, found[1]), by_torch(model, token, found[1])) < APART[dtype], (sizes, B)
+            going_on = model(token, found[1]), by_torch(model, token, found[1])
+            assert as_good(model, token, *going_on, found[1]), (sizes, B)
     assert len(steps) == 6 * len(SIZES)
 
 
@@ -134,7 +146,7 @@ def test_weights_may_change_and_move(tmp_path):
     def follows(what):
         found = model(tokens)
         assert relative_rms(found[0], first) > 1e-3, what
-        assert error(found, by_torch(model, tokens)) < APART[model.emb.weight.dtype], what
+        assert as_good(model, tokens, found, by_torch(model, tokens)), what
 
     model.blocks[1].att.key.weight.mul_(2)
     follows("in place")

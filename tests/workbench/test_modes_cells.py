@@ -69,7 +69,7 @@ def test_a_wrong_decay_in_one_backend_fails_and_is_placed_in_words(run, tmp_path
     failed = {(row["mode"], row["backend"]) for row in found["metrics"]["rows"] if row["verdict"] == "FAIL"}
     assert failed == {("transformer", "chunked"), ("rnn", "chunked")}
     (said, _) = found["metrics"]["mismatches"]
-    assert "float32, transformer, chunked beside float32, transformer, reference" in said
+    assert "float32, transformer, chunked beside float64" in said
     assert "in layer 0, from token 1 on" in said and "the WKV operator, whose inputs agree" in said
     report = (run.folder / "report.html").read_text()
     assert "Where the mismatch starts" in report and "from token 1 on" in report and "FAIL" in report
