@@ -14,9 +14,10 @@ import torch
 
 from rwkv_lab.bench.peers import Peer, PeerError, Session, open_peer
 from rwkv_lab.checkpoint import open_checkpoint
-from rwkv_lab.errors import KernelError, RwkvLabError
+from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.merge.room import memory_free
 from rwkv_lab.model import RWKV_Dual, RWKVMode, RWKVState
+from rwkv_lab.model.weight_only import quantise_weights
 from rwkv_lab.wkv import use_backend
 
 OURS = "rwkv_lab"
@@ -64,10 +65,6 @@ def load_model(path: Path, dtype: str, device: str = "cpu") -> RWKV_Dual:
     """A checkpoint in one of our dtypes, int8 and int4 (weights alone) included."""
     if dtype not in QUANTISED:
         return RWKV_Dual.from_pretrained(path, dtype=DTYPES[dtype], device=device).requires_grad_(False)
-    try:
-        from rwkv_lab.model.weight_only import quantise_weights
-    except ImportError as e:
-        raise KernelError(f"weights cannot be {dtype} here") from e
     model = RWKV_Dual.from_pretrained(path, dtype=torch.bfloat16, device=device).requires_grad_(False)
     return quantise_weights(model, dtype, in_place=True)
 

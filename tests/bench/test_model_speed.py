@@ -57,6 +57,13 @@ def test_every_generation_has_rates_and_shares(version, tiny, quick):
     assert len(floors["read GB/s"]) == 2 * 3  # in every round of every contest but the busy one
 
 
+def test_weights_in_8_and_4_bits_have_rates_and_what_they_lose(tiny, quick):
+    rows, _ = measure_speed(tiny("7.0"), "tiny", Plan(("bf16", "int8", "int4"), (5,), (1,), rounds=1))
+    decode = {row.dtype: row for row in rows if row.job == "decode"}
+    assert all(row.samples and row.agreement.kl > 0 for row in decode.values())
+    assert decode["int4"].agreement.error > decode["int8"].agreement.error > 0
+
+
 def test_peers_by_command_and_whoever_disagrees_gets_no_rate(tiny, quick, command):
     peers = parse_peers([f"honest={command(1)}", f"wrong={command(1.5)}", "broken=false {task} {model} {tokens} {out}"])
     plan = Plan(dtypes=("fp32",), lengths=(5,), batches=(1,), rounds=1, peers=tuple(peers))
