@@ -70,7 +70,7 @@ class LoraLinear(AdaptedLinear):
         r: rank.
         lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
         lora_dropout: share of x that the adapter does not see in training.
-        adapter_dtype: of A and B; None for the weight's. What they add is rounded to the dtype of W x.
+        adapter_dtype: of A and B; None for the weight's. What they add is rounded with W x, once.
 
     Attributes:
         lora_A: `[r, in]`, drawn from torch's generator.
@@ -115,7 +115,7 @@ class LoraLinear(AdaptedLinear):
         y = super().forward(x)
         seen = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
         change = F.linear(F.linear(seen.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scaling
-        return y + change.to(y.dtype)
+        return (y + change).to(y.dtype)
 
     def merged_weight(self) -> torch.Tensor:
         weight = self._base()

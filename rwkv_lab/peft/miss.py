@@ -115,7 +115,7 @@ class MissLinear(AdaptedLinear):
         seen = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
         seen = F.pad(seen.to(self.miss_block.dtype), (0, -self.in_features % self.r))
         folded = seen.unflatten(-1, (-1, self.r)).sum(-2)  # [..., r]
-        return y + (folded @ self._columns()).to(y.dtype)
+        return (y + folded @ self._columns()).to(y.dtype)
 
     def merged_weight(self) -> torch.Tensor:
         weight = self._base()
