@@ -44,7 +44,7 @@ def identify(shapes: Mapping[str, Shape], others: Mapping[str, object], adapter_
 
     if adapter_config is not None:
         peft_type = str(adapter_config.get("peft_type", "")).lower()
-        kind = {"bone": "miss"}.get(peft_type, peft_type) or "unknown"
+        kind = peft_type or "unknown"
         if kind == "lora" and str(adapter_config.get("init_lora_weights")).startswith("pissa"):
             kind = "pissa"
         return plain(kind, "an adapter, not a whole model", f"adapter_config.json: peft_type {peft_type}")

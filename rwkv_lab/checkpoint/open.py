@@ -178,6 +178,11 @@ def _open_folder(ck: Checkpoint, folder: Path) -> None:
         ck.format, ck.adapter_config = "adapter", _read_json(folder / "adapter_config.json")
     found = next((folder / n for n in names if (folder / n).is_file()), None)
     if found is None:
+        weights = next((n for n in _ADAPTERS if (folder / n).is_file()), None)
+        if weights and names is not _ADAPTERS:
+            raise LayoutError(
+                f"{folder} has {weights} and no adapter_config.json, which says what it is; save or copy it again."
+            )
         there = sorted(p.name for p in folder.iterdir())[:8]
         raise LayoutError(f"{folder} holds none of {', '.join(names)}.\nIt holds: {', '.join(there) or 'nothing'}")
     if found.name in _INDEXES:
