@@ -79,15 +79,17 @@ def dequantize_nf4(
             f"{(n + 1) // 2} and {-(-n // block_size)} would, in blocks of {block_size}."
         )
     levels = torch.tensor(NF4_LEVELS, device=codes.device)
-    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # [256, 2]: of a byte, its two levels
+    # The two levels of each byte, moved as one number of 64 bits.
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.int64).view(-1)  # [256]
     out = torch.empty(n, dtype=dtype, device=codes.device)
-    codes, absmax = codes.reshape(-1), absmax.reshape(-1).float()
+    codes, absmax = codes.reshape(-1), absmax.reshape(-1, 1).float()
     step = max(_AT_ONCE // block_size, 1) * block_size
     for start in range(0, n, step):
         end = min(start + step, n)
-        values = pairs[codes[start // 2 : (end + 1) // 2].int()].view(-1)
-        scales = absmax[start // block_size : -(-end // block_size)].repeat_interleave(block_size)
-        out[start:end] = values[: end - start] * scales[: end - start]
+        values = pairs.index_select(0, codes[start // 2 : (end + 1) // 2].int()).view(torch.float32)
+        values = F.pad(values, (0, -len(values) % block_size)).view(-1, block_size)  # [blocks, block_size]
+        values *= absmax[start // block_size : -(-end // block_size)]
+        out[start:end] = values.view(-1)[: end - start]
     return out.view(shape)
 
 

@@ -211,9 +211,8 @@ def test_parts(adapted, version):
         model = adapted(version, LoraConfig(lora_r=4, train_parts=(part,)))
         found[part] = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
     assert found["emb"] == {"emb.weight"} and found["head"] == {"head.weight"}
-    assert found.pop("time_state", {"x.time_state"}) <= {f"blocks.{i}.att.time_state" for i in range(2)} | {
-        "x.time_state"
-    }
+    if version != "4.0":
+        assert found.pop("time_state") == {f"blocks.{i}.att.time_state" for i in range(2)}
     assert sum(map(len, found.values())) == len(set().union(*found.values()))
     matrices = {n for n in names if re.match(r"blocks\.\d+\.(att|ffn)\.(receptance|key|value|output|gate)\.weight", n)}
     assert set().union(*found.values()) == names - matrices
