@@ -165,6 +165,7 @@ class PissaLinear(LoraLinear):
 
         Raises:
             NumericsError: NaN or infinity in the weight or in its SVD.
+            ParameterError: a weight that is packed already.
         """
         down, up = principal_part(self.weight, self.r, niter)
         scale = math.sqrt(self.scaling)
@@ -172,7 +173,13 @@ class PissaLinear(LoraLinear):
 
     @torch.no_grad()
     def start_from(self, init_A: torch.Tensor, init_B: torch.Tensor) -> None:
-        """Take A₀ `[r, in]` and B₀ `[out, r]` out of the weight, and A and B from there."""
+        """Take A₀ `[r, in]` and B₀ `[out, r]` out of the weight, and A and B from there.
+
+        Raises:
+            ParameterError: a weight that is packed already: what is left over is to be packed, not what was there.
+        """
+        if self.packed is not None:
+            raise ParameterError("PiSSA takes the weight apart before it is quantised; load the model anew.")
         self.lora_A.copy_(init_A)
         self.lora_B.copy_(init_B)
         self.init_lora_A, self.init_lora_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()

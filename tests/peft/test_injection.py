@@ -162,6 +162,21 @@ def test_layers_say_that_weight_is_not_all(adapted):
     assert model(TOKENS)[0].dtype == torch.bfloat16
 
 
+def test_a_model_that_is_quantised_already(adapted):
+    def quantised():
+        return adapted("7.0", LoraConfig(lora_r=4, lora_target_modules=["att.value"], quant="nf4"))
+
+    model = quantised()
+    expected = model(TOKENS)[0]
+    for config in (LoraConfig(lora_r=4, lora_target_modules=["ffn.key"]), CONFIGS["bat-hf"]):
+        model = quantised()
+        apply_peft(model, LoraConfig(config.method, ["ffn.key"], 4, miss_variant=config.miss_variant))
+        assert torch.equal(model(TOKENS)[0], expected)
+        assert model.blocks[0].ffn.key.packed is not None and model.blocks[0].ffn.key.more_than_weight
+    with pytest.raises(ParameterError, match="before it is quantised"):
+        apply_peft(quantised(), LoraConfig("pissa", ["ffn.key"], 4))
+
+
 def test_checkpointing_and_dropout(adapted):
     """Gradient checkpointing draws the same dropout again; without training there is none."""
     model = as_if_trained(adapted("7.0", LoraConfig(lora_r=4, lora_dropout=0.5)))
