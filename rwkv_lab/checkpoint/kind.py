@@ -19,13 +19,13 @@ from rwkv_lab.errors import LayoutError
 _ADAPTER_MARKS = [
     ("pissa-init", r"\.init_lora_[AB]$"),
     ("lora", r"\.lora_[AB](\.weight|\.default\.weight)?$"),
-    ("miss", r"\.(miss_block|disha|bone|bone_block)$"),
+    ("miss", r"\.(miss_block|disha|bone|bone_block)(\.default)?$"),
 ]
 
 
 @dataclass(frozen=True)
 class Identity:
-    kind: str  # "model", "partial", "state", "lora", "pissa-init", "miss", …, "converted", "unsupported" or "unknown"
+    kind: str  # "model", "partial", "state", "lora", "pissa", "pissa-init", "miss", …, "converted" or "unknown"
     layout: Layout | None  # for whole models, and partial ones that still show their dimensions
     reason: str  # why there is no layout, or what a partial model lacks; "" for a whole model
     evidence: tuple[str, ...]  # names and shapes that decided
@@ -44,15 +44,18 @@ def identify(shapes: Mapping[str, Shape], others: Mapping[str, object], adapter_
 
     if adapter_config is not None:
         peft_type = str(adapter_config.get("peft_type", "")).lower()
-        return plain(
-            peft_type or "unknown", "an adapter, not a whole model", f"adapter_config.json: peft_type {peft_type}"
-        )
+        kind = peft_type or "unknown"
+        if kind == "lora" and str(adapter_config.get("init_lora_weights")).startswith("pissa"):
+            kind = "pissa"
+        return plain(kind, "an adapter, not a whole model", f"adapter_config.json: peft_type {peft_type}")
     if not shapes:
         nested = next((key for key, value in others.items() if isinstance(value, dict)), None)
         hint = f"; it has {nested!r}, a dict of its own: save that one by itself" if nested else ""
         return plain("unknown", f"there is no tensor at its top level{hint}")
     for kind, pattern in _ADAPTER_MARKS:
         name = next((n for n in shapes if re.search(pattern, n)), None)
+        if name and kind == "pissa-init" and any(re.search(r"\.lora_[AB]$", n) for n in shapes):
+            kind = "pissa"  # what it starts from and what became of it in one file, as rwkv_lab writes them
         if name:
             return plain(kind, "an adapter, not a whole model", f"{name} {list(shapes[name])}")
     states = [n for n in shapes if n.endswith(".time_state")]

@@ -36,7 +36,7 @@ class Checkpoint:
         self.files: list[SourceFile] = []
         self.info: dict[str, TensorInfo] = {}  # in file order
         self.others: dict[str, object] = {}  # entries of a .pth that are no tensors
-        self.metadata: dict[str, str] = {}  # of a .safetensors
+        self.metadata: dict[str, str] = {}  # of a .safetensors, and what rwkv_lab wrote beside the tensors of a .pth
         self.adapter_config: dict | None = None  # of an adapter folder
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -73,7 +73,8 @@ class Checkpoint:
 
     @property
     def kind(self) -> str:
-        """ "model", "partial", "state", "lora", "pissa-init", "miss", "converted", "unsupported" or "unknown"."""
+        """ "model", "partial", "state", "lora", "pissa", "pissa-init", "miss", "converted", "unsupported" or
+        "unknown"."""
         return self.identity.kind
 
     @property
@@ -130,8 +131,9 @@ def _open_file(ck: Checkpoint, path: Path) -> None:
     if head.startswith(b"PK\x03\x04"):
         if path.suffix == ".safetensors":
             log.info("%s holds a torch checkpoint, whatever its name says", path)
-        tensors, others = read_torch_zip(file)
+        tensors, others, notes = read_torch_zip(file)
         ck.others |= others
+        ck.metadata |= notes
         ck.format = ck.format or "pth"
     elif looks_like_safetensors(head, file.size):
         if path.suffix != ".safetensors":
@@ -176,6 +178,11 @@ def _open_folder(ck: Checkpoint, folder: Path) -> None:
         ck.format, ck.adapter_config = "adapter", _read_json(folder / "adapter_config.json")
     found = next((folder / n for n in names if (folder / n).is_file()), None)
     if found is None:
+        weights = next((n for n in _ADAPTERS if (folder / n).is_file()), None)
+        if weights and names is not _ADAPTERS:
+            raise LayoutError(
+                f"{folder} has {weights} and no adapter_config.json, which says what it is; save or copy it again."
+            )
         there = sorted(p.name for p in folder.iterdir())[:8]
         raise LayoutError(f"{folder} holds none of {', '.join(names)}.\nIt holds: {', '.join(there) or 'nothing'}")
     if found.name in _INDEXES:

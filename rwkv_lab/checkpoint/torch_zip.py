@@ -13,6 +13,8 @@ from rwkv_lab.errors import CorruptFileError, UnsafeFileError
 
 _LOCAL_HEADER = struct.Struct("<4s5HIIIHH")  # 30 bytes: signature, …, length of name, length of extra
 _MAX_PICKLE = 100_000_000  # bytes; a model of 1,000 tensors has 0.1 MB
+_MAX_NOTE = 1_000_000  # bytes of a text that travels with the tensors
+_NOTES = "rwkv_lab"  # what the names of our own texts begin with
 _MAX_DIRECTORY = 16_000_000  # bytes of the zip's list of its records; the same model has 0.1 MB
 
 
@@ -25,8 +27,8 @@ class Record:
     crc32: int | None  # None where the writer left the checksums out (torch's set_crc32_options(False))
 
 
-def read_torch_zip(file: SourceFile) -> tuple[dict[str, TensorInfo], dict[str, object]]:
-    """(tensors by name in file order, what else stands in the dict).
+def read_torch_zip(file: SourceFile) -> tuple[dict[str, TensorInfo], dict[str, object], dict[str, str]]:
+    """(tensors by name in file order, what else stands in the dict, texts that rwkv_lab wrote beside it).
 
     Raises:
         CorruptFileError: truncated, compressed, overlapping, or sizes that do not agree.
@@ -55,7 +57,20 @@ def read_torch_zip(file: SourceFile) -> tuple[dict[str, TensorInfo], dict[str, o
             tensors[name] = _tensor_info(name, value, records.get(f"{folder}/data/{value.key}"), file)
         else:
             others[name] = value
-    return tensors, others
+    return tensors, others, _notes(records, folder, file)
+
+
+def _notes(records: dict[str, Record], folder: str, file: SourceFile) -> dict[str, str]:
+    notes = {}
+    for name, record in records.items():
+        note = name.removeprefix(f"{folder}/")
+        if note == name or not note.startswith(_NOTES) or record.nbytes > _MAX_NOTE:
+            continue
+        try:
+            notes[note] = file.read(record.offset, record.nbytes).decode()
+        except UnicodeDecodeError as e:
+            raise CorruptFileError(f"{file.path}: its record {note} is no text; the file was damaged") from e
+    return notes
 
 
 def _tensor_info(name: str, t: PickledTensor, record: Record | None, file: SourceFile) -> TensorInfo:

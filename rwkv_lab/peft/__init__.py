@@ -1,0 +1,48 @@
+"""Parameter-efficient tuning: adapters in models (LoRA, PiSSA, MiSS), on a quantised base or not, and their files."""
+
+from importlib import import_module
+
+# Looked up when first asked for: reading an adapter's file needs no model.
+_HOME = {
+    "Adapter": "adapter",
+    "LoraTarget": "adapter",
+    "MissTarget": "adapter",
+    "refuse_overlap": "adapter",
+    "LoraConfig": "config",
+    "open_adapter": "files",
+    "save_adapter": "files",
+    "save_pissa_init": "files",
+    "adapter_of": "inject",
+    "adapter_parameters": "inject",
+    "adapters": "inject",
+    "apply_peft": "inject",
+    "count_parameters": "inject",
+    "load_adapter": "inject",
+    "load_model_and_apply_peft": "inject",
+    "mark_only_lora_as_trainable": "inject",
+    "merged_state_dict": "inject",
+    "print_model_param": "inject",
+    "AdaptedLinear": "linear",
+    "LoraLinear": "linear",
+    "PissaLinear": "linear",
+    "MissLinear": "miss",
+    "FrozenLinear": "quantised",
+    "NF4Linear": "quantised",
+    "dequantize_int8": "quantised",
+    "dequantize_nf4": "quantised",
+    "quantised_and_back": "quantised",
+    "quantize_int8": "quantised",
+    "quantize_nf4": "quantised",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'rwkv_lab.peft' has no attribute {name!r}")
+    return getattr(import_module(f"rwkv_lab.peft.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,218 @@
+"""Linear layers with a frozen weight and a small trained part: LoRA (arXiv 2106.09685) and PiSSA (arXiv 2404.02948)."""
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.peft.quantised import FrozenLinear
+
+
+class AdaptedLinear(FrozenLinear):
+    """A frozen weight and the parameters in `adapter_names`, which change what the layer does."""
+
+    more_than_weight = True
+    adapter_names: tuple[str, ...] = ()
+
+    def adapter(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name."""
+        return {name: getattr(self, name) for name in self.adapter_names}
+
+    @abstractmethod
+    def merged_weight(self) -> torch.Tensor:
+        """The one matrix `[out, in]` that does what this layer does without dropout: float32, float64 for float64."""
+
+    def _base(self) -> torch.Tensor:
+        """The frozen weight in the dtype that merging computes in."""
+        weight = self.weight.detach()
+        return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def check_rank(r: int, in_features: int, out_features: int) -> None:
+    """Raises:
+    ParameterError: a rank that is no positive whole number, or larger than the layer.
+    """
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise ParameterError(f"rank {r!r}: it must be a whole number of at least 1.")
+    if r > min(in_features, out_features):
+        raise ParameterError(
+            f"rank {r} is larger than the layer, {out_features} x {in_features}: at most "
+            f"{min(in_features, out_features)} makes sense here."
+        )
+
+
+def check_dropout(p: float) -> None:
+    """Raises:
+    ParameterError: not a share from 0 to below 1.
+    """
+    if not 0 <= p < 1:
+        raise ParameterError(f"dropout {p}: it must be from 0 to below 1.")
+
+
+def lora_scaling(alpha: float, r: int, use_rslora: bool = False) -> float:
+    """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732).
+
+    Raises:
+        ParameterError: an alpha that is not a positive number.
+    """
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+        raise ParameterError(f"alpha={alpha!r}: it must be a positive number.")
+    return alpha / math.sqrt(r) if use_rslora else alpha / r
+
+
+class LoraLinear(AdaptedLinear):
+    """y = W x + scaling · B A dropout(x), with W frozen.
+
+    Args:
+        r: rank.
+        lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+        lora_dropout: share of x that the adapter does not see in training.
+        adapter_dtype: of A and B; None for the weight's. What they add is rounded with W x, once.
+
+    Attributes:
+        lora_A: `[r, in]`, drawn from torch's generator.
+        lora_B: `[out, r]`, zeros: the layer starts as W x, bit for bit.
+
+    Raises:
+        ParameterError: a rank larger than the layer, or numbers out of range.
+    """
+
+    adapter_names = ("lora_A", "lora_B")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 32.0,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        device=None,
+        dtype=None,
+    ):
+        check_rank(r, in_features, out_features)
+        check_dropout(lora_dropout)
+        scaling = lora_scaling(lora_alpha, r, use_rslora)
+        super().__init__(in_features, out_features, device, dtype)
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.scaling, self.lora_dropout = scaling, lora_dropout
+        self.adapter_dtype = adapter_dtype or self.weight.dtype
+        self._make_adapter()
+
+    def _make_adapter(self) -> None:
+        device = self.weight.device if self.packed is None else self.packed.codes.device
+        dtype = self.adapter_dtype
+        self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, self.r, dtype=dtype, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        """x `[..., in]` -> `[..., out]`."""
+        y = super().forward(x)
+        seen = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
+        change = F.linear(F.linear(seen.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scaling
+        return (y + change).to(y.dtype)
+
+    def merged_weight(self) -> torch.Tensor:
+        weight = self._base()
+        return weight + self.scaling * (self.lora_B.detach().to(weight.dtype) @ self.lora_A.detach().to(weight.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}"
+
+
+class PissaLinear(LoraLinear):
+    """LoRA that starts from the weight's own principal part: y = (W - scaling · B₀A₀) x + scaling · B A x.
+
+    A and B start as A₀ and B₀; `start` takes them from the SVD, `start_from` from a file. The frozen `weight` is what
+    is left over, rounded once: so far is W kept. There is no dropout: it would take away parts of the model.
+
+    Attributes:
+        init_lora_A, init_lora_B: A₀ and B₀, in the adapter's dtype; None before the start. Only with them can A and B
+            be merged into the original model.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float | None = None,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        device=None,
+        dtype=None,
+    ):
+        # RWKV-PEFT knows no alpha for PiSSA: its scaling is 1.
+        alpha = r if lora_alpha is None else lora_alpha
+        super().__init__(in_features, out_features, r, alpha, 0.0, use_rslora, adapter_dtype, device, dtype)
+
+    def _make_adapter(self) -> None:
+        super()._make_adapter()
+        self.register_buffer("init_lora_A", None, persistent=False)
+        self.register_buffer("init_lora_B", None, persistent=False)
+
+    @torch.no_grad()
+    def start(self, niter: int | None) -> None:
+        """Decompose the weight, and leave in it what A and B do not hold.
+
+        Args:
+            niter: power iterations of the randomised SVD, which draws from torch's generator; None for the exact one.
+
+        Raises:
+            NumericsError: NaN or infinity in the weight or in its SVD.
+            ParameterError: a weight that is packed already.
+        """
+        down, up = principal_part(self.weight, self.r, niter)
+        scale = math.sqrt(self.scaling)
+        self.start_from(down / scale, up / scale)
+
+    @torch.no_grad()
+    def start_from(self, init_A: torch.Tensor, init_B: torch.Tensor) -> None:
+        """Take A₀ `[r, in]` and B₀ `[out, r]` out of the weight, and A and B from there.
+
+        Raises:
+            ParameterError: a weight that is packed already: what is left over is to be packed, not what was there.
+        """
+        if self.packed is not None:
+            raise ParameterError("PiSSA takes the weight apart before it is quantised; load the model anew.")
+        self.lora_A.copy_(init_A)
+        self.lora_B.copy_(init_B)
+        self.init_lora_A, self.init_lora_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        # In the adapter's own rounded values, so that weight + scaling · B A is W again.
+        base = self._base()
+        rest = base - self.scaling * (self.init_lora_B.to(base.dtype) @ self.init_lora_A.to(base.dtype))
+        self.weight = nn.Parameter(rest.to(self.weight.dtype), requires_grad=False)
+
+
+def principal_part(weight: torch.Tensor, r: int, niter: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A [r, in], B [out, r]) with B A the best approximation of `weight` of that rank: U √S and √S Vᵀ, in float32, or
+    float64 for float64.
+
+    Args:
+        niter: power iterations of the randomised SVD (arXiv 0909.4061), which is near the best; None for the exact one.
+
+    Raises:
+        NumericsError: NaN or infinity in the weight, or an SVD that does not converge.
+    """
+    values = weight.detach()
+    values = values if values.dtype == torch.float64 else values.float()
+    if not values.isfinite().all():
+        raise NumericsError("The weight holds NaN or infinity; it has no singular value decomposition.")
+    try:
+        if niter is None:
+            U, S, Vh = torch.linalg.svd(values, full_matrices=False)
+            U, S, Vh = U[:, :r], S[:r], Vh[:r]
+        else:
+            U, S, V = torch.svd_lowrank(values, q=r, niter=niter)
+            Vh = V.T
+    except torch.linalg.LinAlgError as e:
+        raise NumericsError(f"The singular value decomposition of a weight {list(weight.shape)} failed: {e}") from e
+    root = S.sqrt()
+    if not all(part.isfinite().all() for part in (U, root, Vh)):
+        raise NumericsError(f"The singular value decomposition of a weight {list(weight.shape)} gave NaN or infinity.")
+    return root[:, None] * Vh, U * root

@@ -1,0 +1,257 @@
+"""Frozen weights in fewer bits: NF4 in blocks of 64, int8 by rows; and the Linear layer that computes with them.
+
+NF4 ("4-bit NormalFloat", arXiv 2305.14314): the weight is flattened row-major and cut into blocks; each value, divided
+by the largest magnitude of its block, becomes the number of the nearest of 16 levels. Two numbers share a byte, the
+first in its high half. int8: each row divided by its largest magnitude, times 127, rounded. bitsandbytes stores both
+like this.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rwkv_lab.errors import NumericsError, ParameterError
+
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+BLOCK_SIZE = 64
+_AT_ONCE = 1 << 20  # values; what a quantiser needs besides its input and output stays near 20 MB
+QUANTS = ("none", "int8", "nf4")
+
+
+def quantize_nf4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes uint8 [ceil(n/2)], absmax float32 [ceil(n/block_size)]) of a weight of n values, of any shape.
+
+    Raises:
+        NumericsError: NaN or infinity in the weight.
+        ParameterError: a block size that is no positive even number.
+    """
+    _check_block_size(block_size)
+    flat = weight.detach().reshape(-1)
+    levels = torch.tensor(NF4_LEVELS, device=flat.device)
+    between = (levels[1:] + levels[:-1]) / 2
+    codes, scales = [], []
+    step = max(_AT_ONCE // block_size, 1) * block_size
+    for piece in flat.split(step):
+        values = F.pad(piece.float(), (0, -len(piece) % block_size)).view(-1, block_size)  # [blocks, block_size]
+        absmax = values.abs().amax(dim=1)
+        _refuse_nonfinite(absmax)
+        shares = values / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        numbers = torch.bucketize(shares, between, out_int32=True).to(torch.uint8).view(-1, 2)
+        codes.append((numbers[:, 0] << 4 | numbers[:, 1])[: (len(piece) + 1) // 2])
+        scales.append(absmax)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def dequantize_nf4(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    block_size: int = BLOCK_SIZE,
+) -> torch.Tensor:
+    """The weight `[shape]` that `quantize_nf4` left: level times absmax in float32, rounded to `dtype` once.
+
+    Raises:
+        ParameterError: codes or absmax of another number of values than the shape has.
+    """
+    _check_block_size(block_size)
+    n = torch.Size(shape).numel()
+    if codes.numel() != (n + 1) // 2 or absmax.numel() != -(-n // block_size):
+        raise ParameterError(
+            f"{codes.numel()} bytes and {absmax.numel()} scales do not make {list(shape)}: "
+            f"{(n + 1) // 2} and {-(-n // block_size)} would, in blocks of {block_size}."
+        )
+    levels = torch.tensor(NF4_LEVELS, device=codes.device)
+    # The two levels of each byte, moved as one number of 64 bits.
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.int64).view(-1)  # [256]
+    out = torch.empty(n, dtype=dtype, device=codes.device)
+    codes, absmax = codes.reshape(-1), absmax.reshape(-1, 1).float()
+    step = max(_AT_ONCE // block_size, 1) * block_size
+    for start in range(0, n, step):
+        end = min(start + step, n)
+        values = pairs.index_select(0, codes[start // 2 : (end + 1) // 2].int()).view(torch.float32)
+        values = F.pad(values, (0, -len(values) % block_size)).view(-1, block_size)  # [blocks, block_size]
+        values *= absmax[start // block_size : -(-end // block_size)]
+        out[start:end] = values.view(-1)[: end - start]
+    return out.view(shape)
+
+
+def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes int8 [out, in], absmax float32 [out]) of a weight [out, in].
+
+    Raises:
+        NumericsError: NaN or infinity in the weight.
+    """
+    values = weight.detach().float()
+    absmax = values.abs().amax(dim=1)
+    _refuse_nonfinite(absmax)
+    steps = 127 / absmax.clamp_min(torch.finfo(torch.float32).tiny)
+    return (values * steps[:, None]).round_().clamp_(-127, 127).to(torch.int8), absmax
+
+
+def dequantize_int8(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight [out, in] that `quantize_int8` left."""
+    return (codes.float() * (absmax.float() / 127)[:, None]).to(dtype)
+
+
+def quantised_and_back(weight: torch.Tensor, quant: str) -> torch.Tensor:
+    """What remains of a weight [out, in] when it is stored as `quant` says: the same shape and dtype.
+
+    Rows may be given apart for "int8", and for "nf4" where they begin a block.
+
+    Raises:
+        ParameterError: no such storage.
+        NumericsError: NaN or infinity in the weight.
+    """
+    check_quant(quant)
+    return weight if quant == "none" else PackedWeight(weight, quant).dense()
+
+
+def check_quant(quant: str) -> None:
+    """Raises:
+    ParameterError: no such storage.
+    """
+    if quant not in QUANTS:
+        raise ParameterError(f"There is no quant {quant!r}; there are: {', '.join(QUANTS)}.")
+
+
+def _check_block_size(block_size: int) -> None:
+    if block_size < 2 or block_size % 2:
+        raise ParameterError(f"block_size={block_size}: two values share a byte, so it must be even and at least 2.")
+
+
+def _refuse_nonfinite(absmax: torch.Tensor) -> None:
+    if not absmax.isfinite().all():
+        raise NumericsError("The weight holds NaN or infinity, or values that float32 cannot hold; not quantised.")
+
+
+class PackedWeight(nn.Module):
+    """A weight stored in fewer bits: buffers `codes` and `absmax`. Its scales stay float32 whatever the model becomes.
+
+    Args:
+        quant: "nf4" or "int8".
+    """
+
+    def __init__(self, weight: torch.Tensor, quant: str):
+        super().__init__()
+        codes, absmax = quantize_nf4(weight) if quant == "nf4" else quantize_int8(weight)
+        self.quant, self.shape, self.dtype = quant, tuple(weight.shape), weight.dtype
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", absmax)
+
+    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight, in the dtype of the model or another one."""
+        if self.quant == "nf4":
+            return dequantize_nf4(self.codes, self.absmax, self.shape, dtype or self.dtype)
+        return dequantize_int8(self.codes, self.absmax, dtype or self.dtype)
+
+    def _apply(self, fn, recurse=True):
+        # `model.to(dtype)` goes through here: the dtype to give out changes, the scales only move.
+        absmax = self.absmax
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=absmax.device)).dtype
+        super()._apply(fn, recurse)
+        self.absmax = absmax.to(self.absmax.device)
+        return self
+
+
+class _TimesPacked(torch.autograd.Function):
+    """x Wᵀ with a packed W, unpacked again for the backward pass instead of being kept for it."""
+
+    @staticmethod
+    def forward(ctx, x, packed):
+        ctx.packed = packed
+        return F.linear(x, packed.dense())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.packed.dense(gradient.dtype), None
+
+
+class FrozenLinear(nn.Linear):
+    """A Linear without bias whose weight is not trained, and may be packed. `weight` reads as the unpacked one then.
+
+    `more_than_weight` says whether `weight` alone is the layer's function: whoever computes with weights directly, as a
+    compiled path may, has to call the layer where it is True, and reads an unpacked copy where `packed` is not None.
+    """
+
+    more_than_weight = False
+
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+        self.weight.requires_grad_(False)
+        self.packed = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *args, **kwargs):
+        """The same layer as one of this class, which shares its weight.
+
+        Raises:
+            ParameterError: a layer with a bias, which no layer of RWKV has.
+        """
+        if linear.bias is not None:
+            raise ParameterError(f"{linear} has a bias; layers of RWKV have none, and none is kept here.")
+        new = cls(linear.in_features, linear.out_features, *args, device="meta", dtype=linear.weight.dtype, **kwargs)
+        if getattr(linear, "packed", None) is not None:
+            new.packed = linear.packed
+            del new.weight
+        else:
+            new.weight = linear.weight
+            new.weight.requires_grad_(False)
+        new._make_adapter()
+        return new.train(linear.training)
+
+    def _make_adapter(self) -> None:
+        """Called where the weight came after the layer: give what is added to it memory on the weight's device."""
+
+    def pack(self, quant: str) -> None:
+        """Store the weight as "nf4" or "int8"; "none" leaves it.
+
+        Raises:
+            NumericsError: NaN or infinity in the weight.
+            ParameterError: no such storage.
+        """
+        check_quant(quant)
+        if quant != "none":
+            self.packed = PackedWeight(self.weight, quant)
+            del self.weight
+
+    def __getattr__(self, name: str):
+        if name == "weight":
+            packed = self.__dict__.get("_modules", {}).get("packed")
+            if packed is not None:
+                return packed.dense()
+        return super().__getattr__(name)
+
+    def forward(self, x):
+        """x `[..., in]` -> `[..., out]`."""
+        return F.linear(x, self.weight) if self.packed is None else _TimesPacked.apply(x, self.packed)
+
+
+class NF4Linear(FrozenLinear):
+    """A frozen Linear of 4.5 bits a weight; `NF4Linear.from_linear(layer)` makes one of an existing layer."""
+
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
+        super().__init__(in_features, out_features, device, dtype)
+        if self.weight.device.type != "meta":
+            self.pack("nf4")
+
+    def _make_adapter(self) -> None:
+        if self.packed is None:
+            self.pack("nf4")
