@@ -65,9 +65,9 @@ def elect(deltas: Sequence[Tensor], base: Tensor, alpha: float, weights: Sequenc
     positive = sum(weighted) >= 0
     total, counted = torch.zeros_like(base), torch.zeros_like(base)
     for d, w in zip(weighted, weights, strict=True):
-        agrees = torch.where(positive, d > 0, d < 0)
+        agrees = torch.where(positive, d > 0, d < 0).to(base.dtype)  # a number times a bool would be float32
         total += d * agrees
-        counted += w * agrees
+        counted += agrees * w
     if normalize:
         total /= counted.masked_fill_(counted == 0, 1)
     return base + alpha * total
