@@ -142,9 +142,9 @@ def test_a_recipe_is_what_its_arguments_are(text, files, monkeypatch):
         ("- 1\n- 2", "holds no mapping"),
         ("merge_method: linear\nmodels: 3", "a list of mappings"),
         (
-            "merge_method: ties\nbase_model: base.pth\nmodels: [{model: one.pth}]\nparameters: {weight: 1, rescale: true}",
+            "merge_method: ties" + MODELS.replace("int8_mask", "rescale"),
             "rescale=True",
-        ),  # fmt: skip
+        ),
     ],
 )
 def test_recipes_that_cannot_be_meant(text, said, files):
