@@ -1,8 +1,8 @@
 """One token through a whole model as one compiled call: `kernels/cpu/step*.cpp`, with weights used where they lie.
 
-`compiled_step` says whether a call can go that way. It can where the answer is the same and nobody looks
-inside: on the CPU, without gradients, hooks, watchers or autocast, in float32, bfloat16 or float16, and with the modules
-that this package makes. Otherwise the torch modules run, as they do with `use_backend("reference")` or "chunked".
+`compiled_step` says whether a call can go that way. It can where the answer is the same and nobody looks inside: on
+the CPU, without gradients, hooks, watchers or autocast, in float32, bfloat16 or float16, and with the modules that this
+package makes. Otherwise the torch modules run, as they do with `use_backend("reference")` or "chunked".
 """
 
 import ctypes
@@ -39,12 +39,14 @@ _FOUR = (
     "att.receptance att.output ffn.time_mix_k ffn.time_mix_r ffn.key ffn.receptance ffn.value"
 ).split()
 _FIVE = (
-    "ln1 ln2 att.time_faaaa att.time_first att.time_decay att.receptance att.key att.value att.gate att.output att.ln_x "
+    "ln1 ln2 att.time_faaaa att.time_first att.time_decay att.receptance att.key att.value att.gate att.output "
+    "att.ln_x "
     "ffn.time_mix_k ffn.time_mix_r ffn.key ffn.receptance ffn.value "
     "att.time_mix_k att.time_mix_v att.time_mix_r att.time_mix_g"
 ).split()
 _SIX = (
-    "ln1 ln2 att.time_faaaa att.time_first att.time_decay att.receptance att.key att.value att.gate att.output att.ln_x "
+    "ln1 ln2 att.time_faaaa att.time_first att.time_decay att.receptance att.key att.value att.gate att.output "
+    "att.ln_x "
     "ffn.time_maa_k ffn.time_maa_r ffn.key ffn.receptance ffn.value "
     "att.time_maa_x att.time_maa_w att.time_maa_k att.time_maa_v att.time_maa_r att.time_maa_g "
     "att.time_maa_w1 att.time_maa_w2 att.time_decay_w1 att.time_decay_w2"

@@ -37,7 +37,9 @@ class _Packed(nn.Module):
         super().__init__()
         self.bits, (self.rows, self.columns) = bits, weight.shape
         padded = -(-self.columns // _PADDING[bits]) * _PADDING[bits]
-        codes = torch.empty(self.rows, padded if bits == 8 else padded // 8, dtype=torch.int8 if bits == 8 else torch.int32)
+        codes = torch.empty(
+            self.rows, padded if bits == 8 else padded // 8, dtype=torch.int8 if bits == 8 else torch.int32
+        )
         scales = torch.empty(self.rows, padded // GROUPS[bits], dtype=torch.bfloat16)
         step = max(_AT_ONCE // padded, 1)
         for at in range(0, self.rows, step):
@@ -103,7 +105,9 @@ def quantise_weights(model, scheme: str = "int8", in_place: bool = False):
         raise ParameterError(f"Weights are rounded on the CPU, this model is on {model.get_device()}: model.to('cpu').")
     found = [(name, m) for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)]
     if not isinstance(model.head, nn.Linear) or not isinstance(model.emb, nn.Embedding):
-        raise ParameterError("The head or the embedding of this model is no plain matrix; were its weights rounded before?")
+        raise ParameterError(
+            "The head or the embedding of this model is no plain matrix; were its weights rounded before?"
+        )
     if not in_place:
         model = copy.deepcopy(model, {id(m.weight): nn.Parameter(torch.empty(0)) for _, m in found})
     for name, module in found:
