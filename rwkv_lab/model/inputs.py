@@ -4,7 +4,6 @@ import torch
 
 from rwkv_lab.errors import ParameterError
 
-
 _FEW = 16  # tokens that Python looks through faster than torch does
 
 
