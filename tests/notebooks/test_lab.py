@@ -1,6 +1,7 @@
 """merge.ipynb in a real JupyterLab, driven by a real browser: the panel appears, Plan shows a plan, Run merges."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
