@@ -85,8 +85,7 @@ void run_jobs(const Job (&jobs)[N], int64_t B, int threads) {
         const Job &job = jobs[i];
         const Tensor &w = *job.weight;
         const int first = (task - (i ? last[i - 1] : 0)) * run[i], n = std::min(run[i], w.outputs() - first);
-        Buffer own(job.result ? size_t(B) * n + LANES : LANES);
-        float *out = job.result ? own.get() : job.out.at + first;
+        float *out = job.result ? workspace(size_t(B) * n + LANES) : job.out.at + first;
         const int64_t stride = job.result ? n : job.out.stride;
         product(w, first, first + n, job.x, 0, B, out, stride);
         for (int64_t b = 0; b < B; b++) {

@@ -4,115 +4,11 @@
 // weights become float32 in registers. With many tokens a tile of weights in the L1 cache serves all of them.
 #pragma once
 
-#include <type_traits>
-
-#include "simd.h"
+#include "packed.h"
 
 namespace rwkv_lab {
 
-// Beside the dtypes of simd.h. A row of INT8 is padded to whole groups of 64 numbers, each with a scale; one of INT4 to
-// lines of 128 numbers with four scales. Nibble j of word i of a line is number 16 j + i, and 8 stands for zero.
-// Scales are bfloat16. Padding holds zeros.
-enum Packed { INT8 = 3, INT4 = 4 };
-constexpr int GROUP8 = 64, GROUP4 = 32, LINE4 = 128;
-constexpr int PADDED = 128;  // activations have zeros up to a multiple of it
-
-// A parameter as the model has it. Matrices are [rows,columns]; `turned` ones stand for their transposes.
-struct Tensor {
-    const void *data;
-    const uint16_t *scales;
-    int32_t format, rows, columns, turned;
-
-    int outputs() const { return turned ? columns : rows; }
-    int inputs() const { return turned ? rows : columns; }
-    int64_t row_bytes() const {  // of the memory that one output needs
-        const int64_t n = inputs();
-        if (format == INT8) return n + n / GROUP8 * 2;
-        if (format == INT4) return n / 2 + n / GROUP4 * 2;
-        return std::max<int64_t>(n, 1) * (format == FLOAT32 ? 4 : 2);
-    }
-};
-
-// Rows of numbers, one row per token of the batch; in a bfloat16 model they lie there rounded as bfloat16, too.
-struct Rows {
-    float *at = nullptr;
-    uint16_t *half = nullptr;
-    int64_t stride = 0;
-
-    float *row(int64_t b) const { return at + b * stride; }
-};
-
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-#define BFLOAT_DOTS 1
-#endif
-
-// Rounds to a dtype: its numbers lose what the dtype cannot hold.
-template <int D>
-INLINE float rounded(float x) {
-    if constexpr (D == BFLOAT16) return bfloat_to_float(float_to_bfloat(x));
-    if constexpr (D == FLOAT16) return half_to_float(float_to_half(x));
-    return x;
-}
-
-// ------------------------------------------------------------------ weights as float32
-
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
-
-template <int F>
-INLINE Vec widened(const void *from, int64_t at) {
-    if constexpr (F == FLOAT32) return load(static_cast<const float *>(from) + at);
-    if constexpr (F == INT8) {
-#if defined(__AVX512F__)
-        const auto *bytes = reinterpret_cast<const __m128i *>(static_cast<const int8_t *>(from) + at);
-        return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
-#elif defined(__AVX2__)
-        const auto *bytes = reinterpret_cast<const __m128i *>(static_cast<const int8_t *>(from) + at);
-        return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes)));
-#endif
-        Bytes x;
-        memcpy(&x, static_cast<const int8_t *>(from) + at, sizeof x);
-        return __builtin_convertvector(__builtin_convertvector(x, Ints), Vec);
-    }
-    Halves x;
-    memcpy(&x, static_cast<const uint16_t *>(from) + at, sizeof x);
-#if defined(__AVX512F__)
-    if constexpr (F == BFLOAT16) return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);
-#elif defined(__AVX2__)
-    if constexpr (F == BFLOAT16) return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)x), 16);
-#endif
-    if constexpr (F == BFLOAT16) return (Vec)(__builtin_convertvector(x, Ints) << 16);
-#if defined(__AVX512F__)
-    return (Vec)_mm512_cvtph_ps((__m256i)x);
-#elif defined(__F16C__) && defined(__AVX__)
-    return (Vec)_mm256_cvtph_ps((__m128i)x);
-#else
-    Vec out;
-    for (int i = 0; i < LANES; i++) out[i] = half_to_float(x[i]);
-    return out;
-#endif
-}
-
-// The first `count` of LANES numbers, zeros behind them.
-template <int F>
-INLINE Vec widened_part(const void *from, int64_t at, int count) {
-    constexpr int SIZE = F == FLOAT32 ? 4 : 2;
-    float part[LANES] = {};
-    memcpy(part, static_cast<const char *>(from) + at * SIZE, size_t(count) * SIZE);
-    return widened<F>(part, 0);
-}
-
 // ------------------------------------------------------------------ tiles: TR outputs of TB tokens
-
-// Rows follow each other in memory, but hardware stops foreseeing at the end of a page.
-constexpr int AHEAD = 8192;  // bytes
-
-template <int BYTES>
-INLINE void expect(const void *at) {
-    if constexpr (BYTES == 64) __builtin_prefetch(static_cast<const char *>(at) + AHEAD, 0, 2);
-    if constexpr (BYTES < 64)  // one request per line of the cache
-        if ((reinterpret_cast<uintptr_t>(at) & 63) < BYTES) __builtin_prefetch(static_cast<const char *>(at) + AHEAD, 0, 2);
-}
 
 // Adds to sums[r * TB + b], whose lanes are still to be added up, for rows row .. row+TR-1 and tokens b0 .. b0+TB-1.
 template <int F, int TR, int TB>
@@ -192,74 +88,10 @@ INLINE void bfloat_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0,
 }
 #endif
 
-template <int TR, int TB>
-INLINE void int8_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
-    const int groups = (w.columns + GROUP8 - 1) / GROUP8;
-    for (int g = 0; g < groups; g++) {
-#pragma GCC unroll 4
-        for (int r = 0; r < TR; r++) {
-            const int64_t group = (row + r) * groups + g;
-            expect<64>(static_cast<const int8_t *>(w.data) + group * GROUP8);
-            const Vec scale = broadcast(bfloat_to_float(w.scales[group]));
-            Vec part[TB] = {};
-#pragma GCC unroll 16
-            for (int i = 0; i < GROUP8; i += LANES) {
-                const Vec weight = widened<INT8>(w.data, group * GROUP8 + i);
-#pragma GCC unroll 8
-                for (int b = 0; b < TB; b++) part[b] += weight * load(x.row(b0 + b) + g * GROUP8 + i);
-            }
-#pragma GCC unroll 8
-            for (int b = 0; b < TB; b++) sums[r * TB + b] += part[b] * scale;
-        }
-    }
-}
-
-// The 4-bit numbers in the lowest bits of each lane.
-INLINE Vec nibbles(Ints x) {
-#if defined(__AVX512F__)
-    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return (Vec)_mm512_permutexvar_ps((__m512i)x, values);
-#else
-    return __builtin_convertvector((x & 15) - 8, Vec);
-#endif
-}
-
-template <int TR, int TB>
-INLINE void int4_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
-    constexpr int CHAINS = TR * TB <= 2 ? 4 : 1;  // so that additions do not wait for each other
-    const int lines = (w.columns + LINE4 - 1) / LINE4;
-    Vec chains[TR * TB * CHAINS] = {};
-    for (int line = 0; line < lines; line++) {
-#pragma GCC unroll 4
-        for (int r = 0; r < TR; r++) {
-            const int64_t at = (row + r) * lines + line;
-            const auto *words = static_cast<const int32_t *>(w.data) + at * 16;
-            const uint16_t *scales = w.scales + at * 4;
-            expect<64>(words);
-#pragma GCC unroll 4
-            for (int i = 0; i < 16; i += LANES) {
-                Ints word;
-                memcpy(&word, words + i, sizeof word);
-#pragma GCC unroll 4
-                for (int pair = 0; pair < 4; pair++) {  // two nibbles of every word make one group of 32
-                    const Vec scale = broadcast(bfloat_to_float(scales[pair]));
-                    const Vec one = nibbles(word >> (8 * pair)), two = nibbles(word >> (8 * pair + 4));
-#pragma GCC unroll 8
-                    for (int b = 0; b < TB; b++) {
-                        const float *xb = x.row(b0 + b) + line * LINE4 + pair * GROUP4 + i;
-                        chains[(r * TB + b) * CHAINS + pair % CHAINS] += (one * load(xb) + two * load(xb + 16)) * scale;
-                    }
-                }
-            }
-        }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < TR * TB * CHAINS; i++) sums[i / CHAINS] += chains[i];
-}
-
 template <int F, bool BFLOAT, int TR, int TB>
 INLINE void tile(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
 #if defined(BFLOAT_DOTS)
+    if constexpr (BFLOAT && F == INT4) return int4_bfloat_dots<TR, TB>(w, row, x, b0, sums);
     if constexpr (BFLOAT) return bfloat_dots<TR, TB>(w, row, x, b0, sums);
 #endif
     if constexpr (F == INT8)
@@ -370,16 +202,17 @@ inline void product(const Tensor &w, int first, int last, const Rows &x, int64_t
         if (w.format == BFLOAT16) return add_rows<BFLOAT16>(w, first, last, x, b0, b1, out, out_stride);
         return add_rows<FLOAT16>(w, first, last, x, b0, b1, out, out_stride);
     }
+#if defined(BFLOAT_DOTS)
+    if (x.half && w.format == BFLOAT16) return dot_rows<BFLOAT16, true>(w, first, last, x, b0, b1, out, out_stride);
+    if (x.half && w.format == INT4) return dot_rows<INT4, true>(w, first, last, x, b0, b1, out, out_stride);
+#endif
     switch (w.format) {
         case FLOAT32: return dot_rows<FLOAT32>(w, first, last, x, b0, b1, out, out_stride);
         case FLOAT16: return dot_rows<FLOAT16>(w, first, last, x, b0, b1, out, out_stride);
         case INT8: return dot_rows<INT8>(w, first, last, x, b0, b1, out, out_stride);
         case INT4: return dot_rows<INT4>(w, first, last, x, b0, b1, out, out_stride);
+        default: return dot_rows<BFLOAT16>(w, first, last, x, b0, b1, out, out_stride);
     }
-#if defined(BFLOAT_DOTS)
-    if (x.half) return dot_rows<BFLOAT16, true>(w, first, last, x, b0, b1, out, out_stride);
-#endif
-    dot_rows<BFLOAT16>(w, first, last, x, b0, b1, out, out_stride);
 }
 
 }  // namespace rwkv_lab

@@ -84,6 +84,14 @@ private:
     float *at_;
 };
 
+// At least `size` floats for a task that is done before the next one begins; each thread has its own and keeps it.
+inline float *workspace(size_t size) {
+    thread_local std::unique_ptr<Buffer> mine;
+    thread_local size_t there = 0;
+    if (size > there) mine = std::make_unique<Buffer>(there = size);
+    return mine->get();
+}
+
 // Numbers below 1.2e-38 count as 0 while it lives. A state that decays by 0.9 per token ends there, and arithmetic with
 // such numbers can be a hundred times slower.
 class FlushToZero {

@@ -36,7 +36,7 @@ struct Call {
 
 enum { EMB, LN0, LN_OUT = 3, HEAD = 5, LAYERS };  // what comes before the layers' tensors
 
-// Memory of one call, handed out in pieces whose rows have zeros behind their end.
+// Memory of one call, handed out in pieces whose rows have zeros behind their end. The thread that calls keeps it.
 class Scratch {
 public:
     Scratch(int64_t B, int dtype) : B_(B), dtype_(dtype) {}
@@ -52,15 +52,24 @@ public:
     }
 
 private:
+    struct Piece {
+        std::unique_ptr<Buffer> memory;
+        size_t size = 0;
+    };
+
     float *piece(size_t size) {
-        pieces_.push_back(std::make_unique<Buffer>(size + LANES));
-        memset(pieces_.back()->get(), 0, (size + LANES) * sizeof(float));
-        return pieces_.back()->get();
+        thread_local std::vector<Piece> kept;
+        if (next_ == kept.size()) kept.emplace_back();
+        Piece &mine = kept[next_++];
+        size += LANES;
+        if (size > mine.size) mine.memory = std::make_unique<Buffer>(mine.size = size);
+        memset(mine.memory->get(), 0, size * sizeof(float));
+        return mine.memory->get();
     }
 
     int64_t B_;
     int dtype_;
-    std::vector<std::unique_ptr<Buffer>> pieces_;
+    size_t next_ = 0;
 };
 
 // A parameter's numbers one by one; loops over them become vector code.
@@ -139,10 +148,10 @@ void embed(const Model &m, const Call &c, int64_t b, float *x) {
         for (int i = 0; i < m.C; i++) x[i] = float(from[i]) * bfloat_to_float(table.scales[token * groups + i / GROUP8]);
     } else {
         const int lines = (m.C + LINE4 - 1) / LINE4;
-        const auto *words = static_cast<const uint32_t *>(table.data) + token * lines * 16;
+        const auto *words = static_cast<const uint16_t *>(table.data) + token * lines * 32;
         for (int i = 0; i < m.C; i++) {
             const int line = i / LINE4, inside = i % LINE4;
-            const int code = int(words[line * 16 + inside % 16] >> (4 * (inside / 16)) & 15) - 8;
+            const int code = int(words[line * 32 + inside % 32] >> (4 * (inside / 32)) & 15) - 8;
             x[i] = float(code) * bfloat_to_float(table.scales[token * lines * 4 + i / GROUP4]);
         }
     }

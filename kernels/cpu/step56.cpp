@@ -34,8 +34,7 @@ template <int D, int GENERATION>
 void one_head(const Model &m, const Call &c, int layer, const Tensor *t, const Mixed &x, int h, int64_t b0, int64_t b1) {
     FlushToZero flush;
     const int N = m.N, first = h * N, wide = round_up(N, LANES);
-    Buffer room(size_t(b1 - b0 + 3) * wide + size_t(N) * N + LANES);
-    float *d = room.get(), *u = d + (b1 - b0) * wide, *y = u + wide, *S = y + wide;
+    float *d = workspace(size_t(b1 - b0 + 3) * wide + size_t(N) * N + LANES), *u = d + (b1 - b0) * wide, *y = u + wide, *S = y + wide;
     const Numbers<D> decay(t[DECAY]), bonus(t[BONUS].data ? t[BONUS] : t[LOG_BONUS]), ln_w(t[LN_X]), ln_b(t[LN_X + 1]);
     const bool per_channel = t[DECAY].rows * t[DECAY].columns == m.A && m.A != m.H;
     for (int i = 0; i < N; i++) u[i] = bonus[per_channel ? first + i : h];

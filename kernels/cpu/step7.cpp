@@ -60,8 +60,7 @@ void one_head(const Model &m, const Call &c, int layer, const Tensor *t, const M
     FlushToZero flush;
     const int N = m.N, first = h * N, wide = round_up(N, LANES);
     const int64_t count = b1 - b0, all = count * wide;
-    Buffer room(size_t(4 * all) + 6 * wide + size_t(N) * N + LANES);
-    float *low = room.get(), *rows = low + 4 * all;
+    float *low = workspace(size_t(4 * all) + 6 * wide + size_t(N) * N + LANES), *rows = low + 4 * all;
     const bool mixes_values = layer > 0;
     product(t[W2], first, first + N, x.w, b0, b1, low, wide);
     product(t[A2], first, first + N, x.a, b0, b1, low + all, wide);

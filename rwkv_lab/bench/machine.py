@@ -59,7 +59,7 @@ def read_rate() -> float:
     library = _floors()
     if library is None:
         return _read_rate_of_torch()
-    return library.read_gbps(torch.get_num_threads(), _READ_BYTES, 3)
+    return library.read_gbps(torch.get_num_threads(), _READ_BYTES, 5)
 
 
 def multiply_add_rate() -> float:

@@ -8,7 +8,9 @@ package makes. Otherwise the torch modules run, as they do with `use_backend("re
 import ctypes
 import logging
 import operator
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -17,7 +19,7 @@ from torch import nn
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.model.block import RESCALE_EVERY
-from rwkv_lab.model.recycled import recycled
+from rwkv_lab.model.recycled import Memory
 from rwkv_lab.model.state import RWKVState, check_state, state_shapes
 from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
 from rwkv_lab.wkv.choice import chosen_backend
@@ -148,6 +150,9 @@ class _Table:
         self.lent = [x for d in self.owners for x in d.values()]  # kept alive, so that no address is used again
         self.there = [x for x in self.lent if x is not None]
         self.addresses = list(map(_address, self.there))
+        self.memory = [x.untyped_storage() for x in self.there]  # kept: a step may run on it
+        self.large = sum(x.nbytes for x in self.there) > _CACHED
+        self.used = False  # of a large model's table: from then on `_run` looks whether it holds, while it computes
         self.rows = (_Tensor * len(rows))(*rows)
         layout, ln_x = model.layout, getattr(model.blocks[0].att, "ln_x", None)
         self.model = _Model(
@@ -188,8 +193,26 @@ class _Table:
         """Whether nobody watches the modules or has hooked into them."""
         return not any(self.hooks) and not any([m.watchers for m in self.watched])
 
+    def holds(self) -> bool:
+        """Whether this table may be used for a step."""
+        return self.still_there() and self.undisturbed()
+
 
 _tables: WeakKeyDictionary[nn.Module, _Table] = WeakKeyDictionary()
+
+# Bytes of weights that throw everything else out of the caches when they are read. After such a token it takes half a
+# millisecond to look at all tensors again, so that a second thread does it while the next token is computed.
+_CACHED = 1 << 24
+_looker = ThreadPoolExecutor(1, "rwkv_lab looks at weights")
+
+
+def _after_fork() -> None:
+    global _looker
+    _looker = ThreadPoolExecutor(1, "rwkv_lab looks at weights")  # the thread of the other is gone
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def compiled_step(model, tokens, state: RWKVState | None) -> Callable | None:
@@ -208,8 +231,9 @@ def compiled_step(model, tokens, state: RWKVState | None) -> Callable | None:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
         return None
     table = _table(model)
-    if table is None or not table.undisturbed():
+    if table is None or not (table.used or table.undisturbed()):
         return None
+    table.used = table.large
     if torch.is_grad_enabled():
         given = () if state is None else state.tensors().values()
         if any([x.requires_grad for x in (*table.there, *given)]):
@@ -231,7 +255,7 @@ _told: set[str] = set()  # sources of which somebody has been told that they do 
 
 def _table(model) -> _Table | None:
     table = _tables.get(model)
-    if table is None or not table.still_there():
+    if table is None or not (table.used or table.still_there()):
         _tables.pop(model, None)
         try:
             table = _tables[model] = _Table(model)
@@ -240,32 +264,80 @@ def _table(model) -> _Table | None:
     return table
 
 
+class _FreshState(RWKVState):
+    """The state that a step has made: its tensors come to be when somebody asks for one, and then it is an RWKVState
+    like any other. Most are never looked at, but go straight into the next step, to which addresses are enough; a torch
+    operator takes 30 microseconds when a token's weights have just gone through the caches."""
+
+    def __init__(self, memory: Memory, made_for: tuple, version: str):
+        self.__dict__.update(memory=memory, made_for=made_for, version=version)
+
+    def __getattr__(self, name: str):
+        if name not in ("wkv", "att_shift", "ffn_shift"):
+            raise AttributeError(name)
+        wkv, att, ffn = self.memory.tensors()
+        # Key-major is how the kernel holds it: [B,L,H,K,V] in memory.
+        found = {"wkv": wkv.transpose(-1, -2) if wkv.ndim == 5 else wkv, "att_shift": att, "ffn_shift": ffn}
+        self.__dict__.update(found)
+        del self.__dict__["memory"], self.__dict__["made_for"]
+        object.__setattr__(self, "__class__", RWKVState)
+        return found[name]
+
+    def __reduce__(self):  # for copies and files
+        return RWKVState, (self.wkv, self.att_shift, self.ffn_shift, self.version)
+
+
 @torch.no_grad()
 def _run(model, table: _Table, step, tokens, state: RWKVState | None) -> tuple[torch.Tensor, RWKVState]:
-    layout, dtype, B = model.layout, table.dtype, len(tokens)
+    layout, dtype, (B, T) = model.layout, table.dtype, tokens.shape
+    made_for = (layout, B, dtype)
     if state is None:
         state = model.create_state(B)
-    else:
+    elif type(state) is not _FreshState or state.made_for != made_for:
         check_state(state, layout, B, dtype, tokens.device)
+    given, holds = state, _looker.submit(table.holds) if table.used else None
+    if tokens.dtype != torch.int64:
+        tokens = tokens.to(torch.int64)
     shape, shifts = (B, *state_shapes(layout)["wkv"]), (B, layout.n_layer, layout.n_embd)
     logits = []
-    for column in tokens.to(torch.int64).unbind(1):
-        column = column.contiguous()
-        wkv, att, ffn = state.wkv.float(), _rows(state.att_shift, dtype), _rows(state.ffn_shift, dtype)
-        new_wkv, new_att, new_ffn = recycled((shape, torch.float32), (shifts, dtype), (shifts, dtype))
-        (out,) = recycled(((B, layout.vocab_size), dtype))
-        strides = wkv.stride() if wkv.ndim == 5 else (*wkv.stride(), 0)
-        call = _Call(
-            *(column.data_ptr(), B, wkv.data_ptr(), strides, att.data_ptr(), ffn.data_ptr()),
-            *(att.stride()[:2], ffn.stride()[:2]),
-            *(new_wkv.data_ptr(), new_att.data_ptr(), new_ffn.data_ptr(), out.data_ptr(), torch.get_num_threads()),
-        )
+    for t in range(T):
+        column = tokens if T == 1 and tokens.is_contiguous() else tokens[:, t].contiguous()
+        if type(state) is _FreshState:
+            before = state.memory
+            where = _addresses(before, shape, shifts)
+        else:
+            before = state.wkv.float(), _rows(state.att_shift, dtype), _rows(state.ffn_shift, dtype)
+            where = _addresses_of_tensors(*before)
+        memory = Memory((shape, torch.float32), (shifts, dtype), (shifts, dtype))
+        answer = Memory(((B, layout.vocab_size), dtype))
+        new = (memory.address + offset for offset in memory.offsets)
+        call = _Call(column.data_ptr(), B, *where, *new, answer.address, torch.get_num_threads())
         step(ctypes.byref(table.model), ctypes.byref(call))
-        logits.append(out)
-        # Key-major is how the kernel holds it: [B,L,H,K,V] in memory.
-        logical = new_wkv if wkv.ndim == 4 else new_wkv.transpose(-1, -2)
-        state = RWKVState(logical, new_att, new_ffn, layout.version)
+        logits += answer.tensors()
+        state = _FreshState(memory, made_for, layout.version)
+    if holds and not holds.result():
+        # Weights were exchanged, or somebody wants to look inside: what was computed is not the answer.
+        _tables.pop(model, None)
+        return model.forward(tokens, given)
     return logits[0].unsqueeze(1) if len(logits) == 1 else torch.stack(logits, 1), state
+
+
+def _addresses(memory: Memory, shape: tuple[int, ...], shifts: tuple[int, ...]) -> tuple:
+    """What `_Call` says about a state that a step has made: addresses, and strides of logical dimensions."""
+    wkv, att, ffn = (memory.address + offset for offset in memory.offsets)
+    if len(shape) == 5:
+        _, L, H, N, _ = shape
+        strides = (L * H * N * N, H * N * N, N * N, 1, N)
+    else:
+        _, L, parts, A = shape
+        strides = (L * parts * A, parts * A, A, 1, 0)
+    rows = (shifts[1] * shifts[2], shifts[2])
+    return wkv, strides, att, ffn, rows, rows
+
+
+def _addresses_of_tensors(wkv, att, ffn) -> tuple:
+    strides = wkv.stride() if wkv.ndim == 5 else (*wkv.stride(), 0)
+    return wkv.data_ptr(), strides, att.data_ptr(), ffn.data_ptr(), att.stride()[:2], ffn.stride()[:2]
 
 
 def _rows(x, dtype):

@@ -1,7 +1,7 @@
 """Weights in 8 or 4 bits with a scale per group: a model that needs a half or a quarter of the memory to decode.
 
-Activations stay float32. The compiled step makes float32 of the weights in registers; the torch modules, which read
-prompts and are the judge, make it of one matrix at a time. Both compute with exactly the same rounded weights.
+Everything else keeps the model's dtype. The compiled step unpacks weights in registers; the torch modules, which read
+prompts and are the judge, unpack one matrix at a time into float32. Both compute with exactly the same rounded weights.
 """
 
 import copy
@@ -28,8 +28,8 @@ class _Packed(nn.Module):
     """A matrix `[rows,columns]` as integer codes and bfloat16 scales; both are integers to torch, so that a change of
     the model's dtype leaves them alone.
 
-    codes: int8 `[rows, columns padded to 64]`, or int32 `[rows, columns padded to 128, / 8]`: nibble j of word i of a
-        line of 128 numbers is number 16 j + i, and 8 stands for zero.
+    codes: int8 `[rows, columns padded to 64]`, or int16 `[rows, columns padded to 128, / 4]`: nibble j of word i of a
+        line of 128 numbers is number 32 j + i, and 8 stands for zero.
     scales: the bits of a bfloat16 `[rows, groups]`.
     """
 
@@ -38,7 +38,7 @@ class _Packed(nn.Module):
         self.bits, (self.rows, self.columns) = bits, weight.shape
         padded = -(-self.columns // _PADDING[bits]) * _PADDING[bits]
         codes = torch.empty(
-            self.rows, padded if bits == 8 else padded // 8, dtype=torch.int8 if bits == 8 else torch.int32
+            self.rows, padded if bits == 8 else padded // 4, dtype=torch.int8 if bits == 8 else torch.int16
         )
         scales = torch.empty(self.rows, padded // GROUPS[bits], dtype=torch.bfloat16)
         step = max(_AT_ONCE // padded, 1)
@@ -57,11 +57,13 @@ class _Packed(nn.Module):
         return self._like.expand(self.rows, self.columns)
 
     def dequantised(self, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """The matrix as it is computed with `[rows,columns]`, or some of its rows, in the dtype of `weight`."""
+        """The matrix as it is computed with `[rows,columns]`, or some of its rows: float32, exactly code times scale;
+        float64 in a float64 model."""
         codes, scales = (x if rows is None else x[rows] for x in (self.codes, self.scales))
+        wide = torch.promote_types(self._like.dtype, torch.float32)
         numbers = codes if self.bits == 8 else _from_nibbles(codes)
-        numbers = numbers.unflatten(-1, (-1, GROUPS[self.bits])).to(self._like.dtype)
-        numbers = numbers * scales.view(torch.bfloat16).to(self._like.dtype).unsqueeze(-1)
+        numbers = numbers.unflatten(-1, (-1, GROUPS[self.bits])).to(wide)
+        numbers = numbers * scales.view(torch.bfloat16).to(wide).unsqueeze(-1)
         return numbers.flatten(-2)[..., : self.columns]
 
     def extra_repr(self) -> str:
@@ -73,7 +75,8 @@ class PackedLinear(_Packed):
 
     def forward(self, x):
         """x `[...,columns]` -> `[...,rows]`."""
-        return F.linear(x, self.dequantised())
+        weight = self.dequantised()
+        return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
 class PackedEmbedding(_Packed):
@@ -81,15 +84,15 @@ class PackedEmbedding(_Packed):
 
     def forward(self, tokens):
         """tokens `[...]` -> `[...,columns]`."""
-        return self.dequantised(tokens)
+        return self.dequantised(tokens).to(self._like.dtype)
 
 
 def quantise_weights(model, scheme: str = "int8", in_place: bool = False):
     """A model whose large matrices (embedding, head, and every Linear of the layers) are rounded to 8 or 4 bits.
 
-    It is an RWKV_Dual like the one given, in float32: it decodes, reads prompts and generates. What the rounding costs
-    is for `agreement_of_logits` to say. The low-rank pairs and all vectors stay as they are. It cannot be trained, or
-    saved as a checkpoint.
+    It is an RWKV_Dual like the one given, in its dtype: it decodes, reads prompts and generates. What the rounding
+    costs is for `agreement_of_logits` to say. The low-rank pairs and all vectors stay as they are. It cannot be
+    trained, or saved as a checkpoint.
 
     Args:
         model: on the CPU, float32, bfloat16 or float16.
@@ -114,8 +117,8 @@ def quantise_weights(model, scheme: str = "int8", in_place: bool = False):
         kind = PackedLinear if isinstance(module, nn.Linear) else PackedEmbedding
         packed = kind(module.weight, SCHEMES[scheme])
         owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, packed)
-    return model.requires_grad_(False).float()
+        setattr(model.get_submodule(owner), last, packed.to(module.weight.dtype))
+    return model.requires_grad_(False)
 
 
 def _rounded(groups, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,18 +147,16 @@ def _codes(groups, scales, low: int, high: int):
 
 
 def _into_nibbles(numbers):
-    """Integers -8 .. 7 as floats `[rows,128 n]` -> int32 `[rows,16 n]`."""
-    lines = (numbers.to(torch.int32) + 8).unflatten(1, (-1, 8, 16))
-    words = lines[:, :, 0].clone()
-    for j in range(1, 8):
-        words |= lines[:, :, j] << (4 * j)
-    return words.flatten(1)
+    """Integers -8 .. 7 as floats `[rows,128 n]` -> int16 `[rows,32 n]`."""
+    lines = (numbers.to(torch.int32) + 8).unflatten(1, (-1, 4, 32))
+    words = sum(lines[:, :, j] << (4 * j) for j in range(4))
+    return words.to(torch.int16).flatten(1)
 
 
 def _from_nibbles(words):
-    """int32 `[...,16 n]` -> int32 `[...,128 n]`."""
-    lines = words.unflatten(-1, (-1, 16))
-    numbers = torch.stack([(lines >> (4 * j) & 15) - 8 for j in range(8)], -2)  # [...,n,8,16]
+    """int16 `[...,32 n]` -> int16 `[...,128 n]`."""
+    lines = words.unflatten(-1, (-1, 32))
+    numbers = torch.stack([(lines >> (4 * j) & 15) - 8 for j in range(4)], -2)  # [...,n,4,32]
     return numbers.flatten(-3)
 
 

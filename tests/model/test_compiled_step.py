@@ -1,6 +1,7 @@
 """The compiled token step against the torch modules, which are its judge."""
 
 import copy
+import dataclasses
 import os
 import threading
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 from random_models import VERSIONS, load_model, make_tokens, relative_rms
 
-from rwkv_lab.errors import KernelError
-from rwkv_lab.model import RWKVMode, capture, generate, init_state_with_past
+from rwkv_lab.errors import KernelError, ParameterError
+from rwkv_lab.model import RWKVMode, RWKVState, capture, generate, init_state_with_past
 from rwkv_lab.model import compiled_step as room
 from rwkv_lab.model import recycled as memory
 from rwkv_lab.wkv import use_backend
@@ -62,14 +63,23 @@ def steps(monkeypatch) -> list:
     return calls
 
 
+@pytest.fixture(params=["looks before", "looks meanwhile"])
+def looks(request, monkeypatch):
+    """Models small and, so to speak, large: of large ones a second thread looks whether weights are where they were."""
+    monkeypatch.setattr(room, "_CACHED", 1 << 24 if request.param == "looks before" else -1)
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """Memory for results is full of NaN before it is written."""
 
-    def full_of_nan(*wanted):
-        return [torch.full(shape, torch.nan, dtype=dtype) for shape, dtype in wanted]
+    class FullOfNaN(memory.Memory):
+        def __init__(self, *parts):
+            super().__init__(*parts)
+            for part in self.tensors():
+                part.fill_(torch.nan)
 
-    monkeypatch.setattr(room, "recycled", full_of_nan)
+    monkeypatch.setattr(room, "Memory", FullOfNaN)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -139,7 +149,7 @@ def test_states_of_any_making_are_taken_and_left_alone(tmp_path, version, steps)
     assert error(model(token), by_torch(model, token)) < 2e-5  # starts from time_state by itself
 
 
-def test_weights_may_change_and_move(tmp_path):
+def test_weights_may_change_and_move(tmp_path, looks):
     model, tokens = rnn(load_model(tmp_path, "7.0")), make_tokens(1, 3)
     first = model(tokens)[0]
 
@@ -164,7 +174,7 @@ def test_weights_may_change_and_move(tmp_path):
     follows("assigned parameters")
 
 
-def test_copies_and_models_in_turn_do_not_meet(tmp_path):
+def test_copies_and_models_in_turn_do_not_meet(tmp_path, looks):
     one = rnn(load_model(tmp_path, "7.0", seed=1))
     other, twin, tokens = rnn(load_model(tmp_path, "7.0", seed=2)), copy.deepcopy(one), make_tokens(1, 4)
     expected = by_torch(one, tokens)[0], by_torch(other, tokens)[0]
@@ -176,7 +186,7 @@ def test_copies_and_models_in_turn_do_not_meet(tmp_path):
         assert not twin(tokens)[0].any()
 
 
-def test_python_threads_work_side_by_side(tmp_path):
+def test_python_threads_work_side_by_side(tmp_path, looks):
     model, tokens = rnn(load_model(tmp_path, "7.0", head_size=32)), make_tokens(4, 40)
     expected, found = [model(row[None])[0] for row in tokens], {}
 
@@ -193,7 +203,7 @@ def test_python_threads_work_side_by_side(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_goes_on(tmp_path):
+def test_a_forked_process_goes_on(tmp_path, looks):
     model, tokens = rnn(load_model(tmp_path, "7.0")), make_tokens(1, 3)
     torch.set_num_threads(2)
     try:
@@ -234,6 +244,43 @@ def test_it_stands_back_where_somebody_looks_or_learns(tmp_path, steps):
     assert len(steps) == 1
 
 
+def test_it_stands_back_from_a_large_model_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "_CACHED", -1)
+    model, tokens = rnn(load_model(tmp_path, "7.0")), make_tokens(1, 2)
+    expected = by_torch(model, tokens)
+    assert relative_rms(model(tokens)[0], expected[0]) < 2e-5  # from here on it is looked at meanwhile
+    for _ in range(2):
+        with capture(model, names=["w"]) as seen:
+            found = model(tokens)
+        assert seen["blocks.0.att.w"].shape[1] == 2 and relative_rms(found[0], expected[0]) < 2e-5
+        assert relative_rms(model(tokens)[0], expected[0]) < 2e-5
+    asked = []
+    model.blocks[1].ffn.key.register_forward_hook(lambda *_: asked.append(1))
+    state = model(tokens)[1]
+    assert len(asked) == 2 and relative_rms(state.wkv, expected[1].wkv) < 2e-5
+
+
+def test_a_states_tensors_come_when_asked_for(tmp_path, steps):
+    model, tokens = rnn(load_model(tmp_path, "7.0")), make_tokens(2, 6)
+    whole = model(tokens)[1]
+    state = None
+    for t in range(6):
+        state = model(tokens[:, t : t + 1], state)[1]
+        assert isinstance(state, RWKVState) and type(state) is not RWKVState  # nobody has looked
+        if t == 2:
+            state = copy.copy(copy.deepcopy(state))
+            assert type(state) is RWKVState and state.wkv.shape == (2, 2, 2, 16, 16)
+        if t == 3:
+            state = dataclasses.replace(state, version=state.version)
+    assert (
+        state.version == "7.0" and torch.equal(state.wkv, whole.wkv) and torch.equal(state.ffn_shift, whole.ffn_shift)
+    )
+    with pytest.raises(AttributeError):
+        state.nothing
+    with pytest.raises(ParameterError, match="of 2 sequences, the tokens are of 1"):
+        model(tokens[:1], model(tokens)[1])
+
+
 def test_text_grows_by_it(tmp_path, steps):
     model = load_model(tmp_path, "7.0", vocab_size=256)
     texts = generate(model, ["ab", "cde"], max_new_tokens=6, temperature=0)
@@ -260,7 +307,7 @@ def test_without_a_compiler_it_says_so_once_or_refuses(tmp_path, monkeypatch, ca
 
 def test_memory_is_used_again_only_when_nothing_refers_to_it():
     def take():
-        return memory.recycled(((300, 301), torch.float32), ((7,), torch.bfloat16))
+        return memory.Memory(((300, 301), torch.float32), ((7,), torch.bfloat16)).tensors()
 
     one, small = take()
     assert one.shape == (300, 301) and small.shape == (7,) and small.dtype == torch.bfloat16

@@ -77,7 +77,7 @@ def test_it_reads_prompts_and_writes_texts_by_the_step(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "_run", lambda *args: calls.append(1) or before(*args))
     plain = load_model(tmp_path, "7.0", vocab_size=256, dtype=torch.bfloat16)
     same = quantise_weights(plain, "int8", in_place=True)
-    assert same is plain and type(same.head) is PackedLinear and same.ln_out.weight.dtype == torch.float32
+    assert same is plain and type(same.head) is PackedLinear and same.ln_out.weight.dtype == torch.bfloat16
     assert not list(same.head.parameters()) and same.emb.weight.isnan().all() and same.emb.weight.shape == (256, 32)
     texts = generate(same, ["abc", "x"], max_new_tokens=5, temperature=0)
     assert len(calls) >= 4
