@@ -276,7 +276,7 @@ def test_a_states_tensors_come_when_asked_for(tmp_path, steps):
         state.version == "7.0" and torch.equal(state.wkv, whole.wkv) and torch.equal(state.ffn_shift, whole.ffn_shift)
     )
     with pytest.raises(AttributeError):
-        state.nothing
+        _ = state.nothing
     with pytest.raises(ParameterError, match="of 2 sequences, the tokens are of 1"):
         model(tokens[:1], model(tokens)[1])
 
