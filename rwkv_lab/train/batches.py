@@ -1,4 +1,4 @@
-"""Tokens in batches: windows out of long texts, or one example a row; and how well a model predicts what is held out."""
+"""Tokens in batches: windows out of long texts, or one example a row; and how a model predicts what was held out."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -41,8 +41,8 @@ def compare_methods(
 ) -> list[Compared]:
     """Tune a model by each method and measure it on held-out text; nothing is kept.
 
-    Adapters go into the four matrices of every time mix, at the rank that comes nearest to `budget`. Each method has the
-    learning rate that suits it on the demo model.
+    Adapters go into the four matrices of every time mix, at the rank that comes nearest to `budget`. Each method has
+    the learning rate that suits it on the demo model.
 
     Args:
         budget: parameters to train; None for as many as the model's states have.

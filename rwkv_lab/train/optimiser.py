@@ -7,8 +7,8 @@ import torch
 
 from rwkv_lab.train.recipe import Recipe
 
-# Factors on the learning rate, as RWKV-LM trains whole models: twice for the decays (`w0` of RWKV-7, `time_decay` before),
-# three times for the bonus of RWKV-4 and 5.0. Read in BlinkDL/RWKV-LM, RWKV-v7/train_temp and RWKV-v4neo, model.py.
+# Factors on the learning rate, as RWKV-LM (its README and model.py) trains whole models: twice for the decays, `w0` of
+# RWKV-7 and `time_decay` before it; three times for `time_first`, the bonus of RWKV-4 and 5.0.
 _FASTER = {".att.w0": 2.0, ".att.time_decay": 2.0, ".att.time_first": 3.0}
 
 

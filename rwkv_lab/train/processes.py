@@ -55,9 +55,11 @@ class Processes:
         if self.how == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
-            # With time_state, which is read before its block runs, the whole model is one unit.
-            for block in () if model.has_time_state else model.blocks:
-                fully_shard(block)
+            # A unit is whole only while its own forward runs. `ln0` runs before its block; `time_state` is read before
+            # all blocks, so with it the whole model is one unit.
+            if not model.has_time_state:
+                for unit in (model.blocks[0].ln0, *model.blocks):
+                    fully_shard(unit)
             return fully_shard(model)
         device = model.get_device()
         return nn.parallel.DistributedDataParallel(

@@ -1,4 +1,4 @@
-"""The model of each kind of training: made ready, with only that trained which the kind trains; written; opened again."""
+"""The model of each kind of training: made ready, with all frozen that is not trained; written; opened again."""
 
 import hashlib
 import re

@@ -1,0 +1,19 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that the tests of this folder find tiny.py
+
+from tiny import tiny_base, tiny_text  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    return tiny_text(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory, texts) -> Path:
+    """The path of a tiny model, trained on `texts`."""
+    return tiny_base(tmp_path_factory.mktemp("small"), texts)
