@@ -51,7 +51,7 @@ def make_model(tuning: Tuning, base: str | Path | None, sizes: Mapping[str, int]
         model.add_time_state()
         _pack(model, tuning.quant)
     for name, parameter in model.named_parameters():
-        trained = name.endswith(".time_state") if tuning.kind == "state" else not _UNUSED.match(name)
+        trained = name.endswith(".time_state") if tuning.kind == "state" else not is_unused(name)
         parameter.requires_grad_(trained)
     return model
 
@@ -79,6 +79,11 @@ def pissa_start(model: nn.Module) -> str:
     for layer in adapters(model).values():
         digest.update(layer.init_lora_A.cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def is_unused(name: str) -> bool:
+    """Whether nothing reads this tensor."""
+    return _UNUSED.match(name) is not None
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -120,6 +120,35 @@ def merge_panel(run: Run) -> Panel | None:
     return _show(Panel(run, fields, {"Plan": merging.preview, "Run": merging.everything}))
 
 
+def train_panel(run: Run) -> Panel | None:
+    """Show the panel of train.ipynb; None, and a line that says so, where no front end is there."""
+    from rwkv_lab.workbench import training
+
+    if not _someone_there():
+        return None
+    fields = [
+        _choice("kind", tuple(training.RECIPES)),
+        _path("base"),
+        _text("data", "english, python, or a path"),
+        _text("out", "trained.pth in the report folder"),
+        *(_whole_or_none(name) for name in ("steps", "batch_size", "ctx_len", "rank")),
+        _number("lr"),
+        _number("alpha"),
+        _patterns("targets"),
+        _choice("quant", training.QUANTS),
+        _choice("dtype", tuple(training.DTYPES)),
+        _choice("autocast", (("none", ""), *((a, a) for a in training.AUTOCASTS if a))),
+        _text("device", "cpu or cuda"),
+        _whole("seed", 0),
+        _whole("eval_every", 0),
+        _whole("patience", 0),
+        _whole("checkpoint_every", 0),
+        _flag("resume"),
+        _flag("overwrite"),
+    ]
+    return _show(Panel(run, fields, {"Plan": training.preview, "Run": training.everything}))
+
+
 def inspect_panel(run: Run) -> Panel | None:
     """Show the panel of inspect.ipynb; None, and a line that says so, where no front end is there."""
     from rwkv_lab.workbench import inspecting
@@ -191,6 +220,16 @@ def _number(name: str) -> Field:
 def _whole(name: str, least: int) -> Field:
     widget = widgets.BoundedIntText(description=name, tooltip=_help(name), min=least, max=2**20, style=_LABEL)
     return Field(name, widget)
+
+
+def _whole_or_none(name: str) -> Field:
+    field = _text(name, _help(name))
+
+    def read(text: str) -> Any:
+        text = text.strip()
+        return int(text) if text.isdecimal() else text or None  # what is no number is refused in the parameter's words
+
+    return Field(name, field.widget, lambda v: "" if v is None else str(v), read)
 
 
 def _several(name: str, options: tuple[str, ...]) -> Field:
