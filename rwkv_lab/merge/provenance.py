@@ -13,13 +13,13 @@ from rwkv_lab.checkpoint.stream import Findings
 RECORD = "rwkv_lab.json"  # its name among the records of a .pth, and as a key of a .safetensors' metadata
 
 
-def provenance(recipe: dict, inputs: Sequence[FileFacts]) -> dict:
-    """JSON-ready description of a merge."""
+def provenance(recipe: dict, inputs: Sequence[FileFacts], job: str = "merge") -> dict:
+    """JSON-ready description of a merge, or of another job that makes a checkpoint from checkpoints."""
     from rwkv_lab import __version__  # here, because rwkv_lab/__init__ imports this room
 
     return {
         "made_by": f"rwkv_lab {__version__}",
-        "job": "merge",
+        "job": job,
         "recipe": recipe,
         "inputs": [{"name": _printable(f.path.name), "bytes": f.bytes, "fingerprint": f.fingerprint} for f in inputs],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -32,7 +32,7 @@ def _printable(name: str) -> str:
 
 
 def as_text(made: dict) -> str:
-    return json.dumps(made, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(made, indent=1, ensure_ascii=False) + "\n"  # in order: of patterns, the first that fits decides
 
 
 def beside(made: dict, output: FileFacts, findings: Sequence[Findings]) -> str:

@@ -5,6 +5,7 @@ main thread, where Interrupt reaches it.
 """
 
 import html
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ import ipywidgets as widgets
 from IPython.display import display
 
 from rwkv_lab.errors import RwkvLabError
-from rwkv_lab.merge.merge import DTYPES, METHODS
+from rwkv_lab.merge.methods import METHODS
+from rwkv_lab.merge.refusals import DTYPES
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.wkv import backends
 from rwkv_lab.workbench.choosing import FileChooser
@@ -107,10 +109,12 @@ def merge_panel(run: Run) -> Panel | None:
         return None
     fields = [
         _path("base"),
-        _path("tuned"),
+        _paths("tuned"),
         _text("out", "merged.pth in the report folder"),
         _choice("method", ("auto", *METHODS)),
         _number("alpha"),
+        _numbers("weights"),
+        _mapping("parameters"),
         _patterns("include"),
         _patterns("exclude"),
         _choice("scan", ("all", "changed")),
@@ -175,6 +179,25 @@ def modes_panel(run: Run) -> Panel | None:
     return _show(Panel(run, fields, {"Run": modes.everything}))
 
 
+def benchmark_panel(run: Run) -> Panel | None:
+    """Show the panel of benchmark.ipynb; None, and a line that says so, where no front end is there."""
+    from rwkv_lab.workbench import benchmarking
+
+    if not _someone_there():
+        return None
+    fields = [
+        _path("model"),
+        _numbers("lengths"),
+        _numbers("batches"),
+        _several("dtypes", ("bf16", "fp32", "fp16", "int8", "int4")),
+        _several("backends", backends()),
+        _choice("device", ("cpu", "cuda")),
+        _patterns("peers"),
+        _whole("rounds", 1),
+    ]
+    return _show(Panel(run, fields, {"Run": benchmarking.everything}))
+
+
 def _someone_there() -> bool:
     """In batch no widget may even be made: its state would be saved in the executed notebook."""
     if not frontend_present():
@@ -193,6 +216,13 @@ def _help(name: str) -> str:
 
 def _path(name: str) -> Field:
     return Field(name, FileChooser(name, _help(name)))
+
+
+def _paths(name: str) -> Field:
+    """One path, or several with a semicolon and a space between them."""
+    field = _path(name)
+    join = lambda v: "; ".join(v) if isinstance(v, list) else v  # noqa: E731
+    return Field(name, field.widget, join, lambda text: text.split("; ") if "; " in text else text)
 
 
 def _text(name: str, placeholder: str) -> Field:
@@ -217,6 +247,29 @@ def _number(name: str) -> Field:
     return Field(name, field.widget, lambda v: "" if v is None else f"{v:g}", lambda text: text.strip() or None)
 
 
+def _numbers(name: str) -> Field:
+    field = _text(name, _help(name))
+    return Field(
+        name,
+        field.widget,
+        lambda v: ", ".join(f"{x:g}" for x in v),
+        lambda text: [part.strip() for part in text.split(",") if part.strip()],
+    )
+
+
+def _mapping(name: str) -> Field:
+    field = _text(name, f'{_help(name)}: {{"density": 0.3}}')
+    return Field(name, field.widget, lambda v: json.dumps(v) if v else "", _from_json)
+
+
+def _from_json(text: str) -> object:
+    """What the text stands for; as it is, to be refused with the parameter's own words, where it is not JSON."""
+    try:
+        return json.loads(text) if text.strip() else {}
+    except ValueError:
+        return text
+
+
 def _whole(name: str, least: int) -> Field:
     widget = widgets.BoundedIntText(description=name, tooltip=_help(name), min=least, max=2**20, style=_LABEL)
     return Field(name, widget)
@@ -230,6 +283,16 @@ def _whole_or_none(name: str) -> Field:
         return int(text) if text.isdecimal() else text or None  # what is no number is refused in the parameter's words
 
     return Field(name, field.widget, lambda v: "" if v is None else str(v), read)
+
+
+def _numbers(name: str) -> Field:
+    field = _text(name, _help(name))
+    return Field(name, field.widget, lambda v: ", ".join(map(str, v)), _whole_numbers)
+
+
+def _whole_numbers(text: str) -> list:
+    """Words that are no numbers go on as they are, and are refused with the parameter's own words."""
+    return [int(word) if word.isdecimal() else word for word in text.replace(",", " ").split()]
 
 
 def _several(name: str, options: tuple[str, ...]) -> Field:

@@ -1,0 +1,460 @@
+// Products of weight matrices, used where they lie, with the activations of a few tokens at once.
+//
+// With one token nothing is used twice, so the speed is that of reading the weights: bfloat16, float16, 8-bit and 4-bit
+// weights become float32 in registers. With many tokens a tile of weights in the L1 cache serves all of them.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace rwkv_lab {
+
+// Beside the dtypes of simd.h. A row of INT8 is padded to whole groups of 64 numbers, each with a scale; one of INT4 to
+// lines of 128 numbers with four scales. Nibble j of word i of a line is number 16 j + i, and 8 stands for zero.
+// Scales are bfloat16. Padding holds zeros.
+enum Packed { INT8 = 3, INT4 = 4 };
+constexpr int GROUP8 = 64, GROUP4 = 32, LINE4 = 128;
+constexpr int PADDED = 128;  // activations have zeros up to a multiple of it
+
+// A parameter as the model has it. Matrices are [rows,columns]; `turned` ones stand for their transposes.
+struct Tensor {
+    const void *data;
+    const uint16_t *scales;
+    int32_t format, rows, columns, turned;
+
+    int outputs() const { return turned ? columns : rows; }
+    int inputs() const { return turned ? rows : columns; }
+    int64_t row_bytes() const {  // of the memory that one output needs
+        const int64_t n = inputs();
+        if (format == INT8) return n + n / GROUP8 * 2;
+        if (format == INT4) return n / 2 + n / GROUP4 * 2;
+        return std::max<int64_t>(n, 1) * (format == FLOAT32 ? 4 : 2);
+    }
+};
+
+// Rows of numbers, one row per token of the batch; in a bfloat16 model they lie there rounded as bfloat16, too.
+struct Rows {
+    float *at = nullptr;
+    uint16_t *half = nullptr;
+    int64_t stride = 0;
+
+    float *row(int64_t b) const { return at + b * stride; }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define BFLOAT_DOTS 1
+#endif
+
+// Rounds to a dtype: its numbers lose what the dtype cannot hold.
+template <int D>
+INLINE float rounded(float x) {
+    if constexpr (D == BFLOAT16) return bfloat_to_float(float_to_bfloat(x));
+    if constexpr (D == FLOAT16) return half_to_float(float_to_half(x));
+    return x;
+}
+
+// ------------------------------------------------------------------ weights as float32
+
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+
+template <int F>
+INLINE Vec widened(const void *from, int64_t at) {
+    if constexpr (F == FLOAT32) return load(static_cast<const float *>(from) + at);
+    if constexpr (F == INT8) {
+#if defined(__AVX512F__)
+        const auto *bytes = reinterpret_cast<const __m128i *>(static_cast<const int8_t *>(from) + at);
+        return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+#elif defined(__AVX2__)
+        const auto *bytes = reinterpret_cast<const __m128i *>(static_cast<const int8_t *>(from) + at);
+        return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes)));
+#endif
+        Bytes x;
+        memcpy(&x, static_cast<const int8_t *>(from) + at, sizeof x);
+        return __builtin_convertvector(__builtin_convertvector(x, Ints), Vec);
+    }
+    Halves x;
+    memcpy(&x, static_cast<const uint16_t *>(from) + at, sizeof x);
+#if defined(__AVX512F__)
+    if constexpr (F == BFLOAT16) return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);
+#elif defined(__AVX2__)
+    if constexpr (F == BFLOAT16) return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)x), 16);
+#endif
+    if constexpr (F == BFLOAT16) return (Vec)(__builtin_convertvector(x, Ints) << 16);
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__F16C__) && defined(__AVX__)
+    return (Vec)_mm256_cvtph_ps((__m128i)x);
+#else
+    Vec out;
+    for (int i = 0; i < LANES; i++) out[i] = half_to_float(x[i]);
+    return out;
+#endif
+}
+
+// The first `count` of LANES numbers, zeros behind them.
+template <int F>
+INLINE Vec widened_part(const void *from, int64_t at, int count) {
+    constexpr int SIZE = F == FLOAT32 ? 4 : 2;
+    float part[LANES] = {};
+    memcpy(part, static_cast<const char *>(from) + at * SIZE, size_t(count) * SIZE);
+    return widened<F>(part, 0);
+}
+
+// ------------------------------------------------------------------ tiles: TR outputs of TB tokens
+
+// Rows follow each other in memory, but hardware stops foreseeing at the end of a page.
+constexpr int AHEAD = 8192;  // bytes
+
+template <int BYTES>
+INLINE void expect(const void *at) {
+    if constexpr (BYTES == 64) __builtin_prefetch(static_cast<const char *>(at) + AHEAD, 0, 2);
+    if constexpr (BYTES < 64)  // one request per line of the cache
+        if ((reinterpret_cast<uintptr_t>(at) & 63) < BYTES) __builtin_prefetch(static_cast<const char *>(at) + AHEAD, 0, 2);
+}
+
+// Adds to sums[r * TB + b], whose lanes are still to be added up, for rows row .. row+TR-1 and tokens b0 .. b0+TB-1.
+template <int F, int TR, int TB>
+INLINE void dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
+    constexpr int CHAINS = TR * TB == 1 ? 4 : 1;  // so that additions do not wait for each other
+    const int n = w.columns;
+    const int64_t first = row * n;
+    int k = 0;
+    if constexpr (CHAINS > 1) {
+        Vec chains[CHAINS] = {};
+        for (; k + CHAINS * LANES <= n; k += CHAINS * LANES) {
+            constexpr int BYTES = CHAINS * LANES * (F == FLOAT32 ? 4 : 2);
+#pragma GCC unroll 4
+            for (int i = 0; i < BYTES; i += 64)
+                expect<std::min(BYTES, 64)>(static_cast<const char *>(w.data) + (first + k) * (F == FLOAT32 ? 4 : 2) + i);
+#pragma GCC unroll 4
+            for (int i = 0; i < CHAINS; i++)
+                chains[i] += widened<F>(w.data, first + k + i * LANES) * load(x.row(b0) + k + i * LANES);
+        }
+        sums[0] += (chains[0] + chains[1]) + (chains[2] + chains[3]);
+    }
+    for (; k + LANES <= n; k += LANES) {
+        Vec weight[TR];
+#pragma GCC unroll 4
+        for (int r = 0; r < TR; r++) weight[r] = widened<F>(w.data, first + r * int64_t(n) + k);
+#pragma GCC unroll 8
+        for (int b = 0; b < TB; b++) {
+            const Vec xb = load(x.row(b0 + b) + k);
+#pragma GCC unroll 4
+            for (int r = 0; r < TR; r++) sums[r * TB + b] += weight[r] * xb;
+        }
+    }
+    if (k < n)
+        for (int r = 0; r < TR; r++) {
+            const Vec weight = widened_part<F>(w.data, first + r * int64_t(n) + k, n - k);
+            for (int b = 0; b < TB; b++) sums[r * TB + b] += weight * load(x.row(b0 + b) + k);
+        }
+}
+
+#if defined(BFLOAT_DOTS)
+// bfloat16 weights and bfloat16 activations: products are exact, sums are float32.
+template <int TR, int TB>
+INLINE void bfloat_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
+    constexpr int CHAINS = TR * TB == 1 ? 4 : 1;
+    const int n = w.columns;
+    const auto *weights = static_cast<const uint16_t *>(w.data) + row * n;
+    __m512 acc[TR * TB * CHAINS];
+#pragma GCC unroll 16
+    for (int i = 0; i < TR * TB * CHAINS; i++) acc[i] = _mm512_setzero_ps();
+    int k = 0;
+    if constexpr (CHAINS > 1)
+        for (; k + 32 * CHAINS <= n; k += 32 * CHAINS)
+#pragma GCC unroll 4
+            for (int i = 0; i < CHAINS; i++) {
+                expect<64>(weights + k + 32 * i);
+                acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)_mm512_loadu_si512(weights + k + 32 * i),
+                                          (__m512bh)_mm512_loadu_si512(x.half + b0 * x.stride + k + 32 * i));
+            }
+    auto step = [&](int k, auto get) __attribute__((always_inline)) {
+        __m512i weight[TR];
+#pragma GCC unroll 4
+        for (int r = 0; r < TR; r++) weight[r] = get(weights + r * int64_t(n) + k);
+#pragma GCC unroll 8
+        for (int b = 0; b < TB; b++) {
+            const __m512i xb = _mm512_loadu_si512(x.half + (b0 + b) * x.stride + k);
+#pragma GCC unroll 4
+            for (int r = 0; r < TR; r++) acc[r * TB + b] = _mm512_dpbf16_ps(acc[r * TB + b], (__m512bh)weight[r], (__m512bh)xb);
+        }
+    };
+    for (; k + 32 <= n; k += 32) step(k, [](const uint16_t *at) { return _mm512_loadu_si512(at); });
+    if (k < n) {
+        const __mmask32 left = (uint32_t(1) << (n - k)) - 1;
+        step(k, [left](const uint16_t *at) { return _mm512_maskz_loadu_epi16(left, at); });
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < TR * TB * CHAINS; i++) sums[i / CHAINS] += (Vec)acc[i];
+}
+#endif
+
+template <int TR, int TB>
+INLINE void int8_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
+    const int groups = (w.columns + GROUP8 - 1) / GROUP8;
+    for (int g = 0; g < groups; g++) {
+#pragma GCC unroll 4
+        for (int r = 0; r < TR; r++) {
+            const int64_t group = (row + r) * groups + g;
+            expect<64>(static_cast<const int8_t *>(w.data) + group * GROUP8);
+            const Vec scale = broadcast(bfloat_to_float(w.scales[group]));
+            Vec part[TB] = {};
+#pragma GCC unroll 16
+            for (int i = 0; i < GROUP8; i += LANES) {
+                const Vec weight = widened<INT8>(w.data, group * GROUP8 + i);
+#pragma GCC unroll 8
+                for (int b = 0; b < TB; b++) part[b] += weight * load(x.row(b0 + b) + g * GROUP8 + i);
+            }
+#pragma GCC unroll 8
+            for (int b = 0; b < TB; b++) sums[r * TB + b] += part[b] * scale;
+        }
+    }
+}
+
+// The 4-bit numbers in the lowest bits of each lane.
+INLINE Vec nibbles(Ints x) {
+#if defined(__AVX512F__)
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return (Vec)_mm512_permutexvar_ps((__m512i)x, values);
+#else
+    return __builtin_convertvector((x & 15) - 8, Vec);
+#endif
+}
+
+template <int TR, int TB>
+INLINE void int4_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
+    constexpr int CHAINS = TR * TB == 1 ? 4 : 1;  // so that additions do not wait for each other
+    const int lines = (w.columns + LINE4 - 1) / LINE4;
+    Vec chains[TR * TB * CHAINS] = {};
+    for (int line = 0; line < lines; line++) {
+#pragma GCC unroll 4
+        for (int r = 0; r < TR; r++) {
+            const int64_t at = (row + r) * lines + line;
+            const auto *words = static_cast<const int32_t *>(w.data) + at * 16;
+            const uint16_t *scales = w.scales + at * 4;
+            expect<64>(words);
+#pragma GCC unroll 4
+            for (int i = 0; i < 16; i += LANES) {
+                Ints word;
+                memcpy(&word, words + i, sizeof word);
+#pragma GCC unroll 4
+                for (int pair = 0; pair < 4; pair++) {  // two nibbles of every word make one group of 32
+                    const Vec scale = broadcast(bfloat_to_float(scales[pair]));
+                    const Vec one = nibbles(word >> (8 * pair)), two = nibbles(word >> (8 * pair + 4));
+#pragma GCC unroll 8
+                    for (int b = 0; b < TB; b++) {
+                        const float *xb = x.row(b0 + b) + line * LINE4 + pair * GROUP4 + i;
+                        chains[(r * TB + b) * CHAINS + pair % CHAINS] += (one * load(xb) + two * load(xb + 16)) * scale;
+                    }
+                }
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < TR * TB * CHAINS; i++) sums[i / CHAINS] += chains[i];
+}
+
+template <int F, bool BFLOAT, int TR, int TB>
+INLINE void tile(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
+#if defined(BFLOAT_DOTS)
+    if constexpr (BFLOAT) return bfloat_dots<TR, TB>(w, row, x, b0, sums);
+#endif
+    if constexpr (F == INT8)
+        int8_dots<TR, TB>(w, row, x, b0, sums);
+    else if constexpr (F == INT4)
+        int4_dots<TR, TB>(w, row, x, b0, sums);
+    else
+        dots<F, TR, TB>(w, row, x, b0, sums);
+}
+
+// Rows first .. last-1 of tokens b .. b+TB-1, as many tiles at a time as make their sums fill whole vectors.
+template <int F, bool BFLOAT, int TR, int TB>
+void rows_by(const Tensor &w, int first, int last, const Rows &x, int64_t b, float *out, int64_t out_stride) {
+    constexpr int TILES = std::max(LANES / (TR * TB), 1), SUMS = (TILES * TR * TB + LANES - 1) / LANES * LANES;
+    int row = first;
+    auto some = [&](auto tiles, auto rows) __attribute__((always_inline)) {
+        constexpr int ROWS = decltype(rows)::value;
+        alignas(64) Vec sums[SUMS] = {};
+#pragma GCC unroll 1
+        for (int i = 0; i < decltype(tiles)::value; i++) tile<F, BFLOAT, ROWS, TB>(w, row + i * ROWS, x, b, sums + i * ROWS * TB);
+        constexpr int COUNT = decltype(tiles)::value * ROWS * TB;
+        for (int i = 0; i < COUNT; i += LANES) {
+            float each[LANES];
+            store(each, row_sums(reinterpret_cast<const float *>(sums + i)));
+            for (int j = i; j < std::min(i + LANES, COUNT); j++) out[j % TB * out_stride + j / TB + row - first] = each[j - i];
+        }
+        row += COUNT / TB;
+    };
+    while (row + TILES * TR <= last) some(std::integral_constant<int, TILES>{}, std::integral_constant<int, TR>{});
+    while (row < last) some(std::integral_constant<int, 1>{}, std::integral_constant<int, 1>{});
+}
+
+// A tile's rows come from memory for the first tokens, from the cache for the others.
+template <int F, bool BFLOAT = false>
+void dot_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, int64_t b1, float *out, int64_t out_stride) {
+    constexpr bool DECODED = F == INT8 || F == INT4;
+    constexpr int MANY = DECODED ? 8 : 4, TR = DECODED ? 2 : 4, CACHED = 16;
+    for (int row = first; row < last; row += CACHED) {
+        const int end = std::min(row + CACHED, last);
+        float *to = out + row - first;
+        int64_t b = b0;
+        for (; b + MANY <= b1; b += MANY) rows_by<F, BFLOAT, TR, MANY>(w, row, end, x, b, to + (b - b0) * out_stride, out_stride);
+        for (; b + 2 <= b1; b += 2) rows_by<F, BFLOAT, 4, 2>(w, row, end, x, b, to + (b - b0) * out_stride, out_stride);
+        for (; b < b1; b++) rows_by<F, BFLOAT, 1, 1>(w, row, end, x, b, to + (b - b0) * out_stride, out_stride);
+    }
+}
+
+// An activation as a product with weights of format F reads it.
+template <int F>
+INLINE Vec factor(float x) {
+#if defined(BFLOAT_DOTS)
+    if constexpr (F == BFLOAT16) return broadcast(rounded<BFLOAT16>(x));
+#endif
+    return broadcast(x);
+}
+
+// Matrices [in,out]: every input adds its multiple of a row. A block of outputs stays in registers.
+template <int F>
+void add_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, int64_t b1, float *out, int64_t out_stride) {
+    constexpr int NV = 4;
+    for (int64_t b = b0; b < b1; b++, out += out_stride)
+        for (int at = first; at < last; at += NV * LANES) {
+            const int there = std::min(last - at, NV * LANES);
+            Vec sums[NV] = {};
+            const float *xb = x.row(b);
+            if (there == NV * LANES) {
+                for (int k = 0; k < w.rows; k++)
+#pragma GCC unroll 4
+                    for (int i = 0; i < NV; i++)
+                        sums[i] += widened<F>(w.data, int64_t(k) * w.columns + at + i * LANES) * factor<F>(xb[k]);
+            } else if (there == 2 * LANES) {  // common ranks
+                for (int k = 0; k < w.rows; k++)
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; i++)
+                        sums[i] += widened<F>(w.data, int64_t(k) * w.columns + at + i * LANES) * factor<F>(xb[k]);
+            } else {
+                for (int k = 0; k < w.rows; k++)
+                    for (int i = 0; i < NV && i * LANES < there; i++)
+                        sums[i] += widened_part<F>(w.data, int64_t(k) * w.columns + at + i * LANES, std::min(LANES, there - i * LANES)) *
+                                   factor<F>(xb[k]);
+            }
+            memcpy(out + at - first, sums, size_t(there) * sizeof(float));
+        }
+}
+
+// Outputs first .. last-1 for tokens b0 .. b1-1: out[b - b0][i - first] = sum over k of W[i][k] x[b][k].
+inline void product(const Tensor &w, int first, int last, const Rows &x, int64_t b0, int64_t b1, float *out, int64_t out_stride) {
+    if (w.turned) {
+        if (w.format == FLOAT32) return add_rows<FLOAT32>(w, first, last, x, b0, b1, out, out_stride);
+        if (w.format == BFLOAT16) return add_rows<BFLOAT16>(w, first, last, x, b0, b1, out, out_stride);
+        return add_rows<FLOAT16>(w, first, last, x, b0, b1, out, out_stride);
+    }
+    switch (w.format) {
+        case FLOAT32: return dot_rows<FLOAT32>(w, first, last, x, b0, b1, out, out_stride);
+        case FLOAT16: return dot_rows<FLOAT16>(w, first, last, x, b0, b1, out, out_stride);
+        case INT8: return dot_rows<INT8>(w, first, last, x, b0, b1, out, out_stride);
+        case INT4: return dot_rows<INT4>(w, first, last, x, b0, b1, out, out_stride);
+    }
+#if defined(BFLOAT_DOTS)
+    if (x.half) return dot_rows<BFLOAT16, true>(w, first, last, x, b0, b1, out, out_stride);
+#endif
+    dot_rows<BFLOAT16>(w, first, last, x, b0, b1, out, out_stride);
+}
+
+// ------------------------------------------------------------------ whole products on all threads
+
+enum Activation { NONE, TANH, SIGMOID, SILU, SQUARED_RELU };
+
+// e^x of n numbers, in place.
+inline void exponentials_of(float *x, int n) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) store(x + i, exponential(load(x + i)));
+    if (i < n) {
+        float part[LANES] = {};
+        memcpy(part, x + i, size_t(n - i) * sizeof(float));
+        store(part, exponential(load(part)));
+        memcpy(x + i, part, size_t(n - i) * sizeof(float));
+    }
+}
+
+inline void sigmoids(float *x, int n) {
+    for (int i = 0; i < n; i++) x[i] = -x[i];
+    exponentials_of(x, n);
+    for (int i = 0; i < n; i++) x[i] = 1 / (1 + x[i]);
+}
+
+inline void activate(float *x, int n, Activation f) {
+    if (f == NONE) return;
+    if (f == TANH)
+        for (int i = 0; i < n; i++) x[i] = std::tanh(x[i]);
+    else if (f == SIGMOID)
+        sigmoids(x, n);
+    else if (f == SILU) {
+        for (int i = 0; i < n; i++) x[i] = x[i] / (1 + std::exp(-x[i]));
+    } else
+        for (int i = 0; i < n; i++) x[i] = x[i] <= 0 ? 0 : x[i] * x[i];  // NaN stays NaN
+}
+
+// What one product needs: out is where the model's numbers go on, or `result` where they leave it in its own dtype.
+struct Job {
+    const Tensor *weight;
+    Rows x, out;
+    Activation then = NONE;
+    void *result = nullptr;  // [B,outputs] in the model's dtype
+};
+
+// Calls task(i) for every i in 0 .. n-1. Each thread has a stretch of its own and goes through it in order, since memory is
+// fastest read in long runs; whoever is done helps the others, so that no one waits for a thread whose core is busy.
+template <class Task>
+void in_stretches(int n, int threads, Task &&task) {
+    constexpr int MOST = 64;
+    struct alignas(64) Next {
+        std::atomic<int> at;
+    };
+    threads = std::clamp(threads, 1, std::min(std::max(n, 1), MOST));
+    Next next[MOST];
+    for (int t = 0; t < threads; t++) next[t].at.store(int(int64_t(n) * t / threads), std::memory_order_relaxed);
+    parallel_for(threads, threads, [&](int mine) {
+        FlushToZero flush;
+        for (int turn = 0; turn < threads; turn++) {
+            const int t = (mine + turn) % threads, end = int(int64_t(n) * (t + 1) / threads);
+            for (int i; (i = next[t].at.fetch_add(1, std::memory_order_relaxed)) < end;) task(i);
+        }
+    });
+}
+
+// All jobs at once, cut into runs of outputs that take some microseconds each.
+template <int D, int N>
+void run_jobs(const Job (&jobs)[N], int64_t B, int threads) {
+    constexpr int64_t BYTES = 1 << 15;
+    int run[N], last[N], total = 0;
+    for (int i = 0; i < N; i++) {
+        const Tensor &w = *jobs[i].weight;
+        const int64_t rows = std::max<int64_t>(BYTES / w.row_bytes(), 1);
+        run[i] = w.turned ? 64 : (int(std::min<int64_t>(rows, 256)) + 15) / 16 * 16;
+        last[i] = total += (w.outputs() + run[i] - 1) / run[i];
+    }
+    in_stretches(total, threads, [&](int task) {
+        int i = 0;
+        while (task >= last[i]) i++;
+        const Job &job = jobs[i];
+        const Tensor &w = *job.weight;
+        const int first = (task - (i ? last[i - 1] : 0)) * run[i], n = std::min(run[i], w.outputs() - first);
+        Buffer own(job.result ? size_t(B) * n + LANES : LANES);
+        float *out = job.result ? own.get() : job.out.at + first;
+        const int64_t stride = job.result ? n : job.out.stride;
+        product(w, first, first + n, job.x, 0, B, out, stride);
+        for (int64_t b = 0; b < B; b++) {
+            activate(out + b * stride, n, job.then);
+            if (job.result) store_row({job.result, D}, b * w.outputs() + first, out + b * stride, n);
+            if (job.out.half) store_row({job.out.half, BFLOAT16}, b * stride + first, out + b * stride, n);
+        }
+    });
+}
+
+}  // namespace rwkv_lab
