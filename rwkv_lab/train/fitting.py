@@ -145,7 +145,14 @@ class Fitting:
         self.scaler.update()
         course.step += 1
         course.losses.append(bits)
-        return {"step": course.step, "loss": bits, "lr": rate, "grad_norm": norm, "tokens": count, "held_out": None}
+        return {
+            "step": course.step,
+            "loss": bits,
+            "lr": rate,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "tokens": count,
+            "held_out": None,
+        }
 
     def _not_finite(self, what: str, value: float) -> NumericsError:
         file = self.watch.resume_file

@@ -225,3 +225,20 @@ def test_what_does_not_go_together_is_refused(small, texts, tmp_path):
     state = train("state", tmp_path / "state.pth", str(texts), small, **SHORT).out
     with pytest.raises(LayoutError, match="whole model"):
         plan_training("lora", state)
+
+
+def test_float16_gradients_are_scaled_and_overflowing_steps_left_out(small, texts, tmp_path, monkeypatch):
+    """Meant for CUDA; a CPU does the same arithmetic slowly. The first scale, 65536, overflows on purpose."""
+    from rwkv_lab.train import fitting
+    from rwkv_lab.train.recipe import Tuning
+
+    monkeypatch.setattr(Tuning, "check", lambda self, base: None)
+    make = torch.amp.GradScaler
+    monkeypatch.setattr(fitting.torch.amp, "GradScaler", lambda *a, **k: make(*a, **k, init_scale=2.0**24))
+    settings = dict(base=small, data=str(texts), lr=1e-2, **SHORT | {"steps": 20})
+    exact = train("lora", tmp_path / "exact.pth", **settings)
+    rough = train("lora", tmp_path / "rough.pth", autocast="float16", log_folder=tmp_path, **settings)
+    steps = json.loads((tmp_path / "log.json").read_text())["steps"]
+    left_out = sum(row["grad_norm"] is None for row in steps)
+    assert 0 < left_out < 20 and rough.bits_after < rough.bits_before
+    assert rough.losses[0] == pytest.approx(exact.losses[0], rel=2e-3)  # float16 has 11 bits
