@@ -11,11 +11,11 @@ LRS = {"pretrain": 1e-3, "full": 1e-3, "state": 0.3, "lora": 1e-2, "pissa": 3e-3
 
 
 def tiny_text(folder: Path) -> Path:
-    """Two texts that repeat themselves; the smaller one is held out or trained on, by its hash."""
+    """Ten files of a text that repeats itself, no two of them alike: what is held out is like what is trained on."""
     texts = folder / "texts"
     texts.mkdir()
-    for i, words in enumerate(("the cat sat on the mat; ", "def cat(mat): return mat + 1\n")):
-        (texts / f"{i}.txt").write_text(words * 40)
+    for i in range(10):
+        (texts / f"{i}.txt").write_text(f"the cat sat on {i} mats; " * 20)
     return texts
 
 
