@@ -4,10 +4,8 @@
 // weights become float32 in registers. With many tokens a tile of weights in the L1 cache serves all of them.
 #pragma once
 
-#include <cmath>
 #include <type_traits>
 
-#include "parallel.h"
 #include "simd.h"
 
 namespace rwkv_lab {
@@ -228,7 +226,7 @@ INLINE Vec nibbles(Ints x) {
 
 template <int TR, int TB>
 INLINE void int4_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
-    constexpr int CHAINS = TR * TB == 1 ? 4 : 1;  // so that additions do not wait for each other
+    constexpr int CHAINS = TR * TB <= 2 ? 4 : 1;  // so that additions do not wait for each other
     const int lines = (w.columns + LINE4 - 1) / LINE4;
     Vec chains[TR * TB * CHAINS] = {};
     for (int line = 0; line < lines; line++) {
@@ -305,7 +303,7 @@ void dot_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, i
         int64_t b = b0;
         for (; b + MANY <= b1; b += MANY) rows_by<F, BFLOAT, TR, MANY>(w, row, end, x, b, to + (b - b0) * out_stride, out_stride);
         for (; b + 2 <= b1; b += 2) rows_by<F, BFLOAT, 4, 2>(w, row, end, x, b, to + (b - b0) * out_stride, out_stride);
-        for (; b < b1; b++) rows_by<F, BFLOAT, 1, 1>(w, row, end, x, b, to + (b - b0) * out_stride, out_stride);
+        for (; b < b1; b++) rows_by<F, BFLOAT, DECODED ? 2 : 1, 1>(w, row, end, x, b, to + (b - b0) * out_stride, out_stride);
     }
 }
 
@@ -318,33 +316,51 @@ INLINE Vec factor(float x) {
     return broadcast(x);
 }
 
+// Rows of a block of outputs lie apart, which hardware does not foresee.
+constexpr int SOON = 24;  // rows
+
+template <int F>
+INLINE void expect_row(const void *from, int64_t at, int n) {
+    constexpr int SIZE = F == FLOAT32 ? 4 : 2;
+    const char *first = static_cast<const char *>(from) + at * SIZE;
+    for (int i = 0; i < n * SIZE; i += 64) __builtin_prefetch(first + i);
+}
+
+// Outputs at .. at+n-1, at most NV vectors of them, of TB tokens. WHOLE: n is NV vectors.
+template <int F, int NV, int TB, bool WHOLE>
+INLINE void add_block(const Tensor &w, int at, int n, const Rows &x, int64_t b0, float *out, int64_t out_stride) {
+    Vec sums[TB * NV] = {};
+    for (int k = 0; k < w.rows; k++) {
+        const int64_t row = int64_t(k) * w.columns + at;
+        expect_row<F>(w.data, row + int64_t(SOON) * w.columns, n);
+#pragma GCC unroll 4
+        for (int i = 0; i < NV; i++) {
+            const int there = WHOLE ? LANES : std::clamp(n - i * LANES, 0, LANES);
+            const Vec weight = there == LANES ? widened<F>(w.data, row + i * LANES) : widened_part<F>(w.data, row + i * LANES, there);
+#pragma GCC unroll 4
+            for (int b = 0; b < TB; b++) sums[b * NV + i] += weight * factor<F>(x.row(b0 + b)[k]);
+        }
+    }
+    for (int b = 0; b < TB; b++) memcpy(out + b * out_stride, sums + b * NV, size_t(n) * sizeof(float));
+}
+
+template <int F, int TB>
+void add_rows_of(const Tensor &w, int first, int last, const Rows &x, int64_t b0, float *out, int64_t out_stride) {
+    constexpr int NV = 4;
+    int at = first;
+    for (; at + NV * LANES <= last; at += NV * LANES)
+        add_block<F, NV, TB, true>(w, at, NV * LANES, x, b0, out + at - first, out_stride);
+    for (; at + 2 * LANES <= last; at += 2 * LANES)
+        add_block<F, 2, TB, true>(w, at, 2 * LANES, x, b0, out + at - first, out_stride);
+    if (at < last) add_block<F, 2, TB, false>(w, at, last - at, x, b0, out + at - first, out_stride);
+}
+
 // Matrices [in,out]: every input adds its multiple of a row. A block of outputs stays in registers.
 template <int F>
 void add_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, int64_t b1, float *out, int64_t out_stride) {
-    constexpr int NV = 4;
-    for (int64_t b = b0; b < b1; b++, out += out_stride)
-        for (int at = first; at < last; at += NV * LANES) {
-            const int there = std::min(last - at, NV * LANES);
-            Vec sums[NV] = {};
-            const float *xb = x.row(b);
-            if (there == NV * LANES) {
-                for (int k = 0; k < w.rows; k++)
-#pragma GCC unroll 4
-                    for (int i = 0; i < NV; i++)
-                        sums[i] += widened<F>(w.data, int64_t(k) * w.columns + at + i * LANES) * factor<F>(xb[k]);
-            } else if (there == 2 * LANES) {  // common ranks
-                for (int k = 0; k < w.rows; k++)
-#pragma GCC unroll 2
-                    for (int i = 0; i < 2; i++)
-                        sums[i] += widened<F>(w.data, int64_t(k) * w.columns + at + i * LANES) * factor<F>(xb[k]);
-            } else {
-                for (int k = 0; k < w.rows; k++)
-                    for (int i = 0; i < NV && i * LANES < there; i++)
-                        sums[i] += widened_part<F>(w.data, int64_t(k) * w.columns + at + i * LANES, std::min(LANES, there - i * LANES)) *
-                                   factor<F>(xb[k]);
-            }
-            memcpy(out + at - first, sums, size_t(there) * sizeof(float));
-        }
+    int64_t b = b0;
+    for (; b + 4 <= b1; b += 4) add_rows_of<F, 4>(w, first, last, x, b, out + (b - b0) * out_stride, out_stride);
+    for (; b < b1; b++) add_rows_of<F, 1>(w, first, last, x, b, out + (b - b0) * out_stride, out_stride);
 }
 
 // Outputs first .. last-1 for tokens b0 .. b1-1: out[b - b0][i - first] = sum over k of W[i][k] x[b][k].
@@ -364,97 +380,6 @@ inline void product(const Tensor &w, int first, int last, const Rows &x, int64_t
     if (x.half) return dot_rows<BFLOAT16, true>(w, first, last, x, b0, b1, out, out_stride);
 #endif
     dot_rows<BFLOAT16>(w, first, last, x, b0, b1, out, out_stride);
-}
-
-// ------------------------------------------------------------------ whole products on all threads
-
-enum Activation { NONE, TANH, SIGMOID, SILU, SQUARED_RELU };
-
-// e^x of n numbers, in place.
-inline void exponentials_of(float *x, int n) {
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) store(x + i, exponential(load(x + i)));
-    if (i < n) {
-        float part[LANES] = {};
-        memcpy(part, x + i, size_t(n - i) * sizeof(float));
-        store(part, exponential(load(part)));
-        memcpy(x + i, part, size_t(n - i) * sizeof(float));
-    }
-}
-
-inline void sigmoids(float *x, int n) {
-    for (int i = 0; i < n; i++) x[i] = -x[i];
-    exponentials_of(x, n);
-    for (int i = 0; i < n; i++) x[i] = 1 / (1 + x[i]);
-}
-
-inline void activate(float *x, int n, Activation f) {
-    if (f == NONE) return;
-    if (f == TANH)
-        for (int i = 0; i < n; i++) x[i] = std::tanh(x[i]);
-    else if (f == SIGMOID)
-        sigmoids(x, n);
-    else if (f == SILU) {
-        for (int i = 0; i < n; i++) x[i] = x[i] / (1 + std::exp(-x[i]));
-    } else
-        for (int i = 0; i < n; i++) x[i] = x[i] <= 0 ? 0 : x[i] * x[i];  // NaN stays NaN
-}
-
-// What one product needs: out is where the model's numbers go on, or `result` where they leave it in its own dtype.
-struct Job {
-    const Tensor *weight;
-    Rows x, out;
-    Activation then = NONE;
-    void *result = nullptr;  // [B,outputs] in the model's dtype
-};
-
-// Calls task(i) for every i in 0 .. n-1. Each thread has a stretch of its own and goes through it in order, since memory is
-// fastest read in long runs; whoever is done helps the others, so that no one waits for a thread whose core is busy.
-template <class Task>
-void in_stretches(int n, int threads, Task &&task) {
-    constexpr int MOST = 64;
-    struct alignas(64) Next {
-        std::atomic<int> at;
-    };
-    threads = std::clamp(threads, 1, std::min(std::max(n, 1), MOST));
-    Next next[MOST];
-    for (int t = 0; t < threads; t++) next[t].at.store(int(int64_t(n) * t / threads), std::memory_order_relaxed);
-    parallel_for(threads, threads, [&](int mine) {
-        FlushToZero flush;
-        for (int turn = 0; turn < threads; turn++) {
-            const int t = (mine + turn) % threads, end = int(int64_t(n) * (t + 1) / threads);
-            for (int i; (i = next[t].at.fetch_add(1, std::memory_order_relaxed)) < end;) task(i);
-        }
-    });
-}
-
-// All jobs at once, cut into runs of outputs that take some microseconds each.
-template <int D, int N>
-void run_jobs(const Job (&jobs)[N], int64_t B, int threads) {
-    constexpr int64_t BYTES = 1 << 15;
-    int run[N], last[N], total = 0;
-    for (int i = 0; i < N; i++) {
-        const Tensor &w = *jobs[i].weight;
-        const int64_t rows = std::max<int64_t>(BYTES / w.row_bytes(), 1);
-        run[i] = w.turned ? 64 : (int(std::min<int64_t>(rows, 256)) + 15) / 16 * 16;
-        last[i] = total += (w.outputs() + run[i] - 1) / run[i];
-    }
-    in_stretches(total, threads, [&](int task) {
-        int i = 0;
-        while (task >= last[i]) i++;
-        const Job &job = jobs[i];
-        const Tensor &w = *job.weight;
-        const int first = (task - (i ? last[i - 1] : 0)) * run[i], n = std::min(run[i], w.outputs() - first);
-        Buffer own(job.result ? size_t(B) * n + LANES : LANES);
-        float *out = job.result ? own.get() : job.out.at + first;
-        const int64_t stride = job.result ? n : job.out.stride;
-        product(w, first, first + n, job.x, 0, B, out, stride);
-        for (int64_t b = 0; b < B; b++) {
-            activate(out + b * stride, n, job.then);
-            if (job.result) store_row({job.result, D}, b * w.outputs() + first, out + b * stride, n);
-            if (job.out.half) store_row({job.out.half, BFLOAT16}, b * stride + first, out + b * stride, n);
-        }
-    });
 }
 
 }  // namespace rwkv_lab

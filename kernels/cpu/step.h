@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "products.h"
+#include "jobs.h"
 
 namespace rwkv_lab {
 

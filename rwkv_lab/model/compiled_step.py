@@ -1,8 +1,8 @@
 """One token through a whole model as one compiled call: `kernels/cpu/step*.cpp`, with weights used where they lie.
 
-`compiled_step` says whether a call can go that way. It can where the answer is the same and nobody looks inside: on the
-CPU, without gradients, hooks, watchers or autocast, in float32, bfloat16 or float16, and with modules that this package
-makes. Otherwise the torch modules run, as they do with `use_backend("reference")` or "chunked".
+`compiled_step` says whether a call can go that way. It can where the answer is the same and nobody looks inside: on
+the CPU, without gradients, hooks, watchers or autocast, in float32, bfloat16 or float16, and with the modules that this
+package makes. Otherwise the torch modules run, as they do with `use_backend("reference")` or "chunked".
 """
 
 import ctypes
@@ -39,14 +39,14 @@ _FOUR = (
     "att.receptance att.output ffn.time_mix_k ffn.time_mix_r ffn.key ffn.receptance ffn.value"
 ).split()
 _FIVE = (
-    "ln1 ln2 att.time_faaaa att.time_first att.time_decay att.receptance att.key att.value "
-    "att.gate att.output att.ln_x "
+    "ln1 ln2 att.time_faaaa att.time_first att.time_decay att.receptance att.key att.value att.gate att.output "
+    "att.ln_x "
     "ffn.time_mix_k ffn.time_mix_r ffn.key ffn.receptance ffn.value "
     "att.time_mix_k att.time_mix_v att.time_mix_r att.time_mix_g"
 ).split()
 _SIX = (
-    "ln1 ln2 att.time_faaaa att.time_first att.time_decay att.receptance att.key att.value "
-    "att.gate att.output att.ln_x "
+    "ln1 ln2 att.time_faaaa att.time_first att.time_decay att.receptance att.key att.value att.gate att.output "
+    "att.ln_x "
     "ffn.time_maa_k ffn.time_maa_r ffn.key ffn.receptance ffn.value "
     "att.time_maa_x att.time_maa_w att.time_maa_k att.time_maa_v att.time_maa_r att.time_maa_g "
     "att.time_maa_w1 att.time_maa_w2 att.time_decay_w1 att.time_decay_w2"
@@ -143,6 +143,7 @@ class _Table:
         self.owners = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
         self.trees = [m._modules for m in (model, model.blocks, *self.modules) if m._modules]
         self.grown = [m for d in self.trees for m in d.values()]
+        self.hooks = [d for m in self.modules for d in (m._forward_hooks, m._forward_pre_hooks)]
         self.watched = [m for m in self.modules if hasattr(m, "watchers")]
         self.lent = [x for d in self.owners for x in d.values()]  # kept alive, so that no address is used again
         self.there = [x for x in self.lent if x is not None]
@@ -185,9 +186,7 @@ class _Table:
 
     def undisturbed(self) -> bool:
         """Whether nobody watches the modules or has hooked into them."""
-        if any([m.watchers for m in self.watched]):
-            return False
-        return not any([m._forward_hooks or m._forward_pre_hooks for m in self.modules])
+        return not any(self.hooks) and not any([m.watchers for m in self.watched])
 
 
 _tables: WeakKeyDictionary[nn.Module, _Table] = WeakKeyDictionary()
@@ -253,8 +252,8 @@ def _run(model, table: _Table, step, tokens, state: RWKVState | None) -> tuple[t
     for column in tokens.to(torch.int64).unbind(1):
         column = column.contiguous()
         wkv, att, ffn = state.wkv.float(), _rows(state.att_shift, dtype), _rows(state.ffn_shift, dtype)
-        new_wkv, new_att, new_ffn = recycled(shape, torch.float32), recycled(shifts, dtype), recycled(shifts, dtype)
-        out = recycled((B, layout.vocab_size), dtype)
+        new_wkv, new_att, new_ffn = recycled((shape, torch.float32), (shifts, dtype), (shifts, dtype))
+        (out,) = recycled(((B, layout.vocab_size), dtype))
         strides = wkv.stride() if wkv.ndim == 5 else (*wkv.stride(), 0)
         call = _Call(
             *(column.data_ptr(), B, wkv.data_ptr(), strides, att.data_ptr(), ffn.data_ptr()),

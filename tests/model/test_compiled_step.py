@@ -66,8 +66,8 @@ def steps(monkeypatch) -> list:
 def poison(monkeypatch):
     """Memory for results is full of NaN before it is written."""
 
-    def full_of_nan(shape, dtype):
-        return torch.full(shape, torch.nan, dtype=dtype)
+    def full_of_nan(*wanted):
+        return [torch.full(shape, torch.nan, dtype=dtype) for shape, dtype in wanted]
 
     monkeypatch.setattr(room, "recycled", full_of_nan)
 
@@ -259,11 +259,15 @@ def test_without_a_compiler_it_says_so_once_or_refuses(tmp_path, monkeypatch, ca
 
 
 def test_memory_is_used_again_only_when_nothing_refers_to_it():
-    shape = (300, 300)
-    one = memory.recycled(shape, torch.float32)
-    view, address = one.fill_(1)[5:7], one.data_ptr()
-    del one
-    other = memory.recycled(shape, torch.float32).fill_(2)
-    assert other.data_ptr() != address and (view == 1).all()
+    def take():
+        return memory.recycled(((300, 301), torch.float32), ((7,), torch.bfloat16))
+
+    one, small = take()
+    assert one.shape == (300, 301) and small.shape == (7,) and small.dtype == torch.bfloat16
+    one.fill_(1)
+    view, address = small.fill_(1)[5:], one.data_ptr()
+    del one, small
+    other, _ = take()
+    assert other.fill_(2).data_ptr() != address and (view == 1).all()
     del view
-    assert memory.recycled(shape, torch.float32).data_ptr() == address
+    assert take()[0].data_ptr() == address

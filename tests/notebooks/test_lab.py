@@ -1,6 +1,7 @@
 """merge.ipynb in a real JupyterLab, driven by a real browser: the panel appears, Plan shows a plan, Run merges."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -117,7 +118,7 @@ def test_merge_by_hand(environment, tmp_path):
         run.click()
         wait_for(lambda: result()["parameters"]["alpha"] == 0.5 and result()["status"] != "running")
         assert result()["status"] == "ok"
-        panel.get_by_text("PASS").first.wait_for()
+        panel.get_by_text(re.compile("PASS")).first.wait_for()
         assert panel.locator("img").count() == 3
         page.screenshot(path=tmp_path / "done.png")
         browser.close()

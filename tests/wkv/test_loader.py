@@ -39,6 +39,8 @@ def small_package(folder, content):
     (root / "rwkv_lab" / "wkv").mkdir()
     for name in ("errors.py", "resources.py", "wkv/loader.py"):
         shutil.copy(source / name, root / "rwkv_lab" / name)
+    for folder in ("rwkv_lab", "rwkv_lab/wkv"):  # else Python looks for another package of that name first
+        (root / folder / "__init__.py").touch()
     (root / "torch.py").write_text("__version__ = '2.99'\n")
     (root / "rwkv_lab" / "kernels" / "cpu" / "small.cpp").write_text(content)
     (root / "rwkv_lab" / "kernels" / "cpu" / "some.h").write_text("#pragma once\n")

@@ -61,7 +61,9 @@ def test_export_goes_through_models(version, tmp_path):  # from T = 3 on: torch 
     )
     assert any("rwkv_lab.wkv" in str(node.target) for node in exported.graph.nodes)
     longer = torch.arange(22).view(2, 11) % 11
-    torch.testing.assert_close(exported.module()(longer), Logits(model)(longer))
+    # Called directly the compiled pass answers, exported torch's operators: each 2e-6 to 3e-6 (RMS) away from float64.
+    expected = Logits(model)(longer)
+    assert (exported.module()(longer) - expected).square().mean().sqrt() < 1e-5 * expected.square().mean().sqrt()
 
 
 def test_inductor_goes_through_a_model(tmp_path):
