@@ -38,11 +38,10 @@ class FileChooser(HasTraits):
 
     value = Unicode()
 
-    def __init__(self, name: str, tooltip: str):
+    def __init__(self, name: str):
         super().__init__()
         self.text = widgets.Text(
             description=name,
-            tooltip=tooltip,
             continuous_update=False,
             style={"description_width": "7rem"},
             layout=widgets.Layout(width="44rem"),

@@ -1,11 +1,7 @@
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # so that the tests of this folder find tiny.py
-
-from tiny import tiny_base, tiny_text  # noqa: E402
+from tiny_training import tiny_base, tiny_text
 
 
 @pytest.fixture(scope="session")

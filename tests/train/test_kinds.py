@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import LRS, SHORT, sha256
+from tiny_training import LRS, SHORT, sha256
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import LayoutError, ParameterError
@@ -193,7 +193,7 @@ def test_too_little_text_is_refused(small, tmp_path, texts):
         (str(tmp_path / "empty.txt"), 16, "0 bytes"),
         (str(texts), 5000, "smaller ctx_len"),
         (short, 16, "smaller ctx_len"),
-        (prompts, 16, "line 1: the prompt has 41 tokens"),
+        (prompts, 16, r"line \d: the prompt has 41 tokens"),
     ):
         with pytest.raises(ParameterError, match=words):
             train("lora", out, data, small, **SHORT | {"ctx_len": ctx_len})

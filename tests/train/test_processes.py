@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import LRS, SHORT
+from tiny_training import LRS, SHORT
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.train import train

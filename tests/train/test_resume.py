@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import LRS, SHORT, sha256
+from tiny_training import LRS, SHORT, sha256
 
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.errors import CorruptFileError, NumericsError, ParameterError
@@ -64,8 +64,10 @@ def test_examples_are_resumed_where_they_were(small, tmp_path):
 
 
 def test_the_best_values_outlive_an_interruption(settings, tmp_path):
-    """With a learning rate this large the first measurement stays the best; the checkpoint has to bring it along."""
-    settings |= dict(lr=0.3, patience=3, eval_every=1, steps=12, accumulate=1)
+    """What is trained on is nothing like what is held out, which gets worse; the checkpoint has to bring the best along."""
+    strange = tmp_path / "strange.txt"
+    strange.write_text("zqxj" * 2300 + "the cat sat on 3 mats; " * 44)
+    settings |= dict(data=str(strange), patience=3, eval_every=1, steps=12, accumulate=1)
     whole = train("lora", tmp_path / "whole.pth", **settings)
     assert whole.stopped_early and len(whole.losses) < 12
     best = min(bits for _, bits in whole.held_out)

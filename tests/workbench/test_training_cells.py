@@ -28,7 +28,7 @@ def result_of(run) -> dict:
 def test_dry_run_plans_and_writes_nothing(tmp_path, demo_folder, text, capsys):
     run = a_run(tmp_path, kind="lora", rank=2, targets=["att.key"], quant="nf4", data=text, dry_run=True)
     plan = training.plan(run)
-    assert plan.count == 2 * 2 * (32 + 32) and "0.41% of" in dict(run.page.facts)["trained"]
+    assert plan.count == 2 * 2 * (32 + 32) and "0.45% of" in dict(run.page.facts)["trained"]
     assert "weights" in dict(run.page.facts)["memory"] and dict(run.page.facts)["frozen matrices"] == "nf4"
     result = training.carry_out(run)
     for cell in (training.show_curves, training.show_samples, training.prove):
@@ -95,10 +95,12 @@ def test_the_panel_sets_numbers_trains_and_draws_the_loss(tmp_path, demo_folder,
     loss_curve = training.figures.loss_curve
     monkeypatch.setattr(training.figures, "loss_curve", lambda *a: drawn.append(a[2]) or loss_curve(*a))
     panel = controls.train_panel(run)
+    assert "to start from" in panel.fields["base"].widget.text.tooltip  # its own words, not those of merge.ipynb
+    assert "twice the rank" in panel.fields["alpha"].widget.placeholder
     panel.fields["kind"].widget.value = "lora"
     panel.fields["rank"].widget.value = "4"
     panel.fields["steps"].widget.value = "many"
-    assert "steps='many'" in panel.message.value and run.config.steps == 6
+    assert "many" in panel.message.value and run.config.steps == 6
     panel.fields["steps"].widget.value = "3"
     panel.fields["lr"].widget.value = "1e-3"
     assert (run.config.kind, run.config.rank, run.config.steps, run.config.lr) == ("lora", 4, 3, 1e-3)

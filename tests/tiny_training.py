@@ -7,7 +7,7 @@ from rwkv_lab.train import train
 
 SIZES = dict(n_embd=32, n_layer=2, head_size=16)
 SHORT = dict(steps=6, batch_size=4, ctx_len=16, samples=False)
-LRS = {"pretrain": 1e-3, "full": 1e-3, "state": 0.3, "lora": 1e-2, "pissa": 3e-3, "miss": 3e-3}
+LRS = {"pretrain": 1e-3, "full": 1e-3, "state": 0.03, "lora": 1e-2, "pissa": 3e-3, "miss": 3e-3}
 
 
 def tiny_text(folder: Path) -> Path:
