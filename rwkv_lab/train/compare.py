@@ -12,7 +12,8 @@ from rwkv_lab.train.trainer import train
 
 METHODS = ("lora", "pissa", "miss", "state")
 _ATTENTION = ("receptance", "key", "value", "output")
-_LRS = {"lora": 1e-2, "pissa": 5e-3, "miss": 5e-3, "state": 1.0}
+# Of four or five per method, on the demo model and its Python code, the one that reached fewest bits in 100 steps.
+_LRS = {"lora": 2e-2, "pissa": 2e-2, "miss": 1e-2, "state": 2.0}
 
 
 @dataclass(frozen=True)

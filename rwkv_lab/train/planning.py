@@ -11,6 +11,7 @@ from rwkv_lab.checkpoint import Layout, open_checkpoint
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.peft.config import target_modules, trained_parts
+from rwkv_lab.peft.inject import check_fit
 from rwkv_lab.train.recipe import ADAPTER_KINDS, DTYPES, Recipe, Tuning, choose_recipe
 from rwkv_lab.train.tuned import adapter_settings, is_unused
 
@@ -118,6 +119,7 @@ def _trained(tuning: Tuning, layout: Layout, shapes) -> list[tuple[str, tuple[in
     rows = []
     for name in target_modules(tree, settings.lora_target_modules):
         out, into = shapes[f"{name}.weight"]
+        check_fit(name, out, into, settings)
         rows.append((f"{name}.weight", (out, into), tuning.rank * (out if tuning.kind == "miss" else out + into)))
     besides = dict(tree.named_parameters())
     for name in trained_parts(tree, settings.train_parts):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ import torch
 from rwkv_lab.checkpoint import FileFacts, file_facts
 from rwkv_lab.checkpoint.atomic import check_target
 from rwkv_lab.checkpoint.write import file_kind
-from rwkv_lab.errors import ParameterError
+from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.peft import count_parameters
 from rwkv_lab.train.batches import in_batches
@@ -133,7 +134,8 @@ def train(
     Raises:
         ParameterError: values out of range or that do not go together, too little text, a broken line of JSONL.
         OutputError: `out` exists (unless `overwrite`) or cannot be written. Nothing was trained then.
-        NumericsError: the loss became NaN or infinite. `out` was not written then; the last good checkpoint stays.
+        NumericsError: the base predicts NaN, PiSSA or NF4 meet one in it, or the loss became NaN or infinite: `out` was
+            not written then, and the last good checkpoint stays.
         LayoutError, CorruptFileError, UnsafeFileError, DeviceError: of the base.
     """
     out, clock = Path(out), _Clock()
@@ -168,6 +170,11 @@ def train(
     course = fitting.course
     if course.bits_before is None:  # else an earlier run has measured it
         course.bits_before = fitting.measure()
+        if not math.isfinite(course.bits_before):
+            raise NumericsError(
+                f"{base or 'The fresh model'} predicts held-out {corpus.name} with {course.bits_before} bits per byte "
+                "before any step.\nInspect the base for NaN and Inf, or try dtype='float32' without autocast."
+            )
         course.samples_before = _samples(model, corpus, seed) if writes_samples else []
     clock.lap("before")
     stopped_early = fitting.fit()

@@ -126,7 +126,9 @@ class TrainParameters(Parameters):
     steps: Annotated[int, Field(ge=1)] | None = Field(None, description="updates; None: the kind's own number")
     batch_size: Annotated[int, Field(ge=1)] | None = Field(None, description="texts per batch; None: the kind's own")
     ctx_len: Annotated[int, Field(ge=1)] | None = Field(None, description="tokens per text; None: the kind's own")
-    lr: Annotated[Number, Field(gt=0)] | None = Field(None, description="highest learning rate; None: the kind's own")
+    lr: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="highest learning rate; None: the kind's own, which suits the demo model"
+    )
     rank: Annotated[int, Field(ge=1)] | None = Field(None, description="of adapters; None: 8")
     alpha: Annotated[Number, Field(gt=0)] | None = Field(
         None, description="of a LoRA, scaled by alpha over rank; None: twice the rank"

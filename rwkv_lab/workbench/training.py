@@ -31,7 +31,7 @@ from rwkv_lab.train import (
     plan_training,
     train,
 )
-from rwkv_lab.workbench import figures
+from rwkv_lab.workbench import figures, training_figures
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.report import Sample
 from rwkv_lab.workbench.run import Run
@@ -163,7 +163,7 @@ def show_curves(run: Run, result: TrainResult | None) -> None:
         return
     recipe = _recipe(run)
     subtitle = f"{result.kind} on {recipe.data}: {result.trained:,} parameters trained, {result.frozen:,} frozen"
-    figure = figures.loss_curve(result.losses, "Loss while training", subtitle)
+    figure = training_figures.loss_curve(result.losses, subtitle)
     run.show_figure("loss", "Loss while training", "Of the text that is trained on, one batch per step.", figure)
     bits = {recipe.data: {"before": result.bits_before, "after": result.bits_after}}
     subtitle = f"{result.held_out_bytes:,} bytes never trained on, a fresh state every {recipe.ctx_len} tokens"
@@ -171,7 +171,10 @@ def show_curves(run: Run, result: TrainResult | None) -> None:
     caption = "Bits the model needs for each byte of text that it was not trained on; lower is better."
     run.show_figure("held_out", "Bits per byte of held-out text", caption, figure)
     if result.held_out:
-        display(Table("Measured on the way", ("step", "bits per byte of held-out text"), result.held_out))
+        subtitle = f"{result.kind} on {recipe.data}, measured every {run.config.eval_every} steps"
+        figure = training_figures.held_out_curve(result.held_out, result.bits_before, subtitle)
+        caption = "Where this rises while the loss falls, training learns by heart; patience stops it there."
+        run.show_figure("held_out_curve", "Held-out text while training", caption, figure)
 
 
 def show_samples(run: Run, result: TrainResult | None) -> None:
@@ -241,11 +244,12 @@ def compare(run: Run) -> list[Compared] | None:
 
 def show_compared(run: Run, found: list[Compared], data: str) -> None:
     """Figure and table of a comparison, in the notebook and in the report."""
-    bits = {data: {"base": found[0].bits_before} | {c.method: c.bits_after for c in found}}
     counts = sorted({c.trained for c in found})
     about = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    figure = figures.bits_bars(bits, f"each with {about} trained parameters, {len(found[0].losses)} steps")
-    run.show_figure("compared", "Methods at equal trained parameters", "Held-out text; lower is better.", figure)
+    subtitle = f"on {data}, each with {about} trained parameters, {len(found[0].losses)} steps of the same batches"
+    caption = "Left: what each gains on held-out text. Right: its loss, the mean of a few batches at a time."
+    figure = training_figures.methods_compared(found, subtitle)
+    run.show_figure("compared", "Methods at equal trained parameters", caption, figure)
     rows = [(c.method, c.trained, c.rank or "", c.lr, c.bits_after, c.bits_before - c.bits_after) for c in found]
     heads = ("method", "trained", "rank", "learning rate", "bits per byte", "fewer than the base")
     table = Table("Methods at equal trained parameters", heads, rows)
@@ -283,7 +287,7 @@ def _live_loss(steps: int) -> Callable | None:
     def on_step(step: int, losses: list[float]) -> None:
         nonlocal drawn
         if time.perf_counter() - drawn >= _REDRAW or step == steps:
-            figure = figures.loss_curve(losses, "Loss while training", f"step {step:,} of {steps:,}")
+            figure = training_figures.loss_curve(losses, f"step {step:,} of {steps:,}")
             picture.value, drawn = figures.png(figure), time.perf_counter()
 
     return on_step

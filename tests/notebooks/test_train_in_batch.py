@@ -7,6 +7,17 @@ import nbformat
 from rwkv_lab.checkpoint import open_checkpoint
 
 
+def test_what_cannot_be_trained_fails_the_run_and_leaves_no_output(batch, demo_folder, tmp_path):
+    run = batch(
+        "train", "-p", "kind", "miss", "-p", "rank", "99", "-p", "steps", "4", "-r", "out", "a.pth", cwd=tmp_path
+    )
+    assert run.code != 0 and run.result["status"] == "failed" and list(tmp_path.iterdir()) == []
+    assert (
+        run.result["error"]["class"] == "ParameterError" and "larger than the layer" in run.result["error"]["message"]
+    )
+    assert "blocks.0.att.receptance: rank 99" in run.log
+
+
 def test_an_adapter_is_trained_in_batch(batch, demo_folder, tmp_path):
     lines = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(30)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, lines)))

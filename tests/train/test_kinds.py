@@ -223,6 +223,8 @@ def test_what_does_not_go_together_is_refused(small, texts, tmp_path):
             train(kind, tmp_path / "out.pth", str(texts), small, **SHORT | arguments)
     assert list(tmp_path.iterdir()) == []
     state = train("state", tmp_path / "state.pth", str(texts), small, **SHORT).out
+    with pytest.raises(ParameterError, match="rank 33 is larger than the layer"):
+        plan_training("miss", small, rank=33)
     with pytest.raises(LayoutError, match="whole model"):
         plan_training("lora", state)
 

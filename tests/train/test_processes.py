@@ -58,6 +58,7 @@ def runs(small, texts, tmp_path_factory):
     for i, (kind, parallel, quant) in enumerate(CASES):
         settings = dict(base=str(small), data=str(texts), lr=LRS[kind], quant=quant, parallel=parallel, accumulate=2)
         settings |= dict(out=str(folder / f"{i}.pth"), **SHORT, eval_every=3, checkpoint_every=2)
+        settings["gradient_checkpointing"] = kind == "pretrain"
         all_settings.append((kind, settings))
     (folder / "settings.json").write_text(json.dumps(all_settings))
     done = torchrun(str(folder / "program.py"), str(folder / "settings.json"))

@@ -64,7 +64,7 @@ def test_examples_are_resumed_where_they_were(small, tmp_path):
 
 
 def test_the_best_values_outlive_an_interruption(settings, tmp_path):
-    """What is trained on is nothing like what is held out, which gets worse; the checkpoint has to bring the best along."""
+    """Held-out text unlike the other gets worse and worse; the checkpoint has to bring the best values along."""
     strange = tmp_path / "strange.txt"
     strange.write_text("zqxj" * 2300 + "the cat sat on 3 mats; " * 44)
     settings |= dict(data=str(strange), patience=3, eval_every=1, steps=12, accumulate=1)

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from models import snapshot
 
-from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
+from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.workbench import controls, start, training
 
 SHORT = dict(steps=6, batch_size=2, ctx_len=32)
@@ -54,7 +56,7 @@ def test_everything_ends_well(tmp_path, demo_folder, text, values, monkeypatch):
     training.everything(run)
     result = result_of(run)
     assert result["status"] == "ok" and all(c["passed"] for c in result["checks"])
-    assert result["metrics"]["steps_done"] == 6 and len(result["figures"]) == 2
+    assert result["metrics"]["steps_done"] == 6 and len(result["figures"]) == 3
     with open_checkpoint(run.folder / "trained.pth") as ck:
         assert ck.kind == {"full": "model"}.get(values["kind"], values["kind"])
     assert (run.folder / "log.csv").exists() and (run.folder / "report.html").exists()
@@ -66,6 +68,41 @@ def test_examples_are_trained_on_too(tmp_path, demo_folder):
     run = a_run(tmp_path, kind="lora", data=str(data), lr=1e-3)
     training.everything(run)
     assert result_of(run)["status"] == "ok" and "examples" in dict(run.page.facts)["text"]
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        (dict(kind="lora", rank=33), "ParameterError", "blocks.0.att.receptance: rank 33 is larger than the layer"),
+        (dict(kind="miss", targets=["att.kye"]), "ParameterError", "'att.kye' matches none"),
+        (dict(kind="lora", train_parts=["norms"]), "ParameterError", "'norms' matches no parameter"),
+        (dict(kind="state", ctx_len=20_000), "ParameterError", "smaller ctx_len"),
+        (dict(kind="full", data="empty.txt"), "ParameterError", "has 0 bytes"),
+        (dict(kind="lora", data="empty.jsonl"), "ParameterError", "0 different examples"),
+        (dict(kind="full", base="nan.pth"), "NumericsError", "nan bits per byte before any step"),
+        (dict(kind="pissa", base="nan.pth"), "NumericsError", "blocks.1.att.key"),
+        (dict(kind="lora", base="nan.pth", quant="nf4"), "NumericsError", "blocks.1.att.key"),
+        (dict(kind="full", lr=1e30), "NumericsError", "smaller lr"),
+    ],
+    ids=str,
+)
+def test_a_refused_training_leaves_nothing_but_word_of_it(tmp_path, demo_folder, text, values, error, words):
+    for name in ("empty.txt", "empty.jsonl"):
+        (tmp_path / name).touch()
+    with open_checkpoint(demo_folder / "demo-base.pth") as ck:
+        tensors = {name: ck[name] for name in ck}
+    tensors["blocks.1.att.key.weight"][0, 0] = float("nan")
+    write_checkpoint(tmp_path / "nan.pth", tensors)
+    here = {name: str(tmp_path / value) for name, value in values.items() if name in ("data", "base")}
+    run = a_run(tmp_path, **{"data": text, **values, **here})
+    before = snapshot(tmp_path)
+    with pytest.raises(RwkvLabError):
+        training.everything(run)
+    found = result_of(run)
+    assert (found["status"], found["error"]["class"]) == ("failed", error) and words in found["error"]["message"]
+    after = snapshot(tmp_path)
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    assert changed == {"report/result.json", "report/report.html"}
 
 
 def test_methods_are_shown_at_equal_parameters(tmp_path, demo_folder, text, monkeypatch):
@@ -92,8 +129,8 @@ def test_the_panel_sets_numbers_trains_and_draws_the_loss(tmp_path, demo_folder,
     monkeypatch.setattr(controls, "frontend_present", lambda: True)
     monkeypatch.setattr(training, "frontend_present", lambda: True)
     monkeypatch.setattr(training, "_REDRAW", 0.0)
-    loss_curve = training.figures.loss_curve
-    monkeypatch.setattr(training.figures, "loss_curve", lambda *a: drawn.append(a[2]) or loss_curve(*a))
+    loss_curve = training.training_figures.loss_curve
+    monkeypatch.setattr(training.training_figures, "loss_curve", lambda *a: drawn.append(a[1]) or loss_curve(*a))
     panel = controls.train_panel(run)
     assert "to start from" in panel.fields["base"].widget.text.tooltip  # its own words, not those of merge.ipynb
     assert "twice the rank" in panel.fields["alpha"].widget.placeholder
