@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import LRS, SHORT
+from tiny_training import LRS, SHORT, sha256
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.train import train
@@ -27,17 +27,25 @@ CASES = [
 
 # All cases in one start of two processes: each takes seconds to import torch.
 _PROGRAM = """
-import json, sys, warnings
+import json, os, sys
 import torch
 torch.set_num_threads(1)
 from rwkv_lab.train import train
 from rwkv_lab.train.processes import started_by_torchrun
 results = []
+class Interrupted(Exception): pass
+def interrupt(step, losses):
+    if step == 3: raise Interrupted
 with started_by_torchrun("cpu") as device:
     for kind, settings in json.load(open(sys.argv[1])):
         r = train(kind, device=device, **settings)
-        results.append([r.losses, r.bits_before, r.bits_after, len(r.outputs), r.held_out])
-import os
+        again = settings | {"out": settings["out"] + ".again.pth"}
+        try:
+            train(kind, device=device, on_step=interrupt, **again)
+        except Interrupted:
+            resumed = train(kind, device=device, resume=True, **again)
+        same = resumed.losses == r.losses and resumed.held_out == r.held_out
+        results.append([r.losses, r.bits_before, r.bits_after, len(r.outputs), r.held_out, same, resumed.resumed_at])
 json.dump(results, open(f"{sys.argv[1]}.{os.environ['RANK']}", "w"))
 """
 
@@ -71,7 +79,7 @@ def runs(small, texts, tmp_path_factory):
 def test_two_processes_train_as_one_does(runs, case, tmp_path):
     kind = case[0]
     settings, first, second = runs[case]
-    losses, before, after, files, held_out = first
+    losses, before, after, files, held_out = first[:5]
     assert (losses, before, after) == tuple(second[:3]) and (files, second[3]) == (1, 0)
     one = train(kind, **settings | {"out": tmp_path / "one.pth"})
     # The same sums in another order: float32 rounds at 6e-8, over sums of 64 tokens and six steps.
@@ -84,6 +92,13 @@ def test_two_processes_train_as_one_does(runs, case, tmp_path):
             # AdamW divides by a gradient's own size: one that is rounding alone may move a value either way.
             apart = (two[name].float() - alone[name].float()).norm() / alone[name].float().norm().clamp_min(1e-6)
             assert apart < 1e-3, name
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_two_processes_resume_bit_for_bit(runs, case):
+    settings, *each = runs[case]
+    assert [found[5:] for found in each] == [[True, 2], [True, 2]]
+    assert sha256(settings["out"] + ".again.pth") == sha256(settings["out"])
 
 
 def test_torchrun_starts_the_module_itself(small, texts, tmp_path):

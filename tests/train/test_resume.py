@@ -1,6 +1,11 @@
 """An interrupted training goes on as if it had never stopped, and its checkpoint is refused where it does not fit."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +15,7 @@ from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.errors import CorruptFileError, NumericsError, ParameterError
 from rwkv_lab.train import resume_path, train
 
+ROOT = Path(__file__).parents[2]
 QUANTS = {"lora": "nf4", "miss": "int8", "state": "int8"}
 
 
@@ -51,6 +57,24 @@ def test_resumed_is_as_never_stopped_bit_for_bit(kind, settings, tmp_path):
         assert list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
     assert not resume_path(out).exists()
     assert [row["step"] for row in json.loads((tmp_path / "log.json").read_text())["steps"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_process_is_gone_on_from(settings, tmp_path):
+    """SIGKILL right after the second checkpoint, by the process itself; nobody has a chance to tidy up."""
+    whole = train("lora", tmp_path / "whole.pth", **settings | {"checkpoint_every": 2})
+    program = (
+        "import os, signal, torch; torch.set_num_threads(1)\n"
+        "from rwkv_lab.train import train\n"
+        f"settings = {settings | {'base': str(settings['base']), 'checkpoint_every': 2}!r}\n"
+        "kill = lambda step, losses: step == 5 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"train('lora', {str(tmp_path / 'out.pth')!r}, on_step=kill, **settings)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.pth.resume.safetensors", "whole.pth"]
+    resumed = train("lora", tmp_path / "out.pth", **settings | {"checkpoint_every": 2}, resume=True)
+    assert resumed.resumed_at == 4 and resumed.losses == whole.losses
+    assert sha256(resumed.out) == sha256(whole.out)
 
 
 def test_examples_are_resumed_where_they_were(small, tmp_path):
