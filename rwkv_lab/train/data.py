@@ -41,8 +41,8 @@ def load_corpus(data: str) -> Corpus | Examples:
     """The corpus of a name in `CORPORA`, of a file or of a folder.
 
     Raises:
-        ParameterError: neither a name nor a path, a folder of fewer than two texts, a file of less than 10,000 bytes, a
-            line of a `.jsonl` that is no example.
+        ParameterError: neither a name nor a path, what cannot be read, a folder of fewer than two texts, a file of less
+            than 10,000 bytes, a line of a `.jsonl` that is no example.
     """
     if data == "english":
         return _split_by_hash(
@@ -50,7 +50,13 @@ def load_corpus(data: str) -> Corpus | Examples:
         )
     if data == "python":
         return _split_by_hash(data, _library_files(), "files of the standard library, one in ten held out as a whole")
-    path = Path(data)
+    try:
+        return _of_files(Path(data))
+    except OSError as e:
+        raise ParameterError(f"{e.filename or data} cannot be read: {e.strerror or e}.") from e
+
+
+def _of_files(path: Path) -> Corpus | Examples:
     if path.is_dir():
         texts = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.suffix in _TEXTS and p.is_file()}
         pieces = {name: p.read_bytes() for name, p in texts.items()}
@@ -58,7 +64,7 @@ def load_corpus(data: str) -> Corpus | Examples:
             raise ParameterError(f"{path} has {len(pieces)} files in {', '.join(_TEXTS)}; two are needed at least.")
         return _split_by_hash(path.name, pieces, "files of the folder, one in ten held out as a whole")
     if not path.is_file():
-        raise ParameterError(f"data={data!r} is neither one of {', '.join(CORPORA)} nor a file or folder.")
+        raise ParameterError(f"data={str(path)!r} is neither one of {', '.join(CORPORA)} nor a file or folder.")
     if path.suffix == ".jsonl":
         return load_examples(path)
     text = path.read_bytes()

@@ -1,6 +1,7 @@
 """Each kind of training: what it trains, what it writes, what a plan says of it before, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tiny_training import LRS, SHORT, sha256
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import LayoutError, ParameterError
-from rwkv_lab.train import compare_methods, load_corpus, open_tuned, plan_training, resume_path, train
+from rwkv_lab.train import compare_methods, examples, load_corpus, open_tuned, plan_training, resume_path, train
 from rwkv_lab.train.batches import Rows, in_batches
 
 PLAIN = [(kind, "none") for kind in ("full", "state", "lora", "pissa", "miss")]
@@ -180,6 +181,21 @@ def test_equal_examples_are_on_one_side(tmp_path):
 def test_broken_lines_are_named(lines, words, tmp_path):
     with pytest.raises(ParameterError, match=words):
         load_corpus(jsonl(tmp_path / "x.jsonl", *lines))
+
+
+def test_what_cannot_be_read_is_refused_by_its_name(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text")
+    jsonl(tmp_path / "x.jsonl", {"text": "a"})
+
+    def refuse(path, *rest):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(examples, "open", refuse, raising=False)
+    for data in (tmp_path, tmp_path / "x.jsonl"):
+        with pytest.raises(ParameterError, match=r"(a.txt|b.txt|x.jsonl) cannot be read: Permission denied"):
+            load_corpus(str(data))
 
 
 def test_too_little_text_is_refused(small, tmp_path, texts):
