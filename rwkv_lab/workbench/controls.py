@@ -20,7 +20,7 @@ from rwkv_lab.wkv import backends
 from rwkv_lab.workbench.choosing import FileChooser
 from rwkv_lab.workbench.run import Run
 
-_LABEL = {"description_width": "7rem"}
+_LABEL = {"description_width": "9rem"}
 _WIDE = {"width": "44rem"}  # no Layout: that would be a widget, made at import
 _WORDS = "{words}"  # stands in placeholders for what `Field.explain` is told
 
