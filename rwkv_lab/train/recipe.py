@@ -45,8 +45,8 @@ RECIPES = {
     # A tuned state counts most near the start of a text, so its windows are shorter. RWKV-LM: from 1 down to 0.01.
     "state": Recipe("python", steps=400, batch_size=8, ctx_len=128, lr=1.0, final_lr=0.01),
     "lora": Recipe("python", steps=200, batch_size=8, ctx_len=128, lr=1e-2, final_lr=0.02),
-    "pissa": Recipe("python", steps=200, batch_size=8, ctx_len=128, lr=3e-3, final_lr=0.02),
-    "miss": Recipe("python", steps=200, batch_size=8, ctx_len=128, lr=3e-3, final_lr=0.02),
+    "pissa": Recipe("python", steps=200, batch_size=8, ctx_len=128, lr=1e-2, final_lr=0.02),
+    "miss": Recipe("python", steps=200, batch_size=8, ctx_len=128, lr=1e-2, final_lr=0.02),
 }
 
 

@@ -114,8 +114,8 @@ def test_the_log_says_what_happened(small, texts, tmp_path):
     assert log["settings"]["kind"] == "lora" and log["bits_after"] == result.bits_after and seen == [1, 2, 3, 4, 5, 6]
 
 
-def test_methods_are_compared_at_equal_parameters(small):
-    found = compare_methods(small, steps=8, batch_size=4, ctx_len=16)
+def test_methods_are_compared_at_equal_parameters(small, texts):
+    found = compare_methods(small, str(texts), steps=8, batch_size=4, ctx_len=16)
     assert [c.method for c in found] == ["lora", "pissa", "miss", "state"]
     assert {c.trained for c in found} == {2 * 2 * 16 * 16} and [c.rank for c in found] == [2, 2, 4, None]
     assert len({c.bits_before for c in found}) <= 2  # PiSSA's start is the base's function up to rounding

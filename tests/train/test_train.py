@@ -1,6 +1,5 @@
 """Training: what it learns, what it leaves alone, what it writes and what it refuses."""
 
-import hashlib
 import os
 import random
 from dataclasses import replace
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import sha256
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import OutputError, ParameterError
@@ -16,10 +16,6 @@ from rwkv_lab.train import choose_recipe, demo_base, demo_folder, demo_state, lo
 from rwkv_lab.train.optimiser import make_optimiser, set_lr
 
 TINY = dict(steps=60, batch_size=4, ctx_len=32, lr=1e-2, n_embd=32, n_layer=2, head_size=16)
-
-
-def sha256(path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
