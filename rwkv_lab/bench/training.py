@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from rwkv_lab.bench.contest import Agreement, Row, interleave, median_share, refusal, relative_rms, say
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.train import RECIPES, Recipe
 from rwkv_lab.train.optimiser import make_optimiser
-from rwkv_lab.train.trainer import RECIPES
 from rwkv_lab.wkv import use_backend
 
 LIMIT = 1e-3  # relative RMS of all gradients in float32, beside the reference: sums over a thousand tokens
@@ -38,7 +38,7 @@ def measure_training(backends: Sequence[str], rounds: int, length: int | None = 
             continue
         if agreement.passed:
             agreed[backend] = agreement
-            contestants[backend] = _trainer(backend, tokens, recipe.lr)
+            contestants[backend] = _trainer(backend, tokens, recipe)
         else:
             rows.append(say(_row(backend, tokens, agreement=agreement, problem=refusal(agreement))))
     results = interleave(contestants, rounds)
@@ -77,9 +77,9 @@ def _loss(model: RWKV_Dual, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def _trainer(backend: str, tokens: torch.Tensor, lr: float) -> Callable[[], float]:
+def _trainer(backend: str, tokens: torch.Tensor, recipe: Recipe) -> Callable[[], float]:
     model = _model()
-    optimiser = make_optimiser(model, "pretrain", lr)
+    optimiser = make_optimiser(dict(model.named_parameters()), recipe)
 
     def take() -> float:
         start = time.perf_counter()
