@@ -33,10 +33,10 @@ INLINE void dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *s
     for (; k + LANES <= n; k += LANES) {
         Vec weight[TR];
 #pragma GCC unroll 4
-        for (int r = 0; r < TR; r++) weight[r] = widened<F>(w.data, first + r * int64_t(n) + k);
+        for (int r = 0; r < TR; r++) weight[r] = held(widened<F>(w.data, first + r * int64_t(n) + k));
 #pragma GCC unroll 8
         for (int b = 0; b < TB; b++) {
-            const Vec xb = load(x.row(b0 + b) + k);
+            const Vec xb = held(load(x.row(b0 + b) + k));
 #pragma GCC unroll 4
             for (int r = 0; r < TR; r++) sums[r * TB + b] += weight[r] * xb;
         }
@@ -70,7 +70,7 @@ INLINE void bfloat_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0,
     auto step = [&](int k, auto get) __attribute__((always_inline)) {
         __m512i weight[TR];
 #pragma GCC unroll 4
-        for (int r = 0; r < TR; r++) weight[r] = get(weights + r * int64_t(n) + k);
+        for (int r = 0; r < TR; r++) weight[r] = (__m512i)held((Vec)get(weights + r * int64_t(n) + k));
 #pragma GCC unroll 8
         for (int b = 0; b < TB; b++) {
             const __m512i xb = _mm512_loadu_si512(x.half + (b0 + b) * x.stride + k);

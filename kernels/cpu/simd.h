@@ -35,6 +35,15 @@ INLINE Vec load(const float *from) {
     return x;
 }
 
+// x in a register. A compiler may read a vector anew for every multiply-add that it goes into, and arithmetic then waits
+// for the cache.
+INLINE Vec held(Vec x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#endif
+    return x;
+}
+
 INLINE void store(float *to, Vec x) { memcpy(to, &x, sizeof x); }
 
 // Past the caches, for what is not read again soon; `to` is aligned to a vector.
