@@ -1,6 +1,6 @@
 """One tensor of the output that does not simply come from the base: what every merge method yields."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,20 +36,22 @@ def overwrite(name: str, base: TensorInfo | None, tuned: TensorInfo, alpha: floa
     def blend() -> Iterator[torch.Tensor]:
         # Blocks of both have equally many elements only if their dtypes are of one size; a tensor is cut by the wider
         # one.
-        for b, t in _in_step(base, tuned):
+        for b, t in in_step([base, tuned]):
             yield torch.lerp(b.to(precision), t.to(precision), alpha)
 
     return Change(name, "blend", "base + tuned", shape, base.dtype, compute=blend)
 
 
-def _in_step(first: TensorInfo, second: TensorInfo) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Blocks of two tensors of equal size, with equally many elements each."""
-    rest = torch.empty(0, dtype=second.dtype)
-    others = second.blocks()
+def in_step(tensors: Sequence[TensorInfo]) -> Iterator[list[torch.Tensor]]:
+    """Blocks of tensors of equal size, with equally many elements each."""
+    first, *others = tensors
+    flows = [(t.blocks(), [torch.empty(0, dtype=t.dtype)]) for t in others]  # what comes, what is left over
     for block in first.blocks():
-        parts = [rest]
-        while sum(len(p) for p in parts) < len(block):
-            parts.append(next(others))
-        joined = torch.cat(parts)
-        yield block, joined[: len(block)]
-        rest = joined[len(block) :]
+        pieces = [block]
+        for flow, rest in flows:
+            while sum(len(p) for p in rest) < len(block):
+                rest.append(next(flow))
+            joined = torch.cat([p for p in rest if len(p)])
+            pieces.append(joined[: len(block)])
+            rest[:] = [joined[len(block) :]]
+        yield pieces

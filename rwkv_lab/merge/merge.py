@@ -1,18 +1,16 @@
 """The main job: tuned weights into a base checkpoint. Plan from headers, check, stream, say what was done."""
 
 import logging
-import math
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, file_facts, open_checkpoint, write_text
+from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, write_text
 from rwkv_lab.checkpoint.atomic import one_writer
 from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.paths import to_path
@@ -20,28 +18,38 @@ from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, Findings, OutTensor
 from rwkv_lab.checkpoint.write import file_kind, write_stream
 from rwkv_lab.checks import Check
-from rwkv_lab.errors import LayoutError, ParameterError
-from rwkv_lab.merge import lora, overlay, state
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.merge import lora, mix, overlay, stack, state
 from rwkv_lab.merge.change import Change
+from rwkv_lab.merge.meaning import notes_on
+from rwkv_lab.merge.methods import INTO_BASE
+from rwkv_lab.merge.mixing import MIXING
 from rwkv_lab.merge.patterns import pattern_list, select
 from rwkv_lab.merge.plan import MergePlan, MergeResult, PlanRow
 from rwkv_lab.merge.provenance import RECORD, as_text, beside, provenance
+from rwkv_lab.merge.refusals import (
+    check_base,
+    check_dtypes,
+    check_method,
+    check_parameters,
+    method_of,
+    mixing_values,
+    output_dtype,
+    plain,
+    refuse_same,
+)
 from rwkv_lab.merge.room import check_output, check_room, disk_free, memory_free
 from rwkv_lab.progress import human_bytes
 
 log = logging.getLogger(__name__)
 
-METHODS = ("state", "overlay", "lora")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
 
 def merge(
     base: str | Path,
-    tuned: str | Path,
+    tuned: str | Path | Sequence[str | Path] | None,
     out: str | Path,
     method: str = "auto",
-    alpha: float | None = None,
+    alpha: float | Mapping | None = None,
     weights: Sequence[float] | None = None,
     pissa_init: str | Path | None = None,
     include: Sequence[str] | None = None,
@@ -55,28 +63,37 @@ def merge(
     allow_nonfinite: bool = False,
     precision: str = "float32",
     hash: str = "records",
+    parameters: Mapping[str, object] | None = None,
 ) -> MergeResult:
     """Merge tuned weights into a base checkpoint, streaming; `out` appears whole or not at all.
 
     Args:
         base: a whole RWKV model: .pth, .safetensors or Hugging Face folder.
-        tuned: a state file, a full or partial fine-tune, or a LoRA; any of the same formats.
+        tuned: a state file, a full or partial fine-tune, or a LoRA; any of the same formats. A list of fine-tunes for
+            the methods that mix several models.
         out: path of the merged checkpoint; .pth or .safetensors decides its format.
-        method: "state", "overlay", "lora", or "auto", which reads it off `tuned`.
-        alpha: for "lora" the LoRA's alpha (its delta is scaled by alpha / r), which no file says; for the others
-            0 to 1, how far to go towards `tuned`. 0 gives the base, bit for bit.
-        weights: for methods that mix models; none of today's three takes it.
-        pissa_init: for PiSSA adapters; none of today's three methods takes it.
+        method: "state", "overlay", "lora", or "auto", which reads it off `tuned`; "linear", "slerp",
+            "task_arithmetic", "ties", "dare_linear", "dare_ties" or "model_stock" mix whole models, "passthrough"
+            stacks their layers.
+        alpha: for "lora" the LoRA's alpha (its delta is scaled by alpha / r), which no file says; for "state",
+            "overlay" and "slerp" 0 to 1, how far to go towards `tuned`; for the other methods that take it the factor
+            on what is added to the base. 0 gives the base, bit for bit.
+        weights: [w_base, w_tuned, …] for "linear", [w_tuned, …] for those that add deltas.
+        pissa_init: for PiSSA adapters; none of today's methods takes it.
         include, exclude: shell-style patterns on the output's tensor names: which of them `tuned` may touch.
         dtype: "bf16", "fp16" or "fp32" for every tensor of the output; None keeps each tensor's own.
         scan: "all" looks for NaN and Inf in every tensor of the output, "changed" in those that do not come from the
-        base. allowed_dir: the only folder (with those below it) that the output may go to.
+            base.
+        allowed_dir: the only folder (with those below it) that the output may go to.
         overwrite: allow `out` to exist; never allows it to be an input.
         dry_run: stop after the plan; nothing is written.
         allow_extra: patterns of tensor names that may be there although the generation does not know them.
         allow_nonfinite: record NaN, Inf and overflow instead of refusing them.
         precision: "float32" or "float64" for the arithmetic; the result is rounded to the output dtype once.
         hash: "records" fingerprints the inputs for free, "sha256" reads them whole.
+        parameters: what else the method takes, by name, such as density and seed (`rwkv_lab.merge.mixing`), or layers
+            for "passthrough". Every number may be a setting that differs from tensor to tensor (`settings`), alpha and
+            weights too: parameters={"alpha": {"blocks.*.att": 0.3}}.
     Returns:
         The plan, and unless `dry_run` what was written and checked.
     Raises:
@@ -84,29 +101,38 @@ def merge(
         NumericsError: NaN, Inf or overflow on the way; nothing is left behind.
     """
     start = time.perf_counter()
-    base, tuned, out = (to_path(p, what).absolute() for p, what in ((base, "base"), (tuned, "tuned"), (out, "out")))
-    wide = _check_parameters(scan, precision, alpha)
+    base, out = (to_path(p, what).absolute() for p, what in ((base, "base"), (out, "out")))
+    tuned = _paths(tuned, method)
+    wide = check_parameters(scan, precision)
     include, exclude = pattern_list("include", include), pattern_list("exclude", exclude)
     allow_extra = pattern_list("allow_extra", allow_extra)
-    out_dtype = _output_dtype(dtype)
+    out_dtype = output_dtype(dtype)
     kind = file_kind(out)
-    with open_checkpoint(base) as base_ck, open_checkpoint(tuned) as tuned_ck:
-        check_output(out, [base_ck, tuned_ck], allowed_dir, overwrite)
-        check_output(_beside(out), [base_ck, tuned_ck], allowed_dir, overwrite)
-        _refuse_same(base_ck, tuned_ck)
-        layout = _check_base(base_ck, allow_extra or [])
-        _check_dtypes(base_ck)
-        _check_dtypes(tuned_ck)
-        method = method_of(tuned_ck) if method == "auto" else method
-        _check_method(method, alpha, weights, pissa_init)
-        alpha = 1.0 if alpha is None else float(alpha)  # a number of one type: the recipe is a part of the output
-        changes = _changes(method, base_ck, tuned_ck, layout, alpha, wide, allow_extra or [])
+    with ExitStack() as opened:
+        base_ck, *tuned_cks = [opened.enter_context(open_checkpoint(p)) for p in (base, *tuned)]
+        for path in (out, _beside(out)):
+            check_output(path, [base_ck, *tuned_cks], allowed_dir, overwrite)
+        refuse_same(base_ck, tuned_cks)
+        layout = check_base(base_ck, allow_extra or [])
+        for ck in (base_ck, *tuned_cks):
+            check_dtypes(ck)
+        method = method_of(tuned_cks[0]) if method == "auto" else method
+        check_method(method, alpha, weights, parameters, pissa_init)
+        values = _values(method, alpha, weights, parameters)
+        changes, layout_after = _changes(method, base_ck, tuned_cks, layout, values, wide, allow_extra or [])
+        kept = {} if method == "passthrough" else base_ck.info
+        if not kept and (include or exclude):
+            raise ParameterError(
+                "include and exclude say what may change in the base; method 'passthrough' makes a new model"
+            )
         chosen = select([c.name for c in changes], include, exclude)
         skipped = tuple(c.name for c in changes if c.name not in chosen)
-        applied = [] if alpha == 0 else [c for c in changes if c.name in chosen]
+        applied = [] if method in INTO_BASE and values["alpha"] == 0 else [c for c in changes if c.name in chosen]
         recipe = {
             "method": method,
-            "alpha": alpha,
+            "alpha": values.pop("alpha", None),
+            "weights": values.pop("weights", None),
+            "parameters": values,
             "include": include,
             "exclude": exclude,
             "dtype": str(out_dtype).removeprefix("torch.") if out_dtype else None,
@@ -114,18 +140,28 @@ def merge(
             "allow_extra": allow_extra,
             "allow_nonfinite": allow_nonfinite,
         }
-        rows, tensors = _output(base_ck, applied, out_dtype)
-        memory = _memory_needed(base_ck, tuned_ck, changes, wide)
+        rows, tensors = _output(kept, applied, out_dtype)
+        memory = _memory_needed([base_ck, *tuned_cks], changes, wide)
         # Fingerprints read some tensor data, or all of it, but all of them are of one length: the size is known before.
-        blank = [FileFacts(ck.path, ck.bytes, f"{hash}:{'0' * 64}") for ck in (base_ck, tuned_ck)]
+        blank = [FileFacts(ck.path, ck.bytes, f"{hash}:{'0' * 64}") for ck in (base_ck, *tuned_cks)]
         size = file_layout(kind, tensors, {RECORD: as_text(provenance(recipe, blank))}).size
-        plan = MergePlan(method, layout, tuple(rows), skipped, size, disk_free(out.parent), memory, memory_free())
+        plan = MergePlan(
+            method,
+            layout_after,
+            tuple(rows),
+            skipped,
+            size,
+            disk_free(out.parent),
+            memory,
+            memory_free(),
+            notes_on(method, layout_after, [r for r in rows if r.action in ("mix", "layer")]),
+        )
         check_room(out, plan.output_bytes, plan.disk_free, plan.memory_needed, plan.memory_free)
         hashing = time.perf_counter()
-        inputs = (file_facts(base_ck, hash), file_facts(tuned_ck, hash))
+        inputs = tuple(file_facts(ck, hash) for ck in (base_ck, *tuned_cks))
         hashing = time.perf_counter() - hashing
         if hash == "sha256":
-            log.info("sha256 of both inputs took %.1f s", hashing)
+            log.info("sha256 of %d inputs took %.1f s", len(inputs), hashing)
         made = provenance(recipe, inputs)
         layout_out = file_layout(kind, tensors, {RECORD: as_text(made)})
         log.info(
@@ -156,137 +192,63 @@ def merge(
     return replace(result, outputs=written, checks=checks, seconds=seconds)
 
 
-def method_of(tuned: Checkpoint) -> str:
-    """The method that fits what `tuned` is.
-
-    Raises:
-        LayoutError: none of today's methods does.
-    """
-    methods = {"state": "state", "lora": "lora", "model": "overlay", "partial": "overlay"}
-    if tuned.kind in methods:
-        return methods[tuned.kind]
-    why = f": {tuned.reason}" if tuned.reason else ""
-    raise LayoutError(
-        f"{tuned.path} is of kind {tuned.kind!r}{why}.\nMerged can be: a state, a full or partial fine-tune, a LoRA."
+def _paths(tuned: object, method: str) -> tuple[Path, ...]:
+    """The tuned files, of which a method may take several, and stacking none."""
+    given = (
+        list(tuned)
+        if isinstance(tuned, (list, tuple))
+        else []
+        if tuned is None and method == "passthrough"
+        else [tuned]
     )
-
-
-def check_alpha(method: str, alpha: float | None) -> None:
-    """Refuse an alpha that the method cannot use.
-
-    Raises:
-        ParameterError: missing for a LoRA, out of range, or not a finite number.
-    """
-    if alpha is not None and not math.isfinite(alpha):
-        raise ParameterError(f"alpha is {alpha}; it must be a finite number")
-    if method == "lora":
-        if alpha is None:
-            raise ParameterError(
-                "alpha is missing: a LoRA file does not say it, and the delta is scaled by alpha / r.\n"
-                "Give the lora_alpha it was trained with. (For a PiSSA adapter no alpha is right.)"
-            )
-        if not 0 <= alpha <= torch.finfo(torch.float32).max:
-            raise ParameterError(f"alpha is {alpha}; a LoRA's alpha is 0 or more, and a number of float32")
-    elif alpha is not None and not 0 <= alpha <= 1:
-        raise ParameterError(f"alpha is {alpha}; for method {method!r} it is a share of the way, 0 to 1")
-
-
-def _check_parameters(scan: str, precision: str, alpha: float | None) -> torch.dtype:
-    """The precision as a dtype."""
-    if scan not in ("all", "changed"):
-        raise ParameterError(f"scan={scan!r}: it must be 'all' or 'changed'")
-    if precision not in ("float32", "float64"):
-        raise ParameterError(f"precision={precision!r}: it must be 'float32' or 'float64'")
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
-        raise ParameterError(f"alpha={alpha!r}: it must be a number")
-    return torch.float64 if precision == "float64" else torch.float32
-
-
-def _output_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in DTYPES.values():
-        return dtype
-    if dtype in DTYPES:
-        return DTYPES[dtype]
-    raise ParameterError(f"dtype={dtype!r}: it must be one of {', '.join(DTYPES)}, or None to keep each tensor's own")
-
-
-def _check_method(method: str, alpha: float | None, weights, pissa_init) -> None:
-    if method not in METHODS:
-        raise ParameterError(f"method={method!r}: it must be 'auto' or one of {', '.join(METHODS)}")
-    if weights is not None:
-        raise ParameterError(f"method {method!r} takes no weights: they are for mixing several models")
-    if pissa_init is not None:
-        raise ParameterError(f"method {method!r} takes no pissa_init: it is for PiSSA adapters")
-    check_alpha(method, alpha)
-
-
-def _check_base(base: Checkpoint, allow_extra: list[str]) -> Layout:
-    """The base must be a whole model, without a name that its generation does not know."""
-    identity = base.identity
-    if identity.layout is None:
-        raise LayoutError(f"the base {base.path} is not a whole RWKV model (kind {base.kind!r}): {base.reason}")
-    if identity.prefix:
-        raise LayoutError(
-            f"every name in the base {base.path} begins with {identity.prefix!r}; save it without that prefix"
+    if method in ("auto", *INTO_BASE) and len(given) != 1:
+        raise ParameterError(
+            f"tuned names {len(given)} files; method {method!r} takes one. Name a method that mixes models"
         )
-    misfit = identity.misfit
-    if misfit.missing:
-        more = f" and {len(misfit.missing) - 10} more" if len(misfit.missing) > 10 else ""
-        raise LayoutError(
-            f"the base {base.path} ({identity.layout}) lacks {len(misfit.missing)} tensors: "
-            f"{', '.join(misfit.missing[:10])}{more}"
-        )
-    if misfit.wrong:
-        name, found, expected = misfit.wrong[0]
-        raise LayoutError(f"{name} in {base.path} has shape {list(found)}; its model needs {list(expected)}")
-    extra = [n for n in misfit.extra if not any(fnmatchcase(n, p) for p in allow_extra)]
-    if extra:
-        raise LayoutError(
-            f"the base {base.path} has {len(extra)} tensors that RWKV-{identity.layout.version} does not know: "
-            f"{', '.join(extra[:10])}.\nIf they belong there, name them in allow_extra."
-        )
-    return identity.layout
+    return tuple(to_path(p, "tuned").absolute() for p in given)
 
 
-def _refuse_same(base: Checkpoint, tuned: Checkpoint) -> None:
-    if any(os.path.samestat(os.fstat(b.fd), os.fstat(t.fd)) for b in base.files for t in tuned.files):
-        raise ParameterError(f"base and tuned are the same file {tuned.path}; the output would be the base")
-
-
-def _check_dtypes(ck: Checkpoint) -> None:
-    for name, t in ck.info.items():
-        if t.dtype not in _FLOATS:
-            raise LayoutError(
-                f"{name} in {ck.path} is {t.dtype}; weights must be bfloat16, float16, float32 or float64"
-            )
-    doubles = sum(t.dtype == torch.float64 for t in ck.info.values())
-    if doubles:
-        log.warning("%s holds %d float64 tensors; RWKV models have none", ck.path, doubles)
+def _values(method: str, alpha: object, weights: object, parameters: Mapping | None) -> dict[str, object]:
+    """What decides the values that a method computes: it goes into the recipe."""
+    if method in MIXING:
+        return mixing_values(method, alpha, weights, parameters)
+    if method in INTO_BASE:  # a number of one type: the recipe is a part of the output
+        return {"alpha": 1.0 if alpha is None else float(alpha)}
+    given = {"alpha": alpha, "weights": weights, **(parameters or {})}
+    wrong = [name for name, value in given.items() if value is not None and name != "layers"]
+    if wrong:
+        raise ParameterError(f"method {method!r} takes no {wrong[0]}; it takes layers, in parameters")
+    return {"layers": plain("layers", given.get("layers"))}
 
 
 def _changes(
     method: str,
     base: Checkpoint,
-    tuned: Checkpoint,
+    tuned: Sequence[Checkpoint],
     layout: Layout,
-    alpha: float,
+    values: Mapping[str, object],
     precision: torch.dtype,
     allow_extra: list[str],
-) -> list[Change]:
+) -> tuple[list[Change], Layout]:
+    """What does not simply come from the base, and the layout of the output."""
+    if method == "passthrough":
+        return stack.changes(base, tuned, layout, values["layers"])
+    if method in MIXING:
+        return mix.changes(method, base, tuned, layout, values, precision, allow_extra), layout
     if method == "state":
-        return state.changes(base, tuned, layout, alpha, precision)
+        return state.changes(base, tuned[0], layout, values["alpha"], precision), layout
     job = lora.changes if method == "lora" else overlay.changes
-    return job(base, tuned, layout, alpha, precision, allow_extra)
+    return job(base, tuned[0], layout, values["alpha"], precision, allow_extra), layout
 
 
 def _output(
-    base: Checkpoint, applied: list[Change], out_dtype: torch.dtype | None
+    kept: Mapping[str, TensorInfo], applied: list[Change], out_dtype: torch.dtype | None
 ) -> tuple[list[PlanRow], list[OutTensor]]:
-    """The output's tensors: the base's in their order, then new ones."""
+    """The output's tensors: what is kept of the base in its order, then new ones."""
     changes = {c.name: c for c in applied}
     rows, tensors = [], []
-    for name in [*base.info, *(n for n in changes if n not in base.info)]:
-        change, info = changes.get(name), base.info.get(name)
+    for name in [*kept, *(n for n in changes if n not in kept)]:
+        change, info = changes.get(name), kept.get(name)
         if change is None:
             change = Change(name, "copy", "base", info.shape, info.dtype, copy=info)
         dtype = out_dtype or change.dtype
@@ -299,20 +261,23 @@ def _output(
     return rows, tensors
 
 
-def _memory_needed(base: Checkpoint, tuned: Checkpoint, changes: list[Change], precision: torch.dtype) -> int:
+def _memory_needed(inputs: Sequence[Checkpoint], changes: list[Change], precision: torch.dtype) -> int:
     """Upper bound of the anonymous memory: each thread's blocks, a LoRA's two halves, tensors that must be gathered."""
     # Values, product and rounded copy of one block in float64: a dozen blocks, of which the allocator keeps old ones.
-    # Blends of models of any size were seen to need 80 MB in all.
-    blocks = 48 * BLOCK
+    # Blends of models of any size were seen to need 80 MB in all; each further model brings its own blocks and deltas.
+    mixed = any(c.action == "mix" for c in changes)
+    blocks = (48 + (32 * (len(inputs) - 1) if mixed else 0)) * BLOCK
     halves = 0
     if any(c.action == "lora" for c in changes):
         per_matrix: dict[str, int] = {}
-        for name, t in tuned.info.items():
+        for name, t in inputs[1].info.items():
             stem = name.rsplit(".lora_", 1)[0]
             per_matrix[stem] = per_matrix.get(stem, 0) + t.nbytes + t.numel * precision.itemsize
         halves = max(per_matrix.values())
-    views = [t for ck in (base, tuned) for t in ck.info.values() if t.stride is not None]
-    gathered = 2 * max((t.span + t.nbytes for t in views), default=0)  # one of the base, one of tuned, for a blend
+    # One view of each file at a time: a mix reads them together.
+    gathered = sum(
+        max((t.span + t.nbytes for t in ck.info.values() if t.stride is not None), default=0) for ck in inputs
+    )
     return WORKERS * (blocks + halves + gathered)
 
 

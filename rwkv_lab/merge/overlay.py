@@ -69,6 +69,18 @@ def full_tensors(
     allow_extra: list[str],
 ) -> list[Change]:
     """Changes for whole tensors that overwrite the base's, after checking that each has its place there."""
+    check_full_tensors(base, tuned, layout, tensors, allow_extra)
+    return [overwrite(name, base.info.get(name), info, alpha, precision) for name, info in tensors.items()]
+
+
+def check_full_tensors(
+    base: Checkpoint, tuned: Checkpoint, layout: Layout, tensors: dict[str, TensorInfo], allow_extra: list[str]
+) -> None:
+    """Refuse whole tensors that have no place in the base.
+
+    Raises:
+        LayoutError: names that the base does not have, or other shapes.
+    """
     known = expected_tensors(layout)[1]  # optional ones, which the base may lack: time_state, layer 0's v0, v1, v2
     extra = [n for n in tensors if n not in base.info and n not in known]
     refuse_prefix(extra, tensors, base)
@@ -78,14 +90,11 @@ def full_tensors(
             f"{len(refused)} tensors of {tuned.path} are not in the base: {', '.join(refused[:10])}.\n"
             "If they belong there, name them in allow_extra."
         )
-    out = []
     for name, info in tensors.items():
         there = base.info.get(name)
         wanted = there.shape if there else known.get(name)
         if wanted is not None and not same_shape(info.shape, wanted):
             raise LayoutError(f"{name} has shape {list(info.shape)} in {tuned.path} and {list(wanted)} in the base")
-        out.append(overwrite(name, there, info, alpha, precision))
-    return out
 
 
 def refuse_prefix(unmatched: list[str], all_names: dict[str, TensorInfo], base: Checkpoint) -> None:

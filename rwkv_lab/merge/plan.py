@@ -15,10 +15,10 @@ class PlanRow:
     """One tensor of the output."""
 
     name: str
-    action: (
-        str  # "copy": the base's bytes; "cast"; "overlay": tuned's tensor; "add": new in the output; "blend"; "lora"
-    )
-    source: str  # "base", "tuned" or "base + tuned"
+    # "copy": the base's bytes; "cast"; "overlay": tuned's tensor; "add": new in the output; "blend"; "lora"; "mix";
+    # "layer": a tensor of a layer that was renumbered, or comes from another model
+    action: str
+    source: str  # "base", "tuned" or "base + tuned"; of a layer also its name there
     shape: tuple[int, ...]
     dtype: torch.dtype  # in the output
     nbytes: int  # in the output
@@ -26,14 +26,15 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class MergePlan:
-    method: str  # "state", "overlay" or "lora", never "auto"
-    layout: Layout  # of the base
+    method: str  # never "auto"
+    layout: Layout  # of the output: the base's, but for its depth where layers are stacked
     rows: tuple[PlanRow, ...]  # in the order of the output file
     skipped: tuple[str, ...]  # tensors of `tuned` that include/exclude keep out
     output_bytes: int  # exact size of the output file
     disk_free: int  # bytes free where the output goes
     memory_needed: int  # bytes of anonymous memory, an upper bound
     memory_free: int  # bytes the machine has available
+    notes: tuple[str, ...] = ()  # what such a mix means for an RWKV model, in words
 
     @property
     def changed(self) -> tuple[PlanRow, ...]:
@@ -52,10 +53,10 @@ class MergePlan:
 class MergeResult:
     plan: MergePlan
     base: Path
-    tuned: Path
+    tuned: tuple[Path, ...]
     out: Path
     recipe: dict  # the arguments that decide the output's bytes
-    inputs: tuple[FileFacts, ...]  # base, tuned
+    inputs: tuple[FileFacts, ...]  # base, then each tuned
     outputs: tuple[FileFacts, ...] = ()  # the checkpoint and its provenance; empty after a dry run
     checks: tuple[Check, ...] = ()  # made while streaming; empty after a dry run
     seconds: dict[str, float] = field(default_factory=dict)  # "plan", "merge"

@@ -32,7 +32,7 @@ def _printable(name: str) -> str:
 
 
 def as_text(made: dict) -> str:
-    return json.dumps(made, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(made, indent=1, ensure_ascii=False) + "\n"  # in order: of patterns, the first that fits decides
 
 
 def beside(made: dict, output: FileFacts, findings: Sequence[Findings]) -> str:

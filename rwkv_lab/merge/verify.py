@@ -16,6 +16,7 @@ from safetensors import safe_open
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.plan import MergeResult
+from rwkv_lab.merge.verify_mix import MIXED, Exact, exact_mix, mixed_names, stacked
 
 _ROWS = 1 << 20  # elements compared at a time
 
@@ -31,29 +32,35 @@ def verify_merge(result: MergeResult) -> list[Check]:
     """
     if not result.outputs:
         raise ParameterError(f"{result.out} was not written: this is the result of a dry run")
-    base, tuned, out = _read(result.base), _read(result.tuned), _read(result.out)
+    base, tuned, out = _read(result.base), [_read(p) for p in result.tuned], _read(result.out)
     recipe = result.recipe
-    expected = dict.fromkeys(base)
     counts = {"copied": 0, "copied wrong": 0, "computed": 0, "not finite": 0, "other shape": 0}
     worst, worst_name = 0.0, ""
-    touched = _touched(base, tuned, recipe)
-    expected |= dict.fromkeys(touched)
-    for name in expected:
+    expected = _expected(base, tuned, recipe)
+    for name, source in expected.items():
         if name not in out:
             continue
-        found, copied = out[name], _is_copy(name, tuned, touched, recipe)
-        origin = base[name] if name in base else tuned[name]
-        asked = getattr(torch, recipe["dtype"] or str(origin.dtype).removeprefix("torch."))
-        if found.shape != origin.shape or not copied and found.dtype != asked:
+        found = out[name]
+        copied = None if source is None else source[0][source[1]]
+        origin = base[name] if name in base and recipe["method"] != "passthrough" else copied
+        if origin is None:
+            origin = next(t[name] for t in tuned if name in t)
+        # What is copied keeps its own dtype, what is computed the base's.
+        kept = origin if copied is None else copied
+        asked = getattr(torch, recipe["dtype"] or str(kept.dtype).removeprefix("torch."))
+        if found.shape != origin.shape or copied is None and found.dtype != asked:
             counts["other shape"] += 1
-        elif copied and not _rounds_twice(source := tuned[name] if name in touched else origin, recipe["dtype"]):
-            wanted = source if recipe["dtype"] is None else source.to(getattr(torch, recipe["dtype"]))
+        elif copied is not None and not _rounds_twice(copied, recipe["dtype"]):
             counts["copied"] += 1
-            counts["copied wrong"] += not _same_bits(found, wanted)
+            counts["copied wrong"] += not _same_bits(found, copied.to(asked))
         else:
             counts["computed"] += 1
-            rules = recipe | {"method": "overlay", "alpha": float(name in touched)} if copied else recipe
-            error = _error_in_bounds(name, base, tuned, found, rules)
+            if copied is not None:
+                error = _worst(found, lambda part, c=copied: ([c.reshape(-1)[part].double()], 0.0))
+            elif recipe["method"] in MIXED:
+                error = _worst(found, exact_mix(name, base, tuned, recipe))
+            else:
+                error = _worst(found, _exact(name, base, tuned[0], recipe))
             if error > worst:
                 worst, worst_name = error, name
         counts["not finite"] += int(found.numel() - torch.isfinite(found).sum())
@@ -140,29 +147,31 @@ def _is_zip(path: Path) -> bool:
         return f.read(4) == b"PK\3\4"
 
 
-def _touched(base: Mapping, tuned: Mapping, recipe: dict) -> set[str]:
-    """Names of the output that the recipe lets the tuned file change."""
+def _expected(base: Mapping, tuned: list[Mapping], recipe: dict) -> dict[str, tuple[Mapping, str] | None]:
+    """For every name of the output: (file, name in it) of what it is a copy of, or None where it is computed."""
+    if recipe["method"] == "passthrough":
+        return stacked(base, tuned, recipe["parameters"]["layers"])
+    out: dict[str, tuple[Mapping, str] | None] = {name: (base, name) for name in base}
+    include, exclude = recipe["include"], recipe["exclude"] or []
+
+    def chosen(name: str) -> bool:
+        wanted = include is None or any(fnmatchcase(name, p) for p in include)
+        return wanted and not any(fnmatchcase(name, p) for p in exclude)
+
+    if recipe["method"] in MIXED:
+        return out | {n: None for n in mixed_names(base, tuned, recipe) if chosen(n)}
     if recipe["alpha"] == 0:
-        return set()
-    names = {n for n in tuned if not n.endswith((".lora_A", ".lora_B"))}
+        return out
+    (whole,) = tuned
+    names = {n for n in whole if not n.endswith((".lora_A", ".lora_B"))}
     if recipe["method"] == "state":
         names = {n for n in names if n.endswith(".time_state")}
+    as_it_is = recipe["method"] == "lora" or recipe["alpha"] == 1
+    out |= {n: (whole, n) if as_it_is else None for n in names if chosen(n)}
     if recipe["method"] == "lora":
-        names |= {n.removesuffix(".lora_A") + ".weight" for n in tuned if n.endswith(".lora_A")}
-    include, exclude = recipe["include"], recipe["exclude"] or []
-    return {
-        n
-        for n in names
-        if (include is None or any(fnmatchcase(n, p) for p in include)) and not any(fnmatchcase(n, p) for p in exclude)
-    }
-
-
-def _is_copy(name: str, tuned: Mapping, touched: set[str], recipe: dict) -> bool:
-    if name not in touched:
-        return True
-    if recipe["method"] == "lora":
-        return name in tuned
-    return recipe["alpha"] == 1
+        adapted = [n.removesuffix(".lora_A") + ".weight" for n in whole if n.endswith(".lora_A")]
+        out |= {n: None for n in adapted if chosen(n)}
+    return out
 
 
 def _rounds_twice(source: torch.Tensor, dtype: str | None) -> bool:
@@ -178,30 +187,40 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.split(_ROWS), b.split(_ROWS), strict=True))
 
 
-def _error_in_bounds(name: str, base: Mapping, tuned: Mapping, out: torch.Tensor, recipe: dict) -> float:
-    """Largest |out - exact| over what rounding allows: half a unit of its dtype, and the arithmetic's error."""
-    alpha = recipe["alpha"]
+def _exact(name: str, base: Mapping, tuned: Mapping, recipe: dict) -> Exact:
+    """A LoRA's product, or a share of the way from base to tuned."""
+    alpha, eps = recipe["alpha"], torch.finfo(getattr(torch, recipe["precision"])).eps
     stem = name.removesuffix(".weight")
-    eps = torch.finfo(getattr(torch, recipe["precision"])).eps
-    unit, tiny = torch.finfo(out.dtype).eps / 2, torch.finfo(out.dtype).smallest_normal * torch.finfo(out.dtype).eps
     if recipe["method"] == "lora":
-        a, b = tuned[f"{stem}.lora_A"].double(), tuned[f"{stem}.lora_B"].double()
-        scale, width, terms = alpha / a.shape[0], a.shape[1], a.shape[0] + 2
-        weight = base[name]
-    else:
-        t = tuned[name].reshape(-1, 1) if alpha else torch.zeros(out.numel(), 1)
-        weight = base[name].reshape(-1, 1) if name in base else torch.zeros_like(t)
-        width, terms, out = 1, 4, out.reshape(-1, 1)
-    rows, worst = max(_ROWS // width, 1), 0.0
-    for i in range(0, weight.shape[0], rows):
-        w = weight[i : i + rows].double()
-        if recipe["method"] == "lora":
-            exact = w + scale * (b[i : i + rows] @ a)
-            size = w.abs() + abs(scale) * (b[i : i + rows].abs() @ a.abs())
-        else:
-            exact = w + alpha * (t[i : i + rows].double() - w)
-            size = w.abs() + t[i : i + rows].double().abs()
-        allowed = unit * exact.abs() + terms * eps * size * (1 + unit) + tiny
-        error = (out[i : i + rows].double() - exact).abs() / allowed
-        worst = max(worst, float(error.nan_to_num(nan=float("inf")).max()))
+        a, b, weight = tuned[f"{stem}.lora_A"].double(), tuned[f"{stem}.lora_B"], base[name]
+        scale, rows = alpha / a.shape[0], a.shape[1]
+
+        def product(part: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
+            first, last = part.start // rows, -(-part.stop // rows)  # whole rows, cut to the part at the end
+            inside = slice(part.start - first * rows, part.stop - first * rows)
+            w, up = weight[first:last].double(), b[first:last].double()
+            exact, size = w + scale * (up @ a), w.abs() + abs(scale) * (up.abs() @ a.abs())
+            return [exact.flatten()[inside]], (a.shape[0] + 2) * eps * size.flatten()[inside]
+
+        return product
+    t = tuned[name].reshape(-1)
+    weight = base[name].reshape(-1) if name in base else torch.zeros_like(t)
+
+    def blend(part: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
+        w, to = weight[part].double(), t[part].double()
+        return [w + alpha * (to - w)], 4 * eps * (w.abs() + to.abs())
+
+    return blend
+
+
+def _worst(out: torch.Tensor, exact: Exact) -> float:
+    """Largest |out - exact| over what is allowed: half a unit of its dtype, and the arithmetic's error."""
+    unit, tiny = torch.finfo(out.dtype).eps / 2, torch.finfo(out.dtype).smallest_normal * torch.finfo(out.dtype).eps
+    out, worst = out.reshape(-1), 0.0
+    for start in range(0, len(out), _ROWS):
+        part = slice(start, min(start + _ROWS, len(out)))
+        found, (wanted, arithmetic) = out[part].double(), exact(part)
+        errors = [(found - w).abs() / (unit * w.abs() + arithmetic * (1 + unit) + tiny) for w in wanted]
+        nearest = torch.stack([e.nan_to_num(nan=float("inf")) for e in errors]).amin(0)
+        worst = max(worst, float(nearest.max()))
     return worst

@@ -103,13 +103,13 @@ def _counterpart(result: MergeResult) -> tuple[str, str]:
     recipe = result.recipe
     if recipe["dtype"]:
         return "", f"dtype {recipe['dtype']} rounds every tensor"
-    if recipe["alpha"] not in (None, 1) or recipe["method"] == "lora":
+    if recipe["method"] not in ("state", "overlay") or recipe["alpha"] != 1:
         return "", "the merged values stand in no file that could be loaded instead; their numbers are checked above"
     if result.plan.skipped:
         return "", f"include and exclude keep {len(result.plan.skipped)} tensors of the tuned file out"
     if recipe["method"] == "state":
         return "base + state file", ""
-    with open_checkpoint(result.tuned) as tuned:
+    with open_checkpoint(result.tuned[0]) as tuned:
         if tuned.kind == "model" and set(tuned.info) == {row.name for row in result.plan.rows}:
             return "tuned", ""
     return "", "the tuned file is a part of a model and does not run by itself"
@@ -117,9 +117,9 @@ def _counterpart(result: MergeResult) -> tuple[str, str]:
 
 def _load_counterpart(result: MergeResult, texts: dict[str, bytes]) -> _Answers:
     if result.recipe["method"] != "state":
-        return _answers(RWKV_Dual.from_pretrained(result.tuned), texts)
+        return _answers(RWKV_Dual.from_pretrained(result.tuned[0]), texts)
     model = RWKV_Dual.from_pretrained(result.base)
-    model.load_state_file(result.tuned)
+    model.load_state_file(result.tuned[0])
     return _answers(model, texts)
 
 

@@ -5,6 +5,7 @@ main thread, where Interrupt reaches it.
 """
 
 import html
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ import ipywidgets as widgets
 from IPython.display import display
 
 from rwkv_lab.errors import RwkvLabError
-from rwkv_lab.merge.merge import DTYPES, METHODS
+from rwkv_lab.merge.methods import METHODS
+from rwkv_lab.merge.refusals import DTYPES
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.wkv import backends
 from rwkv_lab.workbench.choosing import FileChooser
@@ -107,10 +109,12 @@ def merge_panel(run: Run) -> Panel | None:
         return None
     fields = [
         _path("base"),
-        _path("tuned"),
+        _paths("tuned"),
         _text("out", "merged.pth in the report folder"),
         _choice("method", ("auto", *METHODS)),
         _number("alpha"),
+        _numbers("weights"),
+        _mapping("parameters"),
         _patterns("include"),
         _patterns("exclude"),
         _choice("scan", ("all", "changed")),
@@ -166,6 +170,13 @@ def _path(name: str) -> Field:
     return Field(name, FileChooser(name, _help(name)))
 
 
+def _paths(name: str) -> Field:
+    """One path, or several with a semicolon and a space between them."""
+    field = _path(name)
+    join = lambda v: "; ".join(v) if isinstance(v, list) else v  # noqa: E731
+    return Field(name, field.widget, join, lambda text: text.split("; ") if "; " in text else text)
+
+
 def _text(name: str, placeholder: str) -> Field:
     widget = widgets.Text(
         description=name,
@@ -186,6 +197,29 @@ def _number(name: str) -> Field:
     field = _text(name, _help(name))
     # Text that is no number goes on as it is, and is refused with the parameter's own words.
     return Field(name, field.widget, lambda v: "" if v is None else f"{v:g}", lambda text: text.strip() or None)
+
+
+def _numbers(name: str) -> Field:
+    field = _text(name, _help(name))
+    return Field(
+        name,
+        field.widget,
+        lambda v: ", ".join(f"{x:g}" for x in v),
+        lambda text: [part.strip() for part in text.split(",") if part.strip()],
+    )
+
+
+def _mapping(name: str) -> Field:
+    field = _text(name, f'{_help(name)}: {{"density": 0.3}}')
+    return Field(name, field.widget, lambda v: json.dumps(v) if v else "", _from_json)
+
+
+def _from_json(text: str) -> object:
+    """What the text stands for; as it is, to be refused with the parameter's own words, where it is not JSON."""
+    try:
+        return json.loads(text) if text.strip() else {}
+    except ValueError:
+        return text
 
 
 def _whole(name: str, least: int) -> Field:

@@ -5,8 +5,9 @@ from collections import Counter
 from IPython.display import display
 
 from rwkv_lab.checkpoint import open_checkpoint
-from rwkv_lab.merge import MergePlan, MergeResult, merge, verify_merge
+from rwkv_lab.merge import MergePlan, MergeResult, merge, merge_recipe, verify_merge
 from rwkv_lab.merge.deltas import deltas
+from rwkv_lab.merge.methods import INTO_BASE, in_words
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.workbench import figures
 from rwkv_lab.workbench.behaviour import Behaviour, compare_behaviour, describe_texts
@@ -162,42 +163,57 @@ def plan_table(made: MergePlan) -> Table:
 def _facts(result: MergeResult) -> list[tuple[str, object]]:
     made, recipe = result.plan, result.recipe
     actions = Counter(r.action for r in made.rows)
-    options = {k: v for k, v in recipe.items() if v is not None and k != "method"}
+    options = {k: v for k, v in recipe.items() if v is not None and k not in ("method", "parameters")}
+    options |= recipe["parameters"]
     return [
         ("base", f"{result.base.name}, {human_bytes(result.inputs[0].bytes)}"),
-        ("tuned", f"{result.tuned.name}, {human_bytes(result.inputs[1].bytes)}"),
+        *(("tuned", f"{f.path.name}, {human_bytes(f.bytes)}") for f in result.inputs[1:]),
         ("output", result.out.name),
         ("model", str(made.layout)),
-        ("method", made.method + "".join(f", {name} {value}" for name, value in options.items())),
+        ("method", f"{made.method}: {in_words(made.method)}"),
+        ("settings", ", ".join(f"{name} {value}" for name, value in options.items())),
         ("tensors", ", ".join(f"{count} {action}" for action, count in actions.most_common())),
         ("size", f"{made.output_bytes:,} bytes; {human_bytes(made.disk_free)} are free on that disk"),
         ("memory", f"{human_bytes(made.memory_needed)} at most; {human_bytes(made.memory_free)} are free"),
+        *(("to know", note) for note in made.notes),
     ]
 
 
 def _what(result: MergeResult) -> str:
-    alpha = "" if result.recipe["alpha"] is None else f", alpha {result.recipe['alpha']:g}"
-    return f"{result.tuned.name} merged into {result.base.name}, method {result.plan.method}{alpha}"
+    """What was done, in a line: for headlines and under figures."""
+    alpha, method = result.recipe["alpha"], result.plan.method
+    share = "" if alpha is None else f", alpha {alpha:g}" if isinstance(alpha, float) else ", alpha by tensor"
+    tuned = ", ".join(p.name for p in result.tuned[:3]) + (" …" if len(result.tuned) > 3 else "")
+    if method in INTO_BASE:
+        return f"{tuned} merged into {result.base.name}, method {method}{share}"
+    with_them = f" and {tuned}" if tuned else ""
+    return f"{result.base.name}{with_them}, method {method} ({in_words(method)}){share}"
 
 
 def _merge(run: Run, dry_run: bool) -> MergeResult:
-    c = run.config
+    c, out = run.config, run.output_path("merged.pth")
+    options = {
+        "include": c.include or None,
+        "exclude": c.exclude or None,
+        "scan": c.scan,
+        "allowed_dir": c.allowed_dir or None,
+        "overwrite": run.may_overwrite(),
+        "dry_run": dry_run,
+        "allow_extra": c.allow_extra or None,
+        "allow_nonfinite": c.allow_nonfinite,
+        "precision": c.precision,
+        "hash": c.hash,
+    }
+    if c.recipe:
+        return merge_recipe(c.recipe, out, **options)
     return merge(
         input_path(c.base),
-        input_path(c.tuned),
-        run.output_path("merged.pth"),
+        [input_path(p) for p in c.tuned] if isinstance(c.tuned, list) else input_path(c.tuned),
+        out,
         method=c.method,
         alpha=c.alpha,
         weights=c.weights or None,
-        include=c.include or None,
-        exclude=c.exclude or None,
         dtype=c.dtype or None,
-        scan=c.scan,
-        allowed_dir=c.allowed_dir or None,
-        overwrite=run.may_overwrite(),
-        dry_run=dry_run,
-        allow_extra=c.allow_extra or None,
-        allow_nonfinite=c.allow_nonfinite,
-        precision=c.precision,
-        hash=c.hash,
+        parameters=c.parameters or None,
+        **options,
     )

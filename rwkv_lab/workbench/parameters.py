@@ -16,7 +16,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checkpoint.paths import path_fault
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.merge.merge import DTYPES, METHODS, check_alpha, method_of
+from rwkv_lab.merge.methods import INTO_BASE, METHODS
+from rwkv_lab.merge.mixing import MIXING
+from rwkv_lab.merge.recipe import read_recipe
+from rwkv_lab.merge.refusals import DTYPES, check_alpha, method_of, mixing_values
 from rwkv_lab.wkv import backends
 
 DEMO = ("demo:base", "demo:state")
@@ -59,6 +62,7 @@ def _backend(name: str) -> str:
 
 Number = Annotated[float, BeforeValidator(_number)]
 InputPath = Annotated[str, AfterValidator(_given), AfterValidator(_absolute)]
+InputPaths = InputPath | list[InputPath]
 PathOrEmpty = Annotated[str, AfterValidator(_absolute)]
 Patterns = list[Annotated[str, AfterValidator(_given)]]
 
@@ -71,15 +75,20 @@ class Parameters(BaseModel):
 
 class MergeParameters(Parameters):
     base: InputPath = Field("demo:base", description="the model to merge into: .pth, .safetensors or a folder")
-    tuned: InputPath = Field("demo:state", description="what to merge: a state, a full or partial fine-tune, a LoRA")
+    tuned: InputPaths = Field(
+        "demo:state", description="a state, a full or partial fine-tune, a LoRA; a list of models to mix"
+    )
     out: PathOrEmpty = Field("", description="empty: merged.pth in the report folder, replaced by the next run")
     method: Literal[("auto", *METHODS)] = Field(
-        "auto", description="auto reads it off the file; or state, overlay, lora"
+        "auto",
+        description="auto reads it off the file; or state, overlay, lora; linear, slerp, ties, … mix models",
     )
     alpha: Annotated[Number, Field(ge=0)] | None = Field(
-        None, description="0 to 1: how far to go; for a LoRA: its alpha"
+        None, description="0 to 1: how far to go; for a LoRA: its alpha; where deltas are added: their factor"
     )
-    weights: list[Number] = Field([], description="for methods that mix models; none of today's takes it")
+    weights: list[Number] = Field([], description="linear: base, then each tuned; where deltas are added: each tuned")
+    parameters: dict[str, Any] = Field({}, description="what else a method takes, such as density, seed, layers")
+    recipe: PathOrEmpty = Field("", description="a YAML recipe as of mergekit; it says all of the above but out")
     include: Patterns = Field([], description="shell patterns of tensors that may change; empty: all")
     exclude: Patterns = Field([], description="shell patterns of tensors that stay the base's")
     scan: Literal["all", "changed"] = Field("all", description="where to look for NaN and Inf: all or changed")
@@ -150,6 +159,7 @@ _PLAIN = (str, bytes, int, float, complex, list, dict, tuple, set, type(None))
 _HINTS = {
     "bool_type": "papermill's -p takes True and False, spelled like this.",
     "string_type": "papermill's -p turns text that looks like a number into one; -r {name} keeps it as text.",
+    "dict_type": 'papermill takes a mapping by -y: -y \'{{"{name}": {{"density": 0.3}}}}\'',
     "list_type": 'papermill takes a list by -y: -y \'{{"{name}": ["blocks.0.*"]}}\'',
 }
 
@@ -200,22 +210,30 @@ def input_path(value: str) -> Path:
 
 def train_demo(config: Parameters) -> None:
     """Have the demo files that the parameters name, now rather than in the middle of a run: training takes minutes."""
+    if isinstance(config, MergeParameters) and config.recipe:
+        return
     for value in config.model_dump().values():
         if value in DEMO:
             input_path(value)
 
 
 def check_files(config: Parameters) -> None:
-    """Refuse what only the files' headers can tell: an alpha that does not fit the method that `auto` stands for.
+    """Refuse what only the files' headers, or the method's own signature, can tell.
 
     Raises:
-        ParameterError: alpha out of range, or missing for a LoRA.
+        ParameterError: alpha out of range, or missing for a LoRA; parameters that the method does not take.
         RwkvLabError: the file cannot be opened.
     """
-    if isinstance(config, MergeParameters) and config.method == "auto" and config.tuned not in DEMO:
+    if not isinstance(config, MergeParameters):
+        return
+    if config.recipe:
+        read_recipe(config.recipe)
+    elif config.method in MIXING:
+        mixing_values(config.method, config.alpha, config.weights or None, config.parameters)
+    elif config.method == "auto" and isinstance(config.tuned, str) and config.tuned not in DEMO:
         with open_checkpoint(config.tuned) as tuned:
             check_alpha(method_of(tuned), config.alpha)
-    elif isinstance(config, MergeParameters):
+    elif config.method in ("auto", *INTO_BASE):
         check_alpha("state" if config.method == "auto" else config.method, config.alpha)
 
 
@@ -224,7 +242,9 @@ def _validated(model: type[Parameters], values: Mapping[str, Any]) -> Parameters
         config = model(**values)
     except ValidationError as e:
         raise _in_our_words(e) from None
-    if isinstance(config, MergeParameters) and (config.base in DEMO) != (config.tuned in DEMO):
+    if isinstance(config, MergeParameters) and config.recipe:
+        _refuse_beside_recipe(config)
+    elif isinstance(config, MergeParameters) and (config.base in DEMO) != (config.tuned in DEMO):
         given, missing = ("base", "tuned") if config.tuned in DEMO else ("tuned", "base")
         raise ParameterError(
             f"{missing} is missing: {given} is {getattr(config, given)}, {missing} is still the demo's.\n"
@@ -233,6 +253,12 @@ def _validated(model: type[Parameters], values: Mapping[str, Any]) -> Parameters
     if isinstance(config, TrainParameters) and config.kind == "state" and not config.base:
         raise ParameterError("base is missing: kind='state' tunes the initial state of a model; give that model")
     return config
+
+
+def _refuse_beside_recipe(config: MergeParameters) -> None:
+    for name in ("base", "tuned", "method", "alpha", "weights", "parameters", "dtype"):
+        if getattr(config, name) != MergeParameters.model_fields[name].default:
+            raise ParameterError(f"{name}={getattr(config, name)!r}: the recipe says it; leave one of them out")
 
 
 def _unknown(notebook: str, name: str) -> ParameterError:

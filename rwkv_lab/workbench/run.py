@@ -92,7 +92,7 @@ class Run:
                 continue
             elif isinstance(value, str):
                 words += ["-r", name, value]  # -p would turn a name like 12e4 into a number
-            elif isinstance(value, list):
+            elif isinstance(value, (list, dict)):
                 words += ["-y", json.dumps({name: value}, ensure_ascii=False)]
             else:
                 words += ["-p", name, str(value)]

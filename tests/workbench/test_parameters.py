@@ -68,7 +68,7 @@ def test_a_name_that_is_code_or_hidden_is_refused(name):
         ({"include": [1]}, "valid string"),
         ({"include": [""]}, "empty"),
         ({"scan": "some"}, "'all' or 'changed'"),
-        ({"method": "slerp"}, "'auto'"),
+        ({"method": "slurp"}, "'auto'"),
     ],
 )
 def test_wrong_values_are_refused(values, says):

@@ -1,0 +1,28 @@
+"""Method "linear": the weighted mean of base and tuned models, Σ wᵢ Wᵢ / Σ wᵢ."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from torch import Tensor
+
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.merge.mixing.signature import Takes, Tensors
+
+
+def linear(
+    base: Tensor,
+    tuned: Tensors,
+    *,
+    weights: Annotated[Sequence[float], Takes("[w_base, w_tuned, …], one per model", each="model")],
+    normalize: Annotated[bool, Takes("divide by the sum of the weights")] = True,
+) -> Tensor:
+    """A model of weight 0 is not looked at, so that weights [1, 0] give the base bit for bit."""
+    total = sum(weights)
+    if normalize and abs(total) < 1e-8:
+        raise ParameterError(f"the weights {weights} add up to {total:g}, and normalize divides by that sum")
+    share = [w / total for w in weights] if normalize else weights
+    out = base * share[0] if share[0] else base.new_zeros(len(base))
+    for t, w in zip(tuned, share[1:], strict=True):
+        if w:
+            out = out.add(t, alpha=w)
+    return out

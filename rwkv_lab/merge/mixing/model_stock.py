@@ -1,0 +1,34 @@
+"""Method "model_stock": between base and the mean of several fine-tunes, the closer to the mean the more they agree."""
+
+import math
+from itertools import combinations
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from rwkv_lab.merge.mixing.signature import Blocks, Look, Several
+
+
+def ratio(blocks: Blocks) -> float:
+    """t = N c / (1 + (N-1) c), with c the mean cosine between the deltas of N models, in float64.
+
+    0, the base, where 1 + (N-1) c vanishes: the deltas cancel, and no ratio is right. A delta of 0 has cosine 0.
+    """
+    products = None  # [N, N]
+    for base, tuned in blocks():
+        deltas = torch.stack(list(tuned)).double() - base.double()  # [N, n]
+        products = deltas @ deltas.T if products is None else products + deltas @ deltas.T
+    if products is None:
+        return 0.0
+    count, cosines = len(products), []
+    for i, j in combinations(range(count), 2):
+        size = math.sqrt(products[i, i]) * math.sqrt(products[j, j])
+        cosines.append(float(products[i, j]) / size if size != 0 else 0.0)
+    c = sum(cosines) / len(cosines)
+    below = 1 + (count - 1) * c
+    return 0.0 if abs(below) < 1e-6 else count * c / below
+
+
+def model_stock(base: Tensor, tuned: Several, *, t: Annotated[float, Look(ratio)]) -> Tensor:
+    return torch.lerp(base, sum(tuned) / len(tuned), t)

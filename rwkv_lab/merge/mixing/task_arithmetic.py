@@ -1,0 +1,34 @@
+"""Method "task_arithmetic": base + alpha · Σ wᵢ (tunedᵢ - base)."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from torch import Tensor
+
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.merge.mixing.signature import Takes, Tensors
+
+Scale = Annotated[float, Takes("factor on what is added to the base; 0 is the base")]
+Weights = Annotated[Sequence[float], Takes("one per tuned model", each="tuned")]
+
+
+def task_arithmetic(
+    base: Tensor,
+    tuned: Tensors,
+    *,
+    alpha: Scale = 1.0,
+    weights: Weights = 1.0,
+    normalize: Annotated[bool, Takes("divide by the sum of the weights")] = False,
+) -> Tensor:
+    return add([t - base for t in tuned], base, alpha, weights, normalize)
+
+
+def add(deltas: Sequence[Tensor], base: Tensor, alpha: float, weights: Sequence[float], normalize: bool) -> Tensor:
+    """base + alpha · Σ wᵢ deltaᵢ, or with `normalize` the weighted mean of the deltas."""
+    total = sum(weights)
+    if normalize and abs(total) < 1e-8:
+        raise ParameterError(f"the weights {weights} add up to {total:g}, and normalize divides by that sum")
+    out = base
+    for delta, w in zip(deltas, weights, strict=True):
+        out = out.add(delta, alpha=alpha * w / (total if normalize else 1))
+    return out

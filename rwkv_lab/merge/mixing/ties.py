@@ -1,0 +1,97 @@
+"""Method "ties": of each model's delta only the largest values, and of those the ones whose sign prevails."""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from rwkv_lab.merge.mixing.signature import Blocks, Look, Takes, Tensors
+from rwkv_lab.merge.mixing.task_arithmetic import Scale, Weights
+
+_HIGH, _LOW = 16, 15  # bits of |float32| that each of the two passes counts
+
+
+def smallest_kept(blocks: Blocks, density: Sequence[float]) -> list[float]:
+    """For each tuned model the magnitude of the k-th largest delta, k = density · numel rounded down, and at least 1.
+
+    Two passes: the bits of a positive float32 are ordered as its values are, so counting the upper ones finds the bin
+    that the k-th value is in, and counting the lower ones of that bin's members finds the value.
+    """
+    high = [torch.zeros(1 << _HIGH, dtype=torch.int64) for _ in density]
+    for base, tuned in blocks():
+        for counts, t in zip(high, tuned, strict=True):
+            counts += torch.bincount(_bits(t - base) >> _LOW, minlength=1 << _HIGH)
+    places = [_place(counts, share) for counts, share in zip(high, density, strict=True)]
+    low = [torch.zeros(1 << _LOW, dtype=torch.int64) for _ in density]
+    if any(place is not None for place in places):
+        for base, tuned in blocks():
+            for counts, t, place in zip(low, tuned, places, strict=True):
+                if place is not None:
+                    bits = _bits(t - base)
+                    inside = bits[bits >> _LOW == place[0]] & ((1 << _LOW) - 1)
+                    counts += torch.bincount(inside, minlength=1 << _LOW)
+    found = []
+    for counts, place, share in zip(low, places, density, strict=True):
+        if place is None:
+            found.append(math.inf if share == 0 else 0.0)
+            continue
+        last = _from_above(counts, place[1])[0]
+        bits = torch.tensor(place[0] << _LOW | last, dtype=torch.int32)
+        found.append(float(bits.view(torch.float32)))
+    return found
+
+
+def ties(
+    base: Tensor,
+    tuned: Tensors,
+    *,
+    thresholds: Annotated[list[float], Look(smallest_kept)],
+    alpha: Scale = 1.0,
+    weights: Weights = 1.0,
+    density: Annotated[Sequence[float], Takes("share of each delta that is kept, largest first", 0, 1, "tuned")] = 0.2,
+    normalize: Annotated[bool, Takes("mean of the values that agree, instead of their sum")] = True,
+) -> Tensor:
+    """Values as large as the smallest that is kept are kept too: the order in a file decides nothing."""
+    # Products with the mask, no choice by it: a NaN of a model must come out as one.
+    deltas = [d * (d.abs().float() >= smallest) for d, smallest in zip(_deltas(base, tuned), thresholds, strict=True)]
+    return elect(deltas, base, alpha, weights, normalize)
+
+
+def elect(deltas: Sequence[Tensor], base: Tensor, alpha: float, weights: Sequence[float], normalize: bool) -> Tensor:
+    """base + alpha · (mean or sum of those weighted deltas whose sign is that of the sum of all; + where it is 0)."""
+    weighted = [d * w for d, w in zip(deltas, weights, strict=True)]
+    positive = sum(weighted) >= 0
+    total, counted = torch.zeros_like(base), torch.zeros_like(base)
+    for d, w in zip(weighted, weights, strict=True):
+        agrees = torch.where(positive, d > 0, d < 0)
+        total += d * agrees
+        counted += w * agrees
+    if normalize:
+        total /= counted.masked_fill_(counted == 0, 1)
+    return base + alpha * total
+
+
+def _deltas(base: Tensor, tuned: Sequence[Tensor]) -> list[Tensor]:
+    return [t - base for t in tuned]
+
+
+def _bits(delta: Tensor) -> Tensor:
+    return delta.abs().float().view(torch.int32)
+
+
+def _place(counts: Tensor, density: float) -> tuple[int, int] | None:
+    """(bin of the k-th largest, how many of that bin are needed); None where all or none are kept."""
+    numel = int(counts.sum())
+    if numel == 0 or density in (0, 1):
+        return None
+    return _from_above(counts, max(int(density * numel), 1))
+
+
+def _from_above(counts: Tensor, k: int) -> tuple[int, int]:
+    """(bin that holds the k-th value counted from the last bin down, its number within that bin, from 1)."""
+    above = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(above, k))
+    before = int(above[place - 1]) if place else 0
+    return len(counts) - 1 - place, k - before

@@ -1,0 +1,141 @@
+"""Method "passthrough": layers of one or several models, put one on the other, renumbered; nothing is averaged.
+
+`layers` lists runs of them from the bottom up: "base[0:12]" are the base's layers 0 to 11, "tuned[6:18]" are layers
+of the first tuned model, "tuned2[…]" of the second. What lies below the layers (emb, ln0) comes from the model of the
+first run, what lies above (ln_out, head) from that of the last.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, expected_tensors
+from rwkv_lab.checkpoint.layout import same_shape
+from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.merge.change import Change
+
+_RUN = re.compile(r"(base|tuned(\d*))\[(\d{1,4}):(\d{1,4})\]")
+
+
+def changes(
+    base: Checkpoint, tuned: Sequence[Checkpoint], layout: Layout, layers: object
+) -> tuple[list[Change], Layout]:
+    """Every tensor of the output, and the output's layout.
+
+    Raises:
+        ParameterError: `layers` is not a list of such runs.
+        LayoutError: a model that is not whole, of another generation or width, or a layer 0 where none can stand.
+    """
+    models = [base, *tuned]
+    layouts = [layout, *(_same_width(ck, layout) for ck in tuned)]
+    runs = [_run(text, layouts) for text in _listed(layers)]
+    order = [(model, i) for model, start, end in runs for i in range(start, end)]
+    out_layout = replace(layout, n_layer=len(order))
+    _refuse_first_layers(order, layout.version)
+    required, optional = expected_tensors(out_layout)
+    out = []
+    for name in _names(models, order):
+        model, source = _origin(name, order)
+        info = models[model].info[source]
+        wanted = required.get(name, optional.get(name))
+        if wanted is None:
+            if not re.fullmatch(r"blocks\.0\.att\.v[012]", source):  # unused there, needed in other layers
+                out.append(_taken(name, model, source, info))
+            continue
+        if not same_shape(info.shape, wanted):
+            raise LayoutError(
+                f"{source} in {models[model].path} has shape {list(info.shape)}; beside the base's layers "
+                f"{list(wanted)} is needed"
+            )
+        out.append(_taken(name, model, source, info))
+    return out, out_layout
+
+
+def _listed(layers: object) -> list[str]:
+    if not isinstance(layers, (list, tuple)) or not layers or not all(isinstance(t, str) for t in layers):
+        raise ParameterError(
+            "method 'passthrough' needs parameters={'layers': [...]}, a list of runs from the bottom up,\n"
+            "such as ['base[0:12]', 'tuned[6:12]']"
+        )
+    return list(layers)
+
+
+def _run(text: str, layouts: Sequence[Layout]) -> tuple[int, int, int]:
+    """(model, first layer, layer after the last) of "tuned2[3:7]"; model 0 is the base."""
+    found = _RUN.fullmatch(text.replace(" ", ""))
+    if not found:
+        raise ParameterError(f"layers: {text!r} is not a run of layers such as 'base[0:12]' or 'tuned2[6:12]'")
+    model = 0 if found[1] == "base" else int(found[2] or 1)
+    if found[1] != "base" and not 1 <= model < len(layouts):
+        raise ParameterError(f"layers: {text!r}: there are {len(layouts) - 1} tuned models")
+    start, end, depth = int(found[3]), int(found[4]), layouts[model].n_layer
+    if not start < end <= depth:
+        raise ParameterError(
+            f"layers: {text!r}: the model has layers 0 to {depth - 1}; [first:after the last] is needed"
+        )
+    return model, start, end
+
+
+def _same_width(ck: Checkpoint, layout: Layout) -> Layout:
+    """The layout of a whole model of the same generation and width; its depth may differ."""
+    other = ck.layout
+    if ck.kind != "model" or other is None:
+        raise LayoutError(f"{ck.path} is of kind {ck.kind!r}; method 'passthrough' takes layers of whole models")
+    if ck.identity.misfit.extra:
+        raise LayoutError(f"{ck.path} has {ck.identity.misfit.extra[0]}, which RWKV-{other.version} does not know")
+    if other.version != layout.version:
+        raise LayoutError(
+            f"{ck.path} is RWKV-{other.version} ({other.evidence[0]}), the base is RWKV-{layout.version} "
+            f"({layout.evidence[0]})"
+        )
+    for field in ("n_embd", "vocab_size", "dim_att", "dim_ffn", "n_head", "head_size"):
+        if getattr(layout, field) != getattr(other, field):
+            raise LayoutError(
+                f"{field} differs: {ck.path} has {getattr(other, field)}, the base has {getattr(layout, field)}; "
+                "layers of both cannot stand in one model"
+            )
+    return other
+
+
+def _refuse_first_layers(order: list[tuple[int, int]], version: str) -> None:
+    if order[0][1] != 0:
+        makes = "ln0, and v_first for all others" if version == "7.0" else "ln0"
+        raise LayoutError(
+            f"the first layer of the output would be a layer {order[0][1]}; only a layer 0 has {makes}.\n"
+            "Let the first run begin at 0."
+        )
+    again = next((place for place, (_, i) in enumerate(order) if place and i == 0), None)
+    if version == "7.0" and again is not None:
+        raise LayoutError(
+            f"layer {again} of the output would be a layer 0, which in RWKV-7 makes v_first and has no trained v0, v1 "
+            "and v2\nto take it in. Let later runs begin at layer 1 or above."
+        )
+
+
+def _names(models: list[Checkpoint], order: list[tuple[int, int]]) -> list[str]:
+    """Names of the output, in the order of a model's own file."""
+    bottom, top = models[order[0][0]], models[order[-1][0]]
+    outside = [n for n in bottom.info if not n.startswith("blocks.")]
+    after = {"ln_out.weight", "ln_out.bias", "head.weight"}
+    names = [n for n in outside if n not in after]
+    for place, (model, i) in enumerate(order):
+        for n in models[model].info:
+            if n.startswith(f"blocks.{i}.") and (place == 0 or not n.startswith("blocks.0.ln0.")):
+                names.append(f"blocks.{place}." + n.split(".", 2)[2])
+    return names + [n for n in top.info if n in after]
+
+
+def _origin(name: str, order: list[tuple[int, int]]) -> tuple[int, str]:
+    """(model, name in it) of a tensor of the output."""
+    found = re.match(r"blocks\.(\d+)\.(.*)", name)
+    if found:
+        model, i = order[int(found[1])]
+        return model, f"blocks.{i}.{found[2]}"
+    return order[-1 if name.startswith(("ln_out.", "head.")) else 0][0], name
+
+
+def _taken(name: str, model: int, source: str, info: TensorInfo) -> Change:
+    called = "base" if model == 0 else "tuned" if model == 1 else f"tuned{model}"
+    if model == 0 and source == name:
+        return Change(name, "copy", "base", info.shape, info.dtype, copy=info)
+    return Change(name, "layer", f"{called} {source}", info.shape, info.dtype, copy=info)
