@@ -104,7 +104,11 @@ def exact_adapted(name: str, base: Mapping, adapters: list[Understood], recipe: 
             if "A0" in parts:
                 now = _plus_product(now, parts["A0"], parts["B0"], -s, eps)
             now = _quantised(now, quant) if i == 0 else now
-            now = _with_block(now, a, parts, eps) if "block" in parts else _plus_product(now, parts["A"], parts["B"], s, eps)
+            now = (
+                _with_block(now, a, parts, eps)
+                if "block" in parts
+                else _plus_product(now, parts["A"], parts["B"], s, eps)
+            )
         now = now if steps else _quantised(now, quant)
     values, off = (t.reshape(-1) for t in now)
     return lambda part: ([values[part]], off[part])
@@ -163,11 +167,11 @@ def _with_block(now: Bounded, a: Understood, parts: dict, eps: float) -> Bounded
         added = _spread(D, values.shape)
         return values + added, off + 4 * eps * (values.abs() + added.abs())
     r = D.shape[-1]
-    sum_, D_at = _tiles(a.variant, D)
-    (W, e), size = (_cut(t, r) for t in (values, off)), None
-    size = W.abs() + sum_(W.abs(), D.abs()) + D_at.abs()
-    e = e + sum_(e, D.abs()) + (r + 4) * eps * size
-    return _joined(W + sum_(W, D) + D_at), _joined(e)
+    times, D_at = _tiles(a.variant, D)
+    W, e = (_cut(t, r) for t in (values, off))
+    size = W.abs() + times(W.abs(), D.abs()) + D_at.abs()
+    e = e + times(e, D.abs()) + (r + 4) * eps * size
+    return _joined(W + times(W, D) + D_at), _joined(e)
 
 
 def _without(now: Bounded, a: Understood, parts: dict, scale: float, eps: float) -> Bounded:
@@ -183,11 +187,11 @@ def _without(now: Bounded, a: Understood, parts: dict, scale: float, eps: float)
     both = torch.eye(r, dtype=D.dtype) + D
     inverse = torch.linalg.inv(both)
     condition = float((torch.linalg.matrix_norm(both) * torch.linalg.matrix_norm(inverse)).max())
-    sum_, D_at = _tiles(a.variant, D)
+    times, D_at = _tiles(a.variant, D)
     T, e = (_cut(t, r) for t in (values, off))
-    e = sum_(e + 4 * eps * (T.abs() + D_at.abs()), inverse.abs())
-    e = e + 8 * r * eps * condition * sum_(T.abs() + D_at.abs(), inverse.abs())
-    return _joined(sum_(T - D_at, inverse)), _joined(e)
+    e = times(e + 4 * eps * (T.abs() + D_at.abs()), inverse.abs())
+    e = e + 8 * r * eps * condition * times(T.abs() + D_at.abs(), inverse.abs())
+    return _joined(times(T - D_at, inverse)), _joined(e)
 
 
 def _spread(D: torch.Tensor, shape: torch.Size) -> torch.Tensor:
