@@ -2,7 +2,7 @@
 # make test   sets everything up and runs all tests
 # make lab    opens JupyterLab on the notebooks
 # make lint   ruff, on Python and notebooks
-# make bench  measures merging beside cp and the naive script (about 12 GB of disk, a quarter of an hour)
+# make bench  measures models, kernels, loading and merging beside others (about 12 GB of disk, most of an hour)
 # make clean  removes the environment, caches and the demo model; reports stay
 
 PYTHON ?= python3
@@ -43,6 +43,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 bench: $(READY)
+	$(BIN)/python -m rwkv_lab.bench all
 	$(BIN)/python -m rwkv_lab.bench merge
 
 clean:

@@ -1,35 +1,179 @@
-"""`python -m rwkv_lab.bench merge`: the benchmarks as commands."""
+"""`python -m rwkv_lab.bench`: the benchmarks as commands. Each writes JSON, a table and figures to a report folder."""
 
 import argparse
 import json
+import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_lab.bench.merging import benchmark_merge, table
-from rwkv_lab.bench.models import SHAPES
+import torch
+
+from rwkv_lab.bench.contest import Floors, Row, as_json, table
+from rwkv_lab.bench.growth import measure_growth
+from rwkv_lab.bench.loading import measure_loading
+from rwkv_lab.bench.machine import floors_are_compiled, machine
+from rwkv_lab.bench.merging import benchmark_merge
+from rwkv_lab.bench.merging import table as merge_table
+from rwkv_lab.bench.models import SHAPES, random_model
+from rwkv_lab.bench.operators import OPERATORS, Shape, measure_operators
+from rwkv_lab.bench.peers import AUTO, parse_peers
+from rwkv_lab.bench.speed import LIMITS, Plan, measure_speed
+from rwkv_lab.bench.training import measure_training
 from rwkv_lab.checkpoint import write_text
+from rwkv_lab.errors import NumericsError, RwkvLabError
 from rwkv_lab.resources import checkout_folder
+from rwkv_lab.wkv import backends
+
+JOBS = {
+    "models": "decode and prefill rates of whole models, beside peers",
+    "wkv": "the WKV operators, forward and backward, beside their roofline",
+    "training": "training steps of the demo model on every backend",
+    "loading": "seconds and memory of loading a checkpoint",
+    "growth": "time per token and memory along a context of up to 65,536 tokens",
+}
+_CONTEXTS = (1024, 4096, 16384, 65536)
+_BASE_SHAPES = ("v7-0.1b", "v7-0.4b", "v4-169m", "v6-0.3b")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        with tempfile.TemporaryDirectory(prefix="rwkv_lab-bench-", dir=Path.cwd()) as temporary:
+            folder = options.folder or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            options.report.mkdir(parents=True, exist_ok=True)
+            if options.job == "merge":
+                _merge(options, folder)
+            else:
+                wrong = _measure(options, folder)
+                if wrong:
+                    raise NumericsError("No rate is reported of what disagrees with the reference: " + "; ".join(wrong))
+    except RwkvLabError as e:
+        raise SystemExit(f"{type(e).__name__}: {e}") from e
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rwkv_lab.bench")
     jobs = parser.add_subparsers(dest="job", required=True)
-    merge = jobs.add_parser("merge", help="wall time and memory of merging, beside cp and the naive script")
-    merge.add_argument("--sizes", nargs="+", choices=SHAPES, default=["0.4B", "1.5B"], help="shapes of the base")
-    merge.add_argument("--rounds", type=int, default=5)
-    merge.add_argument("--lora-rank", type=int, default=32)
-    merge.add_argument(
-        "--folder", type=Path, help="for inputs and outputs; by default a temporary one, removed at the end"
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--rounds", type=int, help="samples of everything (default 5, with --quick 3)")
+    common.add_argument("--threads", type=int, help="of torch and of the peers; by default as torch has it")
+    common.add_argument(
+        "--folder", type=Path, help="for models that are made here; by default a temporary one, removed at the end"
     )
-    merge.add_argument("--report", type=Path, default=(checkout_folder() or Path.cwd()) / "reports" / "bench")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="rwkv_lab-bench-", dir=Path.cwd()) as temporary:
-        folder = options.folder or Path(temporary)
-        report = benchmark_merge(folder, options.sizes, options.rounds, options.lora_rank)
-    options.report.mkdir(parents=True, exist_ok=True)
+    common.add_argument("--report", type=Path, default=(checkout_folder() or Path.cwd()) / "reports" / "bench")
+    for job, help in {**JOBS, "all": "all of these"}.items():
+        one = jobs.add_parser(job, help=help, parents=[common])
+        one.add_argument("--quick", action="store_true", help="fewer shapes, lengths, batches and rounds")
+        one.add_argument("--shapes", nargs="*", choices=SHAPES, help="models with random weights, made here")
+        one.add_argument("--models", nargs="*", type=Path, default=[], help="checkpoints of your own, instead")
+        one.add_argument("--dtypes", nargs="+", choices=LIMITS, default=list(Plan.dtypes))
+        one.add_argument("--lengths", nargs="+", type=int, help="tokens of prompts; the longest is the operators' too")
+        one.add_argument("--batches", nargs="+", type=int, help="sequences decoded at once")
+        one.add_argument("--contexts", nargs="+", type=int, help="tokens read before, for growth")
+        one.add_argument("--backends", nargs="+", default=[], help="of the WKV operators; by default all there are")
+        one.add_argument("--device", default="cpu")
+        one.add_argument(
+            "--peers", nargs="*", default=[AUTO], help="auto, rwkv, or 'name=command'; see rwkv_lab/bench/peers.py"
+        )
+    merge = jobs.add_parser(
+        "merge", help="wall time and memory of merging, beside cp and the naive script", parents=[common]
+    )
+    merge.add_argument("--sizes", nargs="+", choices=SHAPES, default=["v7-0.4b", "v7-1.5b"], help="shapes of the base")
+    merge.add_argument("--lora-rank", type=int, default=32)
+    return parser
+
+
+def _merge(options: argparse.Namespace, folder: Path) -> None:
+    report = benchmark_merge(folder, options.sizes, options.rounds or 5, options.lora_rank)
     write_text(options.report / "merge.json", json.dumps(report, indent=1) + "\n", overwrite=True)
-    write_text(options.report / "merge.md", table(report) + "\n", overwrite=True)
-    print(json.dumps(report["machine"]), table(report), options.report / "merge.json", sep="\n")
+    write_text(options.report / "merge.md", merge_table(report) + "\n", overwrite=True)
+    print(json.dumps(report["machine"]), merge_table(report), options.report / "merge.json", sep="\n")
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> list[str]:
+    """Run one job or all of them; returns what of ours disagreed."""
+    quick, rounds = options.quick, options.rounds or (3 if options.quick else 5)
+    names = options.backends or list(backends())
+    peers = tuple(parse_peers(options.peers))
+    plan = Plan(
+        dtypes=tuple(options.dtypes),
+        lengths=tuple(options.lengths or ((512,) if quick else Plan.lengths)),
+        batches=tuple(options.batches or ((1, 8, 32) if quick else Plan.batches)),
+        rounds=rounds,
+        device=options.device,
+        peers=peers,
+    )
+    print(json.dumps(machine()), f"WKV backends: {', '.join(names)}", sep="\n", flush=True)
+    if not floors_are_compiled():
+        print("There is no C++ compiler: floors are what torch reaches, which is less than the machine can do.")
+    wrong = []
+    for job in JOBS if options.job == "all" else [options.job]:
+        rows: list[Row] = []
+        floors: Floors = {}
+        if job == "wkv":
+            shape = Shape(length=max(options.lengths or [512 if quick else 2048]))
+            rows, floors = measure_operators(shape, names, rounds, options.device, OPERATORS)
+        elif job == "training":
+            rows = measure_training(names, rounds)
+        else:
+            for subject, path in _subjects(options, job, folder):
+                if job == "models":
+                    found, now = measure_speed(path, subject, plan)
+                    rows += found
+                    for name, samples in now.items():
+                        floors.setdefault(name, []).extend(samples)
+                elif job == "loading":
+                    rows += measure_loading(path, subject, plan.dtypes, rounds, peers)
+                else:
+                    contexts = options.contexts or (_CONTEXTS[:2] if quick else _CONTEXTS)
+                    rows += measure_growth(path, subject, plan.dtypes[0], contexts, rounds, options.device)
+        _write(options.report, job, rows, floors)
+        wrong += [f"{row.job} {row.subject} {row.name}" for row in rows if row.disagrees and not _is_peer(row, peers)]
+    return wrong
+
+
+def _is_peer(row: Row, peers: Sequence) -> bool:
+    return row.engine in {peer.name for peer in peers}
+
+
+def _subjects(options: argparse.Namespace, job: str, folder: Path) -> list[tuple[str, Path]]:
+    """(name, checkpoint) of what a job is about; random models are made where they are not in the folder yet."""
+    if options.models:
+        return [(path.stem or path.name, path) for path in options.models]
+    # Loading and growth say the same of every shape: the smallest is enough where none is asked for.
+    shapes = options.shapes or (_BASE_SHAPES if job == "models" and not options.quick else _BASE_SHAPES[:1])
+    found = []
+    for shape in shapes:
+        path = folder / f"{shape}.pth"
+        if not path.exists():
+            random_model(path, SHAPES[shape])
+        found.append((shape, path))
+    return found
+
+
+def _write(report: Path, job: str, rows: Sequence[Row], floors: Floors) -> None:
+    """`<job>.json`, `<job>.md`, and figures where matplotlib is installed."""
+    described = machine()
+    write_text(report / f"{job}.json", as_json(described, floors, rows), overwrite=True)
+    write_text(report / f"{job}.md", table(rows) + "\n", overwrite=True)
+    print(table(rows), report / f"{job}.json", sep="\n", flush=True)
+    try:
+        # This command is a door as the notebooks are one, and draws what they draw.
+        from rwkv_lab.workbench.benchmark_figures import all_figures
+        from rwkv_lab.workbench.figures import png
+    except ImportError:
+        print("No figures: matplotlib is not installed.")
+        return
+    subtitle = f"{described['cpu']}, {described['threads']} threads, torch {described['torch']}, {described['date']}"
+    for name, (_, _, figure) in all_figures(rows, floors, subtitle).items():
+        path = report / f"{job}-{name}.png"
+        path.write_bytes(png(figure))
+        print(path)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ the system can drop them. Answers are compared before a figure is reported.
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv_lab.bench.machine import machine
 from rwkv_lab.bench.models import SHAPES, random_lora, random_model, random_state
 from rwkv_lab.errors import NumericsError
 from rwkv_lab.progress import human_bytes
@@ -60,24 +60,6 @@ def benchmark_merge(folder: Path, sizes: list[str], rounds: int, lora_rank: int)
                 }
             )
     return {"machine": machine(), "rounds": rounds, "lora_rank": lora_rank, "results": results}
-
-
-def machine() -> dict:
-    """What the figures were taken on."""
-    model = platform.processor()
-    try:
-        with open("/proc/cpuinfo") as f:
-            model = next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def table(report: dict) -> str:

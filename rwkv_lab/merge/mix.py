@@ -14,6 +14,7 @@ from rwkv_lab.merge.mixing.signature import checked
 from rwkv_lab.merge.overlay import check_full_tensors, same_dimensions
 from rwkv_lab.merge.settings import check_setting, value_for
 
+PIECE = 1 << 17  # elements worked on at a time: a dozen of them in float32 fit the caches, and the allocator keeps them
 _UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # of RWKV-7: layer 0 makes v_first
 
 
@@ -92,10 +93,11 @@ def _mixed(
         return Change(name, "copy", "base", like.shape, like.dtype, copy=first)
 
     def blocks() -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
-        for pieces in in_step([t for t in (first, *others) if t is not None]):
-            wide = [p.to(precision) for p in pieces]
-            b = wide.pop(0) if first else torch.zeros_like(wide[0])
-            yield b, [wide.pop(0) if t is not None else b for t in others]
+        for together in in_step([t for t in (first, *others) if t is not None]):
+            for pieces in zip(*(t.split(PIECE) for t in together), strict=True):
+                wide = [p.to(precision) for p in pieces]
+                b = wide.pop(0) if first else torch.zeros_like(wide[0])
+                yield b, [wide.pop(0) if t is not None else b for t in others]
 
     def compute() -> Iterator[torch.Tensor]:
         found, start = _looked(signature, blocks, values), 0

@@ -13,13 +13,14 @@ from rwkv_lab.checkpoint.stream import Findings
 RECORD = "rwkv_lab.json"  # its name among the records of a .pth, and as a key of a .safetensors' metadata
 
 
-def provenance(recipe: dict, inputs: Sequence[FileFacts], contains: Sequence[dict] = ()) -> dict:
-    """JSON-ready description of a merge; `contains` as of `adapters_in`, where there are any."""
+def provenance(recipe: dict, inputs: Sequence[FileFacts], contains: Sequence[dict] = (), job: str = "merge") -> dict:
+    """JSON-ready description of a merge, or of another job that makes a checkpoint from checkpoints; `contains` as of
+    `adapters_in`, where there are any."""
     from rwkv_lab import __version__  # here, because rwkv_lab/__init__ imports this room
 
     made = {
         "made_by": f"rwkv_lab {__version__}",
-        "job": "merge",
+        "job": job,
         "recipe": recipe,
         "inputs": [{"name": _printable(f.path.name), "bytes": f.bytes, "fingerprint": f.fingerprint} for f in inputs],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},

@@ -7,6 +7,7 @@ from rwkv_lab.model.generation import generate
 from rwkv_lab.model.state import RWKVState, load_state, save_state
 from rwkv_lab.model.state_cache import StateCache
 from rwkv_lab.model.tokenizer import ByteTokenizer, WorldTokenizer, load_tokenizer
+from rwkv_lab.model.weight_only import agreement_of_logits, quantise_weights
 
 __all__ = [
     "RWKV_Dual",
@@ -15,11 +16,13 @@ __all__ = [
     "ByteTokenizer",
     "StateCache",
     "WorldTokenizer",
+    "agreement_of_logits",
     "bits_per_byte",
     "capture",
     "generate",
     "init_state_with_past",
     "load_state",
     "load_tokenizer",
+    "quantise_weights",
     "save_state",
 ]

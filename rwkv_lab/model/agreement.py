@@ -32,7 +32,8 @@ GROWTH = 2.0
 @dataclass(frozen=True)
 class ModeRow:
     """One run, beside the float64 run in TRANSFORMER mode of a model with the same (rounded) weights, and beside the
-    first run in its own dtype. Errors are relative RMS: over all logits, and of the final state the worst of its parts.
+    first mode on the same backend in its own dtype. Errors are relative RMS: over all logits, and of the final state
+    the worst of its parts.
     """
 
     mode: RWKVMode
@@ -42,7 +43,7 @@ class ModeRow:
     accuracy: float  # the limit for logits_error and state_error
     logits_error: float = math.nan  # against float64
     state_error: float = math.nan
-    logits_apart: float = math.nan  # against the first run in this dtype
+    logits_apart: float = math.nan  # against the first mode, same backend and dtype
     state_apart: float = math.nan
     curve: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False)  # [T], logits_error per position
     problem: str = ""  # why it did not run, "" if it did
@@ -94,14 +95,14 @@ def compare_modes(
     modes: Sequence[RWKVMode] = tuple(RWKVMode),
 ) -> list[ModeRow]:
     """Run tokens `[B,T]` in every mode, backend and dtype, each beside float64 in TRANSFORMER mode on the
-    reference operator, and beside the first run in the same dtype.
+    reference operator, and mode beside mode: the same backend and dtype in the first of the modes.
 
     The judge has the weights as they are after rounding to the row's dtype, so that a row measures arithmetic alone.
     Costs, at a time, the memory of the model in float64 and in one of the dtypes, and logits of `B*T*V*8` bytes thrice.
 
     Args:
         model: a model, which stays as it is, or the path of a checkpoint.
-        backends: names that `wkv7` takes; None for all there are.
+        backends: names that `wkv7` takes; None for all that there are for each dtype.
         modes: the first is what the others are compared with.
 
     Returns:
@@ -117,17 +118,16 @@ def compare_modes(
     rows = []
     for dtype in dtypes:
         rounded = in_dtype(model, dtype)
-        expected, first = Run(in_dtype(rounded, torch.float64), backend="reference")(tokens), None
+        expected, first = Run(in_dtype(rounded, torch.float64), backend="reference")(tokens), {}
         for mode in modes:
-            for backend in all_backends() if backends is None else backends:
+            for backend in all_backends(dtype) if backends is None else backends:
                 limits = {"limit": LIMITS[dtype], "accuracy": ACCURACY[dtype]}
                 try:
                     found = Run(rounded, mode, backend)(tokens)
                 except KernelError as e:
                     rows.append(ModeRow(mode, backend, dtype, **limits, problem=str(e)))
                     continue
-                first = first or found
-                error, apart = _errors(found, expected), _errors(found, first)
+                error, apart = _errors(found, expected), _errors(found, first.setdefault(backend, found))
                 rows.append(
                     ModeRow(
                         mode,

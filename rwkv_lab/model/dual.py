@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_lab.checkpoint import Layout, write_checkpoint
 from rwkv_lab.errors import DeviceError, ParameterError
-from rwkv_lab.model import rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_lab.model import fast_parallel, rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_lab.model.block import GROUP_NORM_EPS
+from rwkv_lab.model.compiled_step import compiled_step
 from rwkv_lab.model.device import device_errors, falls_back, parse_device, warn_of_fallback
 from rwkv_lab.model.generation import Sampling, generate_one
 from rwkv_lab.model.inputs import check_tokens
@@ -188,12 +188,14 @@ class RWKV_Dual(nn.Module):
         tokens = check_tokens(self, tokens)
         if self.mode is RWKVMode.TRANSFORMER:
             pieces = [tokens]
+        elif not return_v_first and (step := compiled_step(self, tokens, state)):
+            return step(tokens, state)
         else:
             pieces = tokens.split(1, dim=1)
         logits, v_first = [], []
         for piece in pieces:
-            x, state, v = self._run(piece, state)
-            logits.append(self.head(self.ln_out(x)))
+            x, state, v = self._run(piece, state, return_v_first)
+            logits.append(self._logits(x))
             v_first.append(v)
         logits = torch.cat(logits, dim=1)
         return logits, torch.cat(v_first, dim=1) if return_v_first else state
@@ -202,7 +204,7 @@ class RWKV_Dual(nn.Module):
     def parallel(self, tokens, state: RWKVState | None = None):
         """As calling the model in TRANSFORMER mode, whatever its mode is: logits `[B,T,V]` and the final state."""
         x, state, _ = self._run(check_tokens(self, tokens), state)
-        return self.head(self.ln_out(x)), state
+        return self._logits(x), state
 
     @falls_back
     def prefill(self, tokens, state: RWKVState | None = None, lengths=None):
@@ -219,8 +221,11 @@ class RWKV_Dual(nn.Module):
             ParameterError, DeviceError: as calling the model; lengths that do not fit.
         """
         tokens = check_tokens(self, tokens)
+        if tokens.shape[1] == 1 and (step := compiled_step(self, tokens, state)):
+            logits, state = step(tokens, state)
+            return logits[:, 0], state
         x, state = self._read(tokens, state) if lengths is None else self._read_ragged(tokens, state, lengths)
-        return self.head(self.ln_out(x)), state
+        return self._logits(x), state
 
     def _read(self, tokens, state):
         """tokens `[B,T]` -> x of the last one `[B,C]` before ln_out, the new state."""
@@ -245,13 +250,15 @@ class RWKV_Dual(nn.Module):
         order = range(B)
         return torch.stack([last[row] for row in order]), join([states[row] for row in order])
 
-    def _run(self, tokens, state):
-        """tokens `[B,T]` -> x `[B,T,C]` before ln_out, the new state, v_first `[B,T,A]`."""
+    def _run(self, tokens, state, return_v_first=False):
+        """tokens `[B,T]` -> x `[B,T,C]` before ln_out, the new state, v_first `[B,T,A]` where it is asked for."""
         if state is None:
             state = self.create_state(len(tokens))
         else:
             check_state(state, self.layout, len(tokens), self.emb.weight.dtype, self.get_device())
-        x = self.blocks[0].ln0(F.embedding(tokens, self.emb.weight))  # [B,T,C]
+        if not return_v_first and fast_parallel.is_possible(self, state):
+            return *fast_parallel.run(self, tokens, state), None
+        x = self.blocks[0].ln0(self.emb(tokens))  # [B,T,C]
         v_first, att_shift, ffn_shift, wkv = None, [], [], []
         for layer, block in enumerate(self.blocks):
             given = (x, state.att_shift[:, layer], state.ffn_shift[:, layer], state.wkv[:, layer], v_first)
@@ -265,6 +272,11 @@ class RWKV_Dual(nn.Module):
         # Under autocast norms come out in float32; a state has the model's dtype all the same.
         att_shift, ffn_shift = (torch.stack(z, 1).to(self.emb.weight.dtype) for z in (att_shift, ffn_shift))
         return x, RWKVState(torch.stack(wkv, 1), att_shift, ffn_shift, self.layout.version), v_first
+
+    def _logits(self, x):
+        """x `[...,C]` before ln_out -> logits `[...,V]`."""
+        possible = not x.requires_grad and fast_parallel.is_possible(self)
+        return fast_parallel.logits(self, x) if possible else self.head(self.ln_out(x))
 
     # ------------------------------------------------------------------ states
 

@@ -4,6 +4,8 @@ import torch
 
 from rwkv_lab.errors import ParameterError
 
+_FEW = 16  # tokens that Python looks through faster than torch does
+
 
 def check_tokens(model, tokens) -> torch.Tensor:
     """Tokens as an integer tensor `[B,T]` on the model's device.
@@ -19,7 +21,13 @@ def check_tokens(model, tokens) -> torch.Tensor:
         raise ParameterError(
             f"tokens must be integers of shape [B,T] with B, T >= 1; given {tokens.dtype} {list(tokens.shape)}."
         )
-    low, high = (int(x) for x in torch.aminmax(tokens))
+    if torch.compiler.is_compiling():
+        return tokens  # values are not known while torch.compile or torch.export looks on
+    if tokens.numel() <= _FEW and type(tokens) is torch.Tensor and not torch.compiler.is_compiling():
+        numbers = [x for row in tokens.tolist() for x in row]
+        low, high = min(numbers), max(numbers)
+    else:
+        low, high = (int(x) for x in torch.aminmax(tokens))
     last = model.layout.vocab_size - 1
     if low < 0 or high > last:
         raise ParameterError(f"Token {low if low < 0 else high} is outside the vocabulary: 0 to {last}.")

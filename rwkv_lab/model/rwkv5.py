@@ -49,10 +49,9 @@ class TimeMix(Watched):
         heads = (*x.shape[:2], self.n_head, self.head_size)
         # v in the state's dtype makes y so too: before the norm, sums over many tokens may be too large for float16.
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv).to(wkv_state.dtype)
-        log_decay = self._per_channel(-torch.exp(self.time_decay.to(wkv_state.dtype)))
-        bonus = torch.exp(self.time_first.to(wkv_state.dtype)) if self.log_bonus else self.time_faaaa
+        log_decay, bonus = self.decay_and_bonus(wkv_state.dtype)
         r, k, v = (z.view(heads) for z in (r, k, v))
-        y_wkv, wkv_state = wkv5(r, log_decay, k, v, self._per_channel(bonus), wkv_state)
+        y_wkv, wkv_state = wkv5(r, log_decay, k, v, bonus, wkv_state)
         y = head_norm(y_wkv, self.ln_x).to(x.dtype)
         gate = {}
         if self.gated:
@@ -64,9 +63,11 @@ class TimeMix(Watched):
             self.seen(y=y_wkv, state=wkv_state[:, None], out=out)
         return out, wkv_state, v_first
 
-    def _per_channel(self, x):
-        """`[H]` or `[H,N]` -> `[H,N]`."""
-        return x.view(self.n_head, -1).expand(-1, self.head_size)
+    def decay_and_bonus(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The log-decay, computed in that dtype, and the bonus, both `[H,N]`."""
+        bonus = torch.exp(self.time_first.to(dtype)) if self.log_bonus else self.time_faaaa
+        both = -torch.exp(self.time_decay.to(dtype)), bonus
+        return tuple(x.view(self.n_head, -1).expand(-1, self.head_size) for x in both)
 
 
 def make_block(layout, layer: int, group_norm_eps: float, names) -> Block:

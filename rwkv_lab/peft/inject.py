@@ -63,10 +63,9 @@ def apply_peft(model: nn.Module, lora_config: LoraConfig) -> None:
         NumericsError: as there; some layers may have been replaced by then, so load the model anew.
     """
     names = target_modules(model, lora_config.lora_target_modules)
-    for name in names:  # without memory, so that a rank that does not fit is said before anything is changed
+    for name in names:
         layer = model.get_submodule(name)
-        with _named(name):
-            _new_layer(nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta"), lora_config)
+        check_fit(name, layer.out_features, layer.in_features, lora_config)
     if "time_state" in lora_config.train_parts:
         model.add_time_state()
     besides = trained_parts(model, lora_config.train_parts)
@@ -81,6 +80,16 @@ def apply_peft(model: nn.Module, lora_config: LoraConfig) -> None:
         _replace(model, name, layer)
     _quantise(model, lora_config.quant, besides)
     _train_only(model, besides)
+
+
+def check_fit(name: str, out_features: int, in_features: int, lora_config: LoraConfig) -> None:
+    """Refuse an adapter that does not fit a layer, before anything is changed or read.
+
+    Raises:
+        ParameterError: names the layer; a rank that is larger than it, or that does not divide it where it has to.
+    """
+    with _named(name):
+        _new_layer(nn.Linear(in_features, out_features, bias=False, device="meta"), lora_config)
 
 
 def _new_layer(linear: nn.Linear, c: LoraConfig) -> AdaptedLinear:

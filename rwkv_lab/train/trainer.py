@@ -1,45 +1,34 @@
-"""Trains a model, or only its initial states, and measures on text it was not trained on what that changed."""
+"""Trains a model, an adapter or initial states, and measures on text it was not trained on what that changed."""
 
+import hashlib
 import json
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
-from rwkv_lab.checkpoint import FileFacts, file_facts, write_checkpoint
+from rwkv_lab.checkpoint import FileFacts, file_facts
 from rwkv_lab.checkpoint.atomic import check_target
 from rwkv_lab.checkpoint.write import file_kind
 from rwkv_lab.errors import NumericsError, ParameterError
-from rwkv_lab.model import RWKV_Dual, bits_per_byte
-from rwkv_lab.progress import Progress
+from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.peft import count_parameters
+from rwkv_lab.train.batches import in_batches
 from rwkv_lab.train.data import Corpus, load_corpus
-from rwkv_lab.train.optimiser import make_optimiser, set_lr
+from rwkv_lab.train.examples import Examples
+from rwkv_lab.train.fitting import Fitting, Watch
+from rwkv_lab.train.log import check_log_folder, write_log
+from rwkv_lab.train.processes import Processes, put
+from rwkv_lab.train.recipe import ADAPTER_KINDS, Recipe, Tuning, choose_recipe
+from rwkv_lab.train.resume import resume_path
+from rwkv_lab.train.tuned import make_model, pissa_start, save_tuned, trained_parameters
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is taken where `train` is not told otherwise: chosen for one to two minutes on two CPU cores."""
-
-    data: str
-    steps: int
-    batch_size: int
-    ctx_len: int
-    lr: float
-
-
-RECIPES = {
-    "pretrain": Recipe("english", steps=800, batch_size=4, ctx_len=256, lr=3e-3),
-    # A tuned state counts most near the start of a text, so its windows are shorter.
-    "state": Recipe("python", steps=400, batch_size=8, ctx_len=128, lr=1.0),
-}
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-_CLIP = 1.0  # largest norm of the gradient
 _PROMPTS = {"english": ("The ", "If the value of "), "python": ("def ", "import ")}
 _SAMPLE_LENGTH = 120  # tokens
 
@@ -55,20 +44,23 @@ class Sample:
 
 @dataclass
 class TrainResult:
-    """What a training run did. Bits per byte are means over held-out text, a fresh state every `ctx_len` bytes."""
+    """What a training run did. Bits per byte are means over held-out text, a fresh state every `ctx_len` tokens."""
 
     kind: str
     out: Path
-    losses: list[float]  # bits per byte of each step's batch
+    losses: list[float]  # bits per token of each step's batch; a token of the demo model is a byte
     bits_before: float
     bits_after: float
     held_out_bytes: int
     split: str  # how training text and held-out text were told apart
-    samples: list[Sample]
+    samples: list[Sample]  # none where several processes trained, or where the data are examples
     trained: int  # parameters that were trained
     frozen: int
     inputs: list[FileFacts]
-    outputs: list[FileFacts]
+    outputs: list[FileFacts]  # of the first process; the others wrote nothing
+    held_out: list[tuple[int, float]] = field(default_factory=list)  # (step, bits per byte), every `eval_every` steps
+    stopped_early: bool = False
+    resumed_at: int = 0  # steps that an earlier run had done
     seconds: dict[str, float] = field(default_factory=dict)  # "data", "before", "training", "after", "total"
     tokens_per_second: float = 0.0
 
@@ -82,146 +74,194 @@ def train(
     batch_size: int | None = None,
     ctx_len: int | None = None,
     lr: float | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    targets: Sequence[str] | None = None,
+    train_parts: Sequence[str] = (),
+    quant: str = "none",
     dtype: str = "float32",
+    autocast: str = "",
     device: str = "cpu",
     seed: int = 0,
+    accumulate: int | None = None,
+    warmup: int | None = None,
+    gradient_checkpointing: bool = False,
+    eval_every: int = 0,
+    patience: int = 0,
+    checkpoint_every: int = 0,
+    resume: bool = False,
+    log_folder: str | Path | None = None,
+    parallel: str = "ddp",
     n_embd: int = 128,
     n_layer: int = 3,
     head_size: int = 32,
     overwrite: bool = False,
+    samples: bool = True,
+    on_step: Callable[[int, list[float]], object] | None = None,
 ) -> TrainResult:
-    """Train on windows drawn at random from a corpus, and write the result.
+    """Train on sequences drawn from a corpus, and write the result.
 
-    The same arguments give the same file, bit for bit, on the same machine with the same number of threads.
+    The same arguments give the same file, bit for bit, on the same machine with the same number of threads; also if the
+    run was interrupted and resumed. Where torch.distributed is set up, all processes train together (`Processes`).
 
     Args:
-        kind: "pretrain" trains everything, from `base` or from a fresh byte-level model of n_embd, n_layer, head_size.
-            "state" trains only `blocks.i.att.time_state` `[H,V,K]`, the state that every sequence starts from.
-        out: `.pth` or `.safetensors`: the whole model for "pretrain", the states alone for "state".
-        data: "english", "python" or the path of a file; `rwkv_lab.train.data` says how each is split.
-        steps: batches of `batch_size` windows of `ctx_len` bytes.
-        lr: the highest learning rate; states want a large one (1), models a small one.
-            data, steps, batch_size, ctx_len and lr are those of `RECIPES[kind]` where they are None.
-        dtype: "float32", "float64" or "bfloat16", of the model; states are float32 or float64.
+        kind: "pretrain" trains everything, from `base` or from a fresh byte-level model of n_embd, n_layer, head_size;
+            "full" trains everything of `base`, "state" only `blocks.i.att.time_state` `[H,V,K]`, the state that every
+            sequence starts from; "lora", "pissa" and "miss" train adapters (`rwkv_lab.peft`).
+        out: `.pth` or `.safetensors`: the whole model, the states alone or the adapter; for adapters also a folder.
+        data: "english", "python" or the path of a file or folder; `rwkv_lab.train.data` says how each is split.
+        steps: updates, each of `accumulate` batches of `batch_size` sequences of `ctx_len` tokens. `batch_size` is that
+            of all processes together.
+        lr: the highest learning rate, after `warmup` steps; states want a large one (1), models a small one.
+        rank: of adapters.
+            data, steps, batch_size, ctx_len, lr, rank, accumulate, warmup: those of `RECIPES[kind]` where None.
+        alpha: of a LoRA, which is scaled by alpha / rank; None for twice the rank.
+        targets: layers to adapt, such as "att.key", or patterns; None for all matrices of the blocks.
+        train_parts: what an adapter's training trains besides: "emb", "head", "ln", "time", "time_state", patterns.
+        quant: "none", "int8" or "nf4": how the frozen matrices are stored.
+        dtype: "float32", "float64" or "bfloat16", of the model; states, and adapters of a bfloat16 model, are float32.
+        autocast: "bfloat16", or on CUDA "float16": compute in it, keep the parameters in float32.
+        gradient_checkpointing: keep less for the backward pass and compute it again.
+        eval_every: steps between two measurements on held-out text, 0 for none.
+        patience: measurements without a new best after which training stops, 0 for never. The output is the best then.
+        checkpoint_every: steps between two checkpoints at `resume_path(out)`, 0 for none.
+        resume: go on from that checkpoint if it is there.
+        log_folder: where `log.csv` and `log.json` go; None for nowhere.
+        parallel: "ddp" or "fsdp", for several processes.
+        samples: let the model write something before and after.
+        on_step: called after every step with the number of steps done and the losses so far.
 
     Raises:
-        ParameterError: a kind that there is not, values out of range, no base where one is needed.
+        ParameterError: values out of range or that do not go together, too little text, a broken line of JSONL.
         OutputError: `out` exists (unless `overwrite`) or cannot be written. Nothing was trained then.
-        NumericsError: the loss became NaN or infinite. Nothing was written then.
-        LayoutError, CorruptFileError, UnsafeFileError: of the base.
+        NumericsError: the base predicts NaN, PiSSA or NF4 meet one in it, or the loss became NaN or infinite: `out` was
+            not written then, and the last good checkpoint stays.
+        LayoutError, CorruptFileError, UnsafeFileError, DeviceError: of the base.
     """
-    out = Path(out)
-    recipe = choose_recipe(kind, data=data, steps=steps, batch_size=batch_size, ctx_len=ctx_len, lr=lr)
-    _check(kind, base, recipe, dtype, device)
-    file_kind(out)
+    out, clock = Path(out), _Clock()
+    given = dict(data=data, steps=steps, batch_size=batch_size, ctx_len=ctx_len, lr=lr, rank=rank)
+    recipe = choose_recipe(kind, **given, accumulate=accumulate, warmup=warmup)
+    tuning = Tuning(kind, dtype, autocast, device, quant, recipe.rank, alpha, targets, tuple(train_parts), seed)
+    tuning.check(base)
+    processes = Processes.here(parallel)
+    _check_watching(recipe, eval_every, patience, checkpoint_every, processes)
+    if out.suffix or kind not in ADAPTER_KINDS:
+        file_kind(out)
     check_target(out, overwrite)
-    clock = _Clock()
+    if log_folder is not None:
+        check_log_folder(Path(log_folder))
+
     corpus = load_corpus(recipe.data)
-    if len(corpus.train) <= recipe.ctx_len + 1:
-        raise ParameterError(f"ctx_len={recipe.ctx_len} is longer than the {len(corpus.train)} bytes to train on.")
-    model = _model(kind, base, seed, n_embd, n_layer, head_size, DTYPES[dtype], device)
     inputs = [file_facts(base)] if base else []
-    optimiser = make_optimiser(model, kind, recipe.lr)
+    sizes = {} if base else dict(n_embd=n_embd, n_layer=n_layer, head_size=head_size)
+    model = make_model(tuning, base, sizes)
+    material = in_batches(corpus, model.tokenizer, recipe.ctx_len, seed)
+    count = count_parameters(model)
+    model.gradient_checkpointing = gradient_checkpointing
+    settings = _settings(tuning, recipe, sizes, corpus, inputs, eval_every, patience)
+    if kind == "pissa":
+        settings["start"] = pissa_start(model)
+    watch = Watch(eval_every, patience, checkpoint_every, resume, resume_path(out), settings, on_step)
+    run = processes.wrap(model)
+    fitting = Fitting(run, trained_parameters(model), material, recipe, tuning, watch, processes)
     clock.lap("data")
 
-    bits_before, samples_before = _measure(model, corpus, recipe.ctx_len, seed)
+    writes_samples = samples and processes.size == 1 and isinstance(corpus, Corpus)
+    course = fitting.course
+    if course.bits_before is None:  # else an earlier run has measured it
+        course.bits_before = fitting.measure()
+        if not math.isfinite(course.bits_before):
+            raise NumericsError(
+                f"{base or 'The fresh model'} predicts held-out {corpus.name} with {course.bits_before} bits per byte "
+                "before any step.\nInspect the base for NaN and Inf, or try dtype='float32' without autocast."
+            )
+        course.samples_before = _samples(model, corpus, seed) if writes_samples else []
     clock.lap("before")
-    losses = _fit(model, optimiser, kind, corpus, recipe, seed)
+    stopped_early = fitting.fit()
     clock.lap("training")
-    bits_after, samples_after = _measure(model, corpus, recipe.ctx_len, seed)
+    bits_before, bits_after = course.bits_before, fitting.measure()
+    after = _samples(model, corpus, seed) if writes_samples else []
     clock.lap("after")
 
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    made_by = {"kind": kind, **asdict(recipe), "dtype": dtype, "seed": seed, "torch": torch.__version__}
-    made_by |= {"base": inputs[0].fingerprint} if inputs else {}
-    write_checkpoint(out, trained, metadata={"rwkv_lab.train": json.dumps(made_by)}, overwrite=overwrite)
-    n_trained = sum(p.numel() for p in trained.values())
-    log.info("%s: %.3f -> %.3f bits per byte of held-out %s", kind, bits_before, bits_after, corpus.name)
-    return TrainResult(
+    result = TrainResult(
         kind=kind,
         out=out,
-        losses=losses,
+        losses=course.losses,
         bits_before=bits_before,
         bits_after=bits_after,
-        held_out_bytes=len(corpus.held_out),
+        held_out_bytes=material.held_out_bytes,
         split=corpus.split,
-        samples=[Sample(p, b, a) for (p, b), (_, a) in zip(samples_before, samples_after, strict=True)],
-        trained=n_trained,
-        frozen=sum(p.numel() for p in model.parameters()) - n_trained,
+        samples=[Sample(p, b, a) for (p, b), (_, a) in zip(course.samples_before, after, strict=False)],
+        trained=count.trained,
+        frozen=count.frozen,
         inputs=inputs,
-        outputs=[file_facts(out)],
+        outputs=[],
+        held_out=course.held_out,
+        stopped_early=stopped_early,
+        resumed_at=fitting.resumed_at,
         seconds=clock.laps,
-        tokens_per_second=recipe.steps * recipe.batch_size * recipe.ctx_len / clock.laps["training"],
     )
+    done = course.step - fitting.resumed_at
+    result.tokens_per_second = done * recipe.batch_size * recipe.accumulate * recipe.ctx_len / clock.laps["training"]
+    if processes.sharded:
+        values = processes.whole(fitting.trained.items())
+        model = _whole_again(tuning, base, sizes, values) if processes.first else None
+    if processes.first:
+        note = {"rwkv_lab.train": json.dumps(settings | {"torch": torch.__version__})}
+        save_tuned(model, tuning, out, note, overwrite)
+        result.outputs = [file_facts(out)]
+        if log_folder is not None:
+            keep = ("bits_before", "bits_after", "held_out_bytes", "trained", "frozen", "stopped_early", "resumed_at")
+            summary = {"settings": settings} | {name: getattr(result, name) for name in keep}
+            write_log(Path(log_folder), course.log, summary)
+        resume_path(out).unlink(missing_ok=True)
+        log.info("%s: %.3f -> %.3f bits per byte of held-out %s", kind, bits_before, bits_after, corpus.name)
+    processes.wait()
+    return result
 
 
-def choose_recipe(kind: str, **given) -> Recipe:
-    """`RECIPES[kind]` with the given fields (None: not given) in place of its own.
-
-    Raises:
-        ParameterError: no such kind.
-    """
-    if kind not in RECIPES:
-        raise ParameterError(f"There is no kind {kind!r} of training; there are: {', '.join(RECIPES)}.")
-    return replace(RECIPES[kind], **{name: value for name, value in given.items() if value is not None})
-
-
-def _check(kind: str, base, recipe: Recipe, dtype: str, device: str) -> None:
-    if kind == "state" and not base:
-        raise ParameterError("kind='state' tunes the initial states of a model: pass that model as base=.")
-    if min(recipe.steps, recipe.batch_size, recipe.ctx_len) < 1 or not 0 < recipe.lr < math.inf:
+def _check_watching(recipe: Recipe, eval_every, patience, checkpoint_every, processes: Processes) -> None:
+    if min(eval_every, patience, checkpoint_every) < 0:
         raise ParameterError(
-            f"steps={recipe.steps}, batch_size={recipe.batch_size} and ctx_len={recipe.ctx_len} must be >= 1, "
-            f"and lr={recipe.lr} above 0."
+            f"eval_every={eval_every}, patience={patience} and checkpoint_every={checkpoint_every} must be at least 0."
         )
-    if dtype not in DTYPES:
-        raise ParameterError(f"There is no dtype {dtype!r}; there are: {', '.join(DTYPES)}.")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ParameterError(f"device={device!r}, but torch finds no CUDA device here; use device='cpu'.")
+    if patience and not eval_every:
+        raise ParameterError(f"patience={patience} counts measurements: say with eval_every when to measure.")
+    if recipe.batch_size % processes.size:
+        raise ParameterError(
+            f"batch_size={recipe.batch_size} does not divide among {processes.size} processes; choose a multiple."
+        )
 
 
-def _model(kind, base, seed, n_embd, n_layer, head_size, dtype, device) -> RWKV_Dual:
-    if base:
-        model = RWKV_Dual.from_pretrained(base, dtype=dtype, device=device)
-    else:
-        with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
-            torch.manual_seed(seed)
-            model = RWKV_Dual(n_embd, n_layer, vocab_size=257, head_size=head_size).to(device, dtype)
-    if kind == "state":
-        model.add_time_state()
+def _settings(tuning: Tuning, recipe: Recipe, sizes, corpus, inputs, eval_every: int, patience: int) -> dict:
+    """What decides the result, in terms of JSON: travels in the output, and must be the same to resume."""
+    settings = asdict(tuning) | asdict(recipe) | sizes
+    settings |= {"device": torch.device(tuning.device).type, "text": _fingerprint(corpus)}
+    settings |= {"eval_every": eval_every, "patience": patience} if eval_every else {}
+    return settings | ({"base": inputs[0].fingerprint} if inputs else {})
+
+
+def _fingerprint(corpus: Corpus | Examples) -> str:
+    digest = hashlib.sha256()
+    for part in (corpus.train, corpus.held_out):
+        texts = [part] if isinstance(part, bytes) else [text for e in part for text in (e.prompt, e.response)]
+        for text in texts:
+            digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.hexdigest()[:16]
+
+
+def _whole_again(tuning: Tuning, base, sizes, values: dict[str, torch.Tensor]) -> RWKV_Dual:
+    """The model that was spread over processes, in one."""
+    model = make_model(tuning, base, sizes)
+    for name, parameter in trained_parameters(model).items():
+        put(parameter, values[name])
     return model
 
 
-def _fit(model, optimiser, kind: str, corpus: Corpus, recipe: Recipe, seed: int) -> list[float]:
-    """Train in place; returns the loss of every step in bits per byte."""
-    tokens = torch.tensor(model.tokenizer.encode(corpus.train))
-    generator = torch.Generator().manual_seed(seed)
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    B, T = recipe.batch_size, recipe.ctx_len
-    losses = []
-    with Progress(kind, total=recipe.steps * B * T, unit="tokens") as progress:
-        for step in range(recipe.steps):
-            start = torch.randint(len(tokens) - T, (B, 1), generator=generator)
-            batch = tokens[start + torch.arange(T + 1)].to(model.get_device())  # [B,T+1]
-            set_lr(optimiser, kind, recipe.lr, step, recipe.steps)
-            logits, _ = model.parallel(batch[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-            losses.append(loss.item() / math.log(2))
-            if not math.isfinite(losses[-1]):
-                raise NumericsError(f"The loss is {losses[-1]} at step {step}; try a smaller lr than {recipe.lr}.")
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
-            optimiser.step()
-            progress.advance(B * T)
-    return losses
-
-
-def _measure(model, corpus: Corpus, ctx_len: int, seed: int) -> tuple[float, list[tuple[str, str]]]:
-    """Held-out bits per byte, and (prompt, continuation) pairs."""
-    bits = bits_per_byte(model, corpus.held_out, ctx_len)
+def _samples(model, corpus: Corpus, seed: int) -> list[tuple[str, str]]:
+    """(prompt, continuation) pairs."""
     prompts = _PROMPTS.get(corpus.name) or (corpus.held_out[:20].decode("utf-8", errors="replace"),)
-    return bits, [(p, model.generate_with_streaming(p, _SAMPLE_LENGTH, 1.0, 0.95, seed)) for p in prompts]
+    return [(p, model.generate_with_streaming(p, _SAMPLE_LENGTH, 1.0, 0.95, seed)) for p in prompts]
 
 
 class _Clock:

@@ -1,6 +1,8 @@
 """The WKV operators: what an RWKV layer remembers, in forms that agree and differ in speed.
 
 Names, shapes, dtypes and formulas are given once per operator here; kernels/README.md derives the faster forms.
+`reference` and `chunked` are plain torch; `cpu` and `cuda` are compiled on first use,
+for float32, bfloat16 and float16.
 All of them compute and return the state in float32, or in float64 when any input is float64, autocast or not; y comes
 back in the dtype that v has. All are differentiable with respect to every input, the state included, and never change
 an input in place.
@@ -11,7 +13,8 @@ from contextlib import nullcontext
 import torch
 
 from rwkv_lab.errors import KernelError, ParameterError
-from rwkv_lab.wkv.choice import chosen_backend, use_backend
+from rwkv_lab.wkv import compiled
+from rwkv_lab.wkv.choice import available, chosen_backend, fastest, use_backend
 from rwkv_lab.wkv.chunked import wkv5_chunked, wkv6_chunked, wkv7_chunked
 from rwkv_lab.wkv.reference import wkv4_reference, wkv5_reference, wkv6_reference, wkv7_reference
 from rwkv_lab.wkv.scan import wkv4_chunked
@@ -19,21 +22,29 @@ from rwkv_lab.wkv.scan import wkv4_chunked
 __all__ = ["wkv4", "wkv5", "wkv6", "wkv7", "backends", "empty_wkv4_state", "use_backend"]
 
 _FORMS = {
-    "wkv4": {"reference": wkv4_reference, "chunked": wkv4_chunked},
-    "wkv5": {"reference": wkv5_reference, "chunked": wkv5_chunked},
-    "wkv6": {"reference": wkv6_reference, "chunked": wkv6_chunked},
-    "wkv7": {"reference": wkv7_reference, "chunked": wkv7_chunked},
+    "wkv4": {"reference": wkv4_reference, "chunked": wkv4_chunked, "cpu": compiled.wkv4, "cuda": compiled.wkv4},
+    "wkv5": {"reference": wkv5_reference, "chunked": wkv5_chunked, "cpu": compiled.wkv6, "cuda": compiled.wkv6},
+    "wkv6": {"reference": wkv6_reference, "chunked": wkv6_chunked, "cpu": compiled.wkv6, "cuda": compiled.wkv6},
+    "wkv7": {"reference": wkv7_reference, "chunked": wkv7_chunked, "cpu": compiled.wkv7, "cuda": compiled.wkv7},
 }
 
-# Below this many tokens the recurrence is the faster one of the two (measured on CPU, forward only).
+_COMPILED = ("cpu", "cuda")
+
+# Below this many tokens the recurrence is the faster one of the two in torch (measured on CPU, forward only).
 _SHORT = {"wkv4": 6, "wkv5": 12, "wkv6": 12, "wkv7": 4}
 
 _EMPTY = -1e30  # exponent p before the first token: e^p is 0, and differences of exponents stay finite
 
 
-def backends() -> tuple[str, ...]:
-    """Names that `backend=` takes besides "auto", slowest first; every operator has all of them."""
-    return tuple(_FORMS["wkv7"])
+def backends(dtype: torch.dtype | None = None) -> tuple[str, ...]:
+    """Names that `backend=` takes here besides "auto"; every operator has all of them.
+
+    Compiles nothing: "cpu" is among them when there is a compiler and nothing went wrong so far.
+
+    Args:
+        dtype: leaves out the backends that do not compute in it: the compiled ones for float64.
+    """
+    return tuple(x for x in _FORMS["wkv7"] if x not in _COMPILED or (dtype != torch.float64 and available(x)))
 
 
 def wkv4(w, u, k, v, state=None, backend: str = "auto"):
@@ -47,13 +58,13 @@ def wkv4(w, u, k, v, state=None, backend: str = "auto"):
         k, v: key and value `[B,T,A]`, any floating dtype.
         state: `[B,3,A]` = (a, b, p) before the first token: both sums, without and with v, are kept divided by e^p,
             so a e^p is the sum with v and b e^p the one without. None for `empty_wkv4_state`.
-        backend: one of `backends()`, or "auto" for the fastest at this length.
+        backend: one of `backends()`, or "auto" for the fastest that is there.
 
     Returns:
         y `[B,T,A]` in v's dtype, and the state after the last token `[B,3,A]`, its p the largest exponent so far.
 
     Raises:
-        KernelError: no such backend.
+        KernelError: no such backend, or one that was asked for and cannot run here.
         ParameterError: shapes or devices that do not fit.
     """
     if v.ndim != 3 or 0 in v.shape:
@@ -98,13 +109,13 @@ def wkv6(r, w, k, v, u, state=None, backend: str = "auto"):
         k, v: key and value `[B,T,H,N]`.
         u: bonus of the present token `[H,N]`; `time_faaaa`.
         state: S before the first token, `[B,H,V,K]` with V = K = N; None for zeros.
-        backend: one of `backends()`, or "auto" for the fastest at this length.
+        backend: one of `backends()`, or "auto" for the fastest that is there.
 
     Returns:
         y `[B,T,H,N]` in v's dtype, and the state after the last token `[B,H,V,K]`.
 
     Raises:
-        KernelError: no such backend.
+        KernelError: no such backend, or one that was asked for and cannot run here.
         ParameterError: shapes or devices that do not fit.
     """
     B, T, H, N = _heads("wkv6", v)
@@ -122,31 +133,36 @@ def wkv7(r, w, k, v, a, b, state=None, backend: str = "auto"):
         k, v: key and value `[B,T,H,N]`.
         a, b: what is read from the state and where it is written back, `[B,T,H,N]`; in RWKV-7 `-kk` and `kk * a`.
         state: S before the first token, `[B,H,V,K]` with V = K = N; None for zeros.
-        backend: one of `backends()`, or "auto" for the fastest at this length.
+        backend: one of `backends()`, or "auto" for the fastest that is there.
 
     Returns:
         y `[B,T,H,N]` in v's dtype, and the state after the last token `[B,H,V,K]`.
 
     Raises:
-        KernelError: no such backend.
+        KernelError: no such backend, or one that was asked for and cannot run here.
         ParameterError: shapes or devices that do not fit.
     """
     B, T, H, N = _heads("wkv7", v)
-    shapes = {name: (x, v.shape) for name, x in zip("rwkab", (r, w, k, a, b), strict=True)}
-    _check("wkv7", v, **shapes, state=(state, (B, H, N, N)))
+    shape = v.shape
+    inputs = {"r": (r, shape), "w": (w, shape), "k": (k, shape), "a": (a, shape), "b": (b, shape)}
+    _check("wkv7", v, **inputs, state=(state, (B, H, N, N)))
     return _run("wkv7", backend, T, v.dtype, r, w, k, v, a, b, _or_zeros(state, v))
 
 
 def _run(name, backend, T, dtype, *inputs):
     """Call one form of an operator; its y comes back in `dtype`."""
+    double = any(x.dtype == torch.float64 for x in inputs)
+    device, width = inputs[0].device.type, inputs[-1].shape[-1]
     if backend == "auto":
         backend = chosen_backend()
     if backend == "auto":
-        backend = "reference" if T < _SHORT[name] else "chunked"
+        backend = fastest(name, device, double, width) or ("reference" if T < _SHORT[name] else "chunked")
     if backend not in _FORMS[name]:
         raise KernelError(f"There is no wkv backend {backend!r}.\nUse one of: auto, {', '.join(_FORMS[name])}.")
-    inner = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
-    device = inputs[0].device.type
+    if backend in _COMPILED:
+        compiled.check(name, backend, device, double, width)
+        return _FORMS[name][backend](*inputs)
+    inner = torch.float64 if double else torch.float32
     # Autocast would run the products in 16 bits: a state whose decay is near 1 does not survive that.
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
@@ -168,16 +184,16 @@ def _check_heads(name, v, r_and_k, w, w_shape, u, state):
 
 def _check(name, v, **inputs):
     """Refuse an input that is not of its shape or not on v's device; `inputs` are (tensor or None, shape)."""
+    device = v.device
     for which, (x, shape) in inputs.items():
-        if x is None:
+        if x is None or (x.shape == shape and x.device == device):
             continue
         called = "the state" if which == "state" else which
-        if tuple(x.shape) != tuple(shape):
+        if x.shape != shape:
             raise ParameterError(
                 f"{name}: {called} has shape {list(x.shape)}; beside v of {list(v.shape)} it must be {list(shape)}."
             )
-        if x.device != v.device:
-            raise ParameterError(f"{name}: {called} is on {x.device}, v on {v.device}; they must be on one device.")
+        raise ParameterError(f"{name}: {called} is on {x.device}, v on {device}; they must be on one device.")
 
 
 def _or_zeros(state, v):

@@ -1,9 +1,20 @@
-"""Which backend "auto" stands for, while somebody compares backends."""
+"""Which backend runs: the one that was chosen, or the fastest that is there; and why a faster one is not."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
+from rwkv_lab.errors import KernelError
+from rwkv_lab.wkv import cuda
+from rwkv_lab.wkv.cpu import SOURCES
+from rwkv_lab.wkv.loader import cpu_build, cpu_library, cuda_build, failed
+
+log = logging.getLogger("rwkv_lab")
+
 _chosen = "auto"  # a plain global: torch.compile follows it; threads of one process share it
+_told: set[str] = set()
 
 
 @contextmanager
@@ -20,3 +31,52 @@ def use_backend(name: str) -> Iterator[None]:
 def chosen_backend() -> str:
     """The name that `use_backend` set, else "auto"."""
     return _chosen
+
+
+def fastest(name: str, device: str, double: bool, width: int) -> str | None:
+    """The compiled backend for operator `name` on such inputs, whose state has rows of `width`; None where torch's own
+    operations have to do."""
+    if device not in ("cpu", "cuda") or double:
+        return None
+    why = unfit(name, device, width) or problem(name, device)
+    if why is not None:
+        _tell(why)
+        return None
+    return device
+
+
+def unfit(name: str, backend: str, width: int) -> str | None:
+    """Why a compiled backend has nothing for this head size, in a sentence; None if it has."""
+    if backend != "cuda" or name == "wkv4" or width in cuda.HEAD_SIZES:
+        return None
+    sizes = ", ".join(map(str, cuda.HEAD_SIZES))
+    return f'backend="cuda" is compiled for head sizes {sizes}, and this one is {width}; use "chunked" for it.'
+
+
+# torch.compile calls it while tracing, without looking inside, where sources are compiled.
+@torch.compiler.assume_constant_result
+def problem(name: str, backend: str) -> str | None:
+    """Why a compiled backend cannot run operator `name` here, in a sentence; None if it can. Compiles it if need be."""
+    try:
+        cuda.library(SOURCES[name]) if backend == "cuda" else cpu_library(SOURCES[name])
+    except KernelError as error:
+        return str(error)
+    return None
+
+
+def available(backend: str) -> bool:
+    """Whether a compiled backend is there or can be expected to come out of its sources. Compiles nothing."""
+    try:
+        for source in SOURCES.values():
+            cuda_build(source, cuda.architectures()) if backend == "cuda" else cpu_build(source)
+    except KernelError:
+        return False
+    return not any(failed(backend, source) for source in SOURCES.values())
+
+
+@torch.compiler.assume_constant_result
+def _tell(why: str) -> None:
+    """Say once per process why the compiled operators are not used."""
+    if why not in _told:
+        _told.add(why)
+        log.warning("The WKV operators run in plain torch, which is slower: %s", why)

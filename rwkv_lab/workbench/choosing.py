@@ -38,19 +38,18 @@ class FileChooser(HasTraits):
 
     value = Unicode()
 
-    def __init__(self, name: str, tooltip: str):
+    def __init__(self, name: str):
         super().__init__()
         self.text = widgets.Text(
             description=name,
-            tooltip=tooltip,
             continuous_update=False,
-            style={"description_width": "7rem"},
+            style={"description_width": "9rem"},
             layout=widgets.Layout(width="44rem"),
         )
         self.browse = widgets.ToggleButton(description="Browse", layout=widgets.Layout(width="6rem"))
         self.place = widgets.Label()
         self.list = widgets.Select(rows=10, layout=widgets.Layout(width="36rem"))
-        self.walk = widgets.VBox([self.place, self.list], layout=widgets.Layout(margin="0 0 0 7.5rem", display="none"))
+        self.walk = widgets.VBox([self.place, self.list], layout=widgets.Layout(margin="0 0 0 9.5rem", display="none"))
         self.box = widgets.VBox([widgets.HBox([self.text, self.browse]), self.walk])
         self.text.observe(lambda change: setattr(self, "value", change["new"]), "value")
         self.observe(lambda change: setattr(self.text, "value", change["new"]), "value")

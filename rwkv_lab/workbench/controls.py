@@ -18,11 +18,11 @@ from rwkv_lab.merge.refusals import DTYPES
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.wkv import backends
 from rwkv_lab.workbench.choosing import FileChooser
-from rwkv_lab.workbench.parameters import NOTEBOOKS
 from rwkv_lab.workbench.run import Run
 
-_LABEL = {"description_width": "7rem"}
+_LABEL = {"description_width": "9rem"}
 _WIDE = {"width": "44rem"}  # no Layout: that would be a widget, made at import
+_WORDS = "{words}"  # stands in placeholders for what `Field.explain` is told
 
 
 class Field:
@@ -41,6 +41,16 @@ class Field:
     def value(self, value: Any) -> None:
         self.widget.value = self._to_widget(value)
 
+    def explain(self, words: str) -> None:
+        """Show what the parameter is, where this kind of widget has room for it."""
+        if isinstance(self.widget, widgets.Checkbox):
+            self.widget.description = f"{self.name}: {words}"
+            return
+        shown = getattr(self.widget, "text", self.widget)  # a FileChooser has a text field
+        shown.tooltip = words
+        if hasattr(shown, "placeholder"):
+            shown.placeholder = shown.placeholder.replace(_WORDS, words)
+
 
 class Panel:
     """Fields and buttons over one run. Every change is validated at once; a refused one leaves the parameters alone.
@@ -56,6 +66,7 @@ class Panel:
         self.message = widgets.HTML()
         self.output = widgets.Output()
         for field in fields:
+            field.explain(type(run.config).model_fields[field.name].description)
             field.value = getattr(run.config, field.name)
             field.widget.observe(lambda change: self.apply(), "value")
         self.buttons = {}
@@ -124,6 +135,36 @@ def merge_panel(run: Run) -> Panel | None:
     return _show(Panel(run, fields, {"Plan": merging.preview, "Run": merging.everything}))
 
 
+def train_panel(run: Run) -> Panel | None:
+    """Show the panel of train.ipynb; None, and a line that says so, where no front end is there."""
+    from rwkv_lab.workbench import training
+
+    if not _someone_there():
+        return None
+    fields = [
+        _choice("kind", tuple(training.RECIPES)),
+        _path("base"),
+        _text("data", "english, python, or a path"),
+        _text("out", "trained.pth in the report folder"),
+        *(_whole_or_none(name) for name in ("steps", "batch_size", "ctx_len", "rank")),
+        _number("lr"),
+        _number("alpha"),
+        _patterns("targets"),
+        _choice("quant", training.QUANTS),
+        _choice("dtype", tuple(training.DTYPES)),
+        _choice("autocast", (("none", ""), *((a, a) for a in training.AUTOCASTS if a))),
+        _text("device", "cpu or cuda"),
+        _whole("seed", 0),
+        _whole("eval_every", 0),
+        _whole("patience", 0),
+        _whole("checkpoint_every", 0),
+        _flag("resume"),
+        _flag("compare"),
+        _flag("overwrite"),
+    ]
+    return _show(Panel(run, fields, {"Plan": training.preview, "Run": training.everything}))
+
+
 def inspect_panel(run: Run) -> Panel | None:
     """Show the panel of inspect.ipynb; None, and a line that says so, where no front end is there."""
     from rwkv_lab.workbench import inspecting
@@ -150,6 +191,25 @@ def modes_panel(run: Run) -> Panel | None:
     return _show(Panel(run, fields, {"Run": modes.everything}))
 
 
+def benchmark_panel(run: Run) -> Panel | None:
+    """Show the panel of benchmark.ipynb; None, and a line that says so, where no front end is there."""
+    from rwkv_lab.workbench import benchmarking
+
+    if not _someone_there():
+        return None
+    fields = [
+        _path("model"),
+        _several_whole("lengths"),
+        _several_whole("batches"),
+        _several("dtypes", ("bf16", "fp32", "fp16", "int8", "int4")),
+        _several("backends", backends()),
+        _choice("device", ("cpu", "cuda")),
+        _patterns("peers"),
+        _whole("rounds", 1),
+    ]
+    return _show(Panel(run, fields, {"Run": benchmarking.everything}))
+
+
 def _someone_there() -> bool:
     """In batch no widget may even be made: its state would be saved in the executed notebook."""
     if not frontend_present():
@@ -162,12 +222,8 @@ def _show(panel: Panel) -> Panel:
     return panel
 
 
-def _help(name: str) -> str:
-    return next(m.model_fields[name].description for m in NOTEBOOKS.values() if name in m.model_fields)
-
-
 def _path(name: str) -> Field:
-    return Field(name, FileChooser(name, _help(name)))
+    return Field(name, FileChooser(name))
 
 
 def _paths(name: str) -> Field:
@@ -177,30 +233,25 @@ def _paths(name: str) -> Field:
     return Field(name, field.widget, join, lambda text: text.split("; ") if "; " in text else text)
 
 
-def _text(name: str, placeholder: str) -> Field:
+def _text(name: str, placeholder: str = _WORDS) -> Field:
     widget = widgets.Text(
-        description=name,
-        placeholder=placeholder,
-        tooltip=_help(name),
-        style=_LABEL,
-        layout=_WIDE,
-        continuous_update=False,
+        description=name, placeholder=placeholder, style=_LABEL, layout=_WIDE, continuous_update=False
     )
     return Field(name, widget)
 
 
 def _choice(name: str, options: tuple) -> Field:
-    return Field(name, widgets.Dropdown(options=options, description=name, tooltip=_help(name), style=_LABEL))
+    return Field(name, widgets.Dropdown(options=options, description=name, style=_LABEL))
 
 
 def _number(name: str) -> Field:
-    field = _text(name, _help(name))
+    field = _text(name)
     # Text that is no number goes on as it is, and is refused with the parameter's own words.
     return Field(name, field.widget, lambda v: "" if v is None else f"{v:g}", lambda text: text.strip() or None)
 
 
 def _numbers(name: str) -> Field:
-    field = _text(name, _help(name))
+    field = _text(name)
     return Field(
         name,
         field.widget,
@@ -210,7 +261,7 @@ def _numbers(name: str) -> Field:
 
 
 def _mapping(name: str) -> Field:
-    field = _text(name, f'{_help(name)}: {{"density": 0.3}}')
+    field = _text(name, f'{_WORDS}: {{"density": 0.3}}')
     return Field(name, field.widget, lambda v: json.dumps(v) if v else "", _from_json)
 
 
@@ -223,21 +274,39 @@ def _from_json(text: str) -> object:
 
 
 def _whole(name: str, least: int) -> Field:
-    widget = widgets.BoundedIntText(description=name, tooltip=_help(name), min=least, max=2**20, style=_LABEL)
+    widget = widgets.BoundedIntText(description=name, min=least, max=2**20, style=_LABEL)
     return Field(name, widget)
 
 
+def _whole_or_none(name: str) -> Field:
+    field = _text(name)
+
+    def read(text: str) -> Any:
+        text = text.strip()
+        return int(text) if text.isdecimal() else text or None  # what is no number is refused in the parameter's words
+
+    return Field(name, field.widget, lambda v: "" if v is None else str(v), read)
+
+
+def _several_whole(name: str) -> Field:
+    field = _text(name)
+    return Field(name, field.widget, lambda v: ", ".join(map(str, v)), _whole_numbers)
+
+
+def _whole_numbers(text: str) -> list:
+    """Words that are no numbers go on as they are, and are refused with the parameter's own words."""
+    return [int(word) if word.isdecimal() else word for word in text.replace(",", " ").split()]
+
+
 def _several(name: str, options: tuple[str, ...]) -> Field:
-    widget = widgets.SelectMultiple(
-        options=options, description=name, tooltip=_help(name), rows=len(options), style=_LABEL
-    )
+    widget = widgets.SelectMultiple(options=options, description=name, rows=len(options), style=_LABEL)
     return Field(name, widget, tuple, list)
 
 
 def _patterns(name: str) -> Field:
     widget = widgets.Textarea(
         description=name,
-        placeholder=f"{_help(name)}; one per line",
+        placeholder=f"{_WORDS}; one per line",
         rows=2,
         style=_LABEL,
         layout=_WIDE,
@@ -247,4 +316,4 @@ def _patterns(name: str) -> Field:
 
 
 def _flag(name: str) -> Field:
-    return Field(name, widgets.Checkbox(description=f"{name}: {_help(name)}", style=_LABEL, layout=_WIDE))
+    return Field(name, widgets.Checkbox(style=_LABEL, layout=_WIDE))

@@ -142,22 +142,6 @@ def delta_histogram(changes: Sequence[Delta], subtitle: str) -> Figure:
     return figure
 
 
-def loss_curve(losses: Sequence[float], title: str, subtitle: str) -> Figure:
-    """Training loss by step, in bits per byte: every batch, and a running mean over a twentieth of the run."""
-    figure, axes = _one(3.0, title, subtitle)
-    steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, color=SKY, linewidth=0.8, alpha=0.7, label="each batch")
-    window = max(len(losses) // 20, 1)
-    if window > 1:
-        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(steps[window - 1 :], mean, color=BLUE, linewidth=2, label=f"mean of {window} batches")
-        axes.legend(frameon=False)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, bits per byte")
-    quiet(axes)
-    return figure
-
-
 def bits_bars(bits: Mapping[str, Mapping[str, float]], subtitle: str) -> Figure:
     """Bits per byte of held-out text, a group of bars per text and a bar per model; lower is better.
 

@@ -26,13 +26,13 @@ def name_of(dtype) -> str:
 
 
 def agreement_matrix(rows: Sequence[ModeRow], subtitle: str) -> Figure:
-    """Mode and backend down, dtype across: each run's error beside float64, and beside the first run in its dtype."""
+    """Mode and backend down, dtype across: each run's error beside float64, and mode beside mode."""
     runs = list(dict.fromkeys((row.mode.value, row.backend) for row in rows))
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     figure = titled(0.9 + 0.52 * len(runs), "Do the modes agree? Error of each run, with its verdict", subtitle)
     panels = figure.subplots(1, 2, sharey=True)
     scale = LogNorm(_EXACT, 1)
-    beside = ("beside float64, same rounded weights", "beside the first run in the same dtype")
+    beside = ("beside float64, same rounded weights", "beside the first mode, same backend and dtype")
     for axes, heading, against_float64 in zip(panels, beside, (True, False), strict=True):
         grid = np.full((len(runs), len(dtypes)), np.nan)
         limits = {}
@@ -63,7 +63,7 @@ def against_judge(row: ModeRow) -> tuple[float, float]:
 
 
 def against_first(row: ModeRow) -> tuple[float, float]:
-    """As `against_judge`, beside the first run in the same dtype."""
+    """As `against_judge`, beside the first mode on the same backend in the same dtype."""
     return float(np.maximum(row.logits_apart, row.state_apart)), row.limit
 
 

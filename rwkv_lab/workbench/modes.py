@@ -103,7 +103,7 @@ def compare(run: Run, subject: Subject) -> list[ModeRow]:
         if row.problem:
             run.record.checks.append(NotApplicable(_name(row), row.problem))
             continue
-        for (error, limit), beside in ((against_judge(row), "float64"), (against_first(row), "the first in its dtype")):
+        for (error, limit), beside in ((against_judge(row), "float64"), (against_first(row), "the first mode")):
             name = f"{_name(row)}: logits and state beside {beside}"
             run.record.checks.append(Check(name, _digits(error), limit, error <= limit))
     errors = ("logits", "state", "limit", "logits apart", "state apart", "limit apart")
@@ -111,8 +111,8 @@ def compare(run: Run, subject: Subject) -> list[ModeRow]:
         "Mode × backend × dtype",
         ("mode", "backend", "dtype", *errors, "verdict"),
         [_as_cells(row) for row in rows],
-        "Relative RMS errors: beside float64 with the same rounded weights, and (apart) beside the first run in the "
-        "same dtype. Of the state the worst part counts.",
+        "Relative RMS errors: beside float64 with the same rounded weights, and (apart) beside the first mode "
+        "on the same backend in the same dtype. Of the state the worst part counts.",
     )
     run.page.tables.append(table)
     display(table)

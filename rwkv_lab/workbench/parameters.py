@@ -7,12 +7,14 @@ that reads as a number, where one with a fraction is asked for, because YAML 1.1
 import ast
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from rwkv_lab.bench.peers import parse_peers
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checkpoint.paths import path_fault
 from rwkv_lab.errors import ParameterError
@@ -117,24 +119,49 @@ class InspectParameters(Parameters):
 
 
 class TrainParameters(Parameters):
-    kind: Literal["pretrain", "state"] = Field("state", description="pretrain trains the whole model, state its start")
+    kind: Literal["pretrain", "full", "state", "lora", "pissa", "miss"] = Field(
+        "state", description="pretrain, full, state, lora, pissa or miss: what is trained"
+    )
     base: PathOrEmpty = Field("demo:base", description="the model to start from; empty: a fresh one, for pretrain only")
     data: Annotated[str, AfterValidator(_given)] = Field(
-        "python", description="english, python or the path of a text file"
+        "python", description="english, python, or the path of a text, a folder of texts or a .jsonl"
     )
     out: PathOrEmpty = Field("", description="empty: trained.pth in the report folder, replaced by the next run")
-    steps: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="batches to train on; None: the kind's own number"
-    )
+    steps: Annotated[int, Field(ge=1)] | None = Field(None, description="updates; None: the kind's own number")
     batch_size: Annotated[int, Field(ge=1)] | None = Field(None, description="texts per batch; None: the kind's own")
-    ctx_len: Annotated[int, Field(ge=1)] | None = Field(None, description="bytes per text; None: the kind's own")
-    lr: Annotated[Number, Field(gt=0)] | None = Field(None, description="highest learning rate; None: the kind's own")
+    ctx_len: Annotated[int, Field(ge=1)] | None = Field(None, description="tokens per text; None: the kind's own")
+    lr: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="highest learning rate; None: the kind's own, which suits the demo model"
+    )
+    rank: Annotated[int, Field(ge=1)] | None = Field(None, description="of adapters; None: 8")
+    alpha: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="of a LoRA, scaled by alpha over rank; None: twice the rank"
+    )
+    targets: Patterns = Field([], description="layers to adapt, such as att.key, or patterns; empty: all of the blocks")
+    train_parts: Patterns = Field([], description="trained beside adapters: emb, head, ln, time_state or patterns")
+    quant: Literal["none", "int8", "nf4"] = Field("none", description="of frozen matrices: none, int8 or nf4")
     dtype: Literal["float32", "float64", "bfloat16"] = Field(
         "float32", description="of the model: float32, float64, bfloat16"
     )
+    autocast: Literal["", "bfloat16", "float16"] = Field(
+        "", description="compute in bfloat16, or on CUDA float16; empty: in dtype"
+    )
     device: Annotated[str, AfterValidator(_given)] = Field("cpu", description="cpu or cuda")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="the same seed gives the same file")
+    accumulate: Annotated[int, Field(ge=1)] = Field(1, description="batches per update")
+    warmup: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="updates until the rate is highest; None: a twentieth"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
+    eval_every: Annotated[int, Field(ge=0)] = Field(0, description="updates between two measurements; 0: none")
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0, description="measurements without a new best before it stops; 0: never stops"
+    )
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(0, description="updates between two checkpoints; 0: none")
+    resume: bool = Field(False, description="go on from the checkpoint beside the output, if there is one")
+    compare: bool = Field(False, description="then compare all methods at equal parameters: a minute more")
     overwrite: bool = Field(False, description="replace the output if it is there")
+    dry_run: bool = Field(False, description="stop after the plan")
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/train")
 
 
@@ -152,11 +179,39 @@ class ModesParameters(Parameters):
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/modes")
 
 
+def _peer(text: str) -> str:
+    parse_peers([text])
+    return text
+
+
+class BenchmarkParameters(Parameters):
+    model: InputPath = Field("demo:base", description="a whole model of any generation: .pth, .safetensors, a folder")
+    lengths: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
+        [64, 256], description="tokens of the prompts that are read at once"
+    )
+    batches: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
+        [1, 8], description="sequences that are decoded at once"
+    )
+    dtypes: Annotated[list[Literal["bf16", "fp32", "fp16", "int8", "int4"]], Field(min_length=1)] = Field(
+        ["bf16", "fp32"], description="of bf16, fp32, fp16, int8, int4; the last two are of the weights alone"
+    )
+    backends: list[Annotated[str, AfterValidator(_backend)]] = Field(
+        [], description="of the WKV operator; empty: all there are"
+    )
+    device: Annotated[str, AfterValidator(_given)] = Field("cpu", description="cpu or cuda")
+    peers: list[Annotated[str, AfterValidator(_peer)]] = Field(
+        ["auto"], description="auto is the package rwkv where it is installed; others by a command, see the README"
+    )
+    rounds: Annotated[int, Field(ge=1)] = Field(3, description="samples of everything, taken in turn")
+    report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/benchmark")
+
+
 NOTEBOOKS: dict[str, type[Parameters]] = {
     "merge": MergeParameters,
     "inspect": InspectParameters,
     "train": TrainParameters,
     "modes": ModesParameters,
+    "benchmark": BenchmarkParameters,
 }
 
 _PLAIN = (str, bytes, int, float, complex, list, dict, tuple, set, type(None))
@@ -266,9 +321,22 @@ def _validated(model: type[Parameters], values: Mapping[str, Any]) -> Parameters
             f"{missing} is missing: {given} is {getattr(config, given)}, {missing} is still the demo's.\n"
             f"Give both, or neither for the demo."
         )
-    if isinstance(config, TrainParameters) and config.kind == "state" and not config.base:
-        raise ParameterError("base is missing: kind='state' tunes the initial state of a model; give that model")
+    if isinstance(config, TrainParameters):
+        _check_training(config)
     return config
+
+
+def _check_training(c: TrainParameters) -> None:
+    """Refuse what does not go together, by the trainer's own rules."""
+    if c.kind != "pretrain" and not c.base:
+        raise ParameterError(f"base is missing: kind={c.kind!r} tunes a model; give that model")
+    from rwkv_lab.train import Tuning, choose_recipe  # here, because it brings the model with it
+
+    recipe = choose_recipe(c.kind, steps=c.steps, warmup=c.warmup)
+    tuning = Tuning(c.kind, c.dtype, c.autocast, c.device, c.quant, c.rank or recipe.rank, c.alpha)
+    replace(tuning, targets=c.targets or None, train_parts=c.train_parts).check(c.base or None)
+    if c.patience and not c.eval_every:
+        raise ParameterError(f"patience={c.patience} counts measurements: say with eval_every when to measure")
 
 
 def _refuse_beside_recipe(config: MergeParameters) -> None:

@@ -126,7 +126,8 @@ def test_watching_changes_nothing_and_ends_after_an_error():
     plain, _ = model(tokens)
     with capture(model, names=["*"]):
         watched, _ = model(tokens)
-    assert torch.equal(plain, watched)
+    # Where nobody watches, a compiled form may run, which rounds in other places.
+    assert relative_rms(watched, plain) < 1e-6
     with pytest.raises(RuntimeError, match="mine"), capture(model):
         raise RuntimeError("mine")
     assert not model.blocks[0].att.watchers

@@ -14,6 +14,7 @@ from rwkv_lab.errors import LayoutError, NumericsError, OutputError, ParameterEr
 from rwkv_lab.model import RWKV_Dual, RWKVMode
 
 
+@torch.no_grad()  # with gradients torch's modules run, without them the compiled ones: one way for both
 def logits_of(model):
     return model(make_tokens(2, 20, model.layout.vocab_size))[0]
 

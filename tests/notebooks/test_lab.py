@@ -1,6 +1,7 @@
 """merge.ipynb in a real JupyterLab, driven by a real browser: the panel appears, Plan shows a plan, Run merges."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -117,7 +118,60 @@ def test_merge_by_hand(environment, tmp_path):
         run.click()
         wait_for(lambda: result()["parameters"]["alpha"] == 0.5 and result()["status"] != "running")
         assert result()["status"] == "ok"
-        panel.get_by_text("PASS").first.wait_for()
+        panel.get_by_text(re.compile("PASS")).first.wait_for()
         assert panel.locator("img").count() == 3
         page.screenshot(path=tmp_path / "done.png")
+        browser.close()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_train_by_hand(environment, tmp_path):
+    """An adapter chosen and trained from the panel; its loss is drawn there while it falls."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    (tmp_path / "notebooks").mkdir()
+    report = tmp_path / "report"
+    text = (ROOT / "notebooks" / "train.ipynb").read_text()
+    for old, new in (
+        ('report: str = \\"\\"', f'report: str = \\"{report}\\"'),
+        ('data: str = \\"python\\"', f'data: str = \\"{tmp_path / "cats.txt"}\\"'),
+        ("steps: Optional[int] = None", "steps: Optional[int] = 8"),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "notebooks" / "train.ipynb").write_text(text)
+    (tmp_path / "cats.txt").write_text("the cat sat on the mat; " * 500)
+
+    def ended(kind: str) -> bool:
+        if not (report / "result.json").exists():
+            return False
+        found = json.loads((report / "result.json").read_text())
+        return found["parameters"]["kind"] == kind and found["status"] != "running"
+
+    def wait_for(condition) -> None:
+        deadline = time.monotonic() + WAIT / 1000
+        while not condition():
+            assert time.monotonic() < deadline
+            page.wait_for_timeout(200)
+
+    with jupyter_lab(tmp_path, environment) as address, sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 2400})
+        page.set_default_timeout(WAIT)
+        page.goto(f"{address}/lab/tree/train.ipynb?reset")
+        page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+        page.get_by_text("Python 3 (ipykernel)", exact=False).first.wait_for()
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        wait_for(lambda: ended("state"))
+        panel = page.locator(".jp-CodeCell").nth(2)
+        panel.scroll_into_view_if_needed()
+        panel.locator("select").first.select_option("lora")
+        panel.get_by_placeholder("of adapters").fill("2")
+        panel.get_by_placeholder("of adapters").press("Enter")
+        panel.get_by_role("button", name="Run").click()
+        wait_for(lambda: ended("lora"))
+        assert json.loads((report / "result.json").read_text())["status"] == "ok"
+        panel.get_by_text(re.compile("PASS")).first.wait_for()
+        assert panel.locator("img").count() == 3  # the loss while it fell, and the two figures of the report
+        page.screenshot(path=tmp_path / "trained.png")
         browser.close()

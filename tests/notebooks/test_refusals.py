@@ -3,6 +3,7 @@
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -25,6 +26,7 @@ FORGET = (  # what %reset does, less its collection of garbage, which takes long
     "    del globals()[_n]"
 )
 BY_ID = {c.id: c for c in CASES}
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,6 @@ def test_papermill_fails_and_leaves_nothing(name, runs):
 @pytest.fixture(scope="module")
 def kernel(environment):
     """Runs the notebook in one kernel, with parameters put in as papermill does; gives the error that ended it."""
-    from conftest import ROOT
-
     notebook = nbformat.read(ROOT / "notebooks" / "merge.ipynb", as_version=4)
     client = NotebookClient(notebook, kernel_name="python3", timeout=120)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(FORGET))

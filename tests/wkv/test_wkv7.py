@@ -52,7 +52,7 @@ def backend(request):
 
 
 def test_the_forms_tested_here_are_all_there_are():
-    assert backends() == ("reference", "chunked")
+    assert backends() == ("reference", "chunked", "cpu")
 
 
 @pytest.mark.parametrize("size", SIZES)

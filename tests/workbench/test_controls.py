@@ -98,7 +98,7 @@ def test_the_chooser_shows_nothing_that_cannot_be_read(tmp_path, monkeypatch):
 def test_walking_through_folders(tmp_path):
     (tmp_path / "zoo").mkdir()
     (tmp_path / "zoo" / "x.pth").touch()
-    chooser = FileChooser("base", "")
+    chooser = FileChooser("base")
     chooser.value = str(tmp_path / "anything.pth")
     chooser.browse.value = True
     chooser.list.index = chooser.list.options.index("zoo/")

@@ -81,7 +81,7 @@ def test_other_wrong_parameters_are_named_too():
 
 
 @pytest.mark.parametrize("notebook", ["train"])
-@pytest.mark.parametrize("values", [{"steps": 0}, {"steps": 10.0}, {"steps": True}, {"lr": 0}, {"kind": "full"}])
+@pytest.mark.parametrize("values", [{"steps": 0}, {"steps": 10.0}, {"steps": True}, {"lr": 0}, {"kind": "fulll"}])
 def test_wrong_values_of_train_are_refused(notebook, values):
     assert refusal(values, notebook=notebook).startswith(next(iter(values)))
 
@@ -110,6 +110,22 @@ def test_own_and_demo_files_are_not_mixed(given, missing):
 def test_a_state_is_trained_on_some_model():
     assert refusal({"base": ""}, notebook="train").startswith("base is missing")
     assert read({"base": "", "kind": "pretrain"}, "train").base == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"kind": "full", "quant": "nf4"}, "freezes none"),
+        ({"alpha": 3.0}, "scales a LoRA"),
+        ({"targets": ["att.key"]}, "targets goes with"),
+        ({"patience": 2}, "eval_every"),
+        ({"autocast": "float16"}, "CUDA"),
+        ({"kind": "lora", "steps": 5, "warmup": 6}, "warmup=6"),
+    ],
+)
+def test_parameters_of_a_training_go_together(values, says):
+    assert says in refusal(values, notebook="train")
+    assert read({"kind": "lora", "targets": ["att.key"], "rank": 4, "alpha": 3, "quant": "nf4"}, "train").rank == 4
 
 
 def test_changing_is_all_or_nothing():

@@ -62,15 +62,15 @@ def ties(
 def elect(deltas: Sequence[Tensor], base: Tensor, alpha: float, weights: Sequence[float], normalize: bool) -> Tensor:
     """base + alpha · (mean or sum of those weighted deltas whose sign is that of the sum of all; + where it is 0)."""
     weighted = [d * w for d, w in zip(deltas, weights, strict=True)]
-    positive = sum(weighted) >= 0
+    elected = (sum(weighted).sign() + 0.5).sign()  # 1 or -1; numbers, since torch is slow on booleans
     total, counted = torch.zeros_like(base), torch.zeros_like(base)
     for d, w in zip(weighted, weights, strict=True):
-        agrees = torch.where(positive, d > 0, d < 0)
-        total += d * agrees
-        counted += w * agrees
+        agrees = (d.sign() * elected).clamp_(min=0)  # 1 or 0
+        total.addcmul_(d, agrees)
+        counted.add_(agrees, alpha=w)
     if normalize:
-        total /= counted.masked_fill_(counted == 0, 1)
-    return base + alpha * total
+        total /= torch.where(counted == 0, 1, counted)
+    return torch.add(base, total, alpha=alpha)
 
 
 def _deltas(base: Tensor, tuned: Sequence[Tensor]) -> list[Tensor]:

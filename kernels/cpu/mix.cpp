@@ -1,0 +1,355 @@
+// Everything in a layer that is no WKV, for many tokens of an RWKV model of any generation: matrix products, and between
+// them all that works token by token, in as few passes as there are products to wait for.
+//
+// Between two products everything is float32, whatever the model's dtype: only what a product reads is rounded. Tokens
+// are worked on in tiles, and each tile is laid out for the product that comes next while it is in the cache.
+#include <cmath>
+
+#include "matmul.h"
+
+using namespace rwkv_lab;
+
+namespace {
+
+INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
+
+INLINE Vec hyperbolic_tangent(Vec x) {
+    const Vec y = x * x;  // near 0 the quotient would lose digits
+    const Vec near = x + x * y * (y * (y * (y * 2.1869489e-2f - 5.3968254e-2f) + 1.3333334e-1f) - 3.3333334e-1f);
+    const Vec far = 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f);
+    return y < 0.0625f ? near : far;
+}
+
+INLINE Vec first_lanes(Vec x, int64_t n) {  // zeros from lane n on
+    Ints lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return lane < int(std::min<int64_t>(n, LANES)) ? x : Vec{};
+}
+
+int padded(int64_t n) { return round_up(int(n), LANES); }
+
+// A vector of parameters as float32, with zeros behind it, a whole vector at least: heads may end anywhere.
+struct Parameter {
+    Buffer values;
+    Parameter(const void *data, int64_t dtype, int64_t n) : values(size_t(padded(n) + LANES)) {
+        if (data) load_row(values.get(), {data, int(dtype)}, 0, int(n), padded(n) + LANES);
+    }
+    Vec operator[](int64_t i) const { return load(values.get() + i); }
+};
+
+struct Norm {
+    Parameter weight, bias;
+    float eps;
+    int64_t dtype, C;
+    Norm(const void *w, const void *b, double e, int64_t dtype_, int64_t C_)
+        : weight(w, dtype_, C_), bias(b, dtype_, C_), eps(float(e)), dtype(dtype_), C(C_) {}
+
+    // In place, padded. Zeros stay behind the end.
+    void operator()(float *x) const {
+        Vec sums{};
+        for (int64_t i = 0; i < C; i += LANES) sums += load(x + i);
+        const float mean = sum(sums) / float(C);
+        sums = Vec{};
+        for (int64_t i = 0; i < C; i += LANES) {
+            const Vec d = first_lanes(load(x + i) - mean, C - i);
+            sums += d * d;
+        }
+        const float scale = 1.0f / std::sqrt(sum(sums) / float(C) + eps);
+        for (int64_t i = 0; i < C; i += LANES) store(x + i, (load(x + i) - mean) * scale * weight[i] + bias[i]);
+    }
+
+    // And rounded to the model's dtype, as the shift in a state is: a text may be cut anywhere.
+    void rounded(float *x, uint16_t *room) const {
+        (*this)(x);
+        if (dtype == FLOAT32) return;
+        store_row({room, int(dtype)}, 0, x, int(C));
+        load_row(x, {room, int(dtype)}, 0, int(C), padded(C));
+    }
+};
+
+// For every head of a padded row, over[h*N .. h*N+N-1] = value of the head's sum of term(i), i its first channel in steps
+// of LANES.
+template <class Term, class Value>
+INLINE void per_head(float *over, int64_t H, int64_t N, Term term, Value value) {
+    for (int64_t h = 0; h < H; h++) {
+        Vec sums{};
+        for (int64_t j = 0; j < N; j += LANES) sums += N - j >= LANES ? term(h * N + j) : first_lanes(term(h * N + j), N - j);
+        const float found = value(sum(sums));
+        for (int64_t j = 0; j < N; j++) over[h * N + j] = found;
+    }
+}
+
+// Calls task(tile, first row, count of rows) for all tiles.
+template <class Task>
+void over_tiles(int64_t rows, int threads, Task task) {
+    const int64_t tiles = (rows + TILE - 1) / TILE;
+    parallel_with_torch(int(tiles), threads, [&](int i) { task(i, i * int64_t(TILE), int(std::min<int64_t>(TILE, rows - i * TILE))); });
+}
+
+// A tile of rows that is computed row by row and then laid out for a product.
+struct Tile {
+    int64_t k, apart;
+    Buffer rows;
+    explicit Tile(int64_t k_) : k(k_), apart(padded(k_) + LANES), rows(size_t(TILE * apart)) {}
+    float *row(int i) const { return rows.get() + i * apart; }
+    void lay(float *packed, int64_t tile, int count, bool pairs) const {
+        lay_tile(packed, tile, rows.get(), apart, count, k, pairs);
+    }
+};
+
+struct Scratch {  // some padded rows
+    int64_t width;
+    Buffer rows;
+    Scratch(int count, int64_t n) : width(padded(n) + LANES), rows(size_t(count * width)) {}
+    float *operator[](int i) const { return rows.get() + i * width; }
+    float *take(int i, const float *from, int64_t n) const {
+        load_row((*this)[i], {from, FLOAT32}, 0, int(n), padded(n));
+        return (*this)[i];
+    }
+};
+
+enum Activation { NONE = 0, TANH = 1, SIGMOID = 2, RELU_SQUARE = 3 };
+
+template <class Function>
+INLINE void map(float *x, int64_t n, Function f) {
+    for (int64_t i = 0; i < n; i += LANES) store(x + i, f(load(x + i)));
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether 16-bit models are multiplied in pairs of bfloat16 here, and floats that `rows` rows of k take, laid out.
+int64_t has_pairs() { return HAS_PAIRS; }
+int64_t laid_floats(int64_t rows, int64_t k, int64_t pairs) { return (rows + TILE - 1) / TILE * TILE * units_of(k, pairs); }
+
+void multiply_all(const Product *products, int64_t count, int64_t pairs, int64_t threads) {
+    multiply(products, int(count), pairs, int(threads));
+}
+
+// x[i] = LayerNorm(embedding[tokens[i]]).
+void embed(const int64_t *tokens, const void *embedding, const void *weight, const void *bias, double eps, int64_t dtype,
+           int64_t rows, int64_t C, float *x, int64_t threads) {
+    const Norm norm(weight, bias, eps, dtype, C);
+    over_tiles(rows, int(threads), [&](int64_t, int64_t first, int count) {
+        Scratch room(1, C);
+        for (int64_t i = first; i < first + count; i++) {
+            load_row(room[0], {embedding, int(dtype)}, tokens[i] * C, int(C), padded(C));
+            norm(room[0]);
+            store_row({x, FLOAT32}, i * C, room[0], int(C));
+        }
+    });
+}
+
+// LayerNorm of x[rows,C], laid out: what the head reads.
+void norm_out(const float *x, const void *weight, const void *bias, double eps, int64_t dtype, int64_t rows, int64_t C,
+              float *laid, int64_t pairs, int64_t threads) {
+    const Norm norm(weight, bias, eps, dtype, C);
+    over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
+        Tile out(C);
+        for (int i = 0; i < count; i++) {
+            load_row(out.row(i), {x, FLOAT32}, (first + i) * C, int(C), padded(C));
+            norm(out.row(i));
+        }
+        out.lay(laid, tile, count, pairs);
+    });
+}
+
+// LayerNorm, token shift, and n mixtures of a token z and the one before it p, laid out: z + (p - z) share. x[B*T,C].
+//
+// share = mu[j], or 1 - mu[j] where `of_present`; plus extra[j,B*T,C] where given. shift[B,C] is before the first token of
+// each sequence, new_shift[B,C] is after its last.
+void mix_in(const float *x, const void *weight, const void *bias, double eps, int64_t dtype, int64_t rows, int64_t T,
+            int64_t C, const void *shift, void *new_shift, int64_t n, const void *const *mu, int64_t of_present,
+            const float *extra, float *const *laid, int64_t pairs, int64_t threads) {
+    const Norm norm(weight, bias, eps, dtype, C);
+    std::vector<std::unique_ptr<Parameter>> shares;
+    for (int64_t j = 0; j < n; j++) {
+        shares.push_back(std::make_unique<Parameter>(mu[j], dtype, C));
+        if (of_present) map(shares.back()->values.get(), padded(C), [](Vec m) { return 1.0f - m; });
+    }
+    over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
+        Scratch z(TILE + 1, C), before(TILE, C);
+        Tile out(C);
+        std::vector<uint16_t> half(size_t(padded(C)));
+        for (int i = first % T ? -1 : 0; i < count; i++) {  // row -1 is the token before this tile
+            z.take(i + 1, x + (first + i) * C, C);
+            norm.rounded(z[i + 1], half.data());
+        }
+        for (int i = 0; i < count; i++) {
+            const int64_t b = (first + i) / T, t = (first + i) % T;
+            if (t)
+                memcpy(before[i], z[i], sizeof(float) * size_t(padded(C)));
+            else
+                load_row(before[i], {shift, int(dtype)}, b * C, int(C), padded(C));
+            if (t == T - 1) store_row({new_shift, int(dtype)}, b * C, z[i + 1], int(C));
+        }
+        for (int64_t j = 0; j < n; j++) {
+            const Parameter &share = *shares[size_t(j)];
+            for (int i = 0; i < count; i++) {
+                const float *now = z[i + 1], *then = before[i];
+                float *to = out.row(i);
+                if (!extra) {
+                    for (int64_t c = 0; c < C; c += LANES)
+                        store(to + c, load(now + c) + (load(then + c) - load(now + c)) * share[c]);
+                    continue;
+                }
+                load_row(to, {extra, FLOAT32}, (j * rows + first + i) * C, int(C), padded(C));
+                for (int64_t c = 0; c < C; c += LANES)
+                    store(to + c, load(now + c) + (load(then + c) - load(now + c)) * (share[c] + load(to + c)));
+            }
+            out.lay(laid[j], tile, count, pairs);
+        }
+    });
+}
+
+struct Laying {
+    const float *y;  // rows `apart` floats from one to the next
+    float *laid;
+    int64_t apart, k, activation;
+};
+
+// Activations of y[rows,k], laid out; several at once.
+void activate(const Laying *layings, int64_t n, int64_t rows, int64_t pairs, int64_t threads) {
+    over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
+        for (int64_t j = 0; j < n; j++) {
+            const Laying &l = layings[j];
+            Tile out(l.k);
+            for (int i = 0; i < count; i++) {
+                float *row = out.row(i);
+                load_row(row, {l.y, FLOAT32}, (first + i) * l.apart, int(l.k), padded(l.k));
+                if (l.activation == TANH) map(row, l.k, hyperbolic_tangent);
+                if (l.activation == SIGMOID) map(row, l.k, sigmoid);
+                if (l.activation == RELU_SQUARE)
+                    map(row, l.k, [](Vec x) { return x < 0.0f ? Vec{} : x * x; });  // NaN stays NaN
+            }
+            out.lay(l.laid, tile, count, pairs);
+        }
+    });
+}
+
+// RWKV-7, between the products and the WKV operator; all [rows,A]. From k, v, wx, ax (before w0 and a0 are added) and vx
+// (null in layer 0): k and v as the operator takes them, in place; wx becomes the log-decay, ax its b; a is new.
+void gates7(float *k, float *v, float *wx, float *ax, const float *vx, const float *v_first, float *a, const void *w0,
+            const void *a0, const void *v0, const void *k_k, const void *k_a, int64_t dtype, int64_t rows, int64_t H,
+            int64_t N, int64_t threads) {
+    const int64_t A = H * N;
+    const Parameter w_0(w0, dtype, A), a_0(a0, dtype, A), v_0(vx ? v0 : nullptr, dtype, A), kk(k_k, dtype, A),
+        ka(k_a, dtype, A);
+    over_tiles(rows, int(threads), [&](int64_t, int64_t first, int count) {
+        Scratch room(8, A);
+        float *scale = room[6], *read = room[7];
+        for (int64_t at = first * A; at < (first + count) * A; at += A) {
+            float *key = room.take(0, k + at, A), *value = room.take(1, v + at, A);
+            float *decay = room.take(2, wx + at, A), *rate = room.take(3, ax + at, A);
+            memset(scale, 0, sizeof(float) * size_t(room.width));
+            per_head(
+                scale, H, N,
+                [&](int64_t i) {
+                    const Vec x = load(key + i) * kk[i];
+                    return x * x;
+                },
+                [](float squares) { return 1.0f / std::max(std::sqrt(squares), 1e-12f); });
+            for (int64_t i = 0; i < A; i += LANES) {
+                const Vec gate = sigmoid(a_0[i] + load(rate + i)), x = load(key + i), direction = x * kk[i] * load(scale + i);
+                store(decay + i, -0.60653066f * sigmoid(w_0[i] + load(decay + i)));
+                store(read + i, -direction);
+                store(rate + i, direction * gate);
+                store(key + i, x * (1.0f + (gate - 1.0f) * ka[i]));
+            }
+            if (vx) {
+                const float *mix = room.take(4, vx + at, A), *one = room.take(5, v_first + at, A);
+                for (int64_t i = 0; i < A; i += LANES) {
+                    const Vec x = load(value + i);
+                    store(value + i, x + (load(one + i) - x) * sigmoid(v_0[i] + load(mix + i)));
+                }
+                store_row({v, FLOAT32}, at, value, int(A));
+            }
+            store_row({k, FLOAT32}, at, key, int(A));
+            store_row({wx, FLOAT32}, at, decay, int(A));
+            store_row({ax, FLOAT32}, at, rate, int(A));
+            store_row({a, FLOAT32}, at, read, int(A));
+        }
+    });
+}
+
+// RWKV-6: the log-decay -exp(time_decay + x), in place; x[rows,A].
+void decays6(float *x, const void *time_decay, int64_t dtype, int64_t rows, int64_t A, int64_t threads) {
+    const Parameter base(time_decay, dtype, A);
+    over_tiles(rows, int(threads), [&](int64_t, int64_t first, int count) {
+        Scratch room(1, A);
+        for (int64_t at = first * A; at < (first + count) * A; at += A) {
+            float *row = room.take(0, x + at, A);
+            for (int64_t i = 0; i < A; i += LANES) store(row + i, -exponential(base[i] + load(row + i)));
+            store_row({x, FLOAT32}, at, row, int(A));
+        }
+    });
+}
+
+// Behind the WKV operator of RWKV-5 to 7: norm over heads, the bonus of RWKV-7 (r_k null elsewhere), the gate (null in 5.0;
+// through silu where asked), laid out. All [rows,A].
+void heads_out(const float *y, const void *weight, const void *bias, double eps, const float *r, const float *k,
+               const float *v, const void *r_k, const float *gate, int64_t silu, int64_t dtype, int64_t rows, int64_t H,
+               int64_t N, float *laid, int64_t pairs, int64_t threads) {
+    const int64_t A = H * N;
+    const Parameter w(weight, dtype, A), b(bias, dtype, A), rk(r_k, dtype, A);
+    over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
+        Scratch room(8, A);
+        Tile out(A);
+        float *mean = room[5], *scale = room[6], *bonus = room[7];
+        memset(mean, 0, 3 * sizeof(float) * size_t(room.width));
+        for (int i = 0; i < count; i++) {
+            const int64_t at = (first + i) * A;
+            float *x = room.take(0, y + at, A), *to = out.row(i);
+            per_head(mean, H, N, [&](int64_t c) { return load(x + c); }, [&](float s) { return s / float(N); });
+            for (int64_t c = 0; c < A; c += LANES) store(x + c, load(x + c) - load(mean + c));
+            per_head(
+                scale, H, N, [&](int64_t c) { return load(x + c) * load(x + c); },
+                [&](float s) { return 1.0f / std::sqrt(s / float(N) + float(eps)); });
+            for (int64_t c = 0; c < A; c += LANES) store(to + c, load(x + c) * load(scale + c) * w[c] + b[c]);
+            if (r_k) {
+                float *receptance = room.take(1, r + at, A);
+                const float *key = room.take(2, k + at, A), *value = room.take(3, v + at, A);
+                for (int64_t c = 0; c < A; c += LANES) store(receptance + c, load(receptance + c) * load(key + c) * rk[c]);
+                per_head(bonus, H, N, [&](int64_t c) { return load(receptance + c); }, [](float s) { return s; });
+                for (int64_t c = 0; c < A; c += LANES) store(to + c, load(to + c) + load(bonus + c) * load(value + c));
+            }
+            if (gate) {
+                const float *g = room.take(4, gate + at, A);
+                for (int64_t c = 0; c < A; c += LANES) {
+                    const Vec x_g = load(g + c);
+                    store(to + c, load(to + c) * (silu ? x_g * sigmoid(x_g) : x_g));
+                }
+            }
+        }
+        out.lay(laid, tile, count, pairs);
+    });
+}
+
+// RWKV-4: sigmoid(r) y of [rows,A], laid out.
+void gate4(const float *r, const float *y, int64_t rows, int64_t A, float *laid, int64_t pairs, int64_t threads) {
+    over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
+        Scratch room(2, A);
+        Tile out(A);
+        for (int i = 0; i < count; i++) {
+            const float *gate = room.take(0, r + (first + i) * A, A), *x = room.take(1, y + (first + i) * A, A);
+            for (int64_t c = 0; c < A; c += LANES) store(out.row(i) + c, sigmoid(load(gate + c)) * load(x + c));
+        }
+        out.lay(laid, tile, count, pairs);
+    });
+}
+
+// The channel mix of RWKV-4 to 6: x += sigmoid(r) y, all [rows,C].
+void add_gated(float *x, const float *r, const float *y, int64_t rows, int64_t C, int64_t threads) {
+    over_tiles(rows, int(threads), [&](int64_t, int64_t first, int count) {
+        Scratch room(3, C);
+        for (int64_t at = first * C; at < (first + count) * C; at += C) {
+            float *sum = room.take(0, x + at, C);
+            const float *gate = room.take(1, r + at, C), *more = room.take(2, y + at, C);
+            for (int64_t c = 0; c < C; c += LANES) store(sum + c, load(sum + c) + sigmoid(load(gate + c)) * load(more + c));
+            store_row({x, FLOAT32}, at, sum, int(C));
+        }
+    });
+}
+
+}  // extern "C"

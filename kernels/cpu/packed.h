@@ -1,0 +1,125 @@
+// Products of weights in 8 and 4 bits: TR rows with TB tokens, added to sums[r * TB + b], whose lanes are still to be added up.
+#pragma once
+
+#include "weights.h"
+
+namespace rwkv_lab {
+
+template <int TR, int TB>
+INLINE void int8_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
+    const int groups = (w.columns + GROUP8 - 1) / GROUP8;
+    for (int g = 0; g < groups; g++) {
+#pragma GCC unroll 4
+        for (int r = 0; r < TR; r++) {
+            const int64_t group = (row + r) * groups + g;
+            expect<64>(static_cast<const int8_t *>(w.data) + group * GROUP8);
+            const Vec scale = broadcast(bfloat_to_float(w.scales[group]));
+            Vec part[TB] = {};
+#pragma GCC unroll 16
+            for (int i = 0; i < GROUP8; i += LANES) {
+                const Vec weight = widened<INT8>(w.data, group * GROUP8 + i);
+#pragma GCC unroll 8
+                for (int b = 0; b < TB; b++) part[b] += weight * load(x.row(b0 + b) + g * GROUP8 + i);
+            }
+#pragma GCC unroll 8
+            for (int b = 0; b < TB; b++) sums[r * TB + b] += part[b] * scale;
+        }
+    }
+}
+
+// The 4-bit numbers in the lowest bits of each lane.
+INLINE Vec nibbles(Ints x) {
+#if defined(__AVX512F__)
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return (Vec)_mm512_permutexvar_ps((__m512i)x, values);
+#else
+    return __builtin_convertvector((x & 15) - 8, Vec);
+#endif
+}
+
+// Numbers 0, 2, 4 .. and 1, 3, 5 .. of 2 LANES that follow each other: a 32-bit lane holds nibbles of two neighbours.
+INLINE void every_other(const float *from, Vec &even, Vec &odd) {
+#if defined(__AVX512F__)
+    const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512 low = (__m512)load(from), high = (__m512)load(from + LANES);
+    even = (Vec)_mm512_permutex2var_ps(low, at, high);
+    odd = (Vec)_mm512_permutex2var_ps(low, _mm512_add_epi32(at, _mm512_set1_epi32(1)), high);
+#else
+    for (int i = 0; i < LANES; i++) even[i] = from[2 * i], odd[i] = from[2 * i + 1];
+#endif
+}
+
+template <int TR, int TB>
+INLINE void int4_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
+    constexpr int CHAINS = TR * TB <= 2 ? 4 : 1;  // so that additions do not wait for each other
+    const int lines = (w.columns + LINE4 - 1) / LINE4;
+    Vec chains[TR * TB * CHAINS] = {};
+    for (int line = 0; line < lines; line++)
+#pragma GCC unroll 4
+        for (int i = 0; i < 16; i += LANES) {
+            Ints words[TR];
+#pragma GCC unroll 4
+            for (int r = 0; r < TR; r++) {
+                const auto *from = static_cast<const uint16_t *>(w.data) + ((row + r) * lines + line) * 32 + 2 * i;
+                if (i == 0) expect<64>(from);
+                memcpy(&words[r], from, sizeof words[r]);
+            }
+#pragma GCC unroll 4
+            for (int group = 0; group < 4; group++)
+#pragma GCC unroll 8
+                for (int b = 0; b < TB; b++) {
+                    Vec even, odd;
+                    every_other(x.row(b0 + b) + line * LINE4 + group * GROUP4 + 2 * i, even, odd);
+#pragma GCC unroll 4
+                    for (int r = 0; r < TR; r++) {
+                        const Vec scale = broadcast(bfloat_to_float(w.scales[((row + r) * lines + line) * 4 + group]));
+                        const Vec one = nibbles(words[r] >> (4 * group)), two = nibbles(words[r] >> (4 * group + 16));
+                        chains[(r * TB + b) * CHAINS + group % CHAINS] += (one * even + two * odd) * scale;
+                    }
+                }
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < TR * TB * CHAINS; i++) sums[i / CHAINS] += chains[i];
+}
+
+#if defined(BFLOAT_DOTS)
+// Every number that 4 bits stand for is a bfloat16 number: one look-up makes 32 of them.
+template <int TR, int TB>
+INLINE void int4_bfloat_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
+    constexpr int CHAINS = TR * TB <= 2 ? 4 : 1;
+    constexpr uint16_t VALUES[32] = {  // -8 .. 7, twice: vpermw looks at five bits, of which the fifth means nothing here
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+    const __m512i values = _mm512_loadu_si512(VALUES);
+    const int lines = (w.columns + LINE4 - 1) / LINE4;
+    Vec chains[TR * TB * CHAINS] = {};
+    for (int line = 0; line < lines; line++) {
+        __m512i words[TR];
+#pragma GCC unroll 4
+        for (int r = 0; r < TR; r++) {
+            const auto *from = static_cast<const uint16_t *>(w.data) + ((row + r) * lines + line) * 32;
+            expect<64>(from);
+            words[r] = _mm512_loadu_si512(from);
+        }
+#pragma GCC unroll 4
+        for (int group = 0; group < 4; group++) {
+            __m512i xs[TB];
+#pragma GCC unroll 8
+            for (int b = 0; b < TB; b++) xs[b] = _mm512_loadu_si512(x.half + (b0 + b) * x.stride + line * LINE4 + group * GROUP4);
+#pragma GCC unroll 4
+            for (int r = 0; r < TR; r++) {
+                const Vec scale = broadcast(bfloat_to_float(w.scales[((row + r) * lines + line) * 4 + group]));
+                const __m512i weight = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[r], 4 * group), values);
+#pragma GCC unroll 8
+                for (int b = 0; b < TB; b++)
+                    chains[(r * TB + b) * CHAINS + group % CHAINS] +=
+                        (Vec)_mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)weight, (__m512bh)xs[b]) * scale;
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < TR * TB * CHAINS; i++) sums[i / CHAINS] += chains[i];
+}
+#endif
+
+}  // namespace rwkv_lab

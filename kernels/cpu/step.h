@@ -1,0 +1,216 @@
+// One token of every sequence of a batch through a whole model: what all generations share.
+//
+// Numbers are float32 here, whatever the model's dtype; only shifts and, in a bfloat16 model, what a product reads are
+// rounded: where the parallel pass in mix.cpp rounds too, so that both modes give the same up to the order of sums.
+#pragma once
+
+#include <vector>
+
+#include "jobs.h"
+
+namespace rwkv_lab {
+
+// A model and its sizes; `tensors` lie in the order that rwkv_lab/model/compiled_step.py gives them.
+struct Model {
+    const Tensor *tensors;
+    int32_t dtype;  // of the activations
+    int32_t L, C, A, F, V, H, N;
+    float norm_eps, head_norm_eps;
+    int32_t generation;
+    int32_t rescale;  // layers after which x is halved; 0 for never
+};
+
+// States before and after. wkv before: strides of [B,L,H,V,K]; after: [B,L,H,K,V]. RWKV-4: [B,L,3,A] both.
+// Shifts [B,L,C] with strides of the first two dimensions; after: contiguous.
+struct Call {
+    const int64_t *tokens;
+    int64_t B;
+    const float *wkv;
+    int64_t wkv_strides[5];
+    const void *att_shift, *ffn_shift;
+    int64_t att_strides[2], ffn_strides[2];
+    float *new_wkv;
+    void *new_att_shift, *new_ffn_shift, *logits;
+    int64_t threads;
+};
+
+enum { EMB, LN0, LN_OUT = 3, HEAD = 5, LAYERS };  // what comes before the layers' tensors
+
+// Memory of one call, handed out in pieces whose rows have zeros behind their end. The thread that calls keeps it.
+class Scratch {
+public:
+    Scratch(int64_t B, int dtype) : B_(B), dtype_(dtype) {}
+
+    Rows rows(int64_t n) {
+        Rows out;
+        out.stride = (n + PADDED - 1) / PADDED * PADDED;
+        out.at = piece(size_t(B_ * out.stride));
+#if defined(BFLOAT_DOTS)
+        if (dtype_ == BFLOAT16) out.half = reinterpret_cast<uint16_t *>(piece(size_t(B_ * out.stride + 1) / 2));
+#endif
+        return out;
+    }
+
+private:
+    struct Piece {
+        std::unique_ptr<Buffer> memory;
+        size_t size = 0;
+    };
+
+    float *piece(size_t size) {
+        thread_local std::vector<Piece> kept;
+        if (next_ == kept.size()) kept.emplace_back();
+        Piece &mine = kept[next_++];
+        size += LANES;
+        if (size > mine.size) mine.memory = std::make_unique<Buffer>(mine.size = size);
+        memset(mine.memory->get(), 0, size * sizeof(float));
+        return mine.memory->get();
+    }
+
+    int64_t B_;
+    int dtype_;
+    size_t next_ = 0;
+};
+
+// A parameter's numbers one by one; loops over them become vector code.
+template <int P>
+struct Numbers {
+    const void *data;
+
+    explicit Numbers(const Tensor &t) : data(t.data) {}
+    INLINE float operator[](int64_t i) const {
+        if constexpr (P == FLOAT32) return static_cast<const float *>(data)[i];
+        const uint16_t x = static_cast<const uint16_t *>(data)[i];
+        return P == BFLOAT16 ? bfloat_to_float(x) : half_to_float(x);
+    }
+};
+
+inline float total(const float *x, int n) {
+    Vec sums{};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) sums += load(x + i);
+    float out = sum(sums);
+    for (; i < n; i++) out += x[i];
+    return out;
+}
+
+inline float total_of_products(const float *x, const float *y, int n) {
+    Vec sums{};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) sums += load(x + i) * load(y + i);
+    float out = sum(sums);
+    for (; i < n; i++) out += x[i] * y[i];
+    return out;
+}
+
+// (x - mean) / sqrt(variance + eps); `to` may be x.
+inline void standardise(float *to, const float *x, int n, float eps) {
+    const float mean = total(x, n) / float(n);
+    for (int i = 0; i < n; i++) to[i] = x[i] - mean;
+    const float scale = 1 / std::sqrt(total_of_products(to, to, n) / float(n) + eps);
+    for (int i = 0; i < n; i++) to[i] *= scale;
+}
+
+template <int D>
+void layer_norm(float *to, const float *x, const Tensor &weight, const Tensor &bias, int n, float eps) {
+    standardise(to, x, n, eps);
+    const Numbers<D> w(weight), b(bias);
+    for (int i = 0; i < n; i++) to[i] = to[i] * w[i] + b[i];
+}
+
+// The bfloat16 twins of a row, where there are any.
+inline void mirror(const Rows &x, int64_t b, int n) {
+    if (x.half) store_row({x.half, BFLOAT16}, b * x.stride, x.row(b), n);
+}
+
+// Work on each sequence; spread over the threads where there are several.
+template <class Task>
+void each_sequence(int64_t B, int threads, Task &&task) {
+    if (B < 4)
+        for (int64_t b = 0; b < B; b++) task(b);
+    else
+        parallel_for(int(B), threads, [&](int b) {
+            FlushToZero flush;
+            task(b);
+        });
+}
+
+// x[b] = ln0(embedding of the token)
+template <int D>
+void embed(const Model &m, const Call &c, int64_t b, float *x) {
+    const Tensor &table = m.tensors[EMB];
+    const int64_t token = c.tokens[b];
+    if (table.format <= FLOAT16) {
+        load_row(x, {table.data, table.format}, token * m.C, m.C, m.C);
+    } else if (table.format == INT8) {
+        const int groups = (m.C + GROUP8 - 1) / GROUP8;
+        const auto *from = static_cast<const int8_t *>(table.data) + token * groups * GROUP8;
+        for (int i = 0; i < m.C; i++) x[i] = float(from[i]) * bfloat_to_float(table.scales[token * groups + i / GROUP8]);
+    } else {
+        const int lines = (m.C + LINE4 - 1) / LINE4;
+        const auto *words = static_cast<const uint16_t *>(table.data) + token * lines * 32;
+        for (int i = 0; i < m.C; i++) {
+            const int line = i / LINE4, inside = i % LINE4;
+            const int code = int(words[line * 32 + inside % 32] >> (4 * (inside / 32)) & 15) - 8;
+            x[i] = float(code) * bfloat_to_float(table.scales[token * lines * 4 + i / GROUP4]);
+        }
+    }
+    layer_norm<D>(x, x, m.tensors[LN0], m.tensors[LN0 + 1], m.C, m.norm_eps);
+}
+
+// now = ln(x), kept as the new shift; before = the shift given.
+template <int D>
+void norm_and_shift(const Model &m, const Call &c, int layer, int64_t b, bool att, const Tensor *ln, const float *x, float *now,
+                    float *before) {
+    layer_norm<D>(now, x, ln[0], ln[1], m.C, m.norm_eps);
+    for (int i = 0; i < m.C; i++) now[i] = rounded<D>(now[i]);  // as the state will have it
+    const int64_t *strides = att ? c.att_strides : c.ffn_strides;
+    load_row(before, {att ? c.att_shift : c.ffn_shift, D}, b * strides[0] + layer * strides[1], m.C, m.C);
+    store_row({att ? c.new_att_shift : c.new_ffn_shift, D}, (b * m.L + layer) * m.C, now, m.C);
+}
+
+// to = now + (before - now) * mu
+template <int D>
+void mix(const Rows &to, int64_t b, const float *now, const float *delta, const Tensor &mu, int n) {
+    const Numbers<D> share(mu);
+    float *out = to.row(b);
+    for (int i = 0; i < n; i++) out[i] = now[i] + delta[i] * share[i];
+    mirror(to, b, n);
+}
+
+template <int D>
+void add(float *x, const float *y, int n) {
+    for (int i = 0; i < n; i++) x[i] += y[i];
+}
+
+// Logits of x.
+template <int D>
+void head(const Model &m, const Call &c, const Rows &x, const Rows &now) {
+    each_sequence(c.B, int(c.threads), [&](int64_t b) {
+        layer_norm<D>(now.row(b), x.row(b), m.tensors[LN_OUT], m.tensors[LN_OUT + 1], m.C, m.norm_eps);
+        mirror(now, b, m.C);
+    });
+    run_jobs<D>({{&m.tensors[HEAD], now, {}, NONE, c.logits}}, c.B, int(c.threads));
+}
+
+// A state of one head, key-major: S[k][v] for values v0 .. v0+width-1 into rows of `width`.
+struct HeadState {
+    const float *from;
+    int64_t value, key;  // strides
+    float *to;           // [K,V], contiguous
+};
+
+inline HeadState head_state(const Model &m, const Call &c, int layer, int64_t b, int h) {
+    const int64_t *s = c.wkv_strides;
+    return {c.wkv + b * s[0] + layer * s[1] + h * s[2], s[3], s[4],
+            c.new_wkv + ((b * m.L + layer) * m.H + h) * int64_t(m.N) * m.N};
+}
+
+// The state as the kernels here want it, [K,V]: where it lies, or in `room`.
+inline const float *key_major(const HeadState &s, int N, float *room) {
+    if (s.value == 1 && s.key == N) return s.from;
+    load_key_major(room, N, {nullptr, 0, 0, s.value, s.key}, s.from, N, 0, N);
+    return room;
+}
+
+}  // namespace rwkv_lab

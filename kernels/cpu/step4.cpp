@@ -1,0 +1,73 @@
+// RWKV-4: one token of every sequence through the whole model; formulas as in rwkv_lab/model/rwkv4.py.
+#include "step456.h"
+
+using namespace rwkv_lab;
+
+namespace {
+
+enum { LN1 = 0, LN2 = 2, DECAY = 4, FIRST, MIX_K, MIX_V, MIX_R, KEY, VALUE, RECEPTANCE, OUTPUT, FFN_MIX_K, FFN_MIX_R, FFN_KEY,
+       FFN_RECEPTANCE, FFN_VALUE, PER_LAYER };
+
+template <int D>
+void step(const Model &m, const Call &c) {
+    FlushToZero flush;
+    const int threads = int(c.threads), C = m.C, A = m.A;
+    const int64_t B = c.B;
+    const Tensor *t = m.tensors + LAYERS;
+    Scratch scratch(B, D);
+    const Rows x = scratch.rows(C), now = scratch.rows(C), before = scratch.rows(C), out = scratch.rows(C);
+    const Rows xk = scratch.rows(C), xv = scratch.rows(C), xr = scratch.rows(C);
+    const Rows k = scratch.rows(A), v = scratch.rows(A), r = scratch.rows(A), y = scratch.rows(A), work = scratch.rows(5 * A);
+    ChannelMix ffn(scratch, m);
+
+    each_sequence(B, threads, [&](int64_t b) { embed<D>(m, c, b, x.row(b)); });
+    for (int layer = 0; layer < m.L; layer++, t += PER_LAYER) {
+        each_sequence(B, threads, [&](int64_t b) {
+            norm_and_shift<D>(m, c, layer, b, true, t + LN1, x.row(b), now.row(b), before.row(b));
+            from_before<D>(xk, b, now.row(b), before.row(b), t[MIX_K], C);
+            from_before<D>(xv, b, now.row(b), before.row(b), t[MIX_V], C);
+            from_before<D>(xr, b, now.row(b), before.row(b), t[MIX_R], C);
+        });
+        const Job projections[] = {{&t[KEY], xk, k}, {&t[VALUE], xv, v}, {&t[RECEPTANCE], xr, r, SIGMOID}};
+        run_jobs<D>(projections, B, threads);
+        each_sequence(B, threads, [&](int64_t b) {
+            const Numbers<D> decay(t[DECAY]), first(t[FIRST]);
+            const float *a = c.wkv + b * c.wkv_strides[0] + layer * c.wkv_strides[1], *sum = a + c.wkv_strides[2];
+            const float *p = sum + c.wkv_strides[2], *key = k.row(b), *value = v.row(b);
+            float *new_a = c.new_wkv + (b * m.L + layer) * 3 * A, *new_sum = new_a + A, *new_p = new_sum + A;
+            float *past = work.row(b), *present = past + A, *w = present + A, *old = w + A, *fresh = old + A;
+            for (int i = 0; i < A; i++) w[i] = decay[i];
+            exponentials_of(w, A);
+            for (int i = 0; i < A; i++) {
+                const float q = std::max(p[i], first[i] + key[i]);
+                past[i] = p[i] - q;
+                present[i] = first[i] + key[i] - q;
+                new_p[i] = std::max(p[i] - w[i], key[i]);
+                old[i] = p[i] - w[i] - new_p[i];
+                fresh[i] = key[i] - new_p[i];
+            }
+            for (float *e : {past, present, old, fresh}) exponentials_of(e, A);
+            for (int i = 0; i < A; i++) {
+                const float wkv = (past[i] * a[i] + present[i] * value[i]) / (past[i] * sum[i] + present[i]);
+                new_a[i] = old[i] * a[i] + fresh[i] * value[i];
+                new_sum[i] = old[i] * sum[i] + fresh[i];
+                y.row(b)[i] = r.row(b)[i] * wkv;
+            }
+            halve<D>(m, layer, y.row(b), A);
+            mirror(y, b, A);
+        });
+        run_jobs<D>({{&t[OUTPUT], y, out}}, B, threads);
+        ffn.mixes<D>(m, c, layer, t + LN2, x, now, before, out, t[FFN_MIX_K], t[FFN_MIX_R], true);
+        ffn.run<D>(m, c, layer, t[FFN_KEY], t[FFN_RECEPTANCE], t[FFN_VALUE], x);
+    }
+    head<D>(m, c, x, now);
+}
+
+}  // namespace
+
+// One token of B sequences: logits [B,V] and the new state.
+extern "C" void step(const Model *model, const Call *call) {
+    if (model->dtype == FLOAT32) step<FLOAT32>(*model, *call);
+    if (model->dtype == BFLOAT16) step<BFLOAT16>(*model, *call);
+    if (model->dtype == FLOAT16) step<FLOAT16>(*model, *call);
+}

@@ -1,0 +1,122 @@
+"""WKV7 on a GPU: milliseconds forward and forward + backward, beside what the memory allows and beside a peer."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import normalize
+
+from rwkv_lab.errors import DeviceError
+from rwkv_lab.wkv import cuda, wkv7
+
+# bf16 products in another order: about 3e-3 for our own forms. Another w, or a state the wrong way round, gives 1.
+AGREEMENT = 2e-2
+
+
+def benchmark_gpu_wkv7(B: int = 8, T: int = 4096, H: int = 32, N: int = 64, rounds: int = 30) -> dict:
+    """Time WKV7 in bfloat16 on the current GPU: our two forms, and flash-linear-attention where it is installed.
+
+    Each is compared with `reference` in float32 on two heads first; one that disagrees gets no times.
+
+    Returns:
+        `{"device", "shape", "bandwidth_gb_s", "rows": [{"name", "relative_rms", "forward_ms", "both_ms"}]}`. Times are
+        {"median", "min", "max", "floor"}: the floor is the bytes that must move, at the bandwidth of a copy.
+
+    Raises:
+        DeviceError: there is no CUDA device.
+        KernelError: the kernels cannot be compiled.
+    """
+    if not torch.cuda.is_available():
+        raise DeviceError("WKV7 on a GPU cannot be measured: torch finds no CUDA device.")
+    inputs = _inputs(B, T, H, N)
+    bandwidth = _copy_rate(rounds)
+    forward_floor, both_floor = (size / bandwidth / 1e6 for size in _bytes(B, T, H, N))  # ms
+    rows = []
+    for name, run in _contestants().items():
+        error = _error(run, inputs)
+        row = {"name": name, "relative_rms": error, "forward_ms": None, "both_ms": None}
+        rows.append(row)
+        if not error < AGREEMENT:
+            continue
+        given = [x.detach().requires_grad_() for x in inputs]
+        dy = torch.randn_like(inputs[3])
+
+        def both(run=run, given=given, dy=dy):
+            y, _ = run(*given)
+            torch.autograd.grad(y, given, dy)
+
+        with torch.no_grad():
+            row["forward_ms"] = _times(lambda run=run: run(*inputs), rounds) | {"floor": forward_floor}
+        row["both_ms"] = _times(both, rounds) | {"floor": both_floor}
+    return {
+        "device": torch.cuda.get_device_name(),
+        "shape": {"B": B, "T": T, "H": H, "N": N, "dtype": "bfloat16"},
+        "bandwidth_gb_s": bandwidth,
+        "rows": rows,
+    }
+
+
+def _contestants() -> dict[str, Callable]:
+    def recurrence(*inputs):
+        with cuda.recurrence_only():
+            return wkv7(*inputs, backend="cuda")
+
+    found = {"chunks on tensor cores": lambda *inputs: wkv7(*inputs, backend="cuda"), "recurrence": recurrence}
+    try:
+        from fla.ops.rwkv7 import chunk_rwkv7
+    except ImportError:
+        return found
+
+    def fla(r, w, k, v, a, b, state):
+        y, last = chunk_rwkv7(r=r, w=w, k=k, v=v, a=a, b=b, initial_state=state.mT, output_final_state=True)
+        return y, last.mT
+
+    return found | {"flash-linear-attention": fla}
+
+
+def _inputs(B, T, H, N):
+    g = torch.Generator("cuda").manual_seed(0)
+    r, w, k, v, kk, a = (torch.randn(B, T, H, N, generator=g, device="cuda") for _ in range(6))
+    w, kk = -0.6065 * torch.sigmoid(w), normalize(kk, dim=-1)
+    state = torch.randn(B, H, N, N, generator=g, device="cuda")
+    return [x.bfloat16() for x in (r, w, k, v, -kk, kk * torch.sigmoid(a))] + [state]
+
+
+def _error(run, inputs) -> float:
+    """Relative RMS error of y and the final state on two heads of the first sequence, the larger one."""
+    *tokens, state = inputs
+    few = [x[:1, :, :2].contiguous() for x in tokens] + [state[:1, :2].contiguous()]
+    with torch.no_grad():
+        pairs = zip(run(*few), wkv7(*(x.float() for x in few), backend="reference"), strict=True)
+        return max(float(((x.float() - true).square().mean() / true.square().mean()).sqrt()) for x, true in pairs)
+
+
+def _bytes(B, T, H, N) -> tuple[int, int]:
+    """What has to move forward, and forward + backward with one float32 state kept per 64 tokens."""
+    tensor, state = 2 * B * T * H * N, 4 * B * H * N * N
+    kept = state * -(-T // 64)
+    forward = 7 * tensor + 2 * state  # r, w, k, v, a, b in, y out
+    backward = 7 * tensor + 6 * tensor + 2 * state + kept  # those and dy in, six gradients out
+    return forward, forward + kept + backward
+
+
+def _copy_rate(rounds: int) -> float:
+    """GB/s of a copy on the device, bytes read and written both counted."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _times(lambda: target.copy_(source), rounds)["median"] / 1e6
+
+
+def _times(work: Callable[[], object], rounds: int) -> dict[str, float]:
+    """Milliseconds on the device between two events, each round by itself, after three that warm up."""
+    for _ in range(3):
+        work()
+    found = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end))
+    return {"median": statistics.median(found), "min": min(found), "max": max(found)}

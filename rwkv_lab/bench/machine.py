@@ -1,0 +1,183 @@
+"""What figures are taken on: the machine's description, its floors, and how much of it others use meanwhile."""
+
+import ctypes
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from rwkv_lab import __version__
+from rwkv_lab.errors import KernelError
+from rwkv_lab.wkv.loader import cpu_library
+
+_TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # of /proc's clocks, per second
+_READ_BYTES = 1 << 28  # far more than a cache holds
+
+
+def machine() -> dict:
+    """Processor, cores, threads and versions."""
+    model = platform.processor()
+    try:
+        with open("/proc/cpuinfo") as f:
+            model = next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    found = {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "rwkv_lab": __version__,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed distribution, None where there is none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+# ---------------------------------------------------------------------- floors
+
+
+def read_rate() -> float:
+    """GB/s at which all threads together read memory, measured now."""
+    library = _floors()
+    if library is None:
+        return _read_rate_of_torch()
+    return library.read_gbps(torch.get_num_threads(), _READ_BYTES, 5)
+
+
+def multiply_add_rate() -> float:
+    """GFLOP/s of float32 multiply-adds (each counted as two) on all threads, measured now."""
+    library = _floors()
+    if library is None:
+        return matmul_rate(torch.float32)
+    return library.fma_gflops(torch.get_num_threads(), 0.1)
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of torch's matrix product in that dtype, measured now: in bfloat16 what the machine can do at most."""
+    n = 1536
+    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2 * n**3 / (time.perf_counter() - start) * 1e-9)
+    return best
+
+
+def floors_are_compiled() -> bool:
+    """Whether floors come from kernels/cpu/floors.cpp; without a compiler torch measures them, lower than they are."""
+    return _floors() is not None
+
+
+@cache
+def _floors() -> ctypes.CDLL | None:
+    try:
+        library = cpu_library("floors")
+    except KernelError:
+        return None
+    library.fma_gflops.argtypes, library.fma_gflops.restype = (ctypes.c_int, ctypes.c_double), ctypes.c_double
+    library.read_gbps.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int)
+    library.read_gbps.restype = ctypes.c_double
+    return library
+
+
+def _read_rate_of_torch() -> float:
+    x = torch.ones(_READ_BYTES // 4)
+    best = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        x.sum()
+        best = max(best, x.nbytes / (time.perf_counter() - start) * 1e-9)
+    return best
+
+
+# ---------------------------------------------------------------------- who else is at work
+
+
+@dataclass
+class Load:
+    """What happened while something was measured."""
+
+    seconds: float = 0.0
+    foreign: float = 0.0  # CPUs that other processes used on average; 0 where the system does not tell
+
+
+@contextmanager
+def watched() -> Iterator[Load]:
+    """Measure what the block takes, and how many CPUs others (not this process or its children) used meanwhile."""
+    load = Load()
+    before, start = _busy_ticks(), time.perf_counter()
+    yield load
+    load.seconds = time.perf_counter() - start
+    after = _busy_ticks()
+    if before and after:
+        (all_before, ours_before), (all_after, ours_after) = before, after
+        # The two clocks are read one after the other and count whole ticks: two ticks mean nothing.
+        ticks = (all_after - all_before) - (ours_after - ours_before) - 2
+        load.foreign = max(ticks, 0) / _TICK / max(load.seconds, 1e-9)
+
+
+def _busy_ticks() -> tuple[int, int] | None:
+    """Ticks that all CPUs together have worked so far, and those of this process and its children, dead ones too."""
+    try:
+        with open("/proc/stat") as f:
+            numbers = [int(x) for x in f.readline().split()[1:9]]
+        user, nice, system, _idle, _iowait, irq, softirq, steal = numbers
+        parents, ticks = {}, {}
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                try:
+                    with open(f"/proc/{name}/stat") as f:
+                        fields = f.read().rpartition(")")[2].split()
+                except OSError:  # it ended meanwhile
+                    continue
+                parents[int(name)], ticks[int(name)] = int(fields[1]), sum(int(x) for x in fields[11:15])
+    except (OSError, ValueError):
+        return None
+    ours = [pid for pid in ticks if _descends(pid, os.getpid(), parents)]
+    return user + nice + system + irq + softirq + steal, sum(ticks[pid] for pid in ours)
+
+
+def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
+    while pid and pid != ancestor:
+        pid = parents.get(pid, 0)
+    return pid == ancestor
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def memory_of(what: str) -> int | None:
+    """Bytes of this process by /proc's name: VmRSS now, VmHWM at the peak, RssAnon; None where it is not told."""
+    try:
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(what + ":"))
+    except (OSError, StopIteration):
+        return None
+
+
+def forget_peak() -> None:
+    """Let VmHWM begin anew from what is in use now, where the system can."""
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    except OSError:
+        pass

@@ -1,0 +1,195 @@
+"""Other implementations in the same run: the PyPI package `rwkv`, and any other one by a command of the user's.
+
+A peer gets requests of three kinds, each with token ids of which the first `read` are read at once:
+
+* `answers`: feed the others one by one, and write the logits after the first `read` and after each of the others,
+  `[1 + others, V]` float32, to a `.npy` file;
+* `decode`: the same without writing; the seconds of the part after the first `read` count;
+* `prefill`: read all at once; the seconds count.
+
+The reply is `{"seconds": …}`, or `{"error": "…"}`. A command is run once per request: its last line on stdout is the
+reply. In its words these are replaced: `{task}`, `{model}` (path of the checkpoint), `{dtype}` (fp32, bf16, …),
+`{tokens}` (path of a JSON list), `{read}`, `{out}` (path of the `.npy`), `{threads}`.
+"""
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rwkv_lab.bench.machine import package_version
+from rwkv_lab.errors import ParameterError, RwkvLabError
+
+RWKV, AUTO = "rwkv", "auto"
+_RWKV_DTYPES = ("bf16", "fp32")
+_NEEDED = ("{task}", "{model}", "{tokens}", "{out}")
+_TIMEOUT = 1800  # seconds for one request
+
+
+class PeerError(RwkvLabError):
+    """A peer does not run here, or not this model; its rows say so, and the others go on."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One implementation: a name and, unless it is the package `rwkv`, the command that answers requests."""
+
+    name: str
+    command: str = ""
+
+    def runs(self, dtype: str) -> bool:
+        """Whether it is asked for this dtype at all."""
+        return bool(self.command) or dtype in _RWKV_DTYPES
+
+
+def parse_peers(wanted: Sequence[str]) -> list[Peer]:
+    """Peers from texts: "auto" (`rwkv` where it is installed), "rwkv", or "name=command".
+
+    Raises:
+        ParameterError: an unknown name without a command, or a command that has no place for what it needs.
+    """
+    there = importlib.util.find_spec("rwkv") is not None
+    wanted = [RWKV if text == AUTO else text for text in wanted if text != AUTO or there]
+    found = []
+    for text in wanted:
+        name, equals, command = text.partition("=")
+        name, command = name.strip(), command.strip()
+        if not equals and name != RWKV:
+            raise ParameterError(f"peers: {text!r} is neither {AUTO!r} nor {RWKV!r} nor 'name=command'.")
+        missing = [place for place in _NEEDED if place not in command]
+        if equals and (not name or missing):
+            raise ParameterError(f"peers: {text!r} needs a name, and {', '.join(_NEEDED)} in its command.")
+        if not equals and not there:
+            raise ParameterError("peers: the package rwkv is not installed; pip install rwkv")
+        found.append(Peer(f"{RWKV} {package_version(RWKV)}" if not equals else name, command))
+    return found
+
+
+@dataclass
+class Session:
+    """A peer with a model loaded. `ask` sends one request."""
+
+    ask: Callable[[dict], dict]
+    loaded: dict = field(default_factory=dict)  # "seconds" and "peak" of loading, where the peer tells
+
+    def answers(self, tokens: Sequence[int], read: int) -> torch.Tensor:
+        """Logits `[1 + len(tokens) - read, V]` float32."""
+        with tempfile.TemporaryDirectory(prefix="rwkv_lab-peer-") as folder:
+            out = str(Path(folder) / "logits.npy")
+            self.ask({"task": "answers", "tokens": list(tokens), "read": read, "out": out})
+            try:
+                logits = torch.from_numpy(np.load(out, allow_pickle=False))
+            except (OSError, ValueError) as e:
+                raise PeerError(f"it wrote no logits: {e}") from e
+        if logits.ndim != 2 or len(logits) != 1 + len(tokens) - read:
+            raise PeerError(f"its logits have shape {list(logits.shape)}; [{1 + len(tokens) - read}, V] were asked for")
+        return logits
+
+    def seconds(self, task: str, tokens: Sequence[int], read: int) -> float:
+        """Time of a "decode" of `tokens[read:]` or of a "prefill"."""
+        found = self.ask({"task": task, "tokens": list(tokens), "read": read, "out": ""}).get("seconds")
+        if not isinstance(found, int | float) or not found > 0:
+            raise PeerError(f"its reply to {task} has no seconds")
+        return float(found)
+
+
+@contextmanager
+def open_peer(peer: Peer, path: Path, dtype: str) -> Iterator[Session]:
+    """A peer with this checkpoint.
+
+    Raises:
+        PeerError: it cannot run this file, or ended.
+    """
+    if peer.command:
+        yield Session(lambda request: _run_command(peer, path, dtype, request))
+        return
+    if path.suffix != ".pth":
+        raise PeerError(f"it reads .pth files, not {path.name}")
+    with tempfile.TemporaryFile("w+") as complaints:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rwkv_lab.bench.rwkv_package"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            env=child_environment() | _switches(path),
+        )
+
+        def ask(request: dict) -> dict:
+            try:
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+                reply = process.stdout.readline()
+            except OSError:
+                reply = ""
+            if not reply:
+                complaints.seek(0)
+                raise PeerError(f"it ended: {_last_line(complaints.read())}")
+            return _checked(json.loads(reply))
+
+        try:
+            # RWKV-7's part of the package puts the suffix on by itself; the other part accepts both.
+            yield Session(ask, ask({"model": str(path.with_suffix("")), "dtype": dtype}))
+        finally:
+            process.stdin.close()
+            process.terminate()
+            process.wait()
+            process.stdout.close()
+
+
+def _switches(path: Path) -> dict[str, str]:
+    from rwkv_lab.checkpoint import open_checkpoint
+
+    with open_checkpoint(path) as ck:
+        seven = ck.layout is not None and ck.layout.version == "7.0"
+    return {"RWKV_V7_ON": str(int(seven)), "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
+
+
+def child_environment() -> dict[str, str]:
+    """For processes that measure: this package on their path, and as many threads as here."""
+    root = str(Path(__file__).parents[2])  # a checkout that is run without being installed
+    paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    threads = str(torch.get_num_threads())
+    return os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+
+
+def _run_command(peer: Peer, path: Path, dtype: str, request: dict) -> dict:
+    with tempfile.TemporaryDirectory(prefix="rwkv_lab-peer-") as folder:
+        tokens = Path(folder) / "tokens.json"
+        tokens.write_text(json.dumps(request["tokens"]))
+        values = {"task": request["task"], "model": path, "dtype": dtype, "tokens": tokens, "read": request["read"]}
+        values |= {"out": request["out"], "threads": torch.get_num_threads()}
+        words = shlex.split(peer.command)
+        for name, value in values.items():
+            words = [word.replace(f"{{{name}}}", str(value)) for word in words]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, env=child_environment(), timeout=_TIMEOUT)
+        except (OSError, subprocess.TimeoutExpired) as e:
+            raise PeerError(f"its command does not run: {e}") from e
+    if done.returncode:
+        raise PeerError(f"its command ended with code {done.returncode}: {_last_line(done.stderr)}")
+    try:
+        return _checked(json.loads(_last_line(done.stdout)))
+    except json.JSONDecodeError as e:
+        raise PeerError(f"its last line is no JSON: {_last_line(done.stdout)}") from e
+
+
+def _checked(reply: object) -> dict:
+    if not isinstance(reply, dict) or "error" in reply:
+        raise PeerError(str(reply["error"] if isinstance(reply, dict) else reply)[:200])
+    return reply
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "without a word"

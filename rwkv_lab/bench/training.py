@@ -1,0 +1,95 @@
+"""Training speed of the demo model on each backend of the WKV operator."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional as F
+
+from rwkv_lab.bench.contest import Agreement, Row, interleave, median_share, refusal, relative_rms, say
+from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.train import RECIPES, Recipe
+from rwkv_lab.train.optimiser import make_optimiser
+from rwkv_lab.wkv import use_backend
+
+LIMIT = 1e-3  # relative RMS of all gradients in float32, beside the reference: sums over a thousand tokens
+_STEPS = 2  # of one sample
+_SIZES = {"n_embd": 128, "n_layer": 3, "vocab_size": 257, "head_size": 32}  # of the demo model
+
+
+def measure_training(backends: Sequence[str], rounds: int, length: int | None = None) -> list[Row]:
+    """Tokens per second of whole training steps (size: tokens of one step), and each backend's ratio to `chunked`.
+
+    Args:
+        length: bytes per text; None for the recipe's.
+    """
+    recipe = RECIPES["pretrain"]
+    batch, length = recipe.batch_size, length or recipe.ctx_len
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(256, (batch, length + 1), generator=g)
+    expected = _gradients("reference", tokens)
+    contestants, agreed, rows = {}, {}, []
+    for backend in backends:
+        try:
+            agreement = Agreement(relative_rms(_gradients(backend, tokens), expected), LIMIT, positions=tokens.numel())
+        except RwkvLabError as e:
+            rows.append(say(_row(backend, tokens, problem=str(e).splitlines()[0])))
+            continue
+        if agreement.passed:
+            agreed[backend] = agreement
+            contestants[backend] = _trainer(backend, tokens, recipe)
+        else:
+            rows.append(say(_row(backend, tokens, agreement=agreement, problem=refusal(agreement))))
+    results = interleave(contestants, rounds)
+    for backend, (samples, foreign) in results.items():
+        shares = {"chunked": median_share(samples, results["chunked"][0])} if "chunked" in results else {}
+        values = {"samples": samples, "foreign": foreign, "agreement": agreed[backend], "shares": shares}
+        rows.append(say(_row(backend, tokens, **values)))
+    return rows
+
+
+def _row(backend: str, tokens: torch.Tensor, **values) -> Row:
+    size = tokens.shape[0] * (tokens.shape[1] - 1)
+    return Row("training", "demo model", backend, "fp32", size, "tokens/s", **values)
+
+
+def _model() -> RWKV_Dual:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return RWKV_Dual(**_SIZES)
+
+
+def _gradients(backend: str, tokens: torch.Tensor) -> torch.Tensor:
+    """All gradients of the first step's loss, one after the other."""
+    model = _model()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        for p in model.parameters():  # a fresh model's output matrices are zeros, and hide what comes before them
+            p.add_(torch.randn_like(p), alpha=0.02)
+    with use_backend(backend):
+        _loss(model, tokens).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _loss(model: RWKV_Dual, tokens: torch.Tensor) -> torch.Tensor:
+    logits, _ = model.parallel(tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def _trainer(backend: str, tokens: torch.Tensor, recipe: Recipe) -> Callable[[], float]:
+    model = _model()
+    optimiser = make_optimiser(dict(model.named_parameters()), recipe)
+
+    def take() -> float:
+        start = time.perf_counter()
+        with use_backend(backend):
+            for _ in range(_STEPS):
+                loss = _loss(model, tokens)
+                optimiser.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimiser.step()
+        return _STEPS * tokens.shape[0] * (tokens.shape[1] - 1) / (time.perf_counter() - start)
+
+    return take

@@ -1,0 +1,121 @@
+"""The checkpoint of an unfinished training, from which it goes on as if it had never stopped, bit for bit.
+
+One `.safetensors` beside the output: what is trained, the optimiser's moments, the best values so far, the position in
+the data, and the rest as JSON in its header. Frozen weights are not in it; they come from the base again. It appears
+whole or not at all, and goes when the output is there.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
+from rwkv_lab.errors import CorruptFileError, ParameterError
+from rwkv_lab.train.processes import Processes, put
+
+_NOTE = "rwkv_lab.train.resume"
+
+
+@dataclass
+class Course:
+    """How far a training has come, in numbers that JSON holds exactly."""
+
+    step: int = 0  # steps done
+    losses: list[float] = field(default_factory=list)  # bits per token of each step
+    held_out: list[tuple[int, float]] = field(default_factory=list)  # (steps done, bits per byte)
+    best: float | None = None  # of the bits per byte
+    worse_since: int = 0  # measurements since the best
+    log: list[dict] = field(default_factory=list)  # rows of the log
+    scaler: dict = field(default_factory=dict)  # of float16 gradients
+    bits_before: float | None = None  # of held-out text, before the first step
+    samples_before: list[tuple[str, str]] = field(default_factory=list)  # (prompt, continuation)
+
+
+def resume_path(out: Path) -> Path:
+    """Where the checkpoint of an unfinished training towards `out` is kept."""
+    return out.with_name(f"{out.name}.resume.safetensors")
+
+
+def save_course(
+    path: Path,
+    course: Course,
+    settings: Mapping[str, object],
+    trained: Mapping[str, torch.Tensor],
+    optimiser: torch.optim.Optimizer,
+    best: Mapping[str, torch.Tensor],
+    position: Mapping[str, torch.Tensor],
+    processes: Processes,
+) -> None:
+    """Write the checkpoint, in place of an older one. Every process has to call it; the first one writes.
+
+    Raises:
+        OutputError: it cannot be written; the older one is as it was then.
+    """
+    tensors = processes.whole((f"trained/{name}", p) for name, p in trained.items())
+    for name, p in trained.items():
+        moments = processes.whole((f"{key}/{name}", value) for key, value in optimiser.state.get(p, {}).items())
+        tensors |= {f"optimiser/{key}": value for key, value in moments.items()}
+    tensors |= processes.whole((f"best/{name}", value) for name, value in best.items())
+    tensors |= {f"data/{name}": value for name, value in position.items()}
+    if processes.first:
+        note = json.dumps({"settings": settings, "course": vars(course)})
+        write_checkpoint(path, tensors, metadata={_NOTE: note}, overwrite=True)
+
+
+def load_course(
+    path: Path,
+    settings: Mapping[str, object],
+    trained: Mapping[str, torch.Tensor],
+    optimiser: torch.optim.Optimizer,
+) -> tuple[Course, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Put back what `save_course` wrote: into parameters and optimiser; the course, best values and data's position are
+    returned.
+
+    Raises:
+        ParameterError: it is of a training with other settings; says which.
+        CorruptFileError: no such checkpoint, or a broken one.
+    """
+    with open_checkpoint(path) as ck:
+        try:
+            note = json.loads(ck.metadata[_NOTE])
+            course = Course(**note["course"])
+        except (KeyError, ValueError, TypeError):
+            raise CorruptFileError(f"{path} is no checkpoint of an unfinished training; remove it.") from None
+        _refuse_other(path, note["settings"], json.loads(json.dumps(settings)))
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for name in ck:
+            part, _, rest = name.partition("/")
+            parts.setdefault(part, {})[rest] = ck[name]
+    found = parts.get("trained", {})
+    if set(found) != set(trained) or any(found[n].shape != p.shape for n, p in trained.items()):
+        raise CorruptFileError(f"{path} holds other parameters than are trained here; remove it, or train as before.")
+    for name, p in trained.items():
+        put(p, found[name])
+    for entry, values in parts.get("optimiser", {}).items():
+        key, _, name = entry.partition("/")
+        if key == "step":
+            optimiser.state[trained[name]][key] = values.to(_step_device(optimiser, trained[name]))
+        else:
+            moment = torch.zeros_like(trained[name])
+            put(moment, values)
+            optimiser.state[trained[name]][key] = moment
+    course.held_out = [tuple(pair) for pair in course.held_out]
+    return course, parts.get("best", {}), parts.get("data", {})
+
+
+def _step_device(optimiser: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.device:
+    """Where AdamW keeps its count of steps: beside the parameter if it is fused."""
+    return parameter.device if optimiser.defaults["fused"] else torch.device("cpu")
+
+
+def _refuse_other(path: Path, then: dict, now: dict) -> None:
+    other = [name for name in now if then.get(name) != now[name]]
+    if other:
+        pairs = ", ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in other[:3])
+        raise ParameterError(
+            f"{path.name} is of a training with other settings: {pairs}.\n"
+            "Say what was said then, or remove that file to begin anew."
+        )

@@ -1,0 +1,46 @@
+"""The compiled operators behind the names that `rwkv_lab.wkv` uses for all forms of an operator.
+
+Inputs are what the checks there let through; unlike the torch forms, these take each in its own dtype.
+"""
+
+import torch
+
+from rwkv_lab.errors import KernelError
+from rwkv_lab.wkv import operators
+from rwkv_lab.wkv.choice import problem, unfit
+from rwkv_lab.wkv.cpu import DTYPES
+
+
+def wkv4(w, u, k, v, state):
+    """y and the final state; see `rwkv_lab.wkv.wkv4`."""
+    return _run(operators.wkv4, (w, u, k, v), state)
+
+
+def wkv6(r, w, k, v, u, state):
+    """y and the final state; see `rwkv_lab.wkv.wkv6` and, for w of `[H,N]`, `rwkv_lab.wkv.wkv5`."""
+    return _run(operators.wkv6, (r, w, k, v, u), state)
+
+
+def wkv7(r, w, k, v, a, b, state):
+    """y and the final state; see `rwkv_lab.wkv.wkv7`."""
+    return _run(operators.wkv7, (r, w, k, v, a, b), state)
+
+
+def check(name: str, backend: str, device: str, double: bool, width: int) -> None:
+    """Raise KernelError if that backend cannot run operator `name` on such inputs."""
+    if device != backend:
+        raise KernelError(f'backend="{backend}" needs tensors on that device; these are on {device}.')
+    if double:
+        raise KernelError(
+            f'backend="{backend}" computes in float32, but an input is float64.\n'
+            'Use backend="chunked" or "reference", or convert the inputs.'
+        )
+    if why := unfit(name, backend, width) or problem(name, backend):
+        raise KernelError(why)
+
+
+def _run(operator, inputs, state):
+    inputs = [x if x.dtype in DTYPES else x.float() for x in inputs]
+    state = state.float()
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
+    return operator(*inputs, state, keep)[:2]

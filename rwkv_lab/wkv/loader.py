@@ -1,0 +1,296 @@
+"""Compiles the sources in `kernels/` on first use and loads what comes out, as plain C functions through ctypes.
+
+A library lies in a cache folder under a name made of everything that it depends on: torch's version, compiler, flags,
+the machine's CPU or the GPU architectures, and the sources. Nothing there is ever changed: a library appears whole, by
+a rename, or not at all, so that processes may race for it and may be killed at any moment.
+"""
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rwkv_lab.errors import KernelError
+from rwkv_lab.resources import kernels_folder
+
+log = logging.getLogger(__name__)
+
+_COMMON = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
+_NATIVE = ("-march=native",)
+_PORTABLE = ("-march=x86-64-v2",)  # what every x86 of the last fifteen years can run
+_PATIENCE = 600  # seconds until a compiler is given up
+_SEAL = b"rwkv_lab:"  # at the end of a library, before the SHA-256 of what comes before: a damaged one is not loaded
+
+_guard = threading.RLock()
+_results: dict[tuple, ctypes.CDLL | KernelError] = {}
+_private: list[Path] = []  # this process's own folder, once the cache turned out to be read-only
+
+
+@dataclass(frozen=True)
+class Build:
+    """One library: its source, the command that makes it (without `-o` and the source), and where it is kept."""
+
+    source: Path
+    command: tuple[str, ...]
+    compiler: str  # with its version
+    library: Path
+
+
+def cpu_library(name: str) -> ctypes.CDLL:
+    """The functions of `kernels/cpu/<name>.cpp`, compiled now if they are not in the cache.
+
+    Built for the machine this runs on, or for any x86-64-v2 when `RWKV_LAB_PORTABLE=1`.
+
+    Raises:
+        KernelError: no compiler, a compile error, sources missing. It is remembered: the next call raises at once.
+    """
+    return _remembered(("cpu", name, _portable()), lambda: cpu_build(name))
+
+
+def cuda_library(name: str, architectures: tuple[str, ...] | None = None) -> ctypes.CDLL:
+    """The functions of `kernels/cuda/<name>.cu`, compiled now if they are not in the cache.
+
+    Args:
+        architectures: such as `("80", "90a")`; None for that of the current device.
+
+    Raises:
+        KernelError: no nvcc, one of another CUDA than torch's, no device to build for, a compile error, sources
+            missing. It is remembered: the next call raises at once.
+    """
+    return _remembered(("cuda", name, architectures), lambda: cuda_build(name, architectures))
+
+
+def failed(kind: str, name: str) -> bool:
+    """Whether an attempt of this process to get `kernels/<kind>/<name>` went wrong."""
+    return any(isinstance(found, KernelError) and key[:2] == (kind, name) for key, found in _results.items())
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept: `$RWKV_LAB_CACHE`, else `rwkv_lab/` in the user's cache folder; then `kernels/`."""
+    if chosen := os.environ.get("RWKV_LAB_CACHE"):
+        return Path(chosen) / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_lab" / "kernels"
+
+
+def cpu_build(name: str) -> Build:
+    """How `cpu_library(name)` is made; compiles nothing.
+
+    Raises:
+        KernelError: no compiler, sources missing.
+    """
+    portable = _portable()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    flags = (_PORTABLE if x86 else ()) if portable else _NATIVE
+    compiler, version = _cpp_compiler()
+    machine = platform.machine() if portable else _cpu_model()
+    return _build(f"cpu/{name}.cpp", (*compiler, *_COMMON, *flags, "-pthread"), version, machine)
+
+
+def cuda_build(name: str, architectures: tuple[str, ...] | None = None) -> Build:
+    """How `cuda_library(name, architectures)` is made; compiles nothing.
+
+    Raises:
+        KernelError: no nvcc, one of another CUDA than torch's, no device to build for, sources missing.
+    """
+    nvcc, version = _nvcc()
+    if architectures is None:
+        if not torch.cuda.is_available():
+            raise KernelError("torch finds no CUDA device, so there is no GPU architecture to compile for.")
+        architectures = ("{}{}".format(*torch.cuda.get_device_capability()),)
+    targets = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in architectures]
+    command = (nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", *targets)
+    return _build(f"cuda/{name}.cu", command, version, platform.machine())
+
+
+def _remembered(key: tuple, plan) -> ctypes.CDLL:
+    found = _results.get(key)
+    if found is None:
+        with _guard:  # one compiler at a time is enough for one process
+            found = _results.get(key)
+            if found is None:
+                try:
+                    found = _load_or_compile(plan())
+                except KernelError as error:
+                    found = error
+                _results[key] = found
+    if isinstance(found, KernelError):
+        raise KernelError(str(found))
+    return found
+
+
+def _portable() -> bool:
+    return os.environ.get("RWKV_LAB_PORTABLE", "") not in ("", "0")
+
+
+def _cpp_compiler() -> tuple[tuple[str, ...], str]:
+    """Command and version of the C++ compiler: `$CXX`, else the first there is."""
+    return _cpp_compiler_of(os.environ.get("CXX"), os.environ.get("PATH"))
+
+
+@functools.cache
+def _cpp_compiler_of(chosen: str | None, path: str | None) -> tuple[tuple[str, ...], str]:
+    for command in (chosen, "g++", "c++", "clang++"):
+        words = shlex.split(command) if command else []
+        if words and (path := shutil.which(words[0])):
+            return (path, *words[1:]), f"{path} {_version_line((path, *words[1:]))}"
+    raise KernelError("No C++ compiler (g++, c++ or clang++) is on the PATH; install g++, or name one in CXX.")
+
+
+def _nvcc() -> tuple[str, str]:
+    """Path and version of nvcc, which must be of the CUDA generation that torch was built with."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [str(Path(home) / "bin") for home in homes if home] + [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
+    if nvcc is None:
+        raise KernelError("nvcc is neither in CUDA_HOME nor on the PATH; install the CUDA toolkit, or set CUDA_HOME.")
+    version = _version_line((nvcc,), r"release ([0-9.]+)")
+    expected = torch.version.cuda
+    if expected and version.split(".")[0] != expected.split(".")[0]:
+        raise KernelError(
+            f"{nvcc} is of CUDA {version}, but this torch was built with CUDA {expected}.\n"
+            "Set CUDA_HOME to a toolkit of the same generation."
+        )
+    return nvcc, f"{nvcc} {version}"
+
+
+def _version_line(command: tuple[str, ...], pattern: str = r"(.+)") -> str:
+    try:
+        answer = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=_PATIENCE, check=True)
+        return re.search(pattern, answer.stdout)[1]
+    except (OSError, subprocess.SubprocessError, TypeError) as error:
+        raise KernelError(f"{shlex.join(command)} --version does not work: {_one_line(error)}.") from error
+
+
+def _cpu_model() -> str:
+    """What `-march=native` looks at: model and features of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features", "CPU part")
+    return "\n".join(line for line in lines if line.split("\t")[0].rstrip(" :") in wanted)
+
+
+def _build(source: str, command: tuple[str, ...], compiler: str, machine: str) -> Build:
+    path = kernels_folder() / source
+    headers = sorted(p for p in path.parent.glob("*.*") if p.suffix in (".h", ".cuh"))
+    digest = hashlib.sha256()
+    for part in (torch.__version__, compiler, *command, machine):
+        digest.update(part.encode() + b"\0")
+    try:
+        for file in (path, *headers):
+            digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    except OSError as error:
+        raise KernelError(f"The kernel source {path} cannot be read: {error.strerror}.") from error
+    name = f"{path.parent.name}-{path.stem}-{digest.hexdigest()[:24]}.so"
+    return Build(path, command, compiler, cache_folder() / name)
+
+
+def _load_or_compile(build: Build) -> ctypes.CDLL:
+    library = build.library
+    if found := _load(library):
+        return found
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(library):
+            if found := _load(library):  # another process has made it while this one waited
+                return found
+            return _compile(build, library)
+    except OSError as error:
+        if not _private:
+            _private.append(Path(tempfile.mkdtemp(prefix="rwkv_lab-")))
+            atexit.register(shutil.rmtree, _private[0], ignore_errors=True)
+        log.warning(
+            "Kernels cannot be kept in %s (%s); %s is compiled into a temporary folder, for this process alone.",
+            *(library.parent, error.strerror, build.source.name),
+        )
+    try:
+        return _compile(build, _private[0] / library.name)
+    except OSError as error:
+        raise KernelError(f"No folder for kernels can be written, not even {_private[0]}: {error}.") from error
+
+
+@contextmanager
+def _alone(library: Path) -> Iterator[None]:
+    """Let one process at a time make a library. The lock goes when its process does, however that ends."""
+    import fcntl
+
+    with open(library.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # some network file systems have no locks: then both compile, and the last rename stands
+        yield
+
+
+def _compile(build: Build, library: Path) -> ctypes.CDLL:
+    for leftover in library.parent.glob(f".{library.stem}-*"):  # of builds that were killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    # A folder of its own: should this process be killed, the compiler that outlives it cannot write into a later build.
+    with tempfile.TemporaryDirectory(prefix=f".{library.stem}-", dir=library.parent) as folder:
+        out = Path(folder) / "library.so"
+        where = f"kernels/{build.source.parent.name}/{build.source.name}"
+        log.warning("Compiling %s for this machine, once.", where)
+        start = time.perf_counter()
+        command = [*build.command, "-o", str(out), str(build.source)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise KernelError(f"{build.command[0]} cannot compile {where}: {_one_line(error)}.") from error
+        if done.returncode or not out.exists():
+            raise KernelError(f"{build.command[0]} cannot compile {where}: {_first_error(done)}.")
+        content = out.read_bytes()
+        with open(out, "ab") as file:
+            file.write(_SEAL + hashlib.sha256(content).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(out, library)
+    log.info("%s is ready after %.1f s: %s", where, time.perf_counter() - start, library)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise KernelError(f"{library} was compiled, but does not load: {_one_line(error)}.") from error
+
+
+def _load(library: Path) -> ctypes.CDLL | None:
+    """The library, or None if it is not there or not what was once written."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return None
+    end = len(content) - len(_SEAL) - 32
+    # Looked at before it is mapped: a shortened library would end the process with SIGBUS.
+    if end < 0 or content[end:] != _SEAL + hashlib.sha256(memoryview(content)[:end]).digest():
+        log.warning("%s is damaged and will be compiled again.", library)
+        return None
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        log.warning("%s does not load (%s) and will be compiled again.", library, _one_line(error))
+        return None
+
+
+def _first_error(done: subprocess.CompletedProcess) -> str:
+    lines = (done.stderr + done.stdout).strip().splitlines()
+    told = [line for line in lines if "error" in line.lower()] or lines[-1:]
+    return told[0].strip()[:300] if told else f"it ended with code {done.returncode} and no message"
+
+
+def _one_line(error) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")

@@ -1,0 +1,32 @@
+"""Benchmarks on tiny models, with samples of milliseconds: what they say is looked at, never how fast it was."""
+
+import pytest
+from models import LAYOUTS
+
+from rwkv_lab.bench import engines, operators, speed
+from rwkv_lab.bench.models import random_model
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Samples of a hundredth of a second, and floors that are not measured."""
+    monkeypatch.setattr(speed, "decoder", lambda e, tokens, duration=0: engines.decoder(e, tokens, duration=0.01))
+    for room in (speed, operators):
+        monkeypatch.setattr(room, "read_rate", lambda: 40.0)
+        monkeypatch.setattr(room, "multiply_add_rate", lambda: 500.0)
+    monkeypatch.setattr(speed, "matmul_rate", lambda dtype: 900.0)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny("7.0") -> path of a small random model of that generation."""
+    folder = tmp_path_factory.mktemp("tiny")
+    made = {}
+
+    def path(version):
+        if version not in made:
+            made[version] = folder / f"v{version}.pth"
+            random_model(made[version], LAYOUTS[version])
+        return made[version]
+
+    return path

@@ -1,0 +1,83 @@
+"""The functions behind merge.ipynb when it mixes models: recipes, stacks, the panel's fields."""
+
+import json
+
+import pytest
+
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.workbench import behaviour, controls, merging, start
+from rwkv_lab.workbench.parameters import check_files, read_parameters
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    monkeypatch.setattr(behaviour, "HELD_OUT", 300)
+    monkeypatch.setattr(behaviour, "_SAMPLE", 5)
+
+
+@pytest.fixture
+def models(demo_folder, tmp_path) -> list[str]:
+    with open_checkpoint(demo_folder / "demo-base.pth") as ck:
+        tensors = {name: ck[name] for name in ck}
+    for name, factor in (("base", 1.0), ("one", 1.01), ("two", 1.02)):
+        write_checkpoint(tmp_path / f"{name}.pth", {n: t * factor for n, t in tensors.items()})
+    return [str(tmp_path / f"{n}.pth") for n in ("base", "one", "two")]
+
+
+def done(tmp_path, **given) -> dict:
+    run = start("merge", given | {"report": str(tmp_path / "report")})
+    merging.everything(run)
+    return json.loads((tmp_path / "report" / "result.json").read_text())
+
+
+def test_a_stack_runs_and_says_how_deep_it_is(models, tmp_path):
+    layers = {"layers": ["base[0:2]", "tuned[1:2]"]}
+    result = done(tmp_path, base=models[0], tuned=models[1], method="passthrough", parameters=layers)
+    assert result["status"] == "ok" and all(c["passed"] is not False for c in result["checks"])
+    with open_checkpoint(tmp_path / "report" / "merged.pth") as ck:
+        assert ck.layout.n_layer == 3
+    assert "never trained to follow each other" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_recipe_takes_the_place_of_the_models(models, tmp_path):
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": models[0],
+        "models": [{"model": m, "parameters": {"weight": 0.5}} for m in models[1:]],
+    }
+    (tmp_path / "recipe.yml").write_text(json.dumps(recipe))
+    result = done(tmp_path, recipe=str(tmp_path / "recipe.yml"))
+    assert result["status"] == "ok" and len(result["inputs"]) == 3
+    for more in ({"method": "ties"}, {"alpha": 0.5}, {"base": models[0]}):
+        with pytest.raises(ParameterError, match="the recipe says it"):
+            read_parameters("merge", {"recipe": str(tmp_path / "recipe.yml"), **more}, names_are_all=True)
+
+
+def test_values_are_checked_by_the_methods_own_signature(models):
+    base, *tuned = models
+    for given, says in [
+        ({"method": "linear"}, "needs weights"),
+        ({"method": "ties", "parameters": {"densty": 1}}, "did you mean density"),
+        ({"method": "model_stock", "alpha": 0.5}, "takes no parameter 'alpha'"),
+    ]:
+        with pytest.raises(ParameterError, match=says):
+            check_files(read_parameters("merge", {"base": base, "tuned": tuned, **given}, names_are_all=True))
+    with pytest.raises(ParameterError, match='-y \'{"parameters"'):
+        read_parameters("merge", {"parameters": 3}, names_are_all=True)
+
+
+def test_fields_for_lists_and_mappings(models, tmp_path, monkeypatch):
+    run = start("merge", {"base": models[0], "tuned": models[1:], "method": "ties", "report": str(tmp_path / "report")})
+    monkeypatch.setattr(controls, "frontend_present", lambda: True)
+    panel = controls.merge_panel(run)
+    assert panel.fields["tuned"].widget.text.value == "; ".join(models[1:])
+    panel.fields["weights"].widget.value = "1, 0.5"
+    panel.fields["parameters"].widget.value = '{"density": 0.3}'
+    assert panel.message.value == "" and run.config.tuned == models[1:]
+    assert (run.config.weights, run.config.parameters) == ([1.0, 0.5], {"density": 0.3})
+    panel.fields["parameters"].widget.value = "density"
+    assert "ParameterError" in panel.message.value and run.config.parameters == {"density": 0.3}
+    panel.fields["parameters"].widget.value = ""
+    assert run.config.parameters == {}
+    assert "; " not in run.command() and json.dumps({"tuned": models[1:]}) in run.command()
