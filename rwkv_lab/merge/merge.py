@@ -120,13 +120,13 @@ def merge(
         layout = check_base(base_ck, allow_extra or [])
         for ck in (base_ck, *tuned_cks):
             check_dtypes(ck)
-        method = _method(tuned_cks) if method == "auto" else method
+        asked, method = method, _method(tuned_cks) if method == "auto" else method
         check_method(method, alpha, weights, parameters, pissa_init)
         held = adapters_in(base_ck)
         beside_base = None
         if method in ADAPTERS:
             beside_base = opened.enter_context(
-                adapter.open_adapters(tuned_cks, method, alpha, weights, pissa_init, parameters or {})
+                adapter.open_adapters(tuned_cks, asked, alpha, weights, pissa_init, parameters or {})
             )
             method = beside_base.method
             for path in (out, _beside(out)):

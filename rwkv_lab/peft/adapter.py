@@ -81,7 +81,8 @@ class LoraTarget:
                 continue
             fits = len(A.shape) == len(B.shape) == 2 and A.shape[0] == B.shape[1] > 0
             if not fits or (B.shape[0], A.shape[1]) != tuple(shape):
-                return f"lora_A {list(A.shape)} and lora_B {list(B.shape)}; [r, in] and [out, r] are needed"
+                found = f"lora_A {list(A.shape)} and lora_B {list(B.shape)}"
+                return f"{found}; [r, in] and [out, r] are needed, with r of at least 1"
             if A.shape[0] > min(shape):
                 return f"rank {A.shape[0]}, which is larger than the layer"
         return ""

@@ -201,6 +201,7 @@ def test_what_the_file_does_not_say_is_asked(base, trained, tmp_path):
     refused(ParameterError, 'bat="hf"', *given)
     result = proved(merge(*given, parameters={"bat": "rwkv-peft"}))
     assert relative_rms(logits(result.out), model(TOKENS)[0]) < CLOSE
+    given = *given[:2], tmp_path / "p.pth"
     refused(ParameterError, "did you mean bat", *given, parameters={"bta": "hf"})
     refused(ParameterError, "quant='fp4'", *given, parameters={"bat": "hf", "quant": "fp4"})
     refused(ParameterError, "is miss", *given, parameters={"bat": "hf"}, method="lora")
@@ -299,7 +300,8 @@ def test_bad_adapters_of_every_kind(base, trained, tmp_path, kind):
     path, _ = trained(kind)
     out = tmp_path / "n.pth"
     refused(LayoutError, r"not in the base|RWKV-", base("7.0", n_layer=1), path, out)  # 13: depth
-    refused(LayoutError, r"of the base it is|of the base is", base("7.0", n_head=4), path, out)  # 13: width
+    if kind != "miss-mini":  # its blocks of [r, mini_r] repeat in a matrix of any size: nothing tells
+        refused(LayoutError, r"of the base it is|of the base is", base("7.0", n_head=4), path, out)  # 13: width
     torch.save({"blocks.0.att.time_maa_x": torch.ones(1, 1, 32)}, tmp_path / "part.pth")
     mixed = tensors(path) | {"blocks.0.att.time_maa_x": torch.ones(1, 1, 32)}
     if path.is_dir():
@@ -338,7 +340,7 @@ def test_bad_adapters_of_every_kind(base, trained, tmp_path, kind):
             with pytest.raises(NumericsError, match=word):
                 merge(base(), path, out)
             assert snapshot(tmp_path) == before
-        write_checkpoint(path, {n: t * 1e5 for n, t in plain.items()}, note, overwrite=True)
+        write_checkpoint(path, {n: t * 1e7 for n, t in plain.items()}, note, overwrite=True)
         with pytest.raises(NumericsError, match="overflow"):  # 18
             merge(base(), path, out, dtype="fp16")
 
