@@ -217,13 +217,15 @@ def _(folder):
     return arguments(folder, tuned=saved(folder, "state.pth", random_state(replace(SEVEN, n_head=2, head_size=8))))
 
 
-@case(13, "LoRA of another depth", "LayoutError", "10 of 30 LoRA tensors have no matrix in the base")
+@case(13, "LoRA of another depth", "LayoutError", r"5 of the 15 tensors(.|\n)*RWKV-7.0 with 2 layers")
 def _(folder):
     lora = random_lora(replace(SEVEN, n_layer=3), full=False)
     return arguments(folder, tuned=saved(folder, "lora.pth", lora), alpha=8.0)
 
 
-@case(13, "LoRA of another width", "LayoutError", r"lora_A \[3, 32\].*do not fit the weight \[16, 16\]")
+@case(
+    13, "LoRA of another width", "LayoutError", r"blocks.0.att.key of the base is \[16, 16\], here is lora_A \[3, 32\]"
+)
 def _(folder):
     lora = random_lora(replace(SEVEN, n_embd=32, dim_att=32, n_head=8), full=False)
     return arguments(folder, tuned=saved(folder, "lora.pth", lora), alpha=8.0)
@@ -281,7 +283,7 @@ def _(folder):
     return arguments(folder, tuned=saved(folder, "lora.pth", lora), alpha=8.0)
 
 
-@case(15, "LoRA in Hugging Face's layout", "LayoutError", "Hugging Face's layout")
+@case(16, "LoRA of another rank than its configuration says", "LayoutError", r"is \[3, 16\], .*says rank 2")
 def _(folder):
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 8}')
@@ -292,7 +294,13 @@ def _(folder):
 
 KEY = "blocks.0.att.key"
 for _name, _changed, _alpha, _error, _said in [
-    ("ranks that differ", {f"{KEY}.lora_A": torch.ones(4, 16)}, 8.0, "LayoutError", rf"{KEY}: lora_A \[4, 16\]"),
+    (
+        "ranks that differ",
+        {f"{KEY}.lora_A": torch.ones(4, 16)},
+        8.0,
+        "LayoutError",
+        rf"{KEY} has lora_A \[4, 16\] and lora_B \[16, 3\]",
+    ),
     ("B without A", {f"{KEY}.lora_A": None}, 8.0, "LayoutError", rf"{KEY}.lora_B is there, {KEY}.lora_A is not"),
     ("A without B", {f"{KEY}.lora_B": None}, 8.0, "LayoutError", rf"{KEY}.lora_A is there, {KEY}.lora_B is not"),
     (
@@ -300,12 +308,12 @@ for _name, _changed, _alpha, _error, _said in [
         {f"{KEY}.lora_A": torch.ones(0, 16), f"{KEY}.lora_B": torch.ones(16, 0)},
         8.0,
         "LayoutError",
-        "r of at least 1",
+        r"lora_A \[0, 16\](.|\n)*r of at least 1",
     ),
     ("halves swapped", {f"{KEY}.lora_A": torch.ones(16, 3)}, 8.0, "LayoutError", KEY),
     ("a vector", {f"{KEY}.lora_A": torch.ones(16)}, 8.0, "LayoutError", KEY),
     ("the matrix twice", {f"{KEY}.weight": torch.ones(16, 16)}, 8.0, "LayoutError", f"{KEY}.weight stands in"),
-    ("alpha missing", {}, None, "ParameterError", "alpha is missing"),
+    ("alpha missing", {}, None, "ParameterError", "does not say its alpha"),
     ("alpha not a number", {}, float("nan"), "ParameterError", "alpha is nan"),
     ("alpha negative", {}, -1.0, "ParameterError", "alpha is -1"),
 ]:

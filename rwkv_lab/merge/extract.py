@@ -115,7 +115,7 @@ def extract_lora(
         recipe = {"rank": rank, "energy": energy, "alpha": float(alpha), "dtype": str(pair_dtype or ""), "seed": seed}
         recipe["targets"] = pattern_list("targets", targets)
         inputs = (file_facts(base_ck), file_facts(tuned_ck))
-        made = provenance(recipe, inputs, "extract_lora")
+        made = provenance(recipe, inputs, job="extract_lora")
         tensors = _tensors(changed, pairs, alpha, tuned_ck)
         file = file_layout(kind, tensors, {RECORD: as_text(made)})
         check_room(out, file.size, disk_free(out.parent), 0, memory_free())

@@ -19,14 +19,14 @@ from rwkv_lab.checkpoint.stream import WORKERS, Findings, OutTensor
 from rwkv_lab.checkpoint.write import file_kind, write_stream
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.merge import lora, mix, overlay, stack, state
+from rwkv_lab.merge import adapter, mix, overlay, stack, state
 from rwkv_lab.merge.change import Change
 from rwkv_lab.merge.meaning import notes_on
-from rwkv_lab.merge.methods import INTO_BASE
+from rwkv_lab.merge.methods import ADAPTERS, INTO_BASE
 from rwkv_lab.merge.mixing import MIXING
 from rwkv_lab.merge.patterns import pattern_list, select
 from rwkv_lab.merge.plan import MergePlan, MergeResult, PlanRow
-from rwkv_lab.merge.provenance import RECORD, as_text, beside, provenance
+from rwkv_lab.merge.provenance import RECORD, adapters_in, as_text, beside, contained, provenance
 from rwkv_lab.merge.refusals import (
     check_base,
     check_dtypes,
@@ -49,9 +49,9 @@ def merge(
     tuned: str | Path | Sequence[str | Path] | None,
     out: str | Path,
     method: str = "auto",
-    alpha: float | Mapping | None = None,
+    alpha: float | Mapping | Sequence | None = None,
     weights: Sequence[float] | None = None,
-    pissa_init: str | Path | None = None,
+    pissa_init: str | Path | Sequence | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: str | torch.dtype | None = None,
@@ -69,17 +69,20 @@ def merge(
 
     Args:
         base: a whole RWKV model: .pth, .safetensors or Hugging Face folder.
-        tuned: a state file, a full or partial fine-tune, or a LoRA; any of the same formats. A list of fine-tunes for
-            the methods that mix several models.
+        tuned: a state file, a full or partial fine-tune, any of the same formats; or an adapter: LoRA, PiSSA or MiSS,
+            of RWKV-LM-LoRA, RWKV-PEFT, rwkv_lab, or a folder of Hugging Face's peft. A list of adapters, or of
+            fine-tunes for the methods that mix several models.
         out: path of the merged checkpoint; .pth or .safetensors decides its format.
-        method: "state", "overlay", "lora", or "auto", which reads it off `tuned`; "linear", "slerp",
+        method: "state", "overlay", "lora", "pissa", "miss" ("adapters" for several kinds), or "auto", which reads it
+            off `tuned`; "linear", "slerp",
             "task_arithmetic", "ties", "dare_linear", "dare_ties" or "model_stock" mix whole models, "passthrough"
             stacks their layers.
-        alpha: for "lora" the LoRA's alpha (its delta is scaled by alpha / r), which no file says; for "state",
-            "overlay" and "slerp" 0 to 1, how far to go towards `tuned`; for the other methods that take it the factor
+        alpha: for "lora" the LoRA's alpha (its delta is scaled by alpha / r), where its file does not say it; for
+            "state", "overlay" and "slerp" 0 to 1, how far to go towards `tuned`; for the other methods the factor
             on what is added to the base. 0 gives the base, bit for bit.
-        weights: [w_base, w_tuned, …] for "linear", [w_tuned, …] for those that add deltas.
-        pissa_init: for PiSSA adapters; none of today's methods takes it.
+        weights: [w_base, w_tuned, …] for "linear", [w_tuned, …] for those that add deltas and for adapters, which are
+            taken in the order of the list.
+        pissa_init: of a PiSSA adapter, what it started from: it goes with the original base then.
         include, exclude: shell-style patterns on the output's tensor names: which of them `tuned` may touch.
         dtype: "bf16", "fp16" or "fp32" for every tensor of the output; None keeps each tensor's own.
         scan: "all" looks for NaN and Inf in every tensor of the output, "changed" in those that do not come from the
@@ -92,8 +95,9 @@ def merge(
         precision: "float32" or "float64" for the arithmetic; the result is rounded to the output dtype once.
         hash: "records" fingerprints the inputs for free, "sha256" reads them whole.
         parameters: what else the method takes, by name, such as density and seed (`rwkv_lab.merge.mixing`), or layers
-            for "passthrough". Every number may be a setting that differs from tensor to tensor (`settings`), alpha and
-            weights too: parameters={"alpha": {"blocks.*.att": 0.3}}.
+            for "passthrough", and for adapters use_rslora, bat, residual_base, quant and unmerge
+            (`rwkv_lab.merge.adapter.TAKES`). Of a mixing method every number may be a setting that differs from
+            tensor to tensor (`settings`), alpha and weights too: parameters={"alpha": {"blocks.*.att": 0.3}}.
     Returns:
         The plan, and unless `dry_run` what was written and checked.
     Raises:
@@ -116,10 +120,22 @@ def merge(
         layout = check_base(base_ck, allow_extra or [])
         for ck in (base_ck, *tuned_cks):
             check_dtypes(ck)
-        method = method_of(tuned_cks[0]) if method == "auto" else method
+        asked, method = method, _method(tuned_cks) if method == "auto" else method
         check_method(method, alpha, weights, parameters, pissa_init)
-        values = _values(method, alpha, weights, parameters)
-        changes, layout_after = _changes(method, base_ck, tuned_cks, layout, values, wide, allow_extra or [])
+        held = adapters_in(base_ck)
+        beside_base = None
+        if method in ADAPTERS:
+            beside_base = opened.enter_context(
+                adapter.open_adapters(tuned_cks, asked, alpha, weights, pissa_init, parameters or {})
+            )
+            method = beside_base.method
+            for path in (out, _beside(out)):
+                check_output(path, beside_base.init_files, allowed_dir, overwrite)
+            changes = adapter.changes(base_ck, tuned_cks, layout, beside_base, wide, allow_extra or [])
+            values, layout_after = _adapter_values(alpha, beside_base, parameters), layout
+        else:
+            values = _values(method, alpha, weights, parameters)
+            changes, layout_after = _changes(method, base_ck, tuned_cks, layout, values, wide, allow_extra or [])
         kept = {} if method == "passthrough" else base_ck.info
         if not kept and (include or exclude):
             raise ParameterError(
@@ -127,7 +143,11 @@ def merge(
             )
         chosen = select([c.name for c in changes], include, exclude)
         skipped = tuple(c.name for c in changes if c.name not in chosen)
-        applied = [] if method in INTO_BASE and values["alpha"] == 0 else [c for c in changes if c.name in chosen]
+        nothing = method in (*INTO_BASE, *ADAPTERS) and values["alpha"] == 0
+        applied = [] if nothing else [c for c in changes if c.name in chosen]
+        contains = held
+        if beside_base and applied:
+            contains = _contained_after(base_ck, tuned_cks, beside_base, held)
         recipe = {
             "method": method,
             "alpha": values.pop("alpha", None),
@@ -141,10 +161,13 @@ def merge(
             "allow_nonfinite": allow_nonfinite,
         }
         rows, tensors = _output(kept, applied, out_dtype)
-        memory = _memory_needed([base_ck, *tuned_cks], changes, wide)
+        inits = beside_base.init_files if beside_base else []
+        memory = _memory_needed([base_ck, *tuned_cks], changes)
+        if beside_base:
+            memory += WORKERS * adapter.memory_for(base_ck, beside_base, wide)
         # Fingerprints read some tensor data, or all of it, but all of them are of one length: the size is known before.
-        blank = [FileFacts(ck.path, ck.bytes, f"{hash}:{'0' * 64}") for ck in (base_ck, *tuned_cks)]
-        size = file_layout(kind, tensors, {RECORD: as_text(provenance(recipe, blank))}).size
+        blank = [FileFacts(ck.path, ck.bytes, f"{hash}:{'0' * 64}") for ck in (base_ck, *tuned_cks, *inits)]
+        size = file_layout(kind, tensors, {RECORD: as_text(provenance(recipe, blank, contains))}).size
         plan = MergePlan(
             method,
             layout_after,
@@ -154,15 +177,17 @@ def merge(
             disk_free(out.parent),
             memory,
             memory_free(),
-            notes_on(method, layout_after, [r for r in rows if r.action in ("mix", "layer")]),
+            adapter.notes_on_adapters(beside_base, bool(held))
+            if beside_base
+            else notes_on(method, layout_after, [r for r in rows if r.action in ("mix", "layer")]),
         )
         check_room(out, plan.output_bytes, plan.disk_free, plan.memory_needed, plan.memory_free)
         hashing = time.perf_counter()
-        inputs = tuple(file_facts(ck, hash) for ck in (base_ck, *tuned_cks))
+        inputs = tuple(file_facts(ck, hash) for ck in (base_ck, *tuned_cks, *inits))
         hashing = time.perf_counter() - hashing
         if hash == "sha256":
             log.info("sha256 of %d inputs took %.1f s", len(inputs), hashing)
-        made = provenance(recipe, inputs)
+        made = provenance(recipe, inputs, contains)
         layout_out = file_layout(kind, tensors, {RECORD: as_text(made)})
         log.info(
             "%s: %d of %d tensors change, output %s",
@@ -172,7 +197,16 @@ def merge(
             human_bytes(plan.output_bytes),
         )
         planned = time.perf_counter()
-        result = MergeResult(plan, base, tuned, out, recipe, inputs, seconds={"plan": planned - start, "hash": hashing})
+        result = MergeResult(
+            plan,
+            base,
+            tuned,
+            out,
+            recipe,
+            inputs,
+            seconds={"plan": planned - start, "hash": hashing},
+            pissa_init=beside_base.inits if beside_base else (),
+        )
         if dry_run:
             return result
         untouched = {r.name for r in rows if r.action == "copy"}
@@ -201,11 +235,57 @@ def _paths(tuned: object, method: str) -> tuple[Path, ...]:
         if tuned is None and method == "passthrough"
         else [tuned]
     )
-    if method in ("auto", *INTO_BASE) and len(given) != 1:
+    if method in INTO_BASE and len(given) != 1 or method in ("auto", *ADAPTERS) and not given:
         raise ParameterError(
             f"tuned names {len(given)} files; method {method!r} takes one. Name a method that mixes models"
         )
     return tuple(to_path(p, "tuned").absolute() for p in given)
+
+
+def _method(tuned: Sequence[Checkpoint]) -> str:
+    """The method that fits what the tuned files are; of several, only adapters say it."""
+    methods = {method_of(ck) for ck in tuned}
+    if len(tuned) > 1 and not methods <= set(ADAPTERS):
+        raise ParameterError(
+            f"tuned names {len(tuned)} files; method 'auto' takes one, or adapters. Name a method that mixes models"
+        )
+    return methods.pop() if len(methods) == 1 else "adapters"
+
+
+def _adapter_values(alpha: object, adapters: adapter.Adapters, parameters: Mapping | None) -> dict[str, object]:
+    """As `_values`. Of alpha what was given: what a file says itself need not be said again."""
+    given = plain("parameters", dict(parameters or {}))
+    given = {k: v for k, v in given.items() if k not in ("quant", "unmerge") and v is not None}
+    given |= {"quant": adapters.quant} if adapters.quant != "none" else {}
+    given |= {"unmerge": True} if adapters.unmerge else {}
+    several = len(adapters.weights) > 1 or adapters.weights != (1.0,)
+    asked = [None if a is None else float(a) for a in alpha] if isinstance(alpha, (list, tuple)) else alpha
+    asked = float(asked) if isinstance(asked, int) else asked
+    return {"alpha": asked, "weights": list(adapters.weights) if several else None, **given}
+
+
+def _contained_after(
+    base: Checkpoint, tuned: Sequence[Checkpoint], adapters: adapter.Adapters, held: list[dict]
+) -> list[dict]:
+    """What the output will say that it contains.
+
+    Raises:
+        ParameterError: the base contains one of the adapters already.
+    """
+    # Always of the cheap kind: whatever the caller has the inputs hashed by, an adapter is known again.
+    new = [contained(file_facts(ck), w) for ck, w in zip(tuned, adapters.weights, strict=True) if w]
+    there = {one["fingerprint"] for one in held}
+    if adapters.unmerge:
+        out = {one["fingerprint"] for one in new}
+        return [one for one in held if one["fingerprint"] not in out]
+    for one in new:
+        if one["fingerprint"] in there:
+            raise ParameterError(
+                f"{base.path} contains {one['name']} already, its provenance says so (fingerprint "
+                f"{one['fingerprint'][:20]}…).\nGive the base from before; parameters={{'unmerge': True}} takes the "
+                "adapter out; for more of it, say weights=[2] on the base from before."
+            )
+    return [*held, *new]
 
 
 def _values(method: str, alpha: object, weights: object, parameters: Mapping | None) -> dict[str, object]:
@@ -237,8 +317,7 @@ def _changes(
         return mix.changes(method, base, tuned, layout, values, precision, allow_extra), layout
     if method == "state":
         return state.changes(base, tuned[0], layout, values["alpha"], precision), layout
-    job = lora.changes if method == "lora" else overlay.changes
-    return job(base, tuned[0], layout, values["alpha"], precision, allow_extra), layout
+    return overlay.changes(base, tuned[0], layout, values["alpha"], precision, allow_extra), layout
 
 
 def _output(
@@ -261,24 +340,17 @@ def _output(
     return rows, tensors
 
 
-def _memory_needed(inputs: Sequence[Checkpoint], changes: list[Change], precision: torch.dtype) -> int:
-    """Upper bound of the anonymous memory: each thread's blocks, a LoRA's two halves, tensors that must be gathered."""
+def _memory_needed(inputs: Sequence[Checkpoint], changes: list[Change]) -> int:
+    """Upper bound of the anonymous memory: each thread's blocks, tensors that must be gathered."""
     # Values, product and rounded copy of one block in float64: a dozen blocks, of which the allocator keeps old ones.
     # Blends of models of any size were seen to need 80 MB in all; each further model brings its own blocks and deltas.
     mixed = any(c.action == "mix" for c in changes)
     blocks = (48 + (32 * (len(inputs) - 1) if mixed else 0)) * BLOCK
-    halves = 0
-    if any(c.action == "lora" for c in changes):
-        per_matrix: dict[str, int] = {}
-        for name, t in inputs[1].info.items():
-            stem = name.rsplit(".lora_", 1)[0]
-            per_matrix[stem] = per_matrix.get(stem, 0) + t.nbytes + t.numel * precision.itemsize
-        halves = max(per_matrix.values())
     # One view of each file at a time: a mix reads them together.
     gathered = sum(
         max((t.span + t.nbytes for t in ck.info.values() if t.stride is not None), default=0) for ck in inputs
     )
-    return WORKERS * (blocks + halves + gathered)
+    return WORKERS * (blocks + gathered)
 
 
 def _beside(out: Path) -> Path:

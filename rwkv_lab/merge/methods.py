@@ -3,13 +3,14 @@
 import inspect
 import sys
 
-from rwkv_lab.merge import lora, overlay, stack, state
+from rwkv_lab.merge import adapter, overlay, stack, state
 from rwkv_lab.merge.mixing import MIXING, signature_of
 
-INTO_BASE = ("state", "overlay", "lora")  # one tuned file, whose kind says the method
-METHODS = (*INTO_BASE, *MIXING, "passthrough")
+INTO_BASE = ("state", "overlay")  # one tuned file, whose kind says the method
+ADAPTERS = ("lora", "pissa", "miss", "adapters")  # one or several, whose kind says the method
+METHODS = (*INTO_BASE, *ADAPTERS, *MIXING, "passthrough")
 
-_HOME = {"state": state, "overlay": overlay, "lora": lora, "passthrough": stack}
+_HOME = {"state": state, "overlay": overlay, "passthrough": stack} | dict.fromkeys(ADAPTERS, adapter)
 
 
 def in_words(method: str) -> str:

@@ -15,7 +15,8 @@ class PlanRow:
     """One tensor of the output."""
 
     name: str
-    # "copy": the base's bytes; "cast"; "overlay": tuned's tensor; "add": new in the output; "blend"; "lora"; "mix";
+    # "copy": the base's bytes; "cast"; "overlay": tuned's tensor; "add": new in the output; "blend"; "mix"; "lora",
+    # "pissa", "miss", "adapters": a matrix that was adapted; "unmerge"; "quantise": as training stored it;
     # "layer": a tensor of a layer that was renumbered, or comes from another model
     action: str
     source: str  # "base", "tuned" or "base + tuned"; of a layer also its name there
@@ -56,7 +57,8 @@ class MergeResult:
     tuned: tuple[Path, ...]
     out: Path
     recipe: dict  # the arguments that decide the output's bytes
-    inputs: tuple[FileFacts, ...]  # base, then each tuned
+    inputs: tuple[FileFacts, ...]  # base, then each tuned, then files of PiSSA's start
     outputs: tuple[FileFacts, ...] = ()  # the checkpoint and its provenance; empty after a dry run
     checks: tuple[Check, ...] = ()  # made while streaming; empty after a dry run
     seconds: dict[str, float] = field(default_factory=dict)  # "plan", "merge"
+    pissa_init: tuple[Path | None, ...] = ()  # one per adapter

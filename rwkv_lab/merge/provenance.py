@@ -7,23 +7,39 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rwkv_lab.checkpoint import FileFacts
+from rwkv_lab.checkpoint import Checkpoint, FileFacts
 from rwkv_lab.checkpoint.stream import Findings
 
 RECORD = "rwkv_lab.json"  # its name among the records of a .pth, and as a key of a .safetensors' metadata
 
 
-def provenance(recipe: dict, inputs: Sequence[FileFacts], job: str = "merge") -> dict:
-    """JSON-ready description of a merge, or of another job that makes a checkpoint from checkpoints."""
+def provenance(recipe: dict, inputs: Sequence[FileFacts], contains: Sequence[dict] = (), job: str = "merge") -> dict:
+    """JSON-ready description of a merge, or of another job that makes a checkpoint from checkpoints; `contains` as of
+    `adapters_in`, where there are any."""
     from rwkv_lab import __version__  # here, because rwkv_lab/__init__ imports this room
 
-    return {
+    made = {
         "made_by": f"rwkv_lab {__version__}",
         "job": job,
         "recipe": recipe,
         "inputs": [{"name": _printable(f.path.name), "bytes": f.bytes, "fingerprint": f.fingerprint} for f in inputs],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
+    return made | ({"contains": list(contains)} if contains else {})
+
+
+def contained(facts: FileFacts, weight: float) -> dict:
+    """How an output remembers an adapter that was merged into it."""
+    return {"name": _printable(facts.path.name), "fingerprint": facts.fingerprint, "weight": weight}
+
+
+def adapters_in(base: Checkpoint) -> list[dict]:
+    """The adapters that a checkpoint says it contains; none of a file by others, or one that cannot be understood."""
+    try:
+        found = json.loads(base.metadata[RECORD])["contains"]
+        return [dict(one) for one in found if isinstance(one["fingerprint"], str)]
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return []
 
 
 def _printable(name: str) -> str:

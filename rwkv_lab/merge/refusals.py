@@ -12,7 +12,8 @@ import torch
 
 from rwkv_lab.checkpoint import Checkpoint, Layout
 from rwkv_lab.errors import LayoutError, ParameterError
-from rwkv_lab.merge.methods import INTO_BASE, METHODS
+from rwkv_lab.merge.adapter import KINDS, TAKES
+from rwkv_lab.merge.methods import ADAPTERS, INTO_BASE, METHODS
 from rwkv_lab.merge.mixing import MIXING, signature_of
 from rwkv_lab.merge.settings import GRADIENT, REST, with_default
 
@@ -28,12 +29,13 @@ def method_of(tuned: Checkpoint) -> str:
     Raises:
         LayoutError: none of today's methods does.
     """
-    methods = {"state": "state", "lora": "lora", "model": "overlay", "partial": "overlay"}
+    methods = {"state": "state", "model": "overlay", "partial": "overlay"} | KINDS
     if tuned.kind in methods:
         return methods[tuned.kind]
     why = f": {tuned.reason}" if tuned.reason else ""
     raise LayoutError(
-        f"{tuned.path} is of kind {tuned.kind!r}{why}.\nMerged can be: a state, a full or partial fine-tune, a LoRA."
+        f"{tuned.path} is of kind {tuned.kind!r}{why}.\nMerged can be: a state, a full or partial fine-tune, an "
+        "adapter (LoRA, PiSSA, MiSS)."
     )
 
 
@@ -41,17 +43,12 @@ def check_alpha(method: str, alpha: float | None) -> None:
     """Refuse an alpha that the method cannot use.
 
     Raises:
-        ParameterError: missing for a LoRA, out of range, or not a finite number.
+        ParameterError: out of range, or not a finite number.
     """
     if alpha is not None and not math.isfinite(alpha):
         raise ParameterError(f"alpha is {alpha}; it must be a finite number")
-    if method == "lora":
-        if alpha is None:
-            raise ParameterError(
-                "alpha is missing: a LoRA file does not say it, and the delta is scaled by alpha / r.\n"
-                "Give the lora_alpha it was trained with. (For a PiSSA adapter no alpha is right.)"
-            )
-        if not 0 <= alpha <= torch.finfo(torch.float32).max:
+    if method in ADAPTERS:
+        if alpha is not None and not 0 <= alpha <= torch.finfo(torch.float32).max:
             raise ParameterError(f"alpha is {alpha}; a LoRA's alpha is 0 or more, and a number of float32")
     elif alpha is not None and not 0 <= alpha <= 1:
         raise ParameterError(f"alpha is {alpha}; for method {method!r} it is a share of the way, 0 to 1")
@@ -91,8 +88,10 @@ def check_method(method: str, alpha: object, weights: object, parameters: Mappin
         raise ParameterError(
             f"method={method!r}: it must be 'auto' or one of {', '.join(METHODS)}{hint if near else ''}"
         )
-    if pissa_init is not None:
+    if pissa_init is not None and method not in ADAPTERS:
         raise ParameterError(f"method {method!r} takes no pissa_init: it is for PiSSA adapters")
+    if method in ADAPTERS:
+        _check_adapters(method, alpha, weights, parameters)
     if method in INTO_BASE:
         if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
             raise ParameterError(f"alpha={alpha!r}: it must be a number")
@@ -101,6 +100,27 @@ def check_method(method: str, alpha: object, weights: object, parameters: Mappin
         if parameters:
             raise ParameterError(f"method {method!r} takes no parameters beside alpha; given: {', '.join(parameters)}")
         check_alpha(method, alpha)
+
+
+def _check_adapters(method: str, alpha: object, weights: object, parameters: object) -> None:
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise ParameterError(f"parameters={parameters!r}: a mapping of names to values is needed")
+    for name in parameters or {}:
+        if name not in TAKES:
+            near = get_close_matches(str(name), TAKES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ParameterError(f"method {method!r} takes no {name!r}{hint}\nIts parameters: {', '.join(TAKES)}")
+    plain("parameters", parameters or {})
+    for one in alpha if isinstance(alpha, (list, tuple)) else [alpha]:
+        if one is not None and (isinstance(one, bool) or not isinstance(one, (int, float))):
+            raise ParameterError(f"alpha={one!r}: it must be a number, or a list with one per adapter")
+        check_alpha(method, one)
+    if weights is not None:
+        good = isinstance(weights, (list, tuple)) and all(
+            type(w) in (int, float) and abs(w) <= torch.finfo(torch.float32).max for w in weights
+        )
+        if not good:
+            raise ParameterError(f"weights={weights!r}: a list of finite numbers is needed, one per adapter")
 
 
 def plain(what: str, value: object) -> object:

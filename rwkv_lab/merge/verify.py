@@ -16,6 +16,7 @@ from safetensors import safe_open
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.plan import MergeResult
+from rwkv_lab.merge.verify_adapter import ADAPTED, Understood, adapted_names, exact_adapted, read_adapter, understand
 from rwkv_lab.merge.verify_mix import MIXED, Exact, exact_mix, mixed_names, stacked
 
 _ROWS = 1 << 20  # elements compared at a time
@@ -32,11 +33,18 @@ def verify_merge(result: MergeResult) -> list[Check]:
     """
     if not result.outputs:
         raise ParameterError(f"{result.out} was not written: this is the result of a dry run")
-    base, tuned, out = _read(result.base), [_read(p) for p in result.tuned], _read(result.out)
     recipe = result.recipe
+    base, out, adapters = _read(result.base), _read(result.out), []
+    if recipe["method"] in ADAPTED:
+        for i, path in enumerate(result.tuned):
+            init = result.pissa_init[i]
+            adapters.append(understand(i, path, _read(path), None if init is None else _read(init), recipe))
+        tuned = [a.whole for a in adapters]
+    else:
+        tuned = [_read(p) for p in result.tuned]
     counts = {"copied": 0, "copied wrong": 0, "computed": 0, "not finite": 0, "other shape": 0}
     worst, worst_name = 0.0, ""
-    expected = _expected(base, tuned, recipe)
+    expected = _expected(base, tuned, adapters, recipe)
     for name, source in expected.items():
         if name not in out:
             continue
@@ -57,6 +65,8 @@ def verify_merge(result: MergeResult) -> list[Check]:
             counts["computed"] += 1
             if copied is not None:
                 error = _worst(found, lambda part, c=copied: ([c.reshape(-1)[part].double()], 0.0))
+            elif adapters:
+                error = _worst(found, exact_adapted(name, base, adapters, recipe))
             elif recipe["method"] in MIXED:
                 error = _worst(found, exact_mix(name, base, tuned, recipe))
             else:
@@ -133,8 +143,8 @@ def _read(path: Path) -> Mapping[str, torch.Tensor]:
 
 def _files_of(path: Path) -> list[Path]:
     """The file itself, or those of a Hugging Face folder."""
-    if not path.is_dir():
-        return [path]
+    if not path.is_dir() or (path / "adapter_config.json").is_file():
+        return read_adapter(path)
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{stem}.index.json"
         if index.is_file():
@@ -147,7 +157,9 @@ def _is_zip(path: Path) -> bool:
         return f.read(4) == b"PK\3\4"
 
 
-def _expected(base: Mapping, tuned: list[Mapping], recipe: dict) -> dict[str, tuple[Mapping, str] | None]:
+def _expected(
+    base: Mapping, tuned: list[Mapping], adapters: list[Understood], recipe: dict
+) -> dict[str, tuple[Mapping, str] | None]:
     """For every name of the output: (file, name in it) of what it is a copy of, or None where it is computed."""
     if recipe["method"] == "passthrough":
         return stacked(base, tuned, recipe["parameters"]["layers"])
@@ -162,16 +174,12 @@ def _expected(base: Mapping, tuned: list[Mapping], recipe: dict) -> dict[str, tu
         return out | {n: None for n in mixed_names(base, tuned, recipe) if chosen(n)}
     if recipe["alpha"] == 0:
         return out
+    if adapters:
+        given = {n: (a.whole, n) for a in adapters if a.weight == 1 for n in a.whole}
+        return out | {n: given.get(n) for n in adapted_names(base, adapters, recipe) if chosen(n)}
     (whole,) = tuned
-    names = {n for n in whole if not n.endswith((".lora_A", ".lora_B"))}
-    if recipe["method"] == "state":
-        names = {n for n in names if n.endswith(".time_state")}
-    as_it_is = recipe["method"] == "lora" or recipe["alpha"] == 1
-    out |= {n: (whole, n) if as_it_is else None for n in names if chosen(n)}
-    if recipe["method"] == "lora":
-        adapted = [n.removesuffix(".lora_A") + ".weight" for n in whole if n.endswith(".lora_A")]
-        out |= {n: None for n in adapted if chosen(n)}
-    return out
+    names = {n for n in whole if recipe["method"] != "state" or n.endswith(".time_state")}
+    return out | {n: (whole, n) if recipe["alpha"] == 1 else None for n in names if chosen(n)}
 
 
 def _rounds_twice(source: torch.Tensor, dtype: str | None) -> bool:
@@ -188,21 +196,8 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _exact(name: str, base: Mapping, tuned: Mapping, recipe: dict) -> Exact:
-    """A LoRA's product, or a share of the way from base to tuned."""
+    """A share of the way from base to tuned."""
     alpha, eps = recipe["alpha"], torch.finfo(getattr(torch, recipe["precision"])).eps
-    stem = name.removesuffix(".weight")
-    if recipe["method"] == "lora":
-        a, b, weight = tuned[f"{stem}.lora_A"].double(), tuned[f"{stem}.lora_B"], base[name]
-        scale, rows = alpha / a.shape[0], a.shape[1]
-
-        def product(part: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
-            first, last = part.start // rows, -(-part.stop // rows)  # whole rows, cut to the part at the end
-            inside = slice(part.start - first * rows, part.stop - first * rows)
-            w, up = weight[first:last].double(), b[first:last].double()
-            exact, size = w + scale * (up @ a), w.abs() + abs(scale) * (up.abs() @ a.abs())
-            return [exact.flatten()[inside]], (a.shape[0] + 2) * eps * size.flatten()[inside]
-
-        return product
     t = tuned[name].reshape(-1)
     weight = base[name].reshape(-1) if name in base else torch.zeros_like(t)
 

@@ -81,7 +81,8 @@ class LoraTarget:
                 continue
             fits = len(A.shape) == len(B.shape) == 2 and A.shape[0] == B.shape[1] > 0
             if not fits or (B.shape[0], A.shape[1]) != tuple(shape):
-                return f"lora_A {list(A.shape)} and lora_B {list(B.shape)}; [r, in] and [out, r] are needed"
+                found = f"lora_A {list(A.shape)} and lora_B {list(B.shape)}"
+                return f"{found}; [r, in] and [out, r] are needed, with r of at least 1"
             if A.shape[0] > min(shape):
                 return f"rank {A.shape[0]}, which is larger than the layer"
         return ""
@@ -90,22 +91,23 @@ class LoraTarget:
         """Of rows `[rows, in]` of the base's weight, what the layer kept frozen: for PiSSA less than they are."""
         if self.init_A is None:
             return weight
-        return weight - self._product(self.init_A, self.init_B, weight, first_row)
+        return self._plus(weight, self.init_A, self.init_B, first_row, -self.scaling)
 
     def adapted_rows(self, residual: torch.Tensor, first_row: int = 0) -> torch.Tensor:
         """Of rows `[rows, in]` of what was frozen, those of the merged weight, in the same dtype and place."""
-        return residual + self._product(self.A, self.B, residual, first_row)
+        return self._plus(residual, self.A, self.B, first_row, self.scaling)
 
     def restored_rows(self, merged: torch.Tensor, first_row: int = 0) -> torch.Tensor:
         """Of rows `[rows, in]` of a merged weight, the base's, up to rounding."""
-        residual = merged - self._product(self.A, self.B, merged, first_row)
+        residual = self._plus(merged, self.A, self.B, first_row, -self.scaling)
         if self.init_A is None:
             return residual
-        return residual + self._product(self.init_A, self.init_B, residual, first_row)
+        return self._plus(residual, self.init_A, self.init_B, first_row, self.scaling)
 
-    def _product(self, A: Values, B: Values, like: torch.Tensor, first_row: int) -> torch.Tensor:
-        rows = B.read()[first_row : first_row + len(like)]
-        return self.scaling * (rows.to(like) @ A.read().to(like))
+    @staticmethod
+    def _plus(weight: torch.Tensor, A: Values, B: Values, first_row: int, factor: float) -> torch.Tensor:
+        rows = B.read()[first_row : first_row + len(weight)]
+        return torch.addmm(weight, rows.to(weight), A.read().to(weight), alpha=factor)
 
     def layer(self, linear: nn.Linear) -> AdaptedLinear:
         """The layer that was trained, on top of the base's."""

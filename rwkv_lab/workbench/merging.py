@@ -7,7 +7,7 @@ from IPython.display import display
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.merge import MergePlan, MergeResult, merge, merge_recipe, verify_merge
 from rwkv_lab.merge.deltas import deltas
-from rwkv_lab.merge.methods import INTO_BASE, in_words
+from rwkv_lab.merge.methods import ADAPTERS, INTO_BASE, in_words
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.workbench import figures
 from rwkv_lab.workbench.behaviour import Behaviour, compare_behaviour, describe_texts
@@ -184,7 +184,7 @@ def _what(result: MergeResult) -> str:
     alpha, method = result.recipe["alpha"], result.plan.method
     share = "" if alpha is None else f", alpha {alpha:g}" if isinstance(alpha, float) else ", alpha by tensor"
     tuned = ", ".join(p.name for p in result.tuned[:3]) + (" …" if len(result.tuned) > 3 else "")
-    if method in INTO_BASE:
+    if method in (*INTO_BASE, *ADAPTERS):
         return f"{tuned} merged into {result.base.name}, method {method}{share}"
     with_them = f" and {tuned}" if tuned else ""
     return f"{result.base.name}{with_them}, method {method} ({in_words(method)}){share}"
@@ -213,6 +213,7 @@ def _merge(run: Run, dry_run: bool) -> MergeResult:
         method=c.method,
         alpha=c.alpha,
         weights=c.weights or None,
+        pissa_init=c.pissa_init or None,
         dtype=c.dtype or None,
         parameters=c.parameters or None,
         **options,

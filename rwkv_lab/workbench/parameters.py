@@ -18,10 +18,11 @@ from rwkv_lab.bench.peers import parse_peers
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checkpoint.paths import path_fault
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.merge.methods import INTO_BASE, METHODS
+from rwkv_lab.merge.adapter import check_adapter_files
+from rwkv_lab.merge.methods import ADAPTERS, INTO_BASE, METHODS
 from rwkv_lab.merge.mixing import MIXING
 from rwkv_lab.merge.recipe import read_recipe
-from rwkv_lab.merge.refusals import DTYPES, check_alpha, method_of, mixing_values
+from rwkv_lab.merge.refusals import DTYPES, check_alpha, check_method, method_of, mixing_values
 from rwkv_lab.wkv import backends
 
 DEMO = ("demo:base", "demo:state")
@@ -78,18 +79,21 @@ class Parameters(BaseModel):
 class MergeParameters(Parameters):
     base: InputPath = Field("demo:base", description="the model to merge into: .pth, .safetensors or a folder")
     tuned: InputPaths = Field(
-        "demo:state", description="a state, a full or partial fine-tune, a LoRA; a list of models to mix"
+        "demo:state", description="a state, a fine-tune, an adapter; a list of adapters, or of models to mix"
     )
     out: PathOrEmpty = Field("", description="empty: merged.pth in the report folder, replaced by the next run")
     method: Literal[("auto", *METHODS)] = Field(
         "auto",
-        description="auto reads it off the file; or state, overlay, lora; linear, slerp, ties, … mix models",
+        description="auto reads it off the file; or state, overlay, lora, pissa, miss; linear, slerp, ties, … mix models",
     )
     alpha: Annotated[Number, Field(ge=0)] | None = Field(
         None, description="0 to 1: how far to go; for a LoRA: its alpha; where deltas are added: their factor"
     )
     weights: list[Number] = Field([], description="linear: base, then each tuned; where deltas are added: each tuned")
-    parameters: dict[str, Any] = Field({}, description="what else a method takes, such as density, seed, layers")
+    pissa_init: PathOrEmpty = Field("", description="of a PiSSA adapter: the file or folder that it started from")
+    parameters: dict[str, Any] = Field(
+        {}, description="what else a method takes: density, seed, layers; of adapters bat, quant, unmerge, …"
+    )
     recipe: PathOrEmpty = Field("", description="a YAML recipe as of mergekit; it says all of the above but out")
     include: Patterns = Field([], description="shell patterns of tensors that may change; empty: all")
     exclude: Patterns = Field([], description="shell patterns of tensors that stay the base's")
@@ -285,11 +289,23 @@ def check_files(config: Parameters) -> None:
         read_recipe(config.recipe)
     elif config.method in MIXING:
         mixing_values(config.method, config.alpha, config.weights or None, config.parameters)
-    elif config.method == "auto" and isinstance(config.tuned, str) and config.tuned not in DEMO:
-        with open_checkpoint(config.tuned) as tuned:
-            check_alpha(method_of(tuned), config.alpha)
+    elif config.method in ("auto", *ADAPTERS) and config.tuned not in DEMO:
+        _check_tuned(config)
     elif config.method in ("auto", *INTO_BASE):
         check_alpha("state" if config.method == "auto" else config.method, config.alpha)
+
+
+def _check_tuned(config: MergeParameters) -> None:
+    tuned = config.tuned if isinstance(config.tuned, list) else [config.tuned]
+    method = config.method
+    if method == "auto":
+        with open_checkpoint(tuned[0]) as ck:
+            method = method_of(ck)
+    given = (config.alpha, config.weights or None, config.parameters, config.pissa_init or None)
+    check_method(method, *given)
+    if method in ADAPTERS:
+        alpha, weights, parameters, init = given
+        check_adapter_files(tuned, config.method, alpha, weights, init, parameters)
 
 
 def _validated(model: type[Parameters], values: Mapping[str, Any]) -> Parameters:
@@ -324,7 +340,7 @@ def _check_training(c: TrainParameters) -> None:
 
 
 def _refuse_beside_recipe(config: MergeParameters) -> None:
-    for name in ("base", "tuned", "method", "alpha", "weights", "parameters", "dtype"):
+    for name in ("base", "tuned", "method", "alpha", "weights", "pissa_init", "parameters", "dtype"):
         if getattr(config, name) != MergeParameters.model_fields[name].default:
             raise ParameterError(f"{name}={getattr(config, name)!r}: the recipe says it; leave one of them out")
 

@@ -213,15 +213,15 @@ def test_method_auto_reads_the_method_off_the_file(tmp_path):
         (random_lora(), "lora"),
         (random_model(seed=1), "overlay"),
         ({"head.weight": torch.ones(11, 16)}, "overlay"),
+        ({"blocks.0.att.key.bone": torch.ones(2, 16)}, "miss"),
     ]:
         save(tmp_path / "tuned.pth", tuned)
-        given = {"alpha": 1.0, "dry_run": True}
+        given = {"alpha": None if method == "miss" else 1.0, "dry_run": True}
         plan = merge(tmp_path / "base.pth", tmp_path / "tuned.pth", tmp_path / "out.pth", **given).plan
         assert plan.method == method and plan.changed
-    for tuned in ({"blocks.0.att.key.bone": torch.ones(2, 16)}, {"other.weight": torch.ones(2)}):
-        save(tmp_path / "tuned.pth", tuned)
-        with pytest.raises(LayoutError, match="is of kind"):
-            merge(tmp_path / "base.pth", tmp_path / "tuned.pth", tmp_path / "out.pth")
+    save(tmp_path / "tuned.pth", {"other.weight": torch.ones(2)})
+    with pytest.raises(LayoutError, match="is of kind"):
+        merge(tmp_path / "base.pth", tmp_path / "tuned.pth", tmp_path / "out.pth")
     for method in ("state", "lora"):
         with pytest.raises(LayoutError, match="has no tensor named"):
             merge(tmp_path / "base.pth", tmp_path / "tuned.pth", tmp_path / "out.pth", method=method, alpha=1.0)

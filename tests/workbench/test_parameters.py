@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from rwkv_lab.errors import ParameterError
+from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.workbench.parameters import NOTEBOOKS, changed, check_files, read_parameters
 
 OWN = {"base": "b.pth", "tuned": "t.pth"}
@@ -141,6 +141,8 @@ def test_changing_is_all_or_nothing():
 def test_alpha_is_checked_against_the_method_that_auto_finds(demo_folder):
     files = {"base": str(demo_folder / "demo-base.pth"), "tuned": str(demo_folder / "demo-state.pth")}
     check_files(read({**files, "alpha": 1.0}))
-    for namespace in ({**files, "alpha": 1.5}, {"alpha": 1.5}, {**files, "method": "lora"}):
+    for namespace in ({**files, "alpha": 1.5}, {"alpha": 1.5}):
         with pytest.raises(ParameterError, match="alpha"):
             check_files(read(namespace))
+    with pytest.raises(LayoutError, match="no tensor named .*lora_A"):
+        check_files(read({**files, "method": "lora"}))

@@ -1,0 +1,244 @@
+"""Merged adapters once more, for the proof: whole matrices in float64, each value with a bound of its error.
+
+Nothing of `rwkv_lab.peft` or `merge.adapter` is used: names, settings and formulas are understood again here. The bounds
+say what the stated precision may add; where it decides which level a quantised value falls on, the bound is that level.
+"""
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+ADAPTED = ("lora", "pissa", "miss", "adapters")
+_PART = re.compile(r"^(.+?)\.(init_lora_[AB]|lora_[AB]|disha|bone_block|bone|miss_block)(?:\.default)?(?:\.weight)?$")
+_SINGLE = torch.finfo(torch.float32).eps
+# The published levels of NF4.
+_LEVELS = torch.tensor(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
+    + [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    dtype=torch.float64,
+)
+
+Bounded = tuple[torch.Tensor, torch.Tensor]  # values and the most that each may be off, float64 [out, in]
+
+
+@dataclass(frozen=True)
+class Understood:
+    """One adapter."""
+
+    layers: dict[str, dict[str, torch.Tensor]]  # by the base's name of the matrix: "A", "B", "A0", "B0" or "block"
+    scale: dict[str, float]  # of LoRA and PiSSA
+    variant: str  # of MiSS
+    whole: dict[str, torch.Tensor]
+    weight: float
+
+
+def understand(i: int, path: Path, tensors: Mapping, init: Mapping | None, recipe: dict) -> Understood:
+    """The i-th adapter of a merge.
+
+    Args:
+        tensors, init: by the names in the files.
+    """
+    given = {k: v[i] if isinstance(v, list) else v for k, v in recipe["parameters"].items()}
+    alpha = recipe["alpha"][i] if isinstance(recipe["alpha"], list) else recipe["alpha"]
+    config = json.loads((path / "adapter_config.json").read_bytes()) if path.is_dir() else None
+    note = {} if path.is_dir() else _note(path)
+    layers, whole = _sorted(tensors)
+    if init is not None:
+        for x, parts in _sorted(init)[0].items():
+            layers[x] |= {"A0": parts.get("A0", parts.get("A")), "B0": parts.get("B0", parts.get("B"))}
+    scale = {}
+    for x, parts in layers.items():
+        if "block" in parts:
+            continue
+        rank, rs, a = len(parts["A"]), bool(given.get("use_rslora")), alpha
+        if note:
+            rs, a = note["use_rslora"], note["alpha"]
+        elif config:
+            table = config.get("alpha_pattern") or {}
+            stem = x.removesuffix(".weight")
+            fitting = [v for p, v in table.items() if re.fullmatch(rf"(.*\.)?({p})", stem)]
+            rs, a = bool(config.get("use_rslora")), [*fitting, config["lora_alpha"]][0]
+        elif "A0" in parts or given.get("residual_base"):
+            rs, a = False, rank
+        scale[x] = a / (math.sqrt(rank) if rs else rank)
+    weight = 1.0 if recipe["weights"] is None else recipe["weights"][i]
+    return Understood(layers, scale, _variant(note, config, given, layers), whole, weight)
+
+
+def adapted_names(base: Mapping, adapters: list[Understood], recipe: dict) -> list[str]:
+    """Names of the output that are computed or taken whole from an adapter."""
+    used = [a for a in adapters if a.weight]
+    names = [n for a in used for n in (*a.layers, *a.whole)]
+    if used and recipe["parameters"].get("quant", "none") != "none" and not recipe["parameters"].get("unmerge"):
+        names += [n for n in base if n.startswith("blocks.") and n.endswith(".weight") and base[n].ndim == 2]
+    return list(dict.fromkeys(names))
+
+
+def exact_adapted(name: str, base: Mapping, adapters: list[Understood], recipe: dict):
+    """As `verify_mix.exact_mix`."""
+    eps = torch.finfo(getattr(torch, recipe["precision"])).eps
+    whole = next((a for a in adapters if name in a.whole and a.weight), None)
+    if whole is not None:
+        to = whole.whole[name].double()
+        start = base[name].double().reshape(to.shape) if name in base else torch.zeros_like(to)
+        values = start + whole.weight * (to - start)
+        off = 4 * eps * (1 + abs(whole.weight)) * (start.abs() + to.abs())
+        return lambda part: ([values.reshape(-1)[part]], off.reshape(-1)[part])
+    quant = recipe["parameters"].get("quant", "none")
+    now = base[name].double(), torch.zeros(base[name].shape, dtype=torch.float64)
+    steps = [a for a in adapters if name in a.layers and a.weight]
+    if recipe["parameters"].get("unmerge"):
+        for a in reversed(steps):
+            now = _without(now, a, a.layers[name], a.scale.get(name, 0.0), eps)
+    else:
+        for i, a in enumerate(steps):
+            parts, s = a.layers[name], a.scale.get(name, 0.0) * a.weight
+            if "A0" in parts:
+                now = _plus_product(now, parts["A0"], parts["B0"], -s, eps)
+            now = _quantised(now, quant) if i == 0 else now
+            now = (
+                _with_block(now, a, parts, eps)
+                if "block" in parts
+                else _plus_product(now, parts["A"], parts["B"], s, eps)
+            )
+        now = now if steps else _quantised(now, quant)
+    values, off = (t.reshape(-1) for t in now)
+    return lambda part: ([values[part]], off[part])
+
+
+def read_adapter(path: Path) -> list[Path]:
+    """The files that hold an adapter's tensors."""
+    if not path.is_dir():
+        return [path]
+    return [next(f for f in (path / "adapter_model.safetensors", path / "adapter_model.bin") if f.is_file())]
+
+
+def _note(path: Path) -> dict:
+    """What rwkv_lab wrote beside the tensors when it saved the adapter."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            found = [n for n in archive.namelist() if n.split("/")[-1] == "rwkv_lab.adapter"]
+            return json.loads(archive.read(found[0])) if found else {}
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("rwkv_lab.adapter", "{}"))
+
+
+def _sorted(tensors: Mapping) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    called = {"lora_A": "A", "lora_B": "B", "init_lora_A": "A0", "init_lora_B": "B0"}
+    layers, whole = {}, {}
+    for name in tensors:
+        bare = re.sub(r"^(base_model\.model\.|module\.|model\.)+", "", name)
+        part = _PART.match(bare)
+        if part:
+            layers.setdefault(f"{part[1]}.weight", {})[called.get(part[2], "block")] = tensors[name]
+        else:
+            whole[bare] = tensors[name]
+    return layers, whole
+
+
+def _variant(note: dict, config: dict | None, given: dict, layers: dict) -> str:
+    if not any("block" in parts for parts in layers.values()):
+        return ""
+    if note.get("variant"):
+        return note["variant"]
+    if config and config.get("init_weights") == "bat" and config["peft_type"] == "MISS":
+        return "bat-hf"
+    three = next(parts["block"] for parts in layers.values()).ndim == 3
+    return f"bat-{given['bat']}" if three else "plain"
+
+
+def _plus_product(now: Bounded, A: torch.Tensor, B: torch.Tensor, s: float, eps: float) -> Bounded:
+    (values, off), A, B = now, A.double(), B.double()
+    size = values.abs() + abs(s) * (B.abs() @ A.abs())
+    return values + s * (B @ A), off + (len(A) + 4) * eps * size
+
+
+def _with_block(now: Bounded, a: Understood, parts: dict, eps: float) -> Bounded:
+    (values, off), D = now, parts["block"].double() * a.weight
+    if not a.variant.startswith("bat"):
+        added = _spread(D, values.shape)
+        return values + added, off + 4 * eps * (values.abs() + added.abs())
+    r = D.shape[-1]
+    times, D_at = _tiles(a.variant, D)
+    W, e = (_cut(t, r) for t in (values, off))
+    size = W.abs() + times(W.abs(), D.abs()) + D_at.abs()
+    e = e + times(e, D.abs()) + (r + 4) * eps * size
+    return _joined(W + times(W, D) + D_at), _joined(e)
+
+
+def _without(now: Bounded, a: Understood, parts: dict, scale: float, eps: float) -> Bounded:
+    if "block" not in parts:
+        s = scale * a.weight
+        now = _plus_product(now, parts["A"], parts["B"], -s, eps)
+        return _plus_product(now, parts["A0"], parts["B0"], s, eps) if "A0" in parts else now
+    (values, off), D = now, parts["block"].double() * a.weight
+    if not a.variant.startswith("bat"):
+        added = _spread(D, values.shape)
+        return values - added, off + 4 * eps * (values.abs() + added.abs())
+    r = D.shape[-1]
+    both = torch.eye(r, dtype=D.dtype) + D
+    inverse = torch.linalg.inv(both)
+    condition = float((torch.linalg.matrix_norm(both) * torch.linalg.matrix_norm(inverse)).max())
+    times, D_at = _tiles(a.variant, D)
+    T, e = (_cut(t, r) for t in (values, off))
+    e = times(e + 4 * eps * (T.abs() + D_at.abs()), inverse.abs())
+    e = e + 8 * r * eps * condition * times(T.abs() + D_at.abs(), inverse.abs())
+    return _joined(times(T - D_at, inverse)), _joined(e)
+
+
+def _spread(D: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """What MiSS adds: D[j mod r, i mod columns] at row i, column j."""
+    rows, columns = torch.arange(shape[0]) % D.shape[1], torch.arange(shape[1]) % D.shape[0]
+    return D.T[rows][:, columns]
+
+
+def _cut(matrix: torch.Tensor, r: int) -> torch.Tensor:
+    return matrix.reshape(matrix.shape[0] // r, r, matrix.shape[1] // r, r)  # tile, row in it, tile, column in it
+
+
+def _joined(tiles: torch.Tensor) -> torch.Tensor:
+    a, i, b, k = tiles.shape
+    return tiles.reshape(a * i, b * k)
+
+
+def _tiles(variant: str, D: torch.Tensor):
+    """(product of every tile with its own block, the blocks where they are added)."""
+    if variant == "bat-hf":  # one block for all tiles of the same rows
+        return lambda W, M: torch.einsum("aibk,akl->aibl", W, M), D[:, :, None, :]
+    return lambda W, M: torch.einsum("aibk,bkl->aibl", W, M), D.transpose(0, 1)[None]
+
+
+def _quantised(now: Bounded, quant: str) -> Bounded:
+    values, off = now
+    if quant == "none":
+        return now
+    off = off + _SINGLE * values.abs()  # quantisers compute in float32
+    if quant == "int8":
+        top, place = values.abs().amax(1, keepdim=True), values.abs().argmax(1, keepdim=True)
+        step = (top / 127).clamp_min(1e-300)
+        share = values / step
+        unsure = (off + values.abs() * off.gather(1, place) / top.clamp_min(1e-300)) / step + 127 * 8 * _SINGLE
+        near = ((share - share.floor()) - 0.5).abs() <= unsure
+        found = share.round() * step
+        return found, found.abs() * (off.amax(1, keepdim=True) / top.clamp_min(1e-300) + 4 * _SINGLE) + near * step
+    flat, wrong = values.reshape(-1), off.reshape(-1)
+    pad = -len(flat) % 64
+    x, e = (torch.nn.functional.pad(t, (0, pad)).view(-1, 64) for t in (flat, wrong))
+    top, loose = x.abs().amax(1, keepdim=True).clamp_min(1e-300), e.amax(1, keepdim=True)
+    share, unsure = x / top, (e + loose) / top + 8 * _SINGLE
+    middles = (_LEVELS[1:] + _LEVELS[:-1]) / 2
+    code = torch.searchsorted(middles, share)
+    edges = torch.nn.functional.pad(middles, (1, 1), value=math.inf)
+    near = torch.minimum((share - edges[code]).abs(), (share - edges[code + 1]).abs()) <= unsure
+    widest = float((_LEVELS[1:] - _LEVELS[:-1]).max())
+    found = _LEVELS[code] * top
+    bound = _LEVELS[code].abs() * loose + 4 * _SINGLE * found.abs() + near * widest * top
+    return found.reshape(-1)[: len(flat)].view_as(values), bound.reshape(-1)[: len(flat)].view_as(values)
