@@ -1,7 +1,8 @@
 """Merged adapters once more, for the proof: whole matrices in float64, each value with a bound of its error.
 
-Nothing of `rwkv_lab.peft` or `merge.adapter` is used: names, settings and formulas are understood again here. The bounds
-say what the stated precision may add; where it decides which level a quantised value falls on, the bound is that level.
+Nothing of `rwkv_lab.peft` or `merge.adapter` is used: names, settings and formulas are understood again here. The
+bounds say what the stated precision may add; where it decides which level a quantised value falls on, the bound is that
+level.
 """
 
 import json

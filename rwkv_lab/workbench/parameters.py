@@ -84,7 +84,7 @@ class MergeParameters(Parameters):
     out: PathOrEmpty = Field("", description="empty: merged.pth in the report folder, replaced by the next run")
     method: Literal[("auto", *METHODS)] = Field(
         "auto",
-        description="auto reads it off the file; or state, overlay, lora, pissa, miss; linear, slerp, ties, … mix models",
+        description="auto reads it off the file; or state, overlay, lora, pissa, miss; linear, slerp, … mix models",
     )
     alpha: Annotated[Number, Field(ge=0)] | None = Field(
         None, description="0 to 1: how far to go; for a LoRA: its alpha; where deltas are added: their factor"
