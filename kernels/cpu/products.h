@@ -124,7 +124,16 @@ void rows_by(const Tensor &w, int first, int last, const Rows &x, int64_t b, flo
     while (row < last) some(std::integral_constant<int, 1>{}, std::integral_constant<int, 1>{});
 }
 
-// A tile's rows come from memory for the first tokens, from the cache for the others.
+// Bytes of a row as it lies in memory.
+template <int F>
+INLINE int64_t stored_bytes(int columns) {
+    if constexpr (F == INT8) return int64_t(columns + GROUP8 - 1) / GROUP8 * GROUP8;
+    if constexpr (F == INT4) return int64_t(columns + LINE4 - 1) / LINE4 * LINE4 / 2;
+    return int64_t(columns) * (F == FLOAT32 ? 4 : 2);
+}
+
+// A tile's rows come from memory for the first tokens, from the cache for the others. While the others are computed, memory
+// has time to bring the next rows: each tile of tokens asks for its share of them.
 template <int F, bool BFLOAT = false>
 void dot_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, int64_t b1, float *out, int64_t out_stride) {
     constexpr bool DECODED = F == INT8 || F == INT4;
@@ -132,8 +141,14 @@ void dot_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, i
     for (int row = first; row < last; row += CACHED) {
         const int end = std::min(row + CACHED, last);
         float *to = out + row - first;
+        const int64_t size = stored_bytes<F>(w.columns) * (std::min(end + CACHED, last) - end);
+        const char *next = static_cast<const char *>(w.data) + stored_bytes<F>(w.columns) * end;
         int64_t b = b0;
-        for (; b + MANY <= b1; b += MANY) rows_by<F, BFLOAT, TR, MANY>(w, row, end, x, b, to + (b - b0) * out_stride, out_stride);
+        for (; b + MANY <= b1; b += MANY) {
+            for (int64_t i = size * (b - b0) / (b1 - b0); i < size * (b + MANY - b0) / (b1 - b0); i += 64)
+                __builtin_prefetch(next + i, 0, 2);
+            rows_by<F, BFLOAT, TR, MANY>(w, row, end, x, b, to + (b - b0) * out_stride, out_stride);
+        }
         for (; b + 2 <= b1; b += 2) rows_by<F, BFLOAT, 4, 2>(w, row, end, x, b, to + (b - b0) * out_stride, out_stride);
         for (; b < b1; b++) rows_by<F, BFLOAT, DECODED ? 2 : 1, 1>(w, row, end, x, b, to + (b - b0) * out_stride, out_stride);
     }
