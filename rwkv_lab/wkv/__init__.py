@@ -29,6 +29,7 @@ _FORMS = {
 }
 
 _COMPILED = ("cpu", "cuda")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Below this many tokens the recurrence is the faster one of the two in torch (measured on CPU, forward only).
 _SHORT = {"wkv4": 6, "wkv5": 12, "wkv6": 12, "wkv7": 4}
@@ -65,7 +66,7 @@ def wkv4(w, u, k, v, state=None, backend: str = "auto"):
 
     Raises:
         KernelError: no such backend, or one that was asked for and cannot run here.
-        ParameterError: shapes or devices that do not fit.
+        ParameterError: shapes, dtypes or devices that do not fit.
     """
     if v.ndim != 3 or 0 in v.shape:
         raise ParameterError(f"wkv4: v has shape {list(v.shape)}; it must be [B,T,A] with nothing empty.")
@@ -116,7 +117,7 @@ def wkv6(r, w, k, v, u, state=None, backend: str = "auto"):
 
     Raises:
         KernelError: no such backend, or one that was asked for and cannot run here.
-        ParameterError: shapes or devices that do not fit.
+        ParameterError: shapes, dtypes or devices that do not fit.
     """
     B, T, H, N = _heads("wkv6", v)
     _check_heads("wkv6", v, (r, k), w, (B, T, H, N), u, state)
@@ -140,7 +141,7 @@ def wkv7(r, w, k, v, a, b, state=None, backend: str = "auto"):
 
     Raises:
         KernelError: no such backend, or one that was asked for and cannot run here.
-        ParameterError: shapes or devices that do not fit.
+        ParameterError: shapes, dtypes or devices that do not fit.
     """
     B, T, H, N = _heads("wkv7", v)
     shape = v.shape
@@ -183,12 +184,18 @@ def _check_heads(name, v, r_and_k, w, w_shape, u, state):
 
 
 def _check(name, v, **inputs):
-    """Refuse an input that is not of its shape or not on v's device; `inputs` are (tensor or None, shape)."""
+    """Refuse an input that is not of its shape, not on v's device, or no plain tensor of floating-point numbers;
+    `inputs` are (tensor or None, shape)."""
     device = v.device
-    for which, (x, shape) in inputs.items():
-        if x is None or (x.shape == shape and x.device == device):
+    for which, (x, shape) in (inputs | {"v": (v, v.shape)}).items():
+        if x is None or (x.shape == shape and x.device == device and x.dtype in _DTYPES and x.layout == torch.strided):
             continue
         called = "the state" if which == "state" else which
+        if x.dtype not in _DTYPES or x.layout != torch.strided:
+            is_of = x.dtype if x.dtype not in _DTYPES else x.layout
+            raise ParameterError(
+                f"{name}: {called} is a tensor of {is_of}; it must be a dense one of {', '.join(map(str, _DTYPES))}."
+            )
         if x.shape != shape:
             raise ParameterError(
                 f"{name}: {called} has shape {list(x.shape)}; beside v of {list(v.shape)} it must be {list(shape)}."

@@ -191,6 +191,9 @@ def test_refusals_say_what_there_is(name):
         called = "the state" if z == "state" else z
         with pytest.raises(ParameterError, match=f"{name}: ({called}|[kr]) has shape"):
             operator(**inputs | {z: inputs[z][..., 1:]})
+        for wrong in (inputs[z].long(), inputs[z].bool(), inputs[z].to(torch.complex64), inputs[z].to_sparse()):
+            with pytest.raises(ParameterError, match=f"{called} is a tensor of (.|\n)*torch.bfloat16"):
+                operator(**inputs | {z: wrong})
     with pytest.raises(ParameterError, match="u is on meta, v on cpu"):
         operator(**inputs | {"u": inputs["u"].to("meta")})
     with pytest.raises(ParameterError, match=r"\[B,T,"):

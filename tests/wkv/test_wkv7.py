@@ -144,6 +144,8 @@ def test_refusals_say_what_there_is():
         wkv7(*inputs, backend="cdua")
     with pytest.raises(ParameterError, match="w has shape"):
         wkv7(inputs[0], inputs[1][:, 1:], *inputs[2:])
+    with pytest.raises(ParameterError, match="k is a tensor of torch.int32"):
+        wkv7(*inputs[:2], inputs[2].int(), *inputs[3:])
     with pytest.raises(ParameterError, match="state has shape"):
         wkv7(*inputs[:6], inputs[6][:, :, 1:])
     with pytest.raises(ParameterError, match=r"\[B,T,H,N\]"):
