@@ -19,17 +19,25 @@ struct Sizes {
 
 INLINE Vec select(Ints which, Vec yes, Vec no) { return which ? yes : no; }
 
-// Weights e^(x-q) and e^(y-q), q the larger of the two: one of them is 1, so one exponential is enough.
+// Weights e^(x-q) and e^(y-q), q the larger of the two: one of them is 1, so one exponential is enough. It is NaN where
+// q is infinite, as the formula has it.
 struct Weights {
     Vec x, y;
     INLINE Weights(Vec x_exponent, Vec y_exponent) {
         const Vec more = x_exponent - y_exponent;
         const Ints x_larger = more > 0;
-        const Vec smaller = exponential(select(x_larger, -more, more));
-        x = select(x_larger, broadcast(1), smaller);
-        y = select(x_larger, smaller, broadcast(1));
+        const Vec q = select(x_larger, x_exponent, y_exponent);
+        const Vec larger = 1 + (q - q), smaller = exponential(select(x_larger, -more, more));
+        x = select(x_larger, larger, smaller);
+        y = select(x_larger, smaller, larger);
     }
 };
+
+// The larger of two exponents, NaN where one of them is.
+INLINE Vec larger(Vec x, Vec y) {
+    const Vec both = x + y;
+    return select(both == both, select(x > y, x, y), both);
+}
 
 // The sums of RWKV-4 with and without values, both divided by e^p.
 struct Sums {
@@ -40,7 +48,7 @@ struct Sums {
 INLINE Sums after(const Sums &s, Vec w, Vec k, Vec v) {
     const Vec aged = s.p + w;
     const Weights e(aged, k);
-    return {e.x * s.a + e.y * v, e.x * s.b + e.y, select(aged > k, aged, k)};
+    return {e.x * s.a + e.y * v, e.x * s.b + e.y, larger(aged, k)};
 }
 
 struct Forward {

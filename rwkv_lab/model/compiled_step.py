@@ -1,8 +1,8 @@
 """One token through a whole model as one compiled call: `kernels/cpu/step*.cpp`, with weights used where they lie.
 
 `compiled_step` says whether a call can go that way. It can where the answer is the same and nobody looks inside: on
-the CPU, without gradients, hooks, watchers or autocast, in float32, bfloat16 or float16, and with the modules that this
-package makes. Otherwise the torch modules run, as they do with `use_backend("reference")` or "chunked".
+the CPU, without gradients or anything that `plain` names, in float32, bfloat16 or float16, and with the modules that
+this package makes. Otherwise the torch modules run, as they do with `use_backend("reference")` or "chunked".
 """
 
 import ctypes
@@ -19,6 +19,7 @@ from torch import nn
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.model.block import RESCALE_EVERY
+from rwkv_lab.model.plain import is_plain, nobody_interferes
 from rwkv_lab.model.recycled import Memory
 from rwkv_lab.model.state import RWKVState, check_state, state_shapes
 from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PACKED = {8: 3, 4: 4}  # bits -> format
+_PACKED_MODULES = (PackedLinear, PackedEmbedding)
 
 # Per layer, in the order that the C++ source has; "w1" and the like lie as [in,out].
 _SEVEN = (
@@ -109,7 +111,7 @@ class _Call(ctypes.Structure):
     ]
 
 
-_address = torch.Tensor.data_ptr
+_address, _strides = torch.Tensor.data_ptr, torch.Tensor.stride
 
 
 class _Unfit(Exception):
@@ -143,32 +145,38 @@ class _Table:
                     turned = name in _TURNED
                     rows.append(_NOTHING if idle or missing else self._of_parameter(owner, last, turned))
         self.owners = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
-        self.trees = [m._modules for m in (model, model.blocks, *self.modules) if m._modules]
+        self.modules += [model, model.blocks]
+        if not all(type(m) in _PACKED_MODULES or is_plain(m) for m in self.modules):
+            raise _Unfit
+        self.trees = [m._modules for m in self.modules if m._modules]
         self.grown = [m for d in self.trees for m in d.values()]
+        self.types, self.inside = list(map(type, self.modules)), list(map(vars, self.modules))
+        self.options = [d for d in self.inside if "eps" in d or "max_norm" in d]
+        self.opted = self._options()
         self.hooks = [d for m in self.modules for d in (m._forward_hooks, m._forward_pre_hooks)]
         self.watched = [m for m in self.modules if hasattr(m, "watchers")]
         self.lent = [x for d in self.owners for x in d.values()]  # kept alive, so that no address is used again
         self.there = [x for x in self.lent if x is not None]
-        self.addresses = list(map(_address, self.there))
+        self.addresses, self.strides = list(map(_address, self.there)), list(map(_strides, self.there))
         self.memory = [x.untyped_storage() for x in self.there]  # kept: a step may run on it
         self.large = sum(x.nbytes for x in self.there) > _CACHED
         self.used = False  # of a large model's table: from then on `_run` looks whether it holds, while it computes
         self.rows = (_Tensor * len(rows))(*rows)
-        layout, ln_x = model.layout, getattr(model.blocks[0].att, "ln_x", None)
+        layout, norm_eps, head_norm_eps = model.layout, self._eps(nn.LayerNorm), self._eps(nn.GroupNorm)
         self.model = _Model(
             ctypes.addressof(self.rows),
             *(_DTYPES[self.dtype], layout.n_layer, layout.n_embd, layout.dim_att, layout.dim_ffn, layout.vocab_size),
-            *(layout.n_head, layout.head_size, model.ln_out.eps, 0.0 if ln_x is None else ln_x.eps),
+            *(layout.n_head, layout.head_size, norm_eps, head_norm_eps),
             int(layout.version[0]),
             RESCALE_EVERY if self.dtype == torch.float16 and layout.version != "7.0" else 0,
         )
 
     def _of_module(self, module) -> list[_Tensor]:
-        if type(module) in (nn.Linear, nn.Embedding) and module._parameters.get("bias") is None:
+        if type(module) in (nn.Linear, nn.Embedding):
             return [self._of_parameter(module, "weight")]
         if type(module) in (nn.LayerNorm, nn.GroupNorm):
             return [self._of_parameter(module, "weight"), self._of_parameter(module, "bias")]
-        if type(module) in (PackedLinear, PackedEmbedding):
+        if type(module) in _PACKED_MODULES:
             codes, scales = module.codes.data_ptr(), module.scales.data_ptr()
             return [_Tensor(codes, scales, _PACKED[module.bits], module.rows, module.columns, 0)]
         raise _Unfit
@@ -180,6 +188,16 @@ class _Table:
         rows, columns = (x.shape[:-1].numel(), x.shape[-1]) if turned or x.ndim == 2 else (1, x.numel())
         return _Tensor(x.data_ptr(), None, _DTYPES[x.dtype], rows, columns, int(turned))
 
+    def _eps(self, kind: type[nn.Module]) -> float:
+        """What all norms of that kind add to the variance; the C++ source knows one number."""
+        found = {m.eps for m in self.modules if type(m) is kind} or {0.0}
+        if len(found) > 1:
+            raise _Unfit
+        return found.pop()
+
+    def _options(self) -> list:
+        return [d.get("eps", d.get("max_norm")) for d in self.options]
+
     def still_there(self) -> bool:
         """Whether every module and tensor is the one that it was, and every tensor at the address where it was."""
         # Some hundred tensors are looked at for every token: `map` over C functions takes a third of a loop's time.
@@ -187,11 +205,18 @@ class _Table:
             now = [x for d in dictionaries for x in d.values()]
             if len(now) != len(known) or not all(map(operator.is_, now, known)):
                 return False
-        return list(map(_address, self.there)) == self.addresses
+        return (
+            list(map(_address, self.there)) == self.addresses
+            and list(map(_strides, self.there)) == self.strides
+            and list(map(type, self.modules)) == self.types
+            and self._options() == self.opted
+        )
 
     def undisturbed(self) -> bool:
-        """Whether nobody watches the modules or has hooked into them."""
-        return not any(self.hooks) and not any([m.watchers for m in self.watched])
+        """Whether nobody watches the modules, has hooked into them or exchanged what they do."""
+        return not (
+            any(self.hooks) or any([m.watchers for m in self.watched]) or any(["forward" in d for d in self.inside])
+        )
 
     def holds(self) -> bool:
         """Whether this table may be used for a step."""
@@ -228,7 +253,7 @@ def compiled_step(model, tokens, state: RWKVState | None) -> Callable | None:
     weight = model.ln_out.weight
     if weight.dtype not in _DTYPES or weight.device.type != "cpu":
         return None
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+    if not nobody_interferes():
         return None
     table = _table(model)
     if table is None or not (table.used or table.undisturbed()):
@@ -247,7 +272,7 @@ def compiled_step(model, tokens, state: RWKVState | None) -> Callable | None:
             _told.add(table.source)
             log.warning("Tokens go through torch one by one: %s", error)
         return None
-    return partial(_run, model, table, library.step)
+    return partial(_step, model, table, library.step)
 
 
 _told: set[str] = set()  # sources of which somebody has been told that they do not compile
@@ -269,41 +294,55 @@ class _FreshState(RWKVState):
     like any other. Most are never looked at, but go straight into the next step, to which addresses are enough; a torch
     operator takes 30 microseconds when a token's weights have just gone through the caches."""
 
-    def __init__(self, memory: Memory, made_for: tuple, version: str):
-        self.__dict__.update(memory=memory, made_for=made_for, version=version)
+    __class__ = property(lambda self: RWKVState)  # for all who ask but `type`
 
     def __getattr__(self, name: str):
         if name not in ("wkv", "att_shift", "ffn_shift"):
             raise AttributeError(name)
-        wkv, att, ffn = self.memory.tensors()
-        # Key-major is how the kernel holds it: [B,L,H,K,V] in memory.
-        found = {"wkv": wkv.transpose(-1, -2) if wkv.ndim == 5 else wkv, "att_shift": att, "ffn_shift": ffn}
-        self.__dict__.update(found)
-        del self.__dict__["memory"], self.__dict__["made_for"]
-        object.__setattr__(self, "__class__", RWKVState)
-        return found[name]
+        inside = self.__dict__
+        memory = inside.get("memory")
+        if memory is not None:  # else another thread has just made them
+            wkv, att, ffn = memory.tensors()
+            # Key-major is how the kernel holds it: [B,L,H,K,V] in memory.
+            inside.setdefault("wkv", wkv.transpose(-1, -2) if wkv.ndim == 5 else wkv)
+            inside.setdefault("att_shift", att)
+            inside.setdefault("ffn_shift", ffn)
+            inside.pop("memory", None)
+        return inside[name]
 
     def __reduce__(self):  # for copies and files
         return RWKVState, (self.wkv, self.att_shift, self.ffn_shift, self.version)
 
 
+def _fresh_state(memory: Memory, made_for: tuple, version: str) -> _FreshState:
+    state = object.__new__(_FreshState)
+    state.__dict__.update(memory=memory, made_for=made_for, version=version)
+    return state
+
+
+def _step(model, table: _Table, step, tokens, state: RWKVState | None) -> tuple[torch.Tensor, RWKVState]:
+    """Logits `[B,T,V]` and the new state."""
+    return _run(model, table, step, tokens, state) or model.forward(tokens, state)
+
+
 @torch.no_grad()
-def _run(model, table: _Table, step, tokens, state: RWKVState | None) -> tuple[torch.Tensor, RWKVState]:
+def _run(model, table: _Table, step, tokens, state: RWKVState | None) -> tuple[torch.Tensor, RWKVState] | None:
+    """As `_step`; None where weights were exchanged meanwhile, or somebody wants to look inside."""
     layout, dtype, (B, T) = model.layout, table.dtype, tokens.shape
     made_for = (layout, B, dtype)
     if state is None:
         state = model.create_state(B)
     elif type(state) is not _FreshState or state.made_for != made_for:
         check_state(state, layout, B, dtype, tokens.device)
-    given, holds = state, _looker.submit(table.holds) if table.used else None
+    holds = _looker.submit(table.holds) if table.used else None
     if tokens.dtype != torch.int64:
         tokens = tokens.to(torch.int64)
     shape, shifts = (B, *state_shapes(layout)["wkv"]), (B, layout.n_layer, layout.n_embd)
     logits = []
     for t in range(T):
         column = tokens if T == 1 and tokens.is_contiguous() else tokens[:, t].contiguous()
-        if type(state) is _FreshState:
-            before = state.memory
+        before = state.__dict__.get("memory")  # in a name: it stays ours when another thread asks for the tensors
+        if before is not None:
             where = _addresses(before, shape, shifts)
         else:
             before = state.wkv.float(), _rows(state.att_shift, dtype), _rows(state.ffn_shift, dtype)
@@ -314,11 +353,10 @@ def _run(model, table: _Table, step, tokens, state: RWKVState | None) -> tuple[t
         call = _Call(column.data_ptr(), B, *where, *new, answer.address, torch.get_num_threads())
         step(ctypes.byref(table.model), ctypes.byref(call))
         logits += answer.tensors()
-        state = _FreshState(memory, made_for, layout.version)
+        state = _fresh_state(memory, made_for, layout.version)
     if holds and not holds.result():
-        # Weights were exchanged, or somebody wants to look inside: what was computed is not the answer.
         _tables.pop(model, None)
-        return model.forward(tokens, given)
+        return None
     return logits[0].unsqueeze(1) if len(logits) == 1 else torch.stack(logits, 1), state
 
 

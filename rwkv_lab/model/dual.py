@@ -17,6 +17,7 @@ from rwkv_lab.model.device import device_errors, falls_back, parse_device, warn_
 from rwkv_lab.model.generation import Sampling, generate_one
 from rwkv_lab.model.inputs import check_tokens
 from rwkv_lab.model.loading import fill, model_file, open_model, read_time_states
+from rwkv_lab.model.plain import exchanged
 from rwkv_lab.model.state import RWKVState, check_state, join, state_shapes
 from rwkv_lab.model.state_cache import StateCache
 from rwkv_lab.model.tokenizer import load_tokenizer, tokenizer_for
@@ -161,7 +162,13 @@ class RWKV_Dual(nn.Module):
 
         Raises:
             OutputError: the file is there already, or cannot be written.
+            ParameterError: the model holds what a checkpoint does not: adapters, or rounded weights.
         """
+        if found := exchanged(self):
+            raise ParameterError(
+                f"This model has {found}, which no checkpoint holds.\n"
+                "Adapters are saved by `save_adapter` and merged by `merge`; rounded weights are made anew each time."
+            )
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_checkpoint(model_file(folder), self.state_dict())
         return model_file(folder)

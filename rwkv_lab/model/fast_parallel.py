@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rwkv_lab.errors import KernelError
+from rwkv_lab.model.plain import is_plain, nobody_interferes
 from rwkv_lab.model.state import RWKVState
 from rwkv_lab.wkv import wkv4, wkv5, wkv6, wkv7
 from rwkv_lab.wkv.choice import chosen_backend
@@ -19,28 +20,23 @@ from rwkv_lab.wkv.cpu import library_on_torch_threads
 
 _BLOCK = 512  # rows (batch times tokens) at once: enough to pay for reading a layer's weights, few enough for the cache
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PLAIN = {f"rwkv_lab.model.{x}" for x in ("dual", "block", "rwkv4", "rwkv5", "rwkv6", "rwkv7")} | {
-    f"torch.nn.modules.{x}" for x in ("linear", "normalization", "sparse", "container")
-}  # where the classes of a model stand to which nothing was added
 _NONE, _TANH, _SIGMOID, _RELU_SQUARE = range(4)
 
 
 def is_possible(model: nn.Module, state: RWKVState | None = None) -> bool:
     """Whether `run` (from this state) and `logits` give what the torch form gives.
 
-    Not where gradients, watchers, hooks or modules of another kind (adapters) are in the way.
+    Not where gradients, or what `plain` names, are in the way.
     """
     weight = model.emb.weight
     if weight.device.type != "cpu" or chosen_backend() not in ("auto", "cpu"):
         return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in _DTYPES or not nobody_interferes():
         return False
     grad = torch.is_grad_enabled()
     if grad and state is not None and any(part.requires_grad for part in state.tensors().values()):
         return False
-    if not all(_is_plain(module, weight.dtype, grad) for module in model.modules()):
+    if not all(_fits(module, weight.dtype, grad) for module in model.modules()):
         return False
     try:
         return _library() is not None
@@ -48,12 +44,8 @@ def is_possible(model: nn.Module, state: RWKVState | None = None) -> bool:
         return False
 
 
-def _is_plain(module: nn.Module, dtype: torch.dtype, grad: bool) -> bool:
-    if module._forward_hooks or module._forward_pre_hooks or getattr(module, "watchers", ()):
-        return False
-    if "forward" in vars(module) or type(module).__module__ not in _PLAIN:
-        return False
-    return all(
+def _fits(module: nn.Module, dtype: torch.dtype, grad: bool) -> bool:
+    return is_plain(module) and all(
         p is None
         or p.device.type == "cpu"
         and p.is_contiguous()

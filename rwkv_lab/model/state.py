@@ -91,12 +91,20 @@ def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.
     """Whether a state can go into a model with these tokens.
 
     Raises:
-        ParameterError: it is of another model, of another number of sequences, in another dtype or on another device.
+        ParameterError: it is no RWKVState of dense floating-point tensors, or is of another model, of another number of
+            sequences, in another dtype or on another device.
     """
+    if not isinstance(state, RWKVState):
+        raise ParameterError(
+            f"A state is an RWKVState, as model.create_state() makes it, not a {type(state).__name__}."
+        )
     if state.version not in ("", layout.version):
         raise ParameterError(f"The state is of RWKV-{state.version}, the model is RWKV-{layout.version}.")
     for name, shape in state_shapes(layout).items():
         part = getattr(state, name)
+        if not isinstance(part, torch.Tensor) or not part.is_floating_point() or part.layout != torch.strided:
+            of = f"tensor of {part.dtype}, {part.layout}" if isinstance(part, torch.Tensor) else type(part).__name__
+            raise ParameterError(f"The state's {name} is a {of}; it must be a dense floating-point tensor.")
         if part.shape[1:] != shape:
             raise ParameterError(
                 f"The state is of another model: its {name} has shape {list(part.shape)}, "

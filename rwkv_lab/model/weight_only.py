@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.model.plain import exchanged, is_plain
 
 SCHEMES = {"int8": 8, "int4": 4}
 
@@ -100,17 +101,25 @@ def quantise_weights(model, scheme: str = "int8", in_place: bool = False):
         in_place: change the model given, matrix by matrix, so that its own weights are freed on the way.
 
     Raises:
-        ParameterError: no such scheme, a model on another device, or one that is rounded already.
+        ParameterError: no such scheme; no RWKV_Dual; a model on another device, with adapters or hooks in it, or that is
+            rounded already.
     """
+    if not isinstance(getattr(model, "emb", None), nn.Module):
+        raise ParameterError(f"Weights of an RWKV_Dual can be rounded, not of a {type(model).__name__}.")
     if scheme not in SCHEMES:
         raise ParameterError(f"There is no scheme {scheme!r} for weights: {', '.join(SCHEMES)}.")
     if model.get_device().type != "cpu":
         raise ParameterError(f"Weights are rounded on the CPU, this model is on {model.get_device()}: model.to('cpu').")
-    found = [(name, m) for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)]
-    if not isinstance(model.head, nn.Linear) or not isinstance(model.emb, nn.Embedding):
+    if found := exchanged(model):
         raise ParameterError(
-            "The head or the embedding of this model is no plain matrix; were its weights rounded before?"
+            f"This model has {found}. Weights are rounded once, and after adapters are merged into them."
         )
+    for name, module in model.named_modules():
+        if name and not is_plain(module):
+            raise ParameterError(
+                f"{name} has a hook, a watcher or a forward of its own, which would be lost:\ntake it away first."
+            )
+    found = [(name, m) for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)]
     if not in_place:
         model = copy.deepcopy(model, {id(m.weight): nn.Parameter(torch.empty(0)) for _, m in found})
     for name, module in found:

@@ -68,6 +68,7 @@ def wkv4(w, u, k, v, state=None, backend: str = "auto"):
         KernelError: no such backend, or one that was asked for and cannot run here.
         ParameterError: shapes, dtypes or devices that do not fit.
     """
+    _refuse_others("wkv4", w=w, u=u, k=k, v=v, state=state)
     if v.ndim != 3 or 0 in v.shape:
         raise ParameterError(f"wkv4: v has shape {list(v.shape)}; it must be [B,T,A] with nothing empty.")
     B, T, A = v.shape
@@ -94,6 +95,7 @@ def wkv5(r, w, k, v, u, state=None, backend: str = "auto"):
 
     Returns, raises: as `wkv6`.
     """
+    _refuse_others("wkv5", r=r, w=w, k=k, v=v, u=u, state=state)
     B, T, H, N = _heads("wkv5", v)
     _check_heads("wkv5", v, (r, k), w, (H, N), u, state)
     return _run("wkv5", backend, T, v.dtype, r, w, k, v, u, _or_zeros(state, v))
@@ -119,6 +121,7 @@ def wkv6(r, w, k, v, u, state=None, backend: str = "auto"):
         KernelError: no such backend, or one that was asked for and cannot run here.
         ParameterError: shapes, dtypes or devices that do not fit.
     """
+    _refuse_others("wkv6", r=r, w=w, k=k, v=v, u=u, state=state)
     B, T, H, N = _heads("wkv6", v)
     _check_heads("wkv6", v, (r, k), w, (B, T, H, N), u, state)
     return _run("wkv6", backend, T, v.dtype, r, w, k, v, u, _or_zeros(state, v))
@@ -143,6 +146,7 @@ def wkv7(r, w, k, v, a, b, state=None, backend: str = "auto"):
         KernelError: no such backend, or one that was asked for and cannot run here.
         ParameterError: shapes, dtypes or devices that do not fit.
     """
+    _refuse_others("wkv7", r=r, w=w, k=k, v=v, a=a, b=b, state=state)
     B, T, H, N = _heads("wkv7", v)
     shape = v.shape
     inputs = {"r": (r, shape), "w": (w, shape), "k": (k, shape), "a": (a, shape), "b": (b, shape)}
@@ -169,6 +173,12 @@ def _run(name, backend, T, dtype, *inputs):
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         y, state = _FORMS[name][backend](*(x.to(inner) for x in inputs))
     return y.to(dtype), state
+
+
+def _refuse_others(name, **inputs):
+    for which, x in inputs.items():
+        if not isinstance(x, torch.Tensor) and not (which == "state" and x is None):
+            raise ParameterError(f"{name}: {which} is a {type(x).__name__}; it must be a tensor.")
 
 
 def _heads(name, v):

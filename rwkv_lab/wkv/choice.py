@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.autograd import forward_ad
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.wkv import cuda
@@ -33,10 +34,16 @@ def chosen_backend() -> str:
     return _chosen
 
 
+def takes_tangents() -> bool:
+    """Whether forward-mode derivatives (`torch.func.jvp`, `torch.autograd.forward_ad`) are being taken; what is
+    compiled has none."""
+    return forward_ad._current_level >= 0
+
+
 def fastest(name: str, device: str, double: bool, width: int) -> str | None:
     """The compiled backend for operator `name` on such inputs, whose state has rows of `width`; None where torch's own
     operations have to do."""
-    if device not in ("cpu", "cuda") or double:
+    if device not in ("cpu", "cuda") or double or takes_tangents():
         return None
     why = unfit(name, device, width) or problem(name, device)
     if why is not None:

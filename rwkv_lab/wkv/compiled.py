@@ -7,7 +7,7 @@ import torch
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.wkv import operators
-from rwkv_lab.wkv.choice import problem, unfit
+from rwkv_lab.wkv.choice import problem, takes_tangents, unfit
 from rwkv_lab.wkv.cpu import DTYPES
 
 
@@ -34,6 +34,11 @@ def check(name: str, backend: str, device: str, double: bool, width: int) -> Non
         raise KernelError(
             f'backend="{backend}" computes in float32, but an input is float64.\n'
             'Use backend="chunked" or "reference", or convert the inputs.'
+        )
+    if takes_tangents():
+        raise KernelError(
+            f'backend="{backend}" has no forward-mode derivatives (torch.func.jvp, forward_ad).\n'
+            'Use backend="chunked" or "reference".'
         )
     if why := unfit(name, backend, width) or problem(name, backend):
         raise KernelError(why)

@@ -108,5 +108,5 @@ def test_what_cannot_be_rounded_is_refused(tmp_path):
     model = load_model(tmp_path, "7.0")
     with pytest.raises(ParameterError, match="no scheme 'int3'"):
         quantise_weights(model, "int3")
-    with pytest.raises(ParameterError, match="rounded before"):
+    with pytest.raises(ParameterError, match="emb, a PackedEmbedding. Weights are rounded once"):
         quantise_weights(quantise_weights(model), "int4")

@@ -6,7 +6,7 @@ from test_wkv7 import make_inputs as make_wkv7
 from test_wkv456 import make_inputs as make_wkv456
 from test_wkv456 import relative_rms
 
-from rwkv_lab.errors import KernelError
+from rwkv_lab.errors import KernelError, ParameterError
 from rwkv_lab.wkv import backends, cpu, use_backend, wkv4, wkv5, wkv6, wkv7
 
 OPERATORS = {"wkv4": wkv4, "wkv5": wkv5, "wkv6": wkv6, "wkv7": wkv7}
@@ -158,6 +158,45 @@ def test_nan_comes_through(name):
     inputs["v"][0, 3] = float("nan")
     y, _, _ = run(name, inputs, "cpu")
     assert y[0, :3].isfinite().all() and y[0, 3].isnan().any()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("which", ["w", "u", "k", "v", "state"])
+def test_wkv4_hides_no_infinity(which, value):
+    """Where the recurrence has a number and where it has none, channel by channel."""
+    inputs = make("wkv4", 2, 9, 1, 37)
+    inputs["state"][:, 1] = inputs["state"][:, 1].abs() + 1  # a sum of positive numbers
+    for i in range(3):
+        changed = {z: x.clone() for z, x in inputs.items()}
+        where = (i,) if which in "wu" else (1, i, 5) if which == "state" else (0, i, 5)
+        changed[which][where] = value
+        found, expected = (wkv4(**changed, backend=backend) for backend in ("cpu", "reference"))
+        for one, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, right, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, for its derivatives
+def test_forward_derivatives_are_left_to_torch(name):
+    inputs = make(name, 1, 5, 1, 32)
+
+    def run_v(v, backend="auto"):
+        return OPERATORS[name](**inputs | {"v": v}, backend=backend)[0]
+
+    _, found = torch.func.jvp(run_v, (inputs["v"],), (torch.ones_like(inputs["v"]),))
+    _, expected = torch.func.jvp(lambda v: run_v(v, "reference"), (inputs["v"],), (torch.ones_like(inputs["v"]),))
+    assert expected.abs().sum() > 0 and relative_rms(found, expected) < GRADIENT
+    with pytest.raises(KernelError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda v: run_v(v, "cpu"), (inputs["v"],), (torch.ones_like(inputs["v"]),))
+
+
+@pytest.mark.parametrize("other", [None, [1.0], 3])
+def test_what_is_no_tensor_is_refused(name, other):
+    inputs = make(name, 1, 5, 1, 32)
+    for which in inputs:
+        if which == "state" and other is None:
+            continue
+        with pytest.raises(ParameterError, match=f"{which} is a {type(other).__name__}; it must be a tensor"):
+            OPERATORS[name](**inputs | {which: other})
 
 
 def test_without_gradients_nothing_is_kept_and_the_answer_is_the_same(name):
