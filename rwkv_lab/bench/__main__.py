@@ -3,6 +3,8 @@
 import argparse
 import json
 import logging
+import signal
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from rwkv_lab.bench.speed import LIMITS, Plan, measure_speed
 from rwkv_lab.bench.training import measure_training
 from rwkv_lab.checkpoint import write_text
 from rwkv_lab.errors import NumericsError, RwkvLabError
+from rwkv_lab.model.device import device_errors, parse_device
 from rwkv_lab.resources import checkout_folder
 from rwkv_lab.wkv import backends
 
@@ -49,9 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.job == "merge":
                 _merge(options, folder)
             else:
-                wrong = _measure(options, folder)
+                measured, wrong = _measure(options, folder)
                 if wrong:
                     raise NumericsError("No rate is reported of what disagrees with the reference: " + "; ".join(wrong))
+                if not measured:
+                    raise RwkvLabError("Nothing was measured; the table says why.")
     except RwkvLabError as e:
         raise SystemExit(f"{type(e).__name__}: {e}") from e
 
@@ -60,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rwkv_lab.bench")
     jobs = parser.add_subparsers(dest="job", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--rounds", type=int, help="samples of everything (default 5, with --quick 3)")
-    common.add_argument("--threads", type=int, help="of torch and of the peers; by default as torch has it")
+    common.add_argument("--rounds", type=_positive, help="samples of everything (default 5, with --quick 3)")
+    common.add_argument("--threads", type=_positive, help="of torch and of the peers; by default as torch has it")
     common.add_argument(
         "--folder", type=Path, help="for models that are made here; by default a temporary one, removed at the end"
     )
@@ -72,9 +77,11 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--shapes", nargs="*", choices=SHAPES, help="models with random weights, made here")
         one.add_argument("--models", nargs="*", type=Path, default=[], help="checkpoints of your own, instead")
         one.add_argument("--dtypes", nargs="+", choices=LIMITS, default=list(Plan.dtypes))
-        one.add_argument("--lengths", nargs="+", type=int, help="tokens of prompts; the longest is the operators' too")
-        one.add_argument("--batches", nargs="+", type=int, help="sequences decoded at once")
-        one.add_argument("--contexts", nargs="+", type=int, help="tokens read before, for growth")
+        one.add_argument(
+            "--lengths", nargs="+", type=_positive, help="tokens of prompts; the longest is the operators' too"
+        )
+        one.add_argument("--batches", nargs="+", type=_positive, help="sequences decoded at once")
+        one.add_argument("--contexts", nargs="+", type=_positive, help="tokens read before, for growth")
         one.add_argument("--backends", nargs="+", default=[], help="of the WKV operators; by default all there are")
         one.add_argument("--device", default="cpu")
         one.add_argument(
@@ -84,8 +91,18 @@ def _parser() -> argparse.ArgumentParser:
         "merge", help="wall time and memory of merging, beside cp and the naive script", parents=[common]
     )
     merge.add_argument("--sizes", nargs="+", choices=SHAPES, default=["v7-0.4b", "v7-1.5b"], help="shapes of the base")
-    merge.add_argument("--lora-rank", type=int, default=32)
+    merge.add_argument("--lora-rank", type=_positive, default=32)
     return parser
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return number
 
 
 def _merge(options: argparse.Namespace, folder: Path) -> None:
@@ -95,8 +112,11 @@ def _merge(options: argparse.Namespace, folder: Path) -> None:
     print(json.dumps(report["machine"]), merge_table(report), options.report / "merge.json", sep="\n")
 
 
-def _measure(options: argparse.Namespace, folder: Path) -> list[str]:
-    """Run one job or all of them; returns what of ours disagreed."""
+def _measure(options: argparse.Namespace, folder: Path) -> tuple[bool, list[str]]:
+    """Run one job or all of them; returns whether there is any rate, and what of ours disagreed."""
+    device = parse_device(options.device)
+    with device_errors(device):
+        torch.empty(1, device=device)
     quick, rounds = options.quick, options.rounds or (3 if options.quick else 5)
     names = options.backends or list(backends())
     peers = tuple(parse_peers(options.peers))
@@ -111,7 +131,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> list[str]:
     print(json.dumps(machine()), f"WKV backends: {', '.join(names)}", sep="\n", flush=True)
     if not floors_are_compiled():
         print("There is no C++ compiler: floors are what torch reaches, which is less than the machine can do.")
-    wrong = []
+    measured, wrong = False, []
     for job in JOBS if options.job == "all" else [options.job]:
         rows: list[Row] = []
         floors: Floors = {}
@@ -133,8 +153,9 @@ def _measure(options: argparse.Namespace, folder: Path) -> list[str]:
                     contexts = options.contexts or (_CONTEXTS[:2] if quick else _CONTEXTS)
                     rows += measure_growth(path, subject, plan.dtypes[0], contexts, rounds, options.device)
         _write(options.report, job, rows, floors)
+        measured = measured or any(row.samples for row in rows)
         wrong += [f"{row.job} {row.subject} {row.name}" for row in rows if row.disagrees and not _is_peer(row, peers)]
-    return wrong
+    return measured, wrong
 
 
 def _is_peer(row: Row, peers: Sequence) -> bool:
@@ -177,4 +198,5 @@ def _write(report: Path, job: str, rows: Sequence[Row], floors: Floors) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends as an error does: temporary folders go
     main()

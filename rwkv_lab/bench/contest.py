@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from rwkv_lab.bench.machine import watched
+from rwkv_lab.errors import ParameterError
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,13 @@ def _sample(take: Callable[[], float]) -> tuple[float, float]:
 
 
 def compare(found: torch.Tensor, expected: torch.Tensor, limit: float) -> Agreement:
-    """Logits `[P,V]` beside the reference's, at the same positions."""
+    """Logits `[P,V]` beside the reference's, at the same positions.
+
+    Raises:
+        ParameterError: shapes that differ.
+    """
+    if found.shape != expected.shape:
+        raise ParameterError(f"its logits have shape {list(found.shape)}, the reference's {list(expected.shape)}")
     found, expected = found.double(), expected.double()
     theirs = expected.log_softmax(-1)
     kl = (theirs.exp() * (theirs - found.log_softmax(-1))).sum(-1).mean()

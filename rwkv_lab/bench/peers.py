@@ -14,6 +14,7 @@ reply. In its words these are replaced: `{task}`, `{model}` (path of the checkpo
 
 import importlib.util
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -30,7 +31,7 @@ import torch
 from rwkv_lab.bench.machine import package_version
 from rwkv_lab.errors import ParameterError, RwkvLabError
 
-RWKV, AUTO = "rwkv", "auto"
+OURS, RWKV, AUTO = "rwkv_lab", "rwkv", "auto"
 _RWKV_DTYPES = ("bf16", "fp32")
 _NEEDED = ("{task}", "{model}", "{tokens}", "{out}")
 _TIMEOUT = 1800  # seconds for one request
@@ -56,7 +57,8 @@ def parse_peers(wanted: Sequence[str]) -> list[Peer]:
     """Peers from texts: "auto" (`rwkv` where it is installed), "rwkv", or "name=command".
 
     Raises:
-        ParameterError: an unknown name without a command, or a command that has no place for what it needs.
+        ParameterError: an unknown name without a command, our own name, or a command that is none or has no place for
+            what it needs.
     """
     there = importlib.util.find_spec("rwkv") is not None
     wanted = [RWKV if text == AUTO else text for text in wanted if text != AUTO or there]
@@ -69,6 +71,12 @@ def parse_peers(wanted: Sequence[str]) -> list[Peer]:
         missing = [place for place in _NEEDED if place not in command]
         if equals and (not name or missing):
             raise ParameterError(f"peers: {text!r} needs a name, and {', '.join(_NEEDED)} in its command.")
+        if name == OURS:
+            raise ParameterError(f"peers: {OURS} is what the peers are beside; give {command!r} another name.")
+        try:
+            shlex.split(command)
+        except ValueError as e:
+            raise ParameterError(f"peers: the command of {name} cannot be read: {e}.") from e
         if not equals and not there:
             raise ParameterError("peers: the package rwkv is not installed; pip install rwkv")
         found.append(Peer(f"{RWKV} {package_version(RWKV)}" if not equals else name, command))
@@ -89,8 +97,10 @@ class Session:
             self.ask({"task": "answers", "tokens": list(tokens), "read": read, "out": out})
             try:
                 logits = torch.from_numpy(np.load(out, allow_pickle=False))
-            except (OSError, ValueError) as e:
+            except (OSError, ValueError, TypeError, EOFError) as e:
                 raise PeerError(f"it wrote no logits: {e}") from e
+        if not logits.is_floating_point():
+            raise PeerError(f"its logits are {logits.dtype}")
         if logits.ndim != 2 or len(logits) != 1 + len(tokens) - read:
             raise PeerError(f"its logits have shape {list(logits.shape)}; [{1 + len(tokens) - read}, V] were asked for")
         return logits
@@ -98,7 +108,7 @@ class Session:
     def seconds(self, task: str, tokens: Sequence[int], read: int) -> float:
         """Time of a "decode" of `tokens[read:]` or of a "prefill"."""
         found = self.ask({"task": task, "tokens": list(tokens), "read": read, "out": ""}).get("seconds")
-        if not isinstance(found, int | float) or not found > 0:
+        if not isinstance(found, int | float) or not 0 < found < math.inf:
             raise PeerError(f"its reply to {task} has no seconds")
         return float(found)
 
@@ -122,6 +132,7 @@ def open_peer(peer: Peer, path: Path, dtype: str) -> Iterator[Session]:
             stdout=subprocess.PIPE,
             stderr=complaints,
             text=True,
+            errors="replace",
             env=child_environment() | _switches(path),
         )
 
@@ -135,7 +146,7 @@ def open_peer(peer: Peer, path: Path, dtype: str) -> Iterator[Session]:
             if not reply:
                 complaints.seek(0)
                 raise PeerError(f"it ended: {_last_line(complaints.read())}")
-            return _checked(json.loads(reply))
+            return _checked(reply)
 
         try:
             # RWKV-7's part of the package puts the suffix on by itself; the other part accepts both.
@@ -173,20 +184,25 @@ def _run_command(peer: Peer, path: Path, dtype: str, request: dict) -> dict:
         for name, value in values.items():
             words = [word.replace(f"{{{name}}}", str(value)) for word in words]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, env=child_environment(), timeout=_TIMEOUT)
-        except (OSError, subprocess.TimeoutExpired) as e:
+            how = {"capture_output": True, "text": True, "errors": "replace", "timeout": _TIMEOUT}
+            done = subprocess.run(words, env=child_environment(), **how)
+        except (OSError, ValueError, subprocess.TimeoutExpired) as e:
             raise PeerError(f"its command does not run: {e}") from e
     if done.returncode:
         raise PeerError(f"its command ended with code {done.returncode}: {_last_line(done.stderr)}")
+    return _checked(_last_line(done.stdout))
+
+
+def _checked(line: str) -> dict:
+    """A reply, from its line."""
     try:
-        return _checked(json.loads(_last_line(done.stdout)))
-    except json.JSONDecodeError as e:
-        raise PeerError(f"its last line is no JSON: {_last_line(done.stdout)}") from e
-
-
-def _checked(reply: object) -> dict:
-    if not isinstance(reply, dict) or "error" in reply:
-        raise PeerError(str(reply["error"] if isinstance(reply, dict) else reply)[:200])
+        reply = json.loads(line)
+    except ValueError as e:
+        raise PeerError(f"its last line is no JSON: {line[:200]}") from e
+    if not isinstance(reply, dict):
+        raise PeerError(f"its reply is no JSON object: {line[:200]}")
+    if "error" in reply:
+        raise PeerError(str(reply["error"] or "an error without a word")[:200])
     return reply
 
 

@@ -1,5 +1,7 @@
 """How fast models decode and read prompts, beside peers and beside what the machine allows."""
 
+import logging
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,7 +14,6 @@ import torch
 from rwkv_lab.bench.contest import Agreement, Floors, Row, compare, interleave, median_share, refusal, say
 from rwkv_lab.bench.engines import (
     BATCH_STEPS,
-    OURS,
     QUANTISED,
     READ,
     STEPS,
@@ -29,8 +30,10 @@ from rwkv_lab.bench.engines import (
     weight_bytes,
 )
 from rwkv_lab.bench.machine import matmul_rate, multiply_add_rate, read_rate
-from rwkv_lab.bench.peers import Peer, PeerError
+from rwkv_lab.bench.peers import OURS, Peer, PeerError
 from rwkv_lab.errors import RwkvLabError
+
+log = logging.getLogger(__name__)
 
 # How far logits may be from the reference, as relative RMS. In 16 bits rounding alone gives some 2e-2 on deep models.
 # int8 and int4 lose agreement for a reason, and how much is reported; the limit only tells a loss from nonsense.
@@ -72,6 +75,7 @@ def measure_speed(path: Path, subject: str, plan: Plan) -> tuple[list[Row], Floo
     Raises:
         RwkvLabError: the checkpoint is no model that runs here.
     """
+    log.info("%s: the reference's answers, which all others have to agree with", subject)
     with ExitStack() as stack:
         match = _Match(subject, plan, expected_answers(path, plan.lengths, max(plan.batches, default=1)))
         for engine, problem in open_engines(path, plan.dtypes, plan.device, plan.peers, stack):
@@ -140,6 +144,17 @@ class _Match:
             except PeerError as e:
                 engine, agreement = admitted[key]
                 self.add(_row(job, self, engine, size, agreement=agreement, problem=str(e)))
+        failed = {}
+
+        def unless_it_fails(key: str, take: Callable[[], float]) -> float:
+            if key not in failed:
+                try:
+                    return take()
+                except PeerError as e:
+                    failed[key] = str(e)
+            return math.nan
+
+        able = {key: partial(unless_it_fails, key, take) for key, take in able.items()}
         machine = self._machine() if floors else {}
         results = interleave({**machine, **able}, self.plan.rounds, warm_up=False)
         now = {name: results.pop(name)[0] for name in machine}
@@ -147,6 +162,9 @@ class _Match:
             self.floors.setdefault(name, []).extend(samples)
         for key, (samples, foreign) in results.items():
             engine, agreement = admitted[key]
+            if key in failed:
+                self.add(_row(job, self, engine, size, agreement=agreement, problem=failed[key]))
+                continue
             shares, facts = describe(engine, samples, now)
             measured = {"samples": samples, "foreign": foreign, "shares": shares, "facts": facts}
             self.add(_row(job, self, engine, size, agreement=agreement, **measured))

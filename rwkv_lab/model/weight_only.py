@@ -101,7 +101,7 @@ def quantise_weights(model, scheme: str = "int8", in_place: bool = False):
         in_place: change the model given, matrix by matrix, so that its own weights are freed on the way.
 
     Raises:
-        ParameterError: no such scheme; no RWKV_Dual; a model on another device, with adapters or hooks in it, or that is
+        ParameterError: no such scheme; no RWKV_Dual; a model on another device, with adapters or hooks in it, or
             rounded already.
     """
     if not isinstance(getattr(model, "emb", None), nn.Module):

@@ -145,10 +145,15 @@ def _cpp_compiler() -> tuple[tuple[str, ...], str]:
 
 @functools.cache
 def _cpp_compiler_of(chosen: str | None, path: str | None) -> tuple[tuple[str, ...], str]:
-    for command in (chosen, "g++", "c++", "clang++"):
-        words = shlex.split(command) if command else []
-        if words and (path := shutil.which(words[0])):
-            return (path, *words[1:]), f"{path} {_version_line((path, *words[1:]))}"
+    try:
+        words = shlex.split(chosen or "")
+    except ValueError as error:
+        raise KernelError(f"CXX={chosen} is no command: {_one_line(error)}.") from error
+    for command in [words] if words else [["g++"], ["c++"], ["clang++"]]:
+        if found := shutil.which(command[0], path=path):
+            return (found, *command[1:]), f"{found} {_version_line((found, *command[1:]))}"
+    if words:
+        raise KernelError(f"CXX names the C++ compiler {words[0]}, which is not there; correct it or take it away.")
     raise KernelError("No C++ compiler (g++, c++ or clang++) is on the PATH; install g++, or name one in CXX.")
 
 
@@ -170,11 +175,17 @@ def _nvcc() -> tuple[str, str]:
 
 
 def _version_line(command: tuple[str, ...], pattern: str = r"(.+)") -> str:
+    asked = f"{shlex.join(command)} --version"
     try:
-        answer = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=_PATIENCE, check=True)
-        return re.search(pattern, answer.stdout)[1]
-    except (OSError, subprocess.SubprocessError, TypeError) as error:
-        raise KernelError(f"{shlex.join(command)} --version does not work: {_one_line(error)}.") from error
+        answer = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace", timeout=60)
+    except subprocess.TimeoutExpired as error:
+        raise KernelError(f"{asked} gives no answer.") from error
+    except OSError as error:
+        raise KernelError(f"{asked} does not run: {error.strerror}.") from error
+    found = re.search(pattern, answer.stdout)
+    if answer.returncode or not found:
+        raise KernelError(f"{asked} does not tell a version; it ended with code {answer.returncode}.")
+    return found[1]
 
 
 def _cpu_model() -> str:

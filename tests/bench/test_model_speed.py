@@ -10,11 +10,12 @@ import pytest
 import torch
 from models import LAYOUTS
 
+from rwkv_lab.bench import peers as peer_room
 from rwkv_lab.bench import speed
 from rwkv_lab.bench.__main__ import main
 from rwkv_lab.bench.engines import READ, expected_answers, flops_per_token, load_model, weight_bytes
 from rwkv_lab.bench.models import SHAPES, random_model
-from rwkv_lab.bench.peers import Peer, parse_peers
+from rwkv_lab.bench.peers import Peer, PeerError, Session, parse_peers
 from rwkv_lab.bench.speed import Plan, measure_speed
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual
@@ -79,6 +80,50 @@ def test_peers_by_command_and_whoever_disagrees_gets_no_rate(tiny, quick, comman
     assert ("decode beside a busy loop", "wrong") not in by
 
 
+ANSWERS = {  # what a peer's command does, and what its row says
+    "print('{\"error\": null}')": "an error without a word",
+    "print('[1]')": "no JSON object: [1]",
+    "sys.stdout.buffer.write(b'\\xff\\n')": "no JSON",
+    "np.save(out, np.zeros((65, 3), 'f4')); print('{}')": "its logits have shape [65, 3], the reference's [65, 11]",
+    "np.save(out, np.full((65, 11), 'x')); print('{}')": "it wrote no logits",
+    "np.save(out, np.ones((65, 11), int)); print('{}')": "its logits are torch.int64",
+    "open(out, 'w').close(); print('{}')": "it wrote no logits",
+    "print('{\"seconds\": Infinity}'); out and np.save(out, np.ones((65, 11), 'f4'))": "answers disagree",
+}
+
+
+@pytest.mark.parametrize("does", ANSWERS)
+def test_a_peer_that_talks_nonsense_gets_a_row_that_says_so(does, tiny, quick, tmp_path):
+    script = tmp_path / "peer.py"
+    script.write_text(f"import sys, numpy as np\nout = sys.argv[4]\n{does}\n")
+    peers = parse_peers([f"odd={sys.executable} {script} {{task}} {{model}} {{tokens}} {{out}}"])
+    plan = Plan(dtypes=("fp32",), lengths=(), batches=(1,), rounds=1, peers=tuple(peers))
+    rows, _ = measure_speed(tiny("7.0"), "tiny", plan)
+    by = {(row.job, row.engine): row for row in rows}
+    assert by["decode", "rwkv_lab"].samples and not by["decode", "odd"].samples
+    assert ANSWERS[does] in by["decode", "odd"].problem
+
+
+def test_a_peer_that_fails_in_the_middle_is_left_out_and_the_others_go_on(tiny, quick, monkeypatch):
+    seconds, asked = Session.seconds, []
+
+    def at_first(session, *request):
+        asked.append(request)
+        if len(asked) > 3:
+            raise PeerError("it is tired")
+        return seconds(session, *request)
+
+    monkeypatch.setattr(Session, "seconds", at_first)
+    monkeypatch.setattr(peer_room, "_run_command", lambda *_: {"seconds": 1.0})
+    monkeypatch.setattr(Session, "answers", lambda session, tokens, read: right.steps)
+    right = speed.expected_answers(tiny("7.0"), (), 1)
+    plan = Plan(("fp32",), (), (1,), rounds=5, peers=(Peer("tired", "run"),))
+    rows, _ = measure_speed(tiny("7.0"), "tiny", plan)
+    by = {(row.job, row.engine): row for row in rows}
+    assert len(by["decode", "rwkv_lab"].samples) == 5
+    assert by["decode", "tired"].problem == "it is tired" and not by["decode", "tired"].samples
+
+
 def test_our_own_wrong_answers_get_no_rate_either(tiny, quick, monkeypatch):
     right = speed.expected_answers
 
@@ -114,6 +159,8 @@ def test_the_package_rwkv(version, dtype, tmp_path, quick):
         (["llama"], "neither"),
         (["llama=run {model}"], "{task}"),
         (["=run {task} {model} {tokens} {out}"], "needs a name"),
+        (["rwkv_lab=run {task} {model} {tokens} {out}"], "another name"),
+        (["x='run {task} {model} {tokens} {out}"], "command of x cannot be read: No closing quotation"),
     ],
 )
 def test_peers_that_cannot_be_asked_are_refused(wanted, says):
@@ -151,6 +198,30 @@ def test_the_command_writes_json_a_table_and_figures(tiny, quick, tmp_path, caps
     assert (tmp_path / "models-batches.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "models-rates-v7.0.png").exists() and (tmp_path / "models.md").exists()
     assert "| decode | v7.0 | 1 | rwkv_lab fp32 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["models", "--threads", "0"], "2"),
+        (["wkv", "--lengths", "-5"], "2"),
+        (["models", "--rounds", "many"], "2"),
+        (["merge", "--lora-rank", "0"], "2"),
+        (["models", "--device", "gpu9"], "ParameterError: There is no device 'gpu9'"),
+        (["models", "--peers", "rwkv_lab=x {task} {model} {tokens} {out}"], "ParameterError: peers: rwkv_lab"),
+        (["wkv", "--backends", "nosuch", "--rounds", "1", "--lengths", "9"], "RwkvLabError: Nothing was measured"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_measure(given, says, quick, tmp_path):
+    with pytest.raises(SystemExit, match=says):
+        main([*given, "--report", str(tmp_path)])
+
+
+def test_a_device_that_is_not_there_ends_the_command_at_once(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit, match="DeviceError: cuda failed"):
+        main(["models", "--device", "cuda", "--report", str(tmp_path)])
 
 
 def test_the_command_ends_with_an_error_where_something_of_ours_disagrees(tiny, quick, tmp_path, monkeypatch):

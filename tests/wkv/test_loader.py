@@ -4,6 +4,7 @@ Each trial is a process of its own with a cache of its own; a small source stand
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv_lab.errors import KernelError
 from rwkv_lab.resources import kernels_folder
 from rwkv_lab.wkv import backends
+from rwkv_lab.wkv.loader import cpu_build
 
 pytestmark = pytest.mark.skipif("cpu" not in backends(), reason="no C++ compiler")
 
@@ -165,6 +168,22 @@ def test_without_a_kernel_torch_computes_and_says_once_why(tmp_path, what):
     assert err.count(why) == 1 and "run in plain torch, which is slower" in err
     out, err = finish(start(RUN.format(', backend="cpu"'), cache=tmp_path / "cache", **environment))
     assert out == "" and "KernelError: " in err and why in err
+
+
+@pytest.mark.parametrize(
+    ("named", "why"),
+    [
+        ("/nowhere/g++ -O2", "CXX names the C++ compiler /nowhere/g++, which is not there"),
+        ("g++ '-O2", "CXX=g++ '-O2 is no command: No closing quotation"),
+        ("false", "false --version does not tell a version; it ended with code 1"),
+    ],
+)
+def test_a_compiler_that_was_named_wrongly_is_told(named, why, monkeypatch):
+    monkeypatch.setenv("CXX", named)
+    with pytest.raises(KernelError, match=re.escape(why)):
+        cpu_build("wkv7")
+    monkeypatch.setenv("CXX", f"{shutil.which('g++')} -g")
+    assert cpu_build("wkv7").command[1] == "-g"
 
 
 def test_missing_sources_and_headers_and_what_is_remembered(package, tmp_path):
