@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.bench.contest import Floors, Row, as_json, table
+from rwkv_lab.bench.gpu_wkv import measure_gpu
 from rwkv_lab.bench.growth import measure_growth
 from rwkv_lab.bench.loading import measure_loading
 from rwkv_lab.bench.machine import floors_are_compiled, machine
@@ -34,6 +35,7 @@ JOBS = {
     "training": "training steps of the demo model on every backend",
     "loading": "seconds and memory of loading a checkpoint",
     "growth": "time per token and memory along a context of up to 65,536 tokens",
+    "gpu": "WKV7 on a GPU, beside a copy and flash-linear-attention",
 }
 _CONTEXTS = (1024, 4096, 16384, 65536)
 _BASE_SHAPES = ("v7-0.1b", "v7-0.4b", "v4-169m", "v6-0.3b")
@@ -132,12 +134,18 @@ def _measure(options: argparse.Namespace, folder: Path) -> tuple[bool, list[str]
     if not floors_are_compiled():
         print("There is no C++ compiler: floors are what torch reaches, which is less than the machine can do.")
     measured, wrong = False, []
-    for job in JOBS if options.job == "all" else [options.job]:
+    jobs = list(JOBS) if options.job == "all" else [options.job]
+    if options.job == "all" and not torch.cuda.is_available():
+        jobs.remove("gpu")
+        print("The job gpu is left out: torch finds no CUDA device.")
+    for job in jobs:
         rows: list[Row] = []
         floors: Floors = {}
         if job == "wkv":
             shape = Shape(length=max(options.lengths or [512 if quick else 2048]))
             rows, floors = measure_operators(shape, names, rounds, options.device, OPERATORS)
+        elif job == "gpu":
+            rows, floors = measure_gpu(rounds)
         elif job == "training":
             rows = measure_training(names, rounds)
         else:

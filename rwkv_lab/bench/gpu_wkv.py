@@ -6,21 +6,24 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import normalize
 
+from rwkv_lab.bench.contest import Agreement, Floors, Row, refusal, say
 from rwkv_lab.errors import DeviceError
 from rwkv_lab.wkv import cuda, wkv7
 
 # bf16 products in another order: about 3e-3 for our own forms. Another w, or a state the wrong way round, gives 1.
 AGREEMENT = 2e-2
 
+_DEVICE = "cuda"
 
-def benchmark_gpu_wkv7(B: int = 8, T: int = 4096, H: int = 32, N: int = 64, rounds: int = 30) -> dict:
+
+def measure_gpu(rounds: int = 30, B: int = 8, T: int = 4096, H: int = 32, N: int = 64) -> tuple[list[Row], Floors]:
     """Time WKV7 in bfloat16 on the current GPU: our two forms, and flash-linear-attention where it is installed.
 
     Each is compared with `reference` in float32 on two heads first; one that disagrees gets no times.
 
     Returns:
-        `{"device", "shape", "bandwidth_gb_s", "rows": [{"name", "relative_rms", "forward_ms", "both_ms"}]}`. Times are
-        {"median", "min", "max", "floor"}: the floor is the bytes that must move, at the bandwidth of a copy.
+        Rows "wkv7 on a GPU, forward" and "…, forward + backward" in milliseconds, with their share of what a copy on
+        the device would take for the bytes that must move; and the rate of that copy.
 
     Raises:
         DeviceError: there is no CUDA device.
@@ -29,31 +32,30 @@ def benchmark_gpu_wkv7(B: int = 8, T: int = 4096, H: int = 32, N: int = 64, roun
     if not torch.cuda.is_available():
         raise DeviceError("WKV7 on a GPU cannot be measured: torch finds no CUDA device.")
     inputs = _inputs(B, T, H, N)
-    bandwidth = _copy_rate(rounds)
-    forward_floor, both_floor = (size / bandwidth / 1e6 for size in _bytes(B, T, H, N))  # ms
+    copies = _copy_rates(rounds)
     rows = []
     for name, run in _contestants().items():
-        error = _error(run, inputs)
-        row = {"name": name, "relative_rms": error, "forward_ms": None, "both_ms": None}
-        rows.append(row)
-        if not error < AGREEMENT:
-            continue
+        agreement = Agreement(_error(run, inputs), AGREEMENT)
         given = [x.detach().requires_grad_() for x in inputs]
         dy = torch.randn_like(inputs[3])
+
+        def forward(run=run):
+            with torch.no_grad():
+                run(*inputs)
 
         def both(run=run, given=given, dy=dy):
             y, _ = run(*given)
             torch.autograd.grad(y, given, dy)
 
-        with torch.no_grad():
-            row["forward_ms"] = _times(lambda run=run: run(*inputs), rounds) | {"floor": forward_floor}
-        row["both_ms"] = _times(both, rounds) | {"floor": both_floor}
-    return {
-        "device": torch.cuda.get_device_name(),
-        "shape": {"B": B, "T": T, "H": H, "N": N, "dtype": "bfloat16"},
-        "bandwidth_gb_s": bandwidth,
-        "rows": rows,
-    }
+        for job, work, size in zip(("forward", "forward + backward"), (forward, both), _bytes(B, T, H, N), strict=True):
+            row = Row(f"wkv7 on a GPU, {job}", f"B{B} H{H} N{N}", name, "bf16", T, "ms", agreement=agreement)
+            if agreement.passed:
+                row.samples = _times(work, rounds)
+                row.shares["copy"] = size / statistics.median(copies) / 1e6 / row.median
+            else:
+                row.problem = refusal(agreement)
+            rows.append(say(row))
+    return rows, {"copy on the GPU GB/s": copies}
 
 
 def _contestants() -> dict[str, Callable]:
@@ -75,10 +77,10 @@ def _contestants() -> dict[str, Callable]:
 
 
 def _inputs(B, T, H, N):
-    g = torch.Generator("cuda").manual_seed(0)
-    r, w, k, v, kk, a = (torch.randn(B, T, H, N, generator=g, device="cuda") for _ in range(6))
+    g = torch.Generator(_DEVICE).manual_seed(0)
+    r, w, k, v, kk, a = (torch.randn(B, T, H, N, generator=g, device=_DEVICE) for _ in range(6))
     w, kk = -0.6065 * torch.sigmoid(w), normalize(kk, dim=-1)
-    state = torch.randn(B, H, N, N, generator=g, device="cuda")
+    state = torch.randn(B, H, N, N, generator=g, device=_DEVICE)
     return [x.bfloat16() for x in (r, w, k, v, -kk, kk * torch.sigmoid(a))] + [state]
 
 
@@ -100,14 +102,14 @@ def _bytes(B, T, H, N) -> tuple[int, int]:
     return forward, forward + kept + backward
 
 
-def _copy_rate(rounds: int) -> float:
+def _copy_rates(rounds: int) -> list[float]:
     """GB/s of a copy on the device, bytes read and written both counted."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=_DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.numel() / _times(lambda: target.copy_(source), rounds)["median"] / 1e6
+    return [2 * source.numel() / ms / 1e6 for ms in _times(lambda: target.copy_(source), rounds)]
 
 
-def _times(work: Callable[[], object], rounds: int) -> dict[str, float]:
+def _times(work: Callable[[], object], rounds: int) -> list[float]:
     """Milliseconds on the device between two events, each round by itself, after three that warm up."""
     for _ in range(3):
         work()
@@ -119,4 +121,4 @@ def _times(work: Callable[[], object], rounds: int) -> dict[str, float]:
         end.record()
         end.synchronize()
         found.append(start.elapsed_time(end))
-    return {"median": statistics.median(found), "min": min(found), "max": max(found)}
+    return found

@@ -4,14 +4,16 @@ import json
 import sys
 
 import pytest
+import torch
 
 from rwkv_lab import wkv
-from rwkv_lab.bench import growth
+from rwkv_lab.bench import gpu_wkv, growth
 from rwkv_lab.bench.__main__ import main
 from rwkv_lab.bench.growth import measure_growth
 from rwkv_lab.bench.loading import measure_loading
 from rwkv_lab.bench.operators import OPERATORS, Shape, flops, measure_operators, traffic
 from rwkv_lab.bench.training import measure_training
+from rwkv_lab.errors import DeviceError
 
 SMALL = Shape(length=40, heads=2, head_size=32)
 
@@ -87,6 +89,31 @@ def test_contexts_are_measured_in_turn_from_kept_states(version, tiny, monkeypat
     assert timed == [(job, size) for job in ("growth decode", "growth prefill") for size in (4, 40)]
     assert all(row.samples and row.agreement.passed for row in rows if row.unit == "ms per token")
     assert next(row for row in rows if row.job == "growth decode").shares == {"that at 4": 1.0}
+
+
+def test_the_gpu_job_times_what_agrees_and_leaves_the_rest(monkeypatch, tmp_path):
+    """On the CPU, in place of a GPU: what is timed, what is said, what is refused."""
+    contestants = {
+        "right": lambda *inputs: wkv.wkv7(*inputs, backend="chunked"),
+        "wrong": lambda r, *others: wkv.wkv7(2 * r, *others, backend="chunked"),
+    }
+    calls = []
+    monkeypatch.setattr(gpu_wkv, "_DEVICE", "cpu")
+    monkeypatch.setattr(gpu_wkv, "_contestants", lambda: contestants)
+    monkeypatch.setattr(gpu_wkv, "_copy_rates", lambda rounds: [100.0] * rounds)
+    monkeypatch.setattr(gpu_wkv, "_times", lambda work, rounds: calls.append(work()) or [0.5] * rounds)
+    with pytest.raises(DeviceError, match="finds no CUDA device"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        gpu_wkv.measure_gpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rows, floors = gpu_wkv.measure_gpu(2, B=2, T=20, H=2, N=32)
+    assert [(row.engine, bool(row.samples)) for row in rows] == [("right", True)] * 2 + [("wrong", False)] * 2
+    assert all("answers disagree" in row.problem for row in rows[2:]) and len(calls) == 2
+    forward = 7 * 2 * 2 * 20 * 2 * 32 + 2 * 4 * 2 * 2 * 32 * 32  # bytes: seven tensors in bf16, two states in float32
+    assert rows[0].shares["copy"] == pytest.approx(forward / 100e6 / 0.5) and floors["copy on the GPU GB/s"] == [
+        100,
+        100,
+    ]
 
 
 @pytest.mark.parametrize("job", ["wkv", "growth"])
