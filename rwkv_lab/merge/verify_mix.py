@@ -34,9 +34,11 @@ def exact_mix(name: str, base: Mapping, tuned: list[Mapping], recipe: dict) -> E
     flat = [flat[0] if t is None else t for t in flat]
     settings = {"alpha": recipe["alpha"], "weights": recipe["weights"], **recipe["parameters"]}
     p = {k: _value(s, name, _layers(base)) for k, s in settings.items()}
-    eps = torch.finfo(getattr(torch, recipe["precision"])).eps * (4 + 2 * len(flat))
+    precision = getattr(torch, recipe["precision"])
+    eps = torch.finfo(precision).eps * (4 + 2 * len(flat))
     if recipe["method"] in ("linear", "slerp", "model_stock"):
-        return _combined(flat, _shares(recipe["method"], flat, p), eps)
+        # Angles are between the values that the recipe's precision sees: those of small deltas depend on it.
+        return _combined(flat, _shares(recipe["method"], [t.to(precision) for t in flat], p), eps)
     kept = [None] * len(tuned)
     density = p.get("density", 1.0)
     density = density if isinstance(density, list) else [density] * len(tuned)

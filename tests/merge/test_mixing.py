@@ -411,6 +411,13 @@ def test_memory_does_not_grow_with_the_models(tmp_path):
     assert planned[0] == planned[1] and max(grown) < planned[0], (grown, planned)
 
 
+def test_a_delta_that_float32_rounds_passes_the_proof(run):
+    """The cosine of deltas decides model_stock's shares; that of a small delta is what the precision lets it be."""
+    base = random_model(LAYOUTS["4.0"], torch.bfloat16)
+    tuned = tune(base, 0, 0.001, torch.float64), tune(base, 1, 2.0, torch.bfloat16)
+    run(base, *tuned, method="model_stock", precision="float32")
+
+
 def test_methods_say_what_they_do_and_take():
     for method in METHODS:
         assert len(in_words(method)) > 20 and "\n" not in in_words(method)
