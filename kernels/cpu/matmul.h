@@ -7,8 +7,8 @@
 
 #include <vector>
 
-#include "simd.h"
 #include "torch_threads.h"
+#include "transpose.h"
 
 namespace rwkv_lab {
 
@@ -26,49 +26,6 @@ constexpr bool HAS_PAIRS = false;
 inline int64_t units_of(int64_t k, bool pairs) { return pairs ? (k + 1) / 2 : k; }
 
 // ------------------------------------------------------------------ laying out
-
-// x[j] lane i <- x[i] lane j. Every round zips the first half of the rows with the second.
-INLINE void transpose_square(Vec *x) {
-    constexpr int HALF = LANES / 2;
-    Ints low, high;
-    for (int i = 0; i < LANES; i++) {
-        low[i] = i / 2 + i % 2 * LANES;
-        high[i] = low[i] + HALF;
-    }
-#pragma GCC unroll 4
-    for (int round = 1; round < LANES; round *= 2) {
-        Vec y[LANES];
-#pragma GCC unroll 8
-        for (int i = 0; i < HALF; i++) {
-#if defined(__clang__)
-            for (int j = 0; j < LANES; j++) {
-                y[2 * i][j] = low[j] < LANES ? x[i][low[j]] : x[i + HALF][low[j] - LANES];
-                y[2 * i + 1][j] = high[j] < LANES ? x[i][high[j]] : x[i + HALF][high[j] - LANES];
-            }
-#else
-            y[2 * i] = __builtin_shuffle(x[i], x[i + HALF], low);
-            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + HALF], high);
-#endif
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) x[i] = y[i];
-    }
-}
-
-// to[j * width ..] = lane j of every row, rows `apart` floats from one to the next; zeros for rows from `count` on.
-template <int WIDTH>
-INLINE void lay_square(float *to, const float *rows, int64_t apart, int count) {
-    Vec x[LANES];
-    if (count >= std::min(WIDTH, LANES)) {
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) x[i] = i < WIDTH ? load(rows + i * apart) : Vec{};
-    } else {
-        for (int i = 0; i < LANES; i++) x[i] = i < count ? load(rows + i * apart) : Vec{};
-    }
-    transpose_square(x);
-#pragma GCC unroll 16
-    for (int j = 0; j < LANES; j++) store(to + j * WIDTH, x[j]);
-}
 
 // to[u * TILE + i] = rows[i * apart + u] for u < units, i < count; zeros for i from count to TILE.
 inline void columns_of_rows(float *to, const float *rows, int64_t apart, int count, int64_t units) {
@@ -169,14 +126,6 @@ inline void lay_panel(float *to, const Weight &w, int64_t k, int64_t begin, int6
 }
 
 // ------------------------------------------------------------------ multiplying
-
-template <bool PAIRS>
-INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
-#if defined(__AVX512BF16__)
-    if constexpr (PAIRS) return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#endif
-    return sum + a * b;
-}
 
 // The first ROWS rows of a tile times one panel: y[ROWS][PANEL] (+)= x[units][TILE] w[units][PANEL]; rows and columns are
 // what y has of both.

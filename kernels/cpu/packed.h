@@ -84,13 +84,17 @@ INLINE void int4_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, V
 
 #if defined(BFLOAT_DOTS)
 // Every number that 4 bits stand for is a bfloat16 number: one look-up makes 32 of them.
-template <int TR, int TB>
-INLINE void int4_bfloat_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
-    constexpr int CHAINS = TR * TB <= 2 ? 4 : 1;
+INLINE __m512i code_values() {
     constexpr uint16_t VALUES[32] = {  // -8 .. 7, twice: vpermw looks at five bits, of which the fifth means nothing here
         0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
         0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-    const __m512i values = _mm512_loadu_si512(VALUES);
+    return _mm512_loadu_si512(VALUES);
+}
+
+template <int TR, int TB>
+INLINE void int4_bfloat_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
+    constexpr int CHAINS = TR * TB <= 2 ? 4 : 1;
+    const __m512i values = code_values();
     const int lines = (w.columns + LINE4 - 1) / LINE4;
     Vec chains[TR * TB * CHAINS] = {};
     for (int line = 0; line < lines; line++) {

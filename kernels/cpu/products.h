@@ -154,13 +154,13 @@ void dot_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, i
     }
 }
 
-// An activation as a product with weights of format F reads it.
+// Activation k of token b, as a product with weights of format F reads it.
 template <int F>
-INLINE Vec factor(float x) {
+INLINE Vec factor(const Rows &x, int64_t b, int64_t k) {
 #if defined(BFLOAT_DOTS)
-    if constexpr (F == BFLOAT16) return broadcast(rounded<BFLOAT16>(x));
+    if constexpr (F == BFLOAT16) return broadcast(x.half ? bfloat_to_float(x.half[b * x.stride + k]) : rounded<BFLOAT16>(x.row(b)[k]));
 #endif
-    return broadcast(x);
+    return broadcast(x.row(b)[k]);
 }
 
 // Rows of a block of outputs lie apart, which hardware does not foresee.
@@ -184,8 +184,8 @@ INLINE void add_block(const Tensor &w, int at, int n, const Rows &x, int64_t b0,
         for (int i = 0; i < NV; i++) {
             const int there = WHOLE ? LANES : std::clamp(n - i * LANES, 0, LANES);
             const Vec weight = there == LANES ? widened<F>(w.data, row + i * LANES) : widened_part<F>(w.data, row + i * LANES, there);
-#pragma GCC unroll 4
-            for (int b = 0; b < TB; b++) sums[b * NV + i] += weight * factor<F>(x.row(b0 + b)[k]);
+#pragma GCC unroll 6
+            for (int b = 0; b < TB; b++) sums[b * NV + i] += weight * factor<F>(x, b0 + b, k);
         }
     }
     for (int b = 0; b < TB; b++) memcpy(out + b * out_stride, sums + b * NV, size_t(n) * sizeof(float));
@@ -206,7 +206,8 @@ void add_rows_of(const Tensor &w, int first, int last, const Rows &x, int64_t b0
 template <int F>
 void add_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, int64_t b1, float *out, int64_t out_stride) {
     int64_t b = b0;
-    for (; b + 4 <= b1; b += 4) add_rows_of<F, 4>(w, first, last, x, b, out + (b - b0) * out_stride, out_stride);
+    for (; b + 6 <= b1; b += 6) add_rows_of<F, 6>(w, first, last, x, b, out + (b - b0) * out_stride, out_stride);
+    for (; b + 2 <= b1; b += 2) add_rows_of<F, 2>(w, first, last, x, b, out + (b - b0) * out_stride, out_stride);
     for (; b < b1; b++) add_rows_of<F, 1>(w, first, last, x, b, out + (b - b0) * out_stride, out_stride);
 }
 

@@ -111,7 +111,7 @@ class _Call(ctypes.Structure):
     ]
 
 
-_address, _strides = torch.Tensor.data_ptr, torch.Tensor.stride
+_address, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.is_contiguous
 
 
 class _Unfit(Exception):
@@ -157,7 +157,7 @@ class _Table:
         self.watched = [m for m in self.modules if hasattr(m, "watchers")]
         self.lent = [x for d in self.owners for x in d.values()]  # kept alive, so that no address is used again
         self.there = [x for x in self.lent if x is not None]
-        self.addresses, self.strides = list(map(_address, self.there)), list(map(_strides, self.there))
+        self.addresses = list(map(_address, self.there))
         self.memory = [x.untyped_storage() for x in self.there]  # kept: a step may run on it
         self.large = sum(x.nbytes for x in self.there) > _CACHED
         self.used = False  # of a large model's table: from then on `_run` looks whether it holds, while it computes
@@ -207,7 +207,7 @@ class _Table:
                 return False
         return (
             list(map(_address, self.there)) == self.addresses
-            and list(map(_strides, self.there)) == self.strides
+            and all(map(_is_contiguous, self.there))
             and list(map(type, self.modules)) == self.types
             and self._options() == self.opted
         )

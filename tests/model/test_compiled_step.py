@@ -113,6 +113,32 @@ def test_large_batches_and_several_threads_change_nothing(tmp_path, version):
     assert relative_rms(found[0][:1], alone[0]) < 2e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("version", ["5.2", "7.0"])
+def test_batches_whose_lanes_are_tokens(tmp_path, version, dtype, poison, steps):
+    """From some ten sequences on another kernel computes: whole vectors of them, and what is left; odd sizes."""
+    for sizes in SIZES[2:]:
+        model = rnn(load_model(tmp_path, version, dtype=dtype, **sizes))
+        for B in (12, 16, 37, 49):
+            tokens = make_tokens(B, 2, seed=B)
+            found, expected = model(tokens), by_torch(model, tokens)
+            assert as_good(model, tokens, found, expected), (sizes, B)
+    assert len(steps) == 4 * len(SIZES[2:])
+
+
+def test_a_nan_stays_in_its_sequence_and_is_not_read_beyond_a_row(tmp_path):
+    """An odd number of columns ends in half a pair; what lies behind it is the next row's."""
+    model = rnn(load_model(tmp_path, "7.0", dtype=torch.bfloat16, n_head=1, head_size=64, n_embd=51, dim_ffn=77))
+    model.emb.weight[5] = torch.nan
+    tokens = torch.full((20, 1), 6)
+    tokens[3] = 5
+    logits = model(tokens)[0]
+    assert logits[3].isnan().all() and logits[[*range(3), *range(4, 20)]].isfinite().all()
+    model.head.weight[8] = torch.nan
+    logits = model(tokens)[0][0, 0]
+    assert logits[8].isnan() and logits[:8].isfinite().all() and logits[9:].isfinite().all()
+
+
 @pytest.mark.parametrize("version", ["4.0", "6.0", "7.0"])
 def test_4096_tokens_one_by_one_are_4096_at_once(tmp_path, version):
     model, tokens = load_model(tmp_path, version, n_head=1, head_size=32), make_tokens(1, 4096)
