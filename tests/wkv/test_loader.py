@@ -167,6 +167,39 @@ def test_without_a_kernel_torch_computes_and_says_once_why(tmp_path, what):
     assert out == "" and "KernelError: " in err and why in err
 
 
+BAD_COMPILERS = {
+    "nowhere-g++ -O2": "CXX names nowhere-g++, which is no program that can be found",
+    "g++ 'unclosed": "with a quote that is not closed",
+    "false": "false --version does not work: it ended with code 1 and no message.",
+    "sh -c 'echo none >&2; exit 3'": "does not work: none.",
+    "sh -c true": "--version does not work: it tells no version.",
+    "true": "true cannot compile kernels/cpu/small.cpp: it wrote no library.",
+}
+
+
+@pytest.mark.parametrize("chosen", BAD_COMPILERS)
+def test_a_cxx_that_does_not_work_is_told_in_one_sentence_and_not_replaced(package, tmp_path, chosen):
+    out, err = finish(start(LOAD, package, tmp_path / "cache", CXX=chosen))
+    said = err.splitlines()[-1]
+    assert out == "" and said.startswith("rwkv_lab.errors.KernelError: ") and BAD_COMPILERS[chosen] in said
+    assert not any(name in said for name in ("Command", "CalledProcess", "Errno", "exit status"))
+
+
+def test_a_cxx_that_is_not_there_leaves_the_next_best_backend(tmp_path):
+    out, err = finish(start(RUN.format(""), cache=tmp_path / "cache", CXX="nowhere-g++"))
+    assert "tensor(" in out and err.count("run in plain torch, which is slower: CXX names nowhere-g++") == 1
+
+
+def test_arguments_in_cxx_have_the_last_word(package, tmp_path):
+    log = tmp_path / "arguments"
+    compiler = fake_compiler(tmp_path, f'echo "$@" >> {log}')
+    for options in ("", " -O1 -DANSWER='\"a b\"'"):
+        assert finish(start(LOAD, package, tmp_path / "cache", CXX=compiler + options))[0] == "42"
+    plain, chosen = (line for line in log.read_text().splitlines() if "--version" not in line)
+    assert "-O1" not in plain and chosen.rindex("-O1") > chosen.rindex("-O3") and '-DANSWER="a b"' in chosen
+    assert len(libraries(tmp_path / "cache")) == 2
+
+
 def test_missing_sources_and_headers_and_what_is_remembered(package, tmp_path):
     folder = package / "rwkv_lab" / "kernels" / "cpu"
     (folder / "small.cpp").write_text('#include "gone.h"\n' + SMALL)
