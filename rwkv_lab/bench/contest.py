@@ -14,6 +14,7 @@ from rwkv_lab.bench.machine import watched
 
 log = logging.getLogger(__name__)
 
+OURS = "rwkv_lab"  # our engine's name in rows
 QUIET = 0.1  # CPUs that other processes may use during a sample; above that it is taken again
 _AGAIN = 2  # times at most; then the quietest counts and the row says so
 _LONG = 3.0  # seconds: a sample that took longer is not taken again

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv_lab.bench.contest import OURS
 from rwkv_lab.bench.peers import Peer, PeerError, Session, open_peer
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import RwkvLabError
@@ -20,7 +21,6 @@ from rwkv_lab.model import RWKV_Dual, RWKVMode, RWKVState
 from rwkv_lab.model.weight_only import quantise_weights
 from rwkv_lab.wkv import use_backend
 
-OURS = "rwkv_lab"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 QUANTISED = ("int8", "int4")
 

@@ -1,5 +1,6 @@
 """How fast models decode and read prompts, beside peers and beside what the machine allows."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -9,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from rwkv_lab.bench.contest import Agreement, Floors, Row, compare, interleave, median_share, refusal, say
+from rwkv_lab.bench.contest import OURS, Agreement, Floors, Row, compare, interleave, median_share, refusal, say
 from rwkv_lab.bench.engines import (
     BATCH_STEPS,
-    OURS,
     QUANTISED,
     READ,
     STEPS,
@@ -132,20 +132,31 @@ class _Match:
         self, job: str, size: int, admitted: Mapping, contestants: Mapping, describe: Callable, floors: bool = True
     ) -> None:
         """Measure; `describe(engine, samples, floors of these rounds)` gives a row's shares and facts."""
-        able = {}
-        for key, take in contestants.items():
-            try:  # the warm-up; a peer may give answers and yet not run this
-                take()
-                able[key] = take
-            except PeerError as e:
-                engine, agreement = admitted[key]
-                self.add(_row(job, self, engine, size, agreement=agreement, problem=str(e)))
+        problems: dict[str, str] = {}
+
+        def sample(key: str) -> float:
+            """A peer may give answers and yet not run this, or no longer: it is not asked again."""
+            if key not in problems:
+                try:
+                    return contestants[key]()
+                except PeerError as e:
+                    problems[key] = str(e)
+            return math.nan
+
+        for key in contestants:  # the warm-up
+            sample(key)
+        able = {key: partial(sample, key) for key in contestants if key not in problems}
         machine = self._machine() if floors else {}
         results = interleave({**machine, **able}, self.plan.rounds, warm_up=False)
         now = {name: results.pop(name)[0] for name in machine}
         for name, samples in now.items():
             self.floors.setdefault(name, []).extend(samples)
+        for key, problem in problems.items():
+            engine, agreement = admitted[key]
+            self.add(_row(job, self, engine, size, agreement=agreement, problem=problem))
         for key, (samples, foreign) in results.items():
+            if key in problems:
+                continue
             engine, agreement = admitted[key]
             shares, facts = describe(engine, samples, now)
             measured = {"samples": samples, "foreign": foreign, "shares": shares, "facts": facts}
@@ -196,7 +207,8 @@ def _decode(match: _Match, batch: int) -> None:
 def _decoding_agrees(match: _Match, tokens: torch.Tensor, engine: Engine) -> Agreement:
     limit = _limit(engine)
     if engine.session:
-        return compare(engine.session.answers(tokens[0].tolist(), READ), match.expected.steps, limit)
+        found = engine.session.answers(tokens[0].tolist(), READ, match.expected.steps.shape[-1])
+        return compare(found, match.expected.steps, limit)
     if len(tokens) == 1:
         return compare(our_answers(engine.model, tokens), match.expected.steps, limit)
     with as_rnn(engine.model):
@@ -231,7 +243,7 @@ def _prefill(match: _Match, length: int) -> None:
 
     def agrees(engine: Engine) -> Agreement:
         if engine.session:
-            found = engine.session.answers(tokens[0].tolist(), length)
+            found = engine.session.answers(tokens[0].tolist(), length, match.expected.steps.shape[-1])
         else:
             found = engine.model.prefill(tokens.to(engine.model.get_device()))[0].cpu()
         return compare(found, match.expected.prefilled[length], _limit(engine))
