@@ -3,8 +3,10 @@
 import argparse
 import json
 import logging
+import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ from rwkv_lab.bench.peers import AUTO, parse_peers
 from rwkv_lab.bench.speed import LIMITS, Plan, measure_speed
 from rwkv_lab.bench.training import measure_training
 from rwkv_lab.checkpoint import write_text
-from rwkv_lab.errors import NumericsError, RwkvLabError
+from rwkv_lab.errors import DeviceError, NumericsError, ParameterError, RwkvLabError
+from rwkv_lab.model.device import parse_device
 from rwkv_lab.resources import checkout_folder
 from rwkv_lab.wkv import backends
 
@@ -32,6 +35,8 @@ JOBS = {
     "loading": "seconds and memory of loading a checkpoint",
     "growth": "time per token and memory along a context of up to 65,536 tokens",
 }
+log = logging.getLogger(__name__)
+
 _CONTEXTS = (1024, 4096, 16384, 65536)
 _BASE_SHAPES = ("v7-0.1b", "v7-0.4b", "v4-169m", "v6-0.3b")
 
@@ -42,26 +47,60 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        with tempfile.TemporaryDirectory(prefix="rwkv_lab-bench-", dir=Path.cwd()) as temporary:
+        if options.job != "merge":
+            _check_device(options.device)
+        with _sigterm_cleans_up(), tempfile.TemporaryDirectory(prefix="rwkv_lab-bench-", dir=Path.cwd()) as temporary:
             folder = options.folder or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
             options.report.mkdir(parents=True, exist_ok=True)
             if options.job == "merge":
                 _merge(options, folder)
             else:
-                wrong = _measure(options, folder)
-                if wrong:
-                    raise NumericsError("No rate is reported of what disagrees with the reference: " + "; ".join(wrong))
+                _measure(options, folder)
     except RwkvLabError as e:
         raise SystemExit(f"{type(e).__name__}: {e}") from e
+
+
+@contextmanager
+def _sigterm_cleans_up() -> Iterator[None]:
+    """End with exit code 143 on SIGTERM, as Ctrl-C ends: temporary folders are removed, children stopped."""
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would come in the middle of cleaning up
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _check_device(name: str) -> None:
+    device = parse_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise ParameterError(f'device: {name!r} cannot be measured; "cpu" and "cuda" can.')
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f'Nothing is measured: torch finds no CUDA device for {name!r}; use "cpu".')
+
+
+def _positive(text: str) -> int:
+    """For argparse: what is counted here begins with 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rwkv_lab.bench")
     jobs = parser.add_subparsers(dest="job", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--rounds", type=int, help="samples of everything (default 5, with --quick 3)")
-    common.add_argument("--threads", type=int, help="of torch and of the peers; by default as torch has it")
+    common.add_argument("--rounds", type=_positive, help="samples of everything (default 5, with --quick 3)")
+    common.add_argument("--threads", type=_positive, help="of torch and of the peers; by default as torch has it")
     common.add_argument(
         "--folder", type=Path, help="for models that are made here; by default a temporary one, removed at the end"
     )
@@ -72,9 +111,11 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--shapes", nargs="*", choices=SHAPES, help="models with random weights, made here")
         one.add_argument("--models", nargs="*", type=Path, default=[], help="checkpoints of your own, instead")
         one.add_argument("--dtypes", nargs="+", choices=LIMITS, default=list(Plan.dtypes))
-        one.add_argument("--lengths", nargs="+", type=int, help="tokens of prompts; the longest is the operators' too")
-        one.add_argument("--batches", nargs="+", type=int, help="sequences decoded at once")
-        one.add_argument("--contexts", nargs="+", type=int, help="tokens read before, for growth")
+        one.add_argument(
+            "--lengths", nargs="+", type=_positive, help="tokens of prompts; the longest is the operators' too"
+        )
+        one.add_argument("--batches", nargs="+", type=_positive, help="sequences decoded at once")
+        one.add_argument("--contexts", nargs="+", type=_positive, help="tokens read before, for growth")
         one.add_argument("--backends", nargs="+", default=[], help="of the WKV operators; by default all there are")
         one.add_argument("--device", default="cpu")
         one.add_argument(
@@ -84,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "merge", help="wall time and memory of merging, beside cp and the naive script", parents=[common]
     )
     merge.add_argument("--sizes", nargs="+", choices=SHAPES, default=["v7-0.4b", "v7-1.5b"], help="shapes of the base")
-    merge.add_argument("--lora-rank", type=int, default=32)
+    merge.add_argument("--lora-rank", type=_positive, default=32)
     return parser
 
 
@@ -95,8 +136,13 @@ def _merge(options: argparse.Namespace, folder: Path) -> None:
     print(json.dumps(report["machine"]), merge_table(report), options.report / "merge.json", sep="\n")
 
 
-def _measure(options: argparse.Namespace, folder: Path) -> list[str]:
-    """Run one job or all of them; returns what of ours disagreed."""
+def _measure(options: argparse.Namespace, folder: Path) -> None:
+    """Run one job or all of them.
+
+    Raises:
+        NumericsError: something of ours disagreed; what did not is written.
+        RwkvLabError: a job has no figure of ours at all.
+    """
     quick, rounds = options.quick, options.rounds or (3 if options.quick else 5)
     names = options.backends or list(backends())
     peers = tuple(parse_peers(options.peers))
@@ -110,8 +156,8 @@ def _measure(options: argparse.Namespace, folder: Path) -> list[str]:
     )
     print(json.dumps(machine()), f"WKV backends: {', '.join(names)}", sep="\n", flush=True)
     if not floors_are_compiled():
-        print("There is no C++ compiler: floors are what torch reaches, which is less than the machine can do.")
-    wrong = []
+        print("No C++ compiler works here: floors are what torch reaches, which is less than the machine can do.")
+    wrong, empty = [], []
     for job in JOBS if options.job == "all" else [options.job]:
         rows: list[Row] = []
         floors: Floors = {}
@@ -133,12 +179,14 @@ def _measure(options: argparse.Namespace, folder: Path) -> list[str]:
                     contexts = options.contexts or (_CONTEXTS[:2] if quick else _CONTEXTS)
                     rows += measure_growth(path, subject, plan.dtypes[0], contexts, rounds, options.device)
         _write(options.report, job, rows, floors)
-        wrong += [f"{row.job} {row.subject} {row.name}" for row in rows if row.disagrees and not _is_peer(row, peers)]
-    return wrong
-
-
-def _is_peer(row: Row, peers: Sequence) -> bool:
-    return row.engine in {peer.name for peer in peers}
+        ours = [row for row in rows if row.engine not in {peer.name for peer in peers}]
+        wrong += [f"{row.job} {row.subject} {row.name}" for row in ours if row.disagrees]
+        if not any(row.samples for row in ours):
+            empty.append(f"{job} ({next((row.problem for row in ours), 'nothing was asked for')})")
+    if wrong:
+        raise NumericsError("No rate is reported of what disagrees with the reference: " + "; ".join(wrong))
+    if empty:
+        raise RwkvLabError("Nothing of ours was measured: " + "; ".join(empty))
 
 
 def _subjects(options: argparse.Namespace, job: str, folder: Path) -> list[tuple[str, Path]]:
@@ -151,6 +199,7 @@ def _subjects(options: argparse.Namespace, job: str, folder: Path) -> list[tuple
     for shape in shapes:
         path = folder / f"{shape}.pth"
         if not path.exists():
+            log.info("Making a model of shape %s with random weights.", shape)
             random_model(path, SHAPES[shape])
         found.append((shape, path))
     return found

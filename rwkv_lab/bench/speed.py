@@ -31,6 +31,7 @@ from rwkv_lab.bench.engines import (
 from rwkv_lab.bench.machine import matmul_rate, multiply_add_rate, read_rate
 from rwkv_lab.bench.peers import Peer, PeerError
 from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.model.device import parse_device
 
 # How far logits may be from the reference, as relative RMS. In 16 bits rounding alone gives some 2e-2 on deep models.
 # int8 and int4 lose agreement for a reason, and how much is reported; the limit only tells a loss from nonsense.
@@ -164,7 +165,7 @@ class _Match:
 
     def _machine(self) -> dict[str, Callable[[], float]]:
         """Contestants that measure the machine itself; none on a GPU."""
-        if torch.device(self.plan.device).type != "cpu":
+        if parse_device(self.plan.device).type != "cpu":
             return {}
         found = {READ_FLOOR: read_rate, FMA: multiply_add_rate}
         if "bf16" in self.plan.dtypes:
@@ -194,7 +195,7 @@ def _decode(match: _Match, batch: int) -> None:
         except PeerError as e:
             match.add(_row("decode", match, engine, batch, agreement=agreement, problem=str(e)))
     match.contest("decode", batch, admitted, contestants, partial(_of_decoding, match, batch))
-    if batch == 1 and torch.device(match.plan.device).type == "cpu":
+    if batch == 1 and parse_device(match.plan.device).type == "cpu":
         medians = {row.name: row.median for row in match.rows if row.job == "decode" and row.samples}
 
         def kept(engine: Engine, samples: Sequence[float], _: Floors):
