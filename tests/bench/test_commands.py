@@ -65,7 +65,6 @@ def test_the_long_wait_before_the_first_row_is_announced(tiny, caplog):
     assert "v7.0.pth: computing what has to be answered, token by token in torch.float64" in caplog.text
 
 
-@pytest.mark.skipif(os.name != "posix", reason="SIGTERM is POSIX's")
 def test_sigterm_leaves_nothing_behind(tiny, tmp_path):
     """While a peer answers, which would take a minute."""
     mark, here = tmp_path / "asked", tmp_path / "here"
