@@ -4,15 +4,15 @@ import argparse
 import json
 import logging
 import signal
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from rwkv_lab.bench.contest import Floors, Row, as_json, table
-from rwkv_lab.bench.gpu_wkv import measure_gpu
+from rwkv_lab.bench.gpu_wkv import FLA, measure_gpu
 from rwkv_lab.bench.growth import measure_growth
 from rwkv_lab.bench.loading import measure_loading
 from rwkv_lab.bench.machine import floors_are_compiled, machine
@@ -24,8 +24,8 @@ from rwkv_lab.bench.peers import AUTO, parse_peers
 from rwkv_lab.bench.speed import LIMITS, Plan, measure_speed
 from rwkv_lab.bench.training import measure_training
 from rwkv_lab.checkpoint import write_text
-from rwkv_lab.errors import NumericsError, RwkvLabError
-from rwkv_lab.model.device import device_errors, parse_device
+from rwkv_lab.errors import DeviceError, NumericsError, ParameterError, RwkvLabError
+from rwkv_lab.model.device import parse_device
 from rwkv_lab.resources import checkout_folder
 from rwkv_lab.wkv import backends
 
@@ -37,6 +37,8 @@ JOBS = {
     "growth": "time per token and memory along a context of up to 65,536 tokens",
     "gpu": "WKV7 on a GPU, beside a copy and flash-linear-attention",
 }
+log = logging.getLogger(__name__)
+
 _CONTEXTS = (1024, 4096, 16384, 65536)
 _BASE_SHAPES = ("v7-0.1b", "v7-0.4b", "v4-169m", "v6-0.3b")
 
@@ -47,20 +49,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        with tempfile.TemporaryDirectory(prefix="rwkv_lab-bench-", dir=Path.cwd()) as temporary:
+        if options.job != "merge":
+            _check_device(options.device)
+        with _sigterm_cleans_up(), tempfile.TemporaryDirectory(prefix="rwkv_lab-bench-", dir=Path.cwd()) as temporary:
             folder = options.folder or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
             options.report.mkdir(parents=True, exist_ok=True)
             if options.job == "merge":
                 _merge(options, folder)
             else:
-                measured, wrong = _measure(options, folder)
-                if wrong:
-                    raise NumericsError("No rate is reported of what disagrees with the reference: " + "; ".join(wrong))
-                if not measured:
-                    raise RwkvLabError("Nothing was measured; the table says why.")
+                _measure(options, folder)
     except RwkvLabError as e:
         raise SystemExit(f"{type(e).__name__}: {e}") from e
+
+
+@contextmanager
+def _sigterm_cleans_up() -> Iterator[None]:
+    """End with exit code 143 on SIGTERM, as Ctrl-C ends: temporary folders are removed, children stopped."""
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would come in the middle of cleaning up
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _check_device(name: str) -> None:
+    device = parse_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise ParameterError(f'device: {name!r} cannot be measured; "cpu" and "cuda" can.')
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f'Nothing is measured: torch finds no CUDA device for {name!r}; use "cpu".')
+
+
+def _positive(text: str) -> int:
+    """For argparse: what is counted here begins with 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,16 +131,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return number
-
-
 def _merge(options: argparse.Namespace, folder: Path) -> None:
     report = benchmark_merge(folder, options.sizes, options.rounds or 5, options.lora_rank)
     write_text(options.report / "merge.json", json.dumps(report, indent=1) + "\n", overwrite=True)
@@ -114,11 +138,13 @@ def _merge(options: argparse.Namespace, folder: Path) -> None:
     print(json.dumps(report["machine"]), merge_table(report), options.report / "merge.json", sep="\n")
 
 
-def _measure(options: argparse.Namespace, folder: Path) -> tuple[bool, list[str]]:
-    """Run one job or all of them; returns whether there is any rate, and what of ours disagreed."""
-    device = parse_device(options.device)
-    with device_errors(device):
-        torch.empty(1, device=device)
+def _measure(options: argparse.Namespace, folder: Path) -> None:
+    """Run one job or all of them.
+
+    Raises:
+        NumericsError: something of ours disagreed; what did not is written.
+        RwkvLabError: a job has no figure of ours at all.
+    """
     quick, rounds = options.quick, options.rounds or (3 if options.quick else 5)
     names = options.backends or list(backends())
     peers = tuple(parse_peers(options.peers))
@@ -132,12 +158,12 @@ def _measure(options: argparse.Namespace, folder: Path) -> tuple[bool, list[str]
     )
     print(json.dumps(machine()), f"WKV backends: {', '.join(names)}", sep="\n", flush=True)
     if not floors_are_compiled():
-        print("There is no C++ compiler: floors are what torch reaches, which is less than the machine can do.")
-    measured, wrong = False, []
+        print("No C++ compiler works here: floors are what torch reaches, which is less than the machine can do.")
     jobs = list(JOBS) if options.job == "all" else [options.job]
     if options.job == "all" and not torch.cuda.is_available():
         jobs.remove("gpu")
         print("The job gpu is left out: torch finds no CUDA device.")
+    wrong, empty = [], []
     for job in jobs:
         rows: list[Row] = []
         floors: Floors = {}
@@ -161,13 +187,14 @@ def _measure(options: argparse.Namespace, folder: Path) -> tuple[bool, list[str]
                     contexts = options.contexts or (_CONTEXTS[:2] if quick else _CONTEXTS)
                     rows += measure_growth(path, subject, plan.dtypes[0], contexts, rounds, options.device)
         _write(options.report, job, rows, floors)
-        measured = measured or any(row.samples for row in rows)
-        wrong += [f"{row.job} {row.subject} {row.name}" for row in rows if row.disagrees and not _is_peer(row, peers)]
-    return measured, wrong
-
-
-def _is_peer(row: Row, peers: Sequence) -> bool:
-    return row.engine in {peer.name for peer in peers}
+        ours = [row for row in rows if row.engine not in {FLA, *(peer.name for peer in peers)}]
+        wrong += [f"{row.job} {row.subject} {row.name}" for row in ours if row.disagrees]
+        if not any(row.samples for row in ours):
+            empty.append(f"{job} ({next((row.problem for row in ours), 'nothing was asked for')})")
+    if wrong:
+        raise NumericsError("No rate is reported of what disagrees with the reference: " + "; ".join(wrong))
+    if empty:
+        raise RwkvLabError("Nothing of ours was measured: " + "; ".join(empty))
 
 
 def _subjects(options: argparse.Namespace, job: str, folder: Path) -> list[tuple[str, Path]]:
@@ -180,6 +207,7 @@ def _subjects(options: argparse.Namespace, job: str, folder: Path) -> list[tuple
     for shape in shapes:
         path = folder / f"{shape}.pth"
         if not path.exists():
+            log.info("Making a model of shape %s with random weights.", shape)
             random_model(path, SHAPES[shape])
         found.append((shape, path))
     return found
@@ -206,5 +234,4 @@ def _write(report: Path, job: str, rows: Sequence[Row], floors: Floors) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends as an error does: temporary folders go
     main()

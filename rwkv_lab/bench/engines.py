@@ -1,6 +1,7 @@
 """What is measured on a model: our own engines in every dtype, peers, and how one sample of each is taken."""
 
 import itertools
+import logging
 import subprocess
 import sys
 import time
@@ -12,13 +13,16 @@ from pathlib import Path
 
 import torch
 
-from rwkv_lab.bench.peers import OURS, Peer, PeerError, Session, open_peer
+from rwkv_lab.bench.contest import OURS
+from rwkv_lab.bench.peers import Peer, PeerError, Session, open_peer
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.merge.room import memory_free
 from rwkv_lab.model import RWKV_Dual, RWKVMode, RWKVState
 from rwkv_lab.model.weight_only import quantise_weights
 from rwkv_lab.wkv import use_backend
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 QUANTISED = ("int8", "int4")
@@ -89,7 +93,9 @@ def expected_answers(path: Path, lengths: Sequence[int], batch: int) -> Expected
     """What every engine has to say about the same tokens."""
     with open_checkpoint(path) as ck:
         wide = 8 * sum(t.numel for t in ck.info.values()) < memory_free() / 3
-    model = RWKV_Dual.from_pretrained(path, torch.float64 if wide else torch.float32)
+    dtype = torch.float64 if wide else torch.float32
+    log.info("%s: computing what has to be answered, token by token in %s; this takes a while.", path.name, dtype)
+    model = RWKV_Dual.from_pretrained(path, dtype)
     tokens = partial(tokens_for, model.layout.vocab_size)
 
     with use_backend("reference"):

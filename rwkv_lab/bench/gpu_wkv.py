@@ -13,6 +13,8 @@ from rwkv_lab.wkv import cuda, wkv7
 # bf16 products in another order: about 3e-3 for our own forms. Another w, or a state the wrong way round, gives 1.
 AGREEMENT = 2e-2
 
+FLA = "flash-linear-attention"
+
 _DEVICE = "cuda"
 
 
@@ -73,7 +75,7 @@ def _contestants() -> dict[str, Callable]:
         y, last = chunk_rwkv7(r=r, w=w, k=k, v=v, a=a, b=b, initial_state=state.mT, output_final_state=True)
         return y, last.mT
 
-    return found | {"flash-linear-attention": fla}
+    return found | {FLA: fla}
 
 
 def _inputs(B, T, H, N):

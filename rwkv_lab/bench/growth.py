@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from rwkv_lab.bench.contest import Agreement, Row, compare, interleave, median_share, refusal, say
+from rwkv_lab.bench.contest import OURS, Agreement, Row, compare, interleave, median_share, refusal, say
 from rwkv_lab.bench.engines import as_rnn, load_model, seconds_of, tokens_for
 from rwkv_lab.bench.machine import memory_of
-from rwkv_lab.bench.peers import OURS
 from rwkv_lab.bench.speed import LIMITS
 from rwkv_lab.model import RWKV_Dual, RWKVState
 

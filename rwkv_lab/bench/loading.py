@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from rwkv_lab.bench.contest import Row, interleave, say
+from rwkv_lab.bench.contest import OURS, Row, interleave, say
 from rwkv_lab.bench.engines import load_model
 from rwkv_lab.bench.machine import forget_peak, memory_of
-from rwkv_lab.bench.peers import OURS, Peer, PeerError, child_environment, open_peer
+from rwkv_lab.bench.peers import Peer, PeerError, child_environment, open_peer
 from rwkv_lab.errors import RwkvLabError
 
 

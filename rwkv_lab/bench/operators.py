@@ -11,6 +11,7 @@ from rwkv_lab import wkv
 from rwkv_lab.bench.contest import Agreement, Floors, Row, interleave, median_share, refusal, relative_rms, say
 from rwkv_lab.bench.machine import multiply_add_rate, read_rate
 from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.model.device import device_errors, parse_device
 
 OPERATORS = ("wkv4", "wkv5", "wkv6", "wkv7")
 LIMIT = 2e-5  # relative RMS in float32, of outputs, final state and each gradient, beside the reference in float64
@@ -36,22 +37,26 @@ def measure_operators(
     """
     rows: list[Row] = []
     floors: Floors = {}
-    on_cpu = torch.device(device).type == "cpu"
+    where = parse_device(device)
+    on_cpu = where.type == "cpu"
     for operator in operators:
         agreed, contestants = {}, {}
-        inputs = make_inputs(operator, shape, torch.float32, device)
+        inputs = make_inputs(operator, shape, torch.float32, "cpu")
         for backend in backends:
             try:
-                agreement = _agrees(operator, backend, shape, device)
-                if agreement.passed:
-                    agreed[backend] = agreement
-                    contestants |= _contestants(operator, backend, inputs)
-                else:
-                    for job in ("wkv forward", "wkv backward"):
-                        row = _row(job, operator, backend, shape, agreement=agreement, problem=refusal(agreement))
-                        rows.append(say(row))
+                with device_errors(where):
+                    agreement = _agrees(operator, backend, shape, device)
+                    able = _contestants(operator, backend, [x.to(where) for x in inputs]) if agreement.passed else {}
             except RwkvLabError as e:
                 rows.append(say(_row("wkv forward", operator, backend, shape, problem=str(e).splitlines()[0])))
+                continue
+            if agreement.passed:
+                agreed[backend] = agreement
+                contestants |= able
+            else:
+                for job in ("wkv forward", "wkv backward"):
+                    row = _row(job, operator, backend, shape, agreement=agreement, problem=refusal(agreement))
+                    rows.append(say(row))
         machine = {"FMA GFLOP/s": multiply_add_rate, "read GB/s": read_rate} if on_cpu else {}
         results = interleave(machine | contestants, rounds)
         now = {name: results.pop(name)[0] for name in machine}

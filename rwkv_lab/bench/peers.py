@@ -14,27 +14,28 @@ reply. In its words these are replaced: `{task}`, `{model}` (path of the checkpo
 
 import importlib.util
 import json
-import math
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from rwkv_lab.bench.contest import OURS
 from rwkv_lab.bench.machine import package_version
 from rwkv_lab.errors import ParameterError, RwkvLabError
 
-OURS, RWKV, AUTO = "rwkv_lab", "rwkv", "auto"
+RWKV, AUTO = "rwkv", "auto"
 _RWKV_DTYPES = ("bf16", "fp32")
 _NEEDED = ("{task}", "{model}", "{tokens}", "{out}")
 _TIMEOUT = 1800  # seconds for one request
+_SHORTEST = 1e-9  # seconds
 
 
 class PeerError(RwkvLabError):
@@ -57,11 +58,11 @@ def parse_peers(wanted: Sequence[str]) -> list[Peer]:
     """Peers from texts: "auto" (`rwkv` where it is installed), "rwkv", or "name=command".
 
     Raises:
-        ParameterError: an unknown name without a command, our own name, or a command that is none or has no place for
-            what it needs.
+        ParameterError: an unknown name without a command, a command that has no place for what it needs or is no
+            command line, or a name that is ours or another peer's.
     """
     there = importlib.util.find_spec("rwkv") is not None
-    wanted = [RWKV if text == AUTO else text for text in wanted if text != AUTO or there]
+    wanted = dict.fromkeys(RWKV if text == AUTO else text for text in wanted if text != AUTO or there)
     found = []
     for text in wanted:
         name, equals, command = text.partition("=")
@@ -71,15 +72,16 @@ def parse_peers(wanted: Sequence[str]) -> list[Peer]:
         missing = [place for place in _NEEDED if place not in command]
         if equals and (not name or missing):
             raise ParameterError(f"peers: {text!r} needs a name, and {', '.join(_NEEDED)} in its command.")
-        if name == OURS:
-            raise ParameterError(f"peers: {OURS} is what the peers are beside; give {command!r} another name.")
         try:
             shlex.split(command)
-        except ValueError as e:
-            raise ParameterError(f"peers: the command of {name} cannot be read: {e}.") from e
+        except ValueError:
+            raise ParameterError(f"peers: {text!r} has a quote that is not closed; close it.") from None
         if not equals and not there:
             raise ParameterError("peers: the package rwkv is not installed; pip install rwkv")
-        found.append(Peer(f"{RWKV} {package_version(RWKV)}" if not equals else name, command))
+        peer = Peer(f"{RWKV} {package_version(RWKV)}" if not equals else name, command)
+        if peer.name in (OURS, *(other.name for other in found)):  # rows and contestants go by their names
+            raise ParameterError(f"peers: the name {peer.name!r} is taken; give {text!r} another one.")
+        found.append(peer)
     return found
 
 
@@ -90,26 +92,26 @@ class Session:
     ask: Callable[[dict], dict]
     loaded: dict = field(default_factory=dict)  # "seconds" and "peak" of loading, where the peer tells
 
-    def answers(self, tokens: Sequence[int], read: int) -> torch.Tensor:
-        """Logits `[1 + len(tokens) - read, V]` float32."""
+    def answers(self, tokens: Sequence[int], read: int, vocab_size: int) -> torch.Tensor:
+        """Logits `[1 + len(tokens) - read, V]` in a floating dtype."""
+        shape = [1 + len(tokens) - read, vocab_size]
         with tempfile.TemporaryDirectory(prefix="rwkv_lab-peer-") as folder:
             out = str(Path(folder) / "logits.npy")
             self.ask({"task": "answers", "tokens": list(tokens), "read": read, "out": out})
             try:
-                logits = torch.from_numpy(np.load(out, allow_pickle=False))
-            except (OSError, ValueError, TypeError, EOFError) as e:
-                raise PeerError(f"it wrote no logits: {e}") from e
-        if not logits.is_floating_point():
-            raise PeerError(f"its logits are {logits.dtype}")
-        if logits.ndim != 2 or len(logits) != 1 + len(tokens) - read:
-            raise PeerError(f"its logits have shape {list(logits.shape)}; [{1 + len(tokens) - read}, V] were asked for")
+                with open(out, "rb") as file:  # NumPy leaves one open that it opened itself and cannot read
+                    logits = torch.from_numpy(np.load(file, allow_pickle=False))
+            except Exception as e:  # NumPy says in many ways that a file is none of its own
+                raise PeerError(f"it wrote no logits: {_one_line(e)}") from e
+        if list(logits.shape) != shape or not logits.is_floating_point():
+            raise PeerError(f"its logits are {list(logits.shape)} of {logits.dtype}; {shape} of float32 were asked for")
         return logits
 
     def seconds(self, task: str, tokens: Sequence[int], read: int) -> float:
         """Time of a "decode" of `tokens[read:]` or of a "prefill"."""
         found = self.ask({"task": task, "tokens": list(tokens), "read": read, "out": ""}).get("seconds")
-        if not isinstance(found, int | float) or not 0 < found < math.inf:
-            raise PeerError(f"its reply to {task} has no seconds")
+        if isinstance(found, bool) or not isinstance(found, int | float) or not _SHORTEST < found <= _TIMEOUT:
+            raise PeerError(f"its reply to {task} has no seconds that can be: {_one_line(found)}")
         return float(found)
 
 
@@ -125,7 +127,7 @@ def open_peer(peer: Peer, path: Path, dtype: str) -> Iterator[Session]:
         return
     if path.suffix != ".pth":
         raise PeerError(f"it reads .pth files, not {path.name}")
-    with tempfile.TemporaryFile("w+") as complaints:
+    with tempfile.TemporaryFile("w+", errors="replace") as complaints:
         process = subprocess.Popen(
             [sys.executable, "-m", "rwkv_lab.bench.rwkv_package"],
             stdin=subprocess.PIPE,
@@ -145,14 +147,15 @@ def open_peer(peer: Peer, path: Path, dtype: str) -> Iterator[Session]:
                 reply = ""
             if not reply:
                 complaints.seek(0)
-                raise PeerError(f"it ended: {_last_line(complaints.read())}")
+                raise PeerError(f"it ended: {_one_line(_last_line(complaints.read()))}")
             return _checked(reply)
 
         try:
             # RWKV-7's part of the package puts the suffix on by itself; the other part accepts both.
             yield Session(ask, ask({"model": str(path.with_suffix("")), "dtype": dtype}))
         finally:
-            process.stdin.close()
+            with suppress(OSError):  # it has ended, and did not read its last request
+                process.stdin.close()
             process.terminate()
             process.wait()
             process.stdout.close()
@@ -184,28 +187,35 @@ def _run_command(peer: Peer, path: Path, dtype: str, request: dict) -> dict:
         for name, value in values.items():
             words = [word.replace(f"{{{name}}}", str(value)) for word in words]
         try:
-            how = {"capture_output": True, "text": True, "errors": "replace", "timeout": _TIMEOUT}
-            done = subprocess.run(words, env=child_environment(), **how)
-        except (OSError, ValueError, subprocess.TimeoutExpired) as e:
-            raise PeerError(f"its command does not run: {e}") from e
+            output = {"capture_output": True, "text": True, "errors": "replace"}
+            done = subprocess.run(words, **output, env=child_environment(), timeout=_TIMEOUT)
+        except subprocess.TimeoutExpired as e:
+            raise PeerError(f"its command is not done after {_TIMEOUT} s") from e
+        except (OSError, ValueError) as e:  # a ValueError is of words that no system takes
+            raise PeerError(f"its command does not run: {_one_line(e)}") from e
     if done.returncode:
-        raise PeerError(f"its command ended with code {done.returncode}: {_last_line(done.stderr)}")
+        raise PeerError(f"its command ended with code {done.returncode}: {_one_line(_last_line(done.stderr))}")
     return _checked(_last_line(done.stdout))
 
 
 def _checked(line: str) -> dict:
-    """A reply, from its line."""
+    """A reply that is an object and tells no error."""
     try:
         reply = json.loads(line)
-    except ValueError as e:
-        raise PeerError(f"its last line is no JSON: {line[:200]}") from e
+    except (ValueError, RecursionError) as e:
+        raise PeerError(f"its last line is no JSON: {_one_line(line)}") from e
     if not isinstance(reply, dict):
-        raise PeerError(f"its reply is no JSON object: {line[:200]}")
+        raise PeerError(f"its reply is no JSON object: {_one_line(line)}")
     if "error" in reply:
-        raise PeerError(str(reply["error"] or "an error without a word")[:200])
+        raise PeerError(_one_line(reply["error"]) if reply["error"] else "it failed and does not say why")
     return reply
 
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "without a word"
+    return lines[-1] if lines else ""
+
+
+def _one_line(said: object) -> str:
+    """What a stranger says, as it can stand in a table and in UTF-8."""
+    return " ".join(str(said).encode(errors="replace").decode().split())[:200] or "without a word"

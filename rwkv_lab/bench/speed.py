@@ -1,6 +1,5 @@
 """How fast models decode and read prompts, beside peers and beside what the machine allows."""
 
-import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_lab.bench.contest import Agreement, Floors, Row, compare, interleave, median_share, refusal, say
+from rwkv_lab.bench.contest import OURS, Agreement, Floors, Row, compare, interleave, median_share, refusal, say
 from rwkv_lab.bench.engines import (
     BATCH_STEPS,
     QUANTISED,
@@ -30,10 +29,9 @@ from rwkv_lab.bench.engines import (
     weight_bytes,
 )
 from rwkv_lab.bench.machine import matmul_rate, multiply_add_rate, read_rate
-from rwkv_lab.bench.peers import OURS, Peer, PeerError
+from rwkv_lab.bench.peers import Peer, PeerError
 from rwkv_lab.errors import RwkvLabError
-
-log = logging.getLogger(__name__)
+from rwkv_lab.model.device import parse_device
 
 # How far logits may be from the reference, as relative RMS. In 16 bits rounding alone gives some 2e-2 on deep models.
 # int8 and int4 lose agreement for a reason, and how much is reported; the limit only tells a loss from nonsense.
@@ -75,7 +73,6 @@ def measure_speed(path: Path, subject: str, plan: Plan) -> tuple[list[Row], Floo
     Raises:
         RwkvLabError: the checkpoint is no model that runs here.
     """
-    log.info("%s: the reference's answers, which all others have to agree with", subject)
     with ExitStack() as stack:
         match = _Match(subject, plan, expected_answers(path, plan.lengths, max(plan.batches, default=1)))
         for engine, problem in open_engines(path, plan.dtypes, plan.device, plan.peers, stack):
@@ -136,42 +133,39 @@ class _Match:
         self, job: str, size: int, admitted: Mapping, contestants: Mapping, describe: Callable, floors: bool = True
     ) -> None:
         """Measure; `describe(engine, samples, floors of these rounds)` gives a row's shares and facts."""
-        able = {}
-        for key, take in contestants.items():
-            try:  # the warm-up; a peer may give answers and yet not run this
-                take()
-                able[key] = take
-            except PeerError as e:
-                engine, agreement = admitted[key]
-                self.add(_row(job, self, engine, size, agreement=agreement, problem=str(e)))
-        failed = {}
+        problems: dict[str, str] = {}
 
-        def unless_it_fails(key: str, take: Callable[[], float]) -> float:
-            if key not in failed:
+        def sample(key: str) -> float:
+            """A peer may give answers and yet not run this, or no longer: it is not asked again."""
+            if key not in problems:
                 try:
-                    return take()
+                    return contestants[key]()
                 except PeerError as e:
-                    failed[key] = str(e)
+                    problems[key] = str(e)
             return math.nan
 
-        able = {key: partial(unless_it_fails, key, take) for key, take in able.items()}
+        for key in contestants:  # the warm-up
+            sample(key)
+        able = {key: partial(sample, key) for key in contestants if key not in problems}
         machine = self._machine() if floors else {}
         results = interleave({**machine, **able}, self.plan.rounds, warm_up=False)
         now = {name: results.pop(name)[0] for name in machine}
         for name, samples in now.items():
             self.floors.setdefault(name, []).extend(samples)
-        for key, (samples, foreign) in results.items():
+        for key, problem in problems.items():
             engine, agreement = admitted[key]
-            if key in failed:
-                self.add(_row(job, self, engine, size, agreement=agreement, problem=failed[key]))
+            self.add(_row(job, self, engine, size, agreement=agreement, problem=problem))
+        for key, (samples, foreign) in results.items():
+            if key in problems:
                 continue
+            engine, agreement = admitted[key]
             shares, facts = describe(engine, samples, now)
             measured = {"samples": samples, "foreign": foreign, "shares": shares, "facts": facts}
             self.add(_row(job, self, engine, size, agreement=agreement, **measured))
 
     def _machine(self) -> dict[str, Callable[[], float]]:
         """Contestants that measure the machine itself; none on a GPU."""
-        if torch.device(self.plan.device).type != "cpu":
+        if parse_device(self.plan.device).type != "cpu":
             return {}
         found = {READ_FLOOR: read_rate, FMA: multiply_add_rate}
         if "bf16" in self.plan.dtypes:
@@ -201,7 +195,7 @@ def _decode(match: _Match, batch: int) -> None:
         except PeerError as e:
             match.add(_row("decode", match, engine, batch, agreement=agreement, problem=str(e)))
     match.contest("decode", batch, admitted, contestants, partial(_of_decoding, match, batch))
-    if batch == 1 and torch.device(match.plan.device).type == "cpu":
+    if batch == 1 and parse_device(match.plan.device).type == "cpu":
         medians = {row.name: row.median for row in match.rows if row.job == "decode" and row.samples}
 
         def kept(engine: Engine, samples: Sequence[float], _: Floors):
@@ -214,7 +208,8 @@ def _decode(match: _Match, batch: int) -> None:
 def _decoding_agrees(match: _Match, tokens: torch.Tensor, engine: Engine) -> Agreement:
     limit = _limit(engine)
     if engine.session:
-        return compare(engine.session.answers(tokens[0].tolist(), READ), match.expected.steps, limit)
+        found = engine.session.answers(tokens[0].tolist(), READ, match.expected.steps.shape[-1])
+        return compare(found, match.expected.steps, limit)
     if len(tokens) == 1:
         return compare(our_answers(engine.model, tokens), match.expected.steps, limit)
     with as_rnn(engine.model):
@@ -249,7 +244,7 @@ def _prefill(match: _Match, length: int) -> None:
 
     def agrees(engine: Engine) -> Agreement:
         if engine.session:
-            found = engine.session.answers(tokens[0].tolist(), length)
+            found = engine.session.answers(tokens[0].tolist(), length, match.expected.steps.shape[-1])
         else:
             found = engine.model.prefill(tokens.to(engine.model.get_device()))[0].cpu()
         return compare(found, match.expected.prefilled[length], _limit(engine))

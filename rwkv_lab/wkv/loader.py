@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +98,10 @@ def cpu_build(name: str) -> Build:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     flags = (_PORTABLE if x86 else ()) if portable else _NATIVE
     compiler, version = _cpp_compiler()
-    machine = platform.machine() if portable else _cpu_model()
-    return _build(f"cpu/{name}.cpp", (*compiler, *_COMMON, *flags, "-pthread"), version, machine)
+    # What CXX says has the last word, whatever else has to stand behind the compiler (a wrapper's own words, say).
+    chosen = [word for word in compiler[1:] if word.startswith(("-O", "-f", "-m", "-std="))]
+    machine = platform.machine() if portable and not chosen else _cpu_model()
+    return _build(f"cpu/{name}.cpp", (*compiler, *_COMMON, *flags, "-pthread", *chosen), version, machine)
 
 
 def cuda_build(name: str, architectures: tuple[str, ...] | None = None) -> Build:
@@ -139,7 +141,7 @@ def _portable() -> bool:
 
 
 def _cpp_compiler() -> tuple[tuple[str, ...], str]:
-    """Command and version of the C++ compiler: `$CXX`, else the first there is."""
+    """Command and version of the C++ compiler: `$CXX`, arguments and all; without it the first there is."""
     return _cpp_compiler_of(os.environ.get("CXX"), os.environ.get("PATH"))
 
 
@@ -147,13 +149,13 @@ def _cpp_compiler() -> tuple[tuple[str, ...], str]:
 def _cpp_compiler_of(chosen: str | None, path: str | None) -> tuple[tuple[str, ...], str]:
     try:
         words = shlex.split(chosen or "")
-    except ValueError as error:
-        raise KernelError(f"CXX={chosen} is no command: {_one_line(error)}.") from error
-    for command in [words] if words else [["g++"], ["c++"], ["clang++"]]:
-        if found := shutil.which(command[0], path=path):
-            return (found, *command[1:]), f"{found} {_version_line((found, *command[1:]))}"
+    except ValueError:
+        raise KernelError(f"CXX is {chosen!r}, with a quote that is not closed; correct or unset it.") from None
+    for command in words[:1] or ("g++", "c++", "clang++"):
+        if found := shutil.which(command):
+            return (found, *words[1:]), f"{found} {_version_line((found, *words[1:]))}"
     if words:
-        raise KernelError(f"CXX names the C++ compiler {words[0]}, which is not there; correct it or take it away.")
+        raise KernelError(f"CXX names {words[0]}, which is no program that can be found; correct or unset it.")
     raise KernelError("No C++ compiler (g++, c++ or clang++) is on the PATH; install g++, or name one in CXX.")
 
 
@@ -175,17 +177,25 @@ def _nvcc() -> tuple[str, str]:
 
 
 def _version_line(command: tuple[str, ...], pattern: str = r"(.+)") -> str:
-    asked = f"{shlex.join(command)} --version"
-    try:
-        answer = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace", timeout=60)
-    except subprocess.TimeoutExpired as error:
-        raise KernelError(f"{asked} gives no answer.") from error
-    except OSError as error:
-        raise KernelError(f"{asked} does not run: {error.strerror}.") from error
-    found = re.search(pattern, answer.stdout)
-    if answer.returncode or not found:
-        raise KernelError(f"{asked} does not tell a version; it ended with code {answer.returncode}.")
+    command = (*command, "--version")
+    failure = f"{shlex.join(command)} does not work"
+    done = _run(command, failure)
+    if done.returncode:
+        raise KernelError(f"{failure}: {_first_error(done.stderr, done.returncode)}.")
+    if (found := re.search(pattern, done.stdout)) is None:
+        raise KernelError(f"{failure}: it tells no version.")
     return found[1]
+
+
+def _run(command: Sequence[str], failure: str) -> subprocess.CompletedProcess:
+    """A command's end, with whatever code; KernelError with `failure` if it did not get there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        why = f"it is not done after {_PATIENCE} s"
+    except OSError as error:
+        why = error.strerror
+    raise KernelError(f"{failure}: {why}.")
 
 
 def _cpu_model() -> str:
@@ -260,12 +270,10 @@ def _compile(build: Build, library: Path) -> ctypes.CDLL:
         log.warning("Compiling %s for this machine, once.", where)
         start = time.perf_counter()
         command = [*build.command, "-o", str(out), str(build.source)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise KernelError(f"{build.command[0]} cannot compile {where}: {_one_line(error)}.") from error
+        failure = f"{build.command[0]} cannot compile {where}"
+        done = _run(command, failure)
         if done.returncode or not out.exists():
-            raise KernelError(f"{build.command[0]} cannot compile {where}: {_first_error(done)}.")
+            raise KernelError(f"{failure}: {_first_error(done.stderr + done.stdout, done.returncode)}.")
         content = out.read_bytes()
         with open(out, "ab") as file:
             file.write(_SEAL + hashlib.sha256(content).digest())
@@ -297,10 +305,12 @@ def _load(library: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _first_error(done: subprocess.CompletedProcess) -> str:
-    lines = (done.stderr + done.stdout).strip().splitlines()
+def _first_error(said: str, code: int) -> str:
+    lines = said.strip().splitlines()
     told = [line for line in lines if "error" in line.lower()] or lines[-1:]
-    return told[0].strip()[:300] if told else f"it ended with code {done.returncode} and no message"
+    if told:
+        return told[0].strip()[:300].rstrip(".")
+    return f"it ended with code {code} and no message" if code else "it wrote no library"
 
 
 def _one_line(error) -> str:

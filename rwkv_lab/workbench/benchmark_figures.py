@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from rwkv_lab.bench.contest import Floors, Row
-from rwkv_lab.bench.engines import OURS
+from rwkv_lab.bench.contest import OURS, Floors, Row
 from rwkv_lab.workbench.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, quiet, titled
 
 _FLOORS = ("read floor", "FMA rate", "bf16 matmul rate")

@@ -4,18 +4,19 @@ import json
 import math
 import shlex
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from models import LAYOUTS
 
-from rwkv_lab.bench import peers as peer_room
-from rwkv_lab.bench import speed
+from rwkv_lab.bench import engines, speed
 from rwkv_lab.bench.__main__ import main
+from rwkv_lab.bench.contest import OURS, as_json
 from rwkv_lab.bench.engines import READ, expected_answers, flops_per_token, load_model, weight_bytes
 from rwkv_lab.bench.models import SHAPES, random_model
-from rwkv_lab.bench.peers import Peer, PeerError, Session, parse_peers
+from rwkv_lab.bench.peers import Peer, PeerError, Session, open_peer, parse_peers
 from rwkv_lab.bench.speed import Plan, measure_speed
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual
@@ -80,48 +81,77 @@ def test_peers_by_command_and_whoever_disagrees_gets_no_rate(tiny, quick, comman
     assert ("decode beside a busy loop", "wrong") not in by
 
 
-ANSWERS = {  # what a peer's command does, and what its row says
-    "print('{\"error\": null}')": "an error without a word",
-    "print('[1]')": "no JSON object: [1]",
-    "sys.stdout.buffer.write(b'\\xff\\n')": "no JSON",
-    "np.save(out, np.zeros((65, 3), 'f4')); print('{}')": "its logits have shape [65, 3], the reference's [65, 11]",
-    "np.save(out, np.full((65, 11), 'x')); print('{}')": "it wrote no logits",
-    "np.save(out, np.ones((65, 11), int)); print('{}')": "its logits are torch.int64",
-    "open(out, 'w').close(); print('{}')": "it wrote no logits",
-    "print('{\"seconds\": Infinity}'); out and np.save(out, np.ones((65, 11), 'f4'))": "answers disagree",
+# What a peer does after it has read its task: each gives another reason, and none of them ends the others.
+STRANGE = {
+    "other vocabulary": ("np.save(out, np.zeros((65, 99), 'f'))", "its logits are [65, 99] of torch.float32; [65, 11]"),
+    "one column": ("np.save(out, np.ones((65, 1), 'f'))", "[65, 11] of float32 were asked for"),
+    "whole numbers": ("np.save(out, np.ones((65, 11), int))", "its logits are [65, 11] of torch.int64"),
+    "text": ("np.save(out, np.full((65, 11), 'x'))", "it wrote no logits"),
+    "an empty file": ("open(out, 'w')", "it wrote no logits"),
+    "another file": ("open(out, 'w').write('PK' + chr(3) + chr(4))", "it wrote no logits"),
+    "null": ("print('{\"error\": null}')", "it failed and does not say why"),
+    "no text": ('print(\'{"error": ""}\')', "it failed and does not say why"),
+    "two lines": ('print(\'{"error": "one\\\\ntwo \\\\ud800"}\')', "one two ?"),
+    "a list": ("print([1])", "its reply is no JSON object: [1]"),
+    "no JSON": ("print('done')", "its last line is no JSON: done"),
+    "deep": ("print('[' * 100000)", "its last line is no JSON: [["),
+    "no UTF-8": ("sys.stdout.buffer.write(b'\\xff\\n')", "its last line is no JSON: \N{REPLACEMENT CHARACTER}"),
+    "silent": ("sys.stdout = open('/dev/null', 'w')", "its last line is no JSON: without a word"),
 }
 
 
-@pytest.mark.parametrize("does", ANSWERS)
-def test_a_peer_that_talks_nonsense_gets_a_row_that_says_so(does, tiny, quick, tmp_path):
-    script = tmp_path / "peer.py"
-    script.write_text(f"import sys, numpy as np\nout = sys.argv[4]\n{does}\n")
-    peers = parse_peers([f"odd={sys.executable} {script} {{task}} {{model}} {{tokens}} {{out}}"])
-    plan = Plan(dtypes=("fp32",), lengths=(), batches=(1,), rounds=1, peers=tuple(peers))
-    rows, _ = measure_speed(tiny("7.0"), "tiny", plan)
-    by = {(row.job, row.engine): row for row in rows}
-    assert by["decode", "rwkv_lab"].samples and not by["decode", "odd"].samples
-    assert ANSWERS[does] in by["decode", "odd"].problem
+def test_strange_peers_are_rows_with_a_reason_and_the_rest_goes_on(tiny, quick, tmp_path):
+    commands = []
+    for name, (code, _) in STRANGE.items():
+        before = "import json, sys, numpy as np; out = sys.argv[4]; seconds = json.dumps({'seconds': 1});"
+        after = "" if "print" in code or "std" in code else "; print(seconds)"
+        words = [sys.executable, "-c", f"{before} {code}{after}"]
+        commands.append(f"{name}={shlex.join(words)} {{task}} {{model}} {{tokens}} {{out}}")
+    plan = Plan(dtypes=("fp32",), lengths=(), batches=(1,), rounds=1, peers=tuple(parse_peers(commands)))
+    rows, floors = measure_speed(tiny("7.0"), "tiny", plan)
+    by = {row.engine: row for row in rows if row.job == "decode"}
+    for name, (_, reason) in STRANGE.items():
+        assert by[name].samples == [] and reason in by[name].problem, (name, by[name].problem)
+    assert by[OURS].samples and as_json({}, floors, rows).encode()
 
 
-def test_a_peer_that_fails_in_the_middle_is_left_out_and_the_others_go_on(tiny, quick, monkeypatch):
-    seconds, asked = Session.seconds, []
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_peer_that_fails_in_the_middle_is_a_row_without_a_rate(tiny, quick, monkeypatch, after):
+    """It answers, and `after` times more, then its process is gone."""
+    expected = expected_answers(tiny("7.0"), [], 1)
 
-    def at_first(session, *request):
+    def ask(request):
+        if request["task"] == "answers":
+            np.save(request["out"], expected.steps)
+            return {}
         asked.append(request)
-        if len(asked) > 3:
-            raise PeerError("it is tired")
-        return seconds(session, *request)
+        if len(asked) > after:
+            raise PeerError("it ended")
+        return {"seconds": 0.1}
 
-    monkeypatch.setattr(Session, "seconds", at_first)
-    monkeypatch.setattr(peer_room, "_run_command", lambda *_: {"seconds": 1.0})
-    monkeypatch.setattr(Session, "answers", lambda session, tokens, read: right.steps)
-    right = speed.expected_answers(tiny("7.0"), (), 1)
-    plan = Plan(("fp32",), (), (1,), rounds=5, peers=(Peer("tired", "run"),))
+    asked = []
+    monkeypatch.setattr(engines, "open_peer", lambda *_: nullcontext(Session(ask)))
+    plan = Plan(dtypes=("fp32",), lengths=(), batches=(1,), rounds=2, peers=(Peer("x", "x"),))
     rows, _ = measure_speed(tiny("7.0"), "tiny", plan)
     by = {(row.job, row.engine): row for row in rows}
-    assert len(by["decode", "rwkv_lab"].samples) == 5
-    assert by["decode", "tired"].problem == "it is tired" and not by["decode", "tired"].samples
+    assert by["decode", "x"].problem == "it ended" and by["decode", "x"].samples == []
+    assert len(by["decode", OURS].samples) == 2 and by["decode beside a busy loop", OURS].samples
+
+
+@pytest.mark.parametrize("seconds", [None, True, "1", 0, -1, math.nan, math.inf, 1e-300, 10**400])
+def test_seconds_that_cannot_be_are_refused(seconds):
+    with pytest.raises(PeerError, match="no seconds that can be"):
+        Session(lambda request: {"seconds": seconds}).seconds("decode", [1, 2], 1)
+
+
+@pytest.mark.parametrize("does", ["raise SystemExit('gone')", "print([1], flush=True)", "print('{', flush=True)"])
+def test_a_package_that_does_not_answer_as_it_should(tiny, monkeypatch, tmp_path, does):
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\nimport sys\n{does}\nsys.stdin.close()\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with pytest.raises(PeerError, match="it ended: gone|no JSON"), open_peer(Peer("rwkv"), tiny("7.0"), "fp32"):
+        pass
 
 
 def test_our_own_wrong_answers_get_no_rate_either(tiny, quick, monkeypatch):
@@ -159,8 +189,9 @@ def test_the_package_rwkv(version, dtype, tmp_path, quick):
         (["llama"], "neither"),
         (["llama=run {model}"], "{task}"),
         (["=run {task} {model} {tokens} {out}"], "needs a name"),
-        (["rwkv_lab=run {task} {model} {tokens} {out}"], "another name"),
-        (["x='run {task} {model} {tokens} {out}"], "command of x cannot be read: No closing quotation"),
+        (["x=run 'a {task} {model} {tokens} {out}"], "a quote that is not closed"),
+        (["rwkv_lab=run {task} {model} {tokens} {out}"], "the name 'rwkv_lab' is taken"),
+        (["x=run {task} {model} {tokens} {out}", "x=go {task} {model} {tokens} {out}"], "the name 'x' is taken"),
     ],
 )
 def test_peers_that_cannot_be_asked_are_refused(wanted, says):
@@ -198,30 +229,6 @@ def test_the_command_writes_json_a_table_and_figures(tiny, quick, tmp_path, caps
     assert (tmp_path / "models-batches.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "models-rates-v7.0.png").exists() and (tmp_path / "models.md").exists()
     assert "| decode | v7.0 | 1 | rwkv_lab fp32 |" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        (["models", "--threads", "0"], "2"),
-        (["wkv", "--lengths", "-5"], "2"),
-        (["models", "--rounds", "many"], "2"),
-        (["merge", "--lora-rank", "0"], "2"),
-        (["models", "--device", "gpu9"], "ParameterError: There is no device 'gpu9'"),
-        (["models", "--peers", "rwkv_lab=x {task} {model} {tokens} {out}"], "ParameterError: peers: rwkv_lab"),
-        (["wkv", "--backends", "nosuch", "--rounds", "1", "--lengths", "9"], "RwkvLabError: Nothing was measured"),
-    ],
-)
-def test_the_command_refuses_what_it_cannot_measure(given, says, quick, tmp_path):
-    with pytest.raises(SystemExit, match=says):
-        main([*given, "--report", str(tmp_path)])
-
-
-def test_a_device_that_is_not_there_ends_the_command_at_once(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    with pytest.raises(SystemExit, match="DeviceError: cuda failed"):
-        main(["models", "--device", "cuda", "--report", str(tmp_path)])
 
 
 def test_the_command_ends_with_an_error_where_something_of_ours_disagrees(tiny, quick, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ Each trial is a process of its own with a cache of its own; a small source stand
 """
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -15,10 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_lab.errors import KernelError
 from rwkv_lab.resources import kernels_folder
 from rwkv_lab.wkv import backends
-from rwkv_lab.wkv.loader import cpu_build
 
 pytestmark = pytest.mark.skipif("cpu" not in backends(), reason="no C++ compiler")
 
@@ -170,20 +167,37 @@ def test_without_a_kernel_torch_computes_and_says_once_why(tmp_path, what):
     assert out == "" and "KernelError: " in err and why in err
 
 
-@pytest.mark.parametrize(
-    ("named", "why"),
-    [
-        ("/nowhere/g++ -O2", "CXX names the C++ compiler /nowhere/g++, which is not there"),
-        ("g++ '-O2", "CXX=g++ '-O2 is no command: No closing quotation"),
-        ("false", "false --version does not tell a version; it ended with code 1"),
-    ],
-)
-def test_a_compiler_that_was_named_wrongly_is_told(named, why, monkeypatch):
-    monkeypatch.setenv("CXX", named)
-    with pytest.raises(KernelError, match=re.escape(why)):
-        cpu_build("wkv7")
-    monkeypatch.setenv("CXX", f"{shutil.which('g++')} -g")
-    assert cpu_build("wkv7").command[1] == "-g"
+BAD_COMPILERS = {
+    "nowhere-g++ -O2": "CXX names nowhere-g++, which is no program that can be found",
+    "g++ 'unclosed": "with a quote that is not closed",
+    "false": "false --version does not work: it ended with code 1 and no message.",
+    "sh -c 'echo none >&2; exit 3'": "does not work: none.",
+    "sh -c true": "--version does not work: it tells no version.",
+    "true": "true cannot compile kernels/cpu/small.cpp: it wrote no library.",
+}
+
+
+@pytest.mark.parametrize("chosen", BAD_COMPILERS)
+def test_a_cxx_that_does_not_work_is_told_in_one_sentence_and_not_replaced(package, tmp_path, chosen):
+    out, err = finish(start(LOAD, package, tmp_path / "cache", CXX=chosen))
+    said = err.splitlines()[-1]
+    assert out == "" and said.startswith("rwkv_lab.errors.KernelError: ") and BAD_COMPILERS[chosen] in said
+    assert not any(name in said for name in ("Command", "CalledProcess", "Errno", "exit status"))
+
+
+def test_a_cxx_that_is_not_there_leaves_the_next_best_backend(tmp_path):
+    out, err = finish(start(RUN.format(""), cache=tmp_path / "cache", CXX="nowhere-g++"))
+    assert "tensor(" in out and err.count("run in plain torch, which is slower: CXX names nowhere-g++") == 1
+
+
+def test_arguments_in_cxx_have_the_last_word(package, tmp_path):
+    log = tmp_path / "arguments"
+    compiler = fake_compiler(tmp_path, f'echo "$@" >> {log}')
+    for options in ("", " -O1 -DANSWER='\"a b\"'"):
+        assert finish(start(LOAD, package, tmp_path / "cache", CXX=compiler + options))[0] == "42"
+    plain, chosen = (line for line in log.read_text().splitlines() if "--version" not in line)
+    assert "-O1" not in plain and chosen.rindex("-O1") > chosen.rindex("-O3") and '-DANSWER="a b"' in chosen
+    assert len(libraries(tmp_path / "cache")) == 2
 
 
 def test_missing_sources_and_headers_and_what_is_remembered(package, tmp_path):
