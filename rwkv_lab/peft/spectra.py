@@ -5,14 +5,14 @@ factors of B and A. Sums are float64.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from rwkv_lab.checkpoint import Checkpoint
 from rwkv_lab.errors import NumericsError, ParameterError
-from rwkv_lab.peft.adapter import Adapter, LoraTarget, MissTarget
+from rwkv_lab.peft.adapter import Adapter, LoraTarget, MissTarget, Values
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,18 @@ class Spectrum:
         # A sum in float64 may end a rounding below its parts: the last place that can matter for the whole.
         return min(int((kept < share * total * (1 - 1e-12)).sum()) + 1, len(energy))
 
+    def share_of(self, rank: int) -> float:
+        """The share (0 to 1) of ‖Δ‖² that the nearest change of this rank keeps; NaN where nothing changed."""
+        energy = self.singular_values.square()
+        total = float(energy.sum())
+        return float(energy[:rank].sum()) / total if total else math.nan
 
-def adapter_spectra(base: Checkpoint, adapter: Adapter) -> Iterator[Spectrum]:
+
+def adapter_spectra(base: Checkpoint, adapter: Adapter, names: Collection[str] | None = None) -> Iterator[Spectrum]:
     """One per adapted matrix, in the base's order.
+
+    Args:
+        names: of the weights to look at, "blocks.0.att.key.weight"; None for all.
 
     Raises:
         LayoutError: an adapter of another generation or other dimensions than the base.
@@ -84,21 +93,29 @@ def adapter_spectra(base: Checkpoint, adapter: Adapter) -> Iterator[Spectrum]:
     adapter.check({n: t.shape for n, t in base.info.items()}, base.layout)
     for name, info in base.info.items():
         target = adapter.targets.get(name.removesuffix(".weight"))
-        if target is None or not name.endswith(".weight"):
+        if target is None or not name.endswith(".weight") or (names is not None and name not in names):
             continue
         yield _spectrum(name, info.read().double(), _singular_values(name, target, info))
 
 
-def model_spectra(base: Checkpoint, tuned: Checkpoint) -> Iterator[Spectrum]:
-    """One per matrix of the layers, embedding and head that a full or partial fine-tune has beside the base.
+def model_spectra(
+    base: Checkpoint, tuned: Mapping[str, Values], names: Collection[str] | None = None
+) -> Iterator[Spectrum]:
+    """One per matrix of the layers, embedding and head that stands whole in `tuned`, in the base's shape.
+
+    Args:
+        tuned: tensors by name, such as the `info` of a fine-tune, or `full` of an adapter.
+        names: as of `adapter_spectra`.
 
     Raises:
         NumericsError: NaN or Inf in a matrix.
     """
     for name, info in base.info.items():
-        if len(info.shape) != 2 or not name.endswith(".weight") or name not in tuned.info:
+        if len(info.shape) != 2 or not name.endswith(".weight") or name not in tuned:
             continue
-        before, after = info.read().double(), tuned.info[name].read().double()
+        if names is not None and name not in names:
+            continue
+        before, after = info.read().double(), tuned[name].read().double()
         yield _spectrum(name, before, _svdvals(name, after - before))
 
 

@@ -43,6 +43,8 @@ def test_they_are_those_of_the_whole_change(base, tmp_path, kind):
     path, merged = tuned(base, kind, tmp_path)
     with open_checkpoint(base) as ck, open_adapter(path) as adapter:
         spectra = list(adapter_spectra(ck, adapter))
+        name = f"{spectra[-1].name}.weight"
+        assert [s.name for s in adapter_spectra(ck, adapter, {name})] == [spectra[-1].name]
         assert [s.name for s in spectra] == [n[:-7] for n in ck.info if n[:-7] in adapter.targets] and spectra
         for s in spectra:
             weight = ck[f"{s.name}.weight"].double()
@@ -63,8 +65,10 @@ def test_a_fine_tune_has_spectra_too(base, tmp_path):
         tensors = {n: ck[n] for n in ck.info}
         write_checkpoint(tmp_path / "t.pth", tensors | {"head.weight": tensors["head.weight"] * 1.5})
         with open_checkpoint(tmp_path / "t.pth") as other:
-            spectra = {s.name: s for s in model_spectra(ck, other)}
+            spectra = {s.name: s for s in model_spectra(ck, other.info)}
+            only = list(model_spectra(ck, other.info, {"head.weight"}))
     assert spectra["head"].relative == pytest.approx(0.5) and spectra["blocks.0.att.key"].frobenius == 0
+    assert [s.name for s in only] == ["head"] and math.isnan(spectra["blocks.0.att.key"].share_of(3))
     assert spectra["blocks.0.att.key"].effective_rank == 0 and spectra["blocks.0.att.key"].rank_for(0.9) == 0
 
 
@@ -76,6 +80,7 @@ def test_ranks_of_known_spectra():
     assert made(3, 0, 0).effective_rank == pytest.approx(1)
     assert [made(3, 1, 0).rank_for(x) for x in (0, 0.5, 0.9, 0.91, 1)] == [0, 1, 1, 2, 2]
     assert [made(1, 1, 1, 1).rank_for(x) for x in (0.25, 0.26, 0.99, 1)] == [1, 2, 4, 4]
+    assert [made(3, 1).share_of(r) for r in (0, 1, 2, 5)] == [0, 0.9, 1, 1]
     assert made(3, 4).frobenius == 5 and made(3, 4).relative == 2.5
     assert math.isnan(Spectrum("x", (2, 2), torch.ones(1).double(), 0.0, 0.0).relative)
     with pytest.raises(ParameterError, match="share=1.5"):
