@@ -211,7 +211,9 @@ class PeftParameters(Parameters):
     base: InputPath = Field("demo:base", description="the model that was tuned: .pth, .safetensors or a folder")
     adapter: InputPath = Field("demo:state", description="what was trained on it: an adapter, a state, a fine-tune")
     second: PathOrEmpty = Field("", description="another tuning of the same base: do the two pull the same way?")
-    targets: Patterns = Field([], description="what is measured: names or ends such as att.key, or patterns; empty: all")
+    targets: Patterns = Field(
+        [], description="what is measured: names or ends such as att.key, or patterns; empty: all"
+    )
     rank: Annotated[int, Field(ge=1)] = Field(8, description="how much of each change would a LoRA of this rank keep?")
     data: Annotated[str, AfterValidator(_given)] = Field(
         "python", description="held-out text it is judged by: english, python, or a path"

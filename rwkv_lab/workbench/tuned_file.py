@@ -173,7 +173,7 @@ def _opened(stack: ExitStack, ck: Checkpoint, said: Said, direction_only: bool) 
     if ck.kind not in KINDS:
         if said:
             raise ParameterError(
-                f"alpha, pissa_init and parameters are for adapters; {ck.path.name} is of kind {ck.kind!r}: leave them out"
+                f"alpha, pissa_init, parameters are of adapters; {ck.path.name} is a {ck.kind}: leave them out"
             )
         return method, None, "none"
     if "unmerge" in said.parameters:
@@ -201,7 +201,7 @@ def part_of(name: str) -> str:
 
 
 def chosen(names: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """The names that patterns select, by whole names or their ends, with `.weight` or without; all where there are none.
+    """The names that patterns select, by whole names or their ends, with `.weight` or without; [] selects all.
 
     Raises:
         ParameterError: a pattern that matches none; near names are listed.
