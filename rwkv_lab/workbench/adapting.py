@@ -23,10 +23,10 @@ _AGREE = 1e-6  # between two ways to ‖Δ‖ in float64, where Δ is as small a
 
 @dataclass(frozen=True)
 class Changes:
-    """What was found: of matrices their spectra, of other tensors ‖Δ‖ / ‖W‖, both in the base's order."""
+    """What was found: of matrices their spectra, of other tensors of the base ‖Δ‖ / ‖W‖, in its order."""
 
     spectra: list[Spectrum]
-    others: dict[str, float]  # NaN beside zeros, and for what the base lacks
+    others: dict[str, float]  # NaN beside zeros
 
 
 def describe(run: Run) -> list[str]:
@@ -81,7 +81,7 @@ def measure(run: Run, names: list[str]) -> Changes:
         place = {name.removesuffix(".weight"): i for i, name in enumerate(names)}
         spectra.sort(key=lambda s: place[s.name])
         matrices = {f"{s.name}.weight" for s in spectra}
-        others = {n: _relative(t, n) for n in names if n not in matrices}
+        others = {n: _relative(t, n) for n in names if n in t.base.info and n not in matrices}
         apart = max((_apart(t, s) for s in spectra), default=None)
     if apart is not None:
         name = "‖Δ‖ from singular values, against Δ written out: largest relative difference"
@@ -152,7 +152,7 @@ def show_spectra(run: Run, changes: Changes) -> None:
         return
     rank, subtitle = run.config.rank, _subtitle(run)
     figure = peft_figures.spectra_by_matrix(spectra, rank, subtitle)
-    caption = f"A line per layer, the last ones darkest; zeros are left out. The dashed line stands at rank {rank}."
+    caption = "A line per layer, the last ones darkest; zeros are left out."
     run.show_figure("spectra", "In how many directions does each matrix change?", caption, figure)
     layers = 1 + max((int(m[1]) for s in spectra if (m := re.match(r"blocks\.(\d+)\.", s.name))), default=-1)
     title = "How many directions carry the change? Effective rank of Δ"

@@ -19,10 +19,10 @@ from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.result import NotApplicable
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.tables import Table
-from rwkv_lab.workbench.texts import held_out_text
+from rwkv_lab.workbench.texts import excerpts, held_out_text
 from rwkv_lab.workbench.tuned_file import TunedFile, open_tuned, part_of
 
-_HELD_OUT = 4096  # bytes of text
+_EXCERPTS, _EXCERPT = 16, 512  # of the text held out, and bytes of each
 _CTX_LEN = 256  # tokens of each window
 _SAME = "the tuning answers here as it does loaded as it was trained: relative RMS difference of logits"
 _ROUNDING = 1e-4  # float32: sums in another order, grown by some tens of layers
@@ -44,7 +44,7 @@ def measure(run: Run, names: list[str]) -> None:
         except ParameterError as e:
             _not_measured(run, what, str(e))
             return
-        text = held_out_text(c.data)[:_HELD_OUT]
+        text = b"".join(excerpts(held_out_text(c.data), _EXCERPTS, _EXCERPT))
         everything = t.changed()
         full = _bits(model, text)
         without: list[dict[str, float]] = []
@@ -63,7 +63,7 @@ def measure(run: Run, names: list[str]) -> None:
     run.record.metrics["bits_per_byte"] = {"with": full, "without": base, "layers": without[0], "parts": without[1]}
     subtitle = (
         f"{run.page.facts[1][1]}\n{full:.3f} bits per byte with it, {base:.3f} without, "
-        f"of {len(text):,} bytes held out of {c.data!r}"
+        f"of {len(text):,} bytes here and there of what is held out of {c.data!r}"
     )
     costs = [{label: bits - full for label, bits in found.items()} for found in without]
     figure = peft_figures.costs_of_leaving_out(costs, base - full, subtitle)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from rwkv_lab.peft.spectra import Spectrum
 from rwkv_lab.workbench.figures import BLUE, GREEN, GREY, ORANGE, SKY, quiet, titled
@@ -61,12 +61,13 @@ def spectra_by_matrix(spectra: Sequence[Spectrum], rank: int, subtitle: str) -> 
             style = "o-" if len(values) < 40 else "-"
             at = range(1, len(values) + 1)
             axes.semilogy(at, values, style, color=BLUE, alpha=shade, linewidth=1.2, markersize=2.5)
-        axes.axvline(rank, color=ORANGE, linestyle="--", linewidth=1)
+        axes.axvline(rank, color=ORANGE, linestyle="--", linewidth=1, label=f"rank {rank}")
         axes.set_title(shown(kind), fontsize=9, parse_math=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         quiet(axes)
     for axes in grid.flat[len(kinds) :]:
         axes.set_visible(False)
+    grid[0, 0].legend(frameon=False, fontsize=8, loc="lower left")
     for axes in grid[:, 0]:
         axes.set_ylabel("σ / largest σ")
     for column in range(columns):
@@ -190,7 +191,7 @@ def head_map(norms: np.ndarray, ranks: np.ndarray, size: int, subtitle: str) -> 
         if L * H <= 64:
             for (y, x), value in np.ndenumerate(grid):
                 color = "black" if value > low + 0.6 * (high - low) else "white"
-                axes.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=8, color=color)
+                axes.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=8, color=color)
         axes.set_title(label, fontsize=10, loc="left")
         axes.set_xlabel("head")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -218,29 +219,25 @@ def effect_along_text(kl: np.ndarray, saved: np.ndarray, subtitle: str) -> Figur
     upper.plot(at, np.maximum(middle, floor), color=BLUE, linewidth=1.5)
     upper.set_yscale("log")
     upper.set_ylabel("KL, bits:\nmedian and quartiles")
-    edges = np.unique(np.round(2.0 ** np.arange(0, math.log2(T) + 1)).astype(int))
+    edges = [2**i for i in range(max(math.ceil(math.log2(T)), 1))]
     for start, end in zip(edges, [*edges[1:], T + 1], strict=True):
-        if start <= T:
-            gain = float(saved[:, start - 1 : end - 1].mean())
-            color = BLUE if gain >= 0 else ORANGE
-            left, right = start * 0.97, min(end, T + 1) * 0.97
-            lower.bar(left, gain, width=(right - left) * 0.96, align="edge", color=color)
-            spot = ((left * right) ** 0.5, gain)
-            up = gain >= 0
-            lower.annotate(
-                f"{gain:.2g}",
-                spot,
-                (0, 3 if up else -3),
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if up else "top",
-                fontsize=8,
-            )
+        gain = float(saved[:, start - 1 : end - 1].mean())
+        up, left, right = gain >= 0, 0.97 * start, 0.97 * end
+        lower.bar(left, gain, width=(right - left) * 0.96, align="edge", color=BLUE if up else ORANGE)
+        lower.annotate(
+            f"{gain:+.2g}",
+            ((left * right) ** 0.5, gain),
+            (0, 3 if up else -3),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if up else "top",
+            fontsize=8,
+        )
     lower.axhline(0, color="black", linewidth=0.8)
     lower.margins(y=0.25)
     lower.set_xscale("log", base=2)
     lower.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
-    lower.xaxis.set_major_formatter(ScalarFormatter())
+    lower.xaxis.set_major_formatter("{x:g}")
     lower.xaxis.set_minor_formatter(NullFormatter())
     lower.set_xlim(0.95, T * 1.02)
     lower.set_xlabel("tokens read")
