@@ -12,10 +12,12 @@ from IPython.display import display
 from rwkv_lab.checkpoint import file_facts
 from rwkv_lab.checks import Check
 from rwkv_lab.peft.spectra import Spectrum, adapter_spectra, cosine, model_spectra
+from rwkv_lab.train import CORPORA
 from rwkv_lab.workbench import figures, leaving_out, peft_figures, state_effects
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.tables import Table
+from rwkv_lab.workbench.texts import held_out_text
 from rwkv_lab.workbench.tuned_file import TunedFile, chosen, open_tuned, part_of
 
 _AGREE = 1e-6  # between two ways to ‖Δ‖ in float64, where Δ is as small as a rounding of float32 in W
@@ -33,9 +35,12 @@ def describe(run: Run) -> list[str]:
     """Say what was tuned and how much of the model that trains. Returns the changed tensors that `targets` chooses.
 
     Raises:
-        RwkvLabError: a file that cannot be opened, is no tuning, does not go with the base, or changes nothing.
+        RwkvLabError: a file that cannot be opened, is no tuning, does not go with the base, or changes nothing;
+            a pattern in `targets` that matches nothing; no such text.
     """
     run.begin_again()
+    if run.config.data not in CORPORA:
+        held_out_text(run.config.data)  # what is wrong with it is said now, not when it is read
     with run.timed("open"), open_tuned(*_files(run)) as t:
         run.record.inputs = [file_facts(t.base), file_facts(t.ck)]
         changed = t.changed()

@@ -26,6 +26,7 @@ _EXCERPTS, _EXCERPT = 16, 512  # of the text held out, and bytes of each
 _CTX_LEN = 256  # tokens of each window
 _SAME = "the tuning answers here as it does loaded as it was trained: relative RMS difference of logits"
 _ROUNDING = 1e-4  # float32: sums in another order, grown by some tens of layers
+_LEVELS = 1e-2  # of a base in fewer bits: what lies in the middle of two levels may go to either
 _COPIES = 2  # of a model in float32 at a time: the model, and the tensors of it that are being changed
 
 
@@ -37,16 +38,13 @@ def measure(run: Run, names: list[str]) -> None:
         what = "which layers' tuning matters"
         if not room_for(run, t, what):
             return
-        _check_same(run, t)
-        model = tuned_model(t)
+        model = _checked_model(run, t)
+        text = b"".join(excerpts(held_out_text(c.data), _EXCERPTS, _EXCERPT))
         try:
-            model.tokenizer  # noqa: B018
-        except ParameterError as e:
+            full = _bits(model, text)
+        except ParameterError as e:  # the vocabulary does not tell its tokenizer
             _not_measured(run, what, str(e))
             return
-        text = b"".join(excerpts(held_out_text(c.data), _EXCERPTS, _EXCERPT))
-        everything = t.changed()
-        full = _bits(model, text)
         without: list[dict[str, float]] = []
         for grouped in (_by_layer(names), _by_part(names)):
             found = {}
@@ -56,7 +54,7 @@ def measure(run: Run, names: list[str]) -> None:
                 _put(model, group, t.after)
             without.append(found)
         again = _bits(model, text)
-        _put(model, everything, t.before)
+        _put(model, t.names(), t.before)
         base = _bits(model, text)
     check = Check("bits per byte with all parts put back, less those at first", again - full, 0, again == full)
     run.record.checks.append(check)
@@ -113,17 +111,20 @@ def _bits(model: RWKV_Dual, text: bytes) -> float:
     return bits_per_byte(model, text, _CTX_LEN)
 
 
-def _check_same(run: Run, t: TunedFile) -> None:
-    """Lay logits of the model put together here beside those of the model as its trainer has it."""
+def _checked_model(run: Run, t: TunedFile) -> RWKV_Dual:
+    """The tuned model; its logits are laid beside those of the model as its trainer has it."""
     if t.method == "overlay" and t.ck.kind != "model":
         run.record.checks.append(NotApplicable(_SAME, "a part of a model does not run by itself"))
-        return
+        return tuned_model(t)
     tokens = torch.arange(1, 65)[None] * 7919 % t.layout.vocab_size  # any will do, if both read the same
     trained = _as_trained(t).parallel(tokens)[0].double()
     gc.collect()  # the next model may need the room
-    here = tuned_model(t).parallel(tokens)[0].double()
-    apart = float((here - trained).square().mean().sqrt() / trained.square().mean().sqrt())
-    run.record.checks.append(Check(_SAME, float(f"{apart:.1g}"), _ROUNDING, apart <= _ROUNDING))
+    model = tuned_model(t)
+    apart = model.parallel(tokens)[0].double() - trained
+    relative = float(apart.square().mean().sqrt() / trained.square().mean().sqrt())
+    limit = _ROUNDING if t.quant == "none" else _LEVELS
+    run.record.checks.append(Check(_SAME, float(f"{relative:.1g}"), limit, relative <= limit))
+    return model
 
 
 def _as_trained(t: TunedFile) -> RWKV_Dual:

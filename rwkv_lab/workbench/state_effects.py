@@ -1,6 +1,7 @@
 """What a tuned initial state holds, head by head, and what it does to the first tokens of a text."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -24,7 +25,7 @@ def show_heads(run: Run) -> None:
     with run.timed("heads"), open_tuned(input_path(c.base), input_path(c.adapter), c.said(0)) as t:
         if not _has_state(t):
             return
-        state = torch.stack([t.after(name) for name in _names(t)])  # [L,H,V,K]
+        state = _stacked(t, t.after)
         subtitle = f"{t.ck.path.name}: {', '.join(f'{n} {what}' for n, what in zip(state.shape, _SHAPE, strict=True))}"
     norms = state.flatten(2).norm(dim=2)  # [L,H]
     sigma = torch.linalg.svdvals(state)  # [L,H,min(V,K)]
@@ -49,7 +50,7 @@ def follow(run: Run) -> None:
         model = tuned_model(t)
         tokens, source = tokens_to_read(model, _TEXTS, _TOKENS + 1, c.data)  # [B,T+1]
         tuned = model.create_state()
-        without = replace(tuned, wkv=torch.stack([t.before(n) for n in _names(t)]).to(tuned.wkv)[None])
+        without = replace(tuned, wkv=_stacked(t, t.before).to(tuned.wkv)[None])
         name = t.ck.path.name
     kl, saved = [], []
     for text in tokens.split(1):  # one by one: logits of a large vocabulary take room
@@ -77,6 +78,12 @@ _SHAPE = ("layers", "heads", "values", "keys")
 
 def _names(t: TunedFile) -> list[str]:
     return [f"blocks.{layer}.att.time_state" for layer in range(t.layout.n_layer)]
+
+
+def _stacked(t: TunedFile, values: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """`[L,H,V,K]`, float64."""
+    N = t.layout.head_size
+    return torch.stack([values(name).reshape(-1, N, N) for name in _names(t)])
 
 
 def _has_state(t: TunedFile) -> bool:
