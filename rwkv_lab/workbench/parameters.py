@@ -220,10 +220,10 @@ class PeftParameters(Parameters):
     )
     alpha: Annotated[Number, Field(gt=0)] | None = Field(None, description="of a LoRA whose file does not say it")
     pissa_init: PathOrEmpty | list[PathOrEmpty] = Field(
-        "", description="of PiSSA: the file or folder that it started from; a list of two: of adapter and second"
+        "", description="of PiSSA: file or folder that it started from; a list of two: second's, too"
     )
     parameters: dict[str, Any] = Field(
-        {}, description="what else files may not say: use_rslora, bat, residual_base, quant; or lists of two, as above"
+        {}, description="what else files may not say: use_rslora, bat, residual_base, quant; each may be a list of two"
     )
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/peft")
 

@@ -1,6 +1,4 @@
-"""peft.ipynb in batch: the demo's state, a LoRA beside a second one, a fully tuned model; and what is refused."""
-
-import json
+"""peft.ipynb in batch: the demo's state, a LoRA beside a second one, a fully tuned model."""
 
 from tuned_files import write_adapter, write_fine_tune
 
@@ -51,15 +49,3 @@ def test_a_fully_tuned_model(batch, demo_folder, tmp_path):
     assert (metrics["kind"], metrics["frozen"]) == ("model", 0) and {"emb", "head"} <= set(metrics["matrices"])
     assert {"emb", "head", "ln", "att.key"} <= set(metrics["bits_per_byte"]["parts"])
     assert len(run.result["figures"]) == 7
-
-
-def test_a_tuning_of_another_model_is_refused(batch, demo_folder, tmp_path):
-    from random_models import make_layout, write_model
-
-    other = write_model(tmp_path / "other.safetensors", make_layout("7.0", n_layer=3))
-    adapter = write_adapter(tmp_path / "a.pth", other, lora_r=2)
-    given = {"base": str(demo_folder / "demo-base.pth"), "adapter": str(adapter)}
-    run = batch("peft", "-y", json.dumps(given))
-    assert run.code == 1 and run.result["status"] == "failed"
-    assert run.result["error"]["class"] == "LayoutError" and "do not go together" in run.result["error"]["message"]
-    assert not list(run.folder.glob("*.png")) and "do not go together" in (run.folder / "report.html").read_text()

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from shutil import copyfile
 
 import pytest
 import torch
@@ -53,12 +54,15 @@ def base(demo_folder):
     return demo_folder / "demo-base.pth"
 
 
-@pytest.fixture
-def made(base, tmp_path):
-    """made(kind, **values) -> path of a tuned file of that kind."""
+@pytest.fixture(scope="module")
+def made_once(demo_folder, tmp_path_factory):
+    """made_once(kind, **values) -> path of a tuned file of that kind, the same for all tests."""
+    folder, base = tmp_path_factory.mktemp("tuned"), demo_folder / "demo-base.pth"
 
-    def make(kind, name=None, **values):
-        path = tmp_path / f"{name or kind}.pth"
+    def make(kind, **values):
+        path = folder / f"{kind}{values}.pth"
+        if path.exists():
+            return path
         if kind in ADAPTERS:
             return write_adapter(path, base, **ADAPTERS[kind], **values)
         if kind == "state":
@@ -66,6 +70,12 @@ def made(base, tmp_path):
         return write_fine_tune(path, base, only="ln" if kind == "norms" else "", **values)
 
     return make
+
+
+@pytest.fixture
+def made(made_once, tmp_path):
+    """made(kind, name=kind, **values) -> a copy of that file of the test's own, with that name."""
+    return lambda kind, name=None, **values: copyfile(made_once(kind, **values), tmp_path / f"{name or kind}.pth")
 
 
 @pytest.fixture
