@@ -23,7 +23,7 @@ def show_heads(run: Run) -> None:
     """Every head of a tuned state as a picture; how large each is, and in how many directions it lies."""
     c = run.config
     with run.timed("heads"), open_tuned(input_path(c.base), input_path(c.adapter), c.said(0)) as t:
-        if not _has_state(t):
+        if not _has_state(t, "there are no heads to show"):
             return
         state = _stacked(t, t.after)
         subtitle = f"{t.ck.path.name}: {', '.join(f'{n} {what}' for n, what in zip(state.shape, _SHAPE, strict=True))}"
@@ -45,7 +45,9 @@ def follow(run: Run) -> None:
     """How far the predictions with and without the state are apart along the first tokens, and what that gains."""
     c = run.config
     with run.timed("effect"), open_tuned(input_path(c.base), input_path(c.adapter), c.said(0)) as t:
-        if not _has_state(t) or not room_for(run, t, "what the state does along a text"):
+        if not _has_state(t, "there is no effect to follow"):
+            return
+        if not room_for(run, t, "what the state does along a text"):
             return
         model = tuned_model(t)
         tokens, source = tokens_to_read(model, _TEXTS, _TOKENS + 1, c.data)  # [B,T+1]
@@ -86,10 +88,8 @@ def _stacked(t: TunedFile, values: Callable[[str], torch.Tensor]) -> torch.Tenso
     return torch.stack([values(name).reshape(-1, N, N) for name in _names(t)])
 
 
-def _has_state(t: TunedFile) -> bool:
+def _has_state(t: TunedFile, otherwise: str) -> bool:
     there = all(name in t.whole for name in _names(t))
     if not there:
-        print(
-            f"{t.ck.path.name} holds no tuned state (time_state): there are no heads to show and no effect to follow."
-        )
+        print(f"{t.ck.path.name} holds no tuned state (time_state): {otherwise}.")
     return there
