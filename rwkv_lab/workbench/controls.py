@@ -125,7 +125,7 @@ def merge_panel(run: Run) -> Panel | None:
         _choice("method", ("auto", *METHODS)),
         _number("alpha"),
         _numbers("weights"),
-        _mapping("parameters"),
+        _mapping("parameters", '{"density": 0.3}'),
         _patterns("include"),
         _patterns("exclude"),
         _choice("scan", ("all", "changed")),
@@ -210,6 +210,26 @@ def benchmark_panel(run: Run) -> Panel | None:
     return _show(Panel(run, fields, {"Run": benchmarking.everything}))
 
 
+def peft_panel(run: Run) -> Panel | None:
+    """Show the panel of peft.ipynb; None, and a line that says so, where no front end is there."""
+    from rwkv_lab.workbench import adapting
+
+    if not _someone_there():
+        return None
+    fields = [
+        _path("base"),
+        _path("adapter"),
+        _path("second"),
+        _patterns("targets"),
+        _whole("rank", 1),
+        _text("data", "english, python, or a path"),
+        _number("alpha"),
+        _paths("pissa_init"),
+        _mapping("parameters", '{"use_rslora": true}'),
+    ]
+    return _show(Panel(run, fields, {"Run": adapting.everything}))
+
+
 def _someone_there() -> bool:
     """In batch no widget may even be made: its state would be saved in the executed notebook."""
     if not frontend_present():
@@ -260,8 +280,8 @@ def _numbers(name: str) -> Field:
     )
 
 
-def _mapping(name: str) -> Field:
-    field = _text(name, f'{_WORDS}: {{"density": 0.3}}')
+def _mapping(name: str, example: str) -> Field:
+    field = _text(name, f"{_WORDS}: {example}")
     return Field(name, field.widget, lambda v: json.dumps(v) if v else "", _from_json)
 
 

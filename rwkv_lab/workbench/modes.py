@@ -10,7 +10,7 @@ from IPython.display import display
 
 from rwkv_lab.checkpoint import file_facts, open_checkpoint
 from rwkv_lab.checks import Check
-from rwkv_lab.errors import DeviceError, LayoutError, ParameterError
+from rwkv_lab.errors import DeviceError, LayoutError
 from rwkv_lab.merge.room import memory_free
 from rwkv_lab.model import RWKV_Dual, capture
 from rwkv_lab.model.agreement import (
@@ -25,13 +25,13 @@ from rwkv_lab.model.agreement import (
     Run as ModelRun,
 )
 from rwkv_lab.progress import human_bytes
-from rwkv_lab.train import load_corpus
 from rwkv_lab.workbench import mode_figures
 from rwkv_lab.workbench.mode_figures import against_first, against_judge, name_of
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.result import NotApplicable
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.tables import Table
+from rwkv_lab.workbench.texts import tokens_to_read
 
 DTYPES = {name_of(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 _ENOUGH = 64  # tokens; quarters of fewer say nothing about growth
@@ -75,7 +75,7 @@ def load(run: Run) -> Subject:
                     both = f"{name}: {layout}\n{other.path.name}: {other.layout}"
                     raise LayoutError(f"These models cannot be compared:\n{both}")
         model = RWKV_Dual.from_pretrained(input_path(config.model), dtype=torch.float64).requires_grad_(False)
-        tokens, source = _tokens(model, config.batch, config.length)
+        tokens, source = tokens_to_read(model, config.batch, config.length)
     run.record.metrics |= {"layout": str(layout), "version": layout.version, "tokens": source}
     run.page.headline = f"{name}, an RWKV-{layout.version}, in every mode, backend and dtype."
     run.page.facts = [
@@ -246,20 +246,6 @@ def everything(run: Run) -> None:
     except BaseException as e:
         run.fail(e)  # a click is no cell, so IPython does not tell of it
         raise
-
-
-def _tokens(model: RWKV_Dual, batch: int, length: int) -> tuple[torch.Tensor, str]:
-    """Tokens `[B,T]` of held-out English where the vocabulary tells its tokenizer, else fixed ones drawn at random."""
-    try:
-        tokenizer = model.tokenizer
-    except ParameterError:
-        vocab = model.layout.vocab_size
-        drawn = torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(0))
-        return drawn, f"drawn at random from {vocab:,}, the same each time (the vocabulary does not tell its tokenizer)"
-    corpus = load_corpus("english")
-    ids = torch.tensor(tokenizer.encode(corpus.held_out))
-    ids = ids.repeat(-(-batch * length // len(ids)))  # a long wish is read from the start again
-    return ids[: batch * length].view(batch, length), f"held-out text of the corpus {corpus.name!r}"
 
 
 def _bisect(subject: Subject, row: ModeRow, rows: Sequence[ModeRow]) -> tuple[str, str]:

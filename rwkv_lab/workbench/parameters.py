@@ -24,6 +24,7 @@ from rwkv_lab.merge.mixing import MIXING
 from rwkv_lab.merge.recipe import read_recipe
 from rwkv_lab.merge.refusals import DTYPES, check_alpha, check_method, method_of, mixing_values
 from rwkv_lab.wkv import backends
+from rwkv_lab.workbench.tuned_file import Said, check_tuned
 
 DEMO = ("demo:base", "demo:state")
 
@@ -206,12 +207,44 @@ class BenchmarkParameters(Parameters):
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/benchmark")
 
 
+class PeftParameters(Parameters):
+    base: InputPath = Field("demo:base", description="the model that was tuned: .pth, .safetensors or a folder")
+    adapter: InputPath = Field("demo:state", description="what was trained on it: an adapter, a state, a fine-tune")
+    second: PathOrEmpty = Field("", description="another tuning of the same base: do the two pull the same way?")
+    targets: Patterns = Field(
+        [], description="what is measured: names or ends such as att.key, or patterns; empty: all"
+    )
+    rank: Annotated[int, Field(ge=1)] = Field(8, description="how much of each change would a LoRA of this rank keep?")
+    data: Annotated[str, AfterValidator(_given)] = Field(
+        "python", description="held-out text it is judged by: english, python, or a path"
+    )
+    alpha: Annotated[Number, Field(gt=0)] | None = Field(None, description="of a LoRA whose file does not say it")
+    pissa_init: PathOrEmpty | list[PathOrEmpty] = Field(
+        "", description="of PiSSA: file or folder that it started from; a list of two: second's, too"
+    )
+    parameters: dict[str, Any] = Field(
+        {}, description="what else files may not say: use_rslora, bat, residual_base, quant; each may be a list of two"
+    )
+    report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/peft")
+
+    def said(self, which: int) -> Said:
+        """What was said of the adapter (0) or of the second one (1). One value is of the adapter, a list of both."""
+        given = {"pissa_init": self.pissa_init, **self.parameters}
+        pairs = {n: v if isinstance(v, list) else [v, None] for n, v in given.items()}
+        odd = next((n for n, v in pairs.items() if len(v) != 2), None)
+        if odd:
+            raise ParameterError(f"{odd}={pairs[odd]!r}: one value is needed, or a list of two")
+        own = {n: v[which] for n, v in pairs.items() if v[which] is not None}
+        return Said(None if which else self.alpha, own.pop("pissa_init", None) or None, own)
+
+
 NOTEBOOKS: dict[str, type[Parameters]] = {
     "merge": MergeParameters,
     "inspect": InspectParameters,
     "train": TrainParameters,
     "modes": ModesParameters,
     "benchmark": BenchmarkParameters,
+    "peft": PeftParameters,
 }
 
 _PLAIN = (str, bytes, int, float, complex, list, dict, tuple, set, type(None))
@@ -283,6 +316,10 @@ def check_files(config: Parameters) -> None:
         ParameterError: alpha out of range, or missing for a LoRA; parameters that the method does not take.
         RwkvLabError: the file cannot be opened.
     """
+    if isinstance(config, PeftParameters):
+        for which, path in enumerate((config.adapter, config.second)):
+            if path and path not in DEMO:
+                check_tuned(path, config.said(which), direction_only=which == 1)
     if not isinstance(config, MergeParameters):
         return
     if config.recipe:
@@ -321,6 +358,8 @@ def _validated(model: type[Parameters], values: Mapping[str, Any]) -> Parameters
             f"{missing} is missing: {given} is {getattr(config, given)}, {missing} is still the demo's.\n"
             f"Give both, or neither for the demo."
         )
+    elif isinstance(config, PeftParameters) and config.adapter in DEMO and config.base not in DEMO:
+        raise ParameterError(f"adapter is missing: base is {config.base}, adapter is still the demo's.")
     if isinstance(config, TrainParameters):
         _check_training(config)
     return config

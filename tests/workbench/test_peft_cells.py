@@ -1,0 +1,435 @@
+"""The functions behind peft.ipynb, without a kernel: what they show, against the same numbers had in another way."""
+
+import json
+import math
+from dataclasses import replace
+from shutil import copyfile
+
+import pytest
+import torch
+from models import snapshot
+from random_models import make_layout, write_model
+from torch.nn import functional as F
+from tuned_files import write_adapter, write_fine_tune, write_state
+
+from rwkv_lab import RWKV_Dual
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
+from rwkv_lab.errors import OutputError, ParameterError, RwkvLabError
+from rwkv_lab.model import bits_per_byte
+from rwkv_lab.peft import count_parameters, load_adapter, open_adapter
+from rwkv_lab.workbench import adapting, controls, figures, leaving_out, peft_figures, start, state_effects, tuned_file
+from rwkv_lab.workbench.figures import png
+from rwkv_lab.workbench.parameters import read_parameters
+from rwkv_lab.workbench.texts import excerpts, held_out_text
+
+ADAPTERS = {
+    "lora": dict(lora_r=3, lora_alpha=5),
+    "lora-besides": dict(lora_r=3, lora_target_modules=["att.key"], train_parts=["ln", "time_state", "emb"]),
+    "pissa-nf4": dict(method="pissa", lora_r=3, quant="nf4"),
+    "bat-int8": dict(method="miss", lora_r=4, miss_variant="bat-rwkv-peft", quant="int8"),
+}
+OF_MATRICES = ["energy_frobenius", "energy_spectral", "spectra", "effective_rank", "ranks"]
+OF_STATES = ["heads", "head_sizes", "state_effect"]
+FIGURES = {
+    "lora": ["counts", *OF_MATRICES, "leaving_out"],
+    "lora-besides": ["counts", *OF_MATRICES, *OF_STATES, "leaving_out"],
+    "pissa-nf4": ["counts", *OF_MATRICES, "leaving_out"],
+    "bat-int8": ["counts", *OF_MATRICES, "leaving_out"],
+    "state": ["counts", *OF_STATES, "leaving_out"],
+    "model": ["counts", *OF_MATRICES, "leaving_out"],
+    "norms": ["counts", "energy_frobenius", "leaving_out"],
+}
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    """Little text, and figures that are made but not painted: that is done below, and in batch."""
+    monkeypatch.setattr(leaving_out, "_EXCERPTS", 3)
+    monkeypatch.setattr(state_effects, "_TEXTS", 2)
+    monkeypatch.setattr(figures, "png", lambda figure: b"\x89PNG")
+
+
+@pytest.fixture
+def base(demo_folder):
+    return demo_folder / "demo-base.pth"
+
+
+@pytest.fixture(scope="module")
+def made_once(demo_folder, tmp_path_factory):
+    """made_once(kind, **values) -> path of a tuned file of that kind, the same for all tests."""
+    folder, base = tmp_path_factory.mktemp("tuned"), demo_folder / "demo-base.pth"
+
+    def make(kind, **values):
+        path = folder / f"{kind}{values}.pth"
+        if path.exists():
+            return path
+        if kind in ADAPTERS:
+            return write_adapter(path, base, **ADAPTERS[kind], **values)
+        if kind == "state":
+            return write_state(path, base, **values)
+        return write_fine_tune(path, base, only="ln" if kind == "norms" else "", **values)
+
+    return make
+
+
+@pytest.fixture
+def made(made_once, tmp_path):
+    """made(kind, name=kind, **values) -> a copy of that file of the test's own, with that name."""
+    return lambda kind, name=None, **values: copyfile(made_once(kind, **values), tmp_path / f"{name or kind}.pth")
+
+
+@pytest.fixture
+def run(base, tmp_path):
+    """run(adapter, **parameters) -> a run of peft.ipynb on these parameters, on English, which is quickly read."""
+    given = {"report": str(tmp_path / "report"), "base": str(base), "data": "english"}
+    return lambda adapter, **values: start("peft", {**given, "adapter": str(adapter), **values})
+
+
+def result(run) -> dict:
+    return json.loads((run.folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_every_kind_ends_well(run, made, kind, capsys):
+    run = run(made(kind))
+    adapting.everything(run)
+    found = result(run)
+    assert found["status"] == "ok" and all(check["passed"] is not False for check in found["checks"])
+    assert [figure.split("/")[-1] for figure in found["figures"]] == [f"{name}.png" for name in FIGURES[kind]]
+    report = (run.folder / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == len(FIGURES[kind]) and str(run.folder.parent) not in report
+    said = capsys.readouterr().out
+    assert ("holds no tuned state" in said) == ("heads" not in FIGURES[kind])
+    assert ("No matrix of the base is changed" in said) == ("spectra" not in FIGURES[kind])
+    assert "second is empty" in said
+    same = [check["passed"] for check in found["checks"] if "as it was trained" in check["name"]]
+    assert same == [None if kind == "norms" else True]
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_counts_are_those_of_the_model_that_is_trained(run, made, base, kind):
+    path = made(kind)
+    run = run(path)
+    adapting.describe(run)
+    model = RWKV_Dual.from_pretrained(base)
+    with open_adapter(path) as adapter:
+        load_adapter(model, adapter)
+    counted = count_parameters(model)
+    assert (run.record.metrics["trained"], run.record.metrics["frozen"]) == (counted.trained, counted.frozen)
+
+
+def test_counts_of_a_state_and_of_fine_tunes(run, made, base):
+    with open_checkpoint(base) as ck:
+        total = sum(t.numel for t in ck.info.values())
+        norms = sum(t.numel for n, t in ck.info.items() if "ln" in n)
+    for kind, trained, frozen in (
+        ("state", 2 * 2 * 16 * 16, total),
+        ("model", total, 0),
+        ("norms", norms, total - norms),
+    ):
+        one = run(made(kind))
+        adapting.describe(one)
+        assert (one.record.metrics["trained"], one.record.metrics["frozen"]) == (trained, frozen)
+
+
+def test_a_known_change_is_measured_as_it_is(run, base, tmp_path):
+    with open_checkpoint(base) as ck:
+        tensors = {n: ck[n].double() for n in ck}
+    weight = tensors["blocks.1.att.key.weight"]
+    u, s, v = torch.linalg.svd(weight)
+    change = (
+        3 * s[0] * u[:, :1] @ v[:1] + s[0] * u[:, 1:2] @ v[1:2]
+    )  # σ of the change: 3 and 1 times the base's largest
+    tensors["blocks.1.att.key.weight"] = weight + change
+    tensors["blocks.0.ln1.weight"] = 1.5 * tensors["blocks.0.ln1.weight"]
+    write_checkpoint(tmp_path / "t.pth", tensors)
+    run = run(tmp_path / "t.pth", rank=1)
+    names = adapting.describe(run)
+    assert names == ["blocks.0.ln1.weight", "blocks.1.att.key.weight"]
+    changes = adapting.measure(run, names)
+    assert changes.others == {"blocks.0.ln1.weight": pytest.approx(0.5)}
+    assert run.record.metrics["matrices"]["blocks.1.att.key"] == {
+        "relative": pytest.approx(math.sqrt(10) * float(s[0]) / float(weight.norm())),
+        "relative_spectral": pytest.approx(3),
+        "effective_rank": pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))),
+        "rank_90": 1,
+        "rank_99": 2,
+        "share_of_rank_1": pytest.approx(0.9),
+    }
+    assert [check.passed for check in run.record.checks] == [True]
+
+
+def test_cosines(run, base, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    A, B = torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g)
+    other = torch.linalg.qr(torch.cat([B, torch.randn(32, 2, generator=g)], 1)).Q[:, 2:]  # no direction of B in it
+    key, value = "blocks.0.att.key.lora_", "blocks.1.att.value.lora_"
+    write_checkpoint(tmp_path / "1.pth", {key + "A": A, key + "B": B, value + "A": A, value + "B": B})
+    write_checkpoint(tmp_path / "2.pth", {key + "A": A, key + "B": -3 * B, value + "A": A, value + "B": other})
+    run = run(tmp_path / "1.pth", alpha=4, second=str(tmp_path / "2.pth"))  # the second's alpha is not asked for
+    cosines = adapting.compare(run, adapting.describe(run))
+    assert cosines == {
+        "blocks.0.att.key.weight": pytest.approx(-1),
+        "blocks.1.att.value.weight": pytest.approx(0, abs=1e-6),
+    }
+    assert [path.name for path in run.record.figures] == ["counts.png", "cosines.png"] and len(run.record.inputs) == 3
+
+
+def test_tunings_without_a_common_tensor_are_not_compared(run, made, capsys):
+    run = run(made("lora"), second=str(made("state")))
+    assert adapting.compare(run, adapting.describe(run)) == {}
+    assert "nothing to compare" in capsys.readouterr().out
+
+
+def test_leaving_out_a_layer_is_an_adapter_without_it(run, made, base):
+    path = made("lora")
+    run = run(path)
+    leaving_out.measure(run, adapting.describe(run))
+    found = run.record.metrics["bits_per_byte"]
+    text = b"".join(excerpts(held_out_text("english"), 3, 512))
+
+    def bits(keep):
+        model = RWKV_Dual.from_pretrained(base).requires_grad_(False)
+        with open_adapter(path) as adapter:
+            targets = {x: t for x, t in adapter.targets.items() if keep(x)}
+            if targets:
+                load_adapter(model, replace(adapter, targets=targets))
+        return pytest.approx(bits_per_byte(model, text, 256), rel=1e-5)
+
+    assert found["with"] == bits(lambda x: True) and found["without"] == bits(lambda x: False)
+    assert found["layers"] == {f"layer {i}": bits(lambda x, i=i: f"blocks.{i}." not in x) for i in (0, 1)}
+    assert found["parts"]["ffn.value"] == bits(lambda x: not x.endswith("ffn.value")) and len(found["parts"]) == 6
+
+
+def test_a_state_is_followed_along_the_text(run, made, base, monkeypatch):
+    monkeypatch.setattr(state_effects, "_TEXTS", 1)
+    path = made("state")
+    run = run(path)
+    adapting.describe(run)
+    state_effects.show_heads(run)
+    state_effects.follow(run)
+    found = run.record.metrics["state_effect"]
+    model = RWKV_Dual.from_pretrained(base).requires_grad_(False)
+    tokens = torch.tensor(model.tokenizer.encode(held_out_text("english")))[None, :129]
+    logits = [model.parallel(tokens[:, :-1], s)[0][0] for s in (model.create_state(1, tuned=path), None)]
+    tuned, plain = (x.double().log_softmax(1) for x in logits)
+    kl = F.kl_div(plain, tuned, reduction="none", log_target=True).sum(1) / math.log(2)
+    # Both ways round logits in float32; a KL is of second order in what differs.
+    torch.testing.assert_close(torch.tensor(found["kl_bits"]).double(), kl, rtol=1e-4, atol=1e-9)
+    saved = (F.cross_entropy(logits[1], tokens[0, 1:]) - F.cross_entropy(logits[0], tokens[0, 1:])) / math.log(2)
+    assert sum(found["bits_saved"]) / 128 == pytest.approx(float(saved), abs=1e-5)
+    with open_checkpoint(path) as ck:
+        head = ck["blocks.1.att.time_state"][0]
+    assert run.record.metrics["state"]["norm"][1][0] == pytest.approx(float(head.norm()))
+
+
+def test_targets_choose_what_is_measured(run, made):
+    run = run(made("lora"), targets=["att.key", "blocks.1.ffn.*"])
+    names = adapting.describe(run)
+    assert [n.removesuffix(".weight") for n in names] == [
+        "blocks.0.att.key",
+        "blocks.1.att.key",
+        "blocks.1.ffn.key",
+        "blocks.1.ffn.value",
+    ]
+    assert [f"{s.name}.weight" for s in adapting.measure(run, names).spectra] == names
+    leaving_out.measure(run, names)
+    assert set(run.record.metrics["bits_per_byte"]["parts"]) == {"att.key", "ffn.key", "ffn.value"}
+
+
+@pytest.mark.parametrize("version", ["4.0", "6.0"])
+def test_models_whose_vocabulary_tells_no_tokenizer_are_measured_as_far_as_that_goes(run, tmp_path, version):
+    base = write_model(tmp_path / "b.safetensors", make_layout(version))
+    adapter = write_adapter(tmp_path / "a.safetensors", base, lora_r=2)
+    one = run(adapter, base=str(base))
+    adapting.everything(one)
+    (without,) = [c for c in result(one)["checks"] if c["passed"] is None]
+    assert "which layers' tuning matters" in without["name"] and "tokenizer" in without["value"]
+    if version == "6.0":
+        one = run(write_state(tmp_path / "s.pth", base), base=str(base))
+        adapting.everything(one)
+        assert "drawn at random" in result(one)["metrics"]["state_effect"]["tokens"]
+
+
+def test_a_model_without_room_is_measured_without_being_run(run, made, monkeypatch):
+    monkeypatch.setattr(leaving_out, "memory_free", lambda: 1000)
+    run = run(made("state"))
+    adapting.everything(run)
+    found = result(run)
+    assert found["status"] == "ok" and [c["passed"] for c in found["checks"]] == [None, None]
+    assert "of memory" in found["checks"][0]["value"]
+
+
+def test_a_tuning_that_answers_otherwise_than_it_was_trained_fails(run, made, monkeypatch):
+    monkeypatch.setattr(leaving_out, "load_adapter", lambda *_: None)
+    run = run(made("lora", size=0.5))
+    with pytest.raises(OutputError, match="as it was trained"):
+        adapting.everything(run)
+    assert result(run)["status"] == "failed"
+
+
+def nan_in(path, name):
+    with open_checkpoint(path) as ck:
+        tensors, note = {n: ck[n] for n in ck}, ck.metadata
+    tensors[name].view(-1)[0] = torch.nan
+    broken = path.with_name(f"nan-{path.name}")
+    write_checkpoint(broken, tensors, note)
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "words"),
+    [
+        ("missing", "CorruptFileError", "none.pth"),
+        ("garbage", "CorruptFileError", "garbage.pth"),
+        ("the base itself", "ParameterError", "same file"),
+        ("a copy of the base", "ParameterError", "changes nothing"),
+        ("a fresh adapter", "ParameterError", "changes nothing"),
+        ("a state of zeros", "ParameterError", "changes nothing"),
+        ("no alpha", "ParameterError", "say alpha="),
+        ("alpha of a state", "ParameterError", "leave them out"),
+        ("unmerge", "ParameterError", "nothing is merged"),
+        ("three values", "ParameterError", "a list of two"),
+        ("another generation", "LayoutError", "blocks.0.ffn.key of the base is [52, 32]"),
+        ("a lack of depth", "LayoutError", "with 1 layers"),
+        ("another depth, a state", "LayoutError", "the base has 3 layers"),
+        ("another depth, a model", "LayoutError", "n_layer differs"),
+        ("NaN in an adapter", "NumericsError", "NaN or Inf"),
+        ("NaN in a state", "NumericsError", "NaN or Inf"),
+        ("NaN in a model", "NumericsError", "blocks.1.att.key.weight"),
+        ("NaN in the base", "NumericsError", "blocks.1.att.key.weight"),
+        ("an adapter as the base", "LayoutError", "not a whole RWKV model"),
+        ("targets", "ParameterError", "near it: att.key"),
+        ("no text", "ParameterError", "none.txt"),
+        ("a second of another model", "LayoutError", "other"),
+    ],
+)
+def test_what_is_wrong_leaves_nothing_but_word_of_it(run, made, base, tmp_path, case, error, words):
+    lora, values = made("lora"), {}
+    if case.startswith(("another", "a lack")):
+        version, layers = ("6.0", 2) if case == "another generation" else ("7.0", 1 if case == "a lack of depth" else 3)
+        values["base"] = str(write_model(tmp_path / "other.safetensors", make_layout(version, n_layer=layers)))
+    (tmp_path / "garbage.pth").write_bytes(bytes(range(256)) * 40)
+    adapter = {
+        "missing": lambda: tmp_path / "none.pth",
+        "garbage": lambda: tmp_path / "garbage.pth",
+        "the base itself": lambda: base,
+        "a copy of the base": lambda: made("model", size=0.0),
+        "a fresh adapter": lambda: write_adapter(tmp_path / "fresh.pth", base, size=0.0, method="pissa", lora_r=2),
+        "a state of zeros": lambda: made("state", size=0.0),
+        "alpha of a state": lambda: made("state"),
+        "another depth, a state": lambda: made("state"),
+        "another depth, a model": lambda: made("model"),
+        "NaN in an adapter": lambda: nan_in(lora, "blocks.1.att.key.lora_A"),
+        "NaN in a state": lambda: nan_in(made("state"), "blocks.1.att.time_state"),
+        "NaN in a model": lambda: nan_in(made("model"), "blocks.1.att.key.weight"),
+    }.get(case, lambda: lora)()
+    if case == "an adapter as the base":
+        made("lora-besides")
+    if case == "no alpha":
+        with open_checkpoint(lora) as ck:
+            write_checkpoint(adapter := tmp_path / "silent.pth", {n: ck[n] for n in ck})
+    if case == "NaN in the base":
+        values["base"] = str(nan_in(made("model", "base", size=0.0), "blocks.1.att.key.weight"))
+    if case == "a second of another model":
+        other = write_model(tmp_path / "other.safetensors", make_layout("7.0", n_layer=3))
+        values["second"] = str(write_adapter(tmp_path / "other.pth", other, lora_r=2))
+    values |= {
+        "alpha of a state": {"alpha": 2.0},
+        "unmerge": {"parameters": {"unmerge": True}},
+        "three values": {"parameters": {"bat": ["hf", "hf", "hf"]}},
+        "an adapter as the base": {"base": str(tmp_path / "lora-besides.pth")},
+        "targets": {"targets": ["att.kye"]},
+        "no text": {"data": str(tmp_path / "none.txt")},
+    }.get(case, {})
+    before = snapshot(tmp_path)
+    with pytest.raises(RwkvLabError) as caught:
+        adapting.everything(run(adapter, **values))
+    assert type(caught.value).__name__ == error and words in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+    found = json.loads((tmp_path / "report" / "result.json").read_text())
+    assert found["status"] == "failed" and words in found["error"]["message"]
+    after = snapshot(tmp_path)
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    pictures = {"report/counts.png"} if case == "a second of another model" else set()
+    pictures |= {f"report/{name}.png" for name in OF_MATRICES} if pictures else set()
+    assert changed <= {"report", "report/result.json", "report/report.html"} | pictures
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"rank": 0}, "greater than or equal to 1"),
+        ({"alpha": 0}, "greater than 0"),
+        ({"adapter": "demo:lora"}, "demo:base, demo:state"),
+        ({"base": "/b.pth"}, "adapter is missing"),
+        ({"targets": "att.key"}, "-y"),
+        ({"adaptor": "x"}, "did you mean adapter?"),
+    ],
+)
+def test_wrong_parameters_are_refused(values, says):
+    with pytest.raises(ParameterError) as caught:
+        read_parameters("peft", values, names_are_all=True)
+    assert says in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+
+
+def test_what_is_said_of_two_adapters():
+    given = {"alpha": 3.0, "pissa_init": ["", "/i.pth"], "parameters": {"bat": ["hf", None], "quant": "nf4"}}
+    config = read_parameters("peft", given, names_are_all=True)
+    assert config.said(0) == tuned_file.Said(3.0, None, {"bat": "hf", "quant": "nf4"})
+    assert config.said(1) == tuned_file.Said(None, "/i.pth", {})
+
+
+def test_the_panel(run, made, monkeypatch):
+    run = run(made("state"))
+    monkeypatch.setattr(controls, "frontend_present", lambda: True)
+    panel = controls.peft_panel(run)
+    panel.fields["adapter"].widget.text.value = str(made("lora"))
+    panel.fields["rank"].widget.value = 2
+    panel.fields["targets"].widget.value = "att.key"
+    panel.buttons["Run"].click()
+    assert panel.message.value == "" and result(run)["status"] == "ok"
+    assert "share_of_rank_2" in result(run)["metrics"]["matrices"]["blocks.0.att.key"]
+    assert '"use_rslora"' in panel.fields["parameters"].widget.placeholder
+
+
+def test_parts_and_choices():
+    names = ["emb.weight", "blocks.0.ln1.bias", "blocks.0.att.ln_x.weight", "blocks.11.att.key.weight", "ln_out.bias"]
+    assert [tuned_file.part_of(n) for n in names] == ["emb", "ln", "ln", "att.key", "ln"]
+    assert tuned_file.part_of("blocks.0.att.w1") == "att, the rest"
+    assert tuned_file.part_of("blocks.0.att.time_state") == "att.time_state"
+    assert tuned_file.chosen(names, []) == names
+    assert tuned_file.chosen(names, ["key", "ln_out.*"]) == [names[3], names[4]]
+
+
+def test_excerpts_begin_where_lines_do():
+    text = b"".join(b"line %03d\n" % i for i in range(100))
+    found = excerpts(text, 7, 20)
+    assert len(found) == 7 and all(x.startswith(b"line ") and len(x) == 20 for x in found) and len(set(found)) == 7
+    assert excerpts(b"one line without an end", 2, 8) == [b"one line"] * 2
+
+
+@pytest.mark.parametrize("many", [1, 33])
+def test_figures_of_any_size(many):
+    def spectrum(name):
+        return adapting.Spectrum(name, (8, 8), torch.rand(8).double().sort(descending=True).values, 1.0, 1.0)
+
+    spectra = [spectrum(f"blocks.{i}.att.m{kind}$_<b>") for i in (0, 1) for kind in range(min(many, 13))]
+    spectra.append(replace(spectra[0], singular_values=torch.zeros(8).double()))
+    cosines = {f"blocks.{i}.att.m{i % 3}.weight": 0.9 for i in range(many)} | {"blocks.0.a": math.nan, "emb": -1.0}
+    costs = {f"layer {i}": 0.1 * i - 0.05 for i in range(many)}
+    state = torch.randn(many, many, 4, 4).numpy()
+    tokens = 3 * many - 2
+    made = [
+        peft_figures.counts_by_part({"att.key": (10_000, 100), "x": (0, 5)}, "s"),
+        peft_figures.spectra_by_matrix(spectra, 8, "s"),
+        peft_figures.ranks_by_matrix(spectra, "s"),
+        peft_figures.cosine_map(cosines, "t", "s"),
+        peft_figures.state_heads(state, "s"),
+        peft_figures.head_map(abs(state[..., 0, 0]), abs(state[..., 1, 1]), 4, "s"),
+        peft_figures.effect_along_text(torch.rand(3, tokens).numpy(), torch.randn(3, tokens).numpy(), "s"),
+        peft_figures.costs_of_leaving_out([costs, {}], 0.2, "s"),
+    ]
+    for figure in made:
+        assert png(figure).startswith(b"\x89PNG")
+        assert figure.get_size_inches()[1] < 16
