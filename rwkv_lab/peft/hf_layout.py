@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo, write_checkpoint
-from rwkv_lab.checkpoint.atomic import atomic_folder
-from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.checkpoint.atomic import atomic_folder, check_target
+from rwkv_lab.errors import LayoutError, OutputError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, InMemory, LoraTarget, MissTarget, Values
 from rwkv_lab.peft.asked import Asked
 
@@ -29,6 +29,7 @@ _IDLE = {"peft_version", "auto_mapping", "base_model_name_or_path", "revision", 
 _IDLE |= {"lora_dropout", "miss_dropout", "bone_dropout", "exclude_modules", "layers_to_transform", "layers_pattern"}
 _IDLE |= {"megatron_core", "qalora_group_size", "eva_config", "runtime_config", "ensure_weight_tying"}
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # they leave the base as it is
+_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of a folder that is written here
 _TYPES = {"LORA": "lora", "MISS": "miss", "BONE": "miss"}
 
 
@@ -164,13 +165,31 @@ def _miss_targets(ck: Checkpoint, asked: Asked, layers) -> dict[str, MissTarget]
     return targets
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse to replace what is no folder, or one that holds anything but an adapter: all of it would be gone.
+
+    Raises:
+        OutputError: says what is there.
+    """
+    if folder.is_symlink() or folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is no folder of its own, so an adapter folder cannot take its place; remove it")
+    other = sorted(p.name for p in folder.iterdir() if p.name not in _FILES) if folder.exists() else []
+    if other:
+        raise OutputError(
+            f"{folder} holds more than an adapter ({', '.join(other[:3])}), which would be gone.\n"
+            "Choose another folder, or move that elsewhere."
+        )
+
+
 def write(adapter: Adapter, folder: Path, overwrite: bool) -> None:
     """Write the folder, whole or not at all.
 
     Raises:
         ParameterError: an adapter that peft has no words for.
-        OutputError: the folder exists (unless `overwrite`) or cannot be written.
+        OutputError: the folder exists (unless `overwrite`), holds more than an adapter or cannot be written.
     """
+    check_target(folder, overwrite)
+    check_folder(folder)
     parts, config = _miss_config(adapter) if adapter.method == "miss" else _lora_config(adapter)
     tensors = {f"{PREFIX}{name}": values.read() for name, values in (parts | dict(adapter.full)).items()}
     shared = {

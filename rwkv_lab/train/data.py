@@ -51,9 +51,14 @@ def load_corpus(data: str) -> Corpus | Examples:
     if data == "python":
         return _split_by_hash(data, _library_files(), "files of the standard library, one in ten held out as a whole")
     try:
-        return _of_files(Path(data))
+        return _of_files(data_path(data))
     except OSError as e:
         raise ParameterError(f"{e.filename or data} cannot be read: {e.strerror or e}.") from e
+
+
+def data_path(data: str) -> Path | None:
+    """The file or folder that `data` names; None where it is one of `CORPORA`."""
+    return None if data in CORPORA else Path(data)
 
 
 def _of_files(path: Path) -> Corpus | Examples:

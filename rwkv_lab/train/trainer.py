@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.checkpoint import FileFacts, file_facts
-from rwkv_lab.checkpoint.atomic import check_target
-from rwkv_lab.checkpoint.write import file_kind
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.peft import count_parameters
@@ -21,9 +19,10 @@ from rwkv_lab.train.batches import in_batches
 from rwkv_lab.train.data import Corpus, load_corpus
 from rwkv_lab.train.examples import Examples
 from rwkv_lab.train.fitting import Fitting, Watch
-from rwkv_lab.train.log import check_log_folder, write_log
+from rwkv_lab.train.log import write_log
+from rwkv_lab.train.output import check_output
 from rwkv_lab.train.processes import Processes, put
-from rwkv_lab.train.recipe import ADAPTER_KINDS, Recipe, Tuning, choose_recipe
+from rwkv_lab.train.recipe import Recipe, Tuning, choose_recipe
 from rwkv_lab.train.resume import resume_path
 from rwkv_lab.train.tuned import make_model, pissa_start, save_tuned, trained_parameters
 
@@ -133,7 +132,8 @@ def train(
 
     Raises:
         ParameterError: values out of range or that do not go together, too little text, a broken line of JSONL.
-        OutputError: `out` exists (unless `overwrite`) or cannot be written. Nothing was trained then.
+        OutputError: `out` exists (unless `overwrite`), is the base or the text under whatever name, is a folder that
+            holds other things, or cannot be written. Nothing was trained then.
         NumericsError: the base predicts NaN, PiSSA or NF4 meet one in it, or the loss became NaN or infinite: `out` was
             not written then, and the last good checkpoint stays.
         LayoutError, CorruptFileError, UnsafeFileError, DeviceError: of the base.
@@ -145,11 +145,7 @@ def train(
     tuning.check(base)
     processes = Processes.here(parallel)
     _check_watching(recipe, eval_every, patience, checkpoint_every, processes)
-    if out.suffix or kind not in ADAPTER_KINDS:
-        file_kind(out)
-    check_target(out, overwrite)
-    if log_folder is not None:
-        check_log_folder(Path(log_folder))
+    check_output(kind, out, base, recipe.data, overwrite, log_folder)
 
     corpus = load_corpus(recipe.data)
     inputs = [file_facts(base)] if base else []
