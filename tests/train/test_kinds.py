@@ -156,6 +156,17 @@ def test_texts_of_jsonl_are_joined(small, tmp_path):
     assert result.bits_after < result.bits_before and result.held_out_bytes > 0
 
 
+def test_json_is_never_learned_as_text(tmp_path):
+    lines = [{"text": f"text number {i}"} for i in range(500)]
+    expected = load_corpus(jsonl(tmp_path / "a.jsonl", *lines))
+    for name in ("a.JSONL", "a.json", "b.Json"):
+        assert load_corpus(jsonl(tmp_path / name, *lines)).train == expected.train
+    for i, text in enumerate((json.dumps(lines), json.dumps(lines, indent=1), "[\n", "", "the cat\n" * 2000)):
+        (tmp_path / f"{i}.json").write_text(text)
+        with pytest.raises(ParameterError, match="one object a line"):
+            load_corpus(str(tmp_path / f"{i}.json"))
+
+
 def test_equal_examples_are_on_one_side(tmp_path):
     lines = [{"text": f"{i % 10}"} for i in range(100)]
     examples = load_corpus(jsonl(tmp_path / "t.jsonl", *lines))
