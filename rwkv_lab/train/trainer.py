@@ -14,7 +14,8 @@ import torch
 from rwkv_lab.checkpoint import FileFacts, file_facts
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.peft import count_parameters
+from rwkv_lab.peft import adapter_of, count_parameters
+from rwkv_lab.peft.files import check_savable
 from rwkv_lab.train.batches import in_batches
 from rwkv_lab.train.data import Corpus, load_corpus
 from rwkv_lab.train.examples import Examples
@@ -22,7 +23,7 @@ from rwkv_lab.train.fitting import Fitting, Watch
 from rwkv_lab.train.log import write_log
 from rwkv_lab.train.output import check_output
 from rwkv_lab.train.processes import Processes, put
-from rwkv_lab.train.recipe import Recipe, Tuning, choose_recipe
+from rwkv_lab.train.recipe import ADAPTER_KINDS, Recipe, Tuning, choose_recipe
 from rwkv_lab.train.resume import resume_path
 from rwkv_lab.train.tuned import make_model, pissa_start, save_tuned, trained_parameters
 
@@ -131,7 +132,8 @@ def train(
         on_step: called after every step with the number of steps done and the losses so far.
 
     Raises:
-        ParameterError: values out of range or that do not go together, too little text, a broken line of JSONL.
+        ParameterError: values out of range or that do not go together, too little text, a broken line of JSONL, an
+            adapter that a folder cannot hold.
         OutputError: `out` exists (unless `overwrite`), is the base or the text under whatever name, is a folder that
             holds other things, or cannot be written. Nothing was trained then.
         NumericsError: the base predicts NaN, PiSSA or NF4 meet one in it, or the loss became NaN or infinite: `out` was
@@ -151,6 +153,8 @@ def train(
     inputs = [file_facts(base)] if base else []
     sizes = {} if base else dict(n_embd=n_embd, n_layer=n_layer, head_size=head_size)
     model = make_model(tuning, base, sizes)
+    if kind in ADAPTER_KINDS:
+        check_savable(adapter_of(model), out)
     material = in_batches(corpus, model.tokenizer, recipe.ctx_len, seed)
     count = count_parameters(model)
     model.gradient_checkpointing = gradient_checkpointing

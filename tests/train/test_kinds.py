@@ -256,6 +256,20 @@ def test_what_does_not_go_together_is_refused(small, texts, tmp_path):
         plan_training("lora", state)
 
 
+def test_what_a_folder_cannot_hold_is_refused_before_the_first_step(small, texts, tmp_path):
+    def on_step(step, losses):
+        raise AssertionError("trained")
+
+    for kind, arguments, words in (
+        ("lora", dict(train_parts=["time_state"]), "holds whole modules only"),
+        ("pissa", dict(quant="nf4"), "PiSSA on a base in nf4"),
+        ("pissa", dict(quant="int8"), "pth"),
+    ):
+        with pytest.raises(ParameterError, match=words):
+            train(kind, tmp_path / "folder", str(texts), small, **SHORT | arguments, on_step=on_step)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_float16_gradients_are_scaled_and_overflowing_steps_left_out(small, texts, tmp_path, monkeypatch):
     """Meant for CUDA; a CPU does the same arithmetic slowly. The first scale, 65536, overflows on purpose."""
     from rwkv_lab.train import fitting
