@@ -20,6 +20,7 @@ from rwkv_lab.train.batches import in_batches
 from rwkv_lab.train.data import Corpus, load_corpus
 from rwkv_lab.train.examples import Examples
 from rwkv_lab.train.fitting import Fitting, Watch
+from rwkv_lab.train.given import check_types
 from rwkv_lab.train.log import write_log
 from rwkv_lab.train.output import check_output
 from rwkv_lab.train.processes import Processes, put
@@ -140,6 +141,7 @@ def train(
             not written then, and the last good checkpoint stays.
         LayoutError, CorruptFileError, UnsafeFileError, DeviceError: of the base.
     """
+    check_types(train, locals())
     out, clock = Path(out), _Clock()
     given = dict(data=data, steps=steps, batch_size=batch_size, ctx_len=ctx_len, lr=lr, rank=rank)
     recipe = choose_recipe(kind, **given, accumulate=accumulate, warmup=warmup)
