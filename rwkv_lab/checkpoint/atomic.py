@@ -8,7 +8,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -106,6 +106,20 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{folder} is a file, so nothing can be written into it")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"the folder {folder} is not writable for this user")
+
+
+def refuse_inputs(path: Path, inputs: Iterable[tuple[Path, os.stat_result]]) -> None:
+    """Refuse a target that is one of the inputs (each with what `os.stat` says of it), by whatever alias.
+
+    Raises:
+        OutputError: says which.
+    """
+    if not path.exists():
+        return
+    target = os.stat(path)
+    for source, stat in inputs:
+        if os.path.samestat(target, stat):
+            raise OutputError(f"{path} is the input {source}, under this or another name; inputs are never written to")
 
 
 def _temporary(path: Path, mark: str = _MARK) -> Path:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from rwkv_lab.checkpoint import Checkpoint
-from rwkv_lab.checkpoint.atomic import check_target
+from rwkv_lab.checkpoint.atomic import check_target, refuse_inputs
 from rwkv_lab.checkpoint.paths import to_path
 from rwkv_lab.errors import OutputError, ParameterError
 from rwkv_lab.progress import human_bytes
@@ -32,13 +32,7 @@ def check_output(out: Path, inputs: list[Checkpoint], allowed_dir: str | Path | 
         raise OutputError(f"the name {out.name[:60]}… has {len(os.fsencode(out.name))} bytes; {NAME_MAX} are the limit")
     if out.is_dir():
         raise OutputError(f"{out} is a folder; name a file in it, such as {out / 'merged.pth'}")
-    if out.exists():
-        target = os.stat(out)
-        for file in (f for ck in inputs for f in ck.files):
-            if os.path.samestat(target, os.fstat(file.fd)):
-                raise OutputError(
-                    f"{out} is the input {file.path}, under this or another name; inputs are never written to"
-                )
+    refuse_inputs(out, [(file.path, os.fstat(file.fd)) for ck in inputs for file in ck.files])
     check_target(out, overwrite)
 
 

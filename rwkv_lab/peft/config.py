@@ -63,7 +63,7 @@ class LoraConfig:
                 raise ParameterError(f"{what}={names!r}: it must be a list of names or patterns.")
         if self.lora_target_modules is not None and not list(self.lora_target_modules):
             raise ParameterError("lora_target_modules is empty: nothing would be adapted. None stands for all layers.")
-        if not isinstance(self.lora_r, int) or isinstance(self.lora_r, bool) or self.lora_r < 1:
+        if not _is_whole(self.lora_r) or self.lora_r < 1:
             raise ParameterError(f"lora_r={self.lora_r!r}: it must be a whole number of at least 1.")
         check_quant(self.quant)
         check_dropout(self.lora_dropout)
@@ -75,10 +75,19 @@ class LoraConfig:
             raise ParameterError("lora_dropout: PiSSA and the bats of MiSS change the weight itself; say dropout 0.")
         if self.use_rslora and self.method != "lora":
             raise ParameterError(f"use_rslora goes with method 'lora', not with {self.method!r}.")
-        if self.svd_niter is not None and self.svd_niter < 0:
-            raise ParameterError(f"svd_niter={self.svd_niter}: it must be at least 0, or None for the exact SVD.")
-        if self.adapter_dtype is not None and not self.adapter_dtype.is_floating_point:
-            raise ParameterError(f"adapter_dtype={self.adapter_dtype}: adapters are trained in a floating dtype.")
+        if self.svd_niter is not None and not (_is_whole(self.svd_niter) and self.svd_niter >= 0):
+            raise ParameterError(
+                f"svd_niter={self.svd_niter!r}: it must be a whole number of at least 0, or None for the exact SVD."
+            )
+        if not _is_whole(self.mini_r) or self.mini_r < 1:
+            raise ParameterError(f"mini_r={self.mini_r!r}: it must be a whole number of at least 1.")
+        dtype = self.adapter_dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ParameterError(f"adapter_dtype={dtype!r}: it must be a floating dtype, such as torch.float32.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def target_modules(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:

@@ -115,11 +115,24 @@ def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = False) ->
         OutputError: the output exists (unless `overwrite`) or cannot be written.
     """
     path = Path(path)
-    if path.suffix in (".pth", ".safetensors"):
+    if _is_file(path):
         tensors, note = rwkv_peft_layout.written(adapter)
         write_checkpoint(path, _read(tensors), {rwkv_peft_layout.NOTE: note}, overwrite)
     else:
         hf_layout.write(adapter, path, overwrite)
+
+
+def check_savable(adapter: Adapter, path: str | Path) -> None:
+    """Refuse what `save_adapter` would refuse of the adapter, whatever its values are: before they are trained.
+
+    Raises:
+        ParameterError: an adapter that the layout cannot express.
+    """
+    (rwkv_peft_layout if _is_file(Path(path)) else hf_layout).written(adapter)
+
+
+def _is_file(path: Path) -> bool:
+    return path.suffix in (".pth", ".safetensors")
 
 
 def save_pissa_init(adapter: Adapter, path: str | Path, overwrite: bool = False) -> None:

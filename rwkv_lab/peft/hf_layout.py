@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo, write_checkpoint
-from rwkv_lab.checkpoint.atomic import atomic_folder
-from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.checkpoint.atomic import atomic_folder, check_target
+from rwkv_lab.errors import CorruptFileError, LayoutError, OutputError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, InMemory, LoraTarget, MissTarget, Values
 from rwkv_lab.peft.asked import Asked
+from rwkv_lab.peft.quantised import QUANTS
 
 PREFIX = "base_model.model."
+QUANT = "rwkv_lab.quant"  # a note in the safetensors' header, where peft looks for nothing
 _PART = re.compile(
     r"^(?P<layer>.+)\.(?:(?P<lora>lora_[AB])(?:\.default)?\.weight|(?P<miss>miss_block|bone_block)(?:\.default)?)$"
 )
@@ -29,6 +31,7 @@ _IDLE = {"peft_version", "auto_mapping", "base_model_name_or_path", "revision", 
 _IDLE |= {"lora_dropout", "miss_dropout", "bone_dropout", "exclude_modules", "layers_to_transform", "layers_pattern"}
 _IDLE |= {"megatron_core", "qalora_group_size", "eva_config", "runtime_config", "ensure_weight_tying"}
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # they leave the base as it is
+_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of a folder that is written here
 _TYPES = {"LORA": "lora", "MISS": "miss", "BONE": "miss"}
 
 
@@ -53,7 +56,15 @@ def read(ck: Checkpoint, asked: Asked) -> Adapter:
     else:
         asked.check_lora_only(ck.path, "MiSS")
         targets, method = _miss_targets(ck, asked, layers), "miss"
-    return Adapter(method, targets, full, layout="hf", named_targets=_named_targets(ck))
+    return Adapter(method, targets, full, layout="hf", quant=_quant(ck), named_targets=_named_targets(ck))
+
+
+def _quant(ck: Checkpoint) -> str | None:
+    """How training stored the base; None in folders of others, who do not say it."""
+    quant = ck.metadata.get(QUANT)
+    if quant is not None and quant not in QUANTS:
+        raise CorruptFileError(f"{ck.path}: its note {QUANT} is {quant!r}; there are: {', '.join(QUANTS)}.")
+    return quant
 
 
 def _sorted(ck: Checkpoint) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
@@ -164,15 +175,55 @@ def _miss_targets(ck: Checkpoint, asked: Asked, layers) -> dict[str, MissTarget]
     return targets
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse to replace what is no folder, or one that holds anything but an adapter: all of it would be gone.
+
+    Raises:
+        OutputError: says what is there.
+    """
+    if folder.is_symlink() or folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is no folder of its own, so an adapter folder cannot take its place; remove it")
+    other = sorted(p.name for p in folder.iterdir() if p.name not in _FILES) if folder.exists() else []
+    if other:
+        raise OutputError(
+            f"{folder} holds more than an adapter ({', '.join(other[:3])}), which would be gone.\n"
+            "Choose another folder, or move that elsewhere."
+        )
+
+
 def write(adapter: Adapter, folder: Path, overwrite: bool) -> None:
     """Write the folder, whole or not at all.
 
     Raises:
-        ParameterError: an adapter that peft has no words for.
-        OutputError: the folder exists (unless `overwrite`) or cannot be written.
+        ParameterError: as `written`.
+        OutputError: the folder exists (unless `overwrite`), holds more than an adapter or cannot be written.
     """
+    check_target(folder, overwrite)
+    check_folder(folder)
+    parts, settings = written(adapter)
+    tensors = {f"{PREFIX}{name}": values.read() for name, values in parts.items()}
+    notes = {} if adapter.quant is None else {QUANT: adapter.quant}
+    text = json.dumps(dict(sorted(settings.items())), indent=2) + "\n"
+    with atomic_folder(folder, overwrite) as temporary:
+        write_checkpoint(temporary / "adapter_model.safetensors", tensors, notes)
+        with open(temporary / "adapter_config.json", "x") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def written(adapter: Adapter) -> tuple[dict[str, Values], dict]:
+    """(tensors by name without `PREFIX`, settings) of a folder in this layout.
+
+    Raises:
+        ParameterError: an adapter that peft has no words for.
+    """
+    if adapter.method == "pissa" and adapter.quant not in (None, "none"):
+        raise ParameterError(
+            f"PiSSA on a base in {adapter.quant}: what was rounded is the base without PiSSA's start, and a folder of\n"
+            "Hugging Face's peft cannot say so. Save it as a .pth or .safetensors, from which it can be merged."
+        )
     parts, config = _miss_config(adapter) if adapter.method == "miss" else _lora_config(adapter)
-    tensors = {f"{PREFIX}{name}": values.read() for name, values in (parts | dict(adapter.full)).items()}
     shared = {
         "auto_mapping": None,
         "base_model_name_or_path": None,
@@ -183,13 +234,7 @@ def write(adapter: Adapter, folder: Path, overwrite: bool) -> None:
         "target_modules": list(adapter.targets),
         "task_type": None,
     }
-    text = json.dumps(dict(sorted((shared | config).items())), indent=2) + "\n"
-    with atomic_folder(folder, overwrite) as temporary:
-        write_checkpoint(temporary / "adapter_model.safetensors", tensors)
-        with open(temporary / "adapter_config.json", "x") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
+    return parts | dict(adapter.full), shared | config
 
 
 def _whole_modules(adapter: Adapter) -> list[str]:

@@ -48,8 +48,8 @@ def check_dropout(p: float) -> None:
     """Raises:
     ParameterError: not a share from 0 to below 1.
     """
-    if not 0 <= p < 1:
-        raise ParameterError(f"dropout {p}: it must be from 0 to below 1.")
+    if not isinstance(p, int | float) or isinstance(p, bool) or not 0 <= p < 1:
+        raise ParameterError(f"dropout {p!r}: it must be from 0 to below 1.")
 
 
 def lora_scaling(alpha: float, r: int, use_rslora: bool = False) -> float:

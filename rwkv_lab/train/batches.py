@@ -91,8 +91,12 @@ class Rows:
         return {"generator": state, "order": self._order, "next": torch.tensor([self._next])}
 
     def go_on_from(self, position: dict[str, torch.Tensor]) -> None:
+        order, following, count = position["order"], int(position["next"]), len(self._train)
+        known = len(order) == 0 or torch.equal(order.sort().values, torch.arange(count))
+        if not known or not 0 <= following <= len(order):
+            raise ValueError(f"{following} of an order of {len(order)} examples, there are {count}")
         self._generator.set_state(position["generator"])
-        self._order, self._next = position["order"], int(position["next"])
+        self._order, self._next = order, following
 
     def held_out(self) -> Iterator[Batch]:
         rows = sorted(self._held_out, key=lambda row: len(row.tokens))

@@ -3,7 +3,7 @@
 * "english": the reference texts of Python's `help()`, `pydoc_data.topics`. Topics repeat each other, so every longer
   paragraph is kept once; the rest is cut at paragraph ends into pieces of about 2,000 bytes, the unit of the split.
 * "python": the source files of the standard library, without tests and data tables. A file is held out as a whole.
-* a `.jsonl`: see `rwkv_lab.train.examples`.
+* a `.jsonl`, or a `.json` with an object on its first line: see `rwkv_lab.train.examples`. Other `.json` is refused.
 * a folder: its texts (`.txt`, `.md`, `.rst`, `.py`) and those below it. A file is held out as a whole.
 * any other file, read as bytes. The last tenth is held out.
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.train.examples import Examples, load_examples
+from rwkv_lab.train.examples import Examples, begins_with_object, load_examples
 
 CORPORA = ("english", "python")
 _PIECE = 2000  # characters of English per piece
@@ -42,7 +42,7 @@ def load_corpus(data: str) -> Corpus | Examples:
 
     Raises:
         ParameterError: neither a name nor a path, what cannot be read, a folder of fewer than two texts, a file of less
-            than 10,000 bytes, a line of a `.jsonl` that is no example.
+            than 10,000 bytes, a line of a `.jsonl` that is no example, a `.json` that has no example a line.
     """
     if data == "english":
         return _split_by_hash(
@@ -51,9 +51,14 @@ def load_corpus(data: str) -> Corpus | Examples:
     if data == "python":
         return _split_by_hash(data, _library_files(), "files of the standard library, one in ten held out as a whole")
     try:
-        return _of_files(Path(data))
+        return _of_files(data_path(data))
     except OSError as e:
         raise ParameterError(f"{e.filename or data} cannot be read: {e.strerror or e}.") from e
+
+
+def data_path(data: str) -> Path | None:
+    """The file or folder that `data` names; None where it is one of `CORPORA`."""
+    return None if data in CORPORA else Path(data)
 
 
 def _of_files(path: Path) -> Corpus | Examples:
@@ -65,7 +70,12 @@ def _of_files(path: Path) -> Corpus | Examples:
         return _split_by_hash(path.name, pieces, "files of the folder, one in ten held out as a whole")
     if not path.is_file():
         raise ParameterError(f"data={str(path)!r} is neither one of {', '.join(CORPORA)} nor a file or folder.")
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".json" and not begins_with_object(path):
+        raise ParameterError(
+            f"{path} is JSON, and its first line is no object; its braces would be learned as text.\n"
+            'Write JSONL: one object a line, {"text": …} or {"prompt": …, "response": …}.'
+        )
+    if path.suffix.lower() in (".jsonl", ".json"):
         return load_examples(path)
     text = path.read_bytes()
     if len(text) < 10_000:

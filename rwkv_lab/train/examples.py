@@ -53,6 +53,16 @@ def load_examples(path: Path) -> Examples:
     return Examples(path.name, tuple(train), tuple(held_out), "lines of the file, one in ten held out")
 
 
+def begins_with_object(path: Path) -> bool:
+    """Whether the first line that is not empty is a whole JSON object."""
+    with open(path, "rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _example(line: bytes, where: str, number: int) -> Example:
     try:
         found = json.loads(line)

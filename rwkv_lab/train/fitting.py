@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rwkv_lab.errors import NumericsError
+from rwkv_lab.errors import CorruptFileError, NumericsError
 from rwkv_lab.progress import Progress
 from rwkv_lab.train.batches import SKIP, Rows, Windows, held_out_bits, nats
 from rwkv_lab.train.optimiser import make_optimiser, set_lr
@@ -76,8 +76,13 @@ class Fitting:
             self.best = {name: torch.zeros_like(trained[name]) for name in best}
             for name, values in best.items():
                 put(self.best[name], values)
-            self.material.go_on_from(position)
-            self.scaler.load_state_dict(self.course.scaler)
+            try:
+                self.material.go_on_from(position)
+                self.scaler.load_state_dict(self.course.scaler)
+            except (KeyError, ValueError, TypeError, RuntimeError) as e:
+                raise CorruptFileError(
+                    f"{watch.resume_file} is damaged: it cannot be gone on from ({e}). Remove it to begin anew."
+                ) from e
             log.info("Going on after step %d of %d.", self.course.step, recipe.steps)
         self.resumed_at = self.course.step
 

@@ -24,6 +24,11 @@ def check_log_folder(folder: Path) -> None:
         raise OutputError(f"the log folder {folder} cannot be made: {e.strerror or e}") from e
 
 
+def log_files(folder: Path) -> list[Path]:
+    """The files that `write_log` writes."""
+    return [folder / "log.csv", folder / "log.json"]
+
+
 def write_log(folder: Path, rows: Sequence[Mapping[str, object]], summary: Mapping[str, object]) -> None:
     """Write both files, in place of older ones.
 
@@ -37,5 +42,6 @@ def write_log(folder: Path, rows: Sequence[Mapping[str, object]], summary: Mappi
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / "log.csv", table.getvalue(), overwrite=True)
-    write_text(folder / "log.json", json.dumps({**summary, "steps": list(rows)}, indent=1) + "\n", overwrite=True)
+    as_table, as_json = log_files(folder)
+    write_text(as_table, table.getvalue(), overwrite=True)
+    write_text(as_json, json.dumps({**summary, "steps": list(rows)}, indent=1) + "\n", overwrite=True)

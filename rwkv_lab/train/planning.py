@@ -12,6 +12,7 @@ from rwkv_lab.errors import LayoutError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.peft.config import target_modules, trained_parts
 from rwkv_lab.peft.inject import check_fit
+from rwkv_lab.train.given import check_types
 from rwkv_lab.train.recipe import ADAPTER_KINDS, DTYPES, Recipe, Tuning, choose_recipe
 from rwkv_lab.train.tuned import adapter_settings, is_unused
 
@@ -63,6 +64,7 @@ def plan_training(
         ParameterError: as `train`.
         LayoutError: a base that is no whole model.
     """
+    check_types(plan_training, locals())
     recipe = choose_recipe(kind, batch_size=batch_size, ctx_len=ctx_len, rank=rank)
     tuning = Tuning(kind, dtype, autocast, device, quant, recipe.rank, alpha, targets, tuple(train_parts))
     tuning.check(base)

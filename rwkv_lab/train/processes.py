@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.model.device import parse_device
 
 PARALLEL = ("ddp", "fsdp")
 
@@ -116,7 +117,7 @@ def started_by_torchrun(device: str) -> Iterator[str]:
     if "RANK" not in os.environ:
         yield device
         return
-    if torch.device(device).type == "cuda":
+    if parse_device(device).type == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")

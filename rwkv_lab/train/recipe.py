@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.model.device import parse_device
 
 ADAPTER_KINDS = ("lora", "pissa", "miss")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -58,6 +59,8 @@ def choose_recipe(kind: str, **given) -> Recipe:
     """
     if kind not in RECIPES:
         raise ParameterError(f"There is no kind {kind!r} of training; there are: {', '.join(RECIPES)}.")
+    if given.get("rank") is not None and kind not in ADAPTER_KINDS:
+        raise ParameterError(f"rank={given['rank']} goes with the kinds {', '.join(ADAPTER_KINDS)}, not with {kind!r}.")
     recipe = replace(RECIPES[kind], **{name: value for name, value in given.items() if value is not None})
     for name in ("steps", "batch_size", "ctx_len", "accumulate", "rank"):
         if getattr(recipe, name) < 1:
@@ -99,9 +102,13 @@ class Tuning:
             raise ParameterError(f"There is no autocast {self.autocast!r}; there are: bfloat16, float16, '' for none.")
         if self.autocast and self.dtype != "float32":
             raise ParameterError(f"autocast computes below float32: say dtype='float32' with it, not {self.dtype!r}.")
-        device = torch.device(self.device).type
+        device = parse_device(self.device).type
+        if device not in ("cpu", "cuda"):
+            raise ParameterError(f"device={self.device!r}: training runs on 'cpu', 'cuda', 'cuda:1' and the like.")
         if device == "cuda" and not torch.cuda.is_available():
             raise ParameterError(f"device={self.device!r}, but torch finds no CUDA device here; use device='cpu'.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ParameterError(f"seed={self.seed}: it must fit into 64 bits.")
         if self.autocast == "float16" and device != "cuda":
             raise ParameterError("autocast='float16' is for CUDA devices; on a CPU say 'bfloat16'.")
         if self.quant != "none" and kind in ("pretrain", "full"):

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
+from rwkv_lab.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.train.processes import Processes, put
 
 _NOTE = "rwkv_lab.train.resume"
+_MOMENTS = {"trained": ("",), "best": ("",), "optimiser": ("step", "exp_avg", "exp_avg_sq")}
 
 
 @dataclass
@@ -61,7 +62,8 @@ def save_course(
     tensors |= processes.whole((f"best/{name}", value) for name, value in best.items())
     tensors |= {f"data/{name}": value for name, value in position.items()}
     if processes.first:
-        note = json.dumps({"settings": settings, "course": vars(course)})
+        # The names tell later whether any got lost: AdamW has no moments yet where float16's scaler left steps out.
+        note = json.dumps({"settings": settings, "course": vars(course), "tensors": sorted(tensors)})
         write_checkpoint(path, tensors, metadata={_NOTE: note}, overwrite=True)
 
 
@@ -81,17 +83,18 @@ def load_course(
     with open_checkpoint(path) as ck:
         try:
             note = json.loads(ck.metadata[_NOTE])
-            course = Course(**note["course"])
-        except (KeyError, ValueError, TypeError):
+            then, course, names = dict(note["settings"]), Course(**note["course"]), note["tensors"]
+        except (KeyError, ValueError, TypeError, RecursionError):
             raise CorruptFileError(f"{path} is no checkpoint of an unfinished training; remove it.") from None
-        _refuse_other(path, note["settings"], json.loads(json.dumps(settings)))
+        _refuse_other(path, then, json.loads(json.dumps(settings)))
+        fault = _fault_of_course(course, note["course"], then) or _fault_of_tensors(ck, names, trained)
+        if fault:
+            raise CorruptFileError(f"{path} is damaged: {fault}. Remove it to begin anew.")
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for name in ck:
             part, _, rest = name.partition("/")
             parts.setdefault(part, {})[rest] = ck[name]
-    found = parts.get("trained", {})
-    if set(found) != set(trained) or any(found[n].shape != p.shape for n, p in trained.items()):
-        raise CorruptFileError(f"{path} holds other parameters than are trained here; remove it, or train as before.")
+    found = parts["trained"]
     for name, p in trained.items():
         put(p, found[name])
     for entry, values in parts.get("optimiser", {}).items():
@@ -104,6 +107,63 @@ def load_course(
             optimiser.state[trained[name]][key] = moment
     course.held_out = [tuple(pair) for pair in course.held_out]
     return course, parts.get("best", {}), parts.get("data", {})
+
+
+def _fault_of_course(course: Course, written: Mapping, settings: Mapping) -> str:
+    """What is wrong with the numbers; "" if nothing is."""
+    lost = sorted(set(vars(course)) - set(written))
+    if lost:
+        return f"it does not say {lost[0]}"
+    steps = settings.get("steps")
+    if not _is_count(course.step) or not _is_count(steps) or not 1 <= course.step <= steps:
+        return f"it says that {course.step!r} of {steps!r} steps are done"
+    lists = {"losses": _is_number, "held_out": _is_measured, "log": lambda row: isinstance(row, dict)}
+    lists["samples_before"] = lambda pair: _is_pair(pair) and all(isinstance(text, str) for text in pair)
+    for name, right in lists.items():
+        entries = getattr(course, name)
+        if not isinstance(entries, list) or not all(map(right, entries)):
+            return f"its {name} cannot be understood"
+    if not len(course.losses) == len(course.log) == course.step:
+        return f"it has {len(course.losses)} losses and {len(course.log)} rows of the log for {course.step} steps"
+    best_fits = _is_number(course.best) if course.held_out else course.best is None
+    if not (best_fits and _is_number(course.bits_before) and _is_count(course.worse_since)):
+        return "its measurements cannot be understood"
+    return "" if isinstance(course.scaler, dict) else "its scaler cannot be understood"
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2
+
+
+def _is_measured(value: object) -> bool:
+    return _is_pair(value) and _is_count(value[0]) and _is_number(value[1])
+
+
+def _fault_of_tensors(ck: Checkpoint, names: object, trained: Mapping[str, torch.Tensor]) -> str:
+    """What is wrong with the tensors, by their names and shapes; "" if nothing is."""
+    if not isinstance(names, list) or sorted(map(str, names)) != sorted(ck.info):
+        odd = sorted(set(map(str, names if isinstance(names, list) else ())) ^ set(ck.info))
+        return f"{odd[0] if odd else 'something'} was added or lost"
+    for name, info in ck.info.items():
+        part, _, rest = name.partition("/")
+        key, rest = rest.partition("/")[::2] if part == "optimiser" else ("", rest)
+        if part == "data":
+            continue  # whoever goes on from it knows what it should be
+        if part not in ("trained", "best", "optimiser") or rest not in trained or key not in _MOMENTS[part]:
+            return f"{name} is not known"
+        wanted = () if key == "step" else tuple(trained[rest].shape)
+        if tuple(info.shape) != wanted:
+            return f"{name} is {list(info.shape)}, not {list(wanted)}"
+    lost = next((name for name in trained if f"trained/{name}" not in ck.info), None)
+    return f"{lost} is not in it" if lost else ""
 
 
 def _step_device(optimiser: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.device:

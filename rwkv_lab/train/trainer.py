@@ -12,16 +12,17 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.checkpoint import FileFacts, file_facts
-from rwkv_lab.checkpoint.atomic import check_target
-from rwkv_lab.checkpoint.write import file_kind
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.peft import count_parameters
+from rwkv_lab.peft import adapter_of, count_parameters
+from rwkv_lab.peft.files import check_savable
 from rwkv_lab.train.batches import in_batches
 from rwkv_lab.train.data import Corpus, load_corpus
 from rwkv_lab.train.examples import Examples
 from rwkv_lab.train.fitting import Fitting, Watch
-from rwkv_lab.train.log import check_log_folder, write_log
+from rwkv_lab.train.given import check_types
+from rwkv_lab.train.log import write_log
+from rwkv_lab.train.output import check_output
 from rwkv_lab.train.processes import Processes, put
 from rwkv_lab.train.recipe import ADAPTER_KINDS, Recipe, Tuning, choose_recipe
 from rwkv_lab.train.resume import resume_path
@@ -132,12 +133,15 @@ def train(
         on_step: called after every step with the number of steps done and the losses so far.
 
     Raises:
-        ParameterError: values out of range or that do not go together, too little text, a broken line of JSONL.
-        OutputError: `out` exists (unless `overwrite`) or cannot be written. Nothing was trained then.
+        ParameterError: values out of range or that do not go together, too little text, a broken line of JSONL, an
+            adapter that a folder cannot hold.
+        OutputError: `out` exists (unless `overwrite`), is the base or the text under whatever name, is a folder that
+            holds other things, or cannot be written. Nothing was trained then.
         NumericsError: the base predicts NaN, PiSSA or NF4 meet one in it, or the loss became NaN or infinite: `out` was
             not written then, and the last good checkpoint stays.
         LayoutError, CorruptFileError, UnsafeFileError, DeviceError: of the base.
     """
+    check_types(train, locals())
     out, clock = Path(out), _Clock()
     given = dict(data=data, steps=steps, batch_size=batch_size, ctx_len=ctx_len, lr=lr, rank=rank)
     recipe = choose_recipe(kind, **given, accumulate=accumulate, warmup=warmup)
@@ -145,16 +149,14 @@ def train(
     tuning.check(base)
     processes = Processes.here(parallel)
     _check_watching(recipe, eval_every, patience, checkpoint_every, processes)
-    if out.suffix or kind not in ADAPTER_KINDS:
-        file_kind(out)
-    check_target(out, overwrite)
-    if log_folder is not None:
-        check_log_folder(Path(log_folder))
+    check_output(kind, out, base, recipe.data, overwrite, log_folder)
 
     corpus = load_corpus(recipe.data)
     inputs = [file_facts(base)] if base else []
     sizes = {} if base else dict(n_embd=n_embd, n_layer=n_layer, head_size=head_size)
     model = make_model(tuning, base, sizes)
+    if kind in ADAPTER_KINDS:
+        check_savable(adapter_of(model), out)
     material = in_batches(corpus, model.tokenizer, recipe.ctx_len, seed)
     count = count_parameters(model)
     model.gradient_checkpointing = gradient_checkpointing

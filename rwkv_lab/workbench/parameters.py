@@ -371,7 +371,7 @@ def _check_training(c: TrainParameters) -> None:
         raise ParameterError(f"base is missing: kind={c.kind!r} tunes a model; give that model")
     from rwkv_lab.train import Tuning, choose_recipe  # here, because it brings the model with it
 
-    recipe = choose_recipe(c.kind, steps=c.steps, warmup=c.warmup)
+    recipe = choose_recipe(c.kind, steps=c.steps, warmup=c.warmup, rank=c.rank)
     tuning = Tuning(c.kind, c.dtype, c.autocast, c.device, c.quant, c.rank or recipe.rank, c.alpha)
     replace(tuning, targets=c.targets or None, train_parts=c.train_parts).check(c.base or None)
     if c.patience and not c.eval_every:

@@ -31,6 +31,7 @@ from rwkv_lab.train import (
     plan_training,
     train,
 )
+from rwkv_lab.train.output import check_output
 from rwkv_lab.workbench import figures, training_figures
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.report import Sample
@@ -89,6 +90,8 @@ def preview(run: Run) -> TrainPlan:
         device=c.device,
         gradient_checkpointing=c.gradient_checkpointing,
     )
+    # Whether an older output may go is asked when it is about to; a plan is made after a run too.
+    check_output(c.kind, run.output_path("trained.pth"), _base(run), recipe.data, overwrite=True)
     display(Table("What will happen", ("", ""), _facts(run, made)), _trained_table(made))
     return made
 

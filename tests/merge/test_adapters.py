@@ -107,8 +107,7 @@ def test_the_merged_file_computes_what_was_trained(base, trained, tmp_path, vers
     if quant != "none" and version not in ("5.2", "7.0"):
         version = {"4.0": "5.2"}.get(version, "7.0")
     path, model = trained(kind, version, quant=quant, parts=["ln"])
-    more = {"parameters": {"quant": quant}} if path.is_dir() and quant != "none" else {}  # theirs do not say it
-    result = proved(merge(base(version), path, tmp_path / "m.pth", **more))
+    result = proved(merge(base(version), path, tmp_path / "m.pth"))
     assert result.plan.method == METHODS.get(kind, kind)
     expected = model(TOKENS)[0]
     assert relative_rms(expected, logits(base(version))) > 1e-2
@@ -366,7 +365,6 @@ def test_matrices_larger_than_a_block(trained, base, tmp_path, kind, quant):
     """Rows come in pieces: each must find its part of the adapter, and whole blocks of NF4."""
     sizes = {"n_head": 8, "head_size": 20, "dim_ffn": 4000, "n_layer": 1}
     path, model = trained(kind, "4.0", quant=quant, **sizes)
-    more = {"parameters": {"quant": quant}} if path.is_dir() and quant != "none" else {}
-    result = proved(merge(base("4.0", **sizes), path, tmp_path / "m.pth", **more))
+    result = proved(merge(base("4.0", **sizes), path, tmp_path / "m.pth"))
     expected = model(TOKENS)[0]
     assert relative_rms(logits(result.out), expected) < (1e-2 if kind == "pissa" and quant != "none" else CLOSE)

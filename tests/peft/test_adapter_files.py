@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from trained import CONFIGS, as_if_trained
 
 from rwkv_lab import RWKV_Dual, open_checkpoint
 from rwkv_lab.checkpoint import write_checkpoint
+from rwkv_lab.errors import CorruptFileError
 from rwkv_lab.peft import (
     LoraConfig,
     adapter_of,
@@ -191,6 +193,23 @@ def test_the_note_says_what_the_layout_does_not(adapted, tmp_path):
         assert adapter.quant == "nf4" and adapter.targets[X].scaling == 2.5
     with open_adapter(written(tmp_path / "b.pth", in_layout_of("lora")), alpha=10) as adapter:
         assert adapter.quant is None
+
+
+@pytest.mark.parametrize("name", ["lora", "miss"])
+def test_a_folder_says_how_the_base_was_stored(adapted, tmp_path, name):
+    for quant in ("none", "nf4", "int8"):
+        save_adapter(adapter_of(adapted("7.0", replace(CONFIGS[name], quant=quant))), tmp_path / quant)
+        with open_adapter(tmp_path / quant) as adapter:
+            assert adapter.quant == quant
+    weights = tmp_path / "nf4" / "adapter_model.safetensors"
+    with open_checkpoint(weights) as ck:
+        tensors = {n: ck[n] for n in ck}
+    write_checkpoint(weights, tensors, overwrite=True)
+    with open_adapter(tmp_path / "nf4") as adapter:
+        assert adapter.quant is None  # as others save it
+    write_checkpoint(weights, tensors, {"rwkv_lab.quant": "fp4"}, overwrite=True)
+    with pytest.raises(CorruptFileError, match="'fp4'"):
+        open_adapter(tmp_path / "nf4")
 
 
 def test_pissa_for_the_tools_of_rwkv_peft(base, adapted, tmp_path):

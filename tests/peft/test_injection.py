@@ -300,6 +300,11 @@ def test_targets_by_pattern(adapted):
         ({"method": "miss", "miss_variant": "col"}, "mini"),
         ({"method": "miss", "use_rslora": True}, "lora"),
         ({"svd_niter": -1}, "exact"),
+        ({"svd_niter": 1.5}, "svd_niter=1.5"),
+        ({"svd_niter": "a"}, "svd_niter='a'"),
+        ({"lora_dropout": "a"}, "dropout 'a'"),
+        ({"adapter_dtype": "float32"}, "torch.float32"),
+        ({"mini_r": 0.5}, "mini_r=0.5"),
         ({"adapter_dtype": torch.int8}, "floating"),
     ],
 )

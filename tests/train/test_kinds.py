@@ -156,6 +156,17 @@ def test_texts_of_jsonl_are_joined(small, tmp_path):
     assert result.bits_after < result.bits_before and result.held_out_bytes > 0
 
 
+def test_json_is_never_learned_as_text(tmp_path):
+    lines = [{"text": f"text number {i}"} for i in range(500)]
+    expected = load_corpus(jsonl(tmp_path / "a.jsonl", *lines))
+    for name in ("a.JSONL", "a.json", "b.Json"):
+        assert load_corpus(jsonl(tmp_path / name, *lines)).train == expected.train
+    for i, text in enumerate((json.dumps(lines), json.dumps(lines, indent=1), "[\n", "", "the cat\n" * 2000)):
+        (tmp_path / f"{i}.json").write_text(text)
+        with pytest.raises(ParameterError, match="one object a line"):
+            load_corpus(str(tmp_path / f"{i}.json"))
+
+
 def test_equal_examples_are_on_one_side(tmp_path):
     lines = [{"text": f"{i % 10}"} for i in range(100)]
     examples = load_corpus(jsonl(tmp_path / "t.jsonl", *lines))
@@ -228,6 +239,16 @@ def test_what_does_not_go_together_is_refused(small, texts, tmp_path):
         ("lora", dict(autocast="float16"), "CUDA"),
         ("lora", dict(autocast="bfloat16", dtype="bfloat16"), "float32"),
         ("lora", dict(patience=2), "eval_every"),
+        ("lora", dict(lr="a"), "lr='a': it must be a number"),
+        ("lora", dict(seed="a"), "seed='a': it must be a whole number"),
+        ("lora", dict(seed=2**64), "64 bits"),
+        ("lora", dict(steps=1.5), "steps=1.5: it must be a whole number"),
+        ("lora", dict(steps=True), "steps=True"),
+        ("lora", dict(device="meta"), "device='meta'"),
+        ("lora", dict(device="foo"), "no device 'foo'"),
+        ("lora", dict(train_parts="ln"), "a list of names or patterns"),
+        ("lora", dict(on_step=3), "on_step=3: it must be a function"),
+        ("state", dict(rank=4), "rank=4 goes with the kinds lora"),
         ("lora", dict(warmup=7), "warmup=7"),
         ("lora", dict(accumulate=0), "accumulate=0"),
         ("lora", dict(parallel="tp"), "ddp, fsdp"),
@@ -243,6 +264,20 @@ def test_what_does_not_go_together_is_refused(small, texts, tmp_path):
         plan_training("miss", small, rank=33)
     with pytest.raises(LayoutError, match="whole model"):
         plan_training("lora", state)
+
+
+def test_what_a_folder_cannot_hold_is_refused_before_the_first_step(small, texts, tmp_path):
+    def on_step(step, losses):
+        raise AssertionError("trained")
+
+    for kind, arguments, words in (
+        ("lora", dict(train_parts=["time_state"]), "holds whole modules only"),
+        ("pissa", dict(quant="nf4"), "PiSSA on a base in nf4"),
+        ("pissa", dict(quant="int8"), "pth"),
+    ):
+        with pytest.raises(ParameterError, match=words):
+            train(kind, tmp_path / "folder", str(texts), small, **SHORT | arguments, on_step=on_step)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_float16_gradients_are_scaled_and_overflowing_steps_left_out(small, texts, tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from tiny_training import LRS, SHORT, sha256
 
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.errors import CorruptFileError, NumericsError, ParameterError
-from rwkv_lab.train import resume_path, train
+from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.train import load_corpus, resume_path, train
+from rwkv_lab.train.batches import in_batches
 
 ROOT = Path(__file__).parents[2]
 QUANTS = {"lora": "nf4", "miss": "int8", "state": "int8"}
@@ -129,6 +131,67 @@ def test_what_is_no_such_checkpoint_is_refused(settings, tmp_path):
     resume_path(out).write_bytes(b"\0" * 100)
     with pytest.raises(CorruptFileError):
         train("lora", out, **settings, resume=True)
+
+
+A = "blocks.0.att.key.lora_A"
+DAMAGE = [
+    (lambda note, t: t.pop(f"optimiser/exp_avg/{A}"), f"exp_avg/{A} was added or lost"),
+    (lambda note, t: [t.pop(name) for name in list(t) if name.startswith("optimiser/")], "was added or lost"),
+    (lambda note, t: t.pop("data/generator"), "data/generator was added or lost"),
+    (lambda note, t: (t.pop("data/generator"), note["tensors"].remove("data/generator")), "cannot be gone on from"),
+    (lambda note, t: t.update({"data/generator": torch.zeros(3, dtype=torch.uint8)}), "cannot be gone on from"),
+    (lambda note, t: t.update({f"optimiser/exp/{A}": torch.zeros(1)}), "was added or lost"),
+    (lambda note, t: rename(note, t, f"optimiser/exp_avg/{A}", f"optimiser/exp/{A}"), "is not known"),
+    (lambda note, t: t.update({f"optimiser/exp_avg/{A}": torch.zeros(2, 2)}), r"is \[2, 2\], not \[8, 32\]"),
+    (lambda note, t: t.update({f"optimiser/step/{A}": torch.zeros(2)}), r"is \[2\], not \[\]"),
+    (lambda note, t: t.update({f"trained/{A}": torch.zeros(2, 2)}), r"not \[8, 32\]"),
+    (lambda note, t: t.pop(f"trained/{A}"), "was added or lost"),
+    (lambda note, t: note.pop("settings"), "no checkpoint of an unfinished training"),
+    (lambda note, t: note.update(settings=3), "no checkpoint of an unfinished training"),
+    (lambda note, t: note["course"].update(step="a"), "'a' of 6 steps"),
+    (lambda note, t: note["course"].update(step=99), "99 of 6 steps"),
+    (lambda note, t: note["course"].update(step=2), "3 losses"),
+    (lambda note, t: note["course"].pop("losses"), "does not say losses"),
+    (lambda note, t: note["course"].update(losses=["a"] * 3), "its losses"),
+    (lambda note, t: note["course"].update(held_out=[3]), "its held_out"),
+    (lambda note, t: note["course"].update(best="a"), "its measurements"),
+    (lambda note, t: note["course"].update(scaler=[]), "its scaler"),
+]
+
+
+def rename(note, tensors, old, new):
+    tensors[new] = tensors.pop(old)
+    note["tensors"][note["tensors"].index(old)] = new
+
+
+def test_a_damaged_checkpoint_is_refused_in_words(settings, tmp_path):
+    out, key = tmp_path / "out.pth", "rwkv_lab.train.resume"
+    settings |= {"targets": ["blocks.0.att.key"]}
+    interrupted("lora", out, settings)
+    path = resume_path(out)
+    whole = path.read_bytes()
+    for damage, words in DAMAGE:
+        path.write_bytes(whole)
+        with open_checkpoint(path) as ck:
+            tensors, note = {name: ck[name] for name in ck}, json.loads(ck.metadata[key])
+        damage(note, tensors)
+        write_checkpoint(path, tensors, {key: json.dumps(note)}, overwrite=True)
+        with pytest.raises(CorruptFileError, match=words):
+            train("lora", out, **settings, resume=True)
+    path.write_bytes(whole)
+    assert train("lora", out, **settings, resume=True).resumed_at == 3
+
+
+def test_a_damaged_order_of_examples_is_refused(small, tmp_path):
+    lines = [json.dumps({"prompt": f"{i}+1=", "response": str(i + 1)}) for i in range(10)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    rows = in_batches(load_corpus(str(tmp_path / "sums.jsonl")), RWKV_Dual.from_pretrained(small).tokenizer, 16, 0)
+    rows.draw(2)
+    good = rows.position()
+    for damage in ({"order": good["order"] + 1}, {"order": good["order"][:3]}, {"next": torch.tensor([99])}):
+        with pytest.raises(ValueError, match="there are"):
+            rows.go_on_from(good | damage)
+    rows.go_on_from(good)
 
 
 def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import OutputError, ParameterError
 from rwkv_lab.model import RWKV_Dual, bits_per_byte
 from rwkv_lab.train import choose_recipe, demo_base, demo_folder, demo_state, load_corpus, train
+from rwkv_lab.train.__main__ import main
 from rwkv_lab.train.optimiser import make_optimiser, set_lr
 
 TINY = dict(steps=60, batch_size=4, ctx_len=32, lr=1e-2, n_embd=32, n_layer=2, head_size=16)
@@ -89,6 +91,52 @@ def test_refusals_come_before_any_work(base, tmp_path):
         with pytest.raises(error, match=words):
             train(**arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_the_base_or_the_text_is_refused(base, tmp_path, capsys):
+    vic, text = tmp_path / "vic.pth", tmp_path / "tx.txt"
+    shutil.copy(base.out, vic)
+    text.write_text("the cat sat on a mat; " * 600)
+    (tmp_path / "soft.pth").symlink_to(vic)
+    (tmp_path / "hard.pth").hardlink_to(vic)
+    (tmp_path / "text.pth").hardlink_to(text)
+    (tmp_path / "b.pth.resume.safetensors").hardlink_to(vic)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    for name in ("vic.pth", "soft.pth", "hard.pth", "text.pth", "b.pth"):
+        with pytest.raises(OutputError, match="inputs are never written to"):
+            train("lora", tmp_path / name, str(text), vic, steps=1, overwrite=True)
+    words = ["--kind", "lora", "--base", str(vic), "--data", str(text), "--out", str(vic), "--overwrite"]
+    assert main(words) == 1 and capsys.readouterr().err.startswith("OutputError: ")
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_folder_of_other_things_is_not_replaced(base, tmp_path):
+    texts, held = tmp_path / "texts", tmp_path / "held"
+    texts.mkdir()
+    for i in range(3):
+        (texts / f"{i}.txt").write_text(f"the cat sat on {i} mats; " * 50)
+    held.mkdir()
+    shutil.copy(base.out, held / "base.pth")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "notes")
+    (tmp_path / "plain").write_text("x")
+    (tmp_path / "a.pth").mkdir()
+    for out, words in (
+        (texts, "never written to"),
+        (texts / "new", "lies in"),
+        (held, "holds the input"),
+        (tmp_path / "notes", "mine.txt"),
+        (tmp_path / "link", "no folder of its own"),
+        (tmp_path / "plain", "no folder of its own"),
+        (tmp_path / "a.pth", "is a folder"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            train("lora", out, str(texts), held / "base.pth", steps=1, overwrite=True)
+    assert len(list(texts.iterdir())) == 3 and (held / "base.pth").exists() and not list(tmp_path.glob(".*"))
+    again = dict(base=held / "base.pth", steps=1, batch_size=1, ctx_len=8, samples=False, overwrite=True)
+    for _ in range(2):  # one of its own is replaced
+        assert train("lora", tmp_path / "ours", str(texts), **again).out.is_dir()
 
 
 def test_a_file_of_ones_own(tmp_path):

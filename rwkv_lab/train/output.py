@@ -1,0 +1,57 @@
+"""Where the result of a training may go: never onto or around what it is made of, nor onto what is not ours."""
+
+import os
+from pathlib import Path
+
+from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint.atomic import check_target, refuse_inputs
+from rwkv_lab.checkpoint.write import file_kind
+from rwkv_lab.errors import OutputError
+from rwkv_lab.peft.hf_layout import check_folder
+from rwkv_lab.train.data import data_path
+from rwkv_lab.train.log import check_log_folder, log_files
+from rwkv_lab.train.recipe import ADAPTER_KINDS
+from rwkv_lab.train.resume import resume_path
+
+
+def check_output(
+    kind: str, out: Path, base: str | Path | None, data: str, overwrite: bool, log_folder: str | Path | None = None
+) -> None:
+    """Refuse an output that a training could not write at its end, or should not.
+
+    Raises:
+        OutputError: it exists (unless `overwrite`), its folder is not there or not writable, it is the base or the text
+            under whatever name, or a folder around either or in the folder of texts, or a folder with other files.
+        ParameterError: a suffix that is neither `.pth` nor `.safetensors`; only adapters may have none.
+        CorruptFileError, LayoutError, UnsafeFileError: of the base.
+    """
+    sources = []
+    if base:
+        with open_checkpoint(base) as ck:
+            sources += [file.path for file in ck.files]
+    text = data_path(data)
+    if text is not None and text.exists():
+        sources.append(text)
+    is_file = bool(out.suffix) or kind not in ADAPTER_KINDS
+    if is_file:
+        file_kind(out)
+        if out.is_dir():
+            raise OutputError(f"{out} is a folder; name a file in it, such as {out / 'trained.pth'}")
+    stats = [(source, os.stat(source)) for source in sources]
+    logs = log_files(Path(log_folder)) if log_folder is not None else []
+    for written in (out, resume_path(out), *logs):
+        refuse_inputs(written, stats)
+    check_target(out, overwrite)
+    if not is_file:
+        _refuse_around(out, sources)
+        if text is not None and text.is_dir() and out.resolve().is_relative_to(text.resolve()):
+            raise OutputError(f"{out} lies in {text}, whose texts are trained on; choose a folder outside of it")
+        check_folder(out)
+    if log_folder is not None:
+        check_log_folder(Path(log_folder))
+
+
+def _refuse_around(folder: Path, sources: list[Path]) -> None:
+    for source in sources:
+        if source.resolve().is_relative_to(folder.resolve()):
+            raise OutputError(f"{folder} holds the input {source}, which would go with it; choose another folder")
