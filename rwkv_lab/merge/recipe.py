@@ -2,7 +2,8 @@
 
 Taken are the methods that both know. Where the two differ: the arithmetic is float32 whatever `dtype` says, rounded
 once; DARE draws other random numbers, and rescales by 1/density; slerp between a tensor of zeros and another is a
-straight line; model_stock has no floor under norms. Outside the layers a gradient has its first value, as there.
+straight line; model_stock has no floor under norms, and stays between base and mean. Outside the layers a gradient has
+its first value, as there.
 """
 
 import glob

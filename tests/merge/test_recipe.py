@@ -21,10 +21,11 @@ LAYOUT = Layout("7.0", LAYERS, 16, 16, 64, 11, 4, 4, LAYOUTS["7.0"].ranks)
 
 @pytest.fixture
 def files(tmp_path):
-    base = random_model(LAYOUT, torch.float32)
+    base, way = random_model(LAYOUT, torch.float32), random_model(LAYOUT, torch.float32, seed=9)
     for i, name in enumerate(("base", "one", "two")):
         g = torch.Generator().manual_seed(i)
-        torch.save({n: t + bool(i) * 0.1 * torch.randn(t.shape, generator=g) for n, t in base.items()},
+        # Partly the same way from the base: model_stock stays at the base where fine-tunes turn from each other.
+        torch.save({n: t + bool(i) * (0.2 * way[n] + 0.1 * torch.randn(t.shape, generator=g)) for n, t in base.items()},
                    tmp_path / f"{name}.pth")  # fmt: skip
     return tmp_path
 
