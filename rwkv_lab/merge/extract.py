@@ -1,8 +1,8 @@
 """The reverse of merging a LoRA: from a base and a fine-tune of it, an adapter that brings one near the other.
 
 Every matrix of the layers that changed becomes a pair in the layout that `lora` reads, from the singular value
-decomposition of its delta; every other tensor that changed is carried whole. The adapter has to be merged with the
-alpha that the result names (its largest rank), which the file's provenance says too.
+decomposition of its delta; every other tensor that changed is carried whole. The alpha to merge the adapter with (its
+largest rank) stands in the file, as that of an adapter trained here: merging needs none, and refuses another.
 """
 
 import logging
@@ -21,14 +21,16 @@ from rwkv_lab.checkpoint.write import file_kind, write_stream
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.merge.change import in_step
 from rwkv_lab.merge.overlay import check_full_tensors, same_dimensions
-from rwkv_lab.merge.patterns import pattern_list, select
+from rwkv_lab.merge.patterns import matches, pattern_list, refuse_unmatched
 from rwkv_lab.merge.provenance import RECORD, as_text, beside, provenance
 from rwkv_lab.merge.refusals import check_base, check_dtypes, output_dtype, refuse_same
 from rwkv_lab.merge.room import check_output, check_room, disk_free, memory_free
+from rwkv_lab.peft.rwkv_peft_layout import NOTE, lora_note
 from rwkv_lab.progress import Progress
 
 log = logging.getLogger(__name__)
 
+HEAD = "head.weight"
 _EXACT_BELOW = 512  # the smaller side of a matrix: its whole decomposition takes less than a second
 _MORE, _ROUNDS = 16, 4  # directions beyond the rank, and power iterations, of the randomised decomposition
 
@@ -49,7 +51,7 @@ class ExtractResult:
     base: Path
     tuned: Path
     out: Path
-    alpha: float  # to merge the adapter with
+    alpha: float  # to merge the adapter with: it stands in the file
     matrices: tuple[Extracted, ...]
     whole: tuple[str, ...]  # tensors that changed and are carried as they are
     outputs: tuple[FileFacts, ...]
@@ -80,7 +82,7 @@ def extract_lora(
         energy: 0 to 1, the share of each delta's squared norm to keep; every matrix gets the rank that it needs. Takes
             exact decompositions; `rank` takes randomised ones where matrices are large.
         targets: shell-style patterns of the matrices to decompose; the others are carried whole where they changed.
-            None: all of the layers, but not emb and head.
+            None: all of the layers. "head.weight" may be named too; emb, of which a model takes rows, is always whole.
         dtype: "bf16", "fp16" or "fp32" of the pairs; None that of the tuned matrix.
         seed: of the randomised decomposition.
     Raises:
@@ -100,8 +102,10 @@ def extract_lora(
         for ck in (base_ck, tuned_ck):
             check_dtypes(ck)
         _check_tuned(base_ck, tuned_ck, layout)
+        targets = pattern_list("targets", targets)
         matrices = [n for n, t in tuned_ck.info.items() if n in base_ck.info and _is_matrix(n, t)]
-        chosen = select(matrices, pattern_list("targets", targets), None)
+        refuse_unmatched("targets", targets, matrices, "matrices that can be decomposed")
+        chosen = {n for n in matrices if (matches(n, targets, None) if targets else n != HEAD)}
         _check_rank(rank, [base_ck.info[n] for n in matrices if n in chosen])
         changed = _changed(base_ck, tuned_ck)
         found, pairs = [], {}
@@ -113,11 +117,12 @@ def extract_lora(
         whole = tuple(n for n in changed if n not in pairs)
         alpha = max((m.rank for m in found), default=0)
         recipe = {"rank": rank, "energy": energy, "alpha": float(alpha), "dtype": str(pair_dtype or ""), "seed": seed}
-        recipe["targets"] = pattern_list("targets", targets)
+        recipe["targets"] = targets
         inputs = (file_facts(base_ck), file_facts(tuned_ck))
         made = provenance(recipe, inputs, job="extract_lora")
         tensors = _tensors(changed, pairs, alpha, tuned_ck)
-        file = file_layout(kind, tensors, {RECORD: as_text(made)})
+        said = {NOTE: lora_note("lora", "none", float(alpha))} if pairs else {}  # else it is no adapter
+        file = file_layout(kind, tensors, {RECORD: as_text(made), **said})
         check_room(out, file.size, disk_free(out.parent), 0, memory_free())
         write_stream(out, tensors, file, overwrite, scan=lambda t: True)
         facts = file_facts(out)
@@ -144,7 +149,7 @@ def _check_tuned(base: Checkpoint, tuned: Checkpoint, layout: Layout) -> None:
 
 
 def _is_matrix(name: str, info: TensorInfo) -> bool:
-    return name.startswith("blocks.") and name.endswith(".weight") and len(info.shape) == 2
+    return name == HEAD or name.startswith("blocks.") and name.endswith(".weight") and len(info.shape) == 2
 
 
 def _check_rank(rank: int | None, matrices: list[TensorInfo]) -> None:
@@ -171,25 +176,27 @@ def _decomposed(
     base: TensorInfo, tuned: TensorInfo, rank: int | None, energy: float | None, dtype: torch.dtype | None, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, Extracted]:
     """(A [r, in], B [out, r], what they keep), with Δ near B A."""
-    delta = tuned.read().float() - base.read().float()  # [out, in]
+    delta = tuned.read().double() - base.read().double()  # [out, in]
     if not bool(delta.isfinite().all()):
         raise NumericsError(f"{base.name}: tuned - base has NaN or Inf; there is no decomposition of it")
-    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    largest = float(delta.abs().max())
+    delta /= largest  # squares of the smallest differences would be 0
+    length = float(torch.linalg.vector_norm(delta))
     if energy is not None or min(delta.shape) <= max(_EXACT_BELOW, 4 * rank):
-        u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     else:
-        u, s, vh = _randomised(delta, rank, seed)
-    kept = (s.double() ** 2).cumsum(0) / norm**2
+        u, s, vh = _randomised(delta.float(), rank, seed)
+    kept = (s.double() ** 2).cumsum(0) / length**2
     # Rounding may leave the last sum a little below 1.
     r = rank or min(int((kept < energy * (1 - 1e-12)).sum()) + 1, len(s))
     u = u[:, :r]
     # The sign of a pair of vectors has no meaning; it is fixed, so that the same deltas give the same file.
     sign = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True))[0] < 0, -1.0, 1.0)  # [r]
-    root = s[:r].sqrt() * sign
+    root = s[:r].double().sqrt() * math.sqrt(largest) * sign
     b, a = u * root, vh[:r] * root[:, None]
     a, b = (t.to(dtype or tuned.dtype) for t in (a, b))
-    error = torch.linalg.vector_norm(delta.double() - b.double() @ a.double())
-    return a, b, Extracted(base.name, r, min(float(kept[r - 1]), 1.0), float(error) / norm, norm)
+    error = float(torch.linalg.vector_norm(delta - b.double() @ a.double() / largest)) / length
+    return a, b, Extracted(base.name, r, min(float(kept[r - 1]), 1.0), error, length * largest)
 
 
 def _randomised(delta: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -148,6 +148,8 @@ def merge(
         contains = held
         if beside_base and applied:
             contains = _contained_after(base_ck, tuned_cks, beside_base, held)
+        elif any(c.source != "base" for c in applied):  # an adapter may be in whatever part of a model went in
+            contains = adapters_in(base_ck, *tuned_cks)
         recipe = {
             "method": method,
             "alpha": values.pop("alpha", None),

@@ -7,6 +7,21 @@ from fnmatch import fnmatchcase
 from rwkv_lab.errors import ParameterError
 
 
+def refuse_unmatched(what: str, patterns: Sequence[str] | None, names: Sequence[str], which: str) -> None:
+    """Refuse a pattern that fits none of the names; `which` tensors they are is for the message.
+
+    Raises:
+        ParameterError: with the nearest names.
+    """
+    for p in patterns or []:
+        if not any(fnmatchcase(n, p) for n in names):
+            near = get_close_matches(p, names, n=2, cutoff=0.5) or names[:2]
+            raise ParameterError(
+                f"{what}: the pattern {p!r} matches none of the {len(names)} {which}.\n"
+                f"There are, for example: {', '.join(near)}"
+            )
+
+
 def select(names: Iterable[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> set[str]:
     """Names that match some pattern of `include` (all if it is None or empty) and none of `exclude`.
 
@@ -14,14 +29,8 @@ def select(names: Iterable[str], include: Sequence[str] | None, exclude: Sequenc
         ParameterError: a pattern that matches no name, or patterns that leave nothing.
     """
     names = list(names)
-    for what, patterns in (("include", include or []), ("exclude", exclude or [])):
-        for p in patterns:
-            if not any(fnmatchcase(n, p) for n in names):
-                near = get_close_matches(p, names, n=2, cutoff=0.5) or names[:2]
-                raise ParameterError(
-                    f"{what}: the pattern {p!r} matches none of the {len(names)} tensors that would change.\n"
-                    f"There are, for example: {', '.join(near)}"
-                )
+    for what, patterns in (("include", include), ("exclude", exclude)):
+        refuse_unmatched(what, patterns, names, "tensors that would change")
     chosen = {n for n in names if matches(n, include, exclude)}
     if names and not chosen:
         raise ParameterError(

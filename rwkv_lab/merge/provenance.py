@@ -33,13 +33,18 @@ def contained(facts: FileFacts, weight: float) -> dict:
     return {"name": _printable(facts.path.name), "fingerprint": facts.fingerprint, "weight": weight}
 
 
-def adapters_in(base: Checkpoint) -> list[dict]:
-    """The adapters that a checkpoint says it contains; none of a file by others, or one that cannot be understood."""
-    try:
-        found = json.loads(base.metadata[RECORD])["contains"]
-        return [dict(one) for one in found if isinstance(one["fingerprint"], str)]
-    except (KeyError, ValueError, TypeError, RecursionError):
-        return []
+def adapters_in(*models: Checkpoint) -> list[dict]:
+    """The adapters that checkpoints say they contain, each once; none of a file by others, or one that cannot be
+    understood."""
+    held: dict[str, dict] = {}
+    for ck in models:
+        try:
+            found = json.loads(ck.metadata[RECORD])["contains"]
+            for one in [dict(one) for one in found if isinstance(one["fingerprint"], str)]:
+                held.setdefault(one["fingerprint"], one)
+        except (KeyError, ValueError, TypeError, RecursionError):
+            continue
+    return list(held.values())
 
 
 def _printable(name: str) -> str:

@@ -2,7 +2,8 @@
 
 Taken are the methods that both know. Where the two differ: the arithmetic is float32 whatever `dtype` says, rounded
 once; DARE draws other random numbers, and rescales by 1/density; slerp between a tensor of zeros and another is a
-straight line; model_stock has no floor under norms. Outside the layers a gradient has its first value, as there.
+straight line; model_stock has no floor under norms, and stays between base and mean. Outside the layers a gradient has
+its first value, as there.
 """
 
 import glob
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 _MAX = 1_000_000  # bytes of a recipe
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _KEYS = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype")
+_OF_A_SLICE, _OF_A_MODEL = ("sources", "parameters", "base_model"), ("model", "parameters")
+_OF_A_SOURCE = (*_OF_A_MODEL, "layer_range")
 _ELSEWHERE = ("tokenizer_source", "tokenizer", "chat_template")  # a checkpoint of RWKV holds no tokenizer
 
 # Of each method: mergekit's name of a parameter -> (ours, its default there). None: it must be given.
@@ -74,15 +77,17 @@ def read_recipe(recipe: str | Path) -> dict[str, object]:
         if name in asked:
             log.info("%s: %s has no effect, RWKV checkpoints hold no tokenizer", path.name, name)
     method = asked.get("merge_method")
-    if method not in _SHARED:
+    if not isinstance(method, str) or method not in _SHARED:
         raise ParameterError(f"{path}: merge_method is {method!r}; known here are {', '.join(_SHARED)}")
     if ("models" in asked) == ("slices" in asked):
         raise ParameterError(f"{path}: one of models and slices is needed, and not both")
     given = _stack(path, asked) if method == "passthrough" else _mix(path, asked, method)
-    dtype = asked.get("out_dtype") or asked.get("dtype")
-    if dtype is not None:
-        if dtype not in _DTYPES:
-            raise ParameterError(f"{path}: dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
+    for name in ("dtype", "out_dtype"):  # the second has the last word
+        dtype = asked.get(name)
+        if dtype is None:
+            continue
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise ParameterError(f"{path}: {name} is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
         given["dtype"] = _DTYPES[dtype]
     return {"method": method, **given}
 
@@ -93,15 +98,39 @@ def _load(path: Path) -> dict:
     try:
         if path.stat().st_size > _MAX:
             raise CorruptFileError(f"{path} has {path.stat().st_size} bytes; a recipe has at most {_MAX}")
-        asked = yaml.safe_load(path.read_text())
+        loader = yaml.SafeLoader(path.read_text())
+        tree = loader.get_single_node()
+        _refuse_repeated(path, tree)
+        asked = None if tree is None else loader.construct_document(tree)
     except OSError as e:
         raise CorruptFileError(f"cannot read the recipe {path}: {e.strerror}") from e
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: bytes that are no text, a 30th of February
         said = str(e).split("\n")[0]
         raise CorruptFileError(f"{path} is not YAML ({said})") from e
     if not isinstance(asked, dict):
         raise ParameterError(f"{path} holds no mapping; a recipe has merge_method, models, parameters, …")
     return asked
+
+
+def _refuse_repeated(path: Path, tree: object) -> None:
+    """YAML's own reader takes the last of two values of one name, and forgets the other."""
+    waiting, seen = [tree], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
+            continue
+        seen.add(id(node))  # an alias is the same node again, and may stand inside itself
+        names = set()
+        for child in node.value:
+            if not isinstance(child, tuple):
+                waiting.append(child)
+                continue
+            key, value = child
+            if isinstance(key.value, str) and (key.tag, key.value) in names:
+                line = key.start_mark.line + 1
+                raise ParameterError(f"{path}: {key.value!r} stands twice in one mapping, again in line {line}")
+            names |= {(key.tag, key.value)} if isinstance(key.value, str) else set()
+            waiting += [key, value]
 
 
 def _refuse_unknown(path: Path, found: Mapping, known: tuple[str, ...], where: str) -> None:
@@ -120,11 +149,13 @@ def _mix(path: Path, asked: dict, method: str) -> dict[str, object]:
         slices = _entries(path, asked["slices"], "slices")
         if len(slices) != 1:
             raise ParameterError(f"{path}: method {method!r} takes one slice, with all layers; {len(slices)} are given")
-        _refuse_unknown(path, slices[0], ("sources", "parameters", "base_model"), " in a slice")
+        _refuse_unknown(path, slices[0], _OF_A_SLICE, " in a slice")
         entries, base = slices[0].get("sources"), slices[0].get("base_model", base)
         scopes.insert(0, slices[0].get("parameters"))
         layers = [e.get("layer_range") for e in _entries(path, entries, "sources")]
-    entries = _entries(path, entries, "models")
+    entries = _entries(path, entries, "models" if layers is None else "sources")
+    for entry in entries:
+        _refuse_unknown(path, entry, _OF_A_MODEL if layers is None else _OF_A_SOURCE, " in an entry of a model")
     models = [_model(path, e.get("model")) for e in entries]
     if base is None and method != "linear":
         raise ParameterError(f"{path}: method {method!r} needs base_model")
@@ -149,9 +180,11 @@ def _stack(path: Path, asked: dict) -> dict[str, object]:
     """base, tuned and layers of a stack: each slice is a run of layers of one model."""
     runs = []
     for piece in _entries(path, asked.get("slices"), "slices"):
+        _refuse_unknown(path, piece, _OF_A_SLICE, " in a slice")
         sources = _entries(path, piece.get("sources"), "sources")
         if len(sources) != 1:
             raise ParameterError(f"{path}: a slice of method 'passthrough' has one source; {len(sources)} are given")
+        _refuse_unknown(path, sources[0], _OF_A_SOURCE, " in an entry of a model")
         for scope in (asked.get("parameters"), piece.get("parameters"), sources[0].get("parameters")):
             _check_parameters(path, scope, "passthrough")
         runs.append((_model(path, sources[0].get("model")), _range(path, sources[0].get("layer_range"))))
@@ -170,6 +203,7 @@ def _entries(path: Path, found: object, what: str) -> list[dict]:
 def _model(path: Path, named: object) -> Path:
     """The file or folder that a recipe names."""
     if isinstance(named, dict):
+        _refuse_unknown(path, named, ("model", "lora") if "model" in named else ("path",), " in the name of a model")
         inner = named.get("model", named)
         if named.get("lora") or not isinstance(inner, dict) or set(inner) - {"path"}:
             raise ParameterError(f"{path}: model {named!r}: only a path can be meant; merge a LoRA first")
@@ -236,6 +270,8 @@ def _translated(path: Path, name: str, value: object) -> object:
         if not isinstance(v, dict) or set(v) - {"filter", "value"} or "value" not in v:
             raise ParameterError(f"{path}: {name}: {v!r}: a filter and a value are needed")
         wanted = v.get("filter")
+        if not isinstance(wanted, str | None):
+            raise ParameterError(f"{path}: {name}: the filter {wanted!r} is no text")
         if wanted in ("self_attn", "mlp"):
             raise ParameterError(f"{path}: {name}: RWKV has no {wanted}; its blocks have att and ffn")
         pattern = REST if wanted in (None, "*") else f"*{glob.escape(str(wanted))}*"

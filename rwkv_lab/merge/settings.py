@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.merge.mixing.signature import LARGEST
 
 GRADIENT, REST = "gradient", "*"
 
@@ -67,9 +68,10 @@ def check_setting(what: str, setting: object, names: Iterable[str]) -> None:
         return
     if GRADIENT in setting:
         points = setting[GRADIENT]
-        numbers = isinstance(points, (list, tuple)) and all(type(p) in (int, float) for p in points)
+        points = points if isinstance(points, (list, tuple)) else []
+        numbers = all(type(p) in (int, float) and abs(p) <= LARGEST for p in points)
         if len(setting) > 1 or not numbers or not points:
-            raise ParameterError(f"{what}={setting!r}: a gradient is a list of numbers, and stands alone")
+            raise ParameterError(f"{what}={setting!r}: a gradient is a list of numbers of float32, and stands alone")
         return
     for pattern, inner in setting.items():
         if not isinstance(pattern, str):

@@ -104,7 +104,8 @@ def _shares(method: str, flat: list[torch.Tensor], p: dict) -> list[float]:
             size = float(deltas[i].norm()) * float(deltas[j].norm())
             cosines.append(float(deltas[i].dot(deltas[j])) / size if size else 0.0)
     c = math.fsum(cosines) / len(cosines)
-    t = 0.0 if abs(1 + (n - 1) * c) < 1e-6 else n * c / (1 + (n - 1) * c)
+    # Between base and mean; as the deltas cancel the formula goes to minus infinity, whose nearest is the base.
+    t = float(np.clip(n * c / max(1 + (n - 1) * c, 1e-12), 0, 1))
     return [1 - t] + [t / n] * n
 
 
@@ -173,7 +174,9 @@ def _added(
         for positive in (True, False):
             agree = [(d > 0 if positive else d < 0).double() for d in deltas]
             divisor = sum(a * w for a, w in zip(agree, weights, strict=True))
-            divisor = torch.where(divisor == 0, 1.0, divisor) if normalize else torch.ones_like(b)
+            magnitude = sum(a * abs(w) for a, w in zip(agree, weights, strict=True))
+            cancels = divisor.abs() <= 1e-6 * magnitude  # what rounding left, or none agrees: a sum, and no mean
+            divisor = divisor.masked_fill(cancels, 1.0) if normalize else torch.ones_like(b)
             answers.append(b + alpha * sum(d * a for d, a in zip(deltas, agree, strict=True)) / divisor)
             allowed = torch.maximum(allowed, eps * (b.abs() + abs(alpha) * size / divisor.abs()))
         # Rounded deltas may add up to the other sign.

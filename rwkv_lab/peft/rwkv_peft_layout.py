@@ -138,7 +138,6 @@ def written(adapter: Adapter) -> tuple[dict[str, Values], str]:
     Raises:
         ParameterError: MiSS that RWKV-PEFT does not have, alphas that differ between layers.
     """
-    note = {"method": adapter.method, "quant": adapter.quant}
     if adapter.method == "miss":
         variants = {t.variant for t in adapter.targets.values()}
         if variants - {"default", "bat-rwkv-peft"} or len(variants) > 1:
@@ -147,7 +146,7 @@ def written(adapter: Adapter) -> tuple[dict[str, Values], str]:
                 "becomes one of Hugging Face's peft."
             )
         return {f"{x}.disha": t.block for x, t in adapter.targets.items()} | dict(adapter.full), json.dumps(
-            note | {"variant": variants.pop()}
+            {"method": "miss", "quant": adapter.quant, "variant": variants.pop()}
         )
     scalings = {(t.alpha, t.use_rslora) for t in adapter.targets.values()}
     if len(scalings) > 1:
@@ -156,8 +155,12 @@ def written(adapter: Adapter) -> tuple[dict[str, Values], str]:
             "has one for all: save it to a folder, which becomes one of Hugging Face's peft."
         )
     alpha, use_rslora = scalings.pop()
-    note |= {"alpha": alpha, "use_rslora": use_rslora}
-    return adapter.tensors(), json.dumps(note)
+    return adapter.tensors(), lora_note(adapter.method, adapter.quant, alpha, use_rslora)
+
+
+def lora_note(method: str, quant: str | None, alpha: float, use_rslora: bool = False) -> str:
+    """The note, called `NOTE`, in a file of "lora" or "pissa"; `quant` says how training stored the base."""
+    return json.dumps({"method": method, "quant": quant, "alpha": alpha, "use_rslora": use_rslora})
 
 
 def written_init(adapter: Adapter) -> dict[str, Values]:

@@ -158,3 +158,44 @@ def test_files_that_are_refused(files, tmp_path):
         assert not paths[2].exists()
     with pytest.raises(OutputError, match="is the input"):
         extract_lora(paths[0], paths[1], paths[1], rank=2, overwrite=True)
+
+
+def test_the_file_says_its_alpha(files):
+    """As an adapter trained here does: none need be given, and another is refused."""
+    base, tuned, paths = files()
+    for suffix in (".pth", ".safetensors"):
+        paths = (*paths[:2], paths[2].with_suffix(suffix))
+        result = extract_lora(*paths, rank=16)
+        back = merged_back(paths, None)
+        for name, t in tuned.items():
+            torch.testing.assert_close(back[name], t, rtol=1e-6, atol=1e-6)
+        with pytest.raises(ParameterError, match="alpha=8.0 was given, .*says 16.0; leave it out"):
+            merged_back(paths, result.alpha / 2)
+        assert same(merged_back(paths, 0)["head.weight"], base["head.weight"])
+
+
+@pytest.mark.parametrize("apart", [1e-12, 1e-250])
+def test_float64_models_that_lie_close_together(apart, tmp_path):
+    base = {n: t.zero_() if "att.key" in n else t for n, t in random_model(dtype=torch.float64).items()}
+    name = "blocks.0.att.key.weight"
+    delta = apart * torch.randn(base[name].shape, dtype=torch.float64)
+    paths = (tmp_path / "base.pth", tmp_path / "tuned.pth", tmp_path / "lora.pth")
+    torch.save(base, paths[0])
+    torch.save(base | {name: delta}, paths[1])
+    result = extract_lora(*paths, rank=16)
+    assert result.matrices[0].norm == pytest.approx(apart * float((delta / apart).norm()), rel=1e-12)
+    assert result.error < 1e-12
+    if apart == 1e-12:
+        merge(paths[0], paths[2], tmp_path / "back.pth", precision="float64")
+        found = torch.load(tmp_path / "back.pth", weights_only=True)[name]
+        torch.testing.assert_close(found, delta, rtol=1e-9, atol=1e-9 * apart)
+
+
+def test_the_head_is_decomposed_where_it_is_named(files):
+    _, tuned, paths = files()
+    result = extract_lora(*paths, rank=11, targets=["head.weight"])
+    assert [m.name for m in result.matrices] == ["head.weight"] and "blocks.1.att.key.weight" in result.whole
+    back = merged_back(paths, None)
+    torch.testing.assert_close(back["head.weight"], tuned["head.weight"], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ParameterError, match="^targets: the pattern 'emb.weight' matches none of the .* matrices"):
+        extract_lora(*paths, rank=2, targets=["emb.weight"], overwrite=True)

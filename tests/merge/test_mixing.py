@@ -71,7 +71,7 @@ def by_hand(method: str, name: str, base, tuned, alpha=1.0, weights=None, densit
         n = len(ts)
         unit = [d / np.linalg.norm(d) for d in deltas]
         c = np.mean([unit[i] @ unit[j] for i in range(n) for j in range(i)])
-        t = n * c / (1 + (n - 1) * c)
+        t = np.clip(n * c / (1 + (n - 1) * c), 0, 1)
         return t * np.mean(ts, axis=0) + (1 - t) * b
     weights = np.array(weights or [1.0] * len(ts))[:, None]
     if method == "ties":

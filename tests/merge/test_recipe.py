@@ -21,10 +21,11 @@ LAYOUT = Layout("7.0", LAYERS, 16, 16, 64, 11, 4, 4, LAYOUTS["7.0"].ranks)
 
 @pytest.fixture
 def files(tmp_path):
-    base = random_model(LAYOUT, torch.float32)
+    base, way = random_model(LAYOUT, torch.float32), random_model(LAYOUT, torch.float32, seed=9)
     for i, name in enumerate(("base", "one", "two")):
         g = torch.Generator().manual_seed(i)
-        torch.save({n: t + bool(i) * 0.1 * torch.randn(t.shape, generator=g) for n, t in base.items()},
+        # Partly the same way from the base: model_stock stays at the base where fine-tunes turn from each other.
+        torch.save({n: t + bool(i) * (0.2 * way[n] + 0.1 * torch.randn(t.shape, generator=g)) for n, t in base.items()},
                    tmp_path / f"{name}.pth")  # fmt: skip
     return tmp_path
 
@@ -139,6 +140,24 @@ def test_a_recipe_is_what_its_arguments_are(text, files, monkeypatch):
         (SLERP.replace("value: [1, 0.5, 0]", "vale: 1"), "a filter and a value"),
         (STACK.replace("[0, 3]", "[0, 9]"), "layers 0 to 3"),
         (STACK + "parameters: {scale: 0.5}", "scale=0.5"),
+        (LINEAR.replace("parameters: {weight: 0.5}", "weight: 0.5"), "'weight' is not known here in an entry"),
+        (LINEAR.replace("one.pth,", "one.pth, density: 0.1,"), "'density' is not known here in an entry"),
+        (LINEAR.replace("one.pth,", "one.pth, layer_range: [0, 4],"), "'layer_range' is not known here in an entry"),
+        (SLERP.replace("[0, 4]}", "[0, 4], t: 1}"), "'t' is not known here in an entry"),
+        (STACK.replace("[0, 3]}", "[0, 3], scale: 2}"), "'scale' is not known here in an entry"),
+        (
+            STACK.replace("sources: [{model: base", "scale: 2, sources: [{model: base")
+            .replace("- scale", "- {scale")
+            .replace("[1, 4]}]", "[1, 4]}]}"),
+            "'scale' is not known here in a slice",
+        ),
+        (LINEAR.replace("one.pth", "{path: one.pth, weight: 2}"), "'weight' is not known here in the name"),
+        (LINEAR.replace("weight: 0.5", "weight: 0.5, weight: 1"), "'weight' stands twice in one mapping, .*line 5"),
+        (LINEAR + "merge_method: linear", "'merge_method' stands twice"),
+        (LINEAR.replace("linear", "[linear]"), r"merge_method is \['linear'\]"),
+        (LINEAR + "dtype: [bfloat16]", r"dtype is \['bfloat16'\]"),
+        (LINEAR + "dtype: ''", "dtype is ''"),
+        (SLERP.replace("filter: att", "filter: [att]"), "is no text"),
         ("- 1\n- 2", "holds no mapping"),
         ("merge_method: linear\nmodels: 3", "a list of mappings"),
         (
@@ -153,7 +172,10 @@ def test_recipes_that_cannot_be_meant(text, said, files):
     assert str(caught.value).count("\n") < 3 and not (files / "o.pth").exists()
 
 
-@pytest.mark.parametrize("text", ["a: [", "a: !!python/object/apply:os.getcwd []", "\0", "a: &a [*a]" * 3])
+@pytest.mark.parametrize(
+    "text",
+    ["a: [", "a: !!python/object/apply:os.getcwd []", "\0", "a: &a [*a]" * 3, "a: &a {b: *a}", "a: 2026-02-30", ""],
+)
 def test_a_file_that_is_no_recipe(text, files):
     with pytest.raises((CorruptFileError, ParameterError)):
         merge_recipe(written(files, text), files / "o.pth")
@@ -210,3 +232,15 @@ def test_mergekit_reads_filters_and_gradients_the_same_way(files):
         t = config.evaluate_setting(name, asked, layer / (LAYERS - 1), validate=float)
         wanted = merge_tensors([base[name], one[name]], "slerp", parameters={"t": t}, base_index=0)
         torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=2e-6)
+
+
+def test_anchors_and_merged_mappings_are_no_repetition(files):
+    text = """
+merge_method: linear
+models:
+  - &first {model: base.pth, parameters: &own {weight: 1}}
+  - <<: *first
+    model: one.pth
+  - {model: two.pth, parameters: {<<: *own, weight: 3}}
+"""
+    assert read_recipe(written(files, text))["weights"] == [1, 1, 3]

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from torch import Tensor
 
-from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.mixing.signature import Takes, Tensors
+from rwkv_lab.merge.mixing.weight_sum import divisor
 
 
 def linear(
@@ -17,10 +17,8 @@ def linear(
     normalize: Annotated[bool, Takes("divide by the sum of the weights")] = True,
 ) -> Tensor:
     """A model of weight 0 is not looked at, so that weights [1, 0] give the base bit for bit."""
-    total = sum(weights)
-    if normalize and abs(total) < 1e-8:
-        raise ParameterError(f"the weights {weights} add up to {total:g}, and normalize divides by that sum")
-    share = [w / total for w in weights] if normalize else weights
+    total = divisor(weights) if normalize else 1.0
+    share = [w / total for w in weights]
     out = base * share[0] if share[0] else base.new_zeros(len(base))
     for t, w in zip(tuned, share[1:], strict=True):
         if w:

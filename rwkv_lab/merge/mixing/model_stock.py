@@ -11,9 +11,11 @@ from rwkv_lab.merge.mixing.signature import Blocks, Look, Several
 
 
 def ratio(blocks: Blocks) -> float:
-    """t = N c / (1 + (N-1) c), with c the mean cosine between the deltas of N models, in float64.
+    """t = N c / (1 + (N-1) c), with c the mean cosine between the deltas of N models, in float64; 0 to 1.
 
-    0, the base, where 1 + (N-1) c vanishes: the deltas cancel, and no ratio is right. A delta of 0 has cosine 0.
+    0, the base, where c is below 0: the formula looks for a point between base and mean, and deltas that turn from
+    each other say nothing for leaving the base; t would be below 0 there, and grow without bounds as they cancel. A
+    delta of 0 has cosine 0.
     """
     products = None  # [N, N]
     for base, tuned in blocks():
@@ -26,8 +28,9 @@ def ratio(blocks: Blocks) -> float:
         size = math.sqrt(products[i, i]) * math.sqrt(products[j, j])
         cosines.append(float(products[i, j]) / size if size != 0 else 0.0)
     c = sum(cosines) / len(cosines)
-    below = 1 + (count - 1) * c
-    return 0.0 if abs(below) < 1e-6 else count * c / below
+    if c <= 0:
+        return 0.0
+    return min(count * c / (1 + (count - 1) * c), 1.0)  # in this order: a NaN stays one
 
 
 def model_stock(base: Tensor, tuned: Several, *, t: Annotated[float, Look(ratio)]) -> Tensor:

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, get_args, get_type_hints
 
+import torch
 from torch import Tensor
 
 from rwkv_lab.errors import ParameterError
 
+LARGEST = torch.finfo(torch.float32).max  # of every number: the arithmetic is float32
 Blocks = Callable[[], Iterator[tuple[Tensor, list[Tensor]]]]  # each call goes through the tensor again, (base, tuned)
 Draws = Callable[[int, int], Tensor]  # (seed, which of tuned) -> [n] float64, uniform in [0, 1)
 
@@ -159,8 +161,10 @@ def _number(parameter: Parameter, value: object, where: str) -> object:
     numbers = int if parameter.type is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, numbers):
         raise ParameterError(f"{said}: a {'whole ' if parameter.type is int else ''}number is needed ({takes.help})")
-    if not math.isfinite(value) or not takes.low <= value <= takes.high:
-        bounds = "finite" if takes.low == -math.inf else f"{takes.low:g} or more"
+    # Compared, not converted: a whole number may be too large for any float.
+    fits = takes.low <= value <= takes.high and (parameter.type is int or -LARGEST <= value <= LARGEST)
+    if not fits:
+        bounds = f"finite, and at most {LARGEST:.4g} (float32)" if takes.low == -math.inf else f"{takes.low:g} or more"
         bounds = bounds if takes.high == math.inf else f"{takes.low:g} to {takes.high:g}"
         raise ParameterError(f"{said}: it must be {bounds} ({takes.help})")
     return value if parameter.type is int else float(value)

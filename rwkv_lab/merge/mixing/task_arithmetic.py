@@ -6,7 +6,8 @@ from typing import Annotated
 from torch import Tensor
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.merge.mixing.signature import Takes, Tensors
+from rwkv_lab.merge.mixing.signature import LARGEST, Takes, Tensors
+from rwkv_lab.merge.mixing.weight_sum import divisor
 
 Scale = Annotated[float, Takes("factor on what is added to the base; 0 is the base")]
 Weights = Annotated[Sequence[float], Takes("one per tuned model", each="tuned")]
@@ -25,10 +26,10 @@ def task_arithmetic(
 
 def add(deltas: Sequence[Tensor], base: Tensor, alpha: float, weights: Sequence[float], normalize: bool) -> Tensor:
     """base + alpha · Σ wᵢ deltaᵢ, or with `normalize` the weighted mean of the deltas."""
-    total = sum(weights)
-    if normalize and abs(total) < 1e-8:
-        raise ParameterError(f"the weights {weights} add up to {total:g}, and normalize divides by that sum")
-    out = base
+    total, out = divisor(weights) if normalize else 1.0, base
     for delta, w in zip(deltas, weights, strict=True):
-        out = out.add(delta, alpha=alpha * w / (total if normalize else 1))
+        factor = alpha * w / total
+        if abs(factor) > LARGEST:
+            raise ParameterError(f"alpha {alpha:g} times weight {w:g} is {factor:g}; float32 holds {LARGEST:.4g}")
+        out = out.add(delta, alpha=factor)
     return out

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rwkv_lab.merge.mixing.signature import Blocks, Look, Takes, Tensors
 from rwkv_lab.merge.mixing.task_arithmetic import Scale, Weights
+from rwkv_lab.merge.mixing.weight_sum import NOTHING, check_sum
 
 _HIGH, _LOW = 16, 15  # bits of |float32| that each of the two passes counts
 
@@ -60,16 +61,27 @@ def ties(
 
 
 def elect(deltas: Sequence[Tensor], base: Tensor, alpha: float, weights: Sequence[float], normalize: bool) -> Tensor:
-    """base + alpha · (mean or sum of those weighted deltas whose sign is that of the sum of all; + where it is 0)."""
+    """base + alpha · (mean or sum of those weighted deltas whose sign is that of the sum of all; + where it is 0).
+
+    The mean divides by the sum of the weights that agree, but where they cancel (|sum| at most 1e-6 of the sum of their
+    magnitudes, such as 1.1 + 2.2 - 3.3): there it is 0 but for rounding, and the sum of the deltas is taken as it is.
+    """
+    if normalize:
+        check_sum(weights)
+    opposed = min(weights) < 0 < max(weights)  # else no sum of them cancels, and float32 does
     weighted = [d * w for d, w in zip(deltas, weights, strict=True)]
     elected = (sum(weighted).sign() + 0.5).sign()  # 1 or -1; numbers, since torch is slow on booleans
-    total, counted = torch.zeros_like(base), torch.zeros_like(base)
+    total = torch.zeros_like(base)
+    counted = torch.zeros_like(base, dtype=torch.float64 if opposed else None)
+    size = torch.zeros_like(counted)
     for d, w in zip(weighted, weights, strict=True):
         agrees = (d.sign() * elected).clamp_(min=0)  # 1 or 0
         total.addcmul_(d, agrees)
         counted.add_(agrees, alpha=w)
+        if opposed:
+            size.add_(agrees, alpha=abs(w))
     if normalize:
-        total /= torch.where(counted == 0, 1, counted)
+        total /= torch.where(counted.abs() <= NOTHING * size, 1, counted)
     return torch.add(base, total, alpha=alpha)
 
 
