@@ -87,10 +87,12 @@ def open_adapters(
     if weights is not None and len(weights) != len(tuned):
         raise ParameterError(f"weights={list(weights)!r}: one per adapter is needed, {len(tuned)} in all")
     asked = [{k: _of(given.get(k), i) for k in _PER_ADAPTER} for i in range(len(tuned))]
+    # One alpha of 0 for all gives the base, whatever the weights are; `merge` sees to that.
+    alphas = [one["alpha"] if isinstance(alpha, (list, tuple)) else None for one in asked]
     with ExitStack() as stack:
         opened = []
         for ck, one in zip(tuned, asked, strict=True):
-            if one["alpha"] == 0:  # the base as it is: any alpha will do, where one is asked for
+            if one["alpha"] == 0:  # nothing of it: any alpha will do, where one is asked for
                 says = ck.kind != "lora" or ck.adapter_config is not None or ck.metadata.get("rwkv_lab.adapter")
                 one["alpha"] = None if says else 1.0
             adapter = stack.enter_context(open_adapter(ck.path, **one | {"residual_base": bool(one["residual_base"])}))
@@ -102,7 +104,7 @@ def open_adapters(
         stack.pop_all()
     return Adapters(
         tuple(opened),
-        tuple(map(float, weights)) if weights is not None else (1.0,) * len(opened),
+        tuple(float(w) * (a != 0) for w, a in zip(weights or [1.0] * len(opened), alphas, strict=True)),
         _quant(opened, given.get("quant")),
         bool(given.get("unmerge")),
         tuple(None if one["pissa_init"] is None else Path(one["pissa_init"]) for one in asked),
@@ -176,16 +178,22 @@ def memory_for(base: Checkpoint, adapters: Adapters, precision: torch.dtype) -> 
     return max(parts.values()) + _PIECES * piece
 
 
-def notes_on_adapters(adapters: Adapters, contained: bool) -> tuple[str, ...]:
+def notes_on_adapters(base: Checkpoint, adapters: Adapters) -> tuple[str, ...]:
     """Sentences for the plan and the report."""
     notes = []
-    if adapters.quant != "none":
-        says = "stored as in training" if not adapters.unmerge else "which unmerging does not bring back"
+    if adapters.quant != "none" and not adapters.unmerge:
         notes.append(
-            f"The base was quantised to {adapters.quant} in training, {says}: what rounding took away is lost."
+            f"The base was quantised to {adapters.quant} in training, stored as in training: what rounding took away "
+            "is lost."
         )
-    if adapters.unmerge and not contained:
-        notes.append("Nothing in the base's provenance says that it contains this adapter.")
+    for adapter in adapters.opened:
+        touched = {x.split(".")[1] for x in adapter.targets if x.startswith("blocks.")}
+        n_layer = base.layout.n_layer
+        if len(touched) < n_layer:
+            notes.append(
+                f"{Path(adapter.where).name} adapts {len(touched)} of {n_layer} layers: right if it was trained so, "
+                "wrong if it is of a model with fewer layers."
+            )
     if any(a.residual_base for a in adapters.opened):
         notes.append("PiSSA without its start: right only if the base given is what the SVD left over of the original.")
     if len(adapters.opened) > 1:

@@ -21,12 +21,13 @@ from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge import adapter, mix, overlay, stack, state
 from rwkv_lab.merge.change import Change
+from rwkv_lab.merge.contained import adapters_in, after_merging, after_mixing
 from rwkv_lab.merge.meaning import notes_on
 from rwkv_lab.merge.methods import ADAPTERS, INTO_BASE
 from rwkv_lab.merge.mixing import MIXING
 from rwkv_lab.merge.patterns import pattern_list, select
 from rwkv_lab.merge.plan import MergePlan, MergeResult, PlanRow
-from rwkv_lab.merge.provenance import RECORD, adapters_in, as_text, beside, contained, provenance
+from rwkv_lab.merge.provenance import RECORD, as_text, beside, provenance
 from rwkv_lab.merge.refusals import (
     check_base,
     check_dtypes,
@@ -122,7 +123,6 @@ def merge(
             check_dtypes(ck)
         asked, method = method, _method(tuned_cks) if method == "auto" else method
         check_method(method, alpha, weights, parameters, pissa_init)
-        held = adapters_in(base_ck)
         beside_base = None
         if method in ADAPTERS:
             beside_base = opened.enter_context(
@@ -145,11 +145,11 @@ def merge(
         skipped = tuple(c.name for c in changes if c.name not in chosen)
         nothing = method in (*INTO_BASE, *ADAPTERS) and values["alpha"] == 0
         applied = [] if nothing else [c for c in changes if c.name in chosen]
-        contains = held
+        contains, notes = adapters_in(base_ck), ()
         if beside_base and applied:
-            contains = _contained_after(base_ck, tuned_cks, beside_base, held)
-        elif any(c.source != "base" for c in applied):  # an adapter may be in whatever part of a model went in
-            contains = adapters_in(base_ck, *tuned_cks)
+            contains, notes = after_merging(base_ck, tuned_cks, beside_base, include, exclude)
+        elif any(c.source != "base" for c in applied):
+            contains = after_mixing(base_ck, tuned_cks, [c.name for c in applied])
         recipe = {
             "method": method,
             "alpha": values.pop("alpha", None),
@@ -179,7 +179,7 @@ def merge(
             disk_free(out.parent),
             memory,
             memory_free(),
-            adapter.notes_on_adapters(beside_base, bool(held))
+            (*notes, *adapter.notes_on_adapters(base_ck, beside_base))
             if beside_base
             else notes_on(method, layout_after, [r for r in rows if r.action in ("mix", "layer")]),
         )
@@ -264,30 +264,6 @@ def _adapter_values(alpha: object, adapters: adapter.Adapters, parameters: Mappi
     asked = [None if a is None else float(a) for a in alpha] if isinstance(alpha, (list, tuple)) else alpha
     asked = float(asked) if isinstance(asked, int) else asked
     return {"alpha": asked, "weights": list(adapters.weights) if several else None, **given}
-
-
-def _contained_after(
-    base: Checkpoint, tuned: Sequence[Checkpoint], adapters: adapter.Adapters, held: list[dict]
-) -> list[dict]:
-    """What the output will say that it contains.
-
-    Raises:
-        ParameterError: the base contains one of the adapters already.
-    """
-    # Always of the cheap kind: whatever the caller has the inputs hashed by, an adapter is known again.
-    new = [contained(file_facts(ck), w) for ck, w in zip(tuned, adapters.weights, strict=True) if w]
-    there = {one["fingerprint"] for one in held}
-    if adapters.unmerge:
-        out = {one["fingerprint"] for one in new}
-        return [one for one in held if one["fingerprint"] not in out]
-    for one in new:
-        if one["fingerprint"] in there:
-            raise ParameterError(
-                f"{base.path} contains {one['name']} already, its provenance says so (fingerprint "
-                f"{one['fingerprint'][:20]}…).\nGive the base from before; parameters={{'unmerge': True}} takes the "
-                "adapter out; for more of it, say weights=[2] on the base from before."
-            )
-    return [*held, *new]
 
 
 def _values(method: str, alpha: object, weights: object, parameters: Mapping | None) -> dict[str, object]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rwkv_lab.checkpoint import Checkpoint, FileFacts
+from rwkv_lab.checkpoint import FileFacts
 from rwkv_lab.checkpoint.stream import Findings
 
 RECORD = "rwkv_lab.json"  # its name among the records of a .pth, and as a key of a .safetensors' metadata
@@ -15,39 +15,20 @@ RECORD = "rwkv_lab.json"  # its name among the records of a .pth, and as a key o
 
 def provenance(recipe: dict, inputs: Sequence[FileFacts], contains: Sequence[dict] = (), job: str = "merge") -> dict:
     """JSON-ready description of a merge, or of another job that makes a checkpoint from checkpoints; `contains` as of
-    `adapters_in`, where there are any."""
+    `contained`, where there are any adapters."""
     from rwkv_lab import __version__  # here, because rwkv_lab/__init__ imports this room
 
     made = {
         "made_by": f"rwkv_lab {__version__}",
         "job": job,
         "recipe": recipe,
-        "inputs": [{"name": _printable(f.path.name), "bytes": f.bytes, "fingerprint": f.fingerprint} for f in inputs],
+        "inputs": [{"name": printable(f.path.name), "bytes": f.bytes, "fingerprint": f.fingerprint} for f in inputs],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
     return made | ({"contains": list(contains)} if contains else {})
 
 
-def contained(facts: FileFacts, weight: float) -> dict:
-    """How an output remembers an adapter that was merged into it."""
-    return {"name": _printable(facts.path.name), "fingerprint": facts.fingerprint, "weight": weight}
-
-
-def adapters_in(*models: Checkpoint) -> list[dict]:
-    """The adapters that checkpoints say they contain, each once; none of a file by others, or one that cannot be
-    understood."""
-    held: dict[str, dict] = {}
-    for ck in models:
-        try:
-            found = json.loads(ck.metadata[RECORD])["contains"]
-            for one in [dict(one) for one in found if isinstance(one["fingerprint"], str)]:
-                held.setdefault(one["fingerprint"], one)
-        except (KeyError, ValueError, TypeError, RecursionError):
-            continue
-    return list(held.values())
-
-
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A file name may be any bytes; text in a file is UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_lab.checkpoint import Checkpoint, TensorInfo, open_checkpoint, write_checkpoint
+from rwkv_lab.checkpoint import Checkpoint, TensorInfo, file_facts, open_checkpoint, write_checkpoint
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.peft import hf_layout, rwkv_peft_layout
 from rwkv_lab.peft.adapter import Adapter, LoraTarget
@@ -60,6 +60,8 @@ def open_adapter(
             init = open_checkpoint(pissa_init)
             opened.append(init)
             _check_dtypes(init)
+            if file_facts(init).fingerprint == file_facts(ck).fingerprint:
+                raise LayoutError(f"pissa_init {init.path} is the adapter itself, not what it started from.")
             adapter = replace(adapter, targets=_started_from(adapter, init))
         _check_inner_shapes(adapter)
         return replace(adapter, path=ck.path, opened=tuple(opened))
@@ -88,6 +90,12 @@ def _started_from(adapter: Adapter, init: Checkpoint) -> dict[str, LoraTarget]:
             f"{init.path} has starts for {len(halves)} layers, {adapter.where} adapts {len(adapter.targets)}"
             f"{f'; nothing for {missing[0]}' if missing else ''}.\nThey are not of one training run."
         )
+    for x, target in adapter.targets.items():
+        if halves[x]["A"].shape != target.A.shape or halves[x]["B"].shape != target.B.shape:
+            raise LayoutError(
+                f"{init.path} starts {x} with lora_A {list(halves[x]['A'].shape)}, {adapter.where} has "
+                f"{list(target.A.shape)}.\nThey are not of one training run."
+            )
     return {x: replace(t, pissa=True, init_A=halves[x]["A"], init_B=halves[x]["B"]) for x, t in adapter.targets.items()}
 
 

@@ -74,9 +74,14 @@ def _sorted(ck: Checkpoint) -> tuple[dict[str, dict[str, TensorInfo]], dict[str,
         bare = name.removeprefix(PREFIX)
         match = _PART.match(bare)
         if match:
-            layers.setdefault(match["layer"], {})[match["lora"] or "miss"] = info
+            parts, part = layers.setdefault(match["layer"], {}), match["lora"] or "miss"
+            if part in parts:
+                raise LayoutError(f"{ck.path}: {parts[part].name} and {name} are one part of the adapter, said twice.")
+            parts[part] = info
         elif re.search(r"(^|[._])(lora|miss|bone)_", bare):
             raise LayoutError(f"{ck.path}: {name} is a part of an adapter that is not known here.")
+        elif bare in full:
+            raise LayoutError(f"{ck.path}: {full[bare].name} and {name} are one tensor, said twice.")
         else:
             full[bare] = info
     return layers, full
@@ -111,7 +116,9 @@ def _lora_targets(ck: Checkpoint, asked: Asked, layers) -> tuple[dict[str, LoraT
         )
     if asked.says_pissa and not pissa:
         raise ParameterError(f"{ck.path} says that it is a plain LoRA; leave out pissa_init and residual_base.")
-    use_rslora = bool(config.get("use_rslora"))
+    use_rslora = config.get("use_rslora") or False
+    if not isinstance(use_rslora, bool):
+        raise LayoutError(f"{ck.path}: use_rslora is {use_rslora!r}; true or false is expected.")
     asked.agree("use_rslora", asked.use_rslora, use_rslora, ck.path)
     alpha = _number(ck, "lora_alpha", config.get("lora_alpha"))
     asked.agree("alpha", asked.alpha, alpha, ck.path)

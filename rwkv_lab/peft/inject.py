@@ -219,20 +219,23 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, adapter: Adapter, quant: str = "none") -> None:
+def load_adapter(model: nn.Module, adapter: Adapter, quant: str | None = None) -> None:
     """Put an adapter's values into a plain model, in place: as it was trained, ready to run or to be trained on.
 
     Args:
         model: the base, or for an adapter with `residual_base` what PiSSA left over of it.
-        quant: how the base's matrices are stored; an adapter that was trained on a quantised base wants the same.
+        quant: how the base's matrices are stored; None for what training did where the adapter says it, else "none".
 
     Raises:
         LayoutError: an adapter of another model, or incomplete; the model is as it was then.
         NumericsError: NaN or infinity in the adapter; the model is as it was then.
-        ParameterError: a model that has adapters already.
+        ParameterError: a model that has adapters already, or another `quant` than the adapter says.
     """
     if adapters(model):
         raise ParameterError("The model has adapters already; load it anew.")
+    if quant is not None and adapter.quant not in (None, quant):
+        raise ParameterError(f"quant={quant!r} was given, {adapter.where} says {adapter.quant!r}; leave it out.")
+    quant = quant or adapter.quant or "none"
     check_quant(quant)
     adapter.check({name: tuple(p.shape) for name, p in model.named_parameters()}, model.layout)
     for name, values in adapter.tensors().items():

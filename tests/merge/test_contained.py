@@ -9,7 +9,7 @@ from models import random_lora, random_model
 from rwkv_lab import merge, open_checkpoint
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge import verify_merge
-from rwkv_lab.merge.provenance import adapters_in
+from rwkv_lab.merge.contained import adapters_in
 
 CASES = {
     "overlay": {},
@@ -58,3 +58,85 @@ def test_the_base_keeps_its_own_where_nothing_goes_in(models):
         assert names(models / f"{method}.pth") == ["a.lora.pth"]
     merge(models / "a.pth", [models / "plain.pth"], models / "o.pth", method="slerp")
     assert names(models / "o.pth") == ["a.lora.pth"]
+
+
+@pytest.fixture
+def held(tmp_path):
+    """merge(base, adapters, name, …) of small files by name, and the paths."""
+    torch.save({n: t.float() for n, t in random_model().items()}, tmp_path / "base.pth")
+    for seed, name in enumerate(("a", "b")):
+        torch.save(random_lora(seed=seed, full=False), tmp_path / f"{name}.pth")
+
+    def run(base, adapters, out, **given):
+        adapters = [tmp_path / f"{a}.pth" for a in adapters]
+        return merge(tmp_path / f"{base}.pth", adapters, tmp_path / f"{out}.pth", **{"alpha": 4, **given})
+
+    return run
+
+
+UNDO = {"unmerge": True}
+
+
+@pytest.mark.parametrize(
+    ("in_by", "out_by", "says"),
+    [
+        ({}, {"alpha": 8}, "a.pth was merged .*with scaling .*alpha and use_rslora"),
+        ({}, {"parameters": UNDO | {"use_rslora": True}}, "scaling"),
+        ({"weights": [0.5]}, {}, "with weight 0.5; .* weights as it was then"),
+        ({"include": ["blocks.0.*"]}, {}, "with include .*blocks.0"),
+        ({}, {"include": ["blocks.0.*"]}, "with include None"),
+        ({}, {"exclude": ["blocks.0.*"]}, "with exclude None"),
+    ],
+)
+def test_what_is_taken_out_is_what_went_in(in_by, out_by, says, held):
+    held("base", "a", "m", **in_by)
+    with pytest.raises(ParameterError, match=says.replace(" .*", "(.|\n)*")):
+        held("m", "a", "back", **{"parameters": UNDO, **out_by})
+    back = held("m", "a", "back", **in_by, parameters=UNDO).out
+    with open_checkpoint(back) as found, open_checkpoint(back.with_name("base.pth")) as before:
+        for name in before.info:
+            torch.testing.assert_close(found[name], before[name], rtol=1e-5, atol=1e-5)
+        assert not adapters_in(found)
+
+
+def test_notes_name_what_was_never_in_there(held):
+    held("base", "a", "m")
+    notes = held("m", "b", "n", parameters=UNDO, dry_run=True).plan.notes
+    assert any("Nothing in the base's provenance says that it contains this adapter, b.pth" in n for n in notes)
+
+
+def test_the_same_adapter_twice_in_one_list(held, tmp_path):
+    (tmp_path / "copy.pth").write_bytes((tmp_path / "a.pth").read_bytes())
+    with pytest.raises(ParameterError, match="a.pth and copy.pth are the same adapter"):
+        held("base", ["a", "b", "copy"], "m")
+
+
+def test_what_went_through_a_mix_is_not_taken_out(models):
+    result = merge(models / "plain.pth", [models / "a.pth"], models / "o.pth", method="slerp")
+    with pytest.raises(ParameterError, match="mix of models"):
+        merge(result.out, models / "a.lora.pth", models / "p.pth", alpha=4, parameters=UNDO)
+
+
+def test_a_state_leaves_the_adapters_as_they_are(models):
+    torch.save({"head.weight": random_model(seed=5)["head.weight"]}, models / "head.pth")
+    result = merge(models / "a.pth", models / "head.pth", models / "o.pth")
+    merge(result.out, models / "a.lora.pth", models / "p.pth", alpha=4, parameters=UNDO)
+    assert not names(models / "p.pth") and names(result.out) == ["a.lora.pth"]
+
+
+def test_an_alpha_of_zero_in_a_list_adds_nothing_of_that_adapter(held, tmp_path):
+    one = held("base", "b", "one")
+    both = held("base", ["a", "b"], "both", alpha=[0, 4])
+    assert all(c.passed for c in verify_merge(both)) and names(both.out) == ["b.pth"]
+    with open_checkpoint(one.out) as x, open_checkpoint(both.out) as y:
+        assert all(torch.equal(x[n], y[n]) for n in x.info)
+    none = held("base", "a", "none", alpha=[0])
+    with open_checkpoint(none.out) as x, open_checkpoint(tmp_path / "base.pth") as y:
+        assert all(torch.equal(x[n], y[n]) for n in y.info) and not adapters_in(x)
+
+
+def test_a_note_where_an_adapter_leaves_layers_alone(held, tmp_path):
+    lora = {n: t for n, t in random_lora(full=False).items() if n.startswith("blocks.0.")}
+    torch.save(lora, tmp_path / "shallow.pth")
+    assert any("shallow.pth adapts 1 of 2 layers" in n for n in held("base", ["shallow"], "m", dry_run=True).plan.notes)
+    assert not held("base", "a", "m", dry_run=True).plan.notes

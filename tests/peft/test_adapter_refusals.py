@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import snapshot
 from random_models import VERSIONS, make_layout
+from safetensors.torch import load_file, save_file
 from test_adapter_files import X, in_layout_of, written
 from trained import CONFIGS, as_if_trained
 
@@ -89,6 +90,10 @@ def test_pissa_wants_its_start(tmp_path):
         open_adapter(path, pissa_init=written(tmp_path / "half.pth", half))
     with pytest.raises(LayoutError, match="starts for 0 layers"):
         open_adapter(path, pissa_init=written(tmp_path / "none.pth", {"x": torch.zeros(3)}))
+    with pytest.raises(LayoutError, match=r"lora_A \[2, 32\], .* has \[4, 32\](.|\n)*not of one training run"):
+        open_adapter(path, pissa_init=written(tmp_path / "rank2.pth", in_layout_of("init", r=2)))
+    with pytest.raises(LayoutError, match="is the adapter itself"):
+        open_adapter(path, pissa_init=path)
 
 
 def test_what_the_file_says_is_not_overruled(adapted, tmp_path):
@@ -251,6 +256,37 @@ def edit(folder, **settings):
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text()) | settings
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def test_the_base_is_stored_as_the_adapter_says(base, adapted, tmp_path):
+    config = LoraConfig(lora_r=4, lora_alpha=6, lora_target_modules=["att.key"], quant="nf4")
+    trained = as_if_trained(adapted("7.0", config))
+    tokens = torch.arange(9)[None]
+    for name in ("a.pth", "folder"):
+        save_adapter(adapter_of(trained), tmp_path / name)
+        model = RWKV_Dual.from_pretrained(base("7.0"))
+        with open_adapter(tmp_path / name) as adapter:
+            with pytest.raises(ParameterError, match="quant='int8' was given, .* says 'nf4'; leave it out"):
+                load_adapter(model, adapter, quant="int8")
+            load_adapter(model, adapter)
+        assert torch.equal(model(tokens)[0], trained(tokens)[0])
+
+
+@pytest.mark.parametrize("part", ["blocks.0.att.key.lora_A", "ln_out"])
+def test_a_folder_that_says_a_part_twice(folder, part):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if part in n)
+    other = name.replace("lora_A.weight", "lora_A.default.weight").removeprefix("base_model.model." * ("ln" in part))
+    save_file({**tensors, other: 2 * tensors[name]}, path)
+    with pytest.raises(LayoutError, match="said twice"):
+        open_adapter(folder)
+
+
+def test_a_folder_whose_use_rslora_is_a_text(folder):
+    edit(folder, use_rslora="false")
+    with pytest.raises(LayoutError, match="use_rslora is 'false'; true or false is expected"):
+        open_adapter(folder)
 
 
 def test_a_folder_that_is_half_written(base, folder, tmp_path):
