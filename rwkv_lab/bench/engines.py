@@ -17,7 +17,7 @@ from rwkv_lab.bench.contest import OURS
 from rwkv_lab.bench.peers import Peer, PeerError, Session, open_peer
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import RwkvLabError
-from rwkv_lab.merge.room import memory_free
+from rwkv_lab.machine import memory_free
 from rwkv_lab.model import RWKV_Dual, RWKVMode, RWKVState
 from rwkv_lab.model.weight_only import quantise_weights
 from rwkv_lab.wkv import use_backend

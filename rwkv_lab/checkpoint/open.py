@@ -10,11 +10,11 @@ import torch
 
 from rwkv_lab.checkpoint.kind import Identity, identify
 from rwkv_lab.checkpoint.layout import Layout
-from rwkv_lab.checkpoint.paths import to_path
 from rwkv_lab.checkpoint.safetensors_header import looks_like_safetensors, read_safetensors_header
 from rwkv_lab.checkpoint.source import SourceFile, TensorInfo
 from rwkv_lab.checkpoint.torch_zip import read_torch_zip
 from rwkv_lab.errors import CorruptFileError, LayoutError, UnsafeFileError
+from rwkv_lab.paths import to_path
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, open_checkpoint
-from rwkv_lab.checkpoint.paths import to_path
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
 from rwkv_lab.merge.change import Change, overwrite
 from rwkv_lab.merge.overlay import refuse_prefix
+from rwkv_lab.paths import to_path
 from rwkv_lab.peft.adapter import Adapter, InMemory, LoraTarget, MissTarget, refuse_overlap
 from rwkv_lab.peft.files import open_adapter
 from rwkv_lab.peft.hf_layout import PREFIX

@@ -15,16 +15,17 @@ import torch
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, write_text
 from rwkv_lab.checkpoint.file_layout import file_layout
-from rwkv_lab.checkpoint.paths import to_path
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.checkpoint.write import file_kind, write_stream
 from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.machine import disk_free, memory_free
 from rwkv_lab.merge.change import in_step
 from rwkv_lab.merge.overlay import check_full_tensors, same_dimensions
 from rwkv_lab.merge.patterns import matches, pattern_list, refuse_unmatched
 from rwkv_lab.merge.provenance import RECORD, as_text, beside, provenance
 from rwkv_lab.merge.refusals import check_base, check_dtypes, output_dtype, refuse_same
-from rwkv_lab.merge.room import check_output, check_room, disk_free, memory_free
+from rwkv_lab.merge.room import check_output, check_room
+from rwkv_lab.paths import to_path
 from rwkv_lab.peft.rwkv_peft_layout import NOTE, lora_note
 from rwkv_lab.progress import Progress
 

@@ -13,12 +13,12 @@ import torch
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, write_text
 from rwkv_lab.checkpoint.atomic import one_writer
 from rwkv_lab.checkpoint.file_layout import file_layout
-from rwkv_lab.checkpoint.paths import to_path
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, Findings, OutTensor
 from rwkv_lab.checkpoint.write import file_kind, write_stream
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.machine import disk_free, memory_free
 from rwkv_lab.merge import adapter, mix, overlay, stack, state
 from rwkv_lab.merge.change import Change
 from rwkv_lab.merge.contained import adapters_in, after_merging, after_mixing
@@ -39,7 +39,8 @@ from rwkv_lab.merge.refusals import (
     plain,
     refuse_same,
 )
-from rwkv_lab.merge.room import check_output, check_room, disk_free, memory_free
+from rwkv_lab.merge.room import check_output, check_room
+from rwkv_lab.paths import to_path
 from rwkv_lab.progress import human_bytes
 
 log = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from rwkv_lab.checkpoint import open_checkpoint
-from rwkv_lab.checkpoint.paths import to_path
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.merge.merge import merge
 from rwkv_lab.merge.plan import MergeResult
 from rwkv_lab.merge.settings import GRADIENT, REST, with_default
+from rwkv_lab.paths import to_path
 
 log = logging.getLogger(__name__)
 

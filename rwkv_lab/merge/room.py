@@ -1,13 +1,12 @@
 """Where an output may go, and whether there is room for it: checked before a byte of tensor data is read."""
 
 import os
-import shutil
 from pathlib import Path
 
 from rwkv_lab.checkpoint import Checkpoint
 from rwkv_lab.checkpoint.atomic import check_target, refuse_inputs
-from rwkv_lab.checkpoint.paths import to_path
 from rwkv_lab.errors import OutputError, ParameterError
+from rwkv_lab.paths import to_path
 from rwkv_lab.progress import human_bytes
 
 NAME_MAX = 255  # bytes of a file name, on every common file system
@@ -34,20 +33,6 @@ def check_output(out: Path, inputs: list[Checkpoint], allowed_dir: str | Path | 
         raise OutputError(f"{out} is a folder; name a file in it, such as {out / 'merged.pth'}")
     refuse_inputs(out, [(file.path, os.fstat(file.fd)) for ck in inputs for file in ck.files])
     check_target(out, overwrite)
-
-
-def disk_free(folder: Path) -> int:
-    """Bytes this user may still write there."""
-    return shutil.disk_usage(folder).free
-
-
-def memory_free() -> int:
-    """Bytes of memory the machine can give without swapping."""
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_room(out: Path, output_bytes: int, free: int, memory_needed: int, memory: int) -> None:

@@ -9,8 +9,8 @@ import torch
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import LayoutError
+from rwkv_lab.machine import memory_free
 from rwkv_lab.merge import MergeResult
-from rwkv_lab.merge.room import memory_free
 from rwkv_lab.model import RWKV_Dual, bits_per_byte
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.train import CORPORA, load_corpus

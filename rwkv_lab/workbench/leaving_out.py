@@ -10,7 +10,7 @@ from IPython.display import display
 
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.merge.room import memory_free
+from rwkv_lab.machine import memory_free
 from rwkv_lab.model import RWKV_Dual, bits_per_byte
 from rwkv_lab.peft import load_adapter
 from rwkv_lab.progress import human_bytes

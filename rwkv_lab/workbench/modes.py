@@ -11,7 +11,7 @@ from IPython.display import display
 from rwkv_lab.checkpoint import file_facts, open_checkpoint
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import DeviceError, LayoutError
-from rwkv_lab.merge.room import memory_free
+from rwkv_lab.machine import memory_free
 from rwkv_lab.model import RWKV_Dual, capture
 from rwkv_lab.model.agreement import (
     GROWTH,

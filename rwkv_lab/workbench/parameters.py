@@ -16,13 +16,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from rwkv_lab.bench.peers import parse_peers
 from rwkv_lab.checkpoint import open_checkpoint
-from rwkv_lab.checkpoint.paths import path_fault
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.adapter import check_adapter_files
 from rwkv_lab.merge.methods import ADAPTERS, INTO_BASE, METHODS
 from rwkv_lab.merge.mixing import MIXING
 from rwkv_lab.merge.recipe import read_recipe
 from rwkv_lab.merge.refusals import DTYPES, check_alpha, check_method, method_of, mixing_values
+from rwkv_lab.paths import path_fault
 from rwkv_lab.wkv import backends
 from rwkv_lab.workbench.tuned_file import Said, check_tuned
 

@@ -8,7 +8,7 @@ from IPython.display import display
 
 from rwkv_lab.checkpoint import file_facts, open_checkpoint
 from rwkv_lab.checks import Check
-from rwkv_lab.merge.room import memory_free
+from rwkv_lab.machine import memory_free
 from rwkv_lab.model import bits_per_byte
 from rwkv_lab.peft.quantised import QUANTS
 from rwkv_lab.progress import frontend_present, human_bytes

@@ -1,0 +1,115 @@
+"""Options of a job as one typed model: names, types, ranges, help and defaults, defined once.
+
+A job's keywords, a notebook's parameters and panel, the recipe in the provenance and the reference table in docs/ are
+made from its `Spec`, or tested against it. Types are strict: the text "true" is no bool, True is no number, 1.0 is no
+whole number. One thing is converted: text that reads as a number, where one with a fraction is asked for, because
+YAML 1.1 takes `1e-3` for text.
+"""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.paths import path_fault
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value  # refused by its type
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        raise ValueError("it should be a finite number")
+    return value
+
+
+def _not_empty(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
+
+
+def _path(text: str) -> str:
+    fault = path_fault(text)
+    if fault:
+        raise ValueError(fault)
+    return text
+
+
+Number = Annotated[float, BeforeValidator(_number)]  # finite
+Text = Annotated[str, AfterValidator(_not_empty)]
+PathText = Annotated[str, AfterValidator(_path)]
+Patterns = list[Text]  # of tensor names, as `rwkv_lab.patterns` reads them
+
+
+class Spec(BaseModel):
+    """Base of all job specs. The order of the fields is their order in signatures, notebooks, panels and tables."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", validate_default=True, arbitrary_types_allowed=True)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Self:
+        """The spec with these values.
+
+        Raises:
+            ParameterError: an unknown name, a wrong type, or a value out of range; the first in words, the others by
+                name.
+        """
+        for name in values:
+            if name not in cls.model_fields:
+                raise unknown_name(cls.__name__, name, cls.model_fields)
+        try:
+            return cls(**values)
+        except ValidationError as e:
+            raise _in_words(e) from None
+
+    def changed(self, **values: Any) -> Self:
+        """The same spec with some values changed, validated again.
+
+        Raises:
+            ParameterError: as `read`.
+        """
+        return type(self).read({name: getattr(self, name) for name in type(self).model_fields} | values)
+
+    def given(self) -> dict[str, Any]:
+        """The values that are not the defaults, by name."""
+        return {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if field.is_required() or getattr(self, name) != field.get_default(call_default_factory=True)
+        }
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """`; did you mean X?` where one of `words` is near, else empty."""
+    near = get_close_matches(word, list(words), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ParameterError:
+    """The error for a parameter that `what` does not take."""
+    allowed = list(allowed)
+    return ParameterError(
+        f"{what} has no parameter {name!r}{did_you_mean(name, allowed) or '.'}\nIt takes: {', '.join(allowed)}"
+    )
+
+
+def _in_words(error: ValidationError) -> ParameterError:
+    """The first of pydantic's findings, and which other parameters are wrong too."""
+    first, *rest = error.errors()
+    name = str(first["loc"][0]) if first["loc"] else ""
+    says = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    if first["type"] == "missing":
+        says = f"{name} is missing"
+    elif name:
+        value = repr(first["input"])
+        says = f"{name}={value if len(value) <= 80 else value[:80] + '…'}: {says}"
+    lines = [says]
+    others = sorted({str(e["loc"][0]) for e in rest if e["loc"]} - {name})
+    if others:
+        lines.append(f"Wrong too: {', '.join(others)}")
+    return ParameterError("\n".join(lines))
