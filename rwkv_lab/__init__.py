@@ -8,8 +8,7 @@ from importlib import import_module
 # Bound here, after its module was imported, so that `rwkv_lab.merge` is the function and not the folder of that name.
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.merge import merge
-
-__version__ = "0.1.0"
+from rwkv_lab.version import __version__
 
 _HOME = {
     "RWKV_Dual": "rwkv_lab.model",

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rwkv_lab.version import __version__
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -77,6 +79,7 @@ def test_wheel_brings_kernels_and_notebooks(tmp_path):
     build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ROOT]
     subprocess.run([*pip, *build], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"rwkv_lab-{__version__}-")
     subprocess.run(
         [*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, capture_output=True
     )

@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from rwkv_lab import __version__
 from rwkv_lab.errors import KernelError
+from rwkv_lab.version import __version__
 from rwkv_lab.wkv.loader import cpu_library
 
 _TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # of /proc's clocks, per second

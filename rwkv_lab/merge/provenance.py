@@ -9,6 +9,7 @@ import torch
 
 from rwkv_lab.checkpoint import FileFacts
 from rwkv_lab.checkpoint.stream import Findings
+from rwkv_lab.version import __version__
 
 RECORD = "rwkv_lab.json"  # its name among the records of a .pth, and as a key of a .safetensors' metadata
 
@@ -16,8 +17,6 @@ RECORD = "rwkv_lab.json"  # its name among the records of a .pth, and as a key o
 def provenance(recipe: dict, inputs: Sequence[FileFacts], contains: Sequence[dict] = (), job: str = "merge") -> dict:
     """JSON-ready description of a merge, or of another job that makes a checkpoint from checkpoints; `contains` as of
     `contained`, where there are any adapters."""
-    from rwkv_lab import __version__  # here, because rwkv_lab/__init__ imports this room
-
     made = {
         "made_by": f"rwkv_lab {__version__}",
         "job": job,

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rwkv_lab import __version__
 from rwkv_lab.checkpoint import FileFacts, write_text
 from rwkv_lab.checks import Check
+from rwkv_lab.version import __version__
 
 
 @dataclass(frozen=True)
