@@ -1,0 +1,162 @@
+"""What a merge takes: `MergeSpec` decides the bytes of the output, `MergeOptions` how the job runs.
+
+`merge`'s keywords, merge.ipynb's parameters, the recipe in the provenance and the reference table in docs/ come from
+these two, or are tested against them. Values are normalised: paths to `Path`, dtypes to their short names, tuples to
+lists, no patterns to None. What a method makes of alpha, weights and parameters, the method checks.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+
+from rwkv_lab.paths import path_fault
+from rwkv_lab.spec import Patterns, Spec, did_you_mean
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError("it should be a path")
+    fault = path_fault(os.fsdecode(value))
+    if fault:
+        raise ValueError(fault)
+    return Path(value).expanduser().absolute()
+
+
+def _paths(value: Any) -> tuple[Path, ...]:
+    if value is None:
+        return ()
+    return tuple(_path(one) for one in value) if isinstance(value, list | tuple) else (_path(value),)
+
+
+def _paths_or_none(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [None if one is None else _path(one) for one in value]
+    return None if value is None else _path(value)
+
+
+def _patterns(value: Any) -> list | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError("it must be a list of patterns")
+    wrong = next((p for p in value if not isinstance(p, str)), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong!r} is no pattern; a pattern is a text such as 'blocks.0.*'")
+    return list(value) or None
+
+
+def _dtype(value: Any) -> Any:
+    return next((name for name, dtype in DTYPES.items() if isinstance(value, torch.dtype) and dtype == value), value)
+
+
+def _setting(value: Any) -> Any:
+    """A copy as JSON can hold it: the recipe is a part of the output."""
+    try:
+        copy = json.loads(json.dumps(value))
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"numbers, texts, lists and mappings are needed ({e})") from None
+    _refuse_not_finite(copy)
+    return copy
+
+
+def _refuse_not_finite(value: Any) -> None:
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_not_finite(one)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number")
+
+
+def _parameters(value: Any) -> Any:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("a mapping of names to values is needed")
+    return _setting(value or {})
+
+
+def _method(value: Any) -> Any:
+    from rwkv_lab.merge.methods import METHODS  # here, because methods are checked against a spec
+
+    if value != "auto" and value not in METHODS:
+        hint = did_you_mean(str(value), METHODS)
+        raise ValueError(f"it must be 'auto' or one of {', '.join(METHODS)}{hint}")
+    return value
+
+
+AbsolutePath = Annotated[Path, BeforeValidator(_path)]
+NamePatterns = Annotated[Patterns | None, BeforeValidator(_patterns)]  # None where there are none
+Setting = Annotated[Any, BeforeValidator(_setting)]  # a number, or one that differs by tensor or model: `settings`
+
+
+class MergeSpec(Spec):
+    """What decides the bytes of a merged checkpoint."""
+
+    base: AbsolutePath = Field(description="the model to merge into: .pth, .safetensors or a folder")
+    tuned: Annotated[tuple[AbsolutePath, ...], BeforeValidator(_paths)] = Field(
+        description="a state, a fine-tune, an adapter; a list of adapters, or of models to mix"
+    )
+    method: Annotated[str, BeforeValidator(_method)] = Field(
+        "auto",
+        description="auto reads it off the file; or state, overlay, lora, pissa, miss; linear, slerp, … mix models",
+    )
+    alpha: Setting = Field(
+        None, description="0 to 1: how far to go; for a LoRA: its alpha; where deltas are added: their factor"
+    )
+    weights: Setting = Field(None, description="linear: base, then each tuned; where deltas are added: each tuned")
+    pissa_init: Annotated[Path | list[Path | None] | None, BeforeValidator(_paths_or_none)] = Field(
+        None, description="of a PiSSA adapter: the file or folder that it started from"
+    )
+    parameters: Annotated[dict[str, Any], BeforeValidator(_parameters)] = Field(
+        {}, description="what else a method takes: density, seed, layers; of adapters bat, quant, unmerge, …"
+    )
+    include: NamePatterns = Field(None, description="shell patterns of tensors that may change; empty: all")
+    exclude: NamePatterns = Field(None, description="shell patterns of tensors that stay the base's")
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, BeforeValidator(_dtype)] = Field(
+        None, description="bf16, fp16 or fp32 for every tensor; empty: each keeps its own"
+    )
+    allow_extra: NamePatterns = Field(
+        None, description="patterns of tensors that the generation does not know but may be there"
+    )
+    allow_nonfinite: bool = Field(False, description="record NaN, Inf and overflow in the report instead of refusing")
+    precision: Literal["float32", "float64"] = Field("float32", description="of the arithmetic: float32 or float64")
+
+    @property
+    def output_dtype(self) -> torch.dtype | None:
+        """The dtype of every tensor of the output; None: each keeps its own."""
+        return None if self.dtype is None else DTYPES[self.dtype]
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """The dtype of the arithmetic."""
+        return torch.float64 if self.precision == "float64" else torch.float32
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything but the files, JSON-ready: what the provenance records, and `verify_merge` computes from."""
+        return {
+            "method": self.method,
+            "alpha": self.alpha,
+            "weights": self.weights,
+            "parameters": self.parameters,
+            "include": self.include,
+            "exclude": self.exclude,
+            "dtype": str(self.output_dtype).removeprefix("torch.") if self.dtype else None,
+            "precision": self.precision,
+            "allow_extra": self.allow_extra,
+            "allow_nonfinite": self.allow_nonfinite,
+        }
+
+
+class MergeOptions(Spec):
+    """How a merge runs. None of it changes a tensor of the output; `hash` is seen in the fingerprints beside them."""
+
+    scan: Literal["all", "changed"] = Field("all", description="where to look for NaN and Inf: all or changed")
+    allowed_dir: AbsolutePath | None = Field(None, description="the only folder that the output may go to; empty: any")
+    overwrite: bool = Field(False, description="replace the output if it is there; never an input")
+    dry_run: bool = Field(False, description="stop after the plan")
+    hash: Literal["records", "sha256"] = Field("records", description="records: free; sha256: reads the inputs whole")
