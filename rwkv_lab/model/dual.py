@@ -10,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_lab.checkpoint import Layout, write_checkpoint
 from rwkv_lab.errors import DeviceError, ParameterError
-from rwkv_lab.model import fast_parallel, rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_lab.model import rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_lab.model.block import GROUP_NORM_EPS
-from rwkv_lab.model.compiled_step import compiled_step
+from rwkv_lab.model.cpu import prefill
+from rwkv_lab.model.cpu.step import compiled_step
 from rwkv_lab.model.device import device_errors, falls_back, parse_device, warn_of_fallback
 from rwkv_lab.model.generation import Sampling, generate_one
 from rwkv_lab.model.inputs import check_tokens
@@ -263,8 +264,8 @@ class RWKV_Dual(nn.Module):
             state = self.create_state(len(tokens))
         else:
             check_state(state, self.layout, len(tokens), self.emb.weight.dtype, self.get_device())
-        if not return_v_first and fast_parallel.is_possible(self, state):
-            return *fast_parallel.run(self, tokens, state), None
+        if not return_v_first and prefill.is_possible(self, state):
+            return *prefill.run(self, tokens, state), None
         x = self.blocks[0].ln0(self.emb(tokens))  # [B,T,C]
         v_first, att_shift, ffn_shift, wkv = None, [], [], []
         for layer, block in enumerate(self.blocks):
@@ -282,8 +283,8 @@ class RWKV_Dual(nn.Module):
 
     def _logits(self, x):
         """x `[...,C]` before ln_out -> logits `[...,V]`."""
-        possible = not x.requires_grad and fast_parallel.is_possible(self)
-        return fast_parallel.logits(self, x) if possible else self.head(self.ln_out(x))
+        possible = not x.requires_grad and prefill.is_possible(self)
+        return prefill.logits(self, x) if possible else self.head(self.ln_out(x))
 
     # ------------------------------------------------------------------ states
 

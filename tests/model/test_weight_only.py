@@ -8,7 +8,7 @@ from random_models import VERSIONS, load_model, make_tokens, relative_rms
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKVMode, agreement_of_logits, generate, quantise_weights
-from rwkv_lab.model import compiled_step as room
+from rwkv_lab.model.cpu import step as room
 from rwkv_lab.model.weight_only import SCHEMES, PackedEmbedding, PackedLinear
 from rwkv_lab.wkv import use_backend
 
@@ -68,7 +68,7 @@ def test_large_batches_of_16_bits_are_as_near_to_float64_as_the_modules(tmp_path
         found = model(tokens)
         with use_backend("reference"):
             expected, right = model(tokens), copy.deepcopy(model).double()(tokens)
-        # The factor is that of test_compiled_step.
+        # The factor is that of cpu/test_step.
         assert relative_rms(found[0], right[0]) < 2 * relative_rms(expected[0], right[0]) + 1e-3
 
 

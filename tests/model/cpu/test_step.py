@@ -11,8 +11,8 @@ from random_models import VERSIONS, load_model, make_tokens, relative_rms
 
 from rwkv_lab.errors import KernelError, ParameterError
 from rwkv_lab.model import RWKVMode, RWKVState, capture, generate, init_state_with_past
-from rwkv_lab.model import compiled_step as room
-from rwkv_lab.model import recycled as memory
+from rwkv_lab.model.cpu import buffer_pool as memory
+from rwkv_lab.model.cpu import step as room
 from rwkv_lab.wkv import use_backend
 
 # float32: rounding in another order, through two layers. 16 bits: the step rounds at fewer places than the modules, so

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual, RWKVMode, quantise_weights
-from rwkv_lab.model import compiled_step as room
+from rwkv_lab.model.cpu import step as room
 from rwkv_lab.peft import LoraConfig, apply_peft
 from rwkv_lab.wkv import use_backend
 

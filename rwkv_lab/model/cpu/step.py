@@ -19,8 +19,9 @@ from torch import nn
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.model.block import RESCALE_EVERY
+from rwkv_lab.model.cpu import abi
+from rwkv_lab.model.cpu.buffer_pool import Memory
 from rwkv_lab.model.plain import is_plain, nobody_interferes
-from rwkv_lab.model.recycled import Memory
 from rwkv_lab.model.state import RWKVState, check_state, state_shapes
 from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
 from rwkv_lab.wkv.choice import chosen_backend
@@ -28,8 +29,6 @@ from rwkv_lab.wkv.loader import cpu_library
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PACKED = {8: 3, 4: 4}  # bits -> format
 _PACKED_MODULES = (PackedLinear, PackedEmbedding)
 
 # Per layer, in the order that the C++ source has; "w1" and the like lie as [in,out].
@@ -68,47 +67,7 @@ _IDLE = {"att.v0", "att.v1", "att.v2"}  # of the first layer
 _MISSING = {"att.time_first", "att.time_faaaa", "att.gate", "att.time_mix_g"}  # not in every model of RWKV-5 and 6
 
 
-class _Tensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("format", ctypes.c_int32),
-        ("rows", ctypes.c_int32),
-        ("columns", ctypes.c_int32),
-        ("turned", ctypes.c_int32),
-    ]
-
-
-_NOTHING = _Tensor(None, None, 0, 0, 0, 1)
-
-
-class _Model(ctypes.Structure):
-    _fields_ = [
-        ("tensors", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("dtype", "L", "C", "A", "F", "V", "H", "N")),
-        ("norm_eps", ctypes.c_float),
-        ("head_norm_eps", ctypes.c_float),
-        ("generation", ctypes.c_int32),
-        ("rescale", ctypes.c_int32),
-    ]
-
-
-class _Call(ctypes.Structure):
-    _fields_ = [
-        ("tokens", ctypes.c_void_p),
-        ("B", ctypes.c_int64),
-        ("wkv", ctypes.c_void_p),
-        ("wkv_strides", ctypes.c_int64 * 5),
-        ("att_shift", ctypes.c_void_p),
-        ("ffn_shift", ctypes.c_void_p),
-        ("att_strides", ctypes.c_int64 * 2),
-        ("ffn_strides", ctypes.c_int64 * 2),
-        ("new_wkv", ctypes.c_void_p),
-        ("new_att_shift", ctypes.c_void_p),
-        ("new_ffn_shift", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("threads", ctypes.c_int64),
-    ]
+_NOTHING = abi.Tensor(None, None, 0, 0, 0, 1)
 
 
 _address, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.is_contiguous
@@ -161,32 +120,32 @@ class _Table:
         self.memory = [x.untyped_storage() for x in self.there]  # kept: a step may run on it
         self.large = sum(x.nbytes for x in self.there) > _CACHED
         self.used = False  # of a large model's table: from then on `_run` looks whether it holds, while it computes
-        self.rows = (_Tensor * len(rows))(*rows)
+        self.rows = (abi.Tensor * len(rows))(*rows)
         layout, norm_eps, head_norm_eps = model.layout, self._eps(nn.LayerNorm), self._eps(nn.GroupNorm)
-        self.model = _Model(
+        self.model = abi.Model(
             ctypes.addressof(self.rows),
-            *(_DTYPES[self.dtype], layout.n_layer, layout.n_embd, layout.dim_att, layout.dim_ffn, layout.vocab_size),
+            *(abi.DTYPES[self.dtype], layout.n_layer, layout.n_embd, layout.dim_att, layout.dim_ffn, layout.vocab_size),
             *(layout.n_head, layout.head_size, norm_eps, head_norm_eps),
             int(layout.version[0]),
             RESCALE_EVERY if self.dtype == torch.float16 and layout.version != "7.0" else 0,
         )
 
-    def _of_module(self, module) -> list[_Tensor]:
+    def _of_module(self, module) -> list[abi.Tensor]:
         if type(module) in (nn.Linear, nn.Embedding):
             return [self._of_parameter(module, "weight")]
         if type(module) in (nn.LayerNorm, nn.GroupNorm):
             return [self._of_parameter(module, "weight"), self._of_parameter(module, "bias")]
         if type(module) in _PACKED_MODULES:
             codes, scales = module.codes.data_ptr(), module.scales.data_ptr()
-            return [_Tensor(codes, scales, _PACKED[module.bits], module.rows, module.columns, 0)]
+            return [abi.Tensor(codes, scales, abi.PACKED_FORMATS[module.bits], module.rows, module.columns, 0)]
         raise _Unfit
 
-    def _of_parameter(self, owner, name, turned=False) -> _Tensor:
+    def _of_parameter(self, owner, name, turned=False) -> abi.Tensor:
         x = owner._parameters.get(name)
         if type(x) is not nn.Parameter or not x.is_contiguous() or x.dtype != self.dtype or x.device.type != "cpu":
             raise _Unfit
         rows, columns = (x.shape[:-1].numel(), x.shape[-1]) if turned or x.ndim == 2 else (1, x.numel())
-        return _Tensor(x.data_ptr(), None, _DTYPES[x.dtype], rows, columns, int(turned))
+        return abi.Tensor(x.data_ptr(), None, abi.DTYPES[x.dtype], rows, columns, int(turned))
 
     def _eps(self, kind: type[nn.Module]) -> float:
         """What all norms of that kind add to the variance; the C++ source knows one number."""
@@ -251,7 +210,7 @@ def compiled_step(model, tokens, state: RWKVState | None) -> Callable | None:
     if backend not in ("auto", "cpu") or model.layout.version not in _SOURCES or type(tokens) is not torch.Tensor:
         return None
     weight = model.ln_out.weight
-    if weight.dtype not in _DTYPES or weight.device.type != "cpu":
+    if weight.dtype not in abi.DTYPES or weight.device.type != "cpu":
         return None
     if not nobody_interferes():
         return None
@@ -350,7 +309,7 @@ def _run(model, table: _Table, step, tokens, state: RWKVState | None) -> tuple[t
         memory = Memory((shape, torch.float32), (shifts, dtype), (shifts, dtype))
         answer = Memory(((B, layout.vocab_size), dtype))
         new = (memory.address + offset for offset in memory.offsets)
-        call = _Call(column.data_ptr(), B, *where, *new, answer.address, torch.get_num_threads())
+        call = abi.Call(column.data_ptr(), B, *where, *new, answer.address, torch.get_num_threads())
         step(ctypes.byref(table.model), ctypes.byref(call))
         logits += answer.tensors()
         state = _fresh_state(memory, made_for, layout.version)
@@ -361,7 +320,7 @@ def _run(model, table: _Table, step, tokens, state: RWKVState | None) -> tuple[t
 
 
 def _addresses(memory: Memory, shape: tuple[int, ...], shifts: tuple[int, ...]) -> tuple:
-    """What `_Call` says about a state that a step has made: addresses, and strides of logical dimensions."""
+    """What `abi.Call` says about a state that a step has made: addresses, and strides of logical dimensions."""
     wkv, att, ffn = (memory.address + offset for offset in memory.offsets)
     if len(shape) == 5:
         _, L, H, N, _ = shape

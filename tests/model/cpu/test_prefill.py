@@ -5,8 +5,9 @@ import torch
 from random_models import VERSIONS, load_model, make_tokens, relative_rms
 
 from rwkv_lab.errors import KernelError
-from rwkv_lab.model import RWKVMode, capture, fast_parallel, init_state_with_past
+from rwkv_lab.model import RWKVMode, capture, init_state_with_past
 from rwkv_lab.model.agreement import in_dtype
+from rwkv_lab.model.cpu import prefill
 from rwkv_lab.wkv import use_backend
 from rwkv_lab.wkv.loader import cpu_library
 
@@ -121,9 +122,9 @@ def test_a_text_may_be_cut_anywhere(version, dtype, tmp_path):
 def test_many_tokens_run_in_pieces(tmp_path, monkeypatch):
     model, tokens = load_model(tmp_path, "7.0"), make_tokens(3, 50)
     expected = model.parallel(tokens)
-    monkeypatch.setattr(fast_parallel, "_BLOCK", 20)
+    monkeypatch.setattr(prefill, "_BLOCK", 20)
     check(model.parallel(tokens), expected, 1e-6)  # sums inside WKV in another order
-    monkeypatch.setattr(fast_parallel, "_BLOCK", 2)  # fewer than sequences
+    monkeypatch.setattr(prefill, "_BLOCK", 2)  # fewer than sequences
     check(model.parallel(tokens), expected, 1e-6)
 
 
@@ -162,21 +163,21 @@ def test_nan_stays_where_it_is(tmp_path):
 
 def test_where_the_torch_form_runs(tmp_path):
     model, tokens = load_model(tmp_path, "7.0"), make_tokens(1, 9)
-    assert fast_parallel.is_possible(model)
+    assert prefill.is_possible(model)
     with capture(model):
-        assert not fast_parallel.is_possible(model)
+        assert not prefill.is_possible(model)
     with use_backend("chunked"):
-        assert not fast_parallel.is_possible(model)
+        assert not prefill.is_possible(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not fast_parallel.is_possible(model)
+        assert not prefill.is_possible(model)
     hook = model.blocks[1].att.register_forward_hook(lambda *args: None)
-    assert not fast_parallel.is_possible(model)
+    assert not prefill.is_possible(model)
     hook.remove()
-    assert not fast_parallel.is_possible(in_dtype(model, torch.float64))
+    assert not prefill.is_possible(in_dtype(model, torch.float64))
     model.blocks[0].att.r_k.requires_grad_(True)
-    assert not fast_parallel.is_possible(model)
+    assert not prefill.is_possible(model)
     logits, _ = model.parallel(tokens)
     assert logits.requires_grad
     with torch.no_grad():
-        assert fast_parallel.is_possible(model)
+        assert prefill.is_possible(model)
         assert relative_rms(model.parallel(tokens)[0], logits) <= FLOAT32

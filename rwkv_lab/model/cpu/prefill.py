@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rwkv_lab.errors import KernelError
+from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.plain import is_plain, nobody_interferes
 from rwkv_lab.model.state import RWKVState
 from rwkv_lab.wkv import wkv4, wkv5, wkv6, wkv7
@@ -19,8 +20,6 @@ from rwkv_lab.wkv.choice import chosen_backend
 from rwkv_lab.wkv.cpu import library_on_torch_threads
 
 _BLOCK = 512  # rows (batch times tokens) at once: enough to pay for reading a layer's weights, few enough for the cache
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NONE, _TANH, _SIGMOID, _RELU_SQUARE = range(4)
 
 
 def is_possible(model: nn.Module, state: RWKVState | None = None) -> bool:
@@ -31,7 +30,7 @@ def is_possible(model: nn.Module, state: RWKVState | None = None) -> bool:
     weight = model.emb.weight
     if weight.device.type != "cpu" or chosen_backend() not in ("auto", "cpu"):
         return False
-    if weight.dtype not in _DTYPES or not nobody_interferes():
+    if weight.dtype not in abi.DTYPES or not nobody_interferes():
         return False
     grad = torch.is_grad_enabled()
     if grad and state is not None and any(part.requires_grad for part in state.tensors().values()):
@@ -101,7 +100,7 @@ class _Pass:
 
     def __init__(self, model):
         self.model, self.library, self.threads = model, _library(), torch.get_num_threads()
-        self.version, self.dtype = model.layout.version, _DTYPES[model.emb.weight.dtype]
+        self.version, self.dtype = model.layout.version, abi.DTYPES[model.emb.weight.dtype]
         self.pairs = int(model.emb.weight.dtype == torch.bfloat16 and self.library.has_pairs())
         self._room: dict[tuple, torch.Tensor] = {}
 
@@ -127,20 +126,20 @@ class _Pass:
 
     def multiply(self, rows: int, *products, add: bool = False) -> None:
         """y = x W, or y += x W, for each (x laid out, W, y `[rows,n]`); all at once."""
-        wanted = (_Product * len(products))()
+        wanted = (abi.Product * len(products))()
         for p, (x, weight, y) in zip(wanted, products, strict=True):
             into = isinstance(weight, _Into)
             weight = weight.weight if into else weight
             k, n = weight.shape if into else weight.shape[::-1]
             p.x, p.w, p.y = x.data_ptr(), weight.data_ptr(), y.data_ptr()
-            p.rows, p.k, p.n, p.w_dtype = rows, k, n, _DTYPES[weight.dtype]
+            p.rows, p.k, p.n, p.w_dtype = rows, k, n, abi.DTYPES[weight.dtype]
             p.w_along_n, p.w_along_k = (1, n) if into else (k, 1)
-            p.y_dtype, p.y_apart, p.add = _DTYPES[y.dtype], y.stride(0), add
+            p.y_dtype, p.y_apart, p.add = abi.DTYPES[y.dtype], y.stride(0), add
         self.call("multiply_all", wanted, len(products), self.pairs)
 
     def activate(self, rows: int, *layings) -> list[torch.Tensor]:
         """activation(y) laid out, for each (name, y `[rows,k]`, activation)."""
-        wanted, found = (_Laying * len(layings))(), []
+        wanted, found = (abi.Laying * len(layings))(), []
         for one, (name, y, activation) in zip(wanted, layings, strict=True):
             found.append(self.laid(name, rows, y.shape[1]))
             one.y, one.laid = y.data_ptr(), found[-1].data_ptr()
@@ -189,7 +188,7 @@ class _Pass:
             *(rows, (xr, att.receptance.weight, r), (xk, att.key.weight, k), (xv, att.value.weight, v)),
             *((inputs[z], _Into(weight), hidden[z]) for z, weight in low.items()),
         )
-        activation = {"w": _TANH, "a": _NONE, "g": _SIGMOID, "v": _NONE}
+        activation = {"w": abi.TANH, "a": abi.NONE, "g": abi.SIGMOID, "v": abi.NONE}
         laid = self.activate(rows, *((f"hidden {z}", hidden[z], activation[z]) for z in low))
         vx = None if first else self.room("vx", rows, A)
         outputs = {"w": w, "a": a, "g": g, "v": vx}
@@ -211,7 +210,7 @@ class _Pass:
         low = self.room("low", rows, att.time_maa_w1.shape[1])
         self.multiply(rows, (one, _Into(att.time_maa_w1), low))
         parts = zip("wkvrg", low.view(rows, 5, -1).unbind(1), strict=True)
-        laid = self.activate(rows, *((f"low {z}", part, _TANH) for z, part in parts))
+        laid = self.activate(rows, *((f"low {z}", part, abi.TANH) for z, part in parts))
         extra = self.room("extra", 5, rows, C)
         self.multiply(rows, *zip(laid, map(_Into, att.time_maa_w2), extra, strict=True))
         mu = [getattr(att, f"time_maa_{z}") for z in "wkvrg"]
@@ -222,7 +221,7 @@ class _Pass:
             *(rows, (xr, att.receptance.weight, r), (xk, att.key.weight, k), (xv, att.value.weight, v)),
             *((xg, att.gate.weight, g), (xw, _Into(att.time_decay_w1), low)),
         )
-        (low,) = self.activate(rows, ("decay", low, _TANH))
+        (low,) = self.activate(rows, ("decay", low, abi.TANH))
         self.multiply(rows, (low, _Into(att.time_decay_w2), w))
         self.call("decays6", w, att.time_decay, self.dtype, rows, A)
         y, S = wkv6(*(z.view(heads) for z in (r, w, k, v)), att.time_faaaa, S)
@@ -280,7 +279,7 @@ class _Pass:
         else:
             r, y = self.room("ffn r", rows, C), self.room("ffn y", rows, C)
             self.multiply(rows, (xk, ffn.key.weight, hidden), (xr[0], ffn.receptance.weight, r))
-        (laid,) = self.activate(rows, ("ffn", hidden, _RELU_SQUARE))
+        (laid,) = self.activate(rows, ("ffn", hidden, abi.RELU_SQUARE))
         if not gated:
             self.multiply(rows, (laid, ffn.value.weight, x), add=True)
         else:
@@ -290,21 +289,6 @@ class _Pass:
 
 
 # ---------------------------------------------------------------------- the library
-
-
-class _Product(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "w", "y")),
-        *((name, ctypes.c_int64) for name in ("rows", "k", "n", "w_dtype", "w_along_n", "w_along_k")),
-        *((name, ctypes.c_int64) for name in ("y_dtype", "y_apart", "add")),
-    ]
-
-
-class _Laying(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("y", "laid")),
-        *((name, ctypes.c_int64) for name in ("apart", "k", "activation")),
-    ]
 
 
 def _library() -> ctypes.CDLL:
