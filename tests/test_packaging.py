@@ -1,4 +1,4 @@
-"""The project as a package: one list of dependencies, floors that close known holes, two commands, nothing heavy at import."""
+"""The project as a package: one list of dependencies, floors that close known holes, nothing heavy at import."""
 
 import json
 import os
