@@ -1,0 +1,71 @@
+"""The options of a training: what they accept, what they normalise, what they refuse."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.train import train
+from rwkv_lab.train.spec import TrainOptions, TrainSpec
+
+
+def test_every_keyword_of_train_is_an_option_and_every_option_a_keyword():
+    keywords = inspect.signature(train).parameters
+    assert set(keywords) == {"out", *TrainSpec.model_fields, *TrainOptions.model_fields}
+    assert not set(TrainSpec.model_fields) & set(TrainOptions.model_fields)
+    for model in (TrainSpec, TrainOptions):
+        for name, field in model.model_fields.items():
+            assert field.description and name != "out"
+            default = keywords[name].default
+            if default is not inspect.Parameter.empty:
+                given = {"kind": "pretrain", name: default} if model is TrainSpec else {name: default}
+                assert getattr(model.read(given), name) == field.get_default(call_default_factory=True), name
+
+
+def test_what_python_callers_give_is_normalised():
+    spec = TrainSpec.read(
+        dict(kind="lora", base=Path("b.pth"), targets=("att.key",), train_parts=None, lr="1e-3", accumulate=None)
+    )
+    assert (spec.base, spec.targets, spec.train_parts, spec.lr, spec.accumulate) == (
+        "b.pth",
+        ["att.key"],
+        [],
+        0.001,
+        1,
+    )
+    assert TrainSpec.read(dict(kind="pretrain", base=None)).base == ""
+    assert TrainOptions.read(dict(log_folder=Path("log"))).log_folder == "log"
+
+
+def test_the_kinds_own_values_stand_where_none_is_given():
+    spec = TrainSpec.read(dict(kind="lora", base="b.pth", steps=7)).resolved()
+    assert (spec.data, spec.steps, spec.batch_size, spec.ctx_len, spec.lr, spec.rank) == (
+        "python",
+        7,
+        8,
+        128,
+        1e-2,
+        8,
+    )
+    assert TrainSpec.read(dict(kind="pretrain")).resolved().rank is None
+    assert spec.resolved() == spec
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(kind="lroa"), "kind='lroa': it should be 'pretrain'"),
+        (dict(kidn="lora"), "did you mean kind?"),
+        (dict(kind="state"), "base is missing"),
+        (dict(kind="pretrain", warmup=801), "from 0 to the 800 steps"),
+        (dict(kind="pretrain", targets=["att.key"]), "targets=['att.key'] goes with the kinds lora"),
+        (dict(kind="pretrain", base="a\0b"), "zero byte"),
+        (dict(kind="pretrain", device="meta"), "device='meta'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(values, words):
+    with pytest.raises(ParameterError) as refused:
+        TrainSpec.read(values)
+    assert words in str(refused.value)
