@@ -1,7 +1,7 @@
 # make demo   sets everything up, trains the demo model, tunes a state, merges it, and ends with the path of a report
 # make test   sets everything up and runs all tests
 # make lab    opens JupyterLab on the notebooks
-# make lint   ruff, on Python and notebooks
+# make lint   ruff on Python and notebooks; pyright against the number of findings that are left
 # make bench  measures models, kernels, loading and merging beside others (about 12 GB of disk, most of an hour)
 # make clean  removes the environment, caches and the demo model; reports stay
 
@@ -41,6 +41,7 @@ lab: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/type_findings.py
 
 bench: $(READY)
 	$(BIN)/python -m rwkv_lab.bench all
