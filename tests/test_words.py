@@ -23,7 +23,7 @@ ALLOWED: dict[str, int] = {
     "rwkv_lab/checkpoint": 4,
     "rwkv_lab/merge": 11,
     "rwkv_lab/model": 47,
-    "rwkv_lab/train": 14,
+    "rwkv_lab/train": 15,
     "rwkv_lab/wkv": 1,
     "rwkv_lab/workbench": 37,
     "tests": 17,
