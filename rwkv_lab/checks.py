@@ -1,4 +1,4 @@
-"""A verdict: something that was measured, the limit it had to keep, and whether it did."""
+"""Verdicts of a run: what was measured, the limit it had to keep, and whether it did."""
 
 from dataclasses import dataclass
 
@@ -12,3 +12,14 @@ class Check:
 
     def __str__(self) -> str:
         return f"{'PASS' if self.passed else 'FAIL'}  {self.name}: {self.value} (limit {self.limit})"
+
+
+@dataclass(frozen=True)
+class NotApplicable:
+    """A check that this run gives no occasion for; it is neither passed nor failed."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"n/a   {self.name}: {self.reason}"

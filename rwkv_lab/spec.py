@@ -8,7 +8,7 @@ YAML 1.1 takes `1e-3` for text.
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -50,6 +50,8 @@ class Spec(BaseModel):
     """Base of all job specs. The order of the fields is their order in signatures, notebooks, panels and tables."""
 
     model_config = ConfigDict(strict=True, extra="forbid", validate_default=True, arbitrary_types_allowed=True)
+    title: ClassVar[str] = ""  # what takes these options, for messages; empty: the class's name
+    hints: ClassVar[Mapping[str, str]] = {}  # pydantic's type of an error -> advice to add; {name} is the option's
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
@@ -61,11 +63,11 @@ class Spec(BaseModel):
         """
         for name in values:
             if name not in cls.model_fields:
-                raise unknown_name(cls.__name__, name, cls.model_fields)
+                raise unknown_name(cls.title or cls.__name__, name, cls.model_fields)
         try:
             return cls(**values)
         except ValidationError as e:
-            raise _in_words(e) from None
+            raise _in_words(e, cls.hints) from None
 
     def changed(self, **values: Any) -> Self:
         """The same spec with some values changed, validated again.
@@ -98,8 +100,8 @@ def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ParameterError
     )
 
 
-def _in_words(error: ValidationError) -> ParameterError:
-    """The first of pydantic's findings, and which other parameters are wrong too."""
+def _in_words(error: ValidationError, hints: Mapping[str, str]) -> ParameterError:
+    """The first of pydantic's findings, what to do about it, and which other parameters are wrong too."""
     first, *rest = error.errors()
     name = str(first["loc"][0]) if first["loc"] else ""
     says = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
@@ -109,6 +111,8 @@ def _in_words(error: ValidationError) -> ParameterError:
         value = repr(first["input"])
         says = f"{name}={value if len(value) <= 80 else value[:80] + '…'}: {says}"
     lines = [says]
+    if first["type"] in hints:
+        lines.append(hints[first["type"]].format(name=name))
     others = sorted({str(e["loc"][0]) for e in rest if e["loc"]} - {name})
     if others:
         lines.append(f"Wrong too: {', '.join(others)}")

@@ -221,8 +221,8 @@ def _write(report: Path, job: str, rows: Sequence[Row], floors: Floors) -> None:
     print(table(rows), report / f"{job}.json", sep="\n", flush=True)
     try:
         # This command is a door as the notebooks are one, and draws what they draw.
-        from rwkv_lab.workbench.benchmark_figures import all_figures
-        from rwkv_lab.workbench.figures import png
+        from rwkv_lab.bench.figures import all_figures
+        from rwkv_lab.plotting import png
     except ImportError:
         print("No figures: matplotlib is not installed.")
         return

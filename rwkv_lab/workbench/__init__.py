@@ -1,8 +1,16 @@
-"""What notebooks share: parameters, controls, figures, result.json and report.html.
+"""What notebooks share: runs, parameters, panels, result.json and report.html; a folder here for each notebook.
 
-A notebook calls `run = start("merge", globals())` and then the functions of its own module here, one or two per cell.
+A notebook calls `run = start("merge", globals())`, then `show_panel(run)`, then the functions of its `cells.py`.
 """
 
 from rwkv_lab.workbench.run import Run, start
 
-__all__ = ["Run", "start"]
+
+def show_panel(run: Run):
+    """Show the panel of the run's notebook; None, and a line that says so, where no front end is there."""
+    from rwkv_lab.workbench.panel import show_panel  # ipywidgets take a second that validation need not wait for
+
+    return show_panel(run)
+
+
+__all__ = ["Run", "show_panel", "start"]

@@ -13,8 +13,10 @@ from markupsafe import Markup
 from rwkv_lab.checkpoint import FileFacts, write_text
 from rwkv_lab.checks import Check
 from rwkv_lab.progress import human_bytes
+from rwkv_lab.samples import Sample
+from rwkv_lab.text import shown
 from rwkv_lab.workbench.result import Record, versions
-from rwkv_lab.workbench.tables import Table, shown
+from rwkv_lab.workbench.tables import Table
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,6 @@ class Picture:
     title: str
     caption: str  # how to read it, one or two sentences
     png: bytes
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What several models wrote after the same prompt."""
-
-    prompt: str
-    texts: dict[str, str]  # model -> continuation
 
 
 @dataclass

@@ -11,19 +11,8 @@ import numpy as np
 import torch
 
 from rwkv_lab.checkpoint import FileFacts, write_text
-from rwkv_lab.checks import Check
+from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.version import __version__
-
-
-@dataclass(frozen=True)
-class NotApplicable:
-    """A check that this run gives no occasion for; it is neither passed nor failed."""
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"n/a   {self.name}: {self.reason}"
 
 
 @dataclass

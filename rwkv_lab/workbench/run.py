@@ -13,7 +13,8 @@ from typing import Any
 from rwkv_lab.errors import OutputError
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.resources import checkout_folder
-from rwkv_lab.workbench.parameters import NOTEBOOKS, Parameters, changed, check_files, read_parameters, train_demo
+from rwkv_lab.workbench.parameters import Parameters, read_parameters, train_demo
+from rwkv_lab.workbench.registry import parameters_of
 from rwkv_lab.workbench.report import Page, Picture, write_report
 from rwkv_lab.workbench.result import Record
 from rwkv_lab.workbench.tables import Table
@@ -45,8 +46,8 @@ class Run:
         Raises:
             ParameterError: an unknown name or a value that is refused; nothing has changed then.
         """
-        config = changed(self.config, **values)
-        check_files(config)
+        config = self.config.changed(**values)
+        config.check_files()
         self.config = config
 
     def begin_again(self) -> None:
@@ -72,7 +73,7 @@ class Run:
         """Save a matplotlib Figure as `<name>.png` in the report folder, put it into the report, and display it."""
         from IPython.display import Image, display
 
-        from rwkv_lab.workbench.figures import png  # matplotlib takes a second that validation need not wait for
+        from rwkv_lab.plotting import png  # matplotlib takes a second that validation need not wait for
 
         picture = Picture(title, caption, png(figure))
         path = self.folder / f"{name}.png"
@@ -151,7 +152,7 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
     """Validate the parameters of a notebook and open its run; `result.json` says "running" from here on.
 
     Args:
-        notebook: a key of `NOTEBOOKS`.
+        notebook: its name, such as "merge".
         namespace: the notebook's `globals()`. In batch every public plain variable in it must be a parameter; in
             JupyterLab a person's own variables may be there too.
     Raises:
@@ -159,16 +160,17 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
         OutputError: the report folder cannot be made.
     """
     wanted = namespace.get("report")
-    given = {name: namespace[name] for name in NOTEBOOKS[notebook].model_fields if name in namespace}
+    model = parameters_of(notebook)
+    given = {name: namespace[name] for name in model.model_fields if name in namespace}
     run = Run(notebook, _report_folder(notebook, wanted if isinstance(wanted, str) else ""), given)
     _join_kernel(run)
     try:
-        run.config = read_parameters(notebook, namespace, names_are_all=not frontend_present())
+        run.config = read_parameters(model, namespace, names_are_all=not frontend_present())
         run.config.report = str(run.folder)
         run.record.parameters = run.config.model_dump()
         with run.timed("demo"):
             train_demo(run.config)
-        check_files(run.config)
+        run.config.check_files()
     except BaseException as e:
         run.fail(e)
         raise

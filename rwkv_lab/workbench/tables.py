@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from rwkv_lab.text import shown
+
 _TEXT_ROWS = 40  # of a table in a log
 
 
@@ -35,18 +37,6 @@ class Table:
         if len(self.rows) > _TEXT_ROWS:
             lines.append(f"… and {len(self.rows) - _TEXT_ROWS} more rows")
         return "\n".join(lines + ([self.note] if self.note else []))
-
-
-def shown(value: object) -> str:
-    """A cell as text: four digits of a float, thousands of an int set apart, no control characters."""
-    if isinstance(value, bool) or value is None:
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = str(value)
-    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _cell(value: object) -> str:

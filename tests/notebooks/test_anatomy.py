@@ -1,4 +1,4 @@
-"""What every notebook of the house has in common, read from the files without running them."""
+"""What every notebook has in common, read from the files without running them."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import nbformat
 import papermill
 import pytest
 
-from rwkv_lab.workbench.parameters import NOTEBOOKS
+from rwkv_lab.workbench.registry import cells_of, notebook_names, parameters_of
 
 FILES = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
@@ -29,7 +29,7 @@ def code_cells(notebook) -> list:
 
 
 def test_every_job_with_parameters_has_its_notebook():
-    assert set(NOTEBOOKS) <= {p.stem for p in FILES}
+    assert set(notebook_names()) == {p.stem for p in FILES}
 
 
 def test_no_output_is_committed(notebook):
@@ -65,9 +65,17 @@ def test_parameters_validate_themselves_in_the_next_cell(path, notebook):
 def test_papermill_reads_the_parameters_as_the_model_has_them(path, capsys):
     """Names, order, defaults and help: a line that papermill cannot parse would be missing here."""
     found = papermill.inspect_notebook(str(path))
-    fields = NOTEBOOKS[path.stem].model_fields
+    fields = parameters_of(path.stem).model_fields
     assert list(found) == list(fields)
     for name, field in fields.items():
         assert ast.literal_eval(found[name]["default"]) == field.default
         assert found[name]["help"] == field.description
         assert found[name]["inferred_type_name"] != "None"
+
+
+def test_cells_do_the_steps_of_the_panel(path, notebook):
+    """The Run button and the cells make the same calls, in the same order."""
+    calls = [line for c in code_cells(notebook)[3:] for line in c.source.splitlines() if not line.startswith("#")]
+    module = cells_of(path.stem)
+    steps = [step.statement() for step in module.STEPS]
+    assert calls == [*steps, f"run.finish(must_pass={module.MUST_PASS})"]

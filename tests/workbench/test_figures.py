@@ -6,9 +6,11 @@ import matplotlib
 import numpy as np
 import pytest
 
+from rwkv_lab import plotting
+from rwkv_lab.analysis.deltas import BINS, Delta
 from rwkv_lab.checkpoint import open_checkpoint
-from rwkv_lab.merge.deltas import BINS, Delta
-from rwkv_lab.workbench import figures
+from rwkv_lab.workbench.inspect import figures as inspect_figures
+from rwkv_lab.workbench.merge import figures
 
 
 def delta(name, relative=0.1, new=False) -> Delta:
@@ -50,23 +52,23 @@ def test_histogram_counts_every_weight_that_moved():
 @pytest.mark.parametrize("name", ["$x^$ \\frac", "\u202eevil\x1b", "blocks.99999.x", "a" * 500, ""])
 def test_hostile_names_are_drawn(name):
     changes = [delta(name), delta(f"blocks.0.{name}x")]
-    figures.png(figures.moved_per_layer(changes, 1, name))
+    plotting.png(figures.moved_per_layer(changes, 1, name))
 
 
 def test_a_file_of_ten_thousand_matrices_makes_no_poster():
     values = {f"blocks.0.m{i}": 1.0 for i in range(10_000)}
-    figure = figures.layer_map(values, 1, "t", "s", "u")
+    figure = plotting.layer_map(values, 1, "t", "s", "u")
     assert figure.get_size_inches()[1] < 20 and "first 60 of 10000" in text_of(figure)
 
 
 def test_training_figures():
-    figure = figures.bits_bars({"english": {"base": 2.0, "merged": 1.5}, "python": {"base": 3.0}}, "s")
+    figure = plotting.bits_bars({"english": {"base": 2.0, "merged": 1.5}, "python": {"base": 3.0}}, "s")
     assert [bar.get_width() for bar in figure.axes[0].patches] == [2.0, 3.0, 1.5]
 
 
 def test_sizes_add_up(demo_folder):
     with open_checkpoint(demo_folder / "demo-base.pth") as ck:
-        figure = figures.sizes_by_part(ck.info, "demo")
+        figure = inspect_figures.sizes_by_part(ck.info, "demo")
         total = sum(bar.get_width() for bar in figure.axes[0].patches)
         assert total * 1e6 == pytest.approx(sum(t.nbytes for t in ck.info.values()))
 
@@ -74,5 +76,5 @@ def test_sizes_add_up(demo_folder):
 def test_a_figure_is_a_png_of_useful_size():
     from PIL import Image
 
-    width, _ = Image.open(io.BytesIO(figures.png(figures.delta_histogram([delta("a")], "")))).size
+    width, _ = Image.open(io.BytesIO(plotting.png(figures.delta_histogram([delta("a")], "")))).size
     assert width == 1296

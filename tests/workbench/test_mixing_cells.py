@@ -4,10 +4,16 @@ import json
 
 import pytest
 
+from rwkv_lab.analysis import behaviour
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.workbench import behaviour, controls, merging, start
-from rwkv_lab.workbench.parameters import check_files, read_parameters
+from rwkv_lab.workbench import panel as panels
+from rwkv_lab.workbench import start
+from rwkv_lab.workbench.parameters import read_parameters
+from rwkv_lab.workbench.registry import parameters_of
+from rwkv_lab.workbench.steps import run_all
+
+MERGE = parameters_of("merge")
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +33,7 @@ def models(demo_folder, tmp_path) -> list[str]:
 
 def done(tmp_path, **given) -> dict:
     run = start("merge", given | {"report": str(tmp_path / "report")})
-    merging.everything(run)
+    run_all(run)
     return json.loads((tmp_path / "report" / "result.json").read_text())
 
 
@@ -51,7 +57,9 @@ def test_a_recipe_takes_the_place_of_the_models(models, tmp_path):
     assert result["status"] == "ok" and len(result["inputs"]) == 3
     for more in ({"method": "ties"}, {"alpha": 0.5}, {"base": models[0]}):
         with pytest.raises(ParameterError, match="the recipe says it"):
-            read_parameters("merge", {"recipe": str(tmp_path / "recipe.yml"), **more}, names_are_all=True)
+            read_parameters(
+                parameters_of("merge"), {"recipe": str(tmp_path / "recipe.yml"), **more}, names_are_all=True
+            )
 
 
 def test_values_are_checked_by_the_methods_own_signature(models):
@@ -62,15 +70,17 @@ def test_values_are_checked_by_the_methods_own_signature(models):
         ({"method": "model_stock", "alpha": 0.5}, "takes no parameter 'alpha'"),
     ]:
         with pytest.raises(ParameterError, match=says):
-            check_files(read_parameters("merge", {"base": base, "tuned": tuned, **given}, names_are_all=True))
+            read_parameters(
+                parameters_of("merge"), {"base": base, "tuned": tuned, **given}, names_are_all=True
+            ).check_files()
     with pytest.raises(ParameterError, match='-y \'{"parameters"'):
-        read_parameters("merge", {"parameters": 3}, names_are_all=True)
+        read_parameters(MERGE, {"parameters": 3}, names_are_all=True)
 
 
 def test_fields_for_lists_and_mappings(models, tmp_path, monkeypatch):
     run = start("merge", {"base": models[0], "tuned": models[1:], "method": "ties", "report": str(tmp_path / "report")})
-    monkeypatch.setattr(controls, "frontend_present", lambda: True)
-    panel = controls.merge_panel(run)
+    monkeypatch.setattr(panels, "frontend_present", lambda: True)
+    panel = panels.show_panel(run)
     assert panel.fields["tuned"].widget.text.value == "; ".join(models[1:])
     panel.fields["weights"].widget.value = "1, 0.5"
     panel.fields["parameters"].widget.value = '{"density": 0.3}'

@@ -9,9 +9,14 @@ from models import LAYOUTS, random_model
 from rwkv_lab import wkv
 from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.errors import DeviceError, KernelError, LayoutError, OutputError, ParameterError
-from rwkv_lab.workbench import controls, mode_figures, modes, start
-from rwkv_lab.workbench.figures import png
+from rwkv_lab.plotting import png
+from rwkv_lab.workbench import panel as panels
+from rwkv_lab.workbench import start
+from rwkv_lab.workbench.modes import cells as modes
+from rwkv_lab.workbench.modes import figures as mode_figures
 from rwkv_lab.workbench.parameters import read_parameters
+from rwkv_lab.workbench.registry import parameters_of
+from rwkv_lab.workbench.steps import run_all
 
 SHORT = {"length": 64, "batch": 2}
 
@@ -40,7 +45,7 @@ def break_the_chunked_decay(monkeypatch):
 def test_a_model_of_every_generation_passes(version, run, tmp_path, capsys):
     write_checkpoint(tmp_path / "m.pth", calm(LAYOUTS[version]))
     run = run(tmp_path / "m.pth", **SHORT)
-    modes.everything(run)
+    run_all(run)
     found = result(run)
     assert found["status"] == "ok" and found["metrics"]["version"] == version
     n_rows = 2 * sum(len(wkv.backends(getattr(torch, dtype))) for dtype in ("float64", "float32", "bfloat16"))
@@ -63,7 +68,7 @@ def test_a_wrong_decay_in_one_backend_fails_and_is_placed_in_words(run, tmp_path
     run = run(tmp_path / "m.pth", **SHORT, dtypes=["float32"])
     break_the_chunked_decay(monkeypatch)
     with pytest.raises(OutputError, match="transformer, chunked"):
-        modes.everything(run)
+        run_all(run)
     found = result(run)
     assert (found["status"], found["error"]["class"]) == ("failed", "OutputError")
     failed = {(row["mode"], row["backend"]) for row in found["metrics"]["rows"] if row["verdict"] == "FAIL"}
@@ -81,7 +86,7 @@ def test_a_run_that_has_no_good_one_of_its_dtype_is_laid_beside_float64(run, tmp
     run = run(tmp_path / "m.pth", **SHORT, dtypes=["float32"], backends=["chunked"])
     break_the_chunked_decay(monkeypatch)
     with pytest.raises(OutputError):
-        modes.everything(run)
+        run_all(run)
     assert all(" beside float64: The runs part in layer 0" in said for said in result(run)["metrics"]["mismatches"])
 
 
@@ -138,7 +143,7 @@ def test_models_of_bytes_read_text(run, demo_folder):
 def test_too_few_tokens_say_nothing_about_growth(run, tmp_path):
     write_checkpoint(tmp_path / "m.pth", calm(LAYOUTS["5.2"]))
     run = run(tmp_path / "m.pth", length=16, batch=1, dtypes=["float32"], backends=["reference", "chunked"])
-    modes.everything(run)
+    run_all(run)
     growth = [check for check in result(run)["checks"] if "error at the end" in check["name"]]
     assert len(growth) == 4 and all(check["passed"] is None for check in growth)
 
@@ -157,15 +162,15 @@ def test_too_few_tokens_say_nothing_about_growth(run, tmp_path):
 )
 def test_wrong_parameters_are_refused(values, says):
     with pytest.raises(ParameterError) as caught:
-        read_parameters("modes", values, names_are_all=True)
+        read_parameters(parameters_of("modes"), values, names_are_all=True)
     assert says in str(caught.value) and len(str(caught.value).splitlines()) <= 3
 
 
 def test_the_panel(run, tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "m.pth", calm(LAYOUTS["4.0"]))
     run = run("demo:base")
-    monkeypatch.setattr(controls, "frontend_present", lambda: True)
-    panel = controls.modes_panel(run)
+    monkeypatch.setattr(panels, "frontend_present", lambda: True)
+    panel = panels.show_panel(run)
     panel.fields["model"].widget.text.value = str(tmp_path / "m.pth")
     panel.fields["length"].widget.value = 20
     panel.fields["dtypes"].widget.value = ("float32",)

@@ -5,13 +5,14 @@ import os
 import pytest
 
 from rwkv_lab.errors import LayoutError, ParameterError
-from rwkv_lab.workbench.parameters import NOTEBOOKS, changed, check_files, read_parameters
+from rwkv_lab.workbench.parameters import read_parameters
+from rwkv_lab.workbench.registry import notebook_names, parameters_of
 
 OWN = {"base": "b.pth", "tuned": "t.pth"}
 
 
 def read(namespace, notebook="merge", names_are_all=True):
-    return read_parameters(notebook, namespace, names_are_all)
+    return read_parameters(parameters_of(notebook), namespace, names_are_all)
 
 
 def refusal(namespace, **kwargs) -> str:
@@ -21,9 +22,9 @@ def refusal(namespace, **kwargs) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
+@pytest.mark.parametrize("notebook", notebook_names())
 def test_defaults_are_valid(notebook):
-    assert read({}, notebook).model_dump() == {n: f.default for n, f in NOTEBOOKS[notebook].model_fields.items()}
+    assert read({}, notebook).model_dump() == {n: f.default for n, f in parameters_of(notebook).model_fields.items()}
 
 
 def test_unknown_name_lists_the_allowed_ones_and_the_nearest():
@@ -130,19 +131,19 @@ def test_parameters_of_a_training_go_together(values, says):
 
 def test_changing_is_all_or_nothing():
     config = read({})
-    assert changed(config, alpha=0.5, scan="changed").alpha == 0.5
+    assert config.changed(alpha=0.5, scan="changed").alpha == 0.5
     with pytest.raises(ParameterError):
-        changed(config, alpha=0.5, scan="some")
+        config.changed(alpha=0.5, scan="some")
     with pytest.raises(ParameterError):
-        changed(config, alhpa=0.5)
+        config.changed(alhpa=0.5)
     assert config.alpha is None
 
 
 def test_alpha_is_checked_against_the_method_that_auto_finds(demo_folder):
     files = {"base": str(demo_folder / "demo-base.pth"), "tuned": str(demo_folder / "demo-state.pth")}
-    check_files(read({**files, "alpha": 1.0}))
+    read({**files, "alpha": 1.0}).check_files()
     for namespace in ({**files, "alpha": 1.5}, {"alpha": 1.5}):
         with pytest.raises(ParameterError, match="alpha"):
-            check_files(read(namespace))
+            read(namespace).check_files()
     with pytest.raises(LayoutError, match="no tensor named .*lora_A"):
-        check_files(read({**files, "method": "lora"}))
+        read({**files, "method": "lora"}).check_files()

@@ -12,15 +12,21 @@ from random_models import make_layout, write_model
 from torch.nn import functional as F
 from tuned_files import write_adapter, write_fine_tune, write_state
 
-from rwkv_lab import RWKV_Dual
+from rwkv_lab import RWKV_Dual, plotting
+from rwkv_lab.analysis import tuning as tuned_file
+from rwkv_lab.analysis.texts import excerpts, held_out_text
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.errors import OutputError, ParameterError, RwkvLabError
 from rwkv_lab.model import bits_per_byte
 from rwkv_lab.peft import count_parameters, load_adapter, open_adapter
-from rwkv_lab.workbench import adapting, controls, figures, leaving_out, peft_figures, start, state_effects, tuned_file
-from rwkv_lab.workbench.figures import png
+from rwkv_lab.plotting import png
+from rwkv_lab.workbench import panel as panels
+from rwkv_lab.workbench import start
 from rwkv_lab.workbench.parameters import read_parameters
-from rwkv_lab.workbench.texts import excerpts, held_out_text
+from rwkv_lab.workbench.peft import ablation, cells, state_effects
+from rwkv_lab.workbench.peft import figures as peft_figures
+from rwkv_lab.workbench.registry import parameters_of
+from rwkv_lab.workbench.steps import run_all
 
 ADAPTERS = {
     "lora": dict(lora_r=3, lora_alpha=5),
@@ -44,9 +50,9 @@ FIGURES = {
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
     """Little text, and figures that are made but not painted: that is done below, and in batch."""
-    monkeypatch.setattr(leaving_out, "_EXCERPTS", 3)
+    monkeypatch.setattr(ablation, "_EXCERPTS", 3)
     monkeypatch.setattr(state_effects, "_TEXTS", 2)
-    monkeypatch.setattr(figures, "png", lambda figure: b"\x89PNG")
+    monkeypatch.setattr(plotting, "png", lambda figure: b"\x89PNG")
 
 
 @pytest.fixture
@@ -92,7 +98,7 @@ def result(run) -> dict:
 @pytest.mark.parametrize("kind", FIGURES)
 def test_every_kind_ends_well(run, made, kind, capsys):
     run = run(made(kind))
-    adapting.everything(run)
+    run_all(run)
     found = result(run)
     assert found["status"] == "ok" and all(check["passed"] is not False for check in found["checks"])
     assert [figure.split("/")[-1] for figure in found["figures"]] == [f"{name}.png" for name in FIGURES[kind]]
@@ -110,7 +116,7 @@ def test_every_kind_ends_well(run, made, kind, capsys):
 def test_counts_are_those_of_the_model_that_is_trained(run, made, base, kind):
     path = made(kind)
     run = run(path)
-    adapting.describe(run)
+    cells.describe(run)
     model = RWKV_Dual.from_pretrained(base)
     with open_adapter(path) as adapter:
         load_adapter(model, adapter)
@@ -128,7 +134,7 @@ def test_counts_of_a_state_and_of_fine_tunes(run, made, base):
         ("norms", norms, total - norms),
     ):
         one = run(made(kind))
-        adapting.describe(one)
+        cells.describe(one)
         assert (one.record.metrics["trained"], one.record.metrics["frozen"]) == (trained, frozen)
 
 
@@ -144,9 +150,9 @@ def test_a_known_change_is_measured_as_it_is(run, base, tmp_path):
     tensors["blocks.0.ln1.weight"] = 1.5 * tensors["blocks.0.ln1.weight"]
     write_checkpoint(tmp_path / "t.pth", tensors)
     run = run(tmp_path / "t.pth", rank=1)
-    names = adapting.describe(run)
+    names = cells.describe(run)
     assert names == ["blocks.0.ln1.weight", "blocks.1.att.key.weight"]
-    changes = adapting.measure(run, names)
+    changes = cells.measure(run, names)
     assert changes.others == {"blocks.0.ln1.weight": pytest.approx(0.5)}
     assert run.record.metrics["matrices"]["blocks.1.att.key"] == {
         "relative": pytest.approx(math.sqrt(10) * float(s[0]) / float(weight.norm())),
@@ -167,7 +173,7 @@ def test_cosines(run, base, tmp_path):
     write_checkpoint(tmp_path / "1.pth", {key + "A": A, key + "B": B, value + "A": A, value + "B": B})
     write_checkpoint(tmp_path / "2.pth", {key + "A": A, key + "B": -3 * B, value + "A": A, value + "B": other})
     run = run(tmp_path / "1.pth", alpha=4, second=str(tmp_path / "2.pth"))  # the second's alpha is not asked for
-    cosines = adapting.compare(run, adapting.describe(run))
+    cosines = cells.compare(run, cells.describe(run))
     assert cosines == {
         "blocks.0.att.key.weight": pytest.approx(-1),
         "blocks.1.att.value.weight": pytest.approx(0, abs=1e-6),
@@ -177,14 +183,14 @@ def test_cosines(run, base, tmp_path):
 
 def test_tunings_without_a_common_tensor_are_not_compared(run, made, capsys):
     run = run(made("lora"), second=str(made("state")))
-    assert adapting.compare(run, adapting.describe(run)) == {}
+    assert cells.compare(run, cells.describe(run)) == {}
     assert "nothing to compare" in capsys.readouterr().out
 
 
 def test_leaving_out_a_layer_is_an_adapter_without_it(run, made, base):
     path = made("lora")
     run = run(path)
-    leaving_out.measure(run, adapting.describe(run))
+    ablation.show_ablation(run, cells.describe(run))
     found = run.record.metrics["bits_per_byte"]
     text = b"".join(excerpts(held_out_text("english"), 3, 512))
 
@@ -205,9 +211,9 @@ def test_a_state_is_followed_along_the_text(run, made, base, monkeypatch):
     monkeypatch.setattr(state_effects, "_TEXTS", 1)
     path = made("state")
     run = run(path)
-    adapting.describe(run)
+    cells.describe(run)
     state_effects.show_heads(run)
-    state_effects.follow(run)
+    state_effects.show_effect(run)
     found = run.record.metrics["state_effect"]
     model = RWKV_Dual.from_pretrained(base).requires_grad_(False)
     tokens = torch.tensor(model.tokenizer.encode(held_out_text("english")))[None, :129]
@@ -225,15 +231,15 @@ def test_a_state_is_followed_along_the_text(run, made, base, monkeypatch):
 
 def test_targets_choose_what_is_measured(run, made):
     run = run(made("lora"), targets=["att.key", "blocks.1.ffn.*"])
-    names = adapting.describe(run)
+    names = cells.describe(run)
     assert [n.removesuffix(".weight") for n in names] == [
         "blocks.0.att.key",
         "blocks.1.att.key",
         "blocks.1.ffn.key",
         "blocks.1.ffn.value",
     ]
-    assert [f"{s.name}.weight" for s in adapting.measure(run, names).spectra] == names
-    leaving_out.measure(run, names)
+    assert [f"{s.name}.weight" for s in cells.measure(run, names).spectra] == names
+    ablation.show_ablation(run, names)
     assert set(run.record.metrics["bits_per_byte"]["parts"]) == {"att.key", "ffn.key", "ffn.value"}
 
 
@@ -242,29 +248,29 @@ def test_models_whose_vocabulary_tells_no_tokenizer_are_measured_as_far_as_that_
     base = write_model(tmp_path / "b.safetensors", make_layout(version))
     adapter = write_adapter(tmp_path / "a.safetensors", base, lora_r=2)
     one = run(adapter, base=str(base))
-    adapting.everything(one)
+    run_all(one)
     (without,) = [c for c in result(one)["checks"] if c["passed"] is None]
     assert "which layers' tuning matters" in without["name"] and "tokenizer" in without["value"]
     if version == "6.0":
         one = run(write_state(tmp_path / "s.pth", base), base=str(base))
-        adapting.everything(one)
+        run_all(one)
         assert "drawn at random" in result(one)["metrics"]["state_effect"]["tokens"]
 
 
 def test_a_model_without_room_is_measured_without_being_run(run, made, monkeypatch):
-    monkeypatch.setattr(leaving_out, "memory_free", lambda: 1000)
+    monkeypatch.setattr(ablation, "memory_free", lambda: 1000)
     run = run(made("state"))
-    adapting.everything(run)
+    run_all(run)
     found = result(run)
     assert found["status"] == "ok" and [c["passed"] for c in found["checks"]] == [None, None]
     assert "of memory" in found["checks"][0]["value"]
 
 
 def test_a_tuning_that_answers_otherwise_than_it_was_trained_fails(run, made, monkeypatch):
-    monkeypatch.setattr(leaving_out, "load_adapter", lambda *_: None)
+    monkeypatch.setattr(ablation, "load_adapter", lambda *_: None)
     run = run(made("lora", size=0.5))
     with pytest.raises(OutputError, match="as it was trained"):
-        adapting.everything(run)
+        run_all(run)
     assert result(run)["status"] == "failed"
 
 
@@ -344,7 +350,7 @@ def test_what_is_wrong_leaves_nothing_but_word_of_it(run, made, base, tmp_path, 
     }.get(case, {})
     before = snapshot(tmp_path)
     with pytest.raises(RwkvLabError) as caught:
-        adapting.everything(run(adapter, **values))
+        run_all(run(adapter, **values))
     assert type(caught.value).__name__ == error and words in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
     found = json.loads((tmp_path / "report" / "result.json").read_text())
@@ -369,21 +375,21 @@ def test_what_is_wrong_leaves_nothing_but_word_of_it(run, made, base, tmp_path, 
 )
 def test_wrong_parameters_are_refused(values, says):
     with pytest.raises(ParameterError) as caught:
-        read_parameters("peft", values, names_are_all=True)
+        read_parameters(parameters_of("peft"), values, names_are_all=True)
     assert says in str(caught.value) and len(str(caught.value).splitlines()) <= 3
 
 
 def test_what_is_said_of_two_adapters():
     given = {"alpha": 3.0, "pissa_init": ["", "/i.pth"], "parameters": {"bat": ["hf", None], "quant": "nf4"}}
-    config = read_parameters("peft", given, names_are_all=True)
+    config = read_parameters(parameters_of("peft"), given, names_are_all=True)
     assert config.said(0) == tuned_file.Said(3.0, None, {"bat": "hf", "quant": "nf4"})
     assert config.said(1) == tuned_file.Said(None, "/i.pth", {})
 
 
 def test_the_panel(run, made, monkeypatch):
     run = run(made("state"))
-    monkeypatch.setattr(controls, "frontend_present", lambda: True)
-    panel = controls.peft_panel(run)
+    monkeypatch.setattr(panels, "frontend_present", lambda: True)
+    panel = panels.show_panel(run)
     panel.fields["adapter"].widget.text.value = str(made("lora"))
     panel.fields["rank"].widget.value = 2
     panel.fields["targets"].widget.value = "att.key"
@@ -412,7 +418,7 @@ def test_excerpts_begin_where_lines_do():
 @pytest.mark.parametrize("many", [1, 33])
 def test_figures_of_any_size(many):
     def spectrum(name):
-        return adapting.Spectrum(name, (8, 8), torch.rand(8).double().sort(descending=True).values, 1.0, 1.0)
+        return cells.Spectrum(name, (8, 8), torch.rand(8).double().sort(descending=True).values, 1.0, 1.0)
 
     spectra = [spectrum(f"blocks.{i}.att.m{kind}$_<b>") for i in (0, 1) for kind in range(min(many, 13))]
     spectra.append(replace(spectra[0], singular_values=torch.zeros(8).double()))

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from rwkv_lab.checkpoint import FileFacts
-from rwkv_lab.checks import Check
+from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import OutputError, ParameterError
 from rwkv_lab.workbench import start
-from rwkv_lab.workbench.result import NotApplicable
 
 KEYS = (
     "notebook status error parameters inputs outputs checks metrics figures versions seconds"  # as promised to scripts

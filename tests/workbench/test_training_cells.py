@@ -7,7 +7,10 @@ from models import snapshot
 
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.errors import RwkvLabError
-from rwkv_lab.workbench import controls, start, training
+from rwkv_lab.workbench import panel as panels
+from rwkv_lab.workbench import start
+from rwkv_lab.workbench.steps import run_all
+from rwkv_lab.workbench.train import cells as training
 
 SHORT = dict(steps=6, batch_size=2, ctx_len=32)
 
@@ -53,7 +56,7 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, demo_folder, text, capsys):
 )
 def test_everything_ends_well(tmp_path, demo_folder, text, values, monkeypatch):
     run = a_run(tmp_path, data=text, eval_every=3, **values)
-    training.everything(run)
+    run_all(run)
     result = result_of(run)
     assert result["status"] == "ok" and all(c["passed"] for c in result["checks"])
     assert result["metrics"]["steps_done"] == 6 and len(result["figures"]) == 3
@@ -66,7 +69,7 @@ def test_examples_are_trained_on_too(tmp_path, demo_folder):
     data = tmp_path / "sums.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": f"{i}+1=", "response": str(i + 1)}) for i in range(20)))
     run = a_run(tmp_path, kind="lora", data=str(data), lr=1e-3)
-    training.everything(run)
+    run_all(run)
     assert result_of(run)["status"] == "ok" and "examples" in dict(run.page.facts)["text"]
 
 
@@ -97,7 +100,7 @@ def test_a_refused_training_leaves_nothing_but_word_of_it(tmp_path, demo_folder,
     run = a_run(tmp_path, **{"data": text, **values, **here})
     before = snapshot(tmp_path)
     with pytest.raises(RwkvLabError):
-        training.everything(run)
+        run_all(run)
     found = result_of(run)
     assert (found["status"], found["error"]["class"]) == ("failed", error) and words in found["error"]["message"]
     after = snapshot(tmp_path)
@@ -124,14 +127,14 @@ def test_methods_are_shown_at_equal_parameters(tmp_path, demo_folder, text, monk
 
 def test_the_panel_sets_numbers_trains_and_draws_the_loss(tmp_path, demo_folder, text, monkeypatch):
     run = a_run(tmp_path, data=text)
-    assert controls.train_panel(run) is None  # nobody is there
+    assert panels.show_panel(run) is None  # nobody is there
     drawn = []
-    monkeypatch.setattr(controls, "frontend_present", lambda: True)
+    monkeypatch.setattr(panels, "frontend_present", lambda: True)
     monkeypatch.setattr(training, "frontend_present", lambda: True)
     monkeypatch.setattr(training, "_REDRAW", 0.0)
-    loss_curve = training.training_figures.loss_curve
-    monkeypatch.setattr(training.training_figures, "loss_curve", lambda *a: drawn.append(a[1]) or loss_curve(*a))
-    panel = controls.train_panel(run)
+    loss_curve = training.figures.loss_curve
+    monkeypatch.setattr(training.figures, "loss_curve", lambda *a: drawn.append(a[1]) or loss_curve(*a))
+    panel = panels.show_panel(run)
     assert "to start from" in panel.fields["base"].widget.text.tooltip  # its own words, not those of merge.ipynb
     assert "twice the rank" in panel.fields["alpha"].widget.placeholder
     panel.fields["kind"].widget.value = "lora"

@@ -4,9 +4,9 @@ import pytest
 import torch
 from random_models import VERSIONS, load_model, make_tokens, relative_rms
 
+from rwkv_lab.analysis.agreement import in_dtype
 from rwkv_lab.errors import KernelError
 from rwkv_lab.model import RWKVMode, capture, init_state_with_past
-from rwkv_lab.model.agreement import in_dtype
 from rwkv_lab.model.cpu import prefill
 from rwkv_lab.wkv import use_backend
 from rwkv_lab.wkv.loader import cpu_library

@@ -1,0 +1,1 @@
+"""Measurements without display: arguments in, dataclasses out."""

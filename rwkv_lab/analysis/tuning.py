@@ -1,0 +1,219 @@
+"""A tuned file beside its base: what it is, which tensors of the model it changes, and from what to what."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+from rwkv_lab.analysis.spectra import delta
+from rwkv_lab.checkpoint import Checkpoint, Layout, open_checkpoint
+from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.merge import state
+from rwkv_lab.merge.adapter import KINDS, open_adapters
+from rwkv_lab.merge.overlay import check_full_tensors, same_dimensions
+from rwkv_lab.merge.refusals import check_base, check_dtypes, check_method, method_of, refuse_same
+from rwkv_lab.peft import Adapter, quantised_and_back
+from rwkv_lab.peft.adapter import LoraTarget, Values
+from rwkv_lab.peft.config import ends_in
+from rwkv_lab.peft.rwkv_peft_layout import NOTE
+
+
+@dataclass(frozen=True)
+class TunedFile:
+    """An adapter, a tuned state or a fine-tune beside its base, both open. Values are read when they are asked for."""
+
+    base: Checkpoint
+    ck: Checkpoint
+    layout: Layout  # of the base
+    method: str  # "state", "overlay" (a full or partial fine-tune), "lora", "pissa" or "miss"
+    adapter: Adapter | None  # of the last three
+    quant: str  # how the base was stored in training: "none", "int8" or "nf4"
+
+    @property
+    def whole(self) -> Mapping[str, Values]:
+        """Tensors that take the place of the base's, by name."""
+        return self.adapter.full if self.adapter else self.ck.info
+
+    def names(self) -> list[str]:
+        """Tensors of the model that it may change: the base's in their order, then those that the base lacks."""
+        adapted = {f"{layer}.weight" for layer in self.adapter.targets} if self.adapter else set()
+        return [n for n in self.base.info if n in adapted or n in self.whole] + [
+            n for n in self.whole if n not in self.base.info
+        ]
+
+    def changed(self) -> list[str]:
+        """Those of `names` that it does change.
+
+        Raises:
+            ParameterError: none of them.
+            NumericsError: NaN or Inf in the tuned file or in what it changes of the base.
+        """
+        found = [name for name in self.names() if self._moves(name)]
+        if not found:
+            raise ParameterError(
+                f"{self.ck.path} changes nothing: with it every value is what it is in the base.\n"
+                "Train it first, or name another file."
+            )
+        return found
+
+    def _moves(self, name: str) -> bool:
+        before, after = self.before(name), self.after(name)
+        # A PiSSA that was not trained takes away what it adds, up to float64's rounding.
+        return float((after - before).abs().max()) > 1e-13 * float(before.abs().max())
+
+    def delta(self, name: str) -> torch.Tensor:
+        """What is added to a tensor of the base, float64, in the tensor's shape."""
+        if self._target(name) is not None:
+            return delta(self.base, self.adapter, name.removesuffix(".weight"))
+        return self.after(name) - self.before(name)
+
+    def before(self, name: str) -> torch.Tensor:
+        """A tensor of the base as training had it, float64; zeros for one that the base lacks, such as time_state."""
+        if name not in self.base.info:
+            return torch.zeros(self.whole[name].shape, dtype=torch.float64)
+        weight, target = self._read(self.base.info[name]), self._target(name)
+        if target is None or self.quant == "none":
+            return self._stored(weight) if self.is_stored(name) else weight
+        residual = self._stored(target.residual_rows(weight))
+        started = isinstance(target, LoraTarget) and target.init_A is not None
+        return target.restored_rows(target.adapted_rows(residual)) if started else residual
+
+    def after(self, name: str) -> torch.Tensor:
+        """The same tensor with the tuning, float64, shaped as the base's."""
+        target = self._target(name)
+        if target is None:
+            tuned = self._read(self.whole[name])
+            return tuned.reshape(self.base.info[name].shape) if name in self.base.info else tuned
+        for part in target.tensors.values():
+            self._read(part)
+        return target.adapted_rows(self._stored(target.residual_rows(self._read(self.base.info[name]))))
+
+    def is_stored(self, name: str) -> bool:
+        """Whether training kept this tensor of the base in fewer bits."""
+        packed = name.startswith("blocks.") and name.endswith(".weight") and len(self.base.info[name].shape) == 2
+        return self.quant != "none" and packed and name not in self.whole
+
+    def count(self, name: str) -> int:
+        """How many values were trained to change this tensor."""
+        target = self._target(name)
+        values = [self.whole[name]] if target is None else [v for p, v in target.tensors.items() if "init" not in p]
+        return sum(torch.Size(v.shape).numel() for v in values)
+
+    def _target(self, name: str):
+        return self.adapter.targets.get(name.removesuffix(".weight")) if self.adapter else None
+
+    def _stored(self, weight: torch.Tensor) -> torch.Tensor:
+        # Rounded in float32, as the layers that were trained round it.
+        return weight if self.quant == "none" else quantised_and_back(weight.float(), self.quant).double()
+
+    def _read(self, values: Values) -> torch.Tensor:
+        read = values.read().double()
+        if not read.isfinite().all():
+            name = getattr(values, "name", "a tensor")
+            raise NumericsError(f"{name} holds NaN or Inf, in {self.ck.path.name} or its base: it cannot be measured.")
+        return read
+
+
+@dataclass(frozen=True)
+class Said:
+    """What an adapter's file may leave open, as a person said it; see `open_adapter`."""
+
+    alpha: float | None
+    pissa_init: str | None
+    parameters: Mapping[str, object]  # use_rslora, bat, residual_base, quant
+
+    def __bool__(self) -> bool:
+        return self.alpha is not None or self.pissa_init is not None or bool(self.parameters)
+
+
+@contextmanager
+def open_tuned(base: str | Path, tuned: str | Path, said: Said, direction_only: bool = False) -> Iterator[TunedFile]:
+    """Open a base and what was tuned on it.
+
+    Args:
+        direction_only: the size of a LoRA's change does not matter, so that its alpha need not be known.
+
+    Raises:
+        LayoutError: no whole model, no tuning, or two files that do not go together.
+        ParameterError: one file given twice; something missing or contradictory in what was said.
+        CorruptFileError, UnsafeFileError: see `open_checkpoint`.
+    """
+    with ExitStack() as stack:
+        base_ck = stack.enter_context(open_checkpoint(base))
+        layout = check_base(base_ck, [])
+        ck = stack.enter_context(open_checkpoint(tuned))
+        refuse_same(base_ck, [ck])
+        method, adapter, quant = _opened(stack, ck, said, direction_only)
+        if adapter:
+            adapter.check({n: t.shape for n, t in base_ck.info.items()}, layout)
+        elif method == "state":
+            state.changes(base_ck, ck, layout, 1.0, torch.float32)  # for what it refuses
+        else:
+            same_dimensions(ck, layout)
+            check_full_tensors(base_ck, ck, layout, dict(ck.info), [])
+            check_dtypes(ck)
+        yield TunedFile(base_ck, ck, layout, method, adapter, quant)
+
+
+def check_tuned(tuned: str | Path, said: Said, direction_only: bool = False) -> None:
+    """Refuse a file that is no tuning, and what was said of it, from its header alone.
+
+    Raises: as `open_tuned`.
+    """
+    with ExitStack() as stack:
+        _opened(stack, stack.enter_context(open_checkpoint(tuned)), said, direction_only)
+
+
+def _opened(stack: ExitStack, ck: Checkpoint, said: Said, direction_only: bool) -> tuple[str, Adapter | None, str]:
+    method = method_of(ck)
+    if ck.kind not in KINDS:
+        if said:
+            raise ParameterError(
+                f"alpha, pissa_init, parameters are of adapters; {ck.path.name} is a {ck.kind}: leave them out"
+            )
+        return method, None, "none"
+    if "unmerge" in said.parameters:
+        raise ParameterError("unmerge is for merging: nothing is merged here")
+    alpha = said.alpha
+    silent = ck.kind == "lora" and ck.adapter_config is None and NOTE not in ck.metadata
+    if direction_only and silent and said.pissa_init is None and not said.parameters.get("residual_base"):
+        alpha = 1.0
+    given = (alpha, None, dict(said.parameters), said.pissa_init)
+    check_method(method, *given)
+    adapters = stack.enter_context(open_adapters([ck], "auto", alpha, None, said.pissa_init, dict(said.parameters)))
+    (adapter,) = adapters.opened
+    return adapter.method, adapter, adapters.quant
+
+
+def part_of(name: str) -> str:
+    """What a tensor is a part of, whatever its layer: "att.key", "ln", "att, the rest", "emb"."""
+    if re.search(r"(^|\.)ln\w*\.(weight|bias)$", name):
+        return "ln"
+    if found := re.fullmatch(r"blocks\.\d+\.(\w+\.\w+)\.weight|blocks\.\d+\.(att\.time_state)", name):
+        return found[1] or found[2]
+    if found := re.match(r"blocks\.\d+\.(\w+)\.", name):
+        return f"{found[1]}, the rest"
+    return name.split(".")[0]
+
+
+def chosen(names: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """The names that patterns select, by whole names or their ends, with `.weight` or without; [] selects all.
+
+    Raises:
+        ParameterError: a pattern that matches none; near names are listed.
+    """
+    if not targets:
+        return list(names)
+    out: set[str] = set()
+    for pattern in targets:
+        found = {n for n in names if ends_in(n, pattern) or ends_in(n.removesuffix(".weight"), pattern)}
+        if not found:
+            ends = list(dict.fromkeys(re.sub(r"^blocks\.\d+\.|\.weight$", "", n) for n in names))
+            near = get_close_matches(pattern, ends, n=4, cutoff=0.4) or ends[:8]
+            raise ParameterError(f"targets: {pattern!r} matches nothing that was tuned; near it: {', '.join(near)}")
+        out |= found
+    return [n for n in names if n in out]

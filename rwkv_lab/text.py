@@ -1,0 +1,13 @@
+"""Values as text for people: in tables, reports and figures."""
+
+
+def shown(value: object) -> str:
+    """A cell as text: four digits of a float, thousands of an int set apart, no control characters."""
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

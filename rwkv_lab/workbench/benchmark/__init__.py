@@ -1,0 +1,1 @@
+"""benchmark.ipynb: its parameters, cells and figures."""

@@ -1,0 +1,162 @@
+"""What the cells of benchmark.ipynb call, in their order. Each shows its part, and notes it for result and report."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from IPython.display import display
+
+from rwkv_lab.bench import figures
+from rwkv_lab.bench.contest import COLUMNS, Floors, Row, cells
+from rwkv_lab.bench.growth import measure_growth
+from rwkv_lab.bench.loading import measure_loading
+from rwkv_lab.bench.machine import floors_are_compiled, machine
+from rwkv_lab.bench.operators import Shape, measure_operators
+from rwkv_lab.bench.peers import parse_peers
+from rwkv_lab.bench.speed import Plan, measure_speed
+from rwkv_lab.checkpoint import Layout, file_facts, open_checkpoint
+from rwkv_lab.checks import Check, NotApplicable
+from rwkv_lab.errors import LayoutError
+from rwkv_lab.model.device import parse_device
+from rwkv_lab.progress import human_bytes
+from rwkv_lab.wkv import backends
+from rwkv_lab.workbench.parameters import input_path
+from rwkv_lab.workbench.run import Run
+from rwkv_lab.workbench.steps import Step
+from rwkv_lab.workbench.tables import Table
+
+_LOADS = 2  # at most, since each starts a process that imports torch
+_GROWTH = (1, 4, 16)  # contexts, in the longest of the prompts
+
+
+@dataclass
+class Measured:
+    """The model that is measured, and what has been measured so far."""
+
+    path: Path
+    layout: Layout
+    plan: Plan
+    rows: list[Row] = field(default_factory=list)
+    floors: Floors = field(default_factory=dict)
+
+
+def load(run: Run) -> Measured:
+    """Say what is measured, on which machine, beside whom.
+
+    Raises:
+        RwkvLabError: the file cannot be opened, is no whole model, or the device is not there.
+    """
+    run.begin_again()
+    config, path = run.config, input_path(run.config.model)
+    with open_checkpoint(path) as ck:
+        if ck.kind != "model":
+            raise LayoutError(f"{path.name} is no whole model ({ck.kind}): {ck.reason}.")
+        facts, layout = file_facts(ck), ck.layout
+    parse_device(config.device)
+    run.record.inputs = [facts]
+    plan = Plan(
+        dtypes=tuple(config.dtypes),
+        lengths=tuple(config.lengths),
+        batches=tuple(config.batches),
+        rounds=config.rounds,
+        device=config.device,
+        peers=tuple(parse_peers(config.peers)),
+    )
+    described = machine()
+    run.record.metrics |= {"layout": str(layout), "machine": described}
+    run.page.headline = f"How fast is {path.name}, an RWKV-{layout.version}, on this machine?"
+    run.page.facts = [
+        ("model", f"{path.name}, {human_bytes(facts.bytes)}: {layout}"),
+        ("machine", f"{described['cpu']}, {described['threads']} threads on {described['cores']} cores"),
+        ("versions", f"Python {described['python']}, torch {described['torch']}, {described['system']}"),
+        ("beside", ", ".join(peer.name for peer in plan.peers) or "nobody: no peer is installed or named"),
+        ("floors", "measured in the same rounds" + ("" if floors_are_compiled() else ", by torch: no C++ compiler")),
+    ]
+    display(Table("What is measured", ("", ""), run.page.facts))
+    return Measured(path, layout, plan)
+
+
+def measure_rates(run: Run, measured: Measured) -> None:
+    """Decode and prefill rates beside the peers; answers are compared first."""
+    with run.timed("rates"):
+        rows, floors = measure_speed(measured.path, measured.path.name, measured.plan)
+    _note(run, measured, rows, floors, "Rates")
+
+
+def measure_wkv(run: Run, measured: Measured) -> None:
+    """The operators at the model's own sizes, on every backend."""
+    layout, config = measured.layout, run.config
+    size = layout.head_size or 64
+    heads = layout.n_head or max(layout.dim_att // size, 1)
+    shape = Shape(length=max(config.lengths), heads=heads, head_size=size)
+    with run.timed("wkv"):
+        names = config.backends or list(backends())
+        rows, floors = measure_operators(shape, names, config.rounds, config.device)
+    _note(run, measured, rows, floors, "The WKV operators")
+
+
+def measure_memory(run: Run, measured: Measured) -> None:
+    """What loading takes, in processes of their own."""
+    with run.timed("loading"):
+        plan = measured.plan
+        rows = measure_loading(measured.path, measured.path.name, plan.dtypes, min(plan.rounds, _LOADS), plan.peers)
+    _note(run, measured, rows, {}, "Loading")
+
+
+def measure_context(run: Run, measured: Measured) -> None:
+    """Time per token and memory along a long context."""
+    plan = measured.plan
+    contexts = [factor * max(plan.lengths) for factor in _GROWTH]
+    with run.timed("growth"):
+        rows = measure_growth(
+            measured.path, measured.path.name, plan.dtypes[0], contexts, plan.rounds, device=plan.device
+        )
+    _note(run, measured, rows, {}, "Along the context")
+
+
+def show_verdict(run: Run, measured: Measured) -> None:
+    """A check for everything of ours that was compared: without agreement there is no rate, and the run fails."""
+    peers = {peer.name for peer in measured.plan.peers}
+    run.record.checks = []
+    for row in measured.rows:
+        name = f"{row.job}, {row.subject}, {row.size}, {row.name}: answers beside the reference"
+        if row.agreement is not None and row.engine not in peers:
+            agreement = row.agreement
+            run.record.checks.append(Check(name, _digits(agreement.error), agreement.limit, agreement.passed))
+        elif row.problem:
+            run.record.checks.append(NotApplicable(name, row.problem))
+    for check in run.record.checks:
+        print(check)
+
+
+def _note(run: Run, measured: Measured, rows: Sequence[Row], floors: Floors, title: str) -> None:
+    """Rows into result and report, as a table and as the figures that these rows are for."""
+    measured.rows += rows
+    for name, samples in floors.items():
+        measured.floors.setdefault(name, []).extend(samples)
+    run.record.metrics["rows"] = [row.as_dict() for row in measured.rows]
+    run.record.metrics["floors"] = measured.floors
+    note = "Medians over rounds in which all take turns. A row whose answers disagree with the reference has no rate."
+    table = Table(title, COLUMNS, [cells(row) for row in rows], note)
+    run.page.tables.append(table)
+    display(table)
+    facts = dict(run.page.facts)
+    subtitle = f"{facts['model']}\n{facts['machine']}; {facts['versions']}"
+    for name, (heading, caption, figure) in figures.all_figures(rows, floors, subtitle).items():
+        run.show_figure(name, heading, caption, figure)
+
+
+def _digits(x: float) -> float:
+    return float(f"{x:.2g}") if math.isfinite(x) else x
+
+
+STEPS = (
+    Step(load, "measured"),
+    Step(measure_rates),
+    Step(measure_wkv),
+    Step(measure_memory),
+    Step(measure_context),
+    Step(show_verdict),
+)
+MUST_PASS = True

@@ -1,0 +1,40 @@
+"""What benchmark.ipynb takes."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
+
+from rwkv_lab.bench.peers import parse_peers
+from rwkv_lab.spec import Text
+from rwkv_lab.workbench.parameters import Backends, InputPath, Parameters, PathOrEmpty
+
+
+def _peer(text: str) -> str:
+    parse_peers([text])
+    return text
+
+
+class BenchmarkParameters(Parameters):
+    title: ClassVar[str] = "benchmark"
+    basic: ClassVar[tuple[str, ...]] = ("model", "lengths", "batches", "dtypes", "device")
+
+    model: InputPath = Field("demo:base", description="a whole model of any generation: .pth, .safetensors, a folder")
+    lengths: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
+        [64, 256], description="tokens of the prompts that are read at once"
+    )
+    batches: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
+        [1, 8], description="sequences that are decoded at once"
+    )
+    dtypes: Annotated[list[Literal["bf16", "fp32", "fp16", "int8", "int4"]], Field(min_length=1)] = Field(
+        ["bf16", "fp32"], description="of bf16, fp32, fp16, int8, int4; the last two are of the weights alone"
+    )
+    backends: Backends = Field([], description="of the WKV operator; empty: all there are")
+    device: Text = Field("cpu", description="cpu or cuda")
+    peers: list[Annotated[str, AfterValidator(_peer)]] = Field(
+        ["auto"], description="auto is the package rwkv where it is installed; others by a command, see the README"
+    )
+    rounds: Annotated[int, Field(ge=1)] = Field(3, description="samples of everything, taken in turn")
+    report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/benchmark")
+
+
+PARAMETERS = BenchmarkParameters

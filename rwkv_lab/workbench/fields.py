@@ -1,0 +1,187 @@
+"""Fields of a panel: a widget for each kind of parameter, made from the parameter's type."""
+
+import json
+from collections.abc import Callable
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import ipywidgets as widgets
+from pydantic.fields import FieldInfo
+
+from rwkv_lab.workbench.file_chooser import FileChooser
+from rwkv_lab.workbench.parameters import Asked
+
+_LABEL = {"description_width": "9rem"}
+_WIDE = {"width": "44rem"}  # no Layout: that would be a widget, made at import
+_WORDS = "{words}"  # stands in placeholders for what `Field.explain` is told
+
+
+class Field:
+    """A widget for one parameter, and how its value is turned into the parameter's and back."""
+
+    def __init__(self, name: str, widget: Any, to_widget: Callable = lambda v: v, from_widget: Callable = lambda v: v):
+        self.name, self.widget = name, widget
+        self._to_widget, self._from_widget = to_widget, from_widget
+
+    @property
+    def value(self) -> Any:
+        """The parameter's value, not yet validated."""
+        return self._from_widget(self.widget.value)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self.widget.value = self._to_widget(value)
+
+    @property
+    def box(self) -> widgets.Widget:
+        """What is shown: the widget, or the box that it comes in."""
+        return getattr(self.widget, "box", self.widget)
+
+    def explain(self, words: str) -> None:
+        """Show what the parameter is, where this kind of widget has room for it."""
+        if isinstance(self.widget, widgets.Checkbox):
+            self.widget.description = f"{self.name}: {words}"
+            return
+        shown = getattr(self.widget, "text", self.widget)  # a FileChooser has a text field
+        shown.tooltip = words
+        if hasattr(shown, "placeholder"):
+            shown.placeholder = shown.placeholder.replace(_WORDS, words)
+
+
+def field_for(name: str, info: FieldInfo) -> Field:
+    """The field for a parameter, by its type."""
+    asked = next((m for m in info.metadata if isinstance(m, Asked)), None)
+    if asked and asked.by == "choices":
+        return _several(name, tuple(asked.choices()))
+    if asked:
+        return _path(name) if asked.by == "file" else _paths(name)
+    kind, optional = _without_none(info.annotation)
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return _choice(name, tuple((str(v) or "(default)", v) for v in inside))
+    if origin is list:
+        return _list(name, _without_none(inside[0])[0])
+    if origin is dict or kind is dict:
+        return _mapping(name, json.dumps(info.examples[0]) if info.examples else "")
+    if kind is bool:
+        return _flag(name)
+    if kind is int:
+        return _whole_or_none(name) if optional else _whole(name, _least(info))
+    return _number(name) if kind is float else _text(name)
+
+
+def _list(name: str, inside: Any) -> Field:
+    if get_origin(inside) is Literal:
+        return _several(name, get_args(inside))
+    return {int: _several_whole, float: _numbers}.get(inside, _patterns)(name)
+
+
+def _without_none(annotation: Any) -> tuple[Any, bool]:
+    """(the type itself, without None and Annotated, whether None is allowed too)."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) not in (Union, UnionType):
+        return annotation, False
+    kinds = [a for a in get_args(annotation) if a is not type(None)]
+    return _without_none(kinds[0])[0], len(kinds) < len(get_args(annotation))
+
+
+def _least(info: FieldInfo) -> int:
+    return next((m.ge for m in info.metadata if hasattr(m, "ge")), 0)
+
+
+def _path(name: str) -> Field:
+    return Field(name, FileChooser(name))
+
+
+def _paths(name: str) -> Field:
+    """One path, or several with a semicolon and a space between them."""
+    field = _path(name)
+    join = lambda v: "; ".join(v) if isinstance(v, list) else v  # noqa: E731
+    return Field(name, field.widget, join, lambda text: text.split("; ") if "; " in text else text)
+
+
+def _text(name: str, placeholder: str = _WORDS) -> Field:
+    widget = widgets.Text(
+        description=name, placeholder=placeholder, style=_LABEL, layout=_WIDE, continuous_update=False
+    )
+    return Field(name, widget)
+
+
+def _choice(name: str, options: tuple) -> Field:
+    return Field(name, widgets.Dropdown(options=options, description=name, style=_LABEL))
+
+
+def _number(name: str) -> Field:
+    field = _text(name)
+    # Text that is no number goes on as it is, and is refused with the parameter's own words.
+    return Field(name, field.widget, lambda v: "" if v is None else f"{v:g}", lambda text: text.strip() or None)
+
+
+def _numbers(name: str) -> Field:
+    field = _text(name)
+    return Field(
+        name,
+        field.widget,
+        lambda v: ", ".join(f"{x:g}" for x in v),
+        lambda text: [part.strip() for part in text.split(",") if part.strip()],
+    )
+
+
+def _mapping(name: str, example: str) -> Field:
+    field = _text(name, f"{_WORDS}: {example}")
+    return Field(name, field.widget, lambda v: json.dumps(v) if v else "", _from_json)
+
+
+def _from_json(text: str) -> object:
+    """What the text stands for; as it is, to be refused with the parameter's own words, where it is not JSON."""
+    try:
+        return json.loads(text) if text.strip() else {}
+    except ValueError:
+        return text
+
+
+def _whole(name: str, least: int) -> Field:
+    widget = widgets.BoundedIntText(description=name, min=least, max=2**20, style=_LABEL)
+    return Field(name, widget)
+
+
+def _whole_or_none(name: str) -> Field:
+    field = _text(name)
+
+    def read(text: str) -> Any:
+        text = text.strip()
+        return int(text) if text.isdecimal() else text or None  # what is no number is refused in the parameter's words
+
+    return Field(name, field.widget, lambda v: "" if v is None else str(v), read)
+
+
+def _several_whole(name: str) -> Field:
+    field = _text(name)
+    return Field(name, field.widget, lambda v: ", ".join(map(str, v)), _whole_numbers)
+
+
+def _whole_numbers(text: str) -> list:
+    """Words that are no numbers go on as they are, and are refused with the parameter's own words."""
+    return [int(word) if word.isdecimal() else word for word in text.replace(",", " ").split()]
+
+
+def _several(name: str, options: tuple[str, ...]) -> Field:
+    widget = widgets.SelectMultiple(options=options, description=name, rows=len(options), style=_LABEL)
+    return Field(name, widget, tuple, list)
+
+
+def _patterns(name: str) -> Field:
+    widget = widgets.Textarea(
+        description=name,
+        placeholder=f"{_WORDS}; one per line",
+        rows=2,
+        style=_LABEL,
+        layout=_WIDE,
+        continuous_update=False,
+    )
+    return Field(name, widget, "\n".join, lambda text: [line.strip() for line in text.splitlines() if line.strip()])
+
+
+def _flag(name: str) -> Field:
+    return Field(name, widgets.Checkbox(style=_LABEL, layout=_WIDE))

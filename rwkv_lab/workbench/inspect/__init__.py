@@ -1,0 +1,1 @@
+"""inspect.ipynb: its parameters, cells and figures."""

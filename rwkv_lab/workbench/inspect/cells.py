@@ -1,0 +1,150 @@
+"""What the cells of inspect.ipynb call, in their order. Each shows its part, and notes it for result and report."""
+
+import re
+from collections import Counter
+
+from IPython.display import display
+
+from rwkv_lab.checkpoint import Checkpoint, file_facts, open_checkpoint
+from rwkv_lab.checkpoint.statistics import Statistics, statistics
+from rwkv_lab.checks import Check
+from rwkv_lab.plotting import layer_map
+from rwkv_lab.progress import human_bytes
+from rwkv_lab.workbench.inspect import figures
+from rwkv_lab.workbench.parameters import input_path
+from rwkv_lab.workbench.run import Run
+from rwkv_lab.workbench.steps import Step
+from rwkv_lab.workbench.tables import Table
+
+
+def describe(run: Run) -> None:
+    """Say what the file is, from headers alone: kind, generation and dimensions, and what decided.
+
+    Raises:
+        RwkvLabError: the file cannot be opened.
+    """
+    run.begin_again()
+    with run.timed("open"), open_checkpoint(input_path(run.config.checkpoint)) as ck:
+        run.record.inputs = [file_facts(ck)]
+        facts = _facts(ck)
+        misfit = ck.identity.misfit
+        run.record.metrics |= {"kind": ck.kind, "tensors": len(ck), "bytes": ck.bytes}
+        if ck.layout:
+            fields = (
+                "version",
+                "n_layer",
+                "n_embd",
+                "dim_att",
+                "dim_ffn",
+                "vocab_size",
+                "n_head",
+                "head_size",
+                "ranks",
+            )
+            run.record.metrics["layout"] = {name: getattr(ck.layout, name) for name in fields}
+        if misfit:
+            run.record.checks = [
+                Check("tensors of the layout that are missing", len(misfit.missing), 0, not misfit.missing),
+                Check("tensors of another shape than the layout's", len(misfit.wrong), 0, not misfit.wrong),
+                Check("tensors that the layout does not know", len(misfit.extra), 0, not misfit.extra),
+            ]
+        elif ck.kind == "unknown":
+            run.record.checks = [Check("what the file is", f"not recognised: {ck.reason}", "recognised", False)]
+        run.page.headline = f"{ck.path.name} is {_kind_in_words(ck)}."
+        run.page.facts = facts
+        run.page.tables = [Table("Evidence", ("name and shape",), [(line,) for line in ck.evidence])]
+        if ck.metadata:
+            run.page.tables.append(Table("Metadata in the file", ("key", "value"), list(ck.metadata.items())))
+    display(Table(run.page.headline, ("", ""), facts), *run.page.tables)
+
+
+def measure(run: Run) -> dict[str, Statistics]:
+    """Read every value once, and list the tensors with their statistics."""
+    with run.timed("statistics"), open_checkpoint(input_path(run.config.checkpoint)) as ck:
+        found = statistics(ck)
+        rows = []
+        for name, s in found.items():
+            t = ck.info[name]
+            shape, dtype = " × ".join(map(str, t.shape)), str(t.dtype).removeprefix("torch.")
+            rows.append((name, shape, dtype, t.nbytes, s.min, s.max, s.mean, s.std, s.zeros, s.nan, s.inf))
+    columns = ("tensor", "shape", "dtype", "bytes", "min", "max", "mean", "std", "zeros", "NaN", "Inf")
+    table = Table("Tensors", columns, rows, "Statistics are of the finite values.")
+    run.page.tables.append(table)
+    nan, inf = sum(s.nan for s in found.values()), sum(s.inf for s in found.values())
+    run.record.metrics |= {"nan": nan, "inf": inf}
+    called = {"nan": "NaN", "inf": "Inf"}
+    for what, count in (("nan", nan), ("inf", inf)):
+        first = next((name for name, s in found.items() if getattr(s, what)), "")
+        value = f"{count:,}, first in {first}" if count else 0
+        run.record.checks.append(Check(f"values that are {called[what]}", value, 0, count == 0))
+    display(table)
+    return found
+
+
+def show_figures(run: Run, statistics: dict[str, Statistics]) -> None:
+    """Where the bytes are, and how large the values are by layer and matrix."""
+    with run.timed("figures"), open_checkpoint(input_path(run.config.checkpoint)) as ck:
+        subtitle = f"{ck.path.name}: {ck.layout or ck.kind}"
+        figure = figures.sizes_by_part(ck.info, subtitle)
+        run.show_figure(
+            "sizes", "Bytes by part and dtype", "Bars of parts that repeat in every layer are their sum.", figure
+        )
+        layers = {int(m[1]) for name in ck.info if (m := re.match(r"blocks\.(\d{1,4})\.", name))}
+        for measure, title in (("std", "Spread of the values"), ("absmax", "Largest absolute value")):
+            values = {name: getattr(s, measure) for name, s in statistics.items()}
+            figure = layer_map(values, max(layers, default=-1) + 1, f"{title}, by tensor", subtitle, measure)
+            caption = "Each cell is one tensor, on a logarithmic scale; grey is zero, not finite, or not there."
+            run.show_figure(measure, f"{title}, by layer and matrix", caption, figure)
+
+
+def show_verdict(run: Run) -> None:
+    """Print a PASS or FAIL line for each check."""
+    for check in run.record.checks:
+        print(check)
+
+
+def _facts(ck: Checkpoint) -> list[tuple[str, object]]:
+    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in ck.info.values())
+    facts: list[tuple[str, object]] = [
+        ("kind", _kind_in_words(ck)),
+        ("format", f"{ck.format}, {len(ck.files)} file{'s' if len(ck.files) > 1 else ''}, {human_bytes(ck.bytes)}"),
+        ("model", str(ck.layout) if ck.layout else f"no layout: {ck.reason}"),
+        ("tensors", f"{len(ck)}, {sum(t.numel for t in ck.info.values()):,} values"),
+        ("dtypes", ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())),
+    ]
+    if ck.layout and ck.reason:
+        facts.append(("lacks", ck.reason))
+    if ck.identity.prefix:
+        facts.append(("prefix", f"every name begins with {ck.identity.prefix!r}"))
+    ranks = Counter(t.shape[0] for n, t in ck.info.items() if n.endswith(".lora_A") and len(t.shape) == 2)
+    if ranks:
+        facts.append(("ranks", ", ".join(f"{count} matrices of rank {rank}" for rank, count in ranks.most_common())))
+    if ck.others:
+        facts.append(("other entries", ", ".join(map(str, list(ck.others)[:10]))))
+    if ck.adapter_config:
+        facts.append(("adapter_config.json", ", ".join(f"{k} {v}" for k, v in ck.adapter_config.items())[:500]))
+    return facts
+
+
+def _kind_in_words(ck: Checkpoint) -> str:
+    model = f"RWKV-{ck.layout.version}" if ck.layout else ""
+    words = {
+        "model": f"a whole {model} model",
+        "partial": f"a part of an {model or 'RWKV'} model",
+        "state": "a tuned state",
+        "lora": "a LoRA adapter",
+        "pissa-init": "the starting point of a PiSSA adapter",
+        "miss": "a MiSS adapter",
+        "unsupported": "a variant that is not supported",
+        "converted": "a converted file that is not supported",
+    }
+    return words.get(ck.kind, f"of kind {ck.kind!r}")
+
+
+STEPS = (
+    Step(describe),
+    Step(measure, "statistics"),
+    Step(show_figures),
+    Step(show_verdict),
+)
+MUST_PASS = False  # finding faults is the job

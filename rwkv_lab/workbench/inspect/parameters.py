@@ -1,0 +1,18 @@
+"""What inspect.ipynb takes."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from rwkv_lab.workbench.parameters import InputPath, Parameters, PathOrEmpty
+
+
+class InspectParameters(Parameters):
+    title: ClassVar[str] = "inspect"
+    basic: ClassVar[tuple[str, ...]] = ("checkpoint",)
+
+    checkpoint: InputPath = Field("demo:base", description="any checkpoint: .pth, .safetensors, a folder, an adapter")
+    report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/inspect")
+
+
+PARAMETERS = InspectParameters

@@ -1,0 +1,1 @@
+"""merge.ipynb: its parameters, cells and figures."""

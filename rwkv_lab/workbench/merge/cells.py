@@ -1,0 +1,218 @@
+"""What the cells of merge.ipynb call, in their order. Each shows its part, and notes it for result and report."""
+
+from collections import Counter
+
+from IPython.display import display
+
+from rwkv_lab.analysis.behaviour import Behaviour, compare_behaviour, describe_texts
+from rwkv_lab.analysis.deltas import deltas
+from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.merge import MergePlan, MergeResult, merge, merge_recipe, verify_merge
+from rwkv_lab.merge.methods import ADAPTERS, INTO_BASE, in_words
+from rwkv_lab.plotting import bits_bars
+from rwkv_lab.progress import human_bytes
+from rwkv_lab.workbench.merge import figures
+from rwkv_lab.workbench.parameters import input_path
+from rwkv_lab.workbench.run import Run
+from rwkv_lab.workbench.steps import Step
+from rwkv_lab.workbench.tables import Table
+
+_DRY = "dry_run=True: nothing was merged, so there is nothing to show here."
+
+
+def plan(run: Run) -> MergePlan:
+    """Begin the run by saying what the merge will do, from headers alone.
+
+    Raises:
+        RwkvLabError: what `merge` refuses.
+    """
+    run.begin_again()
+    with run.timed("plan"):
+        result = preview(run)
+    run.record.inputs = list(result.inputs)
+    made = result.plan
+    run.record.metrics |= {
+        "method": made.method,
+        "tensors": len(made.rows),
+        "tensors_changed": len(made.changed),
+        "output_bytes": made.output_bytes,
+        "disk_free": made.disk_free,
+        "memory_needed": made.memory_needed,
+        "memory_free": made.memory_free,
+    }
+    run.page.headline = f"Planned, nothing written: {_what(result)}."
+    run.page.facts = _facts(result)
+    run.page.tables = [plan_table(made)]
+    return made
+
+
+def preview(run: Run) -> MergeResult:
+    """Show what a merge with these parameters would do, and note nothing.
+
+    Raises:
+        RwkvLabError: what `merge` refuses.
+    """
+    result = _merge(run, dry_run=True)
+    display(Table("The plan", ("", ""), _facts(result)), plan_table(result.plan))
+    return result
+
+
+def carry_out(run: Run) -> MergeResult | None:
+    """Merge; None after `dry_run`.
+
+    Raises:
+        RwkvLabError: what `merge` refuses; no output is there then.
+    """
+    if run.config.dry_run:
+        print(_DRY)
+        return None
+    result = _merge(run, dry_run=False)
+    run.record.seconds |= {"merge": result.seconds["merge"]}
+    run.record.outputs = list(result.outputs)
+    run.page.headline = f"{result.out.name}, {human_bytes(result.outputs[0].bytes)}: {_what(result)}."
+    rows = [(str(f.path), f.bytes, f.fingerprint) for f in result.outputs]
+    display(Table("Written", ("file", "bytes", "fingerprint"), rows))
+    return result
+
+
+def show_what_moved(run: Run, result: MergeResult | None) -> None:
+    """Heat map and histogram of merged - base, over the tensors that the plan changes."""
+    if result is None:
+        print(_DRY)
+        return
+    names = [row.name for row in result.plan.changed]
+    if not names:
+        print("No tensor changed.")
+        return
+    with run.timed("figures"):
+        with open_checkpoint(result.base) as base, open_checkpoint(result.out) as merged:
+            moved = deltas(base, merged, names)
+        rest = len(result.plan.rows) - len(names)
+        subtitle = f"{_what(result)}; the other {rest} tensors are the base's"
+        figure = figures.moved_per_layer(moved, result.plan.layout.n_layer, subtitle)
+        caption = (
+            "Each cell is one tensor, on a logarithmic scale; grey did not move. "
+            "Where the base has no such tensor, there is nothing to relate it to, and the colour gives its own size."
+        )
+        run.show_figure("what_moved", "What moved, by layer and matrix", caption, figure)
+        figure = figures.delta_histogram(moved, subtitle)
+        run.show_figure(
+            "deltas", "Histogram of the changes", "Each bar is twice as wide as the one to its left.", figure
+        )
+    rows = [(d.name, "new" if d.new else d.relative, d.rms, d.largest) for d in moved]
+    note = "relative: ‖merged − base‖ / ‖base‖; rms and largest in the unit of the weights."
+    run.page.tables.append(Table("How far each tensor moved", ("tensor", "relative", "rms", "largest"), rows, note))
+
+
+def compare_models(run: Run, result: MergeResult | None) -> Behaviour | None:
+    """Run base and merged model on text that neither was trained on, and let them write; None after `dry_run`."""
+    if result is None:
+        print(_DRY)
+        return None
+    with run.timed("models"):
+        behaviour = compare_behaviour(result)
+    run.record.metrics |= {"bits_per_byte": behaviour.bits} if behaviour.bits else {}
+    run.page.samples = behaviour.samples
+    if behaviour.bits:
+        figure = bits_bars(behaviour.bits, f"{_what(result)}; {describe_texts()}")
+        caption = "Bits the model needs for each byte of text that it was not trained on; lower is better."
+        run.show_figure("bits_per_byte", "Bits per byte of held-out text", caption, figure)
+    for sample in behaviour.samples:
+        display(Table(f"After the prompt {sample.prompt!r}", list(sample.texts), [list(sample.texts.values())]))
+    if not behaviour.samples:
+        print("No text: these models are not run here, or their tokens are not bytes.")
+    return behaviour
+
+
+def prove(run: Run, result: MergeResult | None, behaviour: Behaviour | None) -> None:
+    """Re-open what was written, recompute it independently, and print a PASS or FAIL line for each check."""
+    if result is None or behaviour is None:
+        print(_DRY)
+        return
+    with run.timed("proof"):
+        run.record.checks = [*result.checks, *verify_merge(result), *behaviour.checks]
+    for check in run.record.checks:
+        print(check)
+
+
+def plan_table(made: MergePlan) -> Table:
+    """One row per tensor of the output, those that change first."""
+    changed = set(made.changed)
+    rows = [
+        (r.name, r.action, r.source, " × ".join(map(str, r.shape)), str(r.dtype).removeprefix("torch."), r.nbytes)
+        for r in sorted(made.rows, key=lambda r: r not in changed)
+    ]
+    kept = f"Kept out by include and exclude: {', '.join(made.skipped[:10])}" if made.skipped else ""
+    if len(made.skipped) > 10:
+        kept += f" and {len(made.skipped) - 10} more"
+    return Table("Plan, tensor by tensor", ("tensor", "action", "source", "shape", "dtype", "bytes"), rows, kept)
+
+
+def _facts(result: MergeResult) -> list[tuple[str, object]]:
+    made, recipe = result.plan, result.recipe
+    actions = Counter(r.action for r in made.rows)
+    options = {k: v for k, v in recipe.items() if v is not None and k not in ("method", "parameters")}
+    options |= recipe["parameters"]
+    return [
+        ("base", f"{result.base.name}, {human_bytes(result.inputs[0].bytes)}"),
+        *(("tuned", f"{f.path.name}, {human_bytes(f.bytes)}") for f in result.inputs[1:]),
+        ("output", result.out.name),
+        ("model", str(made.layout)),
+        ("method", f"{made.method}: {in_words(made.method)}"),
+        ("settings", ", ".join(f"{name} {value}" for name, value in options.items())),
+        ("tensors", ", ".join(f"{count} {action}" for action, count in actions.most_common())),
+        ("size", f"{made.output_bytes:,} bytes; {human_bytes(made.disk_free)} are free on that disk"),
+        ("memory", f"{human_bytes(made.memory_needed)} at most; {human_bytes(made.memory_free)} are free"),
+        *(("to know", note) for note in made.notes),
+    ]
+
+
+def _what(result: MergeResult) -> str:
+    """What was done, in a line: for headlines and under figures."""
+    alpha, method = result.recipe["alpha"], result.plan.method
+    share = "" if alpha is None else f", alpha {alpha:g}" if isinstance(alpha, float) else ", alpha by tensor"
+    tuned = ", ".join(p.name for p in result.tuned[:3]) + (" …" if len(result.tuned) > 3 else "")
+    if method in (*INTO_BASE, *ADAPTERS):
+        return f"{tuned} merged into {result.base.name}, method {method}{share}"
+    with_them = f" and {tuned}" if tuned else ""
+    return f"{result.base.name}{with_them}, method {method} ({in_words(method)}){share}"
+
+
+def _merge(run: Run, dry_run: bool) -> MergeResult:
+    c, out = run.config, run.output_path("merged.pth")
+    options = {
+        "include": c.include or None,
+        "exclude": c.exclude or None,
+        "scan": c.scan,
+        "allowed_dir": c.allowed_dir or None,
+        "overwrite": run.may_overwrite(),
+        "dry_run": dry_run,
+        "allow_extra": c.allow_extra or None,
+        "allow_nonfinite": c.allow_nonfinite,
+        "precision": c.precision,
+        "hash": c.hash,
+    }
+    if c.recipe:
+        return merge_recipe(c.recipe, out, **options)
+    return merge(
+        input_path(c.base),
+        [input_path(p) for p in c.tuned] if isinstance(c.tuned, list) else input_path(c.tuned),
+        out,
+        method=c.method,
+        alpha=c.alpha,
+        weights=c.weights or None,
+        pissa_init=c.pissa_init or None,
+        dtype=c.dtype or None,
+        parameters=c.parameters or None,
+        **options,
+    )
+
+
+STEPS = (
+    Step(plan, "plan"),
+    Step(carry_out, "result"),
+    Step(show_what_moved),
+    Step(compare_models, "behaviour"),
+    Step(prove),
+)
+MUST_PASS = True

@@ -1,0 +1,1 @@
+"""modes.ipynb: its parameters, cells and figures."""

@@ -1,0 +1,25 @@
+"""What modes.ipynb takes."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from rwkv_lab.workbench.parameters import Backends, InputOrEmpty, InputPath, Parameters, PathOrEmpty
+
+
+class ModesParameters(Parameters):
+    title: ClassVar[str] = "modes"
+    basic: ClassVar[tuple[str, ...]] = ("model", "compare_with", "length", "batch", "dtypes", "backends")
+
+    model: InputPath = Field("demo:base", description="a whole model of any generation: .pth, .safetensors, a folder")
+    compare_with: InputOrEmpty = Field("", description="a second model of the same layout: where do the two part?")
+    length: Annotated[int, Field(ge=16)] = Field(512, description="tokens of each sequence")
+    batch: Annotated[int, Field(ge=1)] = Field(2, description="sequences")
+    dtypes: Annotated[list[Literal["float64", "float32", "bfloat16", "float16"]], Field(min_length=1)] = Field(
+        ["float64", "float32", "bfloat16"], description="of float64, float32, bfloat16, float16"
+    )
+    backends: Backends = Field([], description="of the WKV operator; empty: all there are")
+    report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/modes")
+
+
+PARAMETERS = ModesParameters

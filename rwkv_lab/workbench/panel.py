@@ -1,0 +1,113 @@
+"""The panel of a notebook in JupyterLab: a second way to set its parameters, with Plan and Run buttons.
+
+It is made from the model of the parameters, edits `run.config` and calls the functions that the cells call; nothing can
+be done here only. Work runs in the main thread, where Interrupt reaches it.
+"""
+
+import html
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets as widgets
+from IPython.display import display
+
+from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.progress import frontend_present
+from rwkv_lab.workbench.fields import Field, field_for
+from rwkv_lab.workbench.registry import cells_of
+from rwkv_lab.workbench.run import Run
+from rwkv_lab.workbench.steps import run_all
+
+
+class Panel:
+    """Fields and buttons over one run. Every change is validated at once; a refused one leaves the parameters alone.
+
+    Args:
+        fields: in the order of the parameters; those that most people set are shown, the others folded.
+        buttons: label -> what it does with the run.
+    """
+
+    def __init__(self, run: Run, fields: list[Field], buttons: dict[str, Callable[[Run], object]]):
+        self.run = run
+        self.fields = {f.name: f for f in fields}
+        self.message = widgets.HTML()
+        self.output = widgets.Output()
+        for field in fields:
+            field.explain(type(run.config).model_fields[field.name].description)
+            field.value = getattr(run.config, field.name)
+            field.widget.observe(lambda change: self.apply(), "value")
+        self.hide()
+        self.buttons = {}
+        for label, work in buttons.items():
+            button = widgets.Button(description=label, button_style="primary" if label == "Run" else "")
+            button.on_click(lambda _, work=work: self.do(work))
+            self.buttons[label] = button
+        basic = type(run.config).basic
+        more = widgets.Accordion([widgets.VBox([f.box for f in fields if f.name not in basic])], titles=["More"])
+        folded = [more] if len(basic) < len(fields) else []
+        buttons_row = widgets.HBox([*self.buttons.values()])
+        shown = [f.box for f in fields if f.name in basic]
+        self.box = widgets.VBox([*shown, *folded, buttons_row, self.message, self.output])
+
+    def values(self) -> dict[str, Any]:
+        """What the fields say, not yet validated; a hidden field says the default."""
+        model = type(self.run.config)
+        given = {name: field.value for name, field in self.fields.items()}
+        return {
+            name: value if model.applies(name, given) else model.model_fields[name].default
+            for name, value in given.items()
+        }
+
+    def hide(self) -> None:
+        """Show the fields that apply beside the others' values, and no others."""
+        given = {name: field.value for name, field in self.fields.items()}
+        for name, field in self.fields.items():
+            field.box.layout.display = None if type(self.run.config).applies(name, given) else "none"
+
+    def apply(self) -> bool:
+        """Take the fields over into `run.config`, all or none; False, with a message, where they are refused."""
+        self.hide()
+        try:
+            self.run.configure(**self.values())
+        except RwkvLabError as e:
+            self._say(e)
+            return False
+        self.message.value = ""
+        return True
+
+    def do(self, work: Callable[[Run], object]) -> None:
+        """What a click does: take the fields over, work, and show the result or the refusal in the panel."""
+        if not self.apply():
+            return
+        self._enable(False)
+        self.output.clear_output()
+        self.message.value = "working …"
+        try:
+            with self.output:
+                work(self.run)
+            self.message.value = ""
+        except RwkvLabError as e:
+            self._say(e)
+        finally:
+            self._enable(True)
+
+    def _say(self, error: RwkvLabError) -> None:
+        text = html.escape(f"{type(error).__name__}: {error}")
+        self.message.value = f'<pre style="color: var(--jp-error-color1, #c00); white-space: pre-wrap">{text}</pre>'
+
+    def _enable(self, enabled: bool) -> None:
+        for button in self.buttons.values():
+            button.disabled = not enabled
+
+
+def show_panel(run: Run) -> Panel | None:
+    """Show the panel of the run's notebook; None, and a line that says so, where no front end is there."""
+    if not frontend_present():  # no widget may even be made: its state would be saved in the executed notebook
+        print("No front end here: the parameters above hold.")
+        return None
+    cells = cells_of(run.notebook)
+    fields = [field_for(n, f) for n, f in type(run.config).model_fields.items() if n not in ("dry_run", "report")]
+    buttons = {"Plan": cells.preview} if hasattr(cells, "preview") else {}
+    panel = Panel(run, fields, buttons | {"Run": run_all})
+    display(panel.box)
+    return panel

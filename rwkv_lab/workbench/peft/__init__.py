@@ -1,0 +1,1 @@
+"""peft.ipynb: its parameters, cells and figures."""

@@ -1,0 +1,56 @@
+"""What peft.ipynb takes."""
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from rwkv_lab.analysis.tuning import Said, check_tuned
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.spec import Number, Patterns, Text
+from rwkv_lab.workbench.parameters import DEMO, Asked, InputOrEmpty, InputPath, Parameters, PathOrEmpty
+
+
+class PeftParameters(Parameters):
+    title: ClassVar[str] = "peft"
+    basic: ClassVar[tuple[str, ...]] = ("base", "adapter", "second", "rank", "data")
+
+    base: InputPath = Field("demo:base", description="the model that was tuned: .pth, .safetensors or a folder")
+    adapter: InputPath = Field("demo:state", description="what was trained on it: an adapter, a state, a fine-tune")
+    second: InputOrEmpty = Field("", description="another tuning of the same base: do the two pull the same way?")
+    targets: Patterns = Field(
+        [], description="what is measured: names or ends such as att.key, or patterns; empty: all"
+    )
+    rank: Annotated[int, Field(ge=1)] = Field(8, description="how much of each change would a LoRA of this rank keep?")
+    data: Text = Field("python", description="held-out text it is judged by: english, python, or a path")
+    alpha: Annotated[Number, Field(gt=0)] | None = Field(None, description="of a LoRA whose file does not say it")
+    pissa_init: Annotated[PathOrEmpty | list[PathOrEmpty], Asked("files")] = Field(
+        "", description="of PiSSA: file or folder that it started from; a list of two: second's, too"
+    )
+    parameters: dict[str, Any] = Field(
+        {},
+        examples=[{"use_rslora": True}],
+        description="what else files may not say: use_rslora, bat, residual_base, quant; each may be a list of two",
+    )
+    report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/peft")
+
+    def said(self, which: int) -> Said:
+        """What was said of the adapter (0) or of the second one (1). One value is of the adapter, a list of both."""
+        given = {"pissa_init": self.pissa_init, **self.parameters}
+        pairs = {n: v if isinstance(v, list) else [v, None] for n, v in given.items()}
+        odd = next((n for n, v in pairs.items() if len(v) != 2), None)
+        if odd:
+            raise ParameterError(f"{odd}={pairs[odd]!r}: one value is needed, or a list of two")
+        own = {n: v[which] for n, v in pairs.items() if v[which] is not None}
+        return Said(None if which else self.alpha, own.pop("pissa_init", None) or None, own)
+
+    def check(self) -> None:
+        if self.adapter in DEMO and self.base not in DEMO:
+            raise ParameterError(f"adapter is missing: base is {self.base}, adapter is still the demo's.")
+
+    def check_files(self) -> None:
+        for which, path in enumerate((self.adapter, self.second)):
+            if path and path not in DEMO:
+                check_tuned(path, self.said(which), direction_only=which == 1)
+
+
+PARAMETERS = PeftParameters

@@ -1,0 +1,24 @@
+"""Which notebooks there are: every folder here that has a `parameters.py`."""
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from rwkv_lab.workbench.parameters import Parameters
+
+_FOLDER = Path(__file__).parent
+
+
+def notebook_names() -> tuple[str, ...]:
+    """All notebooks by name, in alphabetical order."""
+    return tuple(sorted(p.parent.name for p in _FOLDER.glob("*/parameters.py")))
+
+
+def parameters_of(notebook: str) -> type[Parameters]:
+    """The model of a notebook's parameters: `PARAMETERS` of its `parameters.py`."""
+    return import_module(f"{__package__}.{notebook}.parameters").PARAMETERS
+
+
+def cells_of(notebook: str) -> ModuleType:
+    """The functions that a notebook's cells call: its `cells.py`."""
+    return import_module(f"{__package__}.{notebook}.cells")

@@ -1,0 +1,1 @@
+"""train.ipynb: its parameters, cells and figures."""

@@ -1,0 +1,117 @@
+"""Merged models are run beside what they were made of; where that says nothing, the check says so and does not pass."""
+
+import pytest
+import torch
+
+from rwkv_lab.analysis import behaviour
+from rwkv_lab.analysis.behaviour import compare_behaviour
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
+from rwkv_lab.checks import Check, NotApplicable
+from rwkv_lab.merge import merge
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    monkeypatch.setattr(behaviour, "HELD_OUT", 300)
+    monkeypatch.setattr(behaviour, "_SAMPLE", 5)
+
+
+@pytest.fixture
+def tensors(demo_folder):
+    with open_checkpoint(demo_folder / "demo-base.pth") as ck:
+        return {name: ck[name] for name in ck}
+
+
+def reasons(found) -> list[str]:
+    return [c.reason for c in found.checks if isinstance(c, NotApplicable)]
+
+
+def test_a_merged_state_answers_as_base_and_state_file_do(demo_folder, tmp_path):
+    result = merge(demo_folder / "demo-base.pth", demo_folder / "demo-state.pth", tmp_path / "m.pth")
+    found = compare_behaviour(result)
+    assert len(found.checks) == 4 and all(c.passed for c in found.checks)
+    assert set(found.bits["english"]) == {"base", "merged", "base + state file"} and len(found.samples) == 2
+
+
+def test_another_file_in_its_place_is_found_out(demo_folder, tmp_path, tensors):
+    result = merge(demo_folder / "demo-base.pth", demo_folder / "demo-state.pth", tmp_path / "m.pth")
+    with open_checkpoint(tmp_path / "m.pth") as ck:
+        merged = {name: ck[name] for name in ck}
+    merged["blocks.1.att.time_state"] = merged["blocks.1.att.time_state"] * 3
+    write_checkpoint(tmp_path / "m.pth", merged, overwrite=True)
+    checks = compare_behaviour(result).checks
+    assert checks[0].passed and not any(c.passed for c in checks[1:])
+
+
+def test_nan_in_the_merged_model_is_found_out(demo_folder, tmp_path, tensors):
+    result = merge(demo_folder / "demo-base.pth", demo_folder / "demo-state.pth", tmp_path / "m.pth")
+    tensors["ln_out.weight"][3] = float("nan")
+    write_checkpoint(tmp_path / "m.pth", tensors, overwrite=True)
+    found = compare_behaviour(result)
+    assert isinstance(found.checks[0], Check) and not any(c.passed for c in found.checks if isinstance(c, Check))
+
+
+def test_a_whole_fine_tune_answers_as_itself(demo_folder, tmp_path, tensors):
+    write_checkpoint(tmp_path / "tuned.safetensors", {n: t + 0.01 for n, t in tensors.items()})
+    result = merge(demo_folder / "demo-base.pth", tmp_path / "tuned.safetensors", tmp_path / "m.pth")
+    found = compare_behaviour(result)
+    assert "tuned" in found.bits["python"] and all(c.passed for c in found.checks)
+
+
+def test_other_vocabularies_are_compared_by_logits_alone(demo_folder, tmp_path, tensors):
+    wide = tensors | {n: torch.cat([tensors[n]] * 2) for n in ("emb.weight", "head.weight")}
+    write_checkpoint(tmp_path / "base.pth", wide)
+    found = compare_behaviour(merge(tmp_path / "base.pth", demo_folder / "demo-state.pth", tmp_path / "m.pth"))
+    assert found.bits == {} and found.samples == [] and [c.passed for c in found.checks] == [True, True]
+
+
+def test_what_cannot_be_compared_is_not_passed(demo_folder, tmp_path, tensors):
+    base, state = demo_folder / "demo-base.pth", demo_folder / "demo-state.pth"
+    lora = {"blocks.0.att.key.lora_A": torch.randn(2, 32), "blocks.0.att.key.lora_B": torch.randn(32, 2)}
+    write_checkpoint(tmp_path / "lora.pth", lora)
+    write_checkpoint(tmp_path / "part.pth", {"head.weight": tensors["head.weight"]})
+    write_checkpoint(tmp_path / "more.pth", {n: tensors[n] for n in ("head.weight", "ln_out.weight")})
+    for i, (tuned, options, reason) in enumerate(
+        [
+            (tmp_path / "lora.pth", {"alpha": 4.0}, "no file"),
+            (state, {"alpha": 0.5}, "no file"),
+            (state, {"dtype": "bf16"}, "rounds"),
+            (tmp_path / "more.pth", {"exclude": ["ln_out.*"]}, "keep 1 tensors"),
+            (tmp_path / "part.pth", {}, "part of a model"),
+        ]
+    ):
+        found = compare_behaviour(merge(base, tuned, tmp_path / f"{i}.pth", **options))
+        assert len(found.checks) == 2 and found.checks[0].passed and reason in reasons(found)[0]
+
+
+def test_a_merged_model_that_does_not_load_has_failed(demo_folder, tmp_path, tensors):
+    result = merge(demo_folder / "demo-base.pth", demo_folder / "demo-state.pth", tmp_path / "m.pth")
+    del tensors["ln_out.weight"]
+    write_checkpoint(tmp_path / "m.pth", tensors, overwrite=True)
+    found = compare_behaviour(result)
+    assert not found.checks[0].passed and "ln_out.weight" in found.checks[0].value
+
+
+def test_states_for_some_layers_run(demo_folder, tmp_path):
+    state = demo_folder / "demo-state.pth"
+    found = compare_behaviour(merge(demo_folder / "demo-base.pth", state, tmp_path / "m.pth", exclude=["blocks.0.*"]))
+    assert found.checks[0].passed and "keep 1 tensors" in reasons(found)[0]
+
+
+def test_what_was_allowed_does_not_fail_the_run(demo_folder, tmp_path, tensors):
+    base, state = demo_folder / "demo-base.pth", demo_folder / "demo-state.pth"
+    write_checkpoint(tmp_path / "base.pth", tensors | {"odd": torch.zeros(3)})
+    found = compare_behaviour(merge(tmp_path / "base.pth", state, tmp_path / "n.pth", allow_extra=["odd"]))
+    assert len(reasons(found)) == 2 and "does not know, such as odd" in reasons(found)[0]
+    with open_checkpoint(state) as ck:
+        states = {name: ck[name] for name in ck}
+    next(iter(states.values()))[0, 0, 0] = float("inf")
+    write_checkpoint(tmp_path / "state.pth", states)
+    found = compare_behaviour(merge(base, tmp_path / "state.pth", tmp_path / "i.pth", allow_nonfinite=True))
+    assert len(reasons(found)) == 2 and "were allowed" in reasons(found)[0]
+
+
+def test_models_that_do_not_fit_into_memory(demo_folder, tmp_path, monkeypatch):
+    result = merge(demo_folder / "demo-base.pth", demo_folder / "demo-state.pth", tmp_path / "m.pth")
+    monkeypatch.setattr(behaviour, "memory_free", lambda: 1000)
+    assert len(reasons(compare_behaviour(result))) == 2 and "1 kB are free" in reasons(compare_behaviour(result))[0]

@@ -1,0 +1,109 @@
+"""The panel without a browser: set a value, click, look at the run."""
+
+import json
+import os
+
+import pytest
+
+from rwkv_lab.workbench import panel as panels
+from rwkv_lab.workbench import start
+from rwkv_lab.workbench.file_chooser import FileChooser, listing
+from rwkv_lab.workbench.panel import show_panel
+
+
+@pytest.fixture
+def panel(tmp_path, demo_folder, monkeypatch):
+    run = start("merge", {"report": str(tmp_path / "report")})
+    monkeypatch.setattr(panels, "frontend_present", lambda: True)
+    return show_panel(run)
+
+
+def test_no_widget_is_made_in_batch(tmp_path, demo_folder, capsys):
+    run = start("merge", {"report": str(tmp_path)})
+    assert show_panel(run) is None
+    assert "No front end" in capsys.readouterr().out
+
+
+def test_fields_show_the_parameters_and_change_them(panel):
+    run = panel.run
+    assert panel.fields["base"].widget.text.value == "demo:base"
+    panel.fields["alpha"].widget.value = "0.5"
+    panel.fields["include"].widget.value = "blocks.0.*\n\n blocks.1.* "
+    panel.fields["dtype"].widget.value = "bf16"
+    panel.fields["overwrite"].widget.value = True
+    assert (run.config.alpha, run.config.include) == (0.5, ["blocks.0.*", "blocks.1.*"])
+    assert (run.config.dtype, run.config.overwrite) == ("bf16", True)
+    panel.fields["alpha"].widget.value = ""
+    assert run.config.alpha is None
+
+
+@pytest.mark.parametrize("text", ["much", "nan", "-1", "1.5"])
+def test_a_refused_value_is_shown_and_leaves_the_parameters_alone(panel, text):
+    panel.fields["alpha"].widget.value = text
+    assert "ParameterError" in panel.message.value and "alpha" in panel.message.value
+    assert panel.run.config.alpha is None
+    panel.buttons["Run"].click()
+    assert not (panel.run.folder / "merged.pth").exists()
+    panel.fields["alpha"].widget.value = "1"
+    assert panel.message.value == "" and panel.run.config.alpha == 1
+
+
+def test_messages_are_escaped(panel):
+    panel.fields["base"].widget.text.value = panel.fields["tuned"].widget.text.value = "<b>x"
+    assert "<b>" not in panel.message.value and "&lt;b&gt;x" in panel.message.value
+
+
+def test_plan_writes_nothing_and_run_does_it_all(panel):
+    panel.buttons["Plan"].click()
+    assert not (panel.run.folder / "merged.pth").exists()
+    panel.buttons["Run"].click()
+    result = json.loads((panel.run.folder / "result.json").read_text())
+    assert result["status"] == "ok" and all(c["passed"] for c in result["checks"]) and len(result["checks"]) > 8
+    assert (panel.run.folder / "merged.pth").is_file() and (panel.run.folder / "report.html").is_file()
+    assert not panel.buttons["Run"].disabled
+
+
+def test_a_run_that_fails_says_so_and_is_recorded(panel):
+    panel.fields["exclude"].widget.value = "no such tensor"
+    panel.buttons["Run"].click()
+    assert "no such tensor" in panel.message.value
+    result = json.loads((panel.run.folder / "result.json").read_text())
+    assert (result["status"], result["error"]["class"]) == ("failed", "ParameterError")
+
+
+def test_inspect_panel(tmp_path, demo_folder, monkeypatch):
+    run = start("inspect", {"report": str(tmp_path)})
+    monkeypatch.setattr(panels, "frontend_present", lambda: True)
+    panel = show_panel(run)
+    panel.fields["checkpoint"].widget.text.value = str(demo_folder / "demo-state.pth")
+    panel.buttons["Run"].click()
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"]["kind"] == "state"
+
+
+def test_the_chooser_lists_checkpoints_and_folders_only(tmp_path):
+    for name in ("b.pth", "a.safetensors", "notes.txt", ".hidden.pth"):
+        (tmp_path / name).touch()
+    (tmp_path / "zoo").mkdir()
+    assert [label for label, _ in listing(tmp_path)] == ["..", "zoo/", "a.safetensors", "b.pth"]
+    (tmp_path / "model.safetensors").touch()
+    assert ("use this folder", str(tmp_path)) in listing(tmp_path)
+
+
+def test_the_chooser_shows_nothing_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "secret.pth").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: "secret" not in str(path))
+    assert [label for label, _ in listing(tmp_path)] == [".."]
+    assert [label for label, _ in listing(tmp_path / "not there")] == [".."]
+
+
+def test_walking_through_folders(tmp_path):
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "zoo" / "x.pth").touch()
+    chooser = FileChooser("base")
+    chooser.value = str(tmp_path / "anything.pth")
+    chooser.browse.value = True
+    chooser.list.index = chooser.list.options.index("zoo/")
+    assert chooser.value == str(tmp_path / "anything.pth") and chooser.place.value == str(tmp_path / "zoo")
+    chooser.list.index = chooser.list.options.index("x.pth")
+    assert chooser.value == chooser.text.value == str(tmp_path / "zoo" / "x.pth")
+    assert chooser.browse.value is False
