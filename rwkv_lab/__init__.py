@@ -1,14 +1,18 @@
 """rwkv_lab: a workbench for people who own RWKV language models.
 
-`open_checkpoint` and `merge` are here at once, the model when it is first asked for: opening and merging need no model.
+`open_checkpoint` and `merge` are imported at once, the model on first use: opening and merging need no model.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 # Bound here, after its module was imported, so that `rwkv_lab.merge` is the function and not the folder of that name.
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.merge import merge
 from rwkv_lab.version import __version__
+
+if TYPE_CHECKING:
+    from rwkv_lab.model import RWKV_Dual, RWKVMode, init_state_with_past
 
 _HOME = {
     "RWKV_Dual": "rwkv_lab.model",
@@ -16,10 +20,10 @@ _HOME = {
     "init_state_with_past": "rwkv_lab.model",
 }
 
-__all__ = ["open_checkpoint", "merge", *_HOME, "__version__"]
+__all__ = ["RWKVMode", "RWKV_Dual", "__version__", "init_state_with_past", "merge", "open_checkpoint"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'rwkv_lab' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

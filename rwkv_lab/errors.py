@@ -14,7 +14,7 @@ class UnsafeFileError(RwkvLabError):
 
 
 class CorruptFileError(RwkvLabError):
-    """The bytes are not what their own header says: truncated, overlapping, or no checkpoint at all."""
+    """The bytes are not what their own header states: truncated, overlapping, or no checkpoint at all."""
 
 
 class LayoutError(RwkvLabError):
@@ -30,11 +30,11 @@ class ParameterError(RwkvLabError):
 
 
 class OutputError(RwkvLabError):
-    """The output cannot be written there: it exists, is an input, has no room, or is out of bounds."""
+    """The output cannot be written there: it exists, is an input, does not fit on the disk, or is out of bounds."""
 
 
 class KernelError(RwkvLabError):
-    """A kernel that was asked for cannot be built or run."""
+    """A kernel that was requested cannot be built or run."""
 
 
 class DeviceError(RwkvLabError):

@@ -7,7 +7,7 @@ import time
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 0.05  # of the total: at most 20 lines for one job, however long
-LOG_AFTER = 1.0  # seconds between two lines: a short job says nothing
+LOG_AFTER = 1.0  # seconds between two lines: a short job logs nothing
 
 
 def frontend_present() -> bool:
@@ -74,6 +74,6 @@ class Progress:
         left = (self.total - self.done) / rate
         log.info("%s: %.0f %% (%s/s, %.0f s left)", self.label, 100 * self.done / self.total, show(rate), left)
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -407,7 +407,7 @@ def _(folder):
     return arguments(folder, overwrite=True)
 
 
-@case(23, "parent missing", "OutputError", "create it first")
+@case(23, "parent missing", "OutputError", "Create it first")
 def _(folder):
     return arguments(folder) | {"out": str(folder / "missing" / "out.pth")}
 
@@ -446,7 +446,7 @@ for _name, _map, _error, _said in [
     ("leads out", {"emb.weight": "../canary.safetensors"}, "UnsafeFileError", "outside its folder"),
     ("is absolute", {"emb.weight": "/etc/hostname"}, "UnsafeFileError", "outside its folder"),
     ("names a missing shard", {"emb.weight": "model-00002.safetensors"}, "LayoutError", "which is not there"),
-    ("names a missing tensor", {"more": "model-00001-of-00001.safetensors"}, "LayoutError", "says that more is in"),
+    ("names a missing tensor", {"more": "model-00001-of-00001.safetensors"}, "LayoutError", "lists more in"),
 ]:
 
     @case(24, f"index {_name}", _error, _said)

@@ -1,7 +1,7 @@
 """Output that appears whole or not at all: a temporary beside the target, fsync, rename.
 
 A temporary is locked (`flock`) while its process lives. Whoever writes to the same target next removes the ones that
-nobody holds any more, so that a killed run leaves nothing behind for long.
+no process has locked any more, so that a killed run leaves nothing behind for long.
 """
 
 import fcntl
@@ -93,15 +93,15 @@ def check_target(path: Path, overwrite: bool) -> None:
     """Refuse a target that exists (unless `overwrite`) or whose folder is not there or not writable.
 
     Raises:
-        OutputError: says which.
+        OutputError: names it.
     """
     if path.is_symlink() and not path.exists():
-        raise OutputError(f"{path} is a link to a file that is not there; remove it or name another output")
+        raise OutputError(f"{path} is a link to a file that is not there. Remove it or name another output.")
     if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists; choose another output, or say overwrite=True")
+        raise OutputError(f"{path} exists. Choose another output, or pass overwrite=True.")
     folder = path.parent
     if not folder.exists():
-        raise OutputError(f"the folder {folder} is not there; create it first")
+        raise OutputError(f"the folder {folder} is not there. Create it first.")
     if not folder.is_dir():
         raise OutputError(f"{folder} is a file, so nothing can be written into it")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -109,10 +109,10 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 
 def refuse_inputs(path: Path, inputs: Iterable[tuple[Path, os.stat_result]]) -> None:
-    """Refuse a target that is one of the inputs (each with what `os.stat` says of it), by whatever alias.
+    """Refuse a target that is one of the inputs (each with its `os.stat`), by whatever alias.
 
     Raises:
-        OutputError: says which.
+        OutputError: names it.
     """
     if not path.exists():
         return
@@ -169,10 +169,10 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
     try:  # a link refuses a target that came into being meanwhile; a rename would replace it
         os.link(temporary, path)
     except FileExistsError as e:
-        raise OutputError(f"{path} was written by somebody else meanwhile; it was left alone") from e
+        raise OutputError(f"{path} was written by another process meanwhile; it was left alone") from e
     except OSError:  # a file system without hard links
         if path.exists():
-            raise OutputError(f"{path} was written by somebody else meanwhile; it was left alone") from None
+            raise OutputError(f"{path} was written by another process meanwhile; it was left alone") from None
         os.replace(temporary, path)
     else:
         os.unlink(temporary)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from isal.isal_zlib import crc32
+from torch._utils import _rebuild_tensor_v2  # what every .pth of torch names, since torch 0.4
 
 from rwkv_lab.checkpoint.safetensors_header import DTYPE_NAMES
 from rwkv_lab.checkpoint.source import is_name
@@ -23,9 +24,14 @@ from rwkv_lab.errors import OutputError
 
 
 class Described(Protocol):
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     @property
     def nbytes(self) -> int: ...
@@ -163,7 +169,7 @@ class _Tensor:
         self.args = (storage, 0, tuple(shape), tuple(stride), False, OrderedDict())
 
     def __reduce__(self):
-        return torch._utils._rebuild_tensor_v2, self.args
+        return _rebuild_tensor_v2, self.args
 
 
 class _Pickler(pickle.Pickler):

@@ -23,8 +23,8 @@ def file_facts(source: str | Path | Checkpoint, hash: str = "records") -> FileFa
     Args:
         source: path of a checkpoint, or one that is open.
         hash: "records" costs a few milliseconds: SHA-256 over names, shapes, dtypes, sizes and the CRC-32 that a .pth
-            carries for each record; where a tensor has no checksum, its first 4 KiB stand in. It tells files apart, it
-            does not prove that nobody tampered. "sha256" reads every byte of every file, at 1 to 2 GB/s.
+            carries for each record; where a tensor has no checksum, its first 4 KiB stand in. It tells files apart; it
+            does not detect tampering. "sha256" reads every byte of every file, at 1 to 2 GB/s.
     Raises:
         ParameterError: another `hash`.
     """

@@ -34,7 +34,7 @@ class Identity:
 
 
 def identify(shapes: Mapping[str, Shape], others: Mapping[str, object], adapter_config: dict | None) -> Identity:
-    """Tell what `{name: shape}` is; `others` are entries of the file that are no tensors."""
+    """What `{name: shape}` is; `others` are entries of the file that are no tensors."""
     names = [*shapes, *others]
     prefix = common_prefix(list(shapes))
     bare = {n.removeprefix(prefix): s for n, s in shapes.items()}

@@ -1,4 +1,4 @@
-"""Opens any checkpoint lazily: headers now, a tensor when it is asked for. What a file is, its bytes decide."""
+"""Opens any checkpoint lazily: headers now, a tensor when it is read. A file's kind is decided by its bytes."""
 
 import json
 import logging
@@ -55,7 +55,7 @@ class Checkpoint:
     def __enter__(self) -> "Checkpoint":
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class Checkpoint:
 
     @property
     def layout(self) -> Layout | None:
-        """Generation and dimensions; None where this is not a model, and then `reason` says why."""
+        """Generation and dimensions; None where this is not a model; `reason` then states why."""
         return self.identity.layout
 
     @property
@@ -146,7 +146,7 @@ def _open_file(ck: Checkpoint, path: Path) -> None:
     twice = next((n for n in tensors if n in ck.info), None)
     if twice:
         raise LayoutError(
-            f"{path}: {twice} is in {ck.info[twice].file.path.name} too; a tensor may stand in one file only"
+            f"{path}: {twice} is in {ck.info[twice].file.path.name} too; a tensor may be in one file only"
         )
     ck.info |= tensors
 
@@ -181,7 +181,7 @@ def _open_folder(ck: Checkpoint, folder: Path) -> None:
         weights = next((n for n in _ADAPTERS if (folder / n).is_file()), None)
         if weights and names is not _ADAPTERS:
             raise LayoutError(
-                f"{folder} has {weights} and no adapter_config.json, which says what it is; save or copy it again."
+                f"{folder} has {weights} and no adapter_config.json, which states its kind. Save or copy it again."
             )
         there = sorted(p.name for p in folder.iterdir())[:8]
         raise LayoutError(f"{folder} holds none of {', '.join(names)}.\nIt holds: {', '.join(there) or 'nothing'}")
@@ -209,7 +209,7 @@ def _open_shards(ck: Checkpoint, folder: Path, index: Path) -> None:
         _open_file(ck, folder / shard)
     for name, shard in weight_map.items():
         if name not in ck.info or ck.info[name].file.path.name != shard:
-            raise LayoutError(f"{index} says that {name} is in {shard}; it is not")
+            raise LayoutError(f"{index} lists {name} in {shard}; it is not there")
     unlisted = [n for n in ck.info if n not in weight_map]
     if unlisted:
         raise LayoutError(f"{index} does not list {unlisted[0]}, which is in {ck.info[unlisted[0]].file.path.name}")

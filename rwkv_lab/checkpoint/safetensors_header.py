@@ -61,7 +61,7 @@ def _parse(raw: bytes, file: SourceFile) -> dict:
         found: dict = {}
         for name, value in pairs:
             if name in found:
-                raise CorruptFileError(f"{file.path}: {name!r} stands in its header twice")
+                raise CorruptFileError(f"{file.path}: {name!r} appears twice in its header")
             found[name] = value
         return found
 

@@ -93,11 +93,11 @@ class TensorInfo:
         """Refuse bytes whose checksum is not the recorded one. Nothing happens where none is recorded.
 
         Raises:
-            CorruptFileError: says both.
+            CorruptFileError: with both checksums.
         """
         if self.crc32 is not None and crc != self.crc32:
             raise CorruptFileError(
-                f"{self.file.path}: the bytes of {self.name} do not have the checksum that stands beside them "
+                f"{self.file.path}: the bytes of {self.name} do not have the checksum that was saved with them "
                 f"({crc:08x}, recorded {self.crc32:08x}).\n"
                 "It was damaged after it was saved; download or copy it again."
             )
@@ -127,7 +127,7 @@ class TensorInfo:
             self.file.read_into(memoryview(data), self.offset + start)
             if self.crc32 is not None:
                 crc = crc32(data, crc)
-                if start + step >= self.nbytes:  # before the last block is handed out: nobody may ask for one more
+                if start + step >= self.nbytes:  # before the last block is handed out: the caller may stop there
                     self.check(crc)
             yield torch.frombuffer(data, dtype=self.dtype)
 

@@ -84,7 +84,7 @@ def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: 
         What was found, only tensors with something wrong.
     Raises:
         NumericsError: NaN, Inf or overflow, and `refuse`.
-        CorruptFileError: the bytes of a source do not have the checksum that stands beside them.
+        CorruptFileError: the bytes of a source do not have the checksum that was saved with them.
     """
     jobs = [(file, i) for file in files for i in range(len(file.tensors))]
     jobs.sort(key=lambda job: -job[0].tensors[job[1]].nbytes)  # largest first, or the last one keeps a thread waiting
@@ -92,9 +92,13 @@ def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: 
     work = _Work()
 
     def run(file: OutFile, i: int) -> Findings:
-        tensor = file.tensors[i]
-        write = _copy if tensor.compute is None else _compute
-        crcs[id(file)][i], findings = write(tensor, file.fd, file.layout.offsets[i], scan, work)
+        tensor, offset = file.tensors[i], file.layout.offsets[i]
+        if tensor.compute is not None:
+            crc, findings = _compute(tensor, tensor.compute, file.fd, offset, work)
+        else:
+            assert tensor.source is not None, f"{tensor.name} has neither a source nor a computation"
+            crc, findings = _copy(tensor, tensor.source, file.fd, offset, scan(tensor), work)
+        crcs[id(file)][i] = crc
         return findings
 
     total = sum(f.tensors[i].nbytes for f, i in jobs)
@@ -147,10 +151,10 @@ class _Work:
             self.done += nbytes
 
 
-def _copy(t: OutTensor, fd: int, offset: int, scan: Callable[[OutTensor], bool], work: _Work) -> tuple[int, Findings]:
-    source, nbytes, look = t.source, t.nbytes, scan(t)
+def _copy(t: OutTensor, source: TensorInfo, fd: int, offset: int, look: bool, work: _Work) -> tuple[int, Findings]:
     if source.stride is not None:
-        return _compute(OutTensor(t.name, t.shape, t.dtype, compute=source.blocks), fd, offset, scan, work)
+        return _compute(t, source.blocks, fd, offset, work)
+    nbytes = t.nbytes
     buffer = memoryview(bytearray(min(BLOCK, nbytes)))
     crc, dirty = 0, False
     for start in range(0, nbytes, BLOCK):
@@ -174,12 +178,12 @@ def _flush_along(fds: Sequence[int], work: _Work) -> None:
 
 
 def _compute(
-    t: OutTensor, fd: int, offset: int, scan: Callable[[OutTensor], bool], work: _Work
+    t: OutTensor, compute: Callable[[], Iterable[torch.Tensor]], fd: int, offset: int, work: _Work
 ) -> tuple[int, Findings]:
     crc, start, findings = 0, 0, Findings(t.name)
-    for values in t.compute():
+    for values in compute():
         for piece in values.split(BLOCK // t.dtype.itemsize):
-            block = memoryview(round_to(piece, t.dtype).contiguous().view(torch.uint8).numpy())
+            block = round_to(piece, t.dtype).contiguous().view(torch.uint8).numpy().data
             if not all_finite(block, t.dtype):
                 findings = _add(findings, _count(t.name, [piece], t.dtype))
             crc = crc32(block, crc)

@@ -6,7 +6,9 @@ nothing is called. An instruction or a global that is not on the lists below mak
 """
 
 import pickletools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -90,7 +92,7 @@ def _run(data: bytes, where: str):
         del stack[at:]
         return items
 
-    for opcode, arg, _ in pickletools.genops(data):
+    for opcode, arg, _ in cast(Iterator[tuple[pickletools.OpcodeInfo, Any, int]], pickletools.genops(data)):
         op = opcode.name
         if op in ("PROTO", "FRAME"):
             pass
@@ -160,10 +162,10 @@ def _set_items(target, items: list) -> None:
     if not isinstance(target, dict):
         raise UnsafeFileError("the pickle sets items on something that is not a dict. Nothing was run.")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int):  # others may take for ever to hash or to show
+        if not isinstance(key, str | int):  # another type may take for ever to hash or to print
             raise CorruptFileError(f"the pickle has {_describe(key)} where a name is expected")
         if key in target:
-            raise CorruptFileError(f"the name {key!r} stands in the file twice")
+            raise CorruptFileError(f"the name {key!r} appears twice in the file")
         target[key] = value
 
 

@@ -28,7 +28,7 @@ class Record:
 
 
 def read_torch_zip(file: SourceFile) -> tuple[dict[str, TensorInfo], dict[str, object], dict[str, str]]:
-    """(tensors by name in file order, what else stands in the dict, texts that rwkv_lab wrote beside it).
+    """(tensors by name in file order, what else is in the dict, texts that rwkv_lab wrote beside it).
 
     Raises:
         CorruptFileError: truncated, compressed, overlapping, or sizes that do not agree.
@@ -44,7 +44,7 @@ def read_torch_zip(file: SourceFile) -> tuple[dict[str, TensorInfo], dict[str, o
     data = file.read(pickle.offset, pickle.nbytes)
     if pickle.crc32 is not None and crc32(data) != pickle.crc32:
         raise CorruptFileError(
-            f"{file.path}: the list of its tensors (data.pkl) does not have the checksum that stands beside it.\n"
+            f"{file.path}: the list of its tensors (data.pkl) does not have the checksum that was saved with it.\n"
             "It was damaged after it was saved; download or copy it again."
         )
     entries = read_tensor_pickle(data, str(file.path))
@@ -125,7 +125,7 @@ def _records(file: SourceFile) -> dict[str, Record]:
     end = 0
     for m in sorted(members, key=lambda m: m.header_offset):
         if m.filename in records:
-            raise CorruptFileError(f"{file.path}: the record {m.filename} stands in it twice")
+            raise CorruptFileError(f"{file.path}: the record {m.filename} appears twice in it")
         if m.filename.startswith("/") or "\\" in m.filename or ".." in m.filename.split("/"):
             raise UnsafeFileError(f"{file.path}: the record {m.filename!r} leads outside the archive")
         if m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size or m.flag_bits & 1:

@@ -11,7 +11,7 @@ from rwkv_lab.errors import ParameterError
 
 @dataclass(frozen=True)
 class FileState:
-    """What the file system tells of a file: any write changes it."""
+    """What the file system records of a file: any write changes it."""
 
     path: Path
     bytes: int

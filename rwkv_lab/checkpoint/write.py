@@ -35,7 +35,7 @@ def write_stream(
     refuse: bool = True,
     before_publishing: Callable[[], None] = lambda: None,
 ) -> list[Findings]:
-    """Write `tensors` as `layout` (of `file_layout`) says; `path` appears when all is there.
+    """Write `tensors` as `layout` (from `file_layout`) arranges them; `path` appears when all is there.
 
     Args:
         before_publishing: called when all is written and `path` is about to appear.
@@ -43,7 +43,7 @@ def write_stream(
     """
     with atomic_file(path, overwrite) as fd:
         findings = stream([OutFile(fd, layout, tensors)], scan, refuse, f"writing {path.name}")
-        os.fsync(fd)  # here, because others may have to wait from now on
+        os.fsync(fd)  # here, because other processes may have to wait from now on
         before_publishing()
         return findings
 
@@ -62,7 +62,7 @@ def write_checkpoint(
         metadata: short texts that travel in the file.
         max_shard_size: bytes of tensor data per shard; a tensor larger than that gets a shard of its own.
     Raises:
-        OutputError: the target exists (unless `overwrite`), cannot be written, or has no room.
+        OutputError: the target exists (unless `overwrite`), cannot be written, or the disk is full.
         ParameterError: a suffix that is neither, or a shard size below 1.
     """
     path, notes = Path(path), dict(metadata or {})

@@ -57,7 +57,7 @@ def test_a_target_that_appears_meanwhile_is_left_alone(links, tmp_path, monkeypa
             raise OSError(errno.EPERM, "no hard links here")
 
         monkeypatch.setattr(os, "link", refuse)
-    with pytest.raises(OutputError, match="somebody else"), atomic_file(tmp_path / "x", overwrite=False):
+    with pytest.raises(OutputError, match="another process"), atomic_file(tmp_path / "x", overwrite=False):
         (tmp_path / "x").write_text("theirs")
     assert (tmp_path / "x").read_text() == "theirs" and os.listdir(tmp_path) == ["x"]
     with atomic_file(tmp_path / "y", overwrite=False) as fd:
@@ -162,7 +162,7 @@ def test_an_older_folder_survives_the_moment_of_its_replacement(killed, tmp_path
 def test_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "gone" / "x")
-    for path, said in [("missing/x", "create it first"), ("file/x", "is a file"), ("dangling", "link to a file")]:
+    for path, said in [("missing/x", "Create it first"), ("file/x", "is a file"), ("dangling", "link to a file")]:
         with pytest.raises(OutputError, match=said):
             write_text(tmp_path / path, "", overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["dangling", "file"]

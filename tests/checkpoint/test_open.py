@@ -262,8 +262,8 @@ def test_an_index_that_disagrees_with_its_shards(shards):
     other = next(s for s in index["weight_map"].values() if s != shard)
     for changed, said in [
         (index["weight_map"] | {"emb.weight": "missing.safetensors"}, "missing.safetensors, which is not there"),
-        (index["weight_map"] | {"emb.weight": other}, "says that emb.weight is in"),
-        (index["weight_map"] | {"more.weight": shard}, "says that more.weight is in"),
+        (index["weight_map"] | {"emb.weight": other}, "lists emb.weight in"),
+        (index["weight_map"] | {"more.weight": shard}, "lists more.weight in"),
         ({n: s for n, s in index["weight_map"].items() if n != "emb.weight"}, "does not list emb.weight"),
         ({"emb.weight": 3}, "no weight_map"),
         ([], "no weight_map"),
