@@ -5,6 +5,9 @@
 # make bench  measures models, kernels, loading and merging beside others (about 12 GB of disk, most of an hour)
 # make clean  removes the environment, caches and the demo model; reports stay
 
+# Threads of torch that wait must not take a core from other processes; rwkv_lab/threads.py.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready

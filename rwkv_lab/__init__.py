@@ -6,10 +6,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Bound here, after its module was imported, so that `rwkv_lab.merge` is the function and not the folder of that name.
-from rwkv_lab.checkpoint import open_checkpoint
-from rwkv_lab.merge import merge
+from rwkv_lab.threads import settle
 from rwkv_lab.version import __version__
+
+settle()  # before the imports below load torch
+
+# Bound here, after its module was imported, so that `rwkv_lab.merge` is the function and not the folder of that name.
+from rwkv_lab.checkpoint import open_checkpoint  # noqa: E402
+from rwkv_lab.merge import merge  # noqa: E402
 
 if TYPE_CHECKING:
     from rwkv_lab.model import RWKV_Dual, RWKVMode, init_state_with_past

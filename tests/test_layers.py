@@ -32,6 +32,7 @@ LAYERS = (
         "plotting",
         "samples",
         "text",
+        "threads",
     },
 )
 BOTTOM = LAYERS[-1]
