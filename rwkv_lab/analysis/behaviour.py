@@ -32,6 +32,16 @@ class Behaviour:
     samples: list[Sample] = field(default_factory=list)
     checks: list[Check | NotApplicable] = field(default_factory=list)
 
+    @property
+    def summary(self) -> str:
+        """In a sentence, on which texts the merged model is better than its base, and on which worse; or ""."""
+        parts = []
+        for text, of in self.bits.items():
+            base, merged = of["base"], of["merged"]
+            share = f"{abs(merged / base - 1):.1%} {'better' if merged < base else 'worse'}"
+            parts.append(f"{text} {base:.3f} to {merged:.3f}, {share if merged != base else 'the same'}")
+        return f"Bits per byte of held-out text, base to merged: {'; '.join(parts)}." if parts else ""
+
 
 @dataclass(frozen=True)
 class _Answers:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rwkv_lab.analysis import behaviour
-from rwkv_lab.analysis.behaviour import compare_behaviour
+from rwkv_lab.analysis.behaviour import Behaviour, compare_behaviour
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.merge import merge
@@ -31,6 +31,15 @@ def test_a_merged_state_answers_as_base_and_state_file_do(demo_folder, tmp_path)
     found = compare_behaviour(result)
     assert len(found.checks) == 4 and all(c.passed for c in found.checks)
     assert set(found.bits["english"]) == {"base", "merged", "base + state file"} and len(found.samples) == 2
+
+
+def test_the_summary_tells_better_from_worse():
+    bits = {"english": {"base": 2.4, "merged": 2.52}, "python": {"base": 2.0, "merged": 1.9, "tuned": 1.8}}
+    assert Behaviour(bits | {"code": {"base": 1.0, "merged": 1.0}}).summary == (
+        "Bits per byte of held-out text, base to merged: english 2.400 to 2.520, 5.0% worse; "
+        "python 2.000 to 1.900, 5.0% better; code 1.000 to 1.000, the same."
+    )
+    assert Behaviour().summary == ""
 
 
 def test_another_file_in_its_place_is_found_out(demo_folder, tmp_path, tensors):

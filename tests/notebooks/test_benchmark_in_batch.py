@@ -22,7 +22,7 @@ def test_benchmark(batch):
     report = (run.folder / "report.html").read_text()
     assert report.count("data:image/png;base64,") == len(result["figures"]) == 5
     assert str(run.folder.parent) not in report
-    verdicts = run.output_of("benchmarking.show_verdict").splitlines()
+    verdicts = run.output_of("cells.show_verdict").splitlines()
     assert len(verdicts) == len(result["checks"]) and all(line.startswith("PASS  ") for line in verdicts)
 
 

@@ -15,7 +15,7 @@ def test_modes_on_its_defaults(batch):
     assert "held-out text" in result["metrics"]["tokens"]  # the demo model reads bytes
     report = (run.folder / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 5 and str(run.folder.parent) not in report
-    verdicts = run.output_of("modes.show_verdict").splitlines()
+    verdicts = run.output_of("cells.show_verdict").splitlines()
     assert len(verdicts) == len(result["checks"]) and all(line.startswith("PASS  ") for line in verdicts)
 
 
@@ -43,5 +43,5 @@ def test_a_copy_with_one_wrong_weight_is_placed_in_words_and_fails_the_run(batch
     assert (run.result["status"], run.result["error"]["class"]) == ("failed", "OutputError")
     assert [c["name"] for c in run.result["checks"] if c["passed"] is False] == ["where the two models part"]
     said = "in layer 1, from token 0 on, at r, the receptance"
-    assert said in run.output_of("modes.compare_files") and said in run.result["metrics"]["compared"]
+    assert said in run.output_of("cells.compare_files") and said in run.result["metrics"]["compared"]
     assert said in (run.folder / "report.html").read_text()

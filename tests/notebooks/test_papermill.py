@@ -60,6 +60,7 @@ def test_merge_on_its_defaults(merged, demo_folder):
     assert len(result["checks"]) >= 10 and all(c["passed"] for c in result["checks"])
     assert [f["path"] for f in result["inputs"]] == [str(demo_folder / f"demo-{n}.pth") for n in ("base", "state")]
     assert set(result["metrics"]["bits_per_byte"]) == {"english", "python"}
+    assert result["metrics"]["summary"].startswith("Bits per byte of held-out text, base to merged: english ")
     with open_checkpoint(result["outputs"][0]["path"]) as ck:
         assert ck.kind == "model" and "blocks.1.att.time_state" in ck
     assert len(result["figures"]) == 3
@@ -68,7 +69,7 @@ def test_merge_on_its_defaults(merged, demo_folder):
 
 
 def test_merge_prints_its_verdicts(merged):
-    lines = merged.output_of("merging.prove").splitlines()
+    lines = merged.output_of("cells.prove").splitlines()
     assert len(lines) >= 10 and all(line.startswith("PASS  ") for line in lines)
     assert any("bits per byte of held-out python, merged against base + state file" in line for line in lines)
 
@@ -105,7 +106,7 @@ def test_dry_run_stops_after_the_plan(batch):
     assert run.code == 0, run.log
     assert (run.result["status"], run.result["outputs"], run.result["checks"]) == ("ok", [], [])
     assert run.result["metrics"]["output_bytes"] > 0 and not list(run.folder.glob("*.pth"))
-    for cell in ("carry_out", "show_what_moved", "compare_models", "merging.prove"):
+    for cell in ("carry_out", "show_what_moved", "compare_models", "cells.prove"):
         assert run.output_of(cell).startswith("dry_run=True: nothing was merged")
 
 

@@ -31,5 +31,5 @@ def test_an_adapter_is_trained_in_batch(batch, demo_folder, tmp_path):
     assert result["metrics"]["steps_done"] == 4
     with open_checkpoint(tmp_path / "adapter.pth") as ck:
         assert ck.kind == "lora" and "blocks.0.att.key.lora_A" in ck and "blocks.0.ffn.key.lora_A" not in ck
-    assert run.output_of("training.compare").startswith("compare=False")
+    assert run.output_of("cells.compare").startswith("compare=False")
     assert not nbformat.read(run.notebook, as_version=4).metadata.get("widgets", {})

@@ -111,9 +111,11 @@ def compare_models(run: Run, result: MergeResult | None) -> Behaviour | None:
         return None
     with run.timed("models"):
         behaviour = compare_behaviour(result)
-    run.record.metrics |= {"bits_per_byte": behaviour.bits} if behaviour.bits else {}
     run.page.samples = behaviour.samples
     if behaviour.bits:
+        run.record.metrics |= {"bits_per_byte": behaviour.bits, "summary": behaviour.summary}
+        run.page.facts.append(("held-out text", behaviour.summary))
+        print(behaviour.summary)
         figure = bits_bars(behaviour.bits, f"{_what(result)}; {describe_texts()}")
         caption = "Bits the model needs for each byte of text that it was not trained on; lower is better."
         run.show_figure("bits_per_byte", "Bits per byte of held-out text", caption, figure)
