@@ -13,25 +13,23 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from rwkv_lab.errors import KernelError
+from rwkv_lab.machine import cores, cpu_features, cpu_name, proc
+from rwkv_lab.threads import wait_policy
 from rwkv_lab.version import __version__
 from rwkv_lab.wkv.loader import cpu_library
 
-_TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # of /proc's clocks, per second
+_TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # of the system's clocks, per second
 _READ_BYTES = 1 << 28  # far more than a cache holds
 
 
 def machine() -> dict:
     """Processor, cores, threads and versions."""
-    model = platform.processor()
-    try:
-        with open("/proc/cpuinfo") as f:
-            model = next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     found = {
-        "cpu": model,
-        "cores": os.cpu_count(),
+        "cpu": cpu_name(),
+        "features": " ".join(cpu_features()),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
+        "wait policy": wait_policy(os.environ) or "OpenMP's own",
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -138,14 +136,14 @@ def watched() -> Iterator[Load]:
 def _busy_ticks() -> tuple[int, int] | None:
     """Ticks that all CPUs together have worked so far, and those of this process and its children, dead ones too."""
     try:
-        with open("/proc/stat") as f:
+        with open(proc("stat")) as f:
             numbers = [int(x) for x in f.readline().split()[1:9]]
         user, nice, system, _idle, _iowait, irq, softirq, steal = numbers
         parents, ticks = {}, {}
-        for name in os.listdir("/proc"):
+        for name in os.listdir(proc()):
             if name.isdigit():
                 try:
-                    with open(f"/proc/{name}/stat") as f:
+                    with open(proc(name, "stat")) as f:
                         fields = f.read().rpartition(")")[2].split()
                 except OSError:  # it ended meanwhile
                     continue
@@ -166,9 +164,9 @@ def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
 
 
 def memory_of(what: str) -> int | None:
-    """Bytes of this process by /proc's name: VmRSS now, VmHWM at the peak, RssAnon; None where it is not told."""
+    """Bytes of this process by the system's name: VmRSS now, VmHWM at the peak, RssAnon; None where it is not told."""
     try:
-        with open("/proc/self/status") as f:
+        with open(proc("self", "status")) as f:
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith(what + ":"))
     except (OSError, StopIteration):
         return None
@@ -177,7 +175,7 @@ def memory_of(what: str) -> int | None:
 def forget_peak() -> None:
     """Let VmHWM begin anew from what is in use now, where the system can."""
     try:
-        with open("/proc/self/clear_refs", "w") as f:
+        with open(proc("self", "clear_refs"), "w") as f:
             f.write("5")
     except OSError:
         pass

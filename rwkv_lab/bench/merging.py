@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_lab.bench.machine import machine
+from rwkv_lab.bench.machine import machine, memory_of
 from rwkv_lab.bench.models import SHAPES, random_lora, random_model, random_state
 from rwkv_lab.errors import NumericsError
 from rwkv_lab.progress import human_bytes
@@ -72,7 +72,7 @@ def table(report: dict) -> str:
         copy = next(r for r in report["results"] if r["size"] == row["size"] and r["way"] == "cp")
         ratio = statistics.median(a / b for a, b in zip(row["seconds"], copy["seconds"], strict=True))
         s = row["seconds"]
-        memory = "–" if row["way"] == "cp" else human_bytes(max(row["anon_bytes"]))
+        memory = human_bytes(max(row["anon_bytes"])) if any(row["anon_bytes"]) else "–"
         lines.append(
             f"| {row['size']}, {human_bytes(row['base_bytes'])} | {row['way']} | {statistics.median(s):.2f} "
             f"({min(s):.2f}–{max(s):.2f}) | {ratio:.2f} | {memory} |"
@@ -156,9 +156,9 @@ def _measured(way: str, base: str, tuned: str, out: str) -> dict:
 
     def sample() -> None:
         while not stop.wait(0.002):
-            peak[0] = max(peak[0], _anonymous())
+            peak[0] = max(peak[0], memory_of("RssAnon") or 0)
 
-    before = _anonymous()
+    before = memory_of("RssAnon") or 0  # 0 where the system does not say
     watcher = threading.Thread(target=sample)
     watcher.start()
     start = time.perf_counter()
@@ -168,11 +168,6 @@ def _measured(way: str, base: str, tuned: str, out: str) -> dict:
     stop.set()
     watcher.join()
     return {"seconds": seconds, "anon_bytes": max(peak[0] - before, 0)}
-
-
-def _anonymous() -> int:
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from isal.isal_zlib import crc32
 
 from rwkv_lab.errors import CorruptFileError
 
+_READ_MAX = 1 << 30  # bytes of one call; macOS refuses 2 GiB
 BLOCK = 1 << 20  # bytes; smaller ones cost more calls than they save, larger ones leave the caches
 
 
@@ -33,22 +34,30 @@ class SourceFile:
         self.size = os.fstat(self.fd).st_size
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        data = os.pread(self.fd, nbytes, offset)
+        data = os.pread(self.fd, min(nbytes, _READ_MAX), offset)
         if len(data) < nbytes:  # a signal or a network disk may cut one read short; the end of the file cuts all
             buffer = bytearray(nbytes)
-            self.read_into(memoryview(buffer), offset)
+            buffer[: len(data)] = data
+            self.read_into(memoryview(buffer)[len(data) :], offset + len(data))
             return bytes(buffer)
         return data
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         done = 0
         while done < len(buffer):
-            n = os.preadv(self.fd, [buffer[done:]], offset + done)
+            n = self._read_some(buffer[done : done + _READ_MAX], offset + done)
             if n == 0:
                 raise CorruptFileError(
                     f"{self.path} ends at byte {offset + done}, {len(buffer) - done} bytes early; it looks truncated"
                 )
             done += n
+
+    def _read_some(self, buffer: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self.fd, [buffer], offset)
+        data = os.pread(self.fd, len(buffer), offset)  # older macOS
+        buffer[: len(data)] = data
+        return len(data)
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1  # the system gives the number to the next file that is opened: never read from that

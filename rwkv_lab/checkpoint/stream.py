@@ -20,10 +20,11 @@ from rwkv_lab.checkpoint.file_layout import FileLayout
 from rwkv_lab.checkpoint.numerics import all_finite, round_to
 from rwkv_lab.checkpoint.source import BLOCK, TensorInfo
 from rwkv_lab.errors import NumericsError
+from rwkv_lab.machine import cores
 from rwkv_lab.progress import Progress
 
 FLUSH_FROM = 1 << 27  # bytes of output from which it pays to write to the disk while still copying
-WORKERS = min(2, os.cpu_count() or 1)  # one computes or scans while the other writes
+WORKERS = min(2, cores())  # one computes or scans while the other writes
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,10 @@ def _copy(t: OutTensor, source: TensorInfo, fd: int, offset: int, look: bool, wo
 
 def _flush_along(fds: Sequence[int], work: _Work) -> None:
     """Have the disk write what has been copied so far, again and again, so that little is left for the end."""
+    sync = getattr(os, "fdatasync", os.fsync)  # macOS has only the second
     while not work.stop.wait(0.05):
         for fd in fds:
-            os.fdatasync(fd)
+            sync(fd)
 
 
 def _compute(

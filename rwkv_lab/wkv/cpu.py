@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv_lab.machine import proc
 from rwkv_lab.wkv.loader import cpu_library
 
 CHUNK = 32  # tokens between two kept states; the same number stands in the sources
@@ -163,7 +164,7 @@ def library_on_torch_threads(name: str) -> ctypes.CDLL:
 def _gomp_parallel() -> ctypes.c_void_p:
     """Address of `GOMP_parallel` in the OpenMP library that torch has loaded; NULL where there is none to be found."""
     try:
-        mapped = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+        mapped = {line.split(maxsplit=5)[-1].strip() for line in proc("self", "maps").read_text().splitlines()}
     except OSError:
         return ctypes.c_void_p()
     inside = str(Path(torch.__file__).parent.parent)  # torch/lib or torch.libs: others (scikit-learn's) are not torch's

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.errors import KernelError
+from rwkv_lab.machine import cpu_identity
 from rwkv_lab.resources import kernels_folder
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def cpu_build(name: str) -> Build:
     compiler, version = _cpp_compiler()
     # What CXX says has the last word, whatever else has to stand behind the compiler (a wrapper's own words, say).
     chosen = [word for word in compiler[1:] if word.startswith(("-O", "-f", "-m", "-std="))]
-    machine = platform.machine() if portable and not chosen else _cpu_model()
+    machine = platform.machine() if portable and not chosen else cpu_identity()
     return _build(f"cpu/{name}.cpp", (*compiler, *_COMMON, *flags, "-pthread", *chosen), version, machine)
 
 
@@ -196,16 +197,6 @@ def _run(command: Sequence[str], failure: str) -> subprocess.CompletedProcess:
     except OSError as error:
         why = error.strerror
     raise KernelError(f"{failure}: {why}.")
-
-
-def _cpu_model() -> str:
-    """What `-march=native` looks at: model and features of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features", "CPU part")
-    return "\n".join(line for line in lines if line.split("\t")[0].rstrip(" :") in wanted)
 
 
 def _build(source: str, command: tuple[str, ...], compiler: str, machine: str) -> Build:

@@ -37,7 +37,7 @@ def small_package(folder, content):
     root, source = folder / "package", kernels_folder().parent / "rwkv_lab"
     (root / "rwkv_lab" / "kernels" / "cpu").mkdir(parents=True)
     (root / "rwkv_lab" / "wkv").mkdir()
-    for name in ("errors.py", "resources.py", "wkv/loader.py"):
+    for name in ("errors.py", "machine.py", "resources.py", "wkv/loader.py"):
         shutil.copy(source / name, root / "rwkv_lab" / name)
     for folder in ("rwkv_lab", "rwkv_lab/wkv"):  # else Python looks for another package of that name first
         (root / folder / "__init__.py").touch()
