@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from skips import pytest_configure  # noqa: F401  a skip that SKIPS.md does not have fails the run
 
 # Everything here is tiny: a second thread would only wait for the first, and spin while other processes need the core.
 torch.set_num_threads(1)
