@@ -38,8 +38,16 @@ def refuse_unmatched(what: str, patterns: Iterable[str] | None, names: Sequence[
     """
     for p in patterns or ():
         if not any(matches(n, p) for n in names):
-            near = get_close_matches(p, names, n=2, cutoff=0.4) or names[:2]
             raise ParameterError(
                 f"{what}: the pattern {p!r} matches none of the {len(names)} {which}.\n"
-                f"There are, for example: {', '.join(near)}"
+                f"There are, for example: {', '.join(_near(p, names))}"
             )
+
+
+def _near(pattern: str, names: Sequence[str]) -> list[str]:
+    """Runs of parts, as many as the pattern has, and whole names that are near it; the first names where none is."""
+    count, runs = pattern.count(".") + 1, []
+    for name in names:
+        parts = name.split(".")
+        runs += [".".join(parts[i : i + count]) for i in range(len(parts) - count + 1)]
+    return get_close_matches(pattern, dict.fromkeys([*runs, *names]), n=4, cutoff=0.4) or list(names[:2])

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -16,9 +15,9 @@ from rwkv_lab.merge import state
 from rwkv_lab.merge.adapter import KINDS, open_adapters
 from rwkv_lab.merge.overlay import check_full_tensors, same_dimensions
 from rwkv_lab.merge.refusals import check_base, check_dtypes, check_method, method_of, refuse_same
+from rwkv_lab.patterns import is_selected, refuse_unmatched
 from rwkv_lab.peft import Adapter, quantised_and_back
 from rwkv_lab.peft.adapter import LoraTarget, Values
-from rwkv_lab.peft.config import ends_in
 from rwkv_lab.peft.rwkv_peft_layout import NOTE
 
 
@@ -201,19 +200,10 @@ def part_of(name: str) -> str:
 
 
 def chosen(names: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """The names that patterns select, by whole names or their ends, with `.weight` or without; [] selects all.
+    """The names that patterns select (`rwkv_lab.patterns`); [] selects all.
 
     Raises:
         ParameterError: a pattern that matches none; near names are listed.
     """
-    if not targets:
-        return list(names)
-    out: set[str] = set()
-    for pattern in targets:
-        found = {n for n in names if ends_in(n, pattern) or ends_in(n.removesuffix(".weight"), pattern)}
-        if not found:
-            ends = list(dict.fromkeys(re.sub(r"^blocks\.\d+\.|\.weight$", "", n) for n in names))
-            near = get_close_matches(pattern, ends, n=4, cutoff=0.4) or ends[:8]
-            raise ParameterError(f"targets: {pattern!r} matches nothing that was tuned; near it: {', '.join(near)}")
-        out |= found
-    return [n for n in names if n in out]
+    refuse_unmatched("targets", targets, names, "tensors that were tuned")
+    return [n for n in names if is_selected(n, targets, None)]

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from rwkv_lab.bench.contest import Agreement, Row, interleave, median_share, refusal, relative_rms, say
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.train import RECIPES, Recipe
-from rwkv_lab.train.optimiser import make_optimiser
+from rwkv_lab.train import TrainSpec
+from rwkv_lab.train.optimiser import make_optimiser, schedule
 from rwkv_lab.wkv import use_backend
 
 LIMIT = 1e-3  # relative RMS of all gradients in float32, beside the reference: sums over a thousand tokens
@@ -22,10 +22,10 @@ def measure_training(backends: Sequence[str], rounds: int, length: int | None = 
     """Tokens per second of whole training steps (size: tokens of one step), and each backend's ratio to `chunked`.
 
     Args:
-        length: bytes per text; None for the recipe's.
+        length: bytes per text; None for that of a pretraining.
     """
-    recipe = RECIPES["pretrain"]
-    batch, length = recipe.batch_size, length or recipe.ctx_len
+    spec = TrainSpec.read({"kind": "pretrain"})
+    batch, length = spec.effective("batch_size"), length or spec.effective("ctx_len")
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(256, (batch, length + 1), generator=g)
     expected = _gradients("reference", tokens)
@@ -38,7 +38,7 @@ def measure_training(backends: Sequence[str], rounds: int, length: int | None = 
             continue
         if agreement.passed:
             agreed[backend] = agreement
-            contestants[backend] = _trainer(backend, tokens, recipe)
+            contestants[backend] = _trainer(backend, tokens, spec)
         else:
             rows.append(say(_row(backend, tokens, agreement=agreement, problem=refusal(agreement))))
     results = interleave(contestants, rounds)
@@ -77,9 +77,9 @@ def _loss(model: RWKV_Dual, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def _trainer(backend: str, tokens: torch.Tensor, recipe: Recipe) -> Callable[[], float]:
+def _trainer(backend: str, tokens: torch.Tensor, spec: TrainSpec) -> Callable[[], float]:
     model = _model()
-    optimiser = make_optimiser(dict(model.named_parameters()), recipe)
+    optimiser = make_optimiser(dict(model.named_parameters()), schedule(spec))
 
     def take() -> float:
         start = time.perf_counter()

@@ -14,7 +14,6 @@ from torch import nn
 from rwkv_lab.checkpoint import Checkpoint, Layout, expected_tensors
 from rwkv_lab.checkpoint.layout import Shape, possible_versions, same_shape
 from rwkv_lab.errors import LayoutError
-from rwkv_lab.peft.config import ends_in
 from rwkv_lab.peft.linear import AdaptedLinear, LoraLinear, PissaLinear, lora_scaling
 from rwkv_lab.peft.miss import MissLinear, bat_change
 
@@ -277,7 +276,8 @@ class Adapter:
             if not same_shape(values.shape, wanted):
                 raise LayoutError(f"{self.where}: {name} is {list(values.shape)}, of the base it is {list(wanted)}.")
         matrices = [n.removesuffix(".weight") for n in shapes if n.endswith(".weight")]
-        lost = [m for m in matrices if m not in self.targets and any(ends_in(m, t) for t in self.named_targets)]
+        named = [m for m in matrices if any(m == t or m.endswith(f".{t}") for t in self.named_targets)]
+        lost = [m for m in named if m not in self.targets]
         if lost:
             raise LayoutError(
                 f"{self.where} says that it adapts {lost[0]}, and has nothing for it ({len(lost)} such layers).\n"

@@ -3,13 +3,12 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.patterns import matches, matches_any, refuse_unmatched
 from rwkv_lab.peft.linear import AdaptedLinear, check_dropout, lora_scaling
 from rwkv_lab.peft.miss import check_variant
 from rwkv_lab.peft.quantised import check_quant
@@ -24,8 +23,8 @@ class LoraConfig:
 
     Args:
         method: "lora", "pissa" or "miss".
-        lora_target_modules: layers such as "att.key" or "blocks.3.ffn.value", or shell patterns ("blocks.[0-3].*"); a
-            name stands for every layer that ends in it. None for all matrices of the blocks.
+        lora_target_modules: patterns of layers, as `rwkv_lab.patterns` reads them: "att.key", "blocks.3.ffn.value",
+            "blocks.[0-3]". None for all matrices of the blocks.
         lora_r: rank.
         lora_alpha: of LoRA: its change is scaled by lora_alpha / lora_r. PiSSA's scale is 1, MiSS has none.
         lora_dropout: of LoRA, and of MiSS but for its bats.
@@ -90,8 +89,11 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def target_modules(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
-    """Full names of the Linear layers that the patterns select, in the model's order.
+def target_modules(model: nn.Module, patterns: Sequence[str] | None, what: str = "lora_target_modules") -> list[str]:
+    """Full names of the Linear layers that the patterns select, in the model's order; None selects those of the blocks.
+
+    Args:
+        what: the caller's parameter, for messages.
 
     Raises:
         ParameterError: a pattern that matches no layer (near names are listed), or a layer that is adapted already.
@@ -99,19 +101,12 @@ def target_modules(model: nn.Module, patterns: Sequence[str] | None) -> list[str
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if patterns is None:
         patterns = ["blocks.*"]
-    chosen: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in layers if ends_in(name, pattern)}
-        if not matched:
-            raise ParameterError(
-                f"lora_target_modules: {pattern!r} matches none of the {len(layers)} Linear layers of this model.\n"
-                f"Near it: {', '.join(_near(pattern, layers))}"
-            )
-        chosen |= matched
-    adapted = next((name for name in layers if name in chosen and isinstance(layers[name], AdaptedLinear)), None)
+    refuse_unmatched(what, patterns, list(layers), "Linear layers of this model")
+    chosen = [name for name in layers if matches_any(name, patterns)]
+    adapted = next((name for name in chosen if isinstance(layers[name], AdaptedLinear)), None)
     if adapted:
         raise ParameterError(f"{adapted} has an adapter already; load the model anew, or choose other layers.")
-    return [name for name in layers if name in chosen]
+    return chosen
 
 
 def trained_parts(model: nn.Module, parts: Sequence[str]) -> list[str]:
@@ -125,17 +120,10 @@ def trained_parts(model: nn.Module, parts: Sequence[str]) -> list[str]:
     for part in parts:
         matched = {name for name in names if _in_part(name, part)}
         if not matched:
-            raise ParameterError(
-                f"train_parts: {part!r} matches no parameter of this model. There are {', '.join(PARTS)},\n"
-                f"and patterns of names; near it: {', '.join(_near(part, names))}"
-            )
+            kinds = f"parameters of this model, and is none of {', '.join(PARTS)}"
+            refuse_unmatched("train_parts", [part], names, kinds)
         chosen |= matched
     return [name for name in names if name in chosen]
-
-
-def ends_in(name: str, pattern: str) -> bool:
-    """Whether a name, or its end after some dot, matches a shell pattern."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
 def _own_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
@@ -157,10 +145,4 @@ def _in_part(name: str, part: str) -> bool:
         return state
     if part == "time":
         return name.startswith("blocks.") and not (norm or state or name.endswith(".weight"))
-    return ends_in(name, part)
-
-
-def _near(pattern: str, names: Iterable[str]) -> list[str]:
-    names = list(names)
-    ends = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in names)
-    return get_close_matches(pattern, [*ends, *names], n=4, cutoff=0.4) or list(ends)[:8]
+    return matches(name, part)

@@ -97,7 +97,7 @@ def _named_targets(ck: Checkpoint) -> tuple[str, ...]:
         raise LayoutError(f"{ck.path}: target_modules is {named!r}, a list of names is expected.")
     if any(config.get(k) for k in ("layers_to_transform", "exclude_modules")):
         return ()
-    return tuple(re.sub(r"([*?\[])", r"[\1]", n) for n in named or ())
+    return tuple(named or ())
 
 
 def _lora_targets(ck: Checkpoint, asked: Asked, layers) -> tuple[dict[str, LoraTarget], str]:

@@ -65,7 +65,7 @@ def apply_peft(model: nn.Module, lora_config: LoraConfig) -> None:
     names = target_modules(model, lora_config.lora_target_modules)
     for name in names:
         layer = model.get_submodule(name)
-        check_fit(name, layer.out_features, layer.in_features, lora_config)
+        planned_parameters(name, layer.out_features, layer.in_features, lora_config)  # refuses what does not fit
     if "time_state" in lora_config.train_parts:
         model.add_time_state()
     besides = trained_parts(model, lora_config.train_parts)
@@ -78,18 +78,19 @@ def apply_peft(model: nn.Module, lora_config: LoraConfig) -> None:
             if lora_config.method == "pissa":
                 layer.start(lora_config.svd_niter)
         _replace(model, name, layer)
-    _quantise(model, lora_config.quant, besides)
+    quantise_blocks(model, lora_config.quant, besides)
     _train_only(model, besides)
 
 
-def check_fit(name: str, out_features: int, in_features: int, lora_config: LoraConfig) -> None:
-    """Refuse an adapter that does not fit a layer, before anything is changed or read.
+def planned_parameters(name: str, out_features: int, in_features: int, lora_config: LoraConfig) -> int:
+    """How many parameters an adapter of a layer would have, before anything is changed or read.
 
     Raises:
         ParameterError: names the layer; a rank that is larger than it, or that does not divide it where it has to.
     """
     with _named(name):
-        _new_layer(nn.Linear(in_features, out_features, bias=False, device="meta"), lora_config)
+        layer = _new_layer(nn.Linear(in_features, out_features, bias=False, device="meta"), lora_config)
+    return sum(p.numel() for p in layer.adapter().values())
 
 
 def _new_layer(linear: nn.Linear, c: LoraConfig) -> AdaptedLinear:
@@ -114,8 +115,16 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, layer)
 
 
-def _quantise(model: nn.Module, quant: str, trained: Sequence[str]) -> None:
-    """Store the matrices of the blocks as `quant` says, but for those that are trained whole."""
+def quantise_blocks(model: nn.Module, quant: str, trained: Sequence[str] = ()) -> None:
+    """Store the matrices of the blocks as `quant` says, in place; they are frozen by that.
+
+    Args:
+        trained: names of weights that are trained whole, and stay as they are.
+
+    Raises:
+        ParameterError: no such storage.
+        NumericsError: NaN or infinity in a weight, named.
+    """
     check_quant(quant)
     if quant == "none":
         return
@@ -248,7 +257,7 @@ def load_adapter(model: nn.Module, adapter: Adapter, quant: str | None = None) -
     parameters = dict(model.named_parameters())
     for name, values in adapter.full.items():
         parameters[name].copy_(values.read().view(parameters[name].shape))
-    _quantise(model, quant, list(adapter.full))
+    quantise_blocks(model, quant, list(adapter.full))
     _train_only(model, list(adapter.full))
 
 

@@ -1,34 +1,31 @@
 """Training: whole models, adapters, or only the state that every sequence starts from; and the demo model."""
 
+from rwkv_lab.train import kinds as _kinds  # noqa: F401  # makes the kinds of training known
 from rwkv_lab.train.batches import held_out_bits, in_batches
-from rwkv_lab.train.compare import METHODS, Compared, compare_methods
+from rwkv_lab.train.compare import Compared, compare_methods, compared_kinds
 from rwkv_lab.train.data import CORPORA, Corpus, load_corpus
 from rwkv_lab.train.demo import demo_base, demo_folder, demo_state
 from rwkv_lab.train.examples import Example, Examples, load_examples
-from rwkv_lab.train.planning import TrainPlan, plan_training
-from rwkv_lab.train.recipe import ADAPTER_KINDS, AUTOCASTS, DTYPES, RECIPES, Recipe, Tuning, choose_recipe
+from rwkv_lab.train.models import open_trained
+from rwkv_lab.train.planning import TrainPlan, make_plan, plan_training
 from rwkv_lab.train.resume import resume_path
-from rwkv_lab.train.trainer import Sample, TrainResult, train
-from rwkv_lab.train.tuned import open_tuned
+from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
+from rwkv_lab.train.trainer import Continuation, TrainResult, run_training, train
 
 __all__ = [
-    "ADAPTER_KINDS",
-    "AUTOCASTS",
     "CORPORA",
-    "DTYPES",
-    "METHODS",
-    "RECIPES",
+    "KINDS",
     "Compared",
+    "Continuation",
     "Corpus",
     "Example",
     "Examples",
-    "Recipe",
-    "Sample",
+    "TrainOptions",
     "TrainPlan",
     "TrainResult",
-    "Tuning",
-    "choose_recipe",
+    "TrainSpec",
     "compare_methods",
+    "compared_kinds",
     "demo_base",
     "demo_folder",
     "demo_state",
@@ -36,8 +33,10 @@ __all__ = [
     "in_batches",
     "load_corpus",
     "load_examples",
-    "open_tuned",
+    "make_plan",
+    "open_trained",
     "plan_training",
     "resume_path",
+    "run_training",
     "train",
 ]

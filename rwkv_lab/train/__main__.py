@@ -3,23 +3,29 @@
     python -m rwkv_lab.train --kind lora --base B.pth --data mine.jsonl --out adapter.pth
     torchrun --nproc-per-node 8 -m rwkv_lab.train --json run.json --device cuda --parallel fsdp
 
-The flags are the parameters of `rwkv_lab.train.train`, which are those of train.ipynb; `--json` names a file with an
-object of them, and flags have the last word.
+The flags are the options of `TrainSpec` and `TrainOptions`; `--json` names a file with an object of them, and flags
+have the last word.
 """
 
 import argparse
-import inspect
 import json
 import logging
 import sys
-from difflib import get_close_matches
+from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from rwkv_lab.errors import ParameterError, RwkvLabError
-from rwkv_lab.train import demo_base, train
+from rwkv_lab.spec import unknown_name
+from rwkv_lab.train import TrainOptions, TrainSpec, demo_base, train
 from rwkv_lab.train.processes import started_by_torchrun
 
-_PARAMETERS = {name: p for name, p in inspect.signature(train).parameters.items() if name != "on_step"}
+_FIELDS: Mapping[str, FieldInfo] = {
+    name: field for name, field in {**TrainSpec.model_fields, **TrainOptions.model_fields}.items() if name != "on_step"
+}
 
 
 def main(words: list[str] | None = None) -> int:
@@ -45,19 +51,28 @@ def main(words: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("rwkv_lab.train", description="Train a model, an adapter or a state.")
-    parser.add_argument("--json", help="a file with an object of parameters")
-    for name, parameter in _PARAMETERS.items():
-        flag, kind = f"--{name.replace('_', '-')}", str(parameter.annotation)
-        if "bool" in kind:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
-        elif "Sequence" in kind:
-            parser.add_argument(flag, nargs="+")
+    parser.add_argument("--json", help="a file with an object of options")
+    parser.add_argument("--out", help="the file to write, .pth or .safetensors; for adapters also a folder")
+    for name, field in _FIELDS.items():
+        flag, kind, words = f"--{name.replace('_', '-')}", _type_of(field.annotation), field.description
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=words)
+        elif kind is list:
+            parser.add_argument(flag, nargs="+", help=words)
         else:
-            parser.add_argument(flag, type=int if "int" in kind else float if "float" in kind else str)
+            parser.add_argument(flag, type=kind if kind in (int, float) else str, help=words)
     return parser
 
 
-def _from_json(path: str | None) -> dict:
+def _type_of(annotation: Any) -> Any:
+    """The plain type of an option: `int` for `Annotated[int, …] | None`, `list` for `list[str]`."""
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return _type_of(next(a for a in inside if a is not NoneType))
+    return _type_of(inside[0]) if origin is Annotated else origin or annotation
+
+
+def _from_json(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
@@ -65,13 +80,10 @@ def _from_json(path: str | None) -> dict:
     except (OSError, ValueError) as e:
         raise ParameterError(f"{path} cannot be read as JSON: {e}") from None
     if not isinstance(settings, dict):
-        raise ParameterError(f"{path} must hold one object of parameters.")
-    unknown = next((name for name in settings if name not in _PARAMETERS), None)
-    if unknown is not None:
-        near = get_close_matches(unknown, _PARAMETERS, n=1)
-        raise ParameterError(
-            f"{path}: there is no parameter {unknown!r}{f'; did you mean {near[0]}?' if near else '.'}"
-        )
+        raise ParameterError(f"{path} must hold one object of options.")
+    for name in settings:
+        if name not in (*_FIELDS, "out"):
+            raise unknown_name(path, name, [*_FIELDS, "out"])
     return settings
 
 

@@ -43,10 +43,10 @@ class Windows:
         return window[:, :-1], window[:, 1:]
 
     def position(self) -> dict[str, torch.Tensor]:
-        """What `draw` goes on from; `go_on_from` takes it."""
+        """What `draw` continues from; `resume_from` takes it."""
         return {"generator": self._generator.get_state()}
 
-    def go_on_from(self, position: dict[str, torch.Tensor]) -> None:
+    def resume_from(self, position: dict[str, torch.Tensor]) -> None:
         self._generator.set_state(position["generator"])
 
     def held_out(self) -> Iterator[Batch]:
@@ -86,11 +86,11 @@ class Rows:
         return _padded(rows)
 
     def position(self) -> dict[str, torch.Tensor]:
-        """What `draw` goes on from; `go_on_from` takes it."""
+        """What `draw` continues from; `resume_from` takes it."""
         state = self._generator.get_state()
         return {"generator": state, "order": self._order, "next": torch.tensor([self._next])}
 
-    def go_on_from(self, position: dict[str, torch.Tensor]) -> None:
+    def resume_from(self, position: dict[str, torch.Tensor]) -> None:
         order, following, count = position["order"], int(position["next"]), len(self._train)
         known = len(order) == 0 or torch.equal(order.sort().values, torch.arange(count))
         if not known or not 0 <= following <= len(order):

@@ -1,19 +1,19 @@
 """Adapters and tuned states side by side: the same base, text and steps, and as nearly as can be as many parameters."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_lab.checkpoint import Layout, expected_tensors, open_checkpoint
 from rwkv_lab.errors import LayoutError, ParameterError
-from rwkv_lab.train.recipe import ADAPTER_KINDS
-from rwkv_lab.train.trainer import train
+from rwkv_lab.peft import LoraConfig, planned_parameters
+from rwkv_lab.spec import did_you_mean
+from rwkv_lab.train.planning import make_plan
+from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
+from rwkv_lab.train.trainer import run_training
 
-METHODS = ("lora", "pissa", "miss", "state")
 _ATTENTION = ("receptance", "key", "value", "output")
-# Of four or five per method, on the demo model and its Python code, the one that reached fewest bits in 100 steps.
-_LRS = {"lora": 2e-2, "pissa": 2e-2, "miss": 1e-2, "state": 2.0}
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,17 @@ class Compared:
     seconds: float  # of the steps
 
 
+def compared_kinds() -> tuple[str, ...]:
+    """The kinds of training that `compare_methods` knows: adapters, then states."""
+    kinds = [kind for kind in KINDS.values() if kind.compared_lr is not None]
+    return tuple(kind.name for kind in sorted(kinds, key=lambda kind: "rank" not in kind.takes))
+
+
 def compare_methods(
     base: str | Path,
     data: str = "python",
-    methods: Sequence[str] = METHODS,
+    *,
+    methods: Sequence[str] | None = None,
     steps: int = 100,
     batch_size: int = 8,
     ctx_len: int = 128,
@@ -46,6 +53,7 @@ def compare_methods(
     the learning rate that suits it on the demo model.
 
     Args:
+        methods: of `compared_kinds()`; None for all.
         budget: parameters to train; None for as many as the model's states have.
 
     Raises:
@@ -53,9 +61,12 @@ def compare_methods(
         LayoutError: no model with states to tune.
         RwkvLabError: of the base, the text and the training; see `train`.
     """
-    unknown = next((m for m in methods if m not in METHODS), None)
+    known = compared_kinds()
+    methods = known if methods is None else methods
+    unknown = next((m for m in methods if m not in known), None)
     if unknown is not None:
-        raise ParameterError(f"There is no method {unknown!r} to compare; there are: {', '.join(METHODS)}.")
+        hint = did_you_mean(unknown, known)
+        raise ParameterError(f"There is no method {unknown!r} to compare; there are: {', '.join(known)}{hint}.")
     with open_checkpoint(base) as ck:
         layout = ck.layout
     if layout is None or layout.version == "4.0":
@@ -64,42 +75,34 @@ def compare_methods(
         budget = layout.n_layer * layout.n_head * layout.head_size**2
     if budget < 1:
         raise ParameterError(f"budget={budget}: at least one parameter is to be trained.")
-    found = []
+    common = dict(base=base, data=data, steps=steps, batch_size=batch_size, ctx_len=ctx_len, seed=seed)
     with tempfile.TemporaryDirectory(prefix="rwkv_lab-") as folder:
-        for method in methods:
-            rank = rank_for(method, layout, budget) if method in ADAPTER_KINDS else None
-            result = train(
-                method,
-                Path(folder) / f"{method}.safetensors",
-                data,
-                base,
-                steps,
-                batch_size,
-                ctx_len,
-                lr=_LRS[method],
-                rank=rank,
-                targets=[f"att.{name}" for name in _ATTENTION] if rank else None,
-                seed=seed,
-                samples=False,
-            )
-            found.append(
-                Compared(
-                    method,
-                    result.trained,
-                    rank,
-                    _LRS[method],
-                    result.bits_before,
-                    result.bits_after,
-                    result.losses,
-                    result.seconds["training"],
-                )
-            )
-    return found
+        return [_tuned_by(method, layout, budget, common, Path(folder)) for method in methods]
+
+
+def _tuned_by(method: str, layout: Layout, budget: int, common: Mapping[str, object], folder: Path) -> Compared:
+    kind, own = KINDS[method], {}
+    if "rank" in kind.takes:
+        own = {"rank": rank_for(method, layout, budget), "targets": [f"att.{name}" for name in _ATTENTION]}
+    spec = TrainSpec.read({"kind": method, "lr": kind.compared_lr, **common, **own})
+    result = run_training(make_plan(spec), folder / f"{method}.safetensors", TrainOptions(samples=False))
+    return Compared(
+        method=method,
+        trained=result.trained,
+        rank=spec.rank,
+        lr=kind.compared_lr,
+        bits_before=result.bits_before,
+        bits_after=result.bits_after,
+        losses=result.losses,
+        seconds=result.seconds["training"],
+    )
 
 
 def rank_for(method: str, layout: Layout, budget: int) -> int:
     """The rank at which an adapter in the four matrices of every time mix comes nearest to `budget` parameters."""
     shapes = expected_tensors(layout)[0]
-    sizes = [shapes[f"blocks.{i}.att.{name}.weight"] for i in range(layout.n_layer) for name in _ATTENTION]
-    each = sum(out if method == "miss" else out + into for out, into in sizes)  # parameters per rank
+    names = [f"blocks.{i}.att.{name}" for i in range(layout.n_layer) for name in _ATTENTION]
+    sizes = [shapes[f"{name}.weight"] for name in names]
+    config = LoraConfig(method=method, lora_r=1)
+    each = sum(planned_parameters(name, *size, config) for name, size in zip(names, sizes, strict=True))  # per rank
     return min(max(1, round(budget / each)), min(min(size) for size in sizes))

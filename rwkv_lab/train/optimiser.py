@@ -2,17 +2,38 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
-from rwkv_lab.train.recipe import Recipe
+from rwkv_lab.train.spec import KINDS, TrainSpec
 
 # Factors on the learning rate, as RWKV-LM (its README and model.py) trains whole models: twice for the decays, `w0` of
 # RWKV-7 and `time_decay` before it; three times for `time_first`, the bonus of RWKV-4 and 5.0.
 _FASTER = {".att.w0": 2.0, ".att.time_decay": 2.0, ".att.time_first": 3.0}
 
 
-def make_optimiser(trained: Mapping[str, torch.Tensor], recipe: Recipe, fused: bool = True) -> torch.optim.AdamW:
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate rises to `lr` over `warmup` of the steps, and falls on a cosine to `final_lr` times itself.
+
+    weight_decay: of large matrices.
+    """
+
+    steps: int
+    warmup: int
+    lr: float
+    final_lr: float
+    weight_decay: float
+
+
+def schedule(spec: TrainSpec) -> Schedule:
+    """That of a training."""
+    kind = KINDS[spec.kind].defaults
+    return Schedule(spec.effective("steps"), spec.warmup_steps, spec.effective("lr"), kind.final_lr, kind.weight_decay)
+
+
+def make_optimiser(trained: Mapping[str, torch.Tensor], over: Schedule, fused: bool = True) -> torch.optim.AdamW:
     """AdamW over named parameters.
 
     Only matrices whose name ends in `.weight` decay, as RWKV-LM does it: no vectors, LayerNorms, low-rank pairs, states
@@ -25,10 +46,10 @@ def make_optimiser(trained: Mapping[str, torch.Tensor], recipe: Recipe, fused: b
     for name, parameter in trained.items():
         large = name.endswith(".weight") and parameter.ndim == 2
         factor = next((f for end, f in _FASTER.items() if name.endswith(end)), 1.0)
-        groups.setdefault((recipe.weight_decay if large else 0.0, factor), []).append(parameter)
+        groups.setdefault((over.weight_decay if large else 0.0, factor), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "weight_decay": decay, "lr": recipe.lr * factor, "factor": factor}
+            {"params": parameters, "weight_decay": decay, "lr": over.lr * factor, "factor": factor}
             for (decay, factor), parameters in groups.items()
         ],
         betas=(0.9, 0.99),
@@ -37,14 +58,13 @@ def make_optimiser(trained: Mapping[str, torch.Tensor], recipe: Recipe, fused: b
     )
 
 
-def set_lr(optimiser: torch.optim.Optimizer, recipe: Recipe, step: int) -> float:
-    """Set and return the learning rate of `step` (from 0): linear warm-up, then a cosine down to the final share."""
-    warmup = recipe.warmup_steps
-    if step < warmup:
-        share = (step + 1) / warmup
+def set_lr(optimiser: torch.optim.Optimizer, over: Schedule, step: int) -> float:
+    """Set and return the learning rate of `step` (from 0)."""
+    if step < over.warmup:
+        share = (step + 1) / over.warmup
     else:
-        wave = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (recipe.steps - warmup)))
-        share = recipe.final_lr + (1 - recipe.final_lr) * wave
+        wave = 0.5 * (1 + math.cos(math.pi * (step - over.warmup) / (over.steps - over.warmup)))
+        share = over.final_lr + (1 - over.final_lr) * wave
     for group in optimiser.param_groups:
-        group["lr"] = recipe.lr * share * group["factor"]
-    return recipe.lr * share
+        group["lr"] = over.lr * share * group["factor"]
+    return over.lr * share

@@ -10,13 +10,11 @@ from rwkv_lab.errors import OutputError
 from rwkv_lab.peft.hf_layout import check_folder
 from rwkv_lab.train.data import data_path
 from rwkv_lab.train.log import check_log_folder, log_files
-from rwkv_lab.train.recipe import ADAPTER_KINDS
 from rwkv_lab.train.resume import resume_path
+from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
 
 
-def check_output(
-    kind: str, out: Path, base: str | Path | None, data: str, overwrite: bool, log_folder: str | Path | None = None
-) -> None:
+def check_destinations(spec: TrainSpec, out: Path, options: TrainOptions) -> None:
     """Refuse an output that a training could not write at its end, or should not.
 
     Raises:
@@ -26,29 +24,29 @@ def check_output(
         CorruptFileError, LayoutError, UnsafeFileError: of the base.
     """
     sources = []
-    if base:
-        with open_checkpoint(base) as ck:
+    if spec.base:
+        with open_checkpoint(spec.base) as ck:
             sources += [file.path for file in ck.files]
-    text = data_path(data)
+    text = data_path(spec.effective("data"))
     if text is not None and text.exists():
         sources.append(text)
-    is_file = bool(out.suffix) or kind not in ADAPTER_KINDS
+    is_file = bool(out.suffix) or not KINDS[spec.kind].may_be_folder
     if is_file:
         file_kind(out)
         if out.is_dir():
             raise OutputError(f"{out} is a folder; name a file in it, such as {out / 'trained.pth'}")
     stats = [(source, os.stat(source)) for source in sources]
-    logs = log_files(Path(log_folder)) if log_folder is not None else []
+    logs = log_files(Path(options.log_folder)) if options.log_folder else []
     for written in (out, resume_path(out), *logs):
         refuse_inputs(written, stats)
-    check_target(out, overwrite)
+    check_target(out, options.overwrite)
     if not is_file:
         _refuse_around(out, sources)
         if text is not None and text.is_dir() and out.resolve().is_relative_to(text.resolve()):
             raise OutputError(f"{out} lies in {text}, whose texts are trained on; choose a folder outside of it")
         check_folder(out)
-    if log_folder is not None:
-        check_log_folder(Path(log_folder))
+    if options.log_folder:
+        check_log_folder(Path(options.log_folder))
 
 
 def _refuse_around(folder: Path, sources: list[Path]) -> None:

@@ -156,7 +156,7 @@ def _fault_of_tensors(ck: Checkpoint, names: object, trained: Mapping[str, torch
         part, _, rest = name.partition("/")
         key, rest = rest.partition("/")[::2] if part == "optimiser" else ("", rest)
         if part == "data":
-            continue  # whoever goes on from it knows what it should be
+            continue  # checked by what resumes from it
         if part not in ("trained", "best", "optimiser") or rest not in trained or key not in _MOMENTS[part]:
             return f"{name} is not known"
         wanted = () if key == "step" else tuple(trained[rest].shape)

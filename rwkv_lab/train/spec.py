@@ -1,22 +1,145 @@
-"""What `train` takes: `TrainSpec` decides the bytes of the result, `TrainOptions` how the job runs.
+"""What `train` takes: `TrainSpec` decides the bytes of the result, `TrainOptions` how the job runs; kinds of training.
 
-Descriptions are the help texts of notebooks, panels, the command line and the reference tables.
+Descriptions are the help texts of notebooks, panels, the command line and the reference tables. A kind of training is
+one object (`Kind`), registered by its module in `rwkv_lab.train.kinds`; nothing else knows the kinds by name.
 """
 
 import os
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
+from rwkv_lab.checkpoint import Layout
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.model.device import parse_device
 from rwkv_lab.paths import path_fault
 from rwkv_lab.peft.quantised import QUANTS
-from rwkv_lab.spec import Number, Patterns, Spec, Text
+from rwkv_lab.spec import Number, Patterns, Spec, Text, did_you_mean
 from rwkv_lab.train.processes import PARALLEL
-from rwkv_lab.train.recipe import ADAPTER_KINDS, AUTOCASTS, DTYPES, RECIPES
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+AUTOCASTS = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Planned = tuple[str, tuple[int, ...], int]  # tensor, shape, values that are trained of or for it
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a kind of training takes where nothing else is given. The numbers suit the demo model and one to two minutes
+    on two CPU cores.
+
+    final_lr: the share of the highest learning rate that the last step has.
+    weight_decay: of large matrices.
+    """
+
+    data: str
+    steps: int
+    batch_size: int
+    ctx_len: int
+    lr: float
+    final_lr: float
+    weight_decay: float = 0.0
+    rank: int = 8
+
+
+class Kind(ABC):
+    """One kind of training.
+
+    Attributes:
+        takes: the options that only some kinds have, and this one does.
+        needs_base: whether it starts from a model that is there.
+        may_be_folder: whether its output may be a folder.
+        output_kind: what `open_checkpoint` finds in its output.
+        compared_lr: learning rate in `compare_methods`; None where it takes no part.
+    """
+
+    name: str
+    defaults: Defaults
+    takes: frozenset[str] = frozenset()
+    needs_base: bool = True
+    may_be_folder: bool = False
+    output_kind: str
+    compared_lr: float | None = None
+
+    @abstractmethod
+    def make_model(self, spec: "TrainSpec") -> RWKV_Dual:
+        """The model to train, with all frozen that is not trained. New values are drawn from torch's generator.
+
+        Raises:
+            ParameterError, NumericsError: of adapters and quantisation.
+            LayoutError, CorruptFileError, UnsafeFileError, DeviceError: of the base.
+        """
+
+    @abstractmethod
+    def planned(self, spec: "TrainSpec", layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[Planned]:
+        """What would be trained, from the shapes of the base's tensors.
+
+        Raises:
+            ParameterError: as `make_model`.
+        """
+
+    @abstractmethod
+    def save(self, model: RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
+        """Write what was trained. `note` travels in the file, where it has no note of its own.
+
+        Raises:
+            OutputError: `out` exists (unless `overwrite`) or cannot be written.
+        """
+
+    @abstractmethod
+    def open(self, spec: "TrainSpec", out: Path) -> RWKV_Dual:
+        """The model that training ended with, from the files alone.
+
+        Raises:
+            RwkvLabError: of the files.
+        """
+
+    def check_savable(self, model: RWKV_Dual, out: Path) -> None:  # noqa: B027  # most kinds have nothing to refuse
+        """Refuse, before the first step, what `save` would refuse after the last.
+
+        Raises:
+            ParameterError: an output that cannot hold what is trained.
+        """
+
+    def recorded(self, model: RWKV_Dual) -> dict[str, str]:
+        """What decides the result beside the spec, before the first step: has to be the same to resume."""
+        return {}
+
+
+KINDS: dict[str, Kind] = {}  # by name, filled by the modules of `rwkv_lab.train.kinds`
+OF_SOME_KINDS = ("rank", "alpha", "targets", "train_parts", "quant")
+
+
+def register(kind: Kind) -> None:
+    """Make a kind of training known.
+
+    Raises:
+        ParameterError: there is one of that name, or it takes options that all kinds have.
+    """
+    if kind.name in KINDS:
+        raise ParameterError(f"There is a kind of training named {kind.name!r} already.")
+    if not kind.takes <= set(OF_SOME_KINDS):
+        raise ParameterError(f"{kind.name} takes {sorted(kind.takes)}; the options of some kinds are {OF_SOME_KINDS}.")
+    KINDS[kind.name] = kind
+
+
+def _known_kind(name: str) -> str:
+    if name not in KINDS:
+        raise ValueError(f"it should be one of {', '.join(KINDS)}{did_you_mean(name, KINDS)}")
+    return name
 
 
 def _path_text(value: Any) -> Any:
@@ -40,16 +163,25 @@ def _one(value: Any) -> Any:
     return 1 if value is None else value
 
 
+def _whole_if_given(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """A whole number stays one: files record the settings as they were given."""
+    number = validate(value)
+    return value if isinstance(value, int) else number
+
+
 PathOrEmpty = Annotated[str, BeforeValidator(_path_text), AfterValidator(_path_or_empty)]
 Names = Annotated[Patterns, BeforeValidator(_list)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[Number, Field(gt=0), WrapValidator(_whole_if_given)]
 
 
 class TrainSpec(Spec):
     """What decides the result of a training. `None` stands for the kind's own value, which `resolved` fills in."""
 
-    kind: Literal[tuple(RECIPES)] = Field(
+    title: ClassVar[str] = "train"
+
+    kind: Annotated[str, AfterValidator(_known_kind)] = Field(
         "state", description="pretrain, full, state, lora, pissa or miss: what is trained"
     )
     base: PathOrEmpty = Field("", description="the model to start from; empty: a fresh one, for pretrain only")
@@ -57,13 +189,9 @@ class TrainSpec(Spec):
     steps: Positive | None = Field(None, description="updates; None: the kind's own number")
     batch_size: Positive | None = Field(None, description="texts per batch; None: the kind's own")
     ctx_len: Positive | None = Field(None, description="tokens per text; None: the kind's own")
-    lr: Annotated[Number, Field(gt=0)] | None = Field(
-        None, description="highest learning rate; None: the kind's own, which suits the demo model"
-    )
+    lr: Rate | None = Field(None, description="highest learning rate; None: the kind's own, which suits the demo model")
     rank: Positive | None = Field(None, description="of adapters; None: 8")
-    alpha: Annotated[Number, Field(gt=0)] | None = Field(
-        None, description="of a LoRA, scaled by alpha over rank; None: twice the rank"
-    )
+    alpha: Rate | None = Field(None, description="of a LoRA, scaled by alpha over rank; None: twice the rank")
     targets: Names = Field([], description="layers to adapt, such as att.key, or patterns; empty: all of the blocks")
     train_parts: Names = Field([], description="trained beside adapters: emb, head, ln, time_state or patterns")
     quant: Literal[QUANTS] = Field("none", description="of frozen matrices: none, int8 or nf4")
@@ -85,49 +213,62 @@ class TrainSpec(Spec):
     @model_validator(mode="after")
     def _check(self) -> Self:
         """Refuse what does not go together, and devices that are not there."""
-        if self.kind != "pretrain" and not self.base:
+        kind = KINDS[self.kind]
+        if kind.needs_base and not self.base:
             raise ParameterError(f"base is missing: kind={self.kind!r} tunes a model; pass that model as base=.")
-        self._check_adapter()
-        if self.quant != "none" and self.kind in ("pretrain", "full"):
-            raise ParameterError(f"quant={self.quant!r} stores frozen matrices; kind={self.kind!r} freezes none.")
+        for name in OF_SOME_KINDS:
+            if name not in kind.takes and getattr(self, name) not in (None, [], "none"):
+                takers = ", ".join(k.name for k in KINDS.values() if name in k.takes)
+                raise ParameterError(
+                    f"{name}={getattr(self, name)!r} goes with {takers}; kind={self.kind!r} takes no {name}."
+                )
         check_device(self.device, self.autocast)
         if self.autocast and self.dtype != "float32":
             raise ParameterError(f"autocast computes below float32: pass dtype='float32' with it, not {self.dtype!r}.")
-        steps = self.resolved_value("steps")
+        steps = self.effective("steps")
         if self.warmup is not None and self.warmup > steps:
             raise ParameterError(f"warmup={self.warmup} must be from 0 to the {steps} steps that there are.")
         if self.patience and not self.eval_every:
             raise ParameterError(f"patience={self.patience} counts measurements: pass eval_every= too.")
         return self
 
-    def _check_adapter(self) -> None:
-        if self.alpha is not None and self.kind != "lora":
-            raise ParameterError(f"alpha={self.alpha} scales a LoRA; kind={self.kind!r} has none.")
-        if self.kind in ADAPTER_KINDS:
-            return
-        for name in ("rank", "targets", "train_parts"):
-            value = getattr(self, name)
-            if value:
-                raise ParameterError(
-                    f"{name}={value!r} goes with the kinds {', '.join(ADAPTER_KINDS)}, not with {self.kind!r}."
-                )
+    @classmethod
+    def applies(cls, name: str, kind: str) -> bool:
+        """Whether the option means anything for that kind of training."""
+        return name not in OF_SOME_KINDS or name in KINDS[kind].takes
 
-    def resolved_value(self, name: str) -> Any:
-        """The value of one field, the kind's own where it is None."""
+    def effective(self, name: str) -> Any:
+        """The value of an option; the kind's own where it is None."""
         value = getattr(self, name)
-        return getattr(RECIPES[self.kind], name) if value is None else value
+        return getattr(KINDS[self.kind].defaults, name) if value is None else value
 
     def resolved(self) -> Self:
         """The same with the kind's own data, steps, batch_size, ctx_len, lr and rank where they are None."""
-        names = ["data", "steps", "batch_size", "ctx_len", "lr", *(["rank"] if self.kind in ADAPTER_KINDS else [])]
-        return self.changed(**{name: self.resolved_value(name) for name in names})
+        names = [n for n in ("data", "steps", "batch_size", "ctx_len", "lr", "rank") if self.applies(n, self.kind)]
+        return self.changed(**{name: self.effective(name) for name in names})
+
+    @property
+    def warmup_steps(self) -> int:
+        return max(1, round(0.05 * self.effective("steps"))) if self.warmup is None else self.warmup
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the model."""
+        return DTYPES[self.dtype]
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What is computed in; None for the model's dtype."""
+        return AUTOCASTS[self.autocast]
 
 
 class TrainOptions(Spec):
     """How a training runs; none of it changes the result, but for the rounding of several processes."""
 
+    title: ClassVar[str] = "train"
+
     checkpoint_every: Count = Field(0, description="updates between two checkpoints; 0: none")
-    resume: bool = Field(False, description="go on from the checkpoint beside the output, if there is one")
+    resume: bool = Field(False, description="continue from the checkpoint beside the output, if there is one")
     log_folder: PathOrEmpty = Field("", description="folder of log.csv and log.json; empty: no log")
     parallel: Literal[PARALLEL] = Field("ddp", description="several processes: ddp copies the model, fsdp spreads it")
     overwrite: bool = Field(False, description="replace the output if it is there")

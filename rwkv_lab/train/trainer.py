@@ -6,27 +6,28 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from rwkv_lab.checkpoint import FileFacts, file_facts
+from rwkv_lab.checkpoint.unchanged import refuse_changed
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.peft import adapter_of, count_parameters
-from rwkv_lab.peft.files import check_savable
-from rwkv_lab.train.batches import in_batches
+from rwkv_lab.paths import to_path
+from rwkv_lab.peft import count_parameters
+from rwkv_lab.train.batches import Rows, Windows, in_batches
 from rwkv_lab.train.data import Corpus, load_corpus
 from rwkv_lab.train.examples import Examples
-from rwkv_lab.train.fitting import Fitting, Watch
-from rwkv_lab.train.given import check_types
+from rwkv_lab.train.fitting import Fitting
 from rwkv_lab.train.log import write_log
-from rwkv_lab.train.output import check_output
+from rwkv_lab.train.models import make_model, trained_parameters
+from rwkv_lab.train.output import check_destinations
+from rwkv_lab.train.planning import TrainPlan, make_plan
 from rwkv_lab.train.processes import Processes, put
-from rwkv_lab.train.recipe import ADAPTER_KINDS, Recipe, Tuning, choose_recipe
 from rwkv_lab.train.resume import resume_path
-from rwkv_lab.train.tuned import make_model, pissa_start, save_tuned, trained_parameters
+from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ _SAMPLE_LENGTH = 120  # tokens
 
 
 @dataclass(frozen=True)
-class Sample:
+class Continuation:
     """What the model wrote after a prompt, with the same seed, before and after training."""
 
     prompt: str
@@ -54,7 +55,7 @@ class TrainResult:
     bits_after: float
     held_out_bytes: int
     split: str  # how training text and held-out text were told apart
-    samples: list[Sample]  # none where several processes trained, or where the data are examples
+    samples: list[Continuation]  # none where several processes trained, or where the data are examples
     trained: int  # parameters that were trained
     frozen: int
     inputs: list[FileFacts]
@@ -71,6 +72,7 @@ def train(
     out: str | Path,
     data: str | None = None,
     base: str | Path | None = None,
+    *,
     steps: int | None = None,
     batch_size: int | None = None,
     ctx_len: int | None = None,
@@ -115,7 +117,7 @@ def train(
             of all processes together.
         lr: the highest learning rate, after `warmup` steps; states want a large one (1), models a small one.
         rank: of adapters.
-            data, steps, batch_size, ctx_len, lr, rank, accumulate, warmup: those of `RECIPES[kind]` where None.
+            data, steps, batch_size, ctx_len, lr, rank: those of `KINDS[kind].defaults` where None.
         alpha: of a LoRA, which is scaled by alpha / rank; None for twice the rank.
         targets: layers to adapt, such as "att.key", or patterns; None for all matrices of the blocks.
         train_parts: what an adapter's training trains besides: "emb", "head", "ln", "time", "time_state", patterns.
@@ -126,120 +128,174 @@ def train(
         eval_every: steps between two measurements on held-out text, 0 for none.
         patience: measurements without a new best after which training stops, 0 for never. The output is the best then.
         checkpoint_every: steps between two checkpoints at `resume_path(out)`, 0 for none.
-        resume: go on from that checkpoint if it is there.
+        resume: continue from that checkpoint if it is there.
         log_folder: where `log.csv` and `log.json` go; None for nowhere.
         parallel: "ddp" or "fsdp", for several processes.
         samples: let the model write something before and after.
         on_step: called after every step with the number of steps done and the losses so far.
 
+    Raises: as `make_plan` and `run_training`.
+    """
+    given = locals()
+    spec = TrainSpec.read({name: given[name] for name in TrainSpec.model_fields})
+    options = TrainOptions.read({name: given[name] for name in TrainOptions.model_fields})
+    return run_training(make_plan(spec), out, options)
+
+
+def run_training(plan: TrainPlan, out: str | Path, options: TrainOptions) -> TrainResult:
+    """Train as planned, and write the result to `out`.
+
     Raises:
-        ParameterError: values out of range or that do not go together, too little text, a broken line of JSONL, an
-            adapter that a folder cannot hold.
+        ParameterError: a base that has changed since the plan was made, a batch that does not divide among the
+            processes, too little text, a broken line of JSONL, an adapter that a folder cannot hold.
         OutputError: `out` exists (unless `overwrite`), is the base or the text under whatever name, is a folder that
             holds other things, or cannot be written. Nothing was trained then.
         NumericsError: the base predicts NaN, PiSSA or NF4 meet one in it, or the loss became NaN or infinite: `out` was
             not written then, and the last good checkpoint stays.
         LayoutError, CorruptFileError, UnsafeFileError, DeviceError: of the base.
     """
-    check_types(train, locals())
-    out, clock = Path(out), _Clock()
-    given = dict(data=data, steps=steps, batch_size=batch_size, ctx_len=ctx_len, lr=lr, rank=rank)
-    recipe = choose_recipe(kind, **given, accumulate=accumulate, warmup=warmup)
-    tuning = Tuning(kind, dtype, autocast, device, quant, recipe.rank, alpha, targets, tuple(train_parts), seed)
-    tuning.check(base)
-    processes = Processes.here(parallel)
-    _check_watching(recipe, eval_every, patience, checkpoint_every, processes)
-    check_output(kind, out, base, recipe.data, overwrite, log_folder)
-
-    corpus = load_corpus(recipe.data)
-    inputs = [file_facts(base)] if base else []
-    sizes = {} if base else dict(n_embd=n_embd, n_layer=n_layer, head_size=head_size)
-    model = make_model(tuning, base, sizes)
-    if kind in ADAPTER_KINDS:
-        check_savable(adapter_of(model), out)
-    material = in_batches(corpus, model.tokenizer, recipe.ctx_len, seed)
-    count = count_parameters(model)
-    model.gradient_checkpointing = gradient_checkpointing
-    settings = _settings(tuning, recipe, sizes, corpus, inputs, eval_every, patience)
-    if kind == "pissa":
-        settings["start"] = pissa_start(model)
-    watch = Watch(eval_every, patience, checkpoint_every, resume, resume_path(out), settings, on_step)
-    run = processes.wrap(model)
-    fitting = Fitting(run, trained_parameters(model), material, recipe, tuning, watch, processes)
+    clock = _Clock()
+    training = _prepare(plan, to_path(out, "out"), options)
+    fitting, course = training.fitting, training.fitting.course
     clock.lap("data")
-
-    writes_samples = samples and processes.size == 1 and isinstance(corpus, Corpus)
-    course = fitting.course
     if course.bits_before is None:  # else an earlier run has measured it
-        course.bits_before = fitting.measure()
-        if not math.isfinite(course.bits_before):
-            raise NumericsError(
-                f"{base or 'The fresh model'} predicts held-out {corpus.name} with {course.bits_before} bits per byte "
-                "before any step.\nInspect the base for NaN and Inf, or try dtype='float32' without autocast."
-            )
-        course.samples_before = _samples(model, corpus, seed) if writes_samples else []
+        _measure_before(training)
     clock.lap("before")
     stopped_early = fitting.fit()
     clock.lap("training")
-    bits_before, bits_after = course.bits_before, fitting.measure()
-    after = _samples(model, corpus, seed) if writes_samples else []
+    bits_after, samples = fitting.measure(), training.samples()
     clock.lap("after")
 
+    count = count_parameters(training.model)
     result = TrainResult(
-        kind=kind,
-        out=out,
+        kind=plan.spec.kind,
+        out=training.out,
         losses=course.losses,
-        bits_before=bits_before,
+        bits_before=course.bits_before,
         bits_after=bits_after,
-        held_out_bytes=material.held_out_bytes,
-        split=corpus.split,
-        samples=[Sample(p, b, a) for (p, b), (_, a) in zip(course.samples_before, after, strict=False)],
+        held_out_bytes=training.material.held_out_bytes,
+        split=training.corpus.split,
+        samples=[Continuation(p, b, a) for (p, b), (_, a) in zip(course.samples_before, samples, strict=False)],
         trained=count.trained,
         frozen=count.frozen,
-        inputs=inputs,
+        inputs=training.inputs,
         outputs=[],
         held_out=course.held_out,
         stopped_early=stopped_early,
         resumed_at=fitting.resumed_at,
         seconds=clock.laps,
     )
-    done = course.step - fitting.resumed_at
-    result.tokens_per_second = done * recipe.batch_size * recipe.accumulate * recipe.ctx_len / clock.laps["training"]
-    if processes.sharded:
-        values = processes.whole(fitting.trained.items())
-        model = _whole_again(tuning, base, sizes, values) if processes.first else None
-    if processes.first:
-        note = {"rwkv_lab.train": json.dumps(settings | {"torch": torch.__version__})}
-        save_tuned(model, tuning, out, note, overwrite)
-        result.outputs = [file_facts(out)]
-        if log_folder is not None:
-            keep = ("bits_before", "bits_after", "held_out_bytes", "trained", "frozen", "stopped_early", "resumed_at")
-            summary = {"settings": settings} | {name: getattr(result, name) for name in keep}
-            write_log(Path(log_folder), course.log, summary)
-        resume_path(out).unlink(missing_ok=True)
-        log.info("%s: %.3f -> %.3f bits per byte of held-out %s", kind, bits_before, bits_after, corpus.name)
-    processes.wait()
+    tokens = (course.step - fitting.resumed_at) * plan.spec.batch_size * plan.spec.accumulate * plan.spec.ctx_len
+    result.tokens_per_second = tokens / clock.laps["training"]
+    _write(training, result)
     return result
 
 
-def _check_watching(recipe: Recipe, eval_every, patience, checkpoint_every, processes: Processes) -> None:
-    if min(eval_every, patience, checkpoint_every) < 0:
-        raise ParameterError(
-            f"eval_every={eval_every}, patience={patience} and checkpoint_every={checkpoint_every} must be at least 0."
-        )
-    if patience and not eval_every:
-        raise ParameterError(f"patience={patience} counts measurements: say with eval_every when to measure.")
-    if recipe.batch_size % processes.size:
-        raise ParameterError(
-            f"batch_size={recipe.batch_size} does not divide among {processes.size} processes; choose a multiple."
-        )
+@dataclass(frozen=True)
+class _Training:
+    """A training that is ready for its first step."""
+
+    spec: TrainSpec
+    out: Path
+    options: TrainOptions
+    processes: Processes
+    inputs: list[FileFacts]
+    corpus: Corpus | Examples
+    material: Windows | Rows
+    model: RWKV_Dual
+    settings: dict[str, object]
+    fitting: Fitting
+
+    def samples(self) -> list[tuple[str, str]]:
+        """(prompt, continuation) pairs, as the model is now; none where nobody asked, or nobody alone could write."""
+        corpus = self.corpus
+        if not (self.options.samples and self.processes.size == 1 and isinstance(corpus, Corpus)):
+            return []
+        prompts = _PROMPTS.get(corpus.name) or (corpus.held_out[:20].decode("utf-8", errors="replace"),)
+        return [(p, self.model.generate_with_streaming(p, _SAMPLE_LENGTH, 1.0, 0.95, self.spec.seed)) for p in prompts]
 
 
-def _settings(tuning: Tuning, recipe: Recipe, sizes, corpus, inputs, eval_every: int, patience: int) -> dict:
+def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
+    """Read data and base, make the model, load the checkpoint to resume from; refuse what can be refused by then."""
+    spec, processes = plan.spec, Processes.here(options.parallel)
+    if spec.batch_size % processes.size:
+        raise ParameterError(
+            f"batch_size={spec.batch_size} does not divide among {processes.size} processes; choose a multiple."
+        )
+    check_destinations(spec, out, options)
+    refuse_changed(plan.base_files)
+    corpus = load_corpus(spec.data)
+    inputs = [file_facts(spec.base)] if spec.base else []
+    model = make_model(spec)
+    KINDS[spec.kind].check_savable(model, out)
+    material = in_batches(corpus, model.tokenizer, spec.ctx_len, spec.seed)
+    model.gradient_checkpointing = spec.gradient_checkpointing
+    settings = _settings(spec, corpus, inputs) | KINDS[spec.kind].recorded(model)
+    run, trained = processes.wrap(model), trained_parameters(model)
+    fitting = Fitting(run, trained, material, spec, options, resume_path(out), settings, processes)
+    return _Training(spec, out, options, processes, inputs, corpus, material, model, settings, fitting)
+
+
+def _measure_before(training: _Training) -> None:
+    """Held-out text, and samples, before the first step."""
+    course, spec = training.fitting.course, training.spec
+    course.bits_before = training.fitting.measure()
+    if not math.isfinite(course.bits_before):
+        raise NumericsError(
+            f"{spec.base or 'The fresh model'} predicts held-out {training.corpus.name} with {course.bits_before} bits "
+            "per byte before any step.\nInspect the base for NaN and Inf, or try dtype='float32' without autocast."
+        )
+    course.samples_before = training.samples()
+
+
+def _write(training: _Training, result: TrainResult) -> None:
+    """Write output and log by the first process, and remove the resume file. Every process has to call it."""
+    spec, out, processes, model = training.spec, training.out, training.processes, training.model
+    if processes.sharded:
+        values = processes.whole(training.fitting.trained.items())
+        model = _whole_again(spec, values) if processes.first else model
+    if processes.first:
+        note = {"rwkv_lab.train": json.dumps(training.settings | {"torch": torch.__version__})}
+        KINDS[spec.kind].save(model, out, note, training.options.overwrite)
+        result.outputs = [file_facts(out)]
+        if training.options.log_folder:
+            keep = ("bits_before", "bits_after", "held_out_bytes", "trained", "frozen", "stopped_early", "resumed_at")
+            summary = {"settings": training.settings} | {name: getattr(result, name) for name in keep}
+            write_log(Path(training.options.log_folder), training.fitting.course.log, summary)
+        resume_path(out).unlink(missing_ok=True)
+        bits = f"{result.bits_before:.3f} -> {result.bits_after:.3f}"
+        log.info("%s: %s bits per byte of held-out %s", spec.kind, bits, training.corpus.name)
+    processes.wait()
+
+
+def _settings(spec: TrainSpec, corpus: Corpus | Examples, inputs: Sequence[FileFacts]) -> dict[str, object]:
     """What decides the result, in terms of JSON: travels in the output, and must be the same to resume."""
-    settings = asdict(tuning) | asdict(recipe) | sizes
-    settings |= {"device": torch.device(tuning.device).type, "text": _fingerprint(corpus)}
-    settings |= {"eval_every": eval_every, "patience": patience} if eval_every else {}
+    defaults = KINDS[spec.kind].defaults
+    settings: dict[str, object] = {
+        "kind": spec.kind,
+        "dtype": spec.dtype,
+        "autocast": spec.autocast,
+        "device": torch.device(spec.device).type,
+        "quant": spec.quant,
+        "rank": spec.effective("rank"),
+        "alpha": spec.alpha,
+        "targets": spec.targets or None,
+        "train_parts": spec.train_parts,
+        "seed": spec.seed,
+        "data": spec.data,
+        "steps": spec.steps,
+        "batch_size": spec.batch_size,
+        "ctx_len": spec.ctx_len,
+        "lr": spec.lr,
+        "final_lr": defaults.final_lr,
+        "weight_decay": defaults.weight_decay,
+        "warmup": spec.warmup,
+        "accumulate": spec.accumulate,
+    }
+    if not inputs:
+        settings |= {"n_embd": spec.n_embd, "n_layer": spec.n_layer, "head_size": spec.head_size}
+    settings["text"] = _fingerprint(corpus)
+    settings |= {"eval_every": spec.eval_every, "patience": spec.patience} if spec.eval_every else {}
     return settings | ({"base": inputs[0].fingerprint} if inputs else {})
 
 
@@ -252,18 +308,12 @@ def _fingerprint(corpus: Corpus | Examples) -> str:
     return digest.hexdigest()[:16]
 
 
-def _whole_again(tuning: Tuning, base, sizes, values: dict[str, torch.Tensor]) -> RWKV_Dual:
+def _whole_again(spec: TrainSpec, values: dict[str, torch.Tensor]) -> RWKV_Dual:
     """The model that was spread over processes, in one."""
-    model = make_model(tuning, base, sizes)
+    model = make_model(spec)
     for name, parameter in trained_parameters(model).items():
         put(parameter, values[name])
     return model
-
-
-def _samples(model, corpus: Corpus, seed: int) -> list[tuple[str, str]]:
-    """(prompt, continuation) pairs."""
-    prompts = _PROMPTS.get(corpus.name) or (corpus.held_out[:20].decode("utf-8", errors="replace"),)
-    return [(p, model.generate_with_streaming(p, _SAMPLE_LENGTH, 1.0, 0.95, seed)) for p in prompts]
 
 
 class _Clock:

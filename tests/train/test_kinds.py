@@ -9,7 +9,16 @@ from tiny_training import LRS, SHORT, sha256
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import LayoutError, ParameterError
-from rwkv_lab.train import compare_methods, examples, load_corpus, open_tuned, plan_training, resume_path, train
+from rwkv_lab.train import (
+    TrainSpec,
+    compare_methods,
+    examples,
+    load_corpus,
+    open_trained,
+    plan_training,
+    resume_path,
+    train,
+)
 from rwkv_lab.train.batches import Rows, in_batches
 
 PLAIN = [(kind, "none") for kind in ("full", "state", "lora", "pissa", "miss")]
@@ -28,7 +37,7 @@ def test_a_kind_learns_and_its_file_is_what_was_trained(kind, quant, small, text
     settings = dict(base=small, data=str(texts), lr=LRS[kind], quant=quant, **SHORT | {"steps": 20})
     result = train(kind, tmp_path / "out.safetensors", **settings)
     assert result.bits_after < result.bits_before and sha256(small) == before
-    again = open_tuned(kind, result.out, small, "float32", "cpu", quant)
+    again = open_trained(TrainSpec.read(dict(kind=kind, base=small, quant=quant)), result.out)
     # The same values in the same arithmetic; only batches of other sizes are summed in another order.
     assert held_out_bits(again, texts, SHORT["ctx_len"]) == pytest.approx(result.bits_after, rel=1e-6)
     plan = plan_training(kind, small, quant=quant)
@@ -229,29 +238,29 @@ def test_too_little_text_is_refused(small, tmp_path, texts):
 
 def test_what_does_not_go_together_is_refused(small, texts, tmp_path):
     cases = [
-        ("full", dict(quant="nf4"), "freezes none"),
-        ("lora", dict(quant="int3"), "no quant 'int3'"),
-        ("miss", dict(alpha=1.0), "scales a LoRA"),
-        ("state", dict(targets=["att.key"]), "targets goes with"),
-        ("lora", dict(targets=["att.kye"]), "att.key"),
+        ("full", dict(quant="nf4"), "quant='nf4' goes with state, lora"),
+        ("lora", dict(quant="int3"), "quant='int3'"),
+        ("miss", dict(alpha=1.0), "alpha=1.0 goes with lora"),
+        ("state", dict(targets=["att.key"]), "goes with lora, pissa, miss"),
+        ("lora", dict(targets=["att.kye"]), "targets: the pattern 'att.kye'(.|\n)*att.key"),
         ("lora", dict(rank=33), "larger than the layer"),
         ("lora", dict(rank=0), "rank=0"),
         ("lora", dict(autocast="float16"), "CUDA"),
         ("lora", dict(autocast="bfloat16", dtype="bfloat16"), "float32"),
         ("lora", dict(patience=2), "eval_every"),
-        ("lora", dict(lr="a"), "lr='a': it must be a number"),
-        ("lora", dict(seed="a"), "seed='a': it must be a whole number"),
-        ("lora", dict(seed=2**64), "64 bits"),
-        ("lora", dict(steps=1.5), "steps=1.5: it must be a whole number"),
+        ("lora", dict(lr="a"), "lr='a': it should be a valid number"),
+        ("lora", dict(seed="a"), "seed='a': it should be a valid integer"),
+        ("lora", dict(seed=2**64), "less than 9223372036854775808"),
+        ("lora", dict(steps=1.5), "steps=1.5: it should be a valid integer"),
         ("lora", dict(steps=True), "steps=True"),
         ("lora", dict(device="meta"), "device='meta'"),
         ("lora", dict(device="foo"), "no device 'foo'"),
-        ("lora", dict(train_parts="ln"), "a list of names or patterns"),
-        ("lora", dict(on_step=3), "on_step=3: it must be a function"),
-        ("state", dict(rank=4), "rank=4 goes with the kinds lora"),
+        ("lora", dict(train_parts="ln"), "train_parts='ln': it should be a valid list"),
+        ("lora", dict(on_step=3), "on_step=3: it should be callable"),
+        ("state", dict(rank=4), "rank=4 goes with lora, pissa, miss"),
         ("lora", dict(warmup=7), "warmup=7"),
         ("lora", dict(accumulate=0), "accumulate=0"),
-        ("lora", dict(parallel="tp"), "ddp, fsdp"),
+        ("lora", dict(parallel="tp"), "'ddp' or 'fsdp'"),
         ("lora", dict(checkpoint_every=-1), "checkpoint_every=-1"),
         ("lora", dict(device="cuda"), "CUDA") if not torch.cuda.is_available() else ("lora", dict(rank=-1), "rank"),
     ]
@@ -282,10 +291,9 @@ def test_what_a_folder_cannot_hold_is_refused_before_the_first_step(small, texts
 
 def test_float16_gradients_are_scaled_and_overflowing_steps_left_out(small, texts, tmp_path, monkeypatch):
     """Meant for CUDA; a CPU does the same arithmetic slowly. The first scale, 65536, overflows on purpose."""
-    from rwkv_lab.train import fitting
-    from rwkv_lab.train.recipe import Tuning
+    from rwkv_lab.train import fitting, spec
 
-    monkeypatch.setattr(Tuning, "check", lambda self, base: None)
+    monkeypatch.setattr(spec, "check_device", lambda device, autocast: None)
     make = torch.amp.GradScaler
     monkeypatch.setattr(fitting.torch.amp, "GradScaler", lambda *a, **k: make(*a, **k, init_scale=2.0**24))
     settings = dict(base=small, data=str(texts), lr=1e-2, **SHORT | {"steps": 20})

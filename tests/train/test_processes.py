@@ -120,10 +120,10 @@ def test_the_command_line_refuses_in_words(tmp_path, capsys):
     assert "did you mean kind?" in capsys.readouterr().err
     assert main(["--kind", "lora"]) == 1 and "out must be given" in capsys.readouterr().err
     assert main(["--kind", "lora", "--out", str(tmp_path / "x.pth")]) == 1
-    assert capsys.readouterr().err.startswith("ParameterError: kind='lora' tunes a model")
+    assert capsys.readouterr().err.startswith("ParameterError: base is missing: kind='lora' tunes a model")
     words = ["--kind", "lora", "--base", "b.pth", "--out", str(tmp_path / "x.pth")]
     assert main([*words, "--device", "foo"]) == 1
     assert capsys.readouterr().err.startswith("ParameterError: There is no device 'foo'")
     (tmp_path / "run.json").write_text('{"steps": "3"}')
     assert main([*words, "--json", str(tmp_path / "run.json")]) == 1
-    assert capsys.readouterr().err == "ParameterError: steps='3': it must be a whole number.\n"
+    assert capsys.readouterr().err == "ParameterError: steps='3': it should be a valid integer\n"

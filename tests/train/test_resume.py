@@ -138,8 +138,8 @@ DAMAGE = [
     (lambda note, t: t.pop(f"optimiser/exp_avg/{A}"), f"exp_avg/{A} was added or lost"),
     (lambda note, t: [t.pop(name) for name in list(t) if name.startswith("optimiser/")], "was added or lost"),
     (lambda note, t: t.pop("data/generator"), "data/generator was added or lost"),
-    (lambda note, t: (t.pop("data/generator"), note["tensors"].remove("data/generator")), "cannot be gone on from"),
-    (lambda note, t: t.update({"data/generator": torch.zeros(3, dtype=torch.uint8)}), "cannot be gone on from"),
+    (lambda note, t: (t.pop("data/generator"), note["tensors"].remove("data/generator")), "cannot resume from it"),
+    (lambda note, t: t.update({"data/generator": torch.zeros(3, dtype=torch.uint8)}), "cannot resume from it"),
     (lambda note, t: t.update({f"optimiser/exp/{A}": torch.zeros(1)}), "was added or lost"),
     (lambda note, t: rename(note, t, f"optimiser/exp_avg/{A}", f"optimiser/exp/{A}"), "is not known"),
     (lambda note, t: t.update({f"optimiser/exp_avg/{A}": torch.zeros(2, 2)}), r"is \[2, 2\], not \[8, 32\]"),
@@ -190,8 +190,8 @@ def test_a_damaged_order_of_examples_is_refused(small, tmp_path):
     good = rows.position()
     for damage in ({"order": good["order"] + 1}, {"order": good["order"][:3]}, {"next": torch.tensor([99])}):
         with pytest.raises(ValueError, match="there are"):
-            rows.go_on_from(good | damage)
-    rows.go_on_from(good)
+            rows.resume_from(good | damage)
+    rows.resume_from(good)
 
 
 def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path, monkeypatch):

@@ -55,11 +55,14 @@ def test_the_kinds_own_values_stand_where_none_is_given():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (dict(kind="lroa"), "kind='lroa': it should be 'pretrain'"),
+        (dict(kind="lroa"), "it should be one of pretrain, full, state, lora, pissa, miss; did you mean lora?"),
         (dict(kidn="lora"), "did you mean kind?"),
         (dict(kind="state"), "base is missing"),
         (dict(kind="pretrain", warmup=801), "from 0 to the 800 steps"),
-        (dict(kind="pretrain", targets=["att.key"]), "targets=['att.key'] goes with the kinds lora"),
+        (
+            dict(kind="pretrain", targets=["att.key"]),
+            "goes with lora, pissa, miss; kind='pretrain' takes no targets",
+        ),
         (dict(kind="pretrain", base="a\0b"), "zero byte"),
         (dict(kind="pretrain", device="meta"), "device='meta'"),
     ],

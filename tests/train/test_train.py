@@ -13,9 +13,9 @@ from tiny_training import sha256
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import OutputError, ParameterError
 from rwkv_lab.model import RWKV_Dual, bits_per_byte
-from rwkv_lab.train import choose_recipe, demo_base, demo_folder, demo_state, load_corpus, train
+from rwkv_lab.train import TrainSpec, demo_base, demo_folder, demo_state, load_corpus, train
 from rwkv_lab.train.__main__ import main
-from rwkv_lab.train.optimiser import make_optimiser, set_lr
+from rwkv_lab.train.optimiser import make_optimiser, schedule, set_lr
 
 TINY = dict(steps=60, batch_size=4, ctx_len=32, lr=1e-2, n_embd=32, n_layer=2, head_size=16)
 
@@ -168,18 +168,16 @@ def test_the_split_does_not_depend_on_the_order_of_a_folder(monkeypatch):
 
 def test_parameter_groups_and_schedule():
     model = RWKV_Dual(32, 2, 257, head_size=16)
-    recipe = choose_recipe("pretrain", steps=100, lr=1.0)
-    optimiser = make_optimiser(dict(model.named_parameters()), recipe)
+    over = schedule(TrainSpec.read(dict(kind="pretrain", steps=100, lr=1.0)))
+    optimiser = make_optimiser(dict(model.named_parameters()), over)
     groups = {(g["weight_decay"], g["factor"]): g["params"] for g in optimiser.param_groups}
     assert {id(p) for p in groups[0.0, 2.0]} == {id(b.att.w0) for b in model.blocks}
     assert id(model.head.weight) in {id(p) for p in groups[0.1, 1.0]}
     assert id(model.blocks[0].att.w1) in {id(p) for p in groups[0.0, 1.0]}
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
-    rates = [set_lr(optimiser, recipe, step) for step in range(100)]
+    rates = [set_lr(optimiser, over, step) for step in range(100)]
     assert max(rates) == 1.0 and rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[-1] < 0.03
-    assert [set_lr(optimiser, replace(recipe, warmup=0), step) for step in (0, 99)] == pytest.approx(
-        [1, 0.02], abs=1e-3
-    )
+    assert [set_lr(optimiser, replace(over, warmup=0), step) for step in (0, 99)] == pytest.approx([1, 0.02], abs=1e-3)
 
 
 def test_demo_files_are_trained_once_where_the_environment_says(tmp_path, monkeypatch, caplog):

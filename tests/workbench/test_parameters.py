@@ -116,9 +116,9 @@ def test_a_state_is_trained_on_some_model():
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"kind": "full", "quant": "nf4"}, "freezes none"),
-        ({"alpha": 3.0}, "scales a LoRA"),
-        ({"targets": ["att.key"]}, "targets goes with"),
+        ({"kind": "full", "quant": "nf4"}, "kind='full' takes no quant"),
+        ({"alpha": 3.0}, "alpha=3.0 goes with lora"),
+        ({"targets": ["att.key"]}, "goes with lora, pissa, miss"),
         ({"patience": 2}, "eval_every"),
         ({"autocast": "float16"}, "CUDA"),
         ({"kind": "lora", "steps": 5, "warmup": 6}, "warmup=6"),

@@ -78,7 +78,7 @@ def test_examples_are_trained_on_too(tmp_path, demo_folder):
     [
         (dict(kind="lora", rank=33), "ParameterError", "blocks.0.att.receptance: rank 33 is larger than the layer"),
         (dict(kind="miss", targets=["att.kye"]), "ParameterError", "'att.kye' matches none"),
-        (dict(kind="lora", train_parts=["norms"]), "ParameterError", "'norms' matches no parameter"),
+        (dict(kind="lora", train_parts=["norms"]), "ParameterError", "'norms' matches none of the"),
         (dict(kind="state", ctx_len=20_000), "ParameterError", "smaller ctx_len"),
         (dict(kind="full", data="empty.txt"), "ParameterError", "has 0 bytes"),
         (dict(kind="lora", data="empty.jsonl"), "ParameterError", "0 different examples"),

@@ -10,37 +10,32 @@ from rwkv_lab.checkpoint import file_facts, open_checkpoint
 from rwkv_lab.checks import Check
 from rwkv_lab.machine import memory_free
 from rwkv_lab.model import bits_per_byte
-from rwkv_lab.peft.quantised import QUANTS
 from rwkv_lab.plotting import bits_bars, png
 from rwkv_lab.progress import frontend_present, human_bytes
 from rwkv_lab.samples import Sample
 from rwkv_lab.train import (
-    AUTOCASTS,
-    DTYPES,
-    RECIPES,
+    KINDS,
     Compared,
     Corpus,
     Examples,
-    Recipe,
+    TrainOptions,
     TrainPlan,
     TrainResult,
-    choose_recipe,
+    TrainSpec,
     compare_methods,
     held_out_bits,
     in_batches,
     load_corpus,
-    open_tuned,
-    plan_training,
-    train,
+    make_plan,
+    open_trained,
+    run_training,
 )
-from rwkv_lab.train.output import check_output
+from rwkv_lab.train.output import check_destinations
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step
 from rwkv_lab.workbench.tables import Table
 from rwkv_lab.workbench.train import figures
-
-__all__ = ["AUTOCASTS", "DTYPES", "QUANTS", "RECIPES"]  # what the panel offers
 
 # The same text through the same weights, before they were written and after they were read.
 _SAME_BITS = 1e-6
@@ -76,24 +71,9 @@ def preview(run: Run) -> TrainPlan:
     Raises:
         RwkvLabError: as `plan`.
     """
-    c, recipe = run.config, _recipe(run)
-    made = plan_training(
-        c.kind,
-        _base(run),
-        batch_size=recipe.batch_size,
-        ctx_len=recipe.ctx_len,
-        rank=c.rank,
-        alpha=c.alpha,
-        targets=c.targets or None,
-        train_parts=c.train_parts,
-        quant=c.quant,
-        dtype=c.dtype,
-        autocast=c.autocast,
-        device=c.device,
-        gradient_checkpointing=c.gradient_checkpointing,
-    )
+    made = make_plan(_spec(run))
     # Whether an older output may go is asked when it is about to; a plan is made after a run too.
-    check_output(c.kind, run.output_path("trained.pth"), _base(run), recipe.data, overwrite=True)
+    check_destinations(made.spec, run.output_path("trained.pth"), TrainOptions(overwrite=True))
     display(Table("What will happen", ("", ""), _facts(run, made)), _trained_table(made))
     return made
 
@@ -107,43 +87,22 @@ def carry_out(run: Run) -> TrainResult | None:
     if run.config.dry_run:
         print(_DRY)
         return None
-    c, recipe = run.config, _recipe(run)
-    result = train(
-        c.kind,
-        out=run.output_path("trained.pth"),
-        base=_base(run),
-        data=recipe.data,
-        steps=recipe.steps,
-        batch_size=recipe.batch_size,
-        ctx_len=recipe.ctx_len,
-        lr=recipe.lr,
-        rank=c.rank,
-        alpha=c.alpha,
-        targets=c.targets or None,
-        train_parts=c.train_parts,
-        quant=c.quant,
-        dtype=c.dtype,
-        autocast=c.autocast,
-        device=c.device,
-        seed=c.seed,
-        accumulate=c.accumulate,
-        warmup=c.warmup,
-        gradient_checkpointing=c.gradient_checkpointing,
-        eval_every=c.eval_every,
-        patience=c.patience,
+    c, made = run.config, make_plan(_spec(run))
+    options = TrainOptions(
         checkpoint_every=c.checkpoint_every,
         resume=c.resume,
-        log_folder=run.folder,
+        log_folder=str(run.folder),
         overwrite=run.may_overwrite(),
-        on_step=_live_loss(recipe.steps),
+        on_step=_live_loss(made.spec.steps),
     )
+    spec, result = made.spec, run_training(made, run.output_path("trained.pth"), options)
     run.record.inputs, run.record.outputs = result.inputs, result.outputs
     run.record.seconds |= {stage: seconds for stage, seconds in result.seconds.items() if stage != "total"}
     run.record.metrics |= {
         "bits_per_byte_before": result.bits_before,
         "bits_per_byte_after": result.bits_after,
         "held_out_bytes": result.held_out_bytes,
-        "ctx_len": recipe.ctx_len,
+        "ctx_len": spec.ctx_len,
         "parameters_trained": result.trained,
         "parameters_frozen": result.frozen,
         "steps_done": len(result.losses),
@@ -153,7 +112,7 @@ def carry_out(run: Run) -> TrainResult | None:
     }
     fewer = 1 - result.bits_after / result.bits_before
     run.page.headline = (
-        f"{c.kind} on {recipe.data}: {result.bits_before:.3f} to {result.bits_after:.3f} bits per byte of "
+        f"{c.kind} on {spec.data}: {result.bits_before:.3f} to {result.bits_after:.3f} bits per byte of "
         f"held-out text, {fewer:.1%} fewer."
     )
     rows = [(str(f.path), f.bytes, f.fingerprint) for f in result.outputs]
@@ -166,17 +125,17 @@ def show_curves(run: Run, result: TrainResult | None) -> None:
     if result is None:
         print(_DRY)
         return
-    recipe = _recipe(run)
-    subtitle = f"{result.kind} on {recipe.data}: {result.trained:,} parameters trained, {result.frozen:,} frozen"
+    spec = _spec(run).resolved()
+    subtitle = f"{result.kind} on {spec.data}: {result.trained:,} parameters trained, {result.frozen:,} frozen"
     figure = figures.loss_curve(result.losses, subtitle)
     run.show_figure("loss", "Loss while training", "Of the text that is trained on, one batch per step.", figure)
-    bits = {recipe.data: {"before": result.bits_before, "after": result.bits_after}}
-    subtitle = f"{result.held_out_bytes:,} bytes never trained on, a fresh state every {recipe.ctx_len} tokens"
+    bits = {spec.data: {"before": result.bits_before, "after": result.bits_after}}
+    subtitle = f"{result.held_out_bytes:,} bytes never trained on, a fresh state every {spec.ctx_len} tokens"
     figure = bits_bars(bits, subtitle)
     caption = "Bits the model needs for each byte of text that it was not trained on; lower is better."
     run.show_figure("held_out", "Bits per byte of held-out text", caption, figure)
     if result.held_out:
-        subtitle = f"{result.kind} on {recipe.data}, measured every {run.config.eval_every} steps"
+        subtitle = f"{result.kind} on {spec.data}, measured every {run.config.eval_every} steps"
         figure = figures.held_out_curve(result.held_out, result.bits_before, subtitle)
         caption = "Where this rises while the loss falls, training learns by heart; patience stops it there."
         run.show_figure("held_out_curve", "Held-out text while training", caption, figure)
@@ -201,7 +160,7 @@ def prove(run: Run, result: TrainResult | None) -> None:
         with open_checkpoint(result.out) as written:
             bad = sum(int((~written[name].isfinite()).sum()) for name in written.info)
             names, kind = list(written.info), written.kind
-        expected = "model" if result.kind in ("pretrain", "full") else result.kind
+        expected = KINDS[result.kind].output_kind
         run.record.checks = [Check("kind of the output", kind, expected, kind in (expected, "lora"))]
         if result.kind == "state":
             others = sum(not name.endswith(".time_state") for name in names)
@@ -238,12 +197,11 @@ def compare(run: Run) -> list[Compared] | None:
     if run.config.dry_run or not run.config.compare:
         print(_DRY if run.config.dry_run else "compare=False: no methods were compared.")
         return None
-    c, recipe = run.config, _recipe(run)
+    spec = _spec(run).resolved()
     with run.timed("compare"):
-        found = compare_methods(
-            _base(run) or run.output_path("trained.pth"), recipe.data, ctx_len=recipe.ctx_len, seed=c.seed
-        )
-    show_compared(run, found, recipe.data)
+        base = spec.base or run.output_path("trained.pth")
+        found = compare_methods(base, spec.data, ctx_len=spec.ctx_len, seed=spec.seed)
+    show_compared(run, found, spec.data)
     return found
 
 
@@ -284,34 +242,33 @@ def _live_loss(steps: int) -> Callable | None:
 
 def _measure_again(run: Run, result: TrainResult) -> float:
     """Bits per byte of the output, from the files alone."""
-    c, recipe = run.config, _recipe(run)
-    model = open_tuned(c.kind, result.out, _base(run), c.dtype, c.device, c.quant)
-    corpus = load_corpus(recipe.data)
-    device, autocast = model.get_device(), AUTOCASTS[c.autocast]
+    spec = _spec(run).resolved()
+    model, corpus = open_trained(spec, result.out), load_corpus(spec.data)
+    device, autocast = model.get_device(), spec.autocast_dtype
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         if isinstance(corpus, Corpus):
-            return bits_per_byte(model, corpus.held_out, recipe.ctx_len)
-        return held_out_bits(model, in_batches(corpus, model.tokenizer, recipe.ctx_len, c.seed), device)
+            return bits_per_byte(model, corpus.held_out, spec.ctx_len)
+        return held_out_bits(model, in_batches(corpus, model.tokenizer, spec.ctx_len, spec.seed), device)
 
 
 def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
-    c, recipe = run.config, _recipe(run)
-    corpus, base = load_corpus(recipe.data), _base(run)
+    spec = made.spec
+    corpus = load_corpus(spec.data)
     total = made.count + made.frozen
     described = "none: a fresh model"
-    if base:
-        with open_checkpoint(base) as ck:
+    if spec.base:
+        with open_checkpoint(spec.base) as ck:
             described = f"{ck.path.name}, {human_bytes(ck.bytes)}"
-    each = f"{recipe.accumulate} × {recipe.batch_size}" if recipe.accumulate > 1 else str(recipe.batch_size)
+    each = f"{spec.accumulate} × {spec.batch_size}" if spec.accumulate > 1 else str(spec.batch_size)
     facts = [
-        ("kind", c.kind),
+        ("kind", spec.kind),
         ("base", described),
         ("model", str(made.layout)),
         ("trained", f"{made.count:,} parameters, {made.count / total:.2%} of {total:,}; {made.frozen:,} are frozen"),
         ("text", f"{corpus.name}, {_size(corpus, 'train')}"),
         ("held out", f"{_size(corpus, 'held_out')}: {corpus.split}"),
-        ("steps", f"{recipe.steps:,}, each of {each} sequences of {recipe.ctx_len} tokens"),
-        ("learning rate", f"up to {recipe.lr:g} after {recipe.warmup_steps:,} steps"),
+        ("steps", f"{spec.steps:,}, each of {each} sequences of {spec.ctx_len} tokens"),
+        ("learning rate", f"up to {spec.lr:g} after {spec.warmup_steps:,} steps"),
         (
             "memory",
             f"about {human_bytes(made.memory_bytes)}: weights {human_bytes(made.weights_bytes)}, gradients and "
@@ -320,8 +277,8 @@ def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
         ),
         ("output", run.output_path("trained.pth").name),
     ]
-    if c.quant != "none":
-        facts.insert(4, ("frozen matrices", c.quant))
+    if spec.quant != "none":
+        facts.insert(4, ("frozen matrices", spec.quant))
     return facts
 
 
@@ -335,14 +292,9 @@ def _size(corpus: Corpus | Examples, part: str) -> str:
     return human_bytes(len(found)) if isinstance(found, bytes) else f"{len(found):,} examples"
 
 
-def _base(run: Run):
-    return input_path(run.config.base) if run.config.base else None
-
-
-def _recipe(run: Run) -> Recipe:
-    c = run.config
-    given = dict(data=c.data, steps=c.steps, batch_size=c.batch_size, ctx_len=c.ctx_len, lr=c.lr, rank=c.rank)
-    return choose_recipe(c.kind, **given, accumulate=c.accumulate, warmup=c.warmup)
+def _spec(run: Run) -> TrainSpec:
+    base = run.config.base
+    return run.config.spec(str(input_path(base)) if base else "")
 
 
 STEPS = (

@@ -1,13 +1,12 @@
 """What train.ipynb takes."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rwkv_lab.errors import ParameterError
 from rwkv_lab.spec import Number, Patterns, Text
+from rwkv_lab.train import TrainSpec
 from rwkv_lab.workbench.parameters import InputOrEmpty, Parameters, PathOrEmpty
 
 
@@ -65,7 +64,7 @@ class TrainParameters(Parameters):
         0, description="measurements without a new best before it stops; 0: never stops"
     )
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(0, description="updates between two checkpoints; 0: none")
-    resume: bool = Field(False, description="go on from the checkpoint beside the output, if there is one")
+    resume: bool = Field(False, description="continue from the checkpoint beside the output, if there is one")
     compare: bool = Field(False, description="then compare all methods at equal parameters: a minute more")
     overwrite: bool = Field(False, description="replace the output if it is there")
     dry_run: bool = Field(False, description="stop after the plan")
@@ -73,26 +72,19 @@ class TrainParameters(Parameters):
 
     @classmethod
     def applies(cls, name: str, values: Mapping[str, Any]) -> bool:
-        kind = values["kind"]
-        if name in ("rank", "targets", "train_parts"):
-            return kind in ("lora", "pissa", "miss")
-        if name == "alpha":
-            return kind == "lora"
-        return name != "quant" or kind not in ("pretrain", "full")
+        return TrainSpec.applies(name, values["kind"])
 
     def check(self) -> None:
-        """By the trainer's own rules."""
-        if self.kind != "pretrain" and not self.base:
-            raise ParameterError(f"base is missing: kind={self.kind!r} tunes a model; give that model")
-        from rwkv_lab.train import Tuning, choose_recipe  # here, because it brings the model with it
+        self.spec(self.base)
 
-        recipe = choose_recipe(self.kind, steps=self.steps, warmup=self.warmup, rank=self.rank)
-        tuning = Tuning(
-            self.kind, self.dtype, self.autocast, self.device, self.quant, self.rank or recipe.rank, self.alpha
-        )
-        replace(tuning, targets=self.targets or None, train_parts=self.train_parts).check(self.base or None)
-        if self.patience and not self.eval_every:
-            raise ParameterError(f"patience={self.patience} counts measurements: say with eval_every when to measure")
+    def spec(self, base: str) -> TrainSpec:
+        """What decides the result, with the path of the base in place of its name.
+
+        Raises:
+            ParameterError: values that do not go together.
+        """
+        own = {name: getattr(self, name) for name in TrainSpec.model_fields if name in type(self).model_fields}
+        return TrainSpec.read(own | {"base": base})
 
 
 PARAMETERS = TrainParameters

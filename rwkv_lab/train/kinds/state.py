@@ -1,0 +1,50 @@
+"""State tuning: only the state that every sequence starts from is trained, `blocks.i.att.time_state` `[H,V,K]`."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from rwkv_lab.checkpoint import Layout, write_checkpoint
+from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.peft import quantise_blocks
+from rwkv_lab.train.spec import Defaults, Kind, Planned, TrainSpec, register
+
+
+class InitialState(Kind):
+    """The output is the states alone, float32."""
+
+    name = output_kind = "state"
+    # A tuned state counts most near the start of a text, so its windows are shorter. RWKV-LM: from 1 down to 0.01.
+    defaults = Defaults("python", steps=400, batch_size=8, ctx_len=128, lr=1.0, final_lr=0.01)
+    takes = frozenset({"quant"})
+    compared_lr = 2.0
+
+    def make_model(self, spec: TrainSpec) -> RWKV_Dual:
+        model = RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
+        model.add_time_state()
+        quantise_blocks(model, spec.quant)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith(".time_state"))
+        return model
+
+    def planned(self, spec: TrainSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[Planned]:
+        return planned_states(layout)
+
+    def save(self, model: RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
+        states = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        write_checkpoint(out, states, metadata=note, overwrite=overwrite)
+
+    def open(self, spec: TrainSpec, out: Path) -> RWKV_Dual:
+        model = RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
+        model.load_state_file(out)
+        quantise_blocks(model, spec.quant)
+        return model
+
+
+def planned_states(layout: Layout) -> list[Planned]:
+    """The states of a model."""
+    shape = (layout.n_head, layout.head_size, layout.head_size)
+    return [(f"blocks.{i}.att.time_state", shape, math.prod(shape)) for i in range(layout.n_layer)]
+
+
+register(InitialState())

@@ -1,0 +1,64 @@
+"""Training of all weights: of a fresh model or one that is there ("pretrain"), and of one that is there ("full")."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from rwkv_lab.checkpoint import Layout, write_checkpoint
+from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.train.spec import Defaults, Kind, Planned, TrainSpec, register
+
+# RWKV-7's first layer makes the values that later ones mix in; where its file has these, nothing reads them.
+_UNUSED = re.compile(r"^blocks\.0\.att\.v[012]$")
+
+
+class WholeModel(Kind):
+    """Everything is trained, and the output is the whole model."""
+
+    output_kind = "model"
+
+    def __init__(self, name: str, defaults: Defaults, needs_base: bool):
+        self.name, self.defaults, self.needs_base = name, defaults, needs_base
+
+    def make_model(self, spec: TrainSpec) -> RWKV_Dual:
+        if spec.base:
+            model = RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
+        else:
+            sizes = dict(n_embd=spec.n_embd, n_layer=spec.n_layer, head_size=spec.head_size)
+            model = RWKV_Dual(**sizes, vocab_size=257).to(torch.device(spec.device), spec.torch_dtype)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not _is_unused(name))
+        return model
+
+    def planned(self, spec: TrainSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[Planned]:
+        return [(name, shape, math.prod(shape)) for name, shape in shapes.items() if not _is_unused(name)]
+
+    def save(self, model: RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
+        write_checkpoint(out, model.state_dict(), metadata=note, overwrite=overwrite)
+
+    def open(self, spec: TrainSpec, out: Path) -> RWKV_Dual:
+        return RWKV_Dual.from_pretrained(out, dtype=spec.torch_dtype, device=spec.device)
+
+
+def _is_unused(name: str) -> bool:
+    """Whether nothing reads this tensor."""
+    return _UNUSED.match(name) is not None
+
+
+register(
+    WholeModel(
+        "pretrain",
+        Defaults("english", steps=800, batch_size=4, ctx_len=256, lr=3e-3, final_lr=0.02, weight_decay=0.1),
+        needs_base=False,
+    )
+)
+register(
+    WholeModel(
+        "full",
+        Defaults("python", steps=200, batch_size=8, ctx_len=128, lr=1e-3, final_lr=0.02, weight_decay=0.1),
+        needs_base=True,
+    )
+)

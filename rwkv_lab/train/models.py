@@ -1,0 +1,43 @@
+"""The model of a training: made from its spec, and opened again from what was written."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.train.spec import KINDS, TrainSpec
+
+
+def make_model(spec: TrainSpec) -> RWKV_Dual:
+    """The model that is trained, with all frozen that is not. Draws from torch's generators are its seed's alone.
+
+    Raises:
+        RwkvLabError: as `Kind.make_model`.
+    """
+    with _own_draws(spec.seed, torch.device(spec.device)):
+        return KINDS[spec.kind].make_model(spec)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def open_trained(spec: TrainSpec, out: str | Path) -> RWKV_Dual:
+    """The model that a training ended with, from its output and base alone.
+
+    Raises:
+        RwkvLabError: of the files.
+    """
+    return KINDS[spec.kind].open(spec, Path(out))
+
+
+@contextmanager
+def _own_draws(seed: int, device: torch.device) -> Iterator[None]:
+    """Leave the caller's generators alone, and draw the same whatever they have drawn before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
