@@ -108,3 +108,12 @@ def test_dependency_of_makefile_and_ci():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     assert targets >= {"demo", "test", "lab", "lint", "bench", "clean"}
+
+
+def test_the_changelog_ends_at_this_version():
+    headings = re.findall(r"^## \[(.+?)\]( - \d{4}-\d\d-\d\d)?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    versions = [version for version, date in headings if date]
+    assert headings[0] == ("Unreleased", "")
+    assert versions[0] == __version__ and versions == sorted(versions, reverse=True)
+    kinds = set(re.findall(r"^### (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}

@@ -1,0 +1,71 @@
+"""The tables of options in docs/, made from the specs.
+
+    python tests/option_tables.py    writes them again
+
+A table stands between `<!-- options of package.module.Class -->` and `<!-- end -->`.
+"""
+
+import re
+from importlib import import_module
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic_core import PydanticUndefined
+
+ROOT = Path(__file__).parent.parent
+TABLE = re.compile(r"(<!-- options of ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+WORDS = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "True, False",
+    Path: "path",
+    Any: "number, text, list",
+}
+
+
+def type_in_words(kind: Any) -> str:
+    """`Literal["a", "b"] | None` as "a, b"; None is a matter of the default."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return type_in_words(inside[0])
+    if origin in (Union, UnionType):
+        words = [type_in_words(one) for one in inside if one is not NoneType]
+        return " or ".join(dict.fromkeys(words))
+    if origin is Literal:
+        return ", ".join(f"`{one}`" if one != "" else "empty" for one in inside)
+    if origin in (list, tuple):
+        return f"list of {type_in_words(inside[0])}"
+    if origin is dict or kind is dict:
+        return "mapping"
+    return WORDS.get(kind, "function")
+
+
+def table(spec: type) -> str:
+    """One row per option of a `Spec`."""
+    rows = ["| option | values | default | meaning |", "|---|---|---|---|"]
+    for name, field in spec.model_fields.items():
+        default = "required" if field.default is PydanticUndefined else f"`{field.default!r}`"
+        meaning = field.description.replace("|", r"\|")
+        rows.append(f"| `{name}` | {type_in_words(field.annotation)} | {default} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def with_tables(text: str) -> str:
+    """The text of a page with its tables made anew."""
+
+    def made(match: re.Match) -> str:
+        module, _, name = match[2].rpartition(".")
+        return f"{match[1]}{table(getattr(import_module(module), name))}{match[3]}"
+
+    return TABLE.sub(made, text)
+
+
+def pages() -> list[Path]:
+    return sorted((ROOT / "docs").glob("*.md"))
+
+
+if __name__ == "__main__":
+    for page in pages():
+        page.write_text(with_tables(page.read_text()))
