@@ -27,11 +27,12 @@ PAGES = [
 ]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = shlex.quote(sys.executable)
+A_TEST = shlex.quote(str(ROOT / "tests" / "test_words.py"))
 # (start of a command, what is run in its place)
 STAND_INS = [
     (r"make (\w+).*", rf"make --directory {shlex.quote(str(ROOT))} --dry-run \1"),  # the commands in it, not run
     (r"python3 -m venv .venv", f"{PYTHON} -m venv --without-pip .venv"),
-    (r"\.venv/bin/python -m pytest(.*)", f"{PYTHON} -m pytest --collect-only -q {shlex.quote(str(ROOT / 'tests/test_words.py'))}"),
+    (r"\.venv/bin/python -m pytest(.*)", f"{PYTHON} -m pytest --collect-only -q {A_TEST}"),
     (r"(?:\.venv/bin/)?papermill (.*)", rf"{PYTHON} -m papermill --no-progress-bar --log-level WARNING \1"),
     (r"torchrun (.*)", rf"{PYTHON} -m torch.distributed.run \1 --steps 1 --batch-size 2 --ctx-len 16 --no-samples"),
     (r"python -m rwkv_lab.bench models --quick", rf"{PYTHON} -m rwkv_lab.bench models --models B.pth --lengths 4 "

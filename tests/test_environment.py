@@ -53,7 +53,8 @@ def used() -> dict[str, str]:
         if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
             found |= dict.fromkeys(read_in_c(path.read_text()), str(path.relative_to(ROOT)))
     found |= dict.fromkeys(read_in_make((ROOT / "Makefile").read_text()), "Makefile")
-    for path in [*(ROOT / "rwkv_lab").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]:
+    ours = [path for name in ("rwkv_lab", "tests", "notebooks") for path in (ROOT / name).rglob("*.*")]
+    for path in [path for path in ours if path.suffix in (".py", ".ipynb")]:
         own = re.findall(r"\bRWKV_LAB_[A-Z_]+\b", path.read_text())
         found |= dict.fromkeys(own, str(path.relative_to(ROOT)))
     found.pop("RWKV_LAB_", None)
