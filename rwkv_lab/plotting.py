@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from rwkv_lab.text import shown
@@ -70,9 +71,8 @@ def layer_map(
     figure, axes = single(max(1.0 + 0.24 * len(grid), 1.9), title, f"{subtitle}\ncolour: {unit}")
     axes.set_facecolor("#e4e7eb")
     shown_cells = np.ma.masked_where(~(grid > 0), grid)
-    image = axes.imshow(
-        shown_cells, aspect="auto", cmap="viridis", norm=_log_scale([*values.values()]), interpolation="none"
-    )
+    low, high = _log_scale([*values.values()])
+    image = axes.imshow(shown_cells, aspect="auto", cmap="viridis", norm=LogNorm(low, high), interpolation="none")
     for text, names in (marks or {}).items():
         for name in names:
             found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
@@ -88,8 +88,8 @@ def layer_map(
     axes.set_xlabel("layer")
     if not shown_cells.count():
         return figure  # nothing has a colour, so there is no scale to explain
-    narrow = image.norm.vmax / image.norm.vmin < 30
-    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30, ticks=LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    ticks = LogLocator(subs=(1, 2, 5) if high / low < 30 else (1,))
+    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30, ticks=ticks)
     bar.ax.yaxis.set_major_formatter("{x:g}")
     bar.ax.yaxis.set_minor_locator(NullLocator())
     return figure
@@ -118,13 +118,14 @@ def bits_bars(bits: Mapping[str, Mapping[str, float]], subtitle: str) -> Figure:
     return figure
 
 
-def _log_scale(values: Sequence[float]) -> LogNorm:
+def _log_scale(values: Sequence[float]) -> tuple[float, float]:
+    """Both ends of the scale of some values, whose positive and finite ones count."""
     positive = [v for v in values if v > 0 and np.isfinite(v)]
     low, high = (min(positive), max(positive)) if positive else (0.1, 1.0)
     if high / low < 4:  # a scale over a hair's breadth would make noise look like a pattern
         middle = (low * high) ** 0.5
         low, high = middle / 2, middle * 2
-    return LogNorm(low, high)
+    return low, high
 
 
 def _natural(name: str) -> list:
@@ -138,18 +139,18 @@ def short(name: str) -> str:
 
 
 def titled(height: float, title: str, subtitle: str) -> Figure:
-    """A figure with `height` inches of room for axes below a title and a subtitle that begin at its left edge."""
+    """A figure with `height` inches for its axes, below a title and a subtitle that begin at its left edge."""
     lines = [part for line in shown(subtitle).split("\n") for part in textwrap.wrap(line, 125)]
     head = 0.42 + 0.16 * len(lines)
-    figure = Figure(figsize=(_WIDTH, height + head), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + head)))
     whole = height + head
+    figure = Figure(figsize=(_WIDTH, whole), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, height / whole)))
     figure.text(0.012, 1 - 0.1 / whole, title, fontsize=12, fontweight="bold", va="top", parse_math=False)
     figure.text(0.012, 1 - 0.36 / whole, "\n".join(lines), fontsize=9, color="#57606a", va="top", parse_math=False)
     return figure
 
 
 def single(height: float, title: str, subtitle: str) -> tuple[Figure, Axes]:
+    """As `titled`, with one pair of axes."""
     figure = titled(height, title, subtitle)
     return figure, figure.subplots()
 

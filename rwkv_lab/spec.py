@@ -6,11 +6,13 @@ whole number. One thing is converted: text that reads as a number, where one wit
 YAML 1.1 takes `1e-3` for text.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, core_schema
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import path_fault
@@ -38,6 +40,26 @@ def _path(text: str) -> str:
     if fault:
         raise ValueError(fault)
     return text
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """`Annotated[str, OneOf(names)]`: a text that is one of `names()`, which may grow; panels offer them.
+
+    Raises:
+        ValueError: another text; says which there are, and which is near.
+    """
+
+    names: Callable[[], Iterable[str]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, text: str) -> str:
+        names = list(self.names())
+        if text not in names:
+            raise ValueError(f"it should be one of {', '.join(n or repr(n) for n in names)}{did_you_mean(text, names)}")
+        return text
 
 
 Number = Annotated[float, BeforeValidator(_number)]  # finite

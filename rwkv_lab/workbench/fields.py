@@ -1,19 +1,22 @@
 """Fields of a panel: a widget for each kind of parameter, made from the parameter's type."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import ipywidgets as widgets
 from pydantic.fields import FieldInfo
 
+from rwkv_lab.spec import OneOf
 from rwkv_lab.workbench.file_chooser import FileChooser
 from rwkv_lab.workbench.parameters import Asked
 
 _LABEL = {"description_width": "9rem"}
 _WIDE = {"width": "44rem"}  # no Layout: that would be a widget, made at import
 _WORDS = "{words}"  # stands in placeholders for what `Field.explain` is told
+
+M = TypeVar("M")
 
 
 class Field:
@@ -33,12 +36,12 @@ class Field:
         self.widget.value = self._to_widget(value)
 
     @property
-    def box(self) -> widgets.Widget:
+    def box(self) -> widgets.DOMWidget:
         """What is shown: the widget, or the box that it comes in."""
         return getattr(self.widget, "box", self.widget)
 
     def explain(self, words: str) -> None:
-        """Show what the parameter is, where this kind of widget has room for it."""
+        """Show what the parameter is, where this kind of widget can."""
         if isinstance(self.widget, widgets.Checkbox):
             self.widget.description = f"{self.name}: {words}"
             return
@@ -50,17 +53,16 @@ class Field:
 
 def field_for(name: str, info: FieldInfo) -> Field:
     """The field for a parameter, by its type."""
-    asked = next((m for m in info.metadata if isinstance(m, Asked)), None)
-    if asked and asked.by == "choices":
-        return _several(name, tuple(asked.choices()))
+    asked = _marked(info.metadata, Asked)
     if asked:
         return _path(name) if asked.by == "file" else _paths(name)
     kind, optional = _without_none(info.annotation)
     origin, inside = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return _choice(name, tuple((str(v) or "(default)", v) for v in inside))
+    choices = _choices(kind, info.metadata)
+    if choices:
+        return _choice(name, choices)
     if origin is list:
-        return _list(name, _without_none(inside[0])[0])
+        return _list(name, inside[0])
     if origin is dict or kind is dict:
         return _mapping(name, json.dumps(info.examples[0]) if info.examples else "")
     if kind is bool:
@@ -71,9 +73,24 @@ def field_for(name: str, info: FieldInfo) -> Field:
 
 
 def _list(name: str, inside: Any) -> Field:
-    if get_origin(inside) is Literal:
-        return _several(name, get_args(inside))
-    return {int: _several_whole, float: _numbers}.get(inside, _patterns)(name)
+    kind, metadata = inside, ()
+    if get_origin(inside) is Annotated:
+        kind, *metadata = get_args(inside)
+    choices = _choices(kind, metadata)
+    if choices:
+        return _several(name, choices)
+    kind = _without_none(inside)[0]
+    return {int: _several_whole, float: _numbers}.get(kind, _patterns)(name)
+
+
+def _choices(kind: Any, metadata: Iterable[object]) -> tuple[str, ...]:
+    """What a text may be; empty where it may be anything."""
+    among = _marked(metadata, OneOf)
+    return get_args(kind) if get_origin(kind) is Literal else tuple(among.names()) if among else ()
+
+
+def _marked(metadata: Iterable[object], kind: type[M]) -> M | None:
+    return next((mark for mark in metadata if isinstance(mark, kind)), None)
 
 
 def _without_none(annotation: Any) -> tuple[Any, bool]:
@@ -108,7 +125,8 @@ def _text(name: str, placeholder: str = _WORDS) -> Field:
     return Field(name, widget)
 
 
-def _choice(name: str, options: tuple) -> Field:
+def _choice(name: str, choices: tuple[str, ...]) -> Field:
+    options = tuple((text or "(default)", text) for text in choices)
     return Field(name, widgets.Dropdown(options=options, description=name, style=_LABEL))
 
 

@@ -5,7 +5,7 @@ be done here only. Work runs in the main thread, where Interrupt reaches it.
 """
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -27,13 +27,13 @@ class Panel:
         buttons: label -> what it does with the run.
     """
 
-    def __init__(self, run: Run, fields: list[Field], buttons: dict[str, Callable[[Run], object]]):
+    def __init__(self, run: Run, fields: Sequence[Field], buttons: Mapping[str, Callable[[Run], object]]):
         self.run = run
         self.fields = {f.name: f for f in fields}
         self.message = widgets.HTML()
         self.output = widgets.Output()
         for field in fields:
-            field.explain(type(run.config).model_fields[field.name].description)
+            field.explain(run.model.model_fields[field.name].description or "")
             field.value = getattr(run.config, field.name)
             field.widget.observe(lambda change: self.apply(), "value")
         self.hide()
@@ -42,7 +42,7 @@ class Panel:
             button = widgets.Button(description=label, button_style="primary" if label == "Run" else "")
             button.on_click(lambda _, work=work: self.do(work))
             self.buttons[label] = button
-        basic = type(run.config).basic
+        basic = run.model.basic
         more = widgets.Accordion([widgets.VBox([f.box for f in fields if f.name not in basic])], titles=["More"])
         folded = [more] if len(basic) < len(fields) else []
         buttons_row = widgets.HBox([*self.buttons.values()])
@@ -51,7 +51,7 @@ class Panel:
 
     def values(self) -> dict[str, Any]:
         """What the fields say, not yet validated; a hidden field says the default."""
-        model = type(self.run.config)
+        model = self.run.model
         given = {name: field.value for name, field in self.fields.items()}
         return {
             name: value if model.applies(name, given) else model.model_fields[name].default
@@ -62,7 +62,7 @@ class Panel:
         """Show the fields that apply beside the others' values, and no others."""
         given = {name: field.value for name, field in self.fields.items()}
         for name, field in self.fields.items():
-            field.box.layout.display = None if type(self.run.config).applies(name, given) else "none"
+            field.box.layout.display = None if self.run.model.applies(name, given) else "none"
 
     def apply(self) -> bool:
         """Take the fields over into `run.config`, all or none; False, with a message, where they are refused."""
@@ -106,8 +106,8 @@ def show_panel(run: Run) -> Panel | None:
         print("No front end here: the parameters above hold.")
         return None
     cells = cells_of(run.notebook)
-    fields = [field_for(n, f) for n, f in type(run.config).model_fields.items() if n not in ("dry_run", "report")]
-    buttons = {"Plan": cells.preview} if hasattr(cells, "preview") else {}
+    fields = [field_for(n, f) for n, f in run.model.model_fields.items() if n not in ("dry_run", "report")]
+    buttons: dict[str, Callable[[Run], object]] = {"Plan": cells.preview} if hasattr(cells, "preview") else {}
     panel = Panel(run, fields, buttons | {"Run": run_all})
     display(panel.box)
     return panel

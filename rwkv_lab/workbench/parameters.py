@@ -5,7 +5,7 @@ papermill only warns of a wrong name; here it is an error. Each notebook's own p
 
 import ast
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -14,7 +14,7 @@ from pydantic import AfterValidator
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import path_fault
-from rwkv_lab.spec import Spec, Text, unknown_name
+from rwkv_lab.spec import OneOf, Spec, Text, unknown_name
 from rwkv_lab.wkv import backends
 
 DEMO = ("demo:base", "demo:state")
@@ -32,25 +32,18 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _backend(name: str) -> str:
-    if name not in backends():
-        raise ValueError(f"it should be one of {', '.join(backends())}")
-    return name
-
-
 @dataclass(frozen=True)
 class Asked:
-    """How a panel asks for a value whose type alone does not tell."""
+    """How a panel asks for a text that names files."""
 
-    by: Literal["file", "files", "choices"]
-    choices: Callable[[], Iterable[str]] | None = None
+    by: Literal["file", "files"]
 
 
 InputPath = Annotated[Text, AfterValidator(_absolute), Asked("file")]
 InputPaths = Annotated[InputPath | list[InputPath], Asked("files")]
 PathOrEmpty = Annotated[str, AfterValidator(_absolute)]
 InputOrEmpty = Annotated[PathOrEmpty, Asked("file")]
-Backends = Annotated[list[Annotated[str, AfterValidator(_backend)]], Asked("choices", backends)]
+Backends = list[Annotated[str, OneOf(backends)]]
 
 
 class Parameters(Spec):

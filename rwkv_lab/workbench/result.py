@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,24 +36,23 @@ class Record:
     def failed_checks(self) -> list[Check]:
         return [c for c in self.checks if isinstance(c, Check) and not c.passed]
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """JSON-ready: no NaN, paths absolute, `passed` null for a check that does not apply."""
         error = {"class": type(self.error).__name__, "message": str(self.error)} if self.error is not None else None
-        return _plain(
-            {
-                "notebook": self.notebook,
-                "status": self.status,
-                "error": error,
-                "parameters": self.parameters,
-                "inputs": _files(self.inputs),
-                "outputs": _files(self.outputs),
-                "checks": [_check(c) for c in self.checks],
-                "metrics": self.metrics,
-                "figures": self.figures,
-                "versions": versions(),
-                "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
-            }
-        )
+        content = {
+            "notebook": self.notebook,
+            "status": self.status,
+            "error": error,
+            "parameters": self.parameters,
+            "inputs": _files(self.inputs),
+            "outputs": _files(self.outputs),
+            "checks": [_check(c) for c in self.checks],
+            "metrics": self.metrics,
+            "figures": self.figures,
+            "versions": versions(),
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }
+        return {name: _plain(value) for name, value in content.items()}
 
     def write(self) -> Path:
         """Replace `result.json`, whole or not at all, and return its path.
@@ -88,7 +88,7 @@ def _check(check: Check | NotApplicable) -> dict:
     return {"name": check.name, "value": check.value, "limit": check.limit, "passed": bool(check.passed)}
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     """What JSON can hold: NaN and Inf as text, everything unknown as text."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}

@@ -23,15 +23,27 @@ from rwkv_lab.workbench.tables import Table
 class Run:
     """What the cells of a notebook hand on to each other. `start` makes it.
 
-    config: the validated parameters; `configure` changes them.
+    model: the type of the notebook's parameters.
     record: what goes into `result.json`.
     page: what goes into `report.html`.
     """
 
     def __init__(self, notebook: str, folder: Path, parameters: Mapping[str, object]):
         self.notebook, self.folder = notebook, folder
-        self.config: Parameters | None = None  # until the parameters are validated
+        self.model = parameters_of(notebook)
+        self._config: Parameters | None = None
         self._begin(parameters)
+
+    @property
+    def config(self) -> Any:
+        """The validated parameters, a `model`; `configure` changes them.
+
+        Raises:
+            RuntimeError: they are not validated yet.
+        """
+        if self._config is None:
+            raise RuntimeError(f"the parameters of this {self.notebook} run are not validated yet")
+        return self._config
 
     def _begin(self, parameters: Mapping[str, object]) -> None:
         self._start = time.perf_counter()
@@ -48,7 +60,7 @@ class Run:
         """
         config = self.config.changed(**values)
         config.check_files()
-        self.config = config
+        self._config = config
 
     def begin_again(self) -> None:
         """Start over with the parameters as they are now; forget what an earlier pass through the notebook recorded."""
@@ -71,7 +83,8 @@ class Run:
 
     def show_figure(self, name: str, title: str, caption: str, figure: Any) -> None:
         """Save a matplotlib Figure as `<name>.png` in the report folder, put it into the report, and display it."""
-        from IPython.display import Image, display
+        from IPython.core.display import Image
+        from IPython.display import display
 
         from rwkv_lab.plotting import png  # matplotlib takes a second that validation need not wait for
 
@@ -85,7 +98,7 @@ class Run:
     def command(self) -> str:
         """The shell command that repeats this run with papermill."""
         words = ["papermill", f"notebooks/{self.notebook}.ipynb", str(self.folder / "run.ipynb")]
-        for name, field in type(self.config).model_fields.items():
+        for name, field in self.model.model_fields.items():
             value = getattr(self.config, name)
             if name == "report":
                 words += ["-r", name, str(self.folder)]
@@ -125,7 +138,7 @@ class Run:
 
     def _end(self) -> None:
         self.record.seconds["total"] = time.perf_counter() - self._start
-        write_report(self.folder / "report.html", self.page, self.record, self.command() if self.config else "")
+        write_report(self.folder / "report.html", self.page, self.record, self.command() if self._config else "")
         self.record.write()
 
     def after_cell(self, result: Any) -> None:
@@ -143,7 +156,7 @@ class Run:
     def _table(self) -> Table:
         rows = [
             (name, _as_literal(getattr(self.config, name)), field.description)
-            for name, field in type(self.config).model_fields.items()
+            for name, field in self.model.model_fields.items()
         ]
         return Table(f"Parameters of this {self.notebook} run", ("parameter", "value", "what it is"), rows)
 
@@ -160,17 +173,16 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
         OutputError: the report folder cannot be made.
     """
     wanted = namespace.get("report")
-    model = parameters_of(notebook)
-    given = {name: namespace[name] for name in model.model_fields if name in namespace}
+    given = {name: namespace[name] for name in parameters_of(notebook).model_fields if name in namespace}
     run = Run(notebook, _report_folder(notebook, wanted if isinstance(wanted, str) else ""), given)
     _join_kernel(run)
     try:
-        run.config = read_parameters(model, namespace, names_are_all=not frontend_present())
-        run.config.report = str(run.folder)
-        run.record.parameters = run.config.model_dump()
+        config = read_parameters(run.model, namespace, names_are_all=not frontend_present())
+        run._config = config = config.changed(report=str(run.folder))
+        run.record.parameters = config.model_dump()
         with run.timed("demo"):
-            train_demo(run.config)
-        run.config.check_files()
+            train_demo(config)
+        config.check_files()
     except BaseException as e:
         run.fail(e)
         raise
@@ -192,7 +204,7 @@ def _report_folder(notebook: str, wanted: str) -> Path:
 
 def _join_kernel(run: Run) -> None:
     """Hear of cells that raise, in the place of an earlier run, and let the package's log appear under the cells."""
-    from IPython import get_ipython
+    from IPython.core.getipython import get_ipython
 
     shell = get_ipython()
     if shell is None:  # plain Python: exceptions reach the caller

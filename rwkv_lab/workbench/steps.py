@@ -31,7 +31,7 @@ def run_all(run: Run) -> None:
     Raises:
         RwkvLabError: what a step refuses.
     """
-    if "dry_run" in type(run.config).model_fields:
+    if "dry_run" in run.model.model_fields:
         run.configure(dry_run=False)
     cells = cells_of(run.notebook)
     results: dict[str, object] = {"run": run}

@@ -7,6 +7,7 @@ import nbformat
 import papermill
 import pytest
 
+from rwkv_lab.workbench.parameters_cell import parameters_cell
 from rwkv_lab.workbench.registry import cells_of, notebook_names, parameters_of
 
 FILES = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
@@ -71,6 +72,11 @@ def test_papermill_reads_the_parameters_as_the_model_has_them(path, capsys):
         assert ast.literal_eval(found[name]["default"]) == field.default
         assert found[name]["help"] == field.description
         assert found[name]["inferred_type_name"] != "None"
+
+
+def test_the_parameters_cell_is_made_from_the_model(path, notebook):
+    advice = f"python -m rwkv_lab.workbench.parameters_cell {path.stem}"
+    assert code_cells(notebook)[0].source == parameters_cell(parameters_of(path.stem)), advice
 
 
 def test_cells_do_the_steps_of_the_panel(path, notebook):

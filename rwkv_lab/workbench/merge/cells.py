@@ -7,12 +7,11 @@ from IPython.display import display
 from rwkv_lab.analysis.behaviour import Behaviour, compare_behaviour, describe_texts
 from rwkv_lab.analysis.deltas import deltas
 from rwkv_lab.checkpoint import open_checkpoint
-from rwkv_lab.merge import MergePlan, MergeResult, merge, merge_recipe, verify_merge
+from rwkv_lab.merge import MergePlan, MergeResult, merge, verify_merge
 from rwkv_lab.merge.methods import ADAPTERS, INTO_BASE, in_words
 from rwkv_lab.plotting import bits_bars
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.workbench.merge import figures
-from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step
 from rwkv_lab.workbench.tables import Table
@@ -181,33 +180,9 @@ def _what(result: MergeResult) -> str:
 
 
 def _merge(run: Run, dry_run: bool) -> MergeResult:
-    c, out = run.config, run.output_path("merged.pth")
-    options = {
-        "include": c.include or None,
-        "exclude": c.exclude or None,
-        "scan": c.scan,
-        "allowed_dir": c.allowed_dir or None,
-        "overwrite": run.may_overwrite(),
-        "dry_run": dry_run,
-        "allow_extra": c.allow_extra or None,
-        "allow_nonfinite": c.allow_nonfinite,
-        "precision": c.precision,
-        "hash": c.hash,
-    }
-    if c.recipe:
-        return merge_recipe(c.recipe, out, **options)
-    return merge(
-        input_path(c.base),
-        [input_path(p) for p in c.tuned] if isinstance(c.tuned, list) else input_path(c.tuned),
-        out,
-        method=c.method,
-        alpha=c.alpha,
-        weights=c.weights or None,
-        pissa_init=c.pissa_init or None,
-        dtype=c.dtype or None,
-        parameters=c.parameters or None,
-        **options,
-    )
+    config, spec = run.config, run.config.spec()
+    options = config.options().changed(overwrite=run.may_overwrite(), dry_run=dry_run)
+    return merge(out=run.output_path("merged.pth"), **dict(spec), **dict(options))
 
 
 STEPS = (

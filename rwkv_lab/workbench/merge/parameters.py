@@ -1,7 +1,7 @@
 """What merge.ipynb takes."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -11,52 +11,37 @@ from rwkv_lab.merge.adapter import check_adapter_files
 from rwkv_lab.merge.methods import ADAPTERS, INTO_BASE, METHODS
 from rwkv_lab.merge.mixing import MIXING
 from rwkv_lab.merge.recipe import read_recipe
-from rwkv_lab.merge.refusals import DTYPES, check_alpha, check_method, method_of, mixing_values
-from rwkv_lab.spec import Number, Patterns
-from rwkv_lab.workbench.parameters import DEMO, InputOrEmpty, InputPath, InputPaths, Parameters, PathOrEmpty
+from rwkv_lab.merge.refusals import check_alpha, check_method, method_of, mixing_values
+from rwkv_lab.merge.spec import MergeOptions, MergeSpec
+from rwkv_lab.spec import Number, OneOf
+from rwkv_lab.workbench.options import takes, values_for
+from rwkv_lab.workbench.parameters import (
+    DEMO,
+    InputOrEmpty,
+    InputPath,
+    InputPaths,
+    Parameters,
+    PathOrEmpty,
+    input_path,
+)
 
 _IN_RECIPES = ("base", "tuned", "method", "alpha", "weights", "pissa_init", "parameters", "dtype")
 
 
+@takes(MergeSpec, MergeOptions)
 class MergeParameters(Parameters):
     title: ClassVar[str] = "merge"
     basic: ClassVar[tuple[str, ...]] = ("base", "tuned", "out", "method", "alpha", "weights", "parameters", "overwrite")
 
-    base: InputPath = Field("demo:base", description="the model to merge into: .pth, .safetensors or a folder")
-    tuned: InputPaths = Field(
-        "demo:state", description="a state, a fine-tune, an adapter; a list of adapters, or of models to mix"
-    )
+    base: InputPath = "demo:base"
+    tuned: InputPaths = "demo:state"
     out: PathOrEmpty = Field("", description="empty: merged.pth in the report folder, replaced by the next run")
-    method: Literal[("auto", *METHODS)] = Field(
-        "auto",
-        description="auto reads it off the file; or state, overlay, lora, pissa, miss; linear, slerp, … mix models",
-    )
-    alpha: Annotated[Number, Field(ge=0)] | None = Field(
-        None, description="0 to 1: how far to go; for a LoRA: its alpha; where deltas are added: their factor"
-    )
-    weights: list[Number] = Field([], description="linear: base, then each tuned; where deltas are added: each tuned")
-    pissa_init: InputOrEmpty = Field("", description="of a PiSSA adapter: the file or folder that it started from")
-    parameters: dict[str, Any] = Field(
-        {},
-        examples=[{"density": 0.3}],
-        description="what else a method takes: density, seed, layers; of adapters bat, quant, unmerge, …",
-    )
-    recipe: InputOrEmpty = Field("", description="a YAML recipe as of mergekit; it says all of the above but out")
-    include: Patterns = Field([], description="shell patterns of tensors that may change; empty: all")
-    exclude: Patterns = Field([], description="shell patterns of tensors that stay the base's")
-    scan: Literal["all", "changed"] = Field("all", description="where to look for NaN and Inf: all or changed")
-    dtype: Literal[("", *DTYPES)] = Field(
-        "", description="bf16, fp16 or fp32 for every tensor; empty: each keeps its own"
-    )
-    allowed_dir: PathOrEmpty = Field("", description="the only folder that the output may go to; empty: any")
-    overwrite: bool = Field(False, description="replace the output if it is there; never an input")
-    dry_run: bool = Field(False, description="stop after the plan")
-    allow_extra: Patterns = Field(
-        [], description="patterns of tensors that the generation does not know but may be there"
-    )
-    allow_nonfinite: bool = Field(False, description="record NaN, Inf and overflow in the report instead of refusing")
-    precision: Literal["float32", "float64"] = Field("float32", description="of the arithmetic: float32 or float64")
-    hash: Literal["records", "sha256"] = Field("records", description="records: free; sha256: reads the inputs whole")
+    method: Annotated[str, OneOf(lambda: ("auto", *METHODS))] = "auto"
+    alpha: Number | None = None  # one that differs by tensor goes into parameters
+    weights: list[Number] = []
+    pissa_init: InputOrEmpty = ""
+    parameters: dict[str, Any] = Field({}, examples=[{"density": 0.3}])
+    recipe: InputOrEmpty = Field("", description="a mergekit recipe (YAML), in place of files, method and its options")
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/merge")
 
     @classmethod
@@ -109,6 +94,22 @@ class MergeParameters(Parameters):
 
     def demo_files(self) -> list[str]:
         return [] if self.recipe else super().demo_files()
+
+    def spec(self) -> MergeSpec:
+        """What decides the output's bytes; the demo files are trained now if they are meant and not there.
+
+        Raises:
+            RwkvLabError: of the recipe, or values that no merge takes.
+        """
+        if self.recipe:
+            return MergeSpec.read(values_for(MergeSpec, self) | read_recipe(self.recipe))
+        tuned = self.tuned if isinstance(self.tuned, list) else [self.tuned]
+        files = {"base": input_path(self.base), "tuned": [input_path(path) for path in tuned]}
+        return MergeSpec.read(values_for(MergeSpec, self) | files)
+
+    def options(self) -> MergeOptions:
+        """How the merge runs."""
+        return MergeOptions.read(values_for(MergeOptions, self))
 
 
 PARAMETERS = MergeParameters
