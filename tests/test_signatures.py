@@ -16,7 +16,7 @@ ALLOWED: dict[str, int] = {
     "peft": 20,
     "train": 4,
     "wkv": 28,
-    "workbench": 2,
+    "workbench": 1,
 }
 
 

@@ -3,10 +3,15 @@
 A notebook calls `run = start("merge", globals())`, then `show_panel(run)`, then the functions of its `cells.py`.
 """
 
+from typing import TYPE_CHECKING
+
 from rwkv_lab.workbench.run import Run, start
 
+if TYPE_CHECKING:
+    from rwkv_lab.workbench.panel import Panel
 
-def show_panel(run: Run):
+
+def show_panel(run: Run) -> "Panel | None":
     """Show the panel of the run's notebook; None, and a line that says so, where no front end is there."""
     from rwkv_lab.workbench.panel import show_panel  # ipywidgets take a second that validation need not wait for
 
