@@ -7,6 +7,7 @@ import torch
 from models import LAYOUTS, random_model
 
 from rwkv_lab import wkv
+from rwkv_lab.analysis import agreement
 from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.errors import DeviceError, KernelError, LayoutError, OutputError, ParameterError
 from rwkv_lab.plotting import png
@@ -129,7 +130,7 @@ def test_two_files_of_different_layouts_are_refused_at_once(run, tmp_path):
 def test_a_model_without_room_is_refused_before_it_is_read(run, tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "m.pth", calm(LAYOUTS["7.0"]))
     run = run(tmp_path / "m.pth")
-    monkeypatch.setattr(modes, "memory_free", lambda: 1000)
+    monkeypatch.setattr(agreement, "memory_free", lambda: 1000)
     with pytest.raises(DeviceError, match=r"m.pth needs .* of memory"):
         modes.load(run)
 

@@ -4,39 +4,35 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from IPython.display import display
 
 from rwkv_lab.analysis.agreement import (
-    GROWTH,
+    Execution,
     ModeRow,
-    check_hand_over,
+    agreement_checks,
+    check_hand_off,
+    check_memory,
     compare_modes,
-    first_mismatch,
+    dtype_name,
+    growth_checks,
     in_dtype,
 )
-from rwkv_lab.analysis.agreement import (
-    Run as ModelRun,
-)
+from rwkv_lab.analysis.dynamics import measure_dynamics
+from rwkv_lab.analysis.mismatch import explain_failures, first_mismatch
 from rwkv_lab.analysis.texts import tokens_to_read
 from rwkv_lab.checkpoint import file_facts, open_checkpoint
-from rwkv_lab.checks import Check, NotApplicable
-from rwkv_lab.errors import DeviceError, LayoutError
-from rwkv_lab.machine import memory_free
-from rwkv_lab.model import RWKV_Dual, capture
+from rwkv_lab.checks import Check
+from rwkv_lab.errors import LayoutError
+from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.workbench.modes import figures
-from rwkv_lab.workbench.modes.figures import against_first, against_judge, name_of
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step
 from rwkv_lab.workbench.tables import Table
 
-DTYPES = {name_of(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-_ENOUGH = 64  # tokens; quarters of fewer say nothing about growth
-_COPIES = 3  # of the model in float64, at the same time: the model, the judge, the run that is judged
-_PIECES = 64  # points along the text in the figure of state sizes
+DTYPES = {dtype_name(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
 @dataclass(frozen=True)
@@ -62,12 +58,7 @@ def load(run: Run) -> Subject:
         with open_checkpoint(input_path(config.model)) as ck:
             run.record.inputs = [file_facts(ck)]
             layout, name = ck.layout, ck.path.name
-            needed, free = 8 * _COPIES * sum(t.numel for t in ck.info.values()), memory_free()
-        if needed > free:
-            raise DeviceError(
-                f"{name} needs {human_bytes(needed)} of memory, {human_bytes(free)} are free: modes are compared with\n"
-                "the model in float64. A smaller model of the same generation runs through the same operators."
-            )
+            needed = check_memory(ck)
         if config.compare_with:
             with open_checkpoint(input_path(config.compare_with)) as other:
                 run.record.inputs.append(file_facts(other))
@@ -99,13 +90,7 @@ def compare(run: Run, subject: Subject) -> list[ModeRow]:
             backends=run.config.backends or None,
         )
     run.record.metrics["rows"] = [_as_metrics(row) for row in rows]
-    for row in rows:
-        if row.problem:
-            run.record.checks.append(NotApplicable(_name(row), row.problem))
-            continue
-        for (error, limit), beside in ((against_judge(row), "float64"), (against_first(row), "the first mode")):
-            name = f"{_name(row)}: logits and state beside {beside}"
-            run.record.checks.append(Check(name, _digits(error), limit, error <= limit))
+    run.record.checks += agreement_checks(rows)
     errors = ("logits", "state", "limit", "logits apart", "state apart", "limit apart")
     table = Table(
         "Mode × backend × dtype",
@@ -124,15 +109,7 @@ def compare(run: Run, subject: Subject) -> list[ModeRow]:
 
 def show_growth(run: Run, subject: Subject, rows: Sequence[ModeRow]) -> None:
     """The error at every position, and a check that it does not grow without bound."""
-    for row in rows:
-        if row.problem:
-            continue
-        name = f"{_name(row)}: error at the end over error in the second quarter of the text"
-        if len(row.curve) < _ENOUGH:
-            run.record.checks.append(NotApplicable(name, f"{len(row.curve)} tokens are too few to tell growth"))
-        else:
-            growth = row.growth
-            run.record.checks.append(Check(name, _digits(growth), GROWTH, growth <= GROWTH))
+    run.record.checks += growth_checks(rows)
     figure = figures.error_growth(rows, _subtitle(run, subject))
     caption = "Running means over a thirty-second of the text. A run whose error is exactly 0 has no line."
     run.show_figure("growth", "Error along the text", caption, figure)
@@ -142,11 +119,7 @@ def hand_over(run: Run, subject: Subject) -> None:
     """Read a beginning in parallel, go on token by token: is it the same as one pass over all?"""
     dtype = run.config.dtypes[0]
     with run.timed("hand-over"):
-        model = in_dtype(subject.model, DTYPES[dtype])
-        checks = [
-            replace(check, name=f"{dtype}: {check.name}", value=_digits(check.value))
-            for check in check_hand_over(model, subject.tokens)
-        ]
+        checks = check_hand_off(in_dtype(subject.model, DTYPES[dtype]), subject.tokens)
     run.record.checks += checks
     for check in checks:
         print(check)
@@ -154,14 +127,9 @@ def hand_over(run: Run, subject: Subject) -> None:
 
 def say_where(run: Run, subject: Subject, rows: Sequence[ModeRow]) -> list[str]:
     """In words, for every mode and backend that failed, where its mismatch starts: layer, operator, token."""
-    found, seen = [], set()
     with run.timed("bisect"):
-        for row in rows:
-            if row.problem or row.passed or (row.mode, row.backend) in seen:
-                continue
-            seen.add((row.mode, row.backend))
-            beside, where = _bisect(subject, row, rows)
-            found.append((_name(row), beside, where))
+        failures = explain_failures(subject.model, subject.tokens, rows)
+    found = [(failure.row.name, failure.beside, failure.where) for failure in failures]
     run.record.metrics["mismatches"] = [f"{name} beside {beside}: {where}" for name, beside, where in found]
     if found:
         table = Table("Where the mismatch starts", ("run", "beside", "in words"), found)
@@ -181,7 +149,7 @@ def compare_files(run: Run, subject: Subject) -> None:
     path = input_path(run.config.compare_with)
     with run.timed("compare files"):
         other = RWKV_Dual.from_pretrained(path, dtype=torch.float64).requires_grad_(False)
-        found = first_mismatch(ModelRun(subject.model), ModelRun(other), subject.tokens)
+        found = first_mismatch(Execution(subject.model), Execution(other), subject.tokens)
     words = f"{path.name} beside {run.page.facts[0][1].split(':')[0]}: {found or 'both compute the same.'}"
     run.record.metrics["compared"] = words
     run.page.facts.append(("compared with", words))
@@ -193,34 +161,25 @@ def compare_files(run: Run, subject: Subject) -> None:
 
 def explore(run: Run, subject: Subject) -> None:
     """How long channels remember, how large states get along the text, and what one layer's state looks like."""
-    model, text = subject.model, subject.tokens[:1]
-    middle = model.layout.n_layer // 2
+    text = subject.tokens[:1]
     subtitle = _subtitle(run, replace(subject, tokens=text))
-    with run.timed("explore"), torch.no_grad():
-        with capture(model, names=["w"]) as captured:
-            model.parallel(text)
-        decays = [w.cpu().numpy() for w in captured.values()]
-        with capture(model, names=["state"], layers=[middle]) as captured:
-            model.parallel(text)
-        (last,) = captured.values()
-        positions, sizes = _along(model, text)
+    with run.timed("explore"):
+        found = measure_dynamics(subject.model, text)
     caption = (
         "After its half-life, half of what a channel holds is left (RWKV-7 may take it out earlier). Colour: which "
         "share of the layer's channels, and of tokens where decays depend on them, lies there."
     )
-    run.show_figure("decays", "How long channels remember", caption, figures.half_lives(decays, subtitle))
-    of_means = model.layout.version == "4.0"
+    run.show_figure("decays", "How long channels remember", caption, figures.half_lives(found.log_decays, subtitle))
+    of_means = found.layer is None
     what = "RMS of the remembered mean a/b" if of_means else "RMS of the state's entries"
-    figure = figures.state_sizes(positions, sizes, what, subtitle)
+    figure = figures.state_sizes(found.positions, found.sizes, what, subtitle)
     run.show_figure("states", "State sizes along the text", "Read in pieces; the state is kept between them.", figure)
     if of_means:
-        _, state = model.parallel(text)
-        title = "What is in the state? The remembered mean a/b, after the last token"
-        figure = figures.state_images(_means(state.wkv)[:1].numpy(), title, subtitle, "layer", "channel", "")
+        title, axes = "What is in the state? The remembered mean a/b, after the last token", ("layer", "channel", "")
     else:
-        title = f"What is in the state? Every head of layer {middle}, after the last token"
-        images = last[0, -1].numpy()
-        figure = figures.state_images(images, title, subtitle, "value index", "key index", "head")
+        title = f"What is in the state? Every head of layer {found.layer}, after the last token"
+        axes = "value index", "key index", "head"
+    figure = figures.state_images(found.images, title, subtitle, *axes)
     caption = "One scale for all; the colours end at the 99.5th percentile of the absolute values."
     run.show_figure("heads", "Images of the state", caption, figure)
 
@@ -231,58 +190,15 @@ def show_verdict(run: Run) -> None:
         print(check)
 
 
-def _bisect(subject: Subject, row: ModeRow, rows: Sequence[ModeRow]) -> tuple[str, str]:
-    """(what a failed run was laid beside, where it parts from that, in words)."""
-    rounded = in_dtype(subject.model, row.dtype)
-    suspect = ModelRun(rounded, row.mode, row.backend)
-    first = next(r for r in rows if r.dtype == row.dtype and not r.problem)
-    error, limit = against_first(row)
-    if error <= limit:  # it agrees with its like, so that all of them are off
-        beside, reference = "float64", ModelRun(in_dtype(rounded, torch.float64), backend="reference")
-        limit = row.accuracy
-    else:
-        beside, reference = _name(first), ModelRun(rounded, first.mode, first.backend)
-    for bound in (10 * limit, limit):  # the coarse one first: single positions vary
-        found = first_mismatch(reference, suspect, subject.tokens, bound)
-        if found:
-            return beside, str(found)
-    return beside, f"No tensor inside is off by {limit:.0e} at any token: small errors of all layers add up."
-
-
-def _along(model: RWKV_Dual, text: torch.Tensor) -> tuple[list[int], np.ndarray]:
-    """Tokens read so far, and the RMS of each layer's state there, `[P,L]`."""
-    state, read, positions, sizes = None, 0, [], []
-    for piece in text.split(max(text.shape[1] // _PIECES, 1), dim=1):
-        _, state = model.parallel(piece, state)
-        read += piece.shape[1]
-        held = _means(state.wkv) if model.layout.version == "4.0" else state.wkv
-        positions.append(read)
-        sizes.append(held[0].flatten(1).square().mean(1).sqrt().numpy())
-    return positions, np.stack(sizes)
-
-
-def _means(wkv: torch.Tensor) -> torch.Tensor:
-    """RWKV-4's state `[B,L,3,A]` -> a/b `[B,L,A]`, the mean of the values that it stands for."""
-    return wkv[:, :, 0] / wkv[:, :, 1]
-
-
-def _name(row: ModeRow) -> str:
-    return f"{name_of(row.dtype)}, {row.mode.value}, {row.backend}"
-
-
 def _subtitle(run: Run, subject: Subject) -> str:
     B, T = subject.tokens.shape
     sequences = "1 sequence" if B == 1 else f"{B} sequences"
     return f"{run.page.facts[0][1]}\n{sequences} of {T} tokens, {subject.source}"
 
 
-def _digits(x: float) -> float:
-    return float(f"{x:.3g}")
-
-
 def _as_cells(row: ModeRow) -> tuple:
     numbers = (row.logits_error, row.state_error, row.accuracy, row.logits_apart, row.state_apart, row.limit)
-    return (row.mode.value, row.backend, name_of(row.dtype), *(_short(x) for x in numbers), row.verdict)
+    return (row.mode.value, row.backend, dtype_name(row.dtype), *(_short(x) for x in numbers), row.verdict)
 
 
 def _short(x: float) -> str:
@@ -291,7 +207,7 @@ def _short(x: float) -> str:
 
 def _as_metrics(row: ModeRow) -> dict[str, object]:
     names = ("logits_error", "state_error", "accuracy", "logits_apart", "state_apart", "limit", "verdict")
-    where = {"mode": row.mode.value, "backend": row.backend, "dtype": name_of(row.dtype)}
+    where = {"mode": row.mode.value, "backend": row.backend, "dtype": dtype_name(row.dtype)}
     return where | {name: getattr(row, name) for name in names} | {"growth": row.growth if len(row.curve) else None}
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from rwkv_lab.analysis.agreement import ModeRow
+from rwkv_lab.analysis.agreement import ModeRow, dtype_name
 from rwkv_lab.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, quiet, titled
 
 _EXACT = 1e-17  # below what float64 can tell; an error of 0 is drawn as if it were this
@@ -18,11 +18,6 @@ _DTYPES = (BLUE, ORANGE, GREEN, PURPLE)  # as many as `compare_modes` has limits
 _STYLES = ("-", "--", "-.", ":", (0, (1, 3)), (0, (6, 2, 1, 2, 1, 2)))
 _HALF_LIVES = 2.0 ** np.arange(-4, 20.5, 0.5)  # tokens; edges of the bins
 _HEADS = 16  # state images of one figure
-
-
-def name_of(dtype) -> str:
-    """ "float32" of torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def agreement_matrix(rows: Sequence[ModeRow], subtitle: str) -> Figure:
@@ -38,13 +33,14 @@ def agreement_matrix(rows: Sequence[ModeRow], subtitle: str) -> Figure:
         limits = {}
         for row in rows:
             y, x = runs.index((row.mode.value, row.backend)), dtypes.index(row.dtype)
-            error, limits[row.dtype] = against_judge(row) if against_float64 else against_first(row)
+            error = row.error if against_float64 else row.apart
+            limits[row.dtype] = row.accuracy if against_float64 else row.limit
             grid[y, x] = max(error, _EXACT)
             _write_verdict(axes, x, y, row, error, limits[row.dtype], scale)
         image = axes.imshow(np.ma.masked_invalid(grid), cmap="cividis", norm=scale, aspect="auto")
         axes.set_facecolor("#e4e7eb")
         axes.set_title(heading, fontsize=10, loc="left")
-        axes.set_xticks(range(len(dtypes)), [f"{name_of(d)}\nlimit {limits[d]:.0e}" for d in dtypes], fontsize=9)
+        axes.set_xticks(range(len(dtypes)), [f"{dtype_name(d)}\nlimit {limits[d]:.0e}" for d in dtypes], fontsize=9)
         axes.set_yticks(range(len(runs)), [f"{mode}, {backend}" for mode, backend in runs], fontsize=9)
         axes.set_xticks(np.arange(-0.5, len(dtypes)), minor=True)
         axes.set_yticks(np.arange(-0.5, len(runs)), minor=True)
@@ -55,16 +51,6 @@ def agreement_matrix(rows: Sequence[ModeRow], subtitle: str) -> Figure:
     bar.set_label("relative RMS error", fontsize=9)
     bar.ax.yaxis.set_minor_locator(NullLocator())
     return figure
-
-
-def against_judge(row: ModeRow) -> tuple[float, float]:
-    """The larger error of logits and state beside float64, and its limit; NaN where one of them is."""
-    return float(np.maximum(row.logits_error, row.state_error)), row.accuracy
-
-
-def against_first(row: ModeRow) -> tuple[float, float]:
-    """As `against_judge`, beside the first mode on the same backend in the same dtype."""
-    return float(np.maximum(row.logits_apart, row.state_apart)), row.limit
 
 
 def _write_verdict(axes, x: int, y: int, row: ModeRow, error: float, limit: float, scale: LogNorm) -> None:
@@ -90,7 +76,7 @@ def error_growth(rows: Sequence[ModeRow], subtitle: str) -> Figure:
     for row in rows:
         curve = row.curve.numpy()
         if not np.nansum(curve) > 0:
-            continue  # not run, or the judge itself, which a logarithm cannot show
+            continue  # not run, or the reference itself, which a logarithm cannot show
         window = max(len(curve) // 32, 1)
         mean = np.convolve(curve, np.ones(window) / window, mode="valid")
         axes.plot(
@@ -99,12 +85,12 @@ def error_growth(rows: Sequence[ModeRow], subtitle: str) -> Figure:
             color=_DTYPES[dtypes.index(row.dtype)],
             linestyle=_STYLES[runs.index((row.mode, row.backend)) % len(_STYLES)],
             linewidth=1.4,
-            label=f"{name_of(row.dtype)}, {row.mode.value}, {row.backend}",
+            label=f"{dtype_name(row.dtype)}, {row.mode.value}, {row.backend}",
         )
     length = max(len(row.curve) for row in rows)
     for i, (dtype, limit) in enumerate(dict((row.dtype, row.accuracy) for row in rows).items()):
         axes.axhline(limit, color=_DTYPES[i], linewidth=0.8, alpha=0.6)
-        text = f"limit of {name_of(dtype)}"
+        text = f"limit of {dtype_name(dtype)}"
         axes.text(length, limit, text, color=_DTYPES[i], fontsize=8, ha="right", va="bottom")
     axes.set_yscale("log")
     axes.set_xlabel("position in the sequence, tokens")
