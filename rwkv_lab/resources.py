@@ -11,7 +11,7 @@ def kernels_folder() -> Path:
 
 
 def notebooks_folder() -> Path:
-    """Folder of the notebooks (`train`, `merge`, `inspect`, `modes`, `benchmark` and `peft.ipynb`)."""
+    """Folder of the notebooks."""
     return _shipped("notebooks")
 
 
