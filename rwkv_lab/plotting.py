@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from rwkv_lab.names import split_block
 from rwkv_lab.text import shown
 
 _WIDTH = 9.0  # inches
@@ -51,9 +52,9 @@ def layer_map(
     cells: dict[str, dict[int, float]] = {}
     outside = {}
     for name, value in values.items():
-        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-        if found and int(found[1]) < n_layer:
-            cells.setdefault(found[2], {})[int(found[1])] = value
+        inside = split_block(name)
+        if inside and inside[0] < n_layer:
+            cells.setdefault(inside[1], {})[inside[0]] = value
         else:
             outside[name] = value
     matrices = sorted(cells, key=_natural)[:ROWS]
@@ -75,9 +76,9 @@ def layer_map(
     image = axes.imshow(shown_cells, aspect="auto", cmap="viridis", norm=LogNorm(low, high), interpolation="none")
     for text, names in (marks or {}).items():
         for name in names:
-            found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-            if found and found[2] in matrices:
-                axes.text(int(found[1]), matrices.index(found[2]), text, ha="center", va="center", fontsize=9)
+            inside = split_block(name)
+            if inside and inside[1] in matrices:
+                axes.text(inside[0], matrices.index(inside[1]), text, ha="center", va="center", fontsize=9)
     axes.set_yticks(range(len(matrices)), [short(m) for m in matrices], fontsize=8, **NAME)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     axes.set_xticks(np.arange(-0.5, n_layer), minor=True)

@@ -26,6 +26,7 @@ LAYERS = (
         "machine",
         "spec",
         "patterns",
+        "names",
         "paths",
         "resources",
         "version",

@@ -15,6 +15,7 @@ from rwkv_lab.merge import state
 from rwkv_lab.merge.adapter import KINDS, open_adapters
 from rwkv_lab.merge.overlay import check_full_tensors, same_dimensions
 from rwkv_lab.merge.refusals import check_base, check_dtypes, check_method, method_of, refuse_same
+from rwkv_lab.names import is_block_matrix, split_block
 from rwkv_lab.patterns import is_selected, refuse_unmatched
 from rwkv_lab.peft import Adapter, quantised_and_back
 from rwkv_lab.peft.adapter import LoraTarget, Values
@@ -93,8 +94,8 @@ class TunedFile:
 
     def is_stored(self, name: str) -> bool:
         """Whether training kept this tensor of the base in fewer bits."""
-        packed = name.startswith("blocks.") and name.endswith(".weight") and len(self.base.info[name].shape) == 2
-        return self.quant != "none" and packed and name not in self.whole
+        packed = self.quant != "none" and name not in self.whole
+        return packed and is_block_matrix(name, self.base.info[name].shape)
 
     def count(self, name: str) -> int:
         """How many values were trained to change this tensor."""
@@ -192,11 +193,13 @@ def part_of(name: str) -> str:
     """What a tensor is a part of, whatever its layer: "att.key", "ln", "att, the rest", "emb"."""
     if re.search(r"(^|\.)ln\w*\.(weight|bias)$", name):
         return "ln"
-    if found := re.fullmatch(r"blocks\.\d+\.(\w+\.\w+)\.weight|blocks\.\d+\.(att\.time_state)", name):
-        return found[1] or found[2]
-    if found := re.match(r"blocks\.\d+\.(\w+)\.", name):
-        return f"{found[1]}, the rest"
-    return name.split(".")[0]
+    inside = split_block(name)
+    if inside is None:
+        return name.split(".")[0]
+    part, *rest = inside[1].split(".")
+    if len(rest) == 2 and rest[1] == "weight" or inside[1] == "att.time_state":
+        return f"{part}.{rest[0]}"
+    return f"{part}, the rest"
 
 
 def chosen(names: Sequence[str], targets: Sequence[str]) -> list[str]:

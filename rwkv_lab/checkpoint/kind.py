@@ -14,6 +14,7 @@ from rwkv_lab.checkpoint.layout import (
 )
 from rwkv_lab.checkpoint.tensors import Misfit, compare
 from rwkv_lab.errors import LayoutError
+from rwkv_lab.names import split_block
 
 # Adapters by a name that only they have. The order matters: PiSSA's init file also carries "lora".
 _ADAPTER_MARKS = [
@@ -68,7 +69,7 @@ def identify(shapes: Mapping[str, Shape], others: Mapping[str, object], adapter_
     try:
         layout = detect_layout(bare)
     except LayoutError as e:
-        if any(re.match(r"blocks\.\d+\.", n) or n in ("emb.weight", "head.weight") for n in bare):
+        if any(split_block(n) or n in ("emb.weight", "head.weight") for n in bare):
             versions, marks = possible_versions(list(bare))
             could_be = "RWKV-" + " or ".join(sorted(versions)) if versions else "no single generation"
             return plain("partial", f"{e}; its names could be of {could_be}", *marks)

@@ -9,8 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rwkv_lab.errors import LayoutError
+from rwkv_lab.names import split_block
 
 Shape = tuple[int, ...]
+
+# Layer 0 of RWKV-7 makes v_first, which its own v0, v1 and v2 would mix in: most files lack them, nothing reads them.
+UNUSED_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ def detect_layout(shapes: Mapping[str, Shape]) -> Layout:
         raise LayoutError(f"not supported: {variant[0]} (recognised by {variant[1]})")
     s = _Shapes(shapes)
     vocab_size, n_embd = s.matrix("emb.weight")
-    layers = sorted({int(m[1]) for n in shapes if (m := re.match(r"blocks\.(\d{1,4})\.", n))})
+    layers = sorted({inside[0] for n in shapes if (inside := split_block(n))})
     if not layers:
         raise LayoutError("not an RWKV model: there is no blocks.0.*")
     if layers != list(range(len(layers))):

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from rwkv_lab.checkpoint.layout import Layout, Shape, same_shape
+from rwkv_lab.checkpoint.layout import UNUSED_IN_LAYER_0, Layout, Shape, same_shape
 
 
 def expected_tensors(layout: Layout) -> tuple[dict[str, Shape], dict[str, Shape]]:
@@ -16,8 +16,7 @@ def expected_tensors(layout: Layout) -> tuple[dict[str, Shape], dict[str, Shape]
         for norm in ("ln1", "ln2"):
             required |= {f"blocks.{i}.{norm}.weight": (C,), f"blocks.{i}.{norm}.bias": (C,)}
         for name, shape in block(layout).items():
-            # Layer 0 makes v_first; its own v0, v1, v2 are unused, and most files do not have them.
-            unused = layout.version == "7.0" and i == 0 and name in ("att.v0", "att.v1", "att.v2")
+            unused = layout.version == "7.0" and f"blocks.{i}.{name}" in UNUSED_IN_LAYER_0
             (optional if unused else required)[f"blocks.{i}.{name}"] = shape
         if layout.n_head:
             optional[f"blocks.{i}.att.time_state"] = (layout.n_head, layout.head_size, layout.head_size)
@@ -128,7 +127,7 @@ def compare(layout: Layout, shapes: Mapping[str, Shape]) -> Misfit:
     known = required | optional
     missing = [n for n in required if n not in shapes]
     # A file has all three of layer 0's v0, v1, v2, or none.
-    unused = [n for n in ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2") if n in optional]
+    unused = [n for n in UNUSED_IN_LAYER_0 if n in optional]
     if any(n in shapes for n in unused):
         missing += [n for n in unused if n not in shapes]
     return Misfit(

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -20,7 +19,9 @@ from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
 from rwkv_lab.merge.change import Change, overwrite
 from rwkv_lab.merge.overlay import refuse_prefix
+from rwkv_lab.names import is_block_matrix, split_block
 from rwkv_lab.paths import to_path
+from rwkv_lab.patterns import matches_any
 from rwkv_lab.peft.adapter import Adapter, InMemory, LoraTarget, MissTarget, refuse_overlap
 from rwkv_lab.peft.files import open_adapter
 from rwkv_lab.peft.hf_layout import PREFIX
@@ -135,7 +136,7 @@ def changes(
     shapes = {n: t.shape for n, t in base.info.items()}
     for ck, adapter in zip(tuned, adapters.opened, strict=True):
         _refuse_unmatched(ck, adapter, base)
-        known = {n: v for n, v in adapter.full.items() if n in shapes or not _fits(n, allow_extra)}
+        known = {n: v for n, v in adapter.full.items() if n in shapes or not matches_any(n, allow_extra)}
         replace(adapter, full=known).check(shapes, layout)
     pairs = [(a, w) for a, w in zip(adapters.opened, adapters.weights, strict=True) if w]
     whole = {n: (v, w) for a, w in pairs for n, v in a.full.items()}
@@ -152,10 +153,10 @@ def changes(
     action = "unmerge" if adapters.unmerge else adapters.method
     out = []
     for name, info in base.info.items():
-        plain = quant != "none" and name not in whole and name.startswith("blocks.") and len(info.shape) == 2
+        packed = quant != "none" and name not in whole and is_block_matrix(name, info.shape)
         if name in steps:
             out.append(_changed(name, info, steps[name], quant, adapters.unmerge, precision, action))
-        elif plain and name.endswith(".weight") and pairs:
+        elif packed and pairs:
             out.append(_changed(name, info, [], quant, False, precision, "quantise"))
     return out + [overwrite(n, base.info.get(n), v, w, precision) for n, (v, w) in whole.items()]
 
@@ -187,7 +188,7 @@ def notes_on_adapters(base: Checkpoint, adapters: Adapters) -> tuple[str, ...]:
             "is lost."
         )
     for adapter in adapters.opened:
-        touched = {x.split(".")[1] for x in adapter.targets if x.startswith("blocks.")}
+        touched = {inside[0] for x in adapter.targets if (inside := split_block(x))}
         n_layer = base.layout.n_layer
         if len(touched) < n_layer:
             notes.append(
@@ -326,7 +327,3 @@ def _refuse_unmatched(ck: Checkpoint, adapter: Adapter, base: Checkpoint) -> Non
     names = {n.removeprefix(PREFIX) if adapter.layout == "hf" else n: t for n, t in ck.info.items()}
     unmatched = [n for n in names if not any(n[:i] in stems for i, c in enumerate(n) if c == ".")]
     refuse_prefix([n for n in unmatched if n not in base.info], names, base)
-
-
-def _fits(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, p) for p in patterns)

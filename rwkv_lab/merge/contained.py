@@ -13,6 +13,7 @@ from rwkv_lab.checkpoint import Checkpoint, file_facts
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.adapter import Adapters
 from rwkv_lab.merge.provenance import RECORD, printable
+from rwkv_lab.names import split_block
 from rwkv_lab.peft.adapter import Adapter, LoraTarget
 
 
@@ -37,7 +38,7 @@ def after_mixing(base: Checkpoint, tuned: Sequence[Checkpoint], changed: Sequenc
         changed: names of the tensors that are not the base's. Without a matrix among them, the base's adapters are in
             there as they were.
     """
-    kept = not any(name.startswith("blocks.") and name.endswith(".weight") for name in changed)
+    kept = not any(split_block(name) and name.endswith(".weight") for name in changed)
     own = adapters_in(base)
     whole = {one["fingerprint"] for one in own} if kept else set()
     others = [one for one in adapters_in(base, *tuned) if one["fingerprint"] not in whole]

@@ -21,11 +21,13 @@ from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.machine import disk_free, memory_free
 from rwkv_lab.merge.change import in_step
 from rwkv_lab.merge.overlay import check_full_tensors, same_dimensions
-from rwkv_lab.merge.patterns import matches, pattern_list, refuse_unmatched
+from rwkv_lab.merge.patterns import pattern_list
 from rwkv_lab.merge.provenance import RECORD, as_text, beside, provenance
 from rwkv_lab.merge.refusals import check_base, check_dtypes, output_dtype, refuse_same
 from rwkv_lab.merge.room import check_output, check_room
+from rwkv_lab.names import is_block_matrix
 from rwkv_lab.paths import to_path
+from rwkv_lab.patterns import is_selected, refuse_unmatched
 from rwkv_lab.peft.rwkv_peft_layout import NOTE, lora_note
 from rwkv_lab.progress import Progress
 
@@ -106,7 +108,7 @@ def extract_lora(
         targets = pattern_list("targets", targets)
         matrices = [n for n, t in tuned_ck.info.items() if n in base_ck.info and _is_matrix(n, t)]
         refuse_unmatched("targets", targets, matrices, "matrices that can be decomposed")
-        chosen = {n for n in matrices if (matches(n, targets, None) if targets else n != HEAD)}
+        chosen = {n for n in matrices if (is_selected(n, targets, None) if targets else n != HEAD)}
         _check_rank(rank, [base_ck.info[n] for n in matrices if n in chosen])
         changed = _changed(base_ck, tuned_ck)
         found, pairs = [], {}
@@ -150,7 +152,7 @@ def _check_tuned(base: Checkpoint, tuned: Checkpoint, layout: Layout) -> None:
 
 
 def _is_matrix(name: str, info: TensorInfo) -> bool:
-    return name == HEAD or name.startswith("blocks.") and name.endswith(".weight") and len(info.shape) == 2
+    return name == HEAD or is_block_matrix(name, info.shape)
 
 
 def _check_rank(rank: int | None, matrices: list[TensorInfo]) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from rwkv_lab.checkpoint import Checkpoint, Layout
+from rwkv_lab.checkpoint.layout import UNUSED_IN_LAYER_0
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.merge.change import Change, in_step
 from rwkv_lab.merge.draws import draws
@@ -15,7 +16,6 @@ from rwkv_lab.merge.overlay import check_full_tensors, same_dimensions
 from rwkv_lab.merge.settings import check_setting, value_for
 
 PIECE = 1 << 17  # elements worked on at a time: a dozen of them in float32 fit the caches, and the allocator keeps them
-_UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # of RWKV-7: layer 0 makes v_first
 
 
 def changes(
@@ -46,7 +46,7 @@ def changes(
             raise LayoutError(f"{ck.path} is of kind {ck.kind!r}{why}.\nMethod {method!r} mixes whole models.")
         same_dimensions(ck, layout)
         check_full_tensors(base, ck, layout, dict(ck.info), allow_extra)
-    there = dict.fromkeys(n for ck in tuned for n in ck.info if n in base.info or n not in _UNUSED)
+    there = dict.fromkeys(n for ck in tuned for n in ck.info if n in base.info or n not in UNUSED_IN_LAYER_0)
     names = [n for n in base.info if n in there] + [n for n in there if n not in base.info]
     for what, setting in values.items():
         check_setting(what, setting, names)

@@ -1,13 +1,12 @@
 """Method "overlay": the tensors of a full or partial fine-tune take the place of the base's."""
 
-from fnmatch import fnmatchcase
-
 import torch
 
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, expected_tensors
 from rwkv_lab.checkpoint.layout import common_prefix, possible_versions, same_shape
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.merge.change import Change, overwrite
+from rwkv_lab.patterns import matches_any
 
 
 def changes(
@@ -84,7 +83,7 @@ def check_full_tensors(
     known = expected_tensors(layout)[1]  # optional ones, which the base may lack: time_state, layer 0's v0, v1, v2
     extra = [n for n in tensors if n not in base.info and n not in known]
     refuse_prefix(extra, tensors, base)
-    refused = [n for n in extra if not any(fnmatchcase(n, p) for p in allow_extra)]
+    refused = [n for n in extra if not matches_any(n, allow_extra)]
     if refused:
         raise LayoutError(
             f"{len(refused)} tensors of {tuned.path} are not in the base: {', '.join(refused[:10])}.\n"

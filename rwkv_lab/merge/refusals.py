@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 import torch
 
@@ -16,6 +15,7 @@ from rwkv_lab.merge.adapter import KINDS, TAKES
 from rwkv_lab.merge.methods import ADAPTERS, INTO_BASE, METHODS
 from rwkv_lab.merge.mixing import MIXING, signature_of
 from rwkv_lab.merge.settings import GRADIENT, REST, with_default
+from rwkv_lab.patterns import matches_any
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def check_base(base: Checkpoint, allow_extra: list[str]) -> Layout:
     if misfit.wrong:
         name, found, expected = misfit.wrong[0]
         raise LayoutError(f"{name} in {base.path} has shape {list(found)}; its model needs {list(expected)}")
-    extra = [n for n in misfit.extra if not any(fnmatchcase(n, p) for p in allow_extra)]
+    extra = [n for n in misfit.extra if not matches_any(n, allow_extra)]
     if extra:
         raise LayoutError(
             f"the base {base.path} has {len(extra)} tensors that RWKV-{identity.layout.version} does not know: "

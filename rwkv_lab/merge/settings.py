@@ -6,16 +6,15 @@ A setting is a number (or True, False), or one of these, which may stand inside 
     {"gradient": [0, 0.5, 1]}                   points spread evenly over the layers, straight lines between them
     [0.2, {"gradient": [0, 1]}]                 one setting per model
 
-A pattern is shell-style and fits a name, or everything below it: `blocks.*.att` fits `blocks.3.att.key.weight`.
+Patterns are those of `rwkv_lab.patterns`: `blocks.*.att` matches `blocks.3.att.key.weight`.
 """
 
-import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.mixing.signature import LARGEST
+from rwkv_lab.names import split_block
+from rwkv_lab.patterns import matches, refuse_unmatched
 
 GRADIENT, REST = "gradient", "*"
 
@@ -25,7 +24,7 @@ def value_for(setting: object, name: str, n_layer: int) -> object:
     if isinstance(setting, Mapping):
         if set(setting) == {GRADIENT}:
             return _along(setting[GRADIENT], depth(name, n_layer))
-        inner = next((s for pattern, s in setting.items() if fits(name, pattern)), None)
+        inner = next((s for pattern, s in setting.items() if matches(name, pattern)), None)
         return value_for(inner, name, n_layer)
     if isinstance(setting, (list, tuple)):
         return [value_for(s, name, n_layer) for s in setting]
@@ -42,16 +41,12 @@ def with_default(setting: object, default: object) -> object:
     return inner if REST in inner else inner | {REST: default}
 
 
-def fits(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
-
-
 def depth(name: str, n_layer: int) -> float:
     """0 in the first layer to 1 in the last; 0 outside the layers, and 1 where there is only one."""
-    found = re.match(r"blocks\.(\d+)\.", name)
-    if not found:
+    inside = split_block(name)
+    if not inside:
         return 0.0
-    return int(found[1]) / (n_layer - 1) if n_layer > 1 else 1.0
+    return inside[0] / (n_layer - 1) if n_layer > 1 else 1.0
 
 
 def check_setting(what: str, setting: object, names: Iterable[str]) -> None:
@@ -76,12 +71,7 @@ def check_setting(what: str, setting: object, names: Iterable[str]) -> None:
     for pattern, inner in setting.items():
         if not isinstance(pattern, str):
             raise ParameterError(f"{what} has the pattern {pattern!r}; a pattern is a text such as 'blocks.*.att'")
-        if not any(fits(n, pattern) for n in names):
-            near = get_close_matches(pattern, names, n=2, cutoff=0.4) or names[:2]
-            raise ParameterError(
-                f"{what}: the pattern {pattern!r} fits none of the {len(names)} tensors that are mixed.\n"
-                f"There are, for example: {', '.join(near)}"
-            )
+        refuse_unmatched(what, [pattern], names, "tensors that are mixed")
         check_setting(what, inner, names)
 
 

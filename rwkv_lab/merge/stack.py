@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, expected_tensors
-from rwkv_lab.checkpoint.layout import same_shape
+from rwkv_lab.checkpoint.layout import UNUSED_IN_LAYER_0, same_shape
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.merge.change import Change
+from rwkv_lab.names import split_block
 
 _RUN = re.compile(r"(base|tuned(\d*))\[(\d{1,4}):(\d{1,4})\]")
 
@@ -39,7 +40,7 @@ def changes(
         info = models[model].info[source]
         wanted = required.get(name, optional.get(name))
         if wanted is None:
-            if not re.fullmatch(r"blocks\.0\.att\.v[012]", source):  # unused there, needed in other layers
+            if source not in UNUSED_IN_LAYER_0:  # needed in other layers
                 out.append(_taken(name, model, source, info))
             continue
         if not same_shape(info.shape, wanted):
@@ -115,22 +116,23 @@ def _refuse_first_layers(order: list[tuple[int, int]], version: str) -> None:
 def _names(models: list[Checkpoint], order: list[tuple[int, int]]) -> list[str]:
     """Names of the output, in the order of a model's own file."""
     bottom, top = models[order[0][0]], models[order[-1][0]]
-    outside = [n for n in bottom.info if not n.startswith("blocks.")]
+    outside = [n for n in bottom.info if not split_block(n)]
     after = {"ln_out.weight", "ln_out.bias", "head.weight"}
     names = [n for n in outside if n not in after]
     for place, (model, i) in enumerate(order):
         for n in models[model].info:
-            if n.startswith(f"blocks.{i}.") and (place == 0 or not n.startswith("blocks.0.ln0.")):
-                names.append(f"blocks.{place}." + n.split(".", 2)[2])
+            inside = split_block(n)
+            if inside and inside[0] == i and (place == 0 or not n.startswith("blocks.0.ln0.")):
+                names.append(f"blocks.{place}.{inside[1]}")
     return names + [n for n in top.info if n in after]
 
 
 def _origin(name: str, order: list[tuple[int, int]]) -> tuple[int, str]:
     """(model, name in it) of a tensor of the output."""
-    found = re.match(r"blocks\.(\d+)\.(.*)", name)
-    if found:
-        model, i = order[int(found[1])]
-        return model, f"blocks.{i}.{found[2]}"
+    inside = split_block(name)
+    if inside:
+        model, i = order[inside[0]]
+        return model, f"blocks.{i}.{inside[1]}"
     return order[-1 if name.startswith(("ln_out.", "head.")) else 0][0], name
 
 

@@ -7,7 +7,6 @@ arithmetic is written again, in float64.
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.plan import MergeResult
 from rwkv_lab.merge.verify_adapter import ADAPTED, Understood, adapted_names, exact_adapted, read_adapter, understand
-from rwkv_lab.merge.verify_mix import MIXED, Exact, exact_mix, mixed_names, stacked
+from rwkv_lab.merge.verify_mix import MIXED, Exact, exact_mix, mixed_names, pattern_matches, stacked
 
 _ROWS = 1 << 20  # elements compared at a time
 
@@ -167,8 +166,8 @@ def _expected(
     include, exclude = recipe["include"], recipe["exclude"] or []
 
     def chosen(name: str) -> bool:
-        wanted = include is None or any(fnmatchcase(name, p) for p in include)
-        return wanted and not any(fnmatchcase(name, p) for p in exclude)
+        wanted = include is None or any(pattern_matches(name, p) for p in include)
+        return wanted and not any(pattern_matches(name, p) for p in exclude)
 
     if recipe["method"] in MIXED:
         return out | {n: None for n in mixed_names(base, tuned, recipe) if chosen(n)}

@@ -4,10 +4,10 @@ Nothing of `mixing`, `mix`, `settings`, `draws` or `stack` is used here. Where a
 selects whole tensors: the proof may take the memory that the merge does not.
 """
 
+import fnmatch
 import math
 import re
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from hashlib import sha256
 
 import numpy as np
@@ -69,6 +69,13 @@ def stacked(base: Mapping, tuned: list[Mapping], layers: list[str]) -> dict[str,
     return out | {n: (order[-1][0], n) for n in order[-1][0] if n.split(".")[0] in ("ln_out", "head")}
 
 
+def pattern_matches(name: str, pattern: str) -> bool:
+    """Whether a shell pattern matches any run of the name's dotted parts, which are tried one by one."""
+    parts = name.split(".")
+    runs = [".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+    return any(re.fullmatch(fnmatch.translate(pattern), run) for run in runs)
+
+
 def _layers(base: Mapping) -> int:
     return 1 + max(int(n.split(".")[1]) for n in base if n.startswith("blocks."))
 
@@ -83,7 +90,7 @@ def _value(setting: object, name: str, layers: int) -> object:
         where = (at / (layers - 1) if layers > 1 else 1.0) if name.startswith("blocks.") else 0.0
         points = setting["gradient"]
         return float(np.interp(where, np.linspace(0, 1, len(points)), points)) if len(points) > 1 else points[0]
-    fitting = [s for p, s in setting.items() if fnmatchcase(name, p) or fnmatchcase(name, p + ".*")]
+    fitting = [s for p, s in setting.items() if pattern_matches(name, p)]
     return _value(fitting[0], name, layers)
 
 

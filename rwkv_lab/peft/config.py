@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.names import split_block
 from rwkv_lab.patterns import matches, matches_any, refuse_unmatched
 from rwkv_lab.peft.linear import AdaptedLinear, check_dropout, lora_scaling
 from rwkv_lab.peft.miss import check_variant
@@ -144,5 +145,5 @@ def _in_part(name: str, part: str) -> bool:
     if part == "time_state":
         return state
     if part == "time":
-        return name.startswith("blocks.") and not (norm or state or name.endswith(".weight"))
+        return split_block(name) is not None and not (norm or state or name.endswith(".weight"))
     return matches(name, part)

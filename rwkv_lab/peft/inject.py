@@ -9,6 +9,7 @@ from torch import nn
 
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model import RWKV_Dual, RWKVMode
+from rwkv_lab.names import split_block
 from rwkv_lab.peft.adapter import Adapter, InMemory, LoraTarget, MissTarget
 from rwkv_lab.peft.config import LoraConfig, target_modules, trained_parts
 from rwkv_lab.peft.linear import AdaptedLinear, LoraLinear, PissaLinear
@@ -129,7 +130,7 @@ def quantise_blocks(model: nn.Module, quant: str, trained: Sequence[str] = ()) -
     if quant == "none":
         return
     for name, layer in list(model.named_modules()):
-        if not (isinstance(layer, nn.Linear) and name.startswith("blocks.")) or f"{name}.weight" in trained:
+        if not (isinstance(layer, nn.Linear) and split_block(name)) or f"{name}.weight" in trained:
             continue
         with _named(name):
             if not isinstance(layer, FrozenLinear):

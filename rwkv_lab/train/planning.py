@@ -12,7 +12,7 @@ from rwkv_lab.checkpoint import Layout, open_checkpoint
 from rwkv_lab.checkpoint.unchanged import FileState, file_states
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.train.kinds.adapters import is_matrix
+from rwkv_lab.names import is_block_matrix
 from rwkv_lab.train.spec import KINDS, Planned, TrainSpec
 
 # Numbers kept for the backward pass, per token and channel of one layer: counted in RWKV-7 with the chunked operator.
@@ -74,7 +74,7 @@ def make_plan(spec: TrainSpec) -> TrainPlan:
     size = spec.torch_dtype.itemsize
     whole = {name for name, shape, values in trained if name in shapes and math.prod(shape) == values}
     frozen = {name: math.prod(shape) for name, shape in shapes.items() if name not in whole}
-    packed = sum(n for name, n in frozen.items() if is_matrix(name, shapes)) if spec.quant != "none" else 0
+    packed = sum(n for name, n in frozen.items() if is_block_matrix(name, shapes[name])) if spec.quant != "none" else 0
     new = sum(values for name, _, values in trained if name not in whole)
     kept = sum(math.prod(shapes[name]) for name in whole)
     weights = (sum(frozen.values()) - packed + kept) * size + packed * _BITS.get(spec.quant, 0) / 8

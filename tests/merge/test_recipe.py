@@ -133,7 +133,7 @@ def test_a_recipe_is_what_its_arguments_are(text, files, monkeypatch):
         (LINEAR + "parameters: {normalize: 3}", "True or False"),
         (SLERP.replace("base_model: base.pth", ""), "needs base_model"),
         (SLERP.replace("filter: att", "filter: self_attn"), "att and ffn"),
-        (SLERP.replace("filter: att", "filter: attn"), "fits none"),
+        (SLERP.replace("filter: att", "filter: attn"), "matches none"),
         (SLERP.replace("    - value: 0.5", ""), "for what no filter fits"),
         (SLERP.replace("[0, 4]", "[0, 2]"), r"mixed are all layers, \[0, 4\]"),
         (SLERP.replace("[0, 4]", "all"), "layer_range"),

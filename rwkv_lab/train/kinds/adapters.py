@@ -10,6 +10,7 @@ from torch import nn
 
 from rwkv_lab.checkpoint import Layout
 from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.names import is_block_matrix
 from rwkv_lab.peft import (
     LoraConfig,
     adapter_of,
@@ -103,23 +104,18 @@ def _tree(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
     root = nn.Module()
     for name, shape in shapes.items():
         *parents, last = name.split(".")
-        if is_matrix(name, shapes):
+        if is_block_matrix(name, shapes[name]):
             *parents, last = parents
         module = root
         for parent in parents:
             if parent not in module._modules:
                 module.add_module(parent, nn.Module())
             module = module._modules[parent]
-        if is_matrix(name, shapes):
+        if is_block_matrix(name, shapes[name]):
             module.add_module(last, nn.Linear(shape[1], shape[0], bias=False, device="meta"))
         else:
             module.register_parameter(last, nn.Parameter(torch.empty(shape, device="meta")))
     return root
-
-
-def is_matrix(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether it is the weight of a Linear layer in a block."""
-    return name.startswith("blocks.") and name.endswith(".weight") and len(shapes[name]) == 2
 
 
 for _method in METHODS:

@@ -1,18 +1,15 @@
 """Training of all weights: of a fresh model or one that is there ("pretrain"), and of one that is there ("full")."""
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from rwkv_lab.checkpoint import Layout, write_checkpoint
+from rwkv_lab.checkpoint.layout import UNUSED_IN_LAYER_0
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.train.spec import Defaults, Kind, Planned, TrainSpec, register
-
-# RWKV-7's first layer makes the values that later ones mix in; where its file has these, nothing reads them.
-_UNUSED = re.compile(r"^blocks\.0\.att\.v[012]$")
 
 
 class WholeModel(Kind):
@@ -30,22 +27,17 @@ class WholeModel(Kind):
             sizes = dict(n_embd=spec.n_embd, n_layer=spec.n_layer, head_size=spec.head_size)
             model = RWKV_Dual(**sizes, vocab_size=257).to(torch.device(spec.device), spec.torch_dtype)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not _is_unused(name))
+            parameter.requires_grad_(name not in UNUSED_IN_LAYER_0)
         return model
 
     def planned(self, spec: TrainSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[Planned]:
-        return [(name, shape, math.prod(shape)) for name, shape in shapes.items() if not _is_unused(name)]
+        return [(name, shape, math.prod(shape)) for name, shape in shapes.items() if name not in UNUSED_IN_LAYER_0]
 
     def save(self, model: RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
         write_checkpoint(out, model.state_dict(), metadata=note, overwrite=overwrite)
 
     def open(self, spec: TrainSpec, out: Path) -> RWKV_Dual:
         return RWKV_Dual.from_pretrained(out, dtype=spec.torch_dtype, device=spec.device)
-
-
-def _is_unused(name: str) -> bool:
-    """Whether nothing reads this tensor."""
-    return _UNUSED.match(name) is not None
 
 
 register(

@@ -1,6 +1,5 @@
 """What the cells of inspect.ipynb call, in their order. Each shows its part, and notes it for result and report."""
 
-import re
 from collections import Counter
 
 from IPython.display import display
@@ -8,6 +7,7 @@ from IPython.display import display
 from rwkv_lab.checkpoint import Checkpoint, file_facts, open_checkpoint
 from rwkv_lab.checkpoint.statistics import Statistics, statistics
 from rwkv_lab.checks import Check
+from rwkv_lab.names import split_block
 from rwkv_lab.plotting import layer_map
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.workbench.inspect import figures
@@ -89,7 +89,7 @@ def show_figures(run: Run, statistics: dict[str, Statistics]) -> None:
         run.show_figure(
             "sizes", "Bytes by part and dtype", "Bars of parts that repeat in every layer are their sum.", figure
         )
-        layers = {int(m[1]) for name in ck.info if (m := re.match(r"blocks\.(\d{1,4})\.", name))}
+        layers = {inside[0] for name in ck.info if (inside := split_block(name))}
         for measure, title in (("std", "Spread of the values"), ("absmax", "Largest absolute value")):
             values = {name: getattr(s, measure) for name, s in statistics.items()}
             figure = layer_map(values, max(layers, default=-1) + 1, f"{title}, by tensor", subtitle, measure)

@@ -1,12 +1,12 @@
 """Figures of inspect.ipynb: where the bytes of a checkpoint are."""
 
-import re
 from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from rwkv_lab.checkpoint import TensorInfo
+from rwkv_lab.names import split_block
 from rwkv_lab.plotting import CYCLE, NAME, ROWS, quiet, short, single
 
 
@@ -34,9 +34,10 @@ def sizes_by_part(info: Mapping[str, TensorInfo], subtitle: str) -> Figure:
 
 
 def _part(name: str) -> str:
-    found = re.match(r"blocks\.\d+\.([^.]+)(\.[^.]+)?", name)
-    if not found:
+    inside = split_block(name)
+    if not inside:
         return name.split(".")[0]
-    if found[1] in ("att", "ffn") and name.endswith((".weight", ".bias")) and name.count(".") == 4:
-        return f"blocks.*.{found[1]}{found[2]}"
-    return f"blocks.*.{found[1]}.*"
+    part, *rest = inside[1].split(".")
+    if part in ("att", "ffn") and len(rest) == 2 and rest[1] in ("weight", "bias"):
+        return f"blocks.*.{part}.{rest[0]}"
+    return f"blocks.*.{part}.*"

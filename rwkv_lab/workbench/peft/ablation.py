@@ -2,7 +2,6 @@
 
 import gc
 import math
-import re
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,6 +13,7 @@ from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.machine import memory_free
 from rwkv_lab.model import RWKV_Dual, bits_per_byte
+from rwkv_lab.names import split_block
 from rwkv_lab.peft import load_adapter
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.workbench.parameters import input_path
@@ -152,5 +152,5 @@ def _by_part(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _layer(name: str) -> float:
-    found = re.match(r"blocks\.(\d+)\.", name)
-    return int(found[1]) if found else math.inf
+    inside = split_block(name)
+    return inside[0] if inside else math.inf

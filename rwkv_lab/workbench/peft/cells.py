@@ -4,7 +4,6 @@ The effect of a tuned state, and the ablation of a tuning's parts, stand in `sta
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 from IPython.display import display
@@ -14,6 +13,7 @@ from rwkv_lab.analysis.texts import held_out_text
 from rwkv_lab.analysis.tuning import TunedFile, chosen, open_tuned, part_of
 from rwkv_lab.checkpoint import file_facts
 from rwkv_lab.checks import Check
+from rwkv_lab.names import split_block
 from rwkv_lab.plotting import layer_map
 from rwkv_lab.train import CORPORA
 from rwkv_lab.workbench.parameters import input_path
@@ -139,7 +139,7 @@ def show_energy(run: Run, changes: Changes) -> None:
     if not frobenius:
         print("Nothing that the base has is changed, so that there is nothing to relate to it.")
         return
-    layers = 1 + max((int(m[1]) for n in frobenius if (m := re.match(r"blocks\.(\d+)\.", n))), default=-1)
+    layers = 1 + max((inside[0] for n in frobenius if (inside := split_block(n))), default=-1)
     title = "Where does the change sit? ‖Δ‖ / ‖W‖ of every tensor"
     figure = layer_map(frobenius, layers, title, _subtitle(run), "Frobenius norm of the change, of the base's")
     caption = "All entries count the same: how much of the tensor is new. Grey did not change or was not measured."
@@ -163,7 +163,7 @@ def show_spectra(run: Run, changes: Changes) -> None:
     figure = figures.spectra_by_matrix(spectra, rank, subtitle)
     caption = "A line per layer, the last ones darkest; zeros are left out."
     run.show_figure("spectra", "In how many directions does each matrix change?", caption, figure)
-    layers = 1 + max((int(m[1]) for s in spectra if (m := re.match(r"blocks\.(\d+)\.", s.name))), default=-1)
+    layers = 1 + max((inside[0] for s in spectra if (inside := split_block(s.name))), default=-1)
     title = "How many directions carry the change? Effective rank of Δ"
     figure = layer_map({s.name: s.effective_rank for s in spectra}, layers, title, subtitle, "effective rank")
     caption = "e to the entropy of the singular values' shares: r where r of them are equal."

@@ -1,7 +1,6 @@
 """Figures of what tuning changed; each answers the question in its title."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,6 +10,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from rwkv_lab.analysis.spectra import Spectrum
 from rwkv_lab.analysis.tuning import part_of
+from rwkv_lab.names import split_block
 from rwkv_lab.plotting import BLUE, GREEN, GREY, ORANGE, SKY, quiet, titled
 from rwkv_lab.text import shown
 
@@ -108,9 +108,9 @@ def ranks_by_matrix(spectra: Sequence[Spectrum], subtitle: str) -> Figure:
 
 def cosine_map(cosines: Mapping[str, float], title: str, subtitle: str) -> Figure:
     """Layer × matrix map of cosines, blue below and red above zero; tensors outside the layers have a column apart."""
-    names = {n: re.fullmatch(r"blocks\.(\d+)\.(.+)", n.removesuffix(".weight")) for n in cosines}
-    rows = list(dict.fromkeys(m[2] if m else n.removesuffix(".weight") for n, m in names.items()))
-    columns = sorted({int(m[1]) for m in names.values() if m})
+    names = {n: split_block(n.removesuffix(".weight")) for n in cosines}
+    rows = list(dict.fromkeys(m[1] if m else n.removesuffix(".weight") for n, m in names.items()))
+    columns = sorted({m[0] for m in names.values() if m})
     labels = [str(x) for x in columns]
     if not all(names.values()):
         labels.append("none")
@@ -119,9 +119,9 @@ def cosine_map(cosines: Mapping[str, float], title: str, subtitle: str) -> Figur
         rows = rows[:_ROWS]
     grid = np.full((len(rows), len(labels)), np.nan)
     for name, m in names.items():
-        row = m[2] if m else name.removesuffix(".weight")
+        row = m[1] if m else name.removesuffix(".weight")
         if row in rows:
-            grid[rows.index(row), columns.index(int(m[1])) if m else -1] = cosines[name]
+            grid[rows.index(row), columns.index(m[0]) if m else -1] = cosines[name]
     figure = titled(max(1.0 + 0.27 * len(rows), 1.9), title, subtitle)
     axes = figure.subplots()
     axes.set_facecolor("#e4e7eb")
