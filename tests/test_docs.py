@@ -47,11 +47,11 @@ models:
 dtype: float32
 """
 FEWER_STEPS = """
-import dataclasses, inspect
-from rwkv_lab.train import compare, recipe
-for kind, r in recipe.RECIPES.items():
-    recipe.RECIPES[kind] = dataclasses.replace(r, steps=2, batch_size=2, ctx_len=32)
-compare.compare_methods.__defaults__ = (*compare.compare_methods.__defaults__[:2], 1, 2, 16, 0, None)
+import dataclasses
+from rwkv_lab.train import KINDS, compare_methods
+for kind in KINDS.values():
+    kind.defaults = dataclasses.replace(kind.defaults, steps=2, batch_size=2, ctx_len=32)
+compare_methods.__kwdefaults__ |= dict(steps=1, batch_size=2, ctx_len=16)
 """
 
 
