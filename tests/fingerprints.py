@@ -444,7 +444,7 @@ def operators(inputs: Inputs) -> Found:
 # are rates of the benchmark and what describes them.
 _MEASURED = re.compile(
     r"(^|_)(seconds?|versions|memory|path|date|started|finished|free|machine|threads|fingerprint|per_second)($|_)"
-    r"|^(samples|foreign|shares|facts|min|median|max|disturbed|floors|problem)$"
+    r"|^(samples|foreign|other_load|shares|facts|min|median|max|disturbed|floors|problem)$"
 )
 
 

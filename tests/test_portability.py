@@ -9,8 +9,7 @@ import torch
 from models import LAYOUTS
 
 from rwkv_lab import machine, merge, open_checkpoint
-from rwkv_lab.bench.machine import forget_peak, memory_of, watched
-from rwkv_lab.bench.machine import machine as described
+from rwkv_lab.bench.machine import describe_machine, forget_peak, memory_of, watched
 from rwkv_lab.bench.models import random_model, random_state
 from rwkv_lab.checkpoint import stream
 from rwkv_lab.wkv import cpu, wkv7
@@ -81,8 +80,8 @@ def test_kernels_run_on_threads_of_our_own(as_on_macos, monkeypatch):
 
 
 def test_benchmarks_tell_less_and_run(as_on_macos):
-    assert described()["cores"] >= 1 and memory_of("VmRSS") is None
+    assert describe_machine()["cores"] >= 1 and memory_of("VmRSS") is None
     forget_peak()
     with watched() as load:
         pass
-    assert load.foreign == 0
+    assert load.other_load == 0

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(CHANNELS)
                 S.add(w_c, k_t, v_t);
             }
         }
-        __syncthreads();  // y is whole, and nobody reads the inputs any more
+        __syncthreads();  // y is whole, and no thread reads the inputs any more
         channels.store(y + from, tile.y, count);
     }
     if (mine) last[entry] = S.a, last[entry + A] = S.b, last[entry + 2 * std::size_t(A)] = S.p;

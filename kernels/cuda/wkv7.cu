@@ -69,7 +69,7 @@ extern "C" int wkv7_backward(int type, int decay_type, int B, int T, int H, int 
     });
 }
 
-// As wkv7_backward, on tensor cores: only for bf16 and a head size of 64. `refused` is room for B H numbers: the heads
+// As wkv7_backward, on tensor cores: only for bf16 and a head size of 64. `refused` has space for B H numbers: the heads
 // that the recurrence has to go through after all, which it then does.
 extern "C" int wkv7_backward_chunked(int type, int decay_type, int B, int T, int H, int N, const void* r, const void* w,
                                      const void* k, const void* v, const void* a, const void* b,

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(Share<N>::THREADS)
             out = share.sum(out);
             if (share.part == 0) tile.y[t][share.line] = out;
         }
-        __syncthreads();  // y is whole, and nobody reads the inputs any more
+        __syncthreads();  // y is whole, and no thread reads the inputs any more
         store(y + from, tile.y, rows.stride, count, THREADS);
     }
     store_row(last + matrix, S, share);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(Share<N>::THREADS)
 
 template <int N>
 struct BackwardTiles {
-    // r, d, k, a, b become their own gradients: what thread j has read of column j, nobody else will.
+    // r, d, k, a, b become their own gradients: what thread j has read of column j, no other will.
     float r[TILE][N], d[TILE][N], k[TILE][N], v[TILE][N], a[TILE][N], b[TILE][N], dy[TILE][N];
     float u[TILE][N], du[TILE][N], dv[TILE][N];
 };

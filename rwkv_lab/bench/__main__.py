@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from rwkv_lab.bench.contest import Floors, Row, as_json, table
+from rwkv_lab.bench.comparison import Floors, Row, as_json, table
 from rwkv_lab.bench.gpu_wkv import FLA, measure_gpu
 from rwkv_lab.bench.growth import measure_growth
 from rwkv_lab.bench.loading import measure_loading
-from rwkv_lab.bench.machine import floors_are_compiled, machine
+from rwkv_lab.bench.machine import describe_machine, floors_are_compiled
 from rwkv_lab.bench.merging import benchmark_merge
 from rwkv_lab.bench.merging import table as merge_table
 from rwkv_lab.bench.models import SHAPES, random_model
@@ -156,7 +156,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         device=options.device,
         peers=peers,
     )
-    print(json.dumps(machine()), f"WKV backends: {', '.join(names)}", sep="\n", flush=True)
+    print(json.dumps(describe_machine()), f"WKV backends: {', '.join(names)}", sep="\n", flush=True)
     if not floors_are_compiled():
         print("No C++ compiler works here: floors are what torch reaches, which is less than the machine can do.")
     jobs = list(JOBS) if options.job == "all" else [options.job]
@@ -190,7 +190,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         ours = [row for row in rows if row.engine not in {FLA, *(peer.name for peer in peers)}]
         wrong += [f"{row.job} {row.subject} {row.name}" for row in ours if row.disagrees]
         if not any(row.samples for row in ours):
-            empty.append(f"{job} ({next((row.problem for row in ours), 'nothing was asked for')})")
+            empty.append(f"{job} ({next((row.problem for row in ours), 'nothing to measure')})")
     if wrong:
         raise NumericsError("No rate is reported of what disagrees with the reference: " + "; ".join(wrong))
     if empty:
@@ -201,7 +201,7 @@ def _subjects(options: argparse.Namespace, job: str, folder: Path) -> list[tuple
     """(name, checkpoint) of what a job is about; random models are made where they are not in the folder yet."""
     if options.models:
         return [(path.stem or path.name, path) for path in options.models]
-    # Loading and growth say the same of every shape: the smallest is enough where none is asked for.
+    # Loading and growth are alike for every shape: without a choice the smallest is enough.
     shapes = options.shapes or (_BASE_SHAPES if job == "models" and not options.quick else _BASE_SHAPES[:1])
     found = []
     for shape in shapes:
@@ -215,7 +215,7 @@ def _subjects(options: argparse.Namespace, job: str, folder: Path) -> list[tuple
 
 def _write(report: Path, job: str, rows: Sequence[Row], floors: Floors) -> None:
     """`<job>.json`, `<job>.md`, and figures where matplotlib is installed."""
-    described = machine()
+    described = describe_machine()
     write_text(report / f"{job}.json", as_json(described, floors, rows), overwrite=True)
     write_text(report / f"{job}.md", table(rows) + "\n", overwrite=True)
     print(table(rows), report / f"{job}.json", sep="\n", flush=True)

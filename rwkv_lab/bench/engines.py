@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_lab.bench.contest import OURS
+from rwkv_lab.bench.comparison import OURS
 from rwkv_lab.bench.peers import Peer, PeerError, Session, open_peer
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import RwkvLabError
@@ -29,12 +29,12 @@ QUANTISED = ("int8", "int4")
 
 READ, STEPS = 64, 64  # tokens of the comparison of answers: read at once, then one by one
 BATCH_STEPS = 4  # of every sequence of a batch
-_FEW = 8  # steps that tell how many a peer does in that time
+_FEW = 8  # steps from which it follows how many a peer does in that time
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A contestant with its model loaded: one of ours, or a peer's process."""
+    """An entry with its model loaded: one of ours, or a peer's process."""
 
     name: str
     dtype: str
@@ -80,7 +80,7 @@ def tokens_for(vocab_size: int, batch: int, length: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Expected:
-    """The reference's logits: the plain recurrence in float64, or in float32 where float64 has no room."""
+    """The reference's logits: the plain recurrence in float64, or in float32 where memory is short."""
 
     steps: torch.Tensor  # [1 + STEPS, V], after a prompt of READ tokens and after each of STEPS that follow
     prefilled: dict[int, torch.Tensor]  # length -> [1, V]
@@ -90,11 +90,11 @@ class Expected:
 
 @torch.no_grad()
 def expected_answers(path: Path, lengths: Sequence[int], batch: int) -> Expected:
-    """What every engine has to say about the same tokens."""
+    """The logits of the reference implementation for the tokens that every engine gets."""
     with open_checkpoint(path) as ck:
         wide = 8 * sum(t.numel for t in ck.info.values()) < memory_free() / 3
     dtype = torch.float64 if wide else torch.float32
-    log.info("%s: computing what has to be answered, token by token in %s; this takes a while.", path.name, dtype)
+    log.info("%s: computing the expected logits, token by token in %s; this takes a while.", path.name, dtype)
     model = RWKV_Dual.from_pretrained(path, dtype)
     tokens = partial(tokens_for, model.layout.vocab_size)
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from rwkv_lab.bench.contest import OURS, Floors, Row
+from rwkv_lab.bench.comparison import OURS, Floors, Row
 from rwkv_lab.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, quiet, titled
 
 _FLOORS = ("read floor", "FMA rate", "bf16 matmul rate")
@@ -64,10 +64,10 @@ def rates(rows: Sequence[Row], title: str, subtitle: str) -> Figure:
 
 
 def _bars(axes: Axes, rows: Sequence[Row], marked: Sequence[str]) -> None:
-    """A bar per row with its spread, and a tick at the floor that it is nearest to; rows without a rate say so.
+    """A bar per row with its spread, and a tick at the floor that is nearest; rows without a rate give the reason.
 
     Args:
-        marked: shares that are of a floor; others are only told.
+        marked: shares that are of a floor; others are only named.
     """
     widest = max((max(row.samples) for row in rows if row.samples), default=1.0)
     ends = [1.5 * widest]

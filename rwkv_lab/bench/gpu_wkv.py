@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import normalize
 
-from rwkv_lab.bench.contest import Agreement, Floors, Row, refusal, say
+from rwkv_lab.bench.comparison import Agreement, Floors, Row, log_row, refusal
 from rwkv_lab.errors import DeviceError
 from rwkv_lab.wkv import cuda, wkv7
 
@@ -36,7 +36,7 @@ def measure_gpu(rounds: int = 30, B: int = 8, T: int = 4096, H: int = 32, N: int
     inputs = _inputs(B, T, H, N)
     copies = _copy_rates(rounds)
     rows = []
-    for name, run in _contestants().items():
+    for name, run in _entries().items():
         agreement = Agreement(_error(run, inputs), AGREEMENT)
         given = [x.detach().requires_grad_() for x in inputs]
         dy = torch.randn_like(inputs[3])
@@ -56,11 +56,11 @@ def measure_gpu(rounds: int = 30, B: int = 8, T: int = 4096, H: int = 32, N: int
                 row.shares["copy"] = size / statistics.median(copies) / 1e6 / row.median
             else:
                 row.problem = refusal(agreement)
-            rows.append(say(row))
+            rows.append(log_row(row))
     return rows, {"copy on the GPU GB/s": copies}
 
 
-def _contestants() -> dict[str, Callable]:
+def _entries() -> dict[str, Callable]:
     def recurrence(*inputs):
         with cuda.recurrence_only():
             return wkv7(*inputs, backend="cuda")

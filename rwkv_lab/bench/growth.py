@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_lab.bench.contest import OURS, Agreement, Row, compare, interleave, median_share, refusal, say
+from rwkv_lab.bench.comparison import OURS, Agreement, Row, compare, interleave, log_row, median_share, refusal
 from rwkv_lab.bench.engines import as_rnn, load_model, seconds_of, tokens_for
 from rwkv_lab.bench.machine import memory_of
 from rwkv_lab.bench.speed import LIMITS
@@ -42,26 +42,26 @@ def measure_growth(
     if before is not None:
         for context, now in held.items():
             row = Row("growth memory", subject, OURS, dtype, context, "MB", [max(now - before, 0) / 1e6])
-            rows.append(say(row))
+            rows.append(log_row(row))
     if not agreement.passed:
         problem = refusal(agreement)
         return rows + [
-            say(Row(job, subject, OURS, dtype, context, "ms per token", agreement=agreement, problem=problem))
+            log_row(Row(job, subject, OURS, dtype, context, "ms per token", agreement=agreement, problem=problem))
             for job in ("growth decode", "growth prefill")
             for context in states
         ]
     piece = tokens[:, :_PIECE]
     for job, sample in (("growth decode", _decode), ("growth prefill", _prefill)):
-        contestants: dict[str, Callable[[], float]] = {
+        entries: dict[str, Callable[[], float]] = {
             str(context): partial(sample, model, piece, state) for context, state in states.items()
         }
-        results = interleave(contestants, rounds)
+        results = interleave(entries, rounds)
         first, _ = results[str(min(states))]
         for context in states:
-            samples, foreign = results[str(context)]
-            row = Row(job, subject, OURS, dtype, context, "ms per token", samples, foreign, agreement)
+            samples, other_load = results[str(context)]
+            row = Row(job, subject, OURS, dtype, context, "ms per token", samples, other_load, agreement)
             row.shares[f"that at {min(states)}"] = median_share(samples, first)
-            rows.append(say(row))
+            rows.append(log_row(row))
     return rows
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from rwkv_lab.bench.contest import OURS, Row, interleave, say
+from rwkv_lab.bench.comparison import OURS, Row, interleave, log_row
 from rwkv_lab.bench.engines import load_model
 from rwkv_lab.bench.machine import forget_peak, memory_of
 from rwkv_lab.bench.peers import Peer, PeerError, child_environment, open_peer
@@ -26,41 +26,41 @@ def measure_loading(
     """
     loads: dict[tuple[str, str], Callable[[], dict]] = {(OURS, dtype): partial(_load, path, dtype) for dtype in dtypes}
     for peer in peers:
-        if not peer.command:  # a command loads once per request, and says nothing about it
+        if not peer.command:  # a command loads once per request and reports nothing about it
             loads |= {(peer.name, d): partial(_load_peer, peer, path, d) for d in dtypes if peer.runs(d)}
-    replies: dict[tuple[str, str], list[dict]] = {who: [] for who in loads}
+    replies: dict[tuple[str, str], list[dict]] = {key: [] for key in loads}
     problems: dict[tuple[str, str], str] = {}
 
-    def take(who: tuple[str, str]) -> float:
+    def take(key: tuple[str, str]) -> float:
         try:
-            replies[who].append(loads[who]())
+            replies[key].append(loads[key]())
         except RwkvLabError as e:
-            problems[who] = str(e).splitlines()[0]
+            problems[key] = str(e).splitlines()[0]
             return math.nan
-        return replies[who][-1]["seconds"]
+        return replies[key][-1]["seconds"]
 
-    results = interleave({" ".join(who): partial(take, who) for who in loads}, rounds, warm_up=False)
+    results = interleave({" ".join(key): partial(take, key) for key in loads}, rounds, warm_up=False)
     rows = []
-    for who in loads:
-        engine, dtype = who
-        samples, foreign = results[" ".join(who)]
-        if who in problems:
-            rows.append(say(Row("load", subject, engine, dtype, 1, "s", problem=problems[who])))
+    for key in loads:
+        engine, dtype = key
+        samples, other_load = results[" ".join(key)]
+        if key in problems:
+            rows.append(log_row(Row("load", subject, engine, dtype, 1, "s", problem=problems[key])))
             continue
-        rows.append(say(Row("load", subject, engine, dtype, 1, "s", samples, foreign)))
-        peaks = [reply["peak"] for reply in replies[who] if "peak" in reply]
+        rows.append(log_row(Row("load", subject, engine, dtype, 1, "s", samples, other_load)))
+        peaks = [reply["peak"] for reply in replies[key] if "peak" in reply]
         if peaks:
             row = Row("load memory", subject, engine, dtype, 1, "MB", [peak / 1e6 for peak in peaks])
             ours = replies.get((OURS, dtype))  # a peer holds what our model holds in the same dtype
             if ours:
                 row.facts["model MB"] = ours[0]["bytes"] / 1e6
                 row.shares["the model's size"] = row.median / row.facts["model MB"]
-            rows.append(say(row))
+            rows.append(log_row(row))
     return rows
 
 
 def _load(path: Path, dtype: str) -> dict:
-    """In a process of its own: "seconds", "bytes" of the model, and "peak" where the system tells it."""
+    """In a process of its own: "seconds", "bytes" of the model, and "peak" where the system reports it."""
     command = [sys.executable, "-m", "rwkv_lab.bench.loading", str(path), dtype]
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
     if done.returncode:
@@ -71,7 +71,7 @@ def _load(path: Path, dtype: str) -> dict:
 def _load_peer(peer: Peer, path: Path, dtype: str) -> dict:
     with open_peer(peer, path, dtype) as session:
         if "seconds" not in session.loaded:
-            raise PeerError("it does not tell how long loading takes")
+            raise PeerError("it does not report how long loading takes")
         return session.loaded
 
 

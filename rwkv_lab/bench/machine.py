@@ -1,4 +1,4 @@
-"""What figures are taken on: the machine's description, its floors, and how much of it others use meanwhile."""
+"""What figures are taken on: the machine's description, its floors, and the load of other processes meanwhile."""
 
 import ctypes
 import os
@@ -22,8 +22,8 @@ _TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # of the sy
 _READ_BYTES = 1 << 28  # far more than a cache holds
 
 
-def machine() -> dict:
-    """Processor, cores, threads and versions."""
+def describe_machine() -> dict:
+    """Processor, cores, threads, how they wait, and versions."""
     found = {
         "cpu": cpu_name(),
         "features": " ".join(cpu_features()),
@@ -107,7 +107,7 @@ def _read_rate_of_torch() -> float:
     return best
 
 
-# ---------------------------------------------------------------------- who else is at work
+# ---------------------------------------------------------------------- load of other processes
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Load:
     """What happened while something was measured."""
 
     seconds: float = 0.0
-    foreign: float = 0.0  # CPUs that other processes used on average; 0 where the system does not tell
+    other_load: float = 0.0  # CPUs that other processes used on average; 0 where the system does not report it
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def watched() -> Iterator[Load]:
         (all_before, ours_before), (all_after, ours_after) = before, after
         # The two clocks are read one after the other and count whole ticks: two ticks mean nothing.
         ticks = (all_after - all_before) - (ours_after - ours_before) - 2
-        load.foreign = max(ticks, 0) / _TICK / max(load.seconds, 1e-9)
+        load.other_load = max(ticks, 0) / _TICK / max(load.seconds, 1e-9)
 
 
 def _busy_ticks() -> tuple[int, int] | None:
@@ -164,7 +164,7 @@ def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
 
 
 def memory_of(what: str) -> int | None:
-    """Bytes of this process by the system's name: VmRSS now, VmHWM at the peak, RssAnon; None where it is not told."""
+    """Bytes of this process: "VmRSS" now, "VmHWM" at the peak, "RssAnon"; None where the system does not report it."""
     try:
         with open(proc("self", "status")) as f:
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith(what + ":"))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_lab.bench.machine import machine, memory_of
+from rwkv_lab.bench.machine import describe_machine, memory_of
 from rwkv_lab.bench.models import SHAPES, random_lora, random_model, random_state
 from rwkv_lab.errors import NumericsError
 from rwkv_lab.progress import human_bytes
@@ -30,7 +30,7 @@ def benchmark_merge(folder: Path, sizes: list[str], rounds: int, lora_rank: int)
     """Time every way at every size.
 
     Args:
-        folder: where inputs and outputs go; needs room for about three times the largest model.
+        folder: where inputs and outputs go; needs free space for about three times the largest model.
         sizes: names from `SHAPES`.
         rounds: how often each way runs; the order turns by one each round.
         lora_rank: r of the LoRA.
@@ -59,7 +59,7 @@ def benchmark_merge(folder: Path, sizes: list[str], rounds: int, lora_rank: int)
                     "anon_bytes": anon,
                 }
             )
-    return {"machine": machine(), "rounds": rounds, "lora_rank": lora_rank, "results": results}
+    return {"machine": describe_machine(), "rounds": rounds, "lora_rank": lora_rank, "results": results}
 
 
 def table(report: dict) -> str:
@@ -158,7 +158,7 @@ def _measured(way: str, base: str, tuned: str, out: str) -> dict:
         while not stop.wait(0.002):
             peak[0] = max(peak[0], memory_of("RssAnon") or 0)
 
-    before = memory_of("RssAnon") or 0  # 0 where the system does not say
+    before = memory_of("RssAnon") or 0  # 0 where the system does not report it
     watcher = threading.Thread(target=sample)
     watcher.start()
     start = time.perf_counter()

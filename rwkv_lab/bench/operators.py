@@ -4,11 +4,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from rwkv_lab import wkv
-from rwkv_lab.bench.contest import Agreement, Floors, Row, interleave, median_share, refusal, relative_rms, say
+from rwkv_lab.bench.comparison import Agreement, Floors, Row, interleave, log_row, median_share, refusal, relative_rms
 from rwkv_lab.bench.machine import multiply_add_rate, read_rate
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.model.device import device_errors, parse_device
@@ -40,25 +41,25 @@ def measure_operators(
     where = parse_device(device)
     on_cpu = where.type == "cpu"
     for operator in operators:
-        agreed, contestants = {}, {}
+        agreed, entries = {}, {}
         inputs = make_inputs(operator, shape, torch.float32, "cpu")
         for backend in backends:
             try:
                 with device_errors(where):
                     agreement = _agrees(operator, backend, shape, device)
-                    able = _contestants(operator, backend, [x.to(where) for x in inputs]) if agreement.passed else {}
+                    able = _entries(operator, backend, [x.to(where) for x in inputs]) if agreement.passed else {}
             except RwkvLabError as e:
-                rows.append(say(_row("wkv forward", operator, backend, shape, problem=str(e).splitlines()[0])))
+                rows.append(log_row(_row("wkv forward", operator, backend, shape, problem=str(e).splitlines()[0])))
                 continue
             if agreement.passed:
                 agreed[backend] = agreement
-                contestants |= able
+                entries |= able
             else:
                 for job in ("wkv forward", "wkv backward"):
                     row = _row(job, operator, backend, shape, agreement=agreement, problem=refusal(agreement))
-                    rows.append(say(row))
+                    rows.append(log_row(row))
         machine = {"FMA GFLOP/s": multiply_add_rate, "read GB/s": read_rate} if on_cpu else {}
-        results = interleave(machine | contestants, rounds)
+        results = interleave(machine | entries, rounds)
         now = {name: results.pop(name)[0] for name in machine}
         for name, samples in now.items():
             floors.setdefault(name, []).extend(samples)
@@ -122,7 +123,7 @@ def _agrees(operator: str, backend: str, shape: Shape, device: str) -> Agreement
     return Agreement(error, LIMIT, positions=short.length)
 
 
-def _contestants(operator: str, backend: str, inputs: Sequence[torch.Tensor]) -> dict[str, Callable[[], float]]:
+def _entries(operator: str, backend: str, inputs: Sequence[torch.Tensor]) -> dict[str, Callable[[], float]]:
     run = getattr(wkv, operator)
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
 
@@ -153,8 +154,8 @@ def _milliseconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _rows(operator: str, backend: str, shape: Shape, agreement: Agreement, results: dict, floors: Floors) -> list[Row]:
-    forward, foreign = results[f"{backend} forward"]
-    both, foreign_too = results[f"{backend} both"]
+    forward, other_load = results[f"{backend} forward"]
+    both, other_load_too = results[f"{backend} both"]
     backward = [max(b - f, 0.0) for b, f in zip(both, forward, strict=True)]
     work, moved = flops(operator, shape), traffic(operator, shape)
     rates = [work / ms * 1e-6 for ms in forward]  # GFLOP/s
@@ -163,12 +164,13 @@ def _rows(operator: str, backend: str, shape: Shape, agreement: Agreement, resul
     if floors:
         shares["read floor"] = median_share([moved / ms * 1e-6 for ms in forward], floors["read GB/s"])
     ratio = {"times the forward": statistics.median(b / f for b, f in zip(backward, forward, strict=True))}
+    values = {"samples": forward, "other_load": other_load, "shares": shares, "facts": facts}
+    more = {"samples": backward, "other_load": other_load_too, "facts": ratio}
     return [
-        say(_row("wkv forward", operator, backend, shape, agreement, forward, foreign, shares, facts)),
-        say(_row("wkv backward", operator, backend, shape, agreement, backward, foreign_too, facts=ratio)),
+        log_row(_row("wkv forward", operator, backend, shape, agreement=agreement, **values)),
+        log_row(_row("wkv backward", operator, backend, shape, agreement=agreement, **more)),
     ]
 
 
-def _row(job, operator, backend, shape, agreement=None, samples=(), foreign=0.0, shares=None, facts=None, problem=""):
-    values = (list(samples), foreign, agreement, shares or {}, facts or {}, problem)
-    return Row(job, operator, backend, "fp32", shape.length, "ms", *values)
+def _row(job: str, operator: str, backend: str, shape: Shape, **values: Any) -> Row:
+    return Row(job, operator, backend, "fp32", shape.length, "ms", **values)

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rwkv_lab.bench.contest import OURS
+from rwkv_lab.bench.comparison import OURS
 from rwkv_lab.bench.machine import package_version
 from rwkv_lab.errors import ParameterError, RwkvLabError
 
@@ -39,7 +39,7 @@ _SHORTEST = 1e-9  # seconds
 
 
 class PeerError(RwkvLabError):
-    """A peer does not run here, or not this model; its rows say so, and the others go on."""
+    """A peer does not run here, or not this model; its rows give the reason, and the others are measured."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Peer:
     command: str = ""
 
     def runs(self, dtype: str) -> bool:
-        """Whether it is asked for this dtype at all."""
+        """Whether it computes in this dtype at all."""
         return bool(self.command) or dtype in _RWKV_DTYPES
 
 
@@ -79,7 +79,7 @@ def parse_peers(wanted: Sequence[str]) -> list[Peer]:
         if not equals and not there:
             raise ParameterError("peers: the package rwkv is not installed; pip install rwkv")
         peer = Peer(f"{RWKV} {package_version(RWKV)}" if not equals else name, command)
-        if peer.name in (OURS, *(other.name for other in found)):  # rows and contestants go by their names
+        if peer.name in (OURS, *(other.name for other in found)):  # rows and entries go by their names
             raise ParameterError(f"peers: the name {peer.name!r} is taken; give {text!r} another one.")
         found.append(peer)
     return found
@@ -90,7 +90,7 @@ class Session:
     """A peer with a model loaded. `ask` sends one request."""
 
     ask: Callable[[dict], dict]
-    loaded: dict = field(default_factory=dict)  # "seconds" and "peak" of loading, where the peer tells
+    loaded: dict = field(default_factory=dict)  # "seconds" and "peak" of loading, where the peer reports them
 
     def answers(self, tokens: Sequence[int], read: int, vocab_size: int) -> torch.Tensor:
         """Logits `[1 + len(tokens) - read, V]` in a floating dtype."""
@@ -101,10 +101,10 @@ class Session:
             try:
                 with open(out, "rb") as file:  # NumPy leaves one open that it opened itself and cannot read
                     logits = torch.from_numpy(np.load(file, allow_pickle=False))
-            except Exception as e:  # NumPy says in many ways that a file is none of its own
+            except Exception as e:  # NumPy has many exceptions for a file that is not its own
                 raise PeerError(f"it wrote no logits: {_one_line(e)}") from e
         if list(logits.shape) != shape or not logits.is_floating_point():
-            raise PeerError(f"its logits are {list(logits.shape)} of {logits.dtype}; {shape} of float32 were asked for")
+            raise PeerError(f"its logits are {list(logits.shape)} of {logits.dtype}; {shape} of float32 are expected")
         return logits
 
     def seconds(self, task: str, tokens: Sequence[int], read: int) -> float:
@@ -127,12 +127,12 @@ def open_peer(peer: Peer, path: Path, dtype: str) -> Iterator[Session]:
         return
     if path.suffix != ".pth":
         raise PeerError(f"it reads .pth files, not {path.name}")
-    with tempfile.TemporaryFile("w+", errors="replace") as complaints:
+    with tempfile.TemporaryFile("w+", errors="replace") as errors_of_peer:
         process = subprocess.Popen(
             [sys.executable, "-m", "rwkv_lab.bench.rwkv_package"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=errors_of_peer,
             text=True,
             errors="replace",
             env=child_environment() | _switches(path),
@@ -146,8 +146,8 @@ def open_peer(peer: Peer, path: Path, dtype: str) -> Iterator[Session]:
             except OSError:
                 reply = ""
             if not reply:
-                complaints.seek(0)
-                raise PeerError(f"it ended: {_one_line(_last_line(complaints.read()))}")
+                errors_of_peer.seek(0)
+                raise PeerError(f"it ended: {_one_line(_last_line(errors_of_peer.read()))}")
             return _checked(reply)
 
         try:
@@ -199,7 +199,7 @@ def _run_command(peer: Peer, path: Path, dtype: str, request: dict) -> dict:
 
 
 def _checked(line: str) -> dict:
-    """A reply that is an object and tells no error."""
+    """A reply that is an object and holds no error."""
     try:
         reply = json.loads(line)
     except (ValueError, RecursionError) as e:
@@ -207,7 +207,7 @@ def _checked(line: str) -> dict:
     if not isinstance(reply, dict):
         raise PeerError(f"its reply is no JSON object: {_one_line(line)}")
     if "error" in reply:
-        raise PeerError(_one_line(reply["error"]) if reply["error"] else "it failed and does not say why")
+        raise PeerError(_one_line(reply["error"]) if reply["error"] else "it failed without a reason")
     return reply
 
 
@@ -216,6 +216,6 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _one_line(said: object) -> str:
-    """What a stranger says, as it can stand in a table and in UTF-8."""
-    return " ".join(str(said).encode(errors="replace").decode().split())[:200] or "without a word"
+def _one_line(text: object) -> str:
+    """Text of a peer, in one line, short, and valid as UTF-8."""
+    return " ".join(str(text).encode(errors="replace").decode().split())[:200] or "no message"

@@ -1,6 +1,6 @@
 """The PyPI package `rwkv` as a process that answers requests: it reads its settings from the environment at import.
 
-One JSON object per line comes in, one goes out; `rwkv_lab.bench.peers` writes them and says what they mean.
+One JSON object per line comes in, one goes out; `rwkv_lab.bench.peers` writes them and describes their content.
 """
 
 import json

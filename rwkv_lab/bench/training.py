@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
-from rwkv_lab.bench.contest import Agreement, Row, interleave, median_share, refusal, relative_rms, say
+from rwkv_lab.bench.comparison import Agreement, Row, interleave, log_row, median_share, refusal, relative_rms
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.train import TrainSpec
@@ -29,23 +29,23 @@ def measure_training(backends: Sequence[str], rounds: int, length: int | None = 
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(256, (batch, length + 1), generator=g)
     expected = _gradients("reference", tokens)
-    contestants, agreed, rows = {}, {}, []
+    entries, agreed, rows = {}, {}, []
     for backend in backends:
         try:
             agreement = Agreement(relative_rms(_gradients(backend, tokens), expected), LIMIT, positions=tokens.numel())
         except RwkvLabError as e:
-            rows.append(say(_row(backend, tokens, problem=str(e).splitlines()[0])))
+            rows.append(log_row(_row(backend, tokens, problem=str(e).splitlines()[0])))
             continue
         if agreement.passed:
             agreed[backend] = agreement
-            contestants[backend] = _trainer(backend, tokens, spec)
+            entries[backend] = _trainer(backend, tokens, spec)
         else:
-            rows.append(say(_row(backend, tokens, agreement=agreement, problem=refusal(agreement))))
-    results = interleave(contestants, rounds)
-    for backend, (samples, foreign) in results.items():
+            rows.append(log_row(_row(backend, tokens, agreement=agreement, problem=refusal(agreement))))
+    results = interleave(entries, rounds)
+    for backend, (samples, other_load) in results.items():
         shares = {"chunked": median_share(samples, results["chunked"][0])} if "chunked" in results else {}
-        values = {"samples": samples, "foreign": foreign, "agreement": agreed[backend], "shares": shares}
-        rows.append(say(_row(backend, tokens, **values)))
+        values = {"samples": samples, "other_load": other_load, "agreement": agreed[backend], "shares": shares}
+        rows.append(log_row(_row(backend, tokens, **values)))
     return rows
 
 

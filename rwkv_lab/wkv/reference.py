@@ -1,4 +1,4 @@
-"""The recurrences themselves, one token after the other: the arbiters that every faster form has to agree with.
+"""The recurrences themselves, one token after the other: the reference that every faster form is compared with.
 
 Shapes, dtypes and meanings are those of the functions in `rwkv_lab.wkv`, whose checks come before these.
 """

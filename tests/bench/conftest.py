@@ -11,9 +11,9 @@ from rwkv_lab.bench.models import random_model
 def quick(monkeypatch):
     """Samples of a hundredth of a second, and floors that are not measured."""
     monkeypatch.setattr(speed, "decoder", lambda e, tokens, duration=0: engines.decoder(e, tokens, duration=0.01))
-    for room in (speed, operators):
-        monkeypatch.setattr(room, "read_rate", lambda: 40.0)
-        monkeypatch.setattr(room, "multiply_add_rate", lambda: 500.0)
+    for module in (speed, operators):
+        monkeypatch.setattr(module, "read_rate", lambda: 40.0)
+        monkeypatch.setattr(module, "multiply_add_rate", lambda: 500.0)
     monkeypatch.setattr(speed, "matmul_rate", lambda dtype: 900.0)
 
 

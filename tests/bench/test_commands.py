@@ -62,7 +62,7 @@ def test_a_job_without_any_figure_of_ours_is_a_failure(quick, tmp_path, monkeypa
 def test_the_long_wait_before_the_first_row_is_announced(tiny, caplog):
     with caplog.at_level(logging.INFO, "rwkv_lab.bench"):
         expected_answers(tiny("7.0"), [5], 1)
-    assert "v7.0.pth: computing what has to be answered, token by token in torch.float64" in caplog.text
+    assert "v7.0.pth: computing the expected logits, token by token in torch.float64" in caplog.text
 
 
 def test_sigterm_leaves_nothing_behind(tiny, tmp_path):

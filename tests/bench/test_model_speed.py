@@ -13,7 +13,7 @@ from models import LAYOUTS
 
 from rwkv_lab.bench import engines, speed
 from rwkv_lab.bench.__main__ import main
-from rwkv_lab.bench.contest import OURS, as_json
+from rwkv_lab.bench.comparison import OURS, as_json
 from rwkv_lab.bench.engines import READ, expected_answers, flops_per_token, load_model, weight_bytes
 from rwkv_lab.bench.models import SHAPES, random_model
 from rwkv_lab.bench.peers import Peer, PeerError, Session, open_peer, parse_peers
@@ -56,7 +56,7 @@ def test_every_generation_has_rates_and_shares(version, tiny, quick):
         assert len(row.samples) == 2 and row.agreement.passed and not row.problem and row.median > 0
     assert rows[0].shares.keys() == {"read floor", "FMA rate"} and rows[1].shares.keys() == {"its rate alone"}
     assert rows[0].agreement.positions == 65 and rows[2].agreement.positions == 12
-    assert len(floors["read GB/s"]) == 2 * 3  # in every round of every contest but the busy one
+    assert len(floors["read GB/s"]) == 2 * 3  # in every round of every comparison but the busy one
 
 
 def test_weights_in_8_and_4_bits_have_rates_and_what_they_lose(tiny, quick):
@@ -84,19 +84,19 @@ def test_peers_by_command_and_whoever_disagrees_gets_no_rate(tiny, quick, comman
 # What a peer does after it has read its task: each gives another reason, and none of them ends the others.
 STRANGE = {
     "other vocabulary": ("np.save(out, np.zeros((65, 99), 'f'))", "its logits are [65, 99] of torch.float32; [65, 11]"),
-    "one column": ("np.save(out, np.ones((65, 1), 'f'))", "[65, 11] of float32 were asked for"),
+    "one column": ("np.save(out, np.ones((65, 1), 'f'))", "[65, 11] of float32 are expected"),
     "whole numbers": ("np.save(out, np.ones((65, 11), int))", "its logits are [65, 11] of torch.int64"),
     "text": ("np.save(out, np.full((65, 11), 'x'))", "it wrote no logits"),
     "an empty file": ("open(out, 'w')", "it wrote no logits"),
     "another file": ("open(out, 'w').write('PK' + chr(3) + chr(4))", "it wrote no logits"),
-    "null": ("print('{\"error\": null}')", "it failed and does not say why"),
-    "no text": ('print(\'{"error": ""}\')', "it failed and does not say why"),
+    "null": ("print('{\"error\": null}')", "it failed without a reason"),
+    "no text": ('print(\'{"error": ""}\')', "it failed without a reason"),
     "two lines": ('print(\'{"error": "one\\\\ntwo \\\\ud800"}\')', "one two ?"),
     "a list": ("print([1])", "its reply is no JSON object: [1]"),
     "no JSON": ("print('done')", "its last line is no JSON: done"),
     "deep": ("print('[' * 100000)", "its last line is no JSON: [["),
     "no UTF-8": ("sys.stdout.buffer.write(b'\\xff\\n')", "its last line is no JSON: \N{REPLACEMENT CHARACTER}"),
-    "silent": ("sys.stdout = open('/dev/null', 'w')", "its last line is no JSON: without a word"),
+    "silent": ("sys.stdout = open('/dev/null', 'w')", "its last line is no JSON: no message"),
 }
 
 

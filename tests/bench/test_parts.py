@@ -93,13 +93,13 @@ def test_contexts_are_measured_in_turn_from_kept_states(version, tiny, monkeypat
 
 def test_the_gpu_job_times_what_agrees_and_leaves_the_rest(monkeypatch, tmp_path):
     """On the CPU, in place of a GPU: what is timed, what is said, what is refused."""
-    contestants = {
+    entries = {
         "right": lambda *inputs: wkv.wkv7(*inputs, backend="chunked"),
         "wrong": lambda r, *others: wkv.wkv7(2 * r, *others, backend="chunked"),
     }
     calls = []
     monkeypatch.setattr(gpu_wkv, "_DEVICE", "cpu")
-    monkeypatch.setattr(gpu_wkv, "_contestants", lambda: contestants)
+    monkeypatch.setattr(gpu_wkv, "_entries", lambda: entries)
     monkeypatch.setattr(gpu_wkv, "_copy_rates", lambda rounds: [100.0] * rounds)
     monkeypatch.setattr(gpu_wkv, "_times", lambda work, rounds: calls.append(work()) or [0.5] * rounds)
     with pytest.raises(DeviceError, match="finds no CUDA device"):

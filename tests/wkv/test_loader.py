@@ -81,7 +81,7 @@ def test_several_processes_at_once_compile_once_and_all_run(package, tmp_path):
 
 
 @pytest.mark.parametrize("whom", ["the process", "all of them"])
-def test_a_build_that_was_killed_blocks_nobody(package, tmp_path, whom):
+def test_a_build_that_was_killed_blocks_no_other(package, tmp_path, whom):
     mark = tmp_path / "compiling"
     slow = fake_compiler(tmp_path, f"touch {mark}; sleep 3")
     process = start(LOAD, package, tmp_path / "cache", CXX=slow, PYTHONFAULTHANDLER="")
@@ -95,7 +95,7 @@ def test_a_build_that_was_killed_blocks_nobody(package, tmp_path, whom):
     Path(slow).unlink()
     before = time.perf_counter()
     assert finish(start(LOAD, package, tmp_path / "cache", CXX=fake_compiler(tmp_path, "")))[0] == "42"
-    assert time.perf_counter() - before < 60  # waited for nobody
+    assert time.perf_counter() - before < 60  # waited for no lock
     assert not list((tmp_path / "cache" / "kernels").glob(".cpu-small-*"))
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from IPython.display import display
 
 from rwkv_lab.bench import figures
-from rwkv_lab.bench.contest import COLUMNS, Floors, Row, cells
+from rwkv_lab.bench.comparison import COLUMNS, Floors, Row, cells
 from rwkv_lab.bench.growth import measure_growth
 from rwkv_lab.bench.loading import measure_loading
-from rwkv_lab.bench.machine import floors_are_compiled, machine
+from rwkv_lab.bench.machine import describe_machine, floors_are_compiled
 from rwkv_lab.bench.operators import Shape, measure_operators
 from rwkv_lab.bench.peers import parse_peers
 from rwkv_lab.bench.speed import Plan, measure_speed
@@ -63,14 +63,14 @@ def load(run: Run) -> Measured:
         device=config.device,
         peers=tuple(parse_peers(config.peers)),
     )
-    described = machine()
+    described = describe_machine()
     run.record.metrics |= {"layout": str(layout), "machine": described}
     run.page.headline = f"How fast is {path.name}, an RWKV-{layout.version}, on this machine?"
     run.page.facts = [
         ("model", f"{path.name}, {human_bytes(facts.bytes)}: {layout}"),
         ("machine", f"{described['cpu']}, {described['threads']} threads on {described['cores']} cores"),
         ("versions", f"Python {described['python']}, torch {described['torch']}, {described['system']}"),
-        ("beside", ", ".join(peer.name for peer in plan.peers) or "nobody: no peer is installed or named"),
+        ("beside", ", ".join(peer.name for peer in plan.peers) or "no peer: none is installed or named"),
         ("floors", "measured in the same rounds" + ("" if floors_are_compiled() else ", by torch: no C++ compiler")),
     ]
     display(Table("What is measured", ("", ""), run.page.facts))

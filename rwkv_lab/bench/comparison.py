@@ -1,4 +1,4 @@
-"""Contestants measured in turn (A B C, B C A, …), and the rows that come out: medians, spread, and who disturbed."""
+"""Entries measured in turn (A B C, B C A, …), and the rows that come out: medians, spread, load of other processes."""
 
 import json
 import logging
@@ -16,17 +16,17 @@ log = logging.getLogger(__name__)
 
 OURS = "rwkv_lab"  # our engine's name in rows
 QUIET = 0.1  # CPUs that other processes may use during a sample; above that it is taken again
-_AGAIN = 2  # times at most; then the quietest counts and the row says so
+_AGAIN = 2  # times at most; then the quietest counts and the row is marked
 _LONG = 3.0  # seconds: a sample that took longer is not taken again
 _PAUSE = 0.05  # seconds between two samples, for the last one's spinning threads to fall asleep
 
 
-Floors = dict[str, list[float]]  # what the machine can do at most, as measured in the rounds of a contest
+Floors = dict[str, list[float]]  # what the machine can do at most, as measured in the rounds of a comparison
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """A contestant's answers beside the reference's. No rate is reported of one that did not pass."""
+    """An entry's answers beside the reference's. No rate is reported of one that did not pass."""
 
     error: float  # relative RMS of the difference
     limit: float
@@ -41,7 +41,7 @@ class Agreement:
 
 @dataclass
 class Row:
-    """One contestant in one discipline. Without samples it has no rate, and `problem` says why."""
+    """One entry in one kind of measurement. Without samples it has no rate, and `problem` is the reason."""
 
     job: str  # "decode", "prefill", …
     subject: str  # model or operator
@@ -50,7 +50,7 @@ class Row:
     size: int  # sequences, or tokens, as the job has it
     unit: str  # of the samples
     samples: list[float] = field(default_factory=list)
-    foreign: float = 0.0  # CPUs that other processes used during the worst sample
+    other_load: float = 0.0  # CPUs that other processes used during the worst sample
     agreement: Agreement | None = None
     shares: dict[str, float] = field(default_factory=dict)  # of a floor measured in the same rounds
     facts: dict[str, object] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Row:
 
     @property
     def disturbed(self) -> bool:
-        return self.foreign > QUIET
+        return self.other_load > QUIET
 
     def as_dict(self) -> dict:
         """For JSON: what was measured, and median, min and max of it."""
@@ -82,29 +82,29 @@ class Row:
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], float]], rounds: int, warm_up: bool = True
+    entries: Mapping[str, Callable[[], float]], rounds: int, warm_up: bool = True
 ) -> dict[str, tuple[list[float], float]]:
-    """Call every contestant once per round, each round beginning with another one.
+    """Call every entry once per round, each round beginning with another one.
 
     Args:
-        contestants: name -> a function that takes one sample and returns it, in any unit.
+        entries: name -> a function that takes one sample and returns it, in any unit.
         warm_up: one round more, first, which does not count.
     Returns:
         Name -> (samples in order of rounds, CPUs that other processes used during the worst of them). A sample that
         others disturbed is taken again, twice at most, and the quietest counts.
     """
-    names = list(contestants)
+    names = list(entries)
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
     for r in range(-1 if warm_up else 0, rounds):
         first = max(r, 0) % max(len(names), 1)
         for name in names[first:] + names[:first]:
             if r < 0:
-                contestants[name]()
+                entries[name]()
                 continue
-            value, foreign = _sample(contestants[name])
+            value, other_load = _sample(entries[name])
             found[name][0].append(value)
-            found[name][1].append(foreign)
-    return {name: (samples, max(foreign)) for name, (samples, foreign) in found.items()}
+            found[name][1].append(other_load)
+    return {name: (samples, max(other_load)) for name, (samples, other_load) in found.items()}
 
 
 def _sample(take: Callable[[], float]) -> tuple[float, float]:
@@ -114,11 +114,11 @@ def _sample(take: Callable[[], float]) -> tuple[float, float]:
         time.sleep(_PAUSE)
         with watched() as load:
             value = take()
-        tries.append((load.foreign, value))
-        if load.foreign <= QUIET or load.seconds > _LONG:
+        tries.append((load.other_load, value))
+        if load.other_load <= QUIET or load.seconds > _LONG:
             break
-    foreign, value = min(tries)
-    return value, foreign
+    other_load, value = min(tries)
+    return value, other_load
 
 
 def compare(found: torch.Tensor, expected: torch.Tensor, limit: float) -> Agreement:
@@ -146,15 +146,15 @@ def median_share(numerator: Sequence[float], floor: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, floor, strict=True))
 
 
-def say(row: Row) -> Row:
-    """Log a row as one line, and return it."""
+def log_row(row: Row) -> Row:
+    """Log a row as one line; returns the row."""
     where = f"{row.job} {row.subject} {row.size:>5} {row.name:24s}"
     if not row.samples:
         log.info("%s no rate: %s", where, row.problem)
         return row
     parts = [f"{row.median:10.4g} {row.unit} ({min(row.samples):.4g} to {max(row.samples):.4g})"]
     parts += [f"{share:.2f} of {floor}" for floor, share in row.shares.items()]
-    parts += [f"others used {row.foreign:.2f} CPU"] if row.disturbed else []
+    parts += [_other_load(row)] if row.disturbed else []
     log.info("%s %s", where, ", ".join(parts))
     return row
 
@@ -182,7 +182,7 @@ def cells(row: Row) -> tuple[str, ...]:
     """A row as text, one piece per column of `table`."""
     shares = ", ".join(f"{share:.2f} {floor}" for floor, share in row.shares.items())
     fact = ", ".join(f"{name} {_short(value)}" for name, value in row.facts.items())
-    note = "; ".join(x for x in (row.problem, f"others used {row.foreign:.2f} CPU" if row.disturbed else "", fact) if x)
+    note = "; ".join(x for x in (row.problem, _other_load(row), fact) if x)
     return (
         row.job,
         row.subject,
@@ -195,6 +195,10 @@ def cells(row: Row) -> tuple[str, ...]:
         _agreement(row.agreement),
         note or "–",
     )
+
+
+def _other_load(row: Row) -> str:
+    return f"others used {row.other_load:.2f} CPU" if row.disturbed else ""
 
 
 def _agreement(agreement: Agreement | None) -> str:

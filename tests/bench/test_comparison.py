@@ -8,14 +8,14 @@ import time
 import pytest
 import torch
 
-from rwkv_lab.bench import contest
-from rwkv_lab.bench.contest import COLUMNS, Agreement, Row, as_json, compare, interleave, median_share, table
+from rwkv_lab.bench import comparison
+from rwkv_lab.bench.comparison import COLUMNS, Agreement, Row, as_json, compare, interleave, median_share, table
 from rwkv_lab.bench.engines import busy_loop
-from rwkv_lab.bench.machine import Load, floors_are_compiled, machine, multiply_add_rate, read_rate, watched
+from rwkv_lab.bench.machine import Load, describe_machine, floors_are_compiled, multiply_add_rate, read_rate, watched
 
 
-def test_contestants_take_turns_and_the_first_round_does_not_count(monkeypatch):
-    monkeypatch.setattr(contest, "QUIET", 1e9)  # whatever else this machine does
+def test_entries_take_turns_and_the_first_round_does_not_count(monkeypatch):
+    monkeypatch.setattr(comparison, "QUIET", 1e9)  # whatever else this machine does
     calls = []
 
     def take(name):
@@ -36,30 +36,30 @@ def test_a_disturbed_sample_is_taken_again_and_the_quietest_counts(monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(contest, "watched", Watched)
+    monkeypatch.setattr(comparison, "watched", Watched)
     values = iter([1.0, 2.0, 3.0])
     found = interleave({"a": lambda: next(values)}, rounds=1, warm_up=False)
     assert found == {"a": ([3.0], 0.3)}
     assert Row("j", "s", "e", "", 1, "u", [3.0], 0.3).disturbed
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells who uses the processors")
-def test_our_own_children_are_not_foreign():
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux reports the load of processes")
+def test_our_own_children_are_no_load_of_other_processes():
     with watched() as alone:
         time.sleep(0.3)
     with watched() as beside, busy_loop():
         time.sleep(0.5)
-    assert beside.foreign < alone.foreign + 0.5  # a busy loop alone would be 1; others may be at work here
+    assert beside.other_load < alone.other_load + 0.5  # a busy loop alone would be 1; others may be at work here
     assert beside.seconds >= 0.5
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells who uses the processors")
-def test_a_stranger_is_foreign():
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux reports the load of processes")
+def test_other_processes_are_counted():
     script = "import os, time\nif os.fork(): os._exit(0)\nend = time.time() + 1.5\nwhile time.time() < end: pass"
-    subprocess.run([sys.executable, "-c", script], check=True)  # what goes on is nobody's child
+    subprocess.run([sys.executable, "-c", script], check=True)  # what runs on is no child of this process
     with watched() as load:
         time.sleep(0.5)
-    assert load.foreign > 0.2
+    assert load.other_load > 0.2
 
 
 def test_logits_are_compared_as_numbers_and_as_distributions():
@@ -95,6 +95,6 @@ def test_a_share_is_taken_round_by_round():
 
 
 def test_the_machine_and_its_floors():
-    described = machine()
+    described = describe_machine()
     assert described["threads"] == torch.get_num_threads() and described["torch"] == torch.__version__
     assert read_rate() > 0.1 and multiply_add_rate() > 0.1 and floors_are_compiled() in (True, False)
