@@ -32,7 +32,7 @@ def test_names_are_read_from_the_first_column_only():
     assert undeclared(["tests/a.py"], declared(table)) == []  # a file that skips itself runs none of its tests
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "workers"])
+@pytest.mark.parametrize("workers", [[], ["-p", "xdist", "-n", "2"]], ids=["one process", "workers"])
 def test_a_skip_without_a_line_fails_the_run_and_is_named(workers, tmp_path):
     tests = "import pytest\n\ndef test_a(): pytest.skip('because')\n\ndef test_b(): pass\n"
     (tmp_path / "test_it.py").write_text(tests)
@@ -49,4 +49,4 @@ def test_a_skip_without_a_line_fails_the_run_and_is_named(workers, tmp_path):
 
 
 def with_tests_on_the_path() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(TESTS)}
+    return os.environ | {"PYTHONPATH": str(TESTS), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
