@@ -471,11 +471,14 @@ def notebooks(inputs: Inputs) -> Found:
         results = pool.map(lambda item: run_notebook(inputs, *item), runs.items())
         for name, result in zip(runs, results, strict=True):
             for part, value in result.items():
-                content = json.dumps(without_measurements(value), indent=1, ensure_ascii=False)
+                value = without_measurements(value)
+                content = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True)
                 if inputs.keep is not None:
                     inputs.keep.mkdir(parents=True, exist_ok=True)
                     (inputs.keep / f"{name} {part}.json").write_text(content)
-                yield f"notebook/{name}: {part}", sha256(content)
+                for key, one in value.items() if isinstance(value, dict) else [("", value)]:
+                    content = json.dumps(one, ensure_ascii=False, sort_keys=True)
+                    yield f"notebook/{name}: {part}{key and '.'}{key}", sha256(content)
             numbers = [[c[x] for x in ("value", "limit") if not isinstance(c[x], str)] for c in result["checks"]]
             yield f"notebook/{name}: checks, numbers", sha256(repr(numbers))
     for out in ("nb-state.pth", "nb-overlay.pth", "trained.pth"):
