@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "environment.md"
+NO_VARIABLES = {"PASSIVE", "SC_CLK_TCK"}  # a value, a name of os.sysconf
 NAME = re.compile(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*")
 
 
@@ -19,19 +20,24 @@ def listed() -> set[str]:
 
 
 def read_in_python(source: str) -> Iterator[str]:
-    """Names in capitals in every function, and statement outside of functions, that touches the environment."""
+    """Texts in capitals in every function that touches the environment, and outside of functions in its module."""
     tree = ast.parse(source)
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    for part in [*functions, *(n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef))]:
-        touches = any(
-            (isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv", "putenv"))
-            or (isinstance(n, ast.Name) and n.id in ("environ", "getenv", "environment"))
-            or (isinstance(n, ast.keyword) and n.arg == "env")
-            for n in ast.walk(part)
-        )
-        for n in ast.walk(part) if touches else ():
-            if isinstance(n, ast.Constant) and isinstance(n.value, str) and NAME.fullmatch(n.value):
-                yield n.value
+    outside = [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    for part in [*functions, *outside]:
+        if touches_environment(part) or (part in outside and touches_environment(tree)):
+            for n in ast.walk(part):
+                if isinstance(n, ast.Constant) and isinstance(n.value, str) and NAME.fullmatch(n.value):
+                    yield n.value
+
+
+def touches_environment(tree: ast.AST) -> bool:
+    return any(
+        (isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv", "putenv"))
+        or (isinstance(n, ast.Name) and n.id in ("environ", "getenv", "environment"))
+        or (isinstance(n, ast.keyword) and n.arg == "env")
+        for n in ast.walk(tree)
+    )
 
 
 def read_in_c(source: str) -> Iterator[str]:
@@ -41,7 +47,7 @@ def read_in_c(source: str) -> Iterator[str]:
 def read_in_make(source: str) -> Iterator[str]:
     """Variables with `?=`, and those exported or set in front of a command."""
     yield from re.findall(r"^([A-Z_]+) \?=", source, re.MULTILINE)
-    yield from re.findall(r"(?:^export |^\t@?)([A-Z_]{3,})[ :]*=", source, re.MULTILINE)
+    yield from re.findall(r"(?:^export |^\t@?)([A-Z_]{3,})[ :?]*=", source, re.MULTILINE)
 
 
 def used() -> dict[str, str]:
@@ -57,8 +63,7 @@ def used() -> dict[str, str]:
     for path in [path for path in ours if path.suffix in (".py", ".ipynb")]:
         own = re.findall(r"\bRWKV_LAB_[A-Z_]+\b", path.read_text())
         found |= dict.fromkeys(own, str(path.relative_to(ROOT)))
-    found.pop("RWKV_LAB_", None)
-    return found
+    return {name: where for name, where in found.items() if name not in NO_VARIABLES}
 
 
 def test_the_page_lists_every_variable():
@@ -76,6 +81,7 @@ def test_our_own_variables_on_the_page_are_used():
         ("import os\nx = os.environ['AB']", ["AB"]),
         ("from os import environ\ndef f():\n    return [environ.get(n) for n in ('ONE', 'TWO')]", ["ONE", "TWO"]),
         ("def f():\n    run(['x'], env={'SET': '1'})", ["SET"]),
+        ("import os\nNAMES = ('ONE', 'TWO')\ndef f():\n    return [os.environ[n] for n in NAMES]", ["ONE", "TWO"]),
         ("def f():\n    return 'BF16'", []),
     ],
 )
