@@ -123,3 +123,24 @@ def test_a_word_is_found(text, word):
 )
 def test_plain_english_is_not(text, word):
     assert not list(found("a.py", text, [word]))
+
+
+AMERICAN = re.compile(
+    r"\w*(?:behavior|neighbor|favorite|labeled|modeling|canceled|fulfill|analyz|initializ|quantiz|normaliz|optimiz|recogniz"
+    r"|serializ|summariz|organiz|minimiz|maximiz|utiliz|visualiz|generaliz|specializ|synchroniz|materializ|vectoriz)\w*",
+    re.IGNORECASE,
+)
+# Names in the interfaces of torch, bitsandbytes, tokenizers and merge recipes.
+THEIRS = re.compile(
+    r"(de)?quantize_\w+|normaliz(e|er|ers|ed)|Optimizer|is_initialized|synchronize|\w*serialization|set_materialize_grads"
+)
+
+
+def test_spelling_is_british():
+    found = []
+    for name in files():
+        text = (ROOT / name).read_text()
+        for match in AMERICAN.finditer(text):
+            if not THEIRS.fullmatch(match[0]):
+                found.append(f"{name}:{text.count(chr(10), 0, match.start()) + 1}: {match[0]}")
+    assert found == []
