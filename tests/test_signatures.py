@@ -14,7 +14,6 @@ ALLOWED: dict[str, int] = {
     "model": 67,
     "peft": 20,
     "train": 4,
-    "wkv": 28,
     "workbench": 1,
 }
 

@@ -11,6 +11,7 @@ an input in place.
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
 from rwkv_lab.errors import KernelError, ParameterError
 from rwkv_lab.wkv import compiled
@@ -48,7 +49,9 @@ def backends(dtype: torch.dtype | None = None) -> tuple[str, ...]:
     return tuple(x for x in _FORMS["wkv7"] if x not in _COMPILED or (dtype != torch.float64 and available(x)))
 
 
-def wkv4(w, u, k, v, state=None, backend: str = "auto"):
+def wkv4(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Run the RWKV-4 recurrence: per channel, a mean of all values so far, weighted by key and age.
 
     `y_t = (Σ_{s<t} e^{(t-1-s)w + k_s} v_s + e^{u+k_t} v_t) / (Σ_{s<t} e^{(t-1-s)w + k_s} + e^{u+k_t})`
@@ -78,14 +81,16 @@ def wkv4(w, u, k, v, state=None, backend: str = "auto"):
     return _run("wkv4", backend, T, v.dtype, w, u, k, v, state)
 
 
-def empty_wkv4_state(B: int, A: int, device=None) -> torch.Tensor:
+def empty_wkv4_state(B: int, A: int, device: torch.device | str | None = None) -> torch.Tensor:
     """The state of WKV4 before the first token, `[B,3,A]` float32: a = b = 0, p so low that e^p is 0."""
     state = torch.zeros(B, 3, A, device=device)
     state[:, 2] = _EMPTY
     return state
 
 
-def wkv5(r, w, k, v, u, state=None, backend: str = "auto"):
+def wkv5(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Run the RWKV-5 recurrence: as `wkv6`, with one decay for all tokens.
 
     Args:
@@ -101,7 +106,9 @@ def wkv5(r, w, k, v, u, state=None, backend: str = "auto"):
     return _run("wkv5", backend, T, v.dtype, r, w, k, v, u, _or_zeros(state, v))
 
 
-def wkv6(r, w, k, v, u, state=None, backend: str = "auto"):
+def wkv6(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Run the RWKV-6 recurrence `y_t = (S_{t-1} + v_t (u ⊙ k_t)ᵀ) r_t`, `S_t = S_{t-1} diag(exp(w_t)) + v_t k_tᵀ`.
 
     The output reads the state before this token's decay, and the present token through the bonus u.
@@ -127,7 +134,9 @@ def wkv6(r, w, k, v, u, state=None, backend: str = "auto"):
     return _run("wkv6", backend, T, v.dtype, r, w, k, v, u, _or_zeros(state, v))
 
 
-def wkv7(r, w, k, v, a, b, state=None, backend: str = "auto"):
+def wkv7(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Run the RWKV-7 recurrence `S_t = S_{t-1} diag(exp(w_t)) + (S_{t-1} a_t) b_tᵀ + v_t k_tᵀ`, `y_t = S_t r_t`.
 
     Args:

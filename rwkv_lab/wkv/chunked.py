@@ -5,6 +5,7 @@ kernels/README.md derives them. Plain torch operations, so any device and autogr
 """
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 # Keys are divided by the decay accumulated since the chunk's start, which for 32 tokens of the strongest decay that
@@ -18,12 +19,12 @@ CHUNK7 = 32
 CHUNK6 = 32
 
 
-def wkv5_chunked(r, w, k, v, u, state):
+def wkv5_chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """WKV5 in matrix form: WKV6's, whose powers of the decay are then the same for every sequence of the batch."""
     return wkv6_chunked(r, w.expand(1, *r.shape[1:]), k, v, u, state)
 
 
-def wkv6_chunked(r, w, k, v, u, state):
+def wkv6_chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """WKV6 in matrix form; shapes, dtypes and meaning as in `rwkv_lab.wkv.wkv6`, whose checks come before it.
 
     w may be `[1,T,H,N]`. The tail of the last chunk is filled with tokens that leave the state alone.
@@ -65,7 +66,9 @@ def _decay_after(w):
     return pad(w[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2).exp()
 
 
-def wkv7_chunked(r, w, k, v, a, b, state):
+def wkv7_chunked(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """WKV7 in matrix form; shapes, dtypes and meaning as in `rwkv_lab.wkv.wkv7`, whose checks come before it.
 
     The tail of the last chunk is filled with tokens that leave the state alone: no decay (w = 0) and k = v = a = b = 0.

@@ -4,6 +4,7 @@ Inputs are what the checks there let through; unlike the torch forms, these take
 """
 
 import torch
+from torch import Tensor
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.wkv import operators
@@ -11,17 +12,17 @@ from rwkv_lab.wkv.choice import problem, takes_tangents, unfit
 from rwkv_lab.wkv.cpu import DTYPES
 
 
-def wkv4(w, u, k, v, state):
+def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """y and the final state; see `rwkv_lab.wkv.wkv4`."""
     return _run(operators.wkv4, (w, u, k, v), state)
 
 
-def wkv6(r, w, k, v, u, state):
+def wkv6(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """y and the final state; see `rwkv_lab.wkv.wkv6` and, for w of `[H,N]`, `rwkv_lab.wkv.wkv5`."""
     return _run(operators.wkv6, (r, w, k, v, u), state)
 
 
-def wkv7(r, w, k, v, a, b, state):
+def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """y and the final state; see `rwkv_lab.wkv.wkv7`."""
     return _run(operators.wkv7, (r, w, k, v, a, b), state)
 

@@ -7,9 +7,11 @@ float32. The state comes back as `[B,H,V,K]` with keys outermost in memory, as t
 import ctypes
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rwkv_lab.machine import proc
 from rwkv_lab.wkv.loader import cpu_library
@@ -28,10 +30,12 @@ _SIGNATURES = {
     "wkv7_forward": [*[_POINTER] * 6, _LONG, *_STATE, *[_POINTER] * 4, *[_LONG] * 4, _INT],
     "wkv7_backward": [*[_POINTER] * 6, _LONG, _POINTER, *_STATE, *[_POINTER] * 9, *[_LONG] * 4, _INT],
 }
-_functions: dict[str, ctypes._CFuncPtr] = {}
+_functions: dict[str, Callable[..., None]] = {}
 
 
-def wkv4_forward(w, u, k, v, state, keep: bool):
+def wkv4_forward(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """y `[B,T,A]`, final state `[B,3,A]`, and, to go backward, states along time `[B,chunks,3,A]` (else empty)."""
     B, T, A = v.shape
     w, u, k, v, state = (x.contiguous() for x in (w, u, k, v, state))
@@ -50,7 +54,9 @@ def wkv4_forward(w, u, k, v, state, keep: bool):
     return y, final, kept
 
 
-def wkv4_backward(w, u, k, v, kept, dy, d_final):
+def wkv4_backward(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, kept: Tensor, dy: Tensor, d_final: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of w, u, k, v and the state; d_final may be None."""
     B, T, A = v.shape
     w, u, k, v, dy = (x.contiguous() for x in (w, u, k, v, dy))
@@ -67,7 +73,9 @@ def wkv4_backward(w, u, k, v, kept, dy, d_final):
     return dw.sum(0).to(w.dtype), du.sum(0).to(u.dtype), dk, dv, d_state
 
 
-def wkv6_forward(r, w, k, v, u, state, keep: bool):
+def wkv6_forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """y `[B,T,H,N]`, final state `[B,H,V,K]`, and, to go backward, states along time `[B,H,chunks,K,V]` (else empty).
 
     w is `[B,T,H,N]`, or `[H,N]` for WKV5.
@@ -86,7 +94,9 @@ def wkv6_forward(r, w, k, v, u, state, keep: bool):
     return y, final.mT, kept
 
 
-def wkv6_backward(r, w, k, v, u, kept, dy, d_final):
+def wkv6_backward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, kept: Tensor, dy: Tensor, d_final: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, w, k, v, u and the state; d_final may be None."""
     B, T, H, N = v.shape
     r, w, k, v, u, dy = (x.contiguous() for x in (r, w, k, v, u, dy))
@@ -105,7 +115,9 @@ def wkv6_backward(r, w, k, v, u, kept, dy, d_final):
     return dr, dw if per_token else dw.sum(0).to(w.dtype), dk, dv, du.sum(0).to(u.dtype), d_state
 
 
-def wkv7_forward(r, w, k, v, a, b, state, keep: bool):
+def wkv7_forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y `[B,T,H,N]`, final state `[B,H,V,K]`, and, to go backward (else empty), states along time `[B,H,chunks,K,V]`
     and the readings S a `[B,T,H,N]`."""
     B, T, H, N = v.shape
@@ -123,21 +135,32 @@ def wkv7_forward(r, w, k, v, a, b, state, keep: bool):
     return y, final.mT, kept, readings
 
 
-def wkv7_backward(r, w, k, v, a, b, kept, readings, dy, d_final):
+def wkv7_backward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    kept: Tensor,
+    readings: Tensor,
+    dy: Tensor,
+    d_final: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, w, k, v, a, b and the state; d_final may be None."""
     B, T, H, N = v.shape
     r, w, k, v, a, b, dy = (x.contiguous() for x in (r, w, k, v, a, b, dy))
-    gradients = [torch.empty_like(x) for x in (r, w, k, v, a, b)]
+    dr, dw, dk, dv, da, db = (torch.empty_like(x) for x in (r, w, k, v, a, b))
     d_state = kept.new_empty(B, H, N, N)
     _function("wkv7_backward")(
         *_addresses(r, w, k, v, a, b),
         _dtypes(r, w, k, v, a, b),
         dy.data_ptr(),
         *(_address(d_final), *(d_final.stride() if d_final is not None else (0, 0, 0, 0))),
-        *_addresses(kept, readings, *gradients, d_state),
+        *_addresses(kept, readings, dr, dw, dk, dv, da, db, d_state),
         *(B, T, H, N, _threads(v, N)),
     )
-    return *gradients, d_state
+    return dr, dw, dk, dv, da, db, d_state
 
 
 def _function(name: str):

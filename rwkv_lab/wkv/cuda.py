@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.wkv.loader import cuda_library
@@ -22,7 +23,9 @@ _SOURCES = {"wkv4": "wkv4", "wkv5": "wkv6", "wkv6": "wkv6", "wkv7": "wkv7"}
 _chunked = True  # whether WKV7 may take the tensor cores
 
 
-def wkv4_forward(w, u, k, v, state, keep: bool):
+def wkv4_forward(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """y `[B,T,A]`, final state `[B,3,A]`, and, to go backward, states along time `[B,chunks,3,A]` (else empty)."""
     B, T, A = v.shape
     dtype = v.dtype
@@ -34,7 +37,9 @@ def wkv4_forward(w, u, k, v, state, keep: bool):
     return y.to(dtype), final, kept
 
 
-def wkv4_backward(w, u, k, v, kept, dy, d_final):
+def wkv4_backward(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, kept: Tensor, dy: Tensor, d_final: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of w, u, k, v and the state; d_final may be None."""
     B, T, A = v.shape
     dtypes = [x.dtype for x in (w, u, k, v)]
@@ -43,10 +48,13 @@ def wkv4_backward(w, u, k, v, kept, dy, d_final):
     dw, du = _empty((B, A), v), _empty((B, A), v)
     dk, dv, d_state = _empty_like(k), _empty_like(v), _empty_like(d_final)
     _call("wkv4_backward", (_TYPES[v.dtype], B, T, A), w, u, k, v, kept, dy, d_final, dw, du, dk, dv, d_state)
-    return *_as(dtypes, dw.sum(0), du.sum(0), dk, dv), d_state
+    dw, du, dk, dv = _as(dtypes, dw.sum(0), du.sum(0), dk, dv)
+    return dw, du, dk, dv, d_state
 
 
-def wkv6_forward(r, w, k, v, u, state, keep: bool):
+def wkv6_forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """y `[B,T,H,N]`, final state `[B,H,V,K]`, and, to go backward, states along time `[B,H,chunks,V,K]` (else empty).
 
     w is `[B,T,H,N]`, or `[H,N]` for WKV5.
@@ -63,7 +71,9 @@ def wkv6_forward(r, w, k, v, u, state, keep: bool):
     return y.to(dtype), final, kept
 
 
-def wkv6_backward(r, w, k, v, u, kept, dy, d_final):
+def wkv6_backward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, kept: Tensor, dy: Tensor, d_final: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, w, k, v, u and the state; d_final may be None."""
     B, T, H, N = v.shape
     dtypes = [x.dtype for x in (r, w, k, v, u)]
@@ -75,10 +85,13 @@ def wkv6_backward(r, w, k, v, u, kept, dy, d_final):
     sizes = (_TYPES[v.dtype], _TYPES[w.dtype], B, T, H, N)
     function = f"wkv{6 if w.ndim == 4 else 5}_backward"
     _call(function, sizes, r, w, k, v, u, kept, dy, d_final, dr, dw, dk, dv, du, d_state)
-    return *_as(dtypes, dr, dw if w.ndim == 4 else dw.sum(0), dk, dv, du.sum(0)), d_state
+    dr, dw, dk, dv, du = _as(dtypes, dr, dw if w.ndim == 4 else dw.sum(0), dk, dv, du.sum(0))
+    return dr, dw, dk, dv, du, d_state
 
 
-def wkv7_forward(r, w, k, v, a, b, state, keep: bool):
+def wkv7_forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y `[B,T,H,N]`, final state `[B,H,V,K]`, and, to go backward, states along time `[B,H,chunks+1,V,K]` with the
     final one (else empty); the fourth place, where the CPU keeps readings, is empty."""
     B, T, H, N = v.shape
@@ -94,7 +107,18 @@ def wkv7_forward(r, w, k, v, a, b, state, keep: bool):
     return y.to(dtype), final, kept, _empty(0, v)
 
 
-def wkv7_backward(r, w, k, v, a, b, kept, readings, dy, d_final):
+def wkv7_backward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    kept: Tensor,
+    readings: Tensor,
+    dy: Tensor,
+    d_final: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, w, k, v, a, b and the state; d_final may be None."""
     B, T, H, N = v.shape
     dtypes = [x.dtype for x in (r, w, k, v, a, b)]
@@ -108,7 +132,8 @@ def wkv7_backward(r, w, k, v, a, b, kept, readings, dy, d_final):
         _call("wkv7_backward_chunked", sizes, *tensors, _empty((B * H,), v, dtype=torch.int32))
     else:
         _call("wkv7_backward", sizes, *tensors)
-    return *_as(dtypes, *gradients[:6]), gradients[6]
+    dr, dw, dk, dv, da, db = _as(dtypes, *gradients[:6])
+    return dr, dw, dk, dv, da, db, gradients[6]
 
 
 def library(source: str) -> ctypes.CDLL:

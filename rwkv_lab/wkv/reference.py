@@ -4,9 +4,10 @@ Shapes, dtypes and meanings are those of the functions in `rwkv_lab.wkv`, whose 
 """
 
 import torch
+from torch import Tensor
 
 
-def wkv4_reference(w, u, k, v, state):
+def wkv4_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """WKV4 by its definition (RWKV-4 "Dove", arXiv 2305.13048), per channel.
 
     `y_t = (e^{p-q} a + e^{u+k-q} v) / (e^{p-q} b + e^{u+k-q})`, q the larger of the exponents p and u + k; then
@@ -25,12 +26,12 @@ def wkv4_reference(w, u, k, v, state):
     return torch.stack(y, dim=1), torch.stack([a, b, p], dim=1)  # [B,T,A], [B,3,A]
 
 
-def wkv5_reference(r, w, k, v, u, state):
+def wkv5_reference(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """WKV5 by its definition (RWKV-5 "Eagle", arXiv 2404.05892): WKV6 with one decay for all tokens."""
     return wkv6_reference(r, w.expand(r.shape), k, v, u, state)
 
 
-def wkv6_reference(r, w, k, v, u, state):
+def wkv6_reference(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """WKV6 by its definition (RWKV-6 "Finch", arXiv 2404.05892).
 
     Per head, with the state S of shape [V,K] and every vector a column:
@@ -47,7 +48,9 @@ def wkv6_reference(r, w, k, v, u, state):
     return torch.stack(y, dim=1), S  # [B,T,H,V], [B,H,V,K]
 
 
-def wkv7_reference(r, w, k, v, a, b, state):
+def wkv7_reference(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """WKV7 by its definition (RWKV-7 "Goose", arXiv 2503.14456).
 
     Per head, with the state S of shape [V,K] and every vector a column:

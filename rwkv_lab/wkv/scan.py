@@ -1,9 +1,10 @@
 """WKV4 over all tokens at once. It has no matrices to multiply; its parallel form is a scan in log2(T) rounds."""
 
 import torch
+from torch import Tensor
 
 
-def wkv4_chunked(w, u, k, v, state):
+def wkv4_chunked(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """WKV4 by doubling; shapes, dtypes and meaning as in `rwkv_lab.wkv.wkv4`, whose checks come before it.
 
     Entry t begins as what token t alone adds, `(v, 1, k)` for (a, b, p). Round i adds to it what entry t - 2^i has
