@@ -16,7 +16,7 @@ READY := .venv/ready
 TESTS_READY := .venv/ready-tests
 MERGEKIT := .venv/mergekit
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-RUN := $(BIN)/python -m papermill --cwd . --no-progress-bar --log-output --log-level WARNING
+RUN := $(BIN)/python -m rwkv_lab.workbench.batch --cwd .
 DEMO := reports/demo
 
 .PHONY: demo test lab lint bench clean

@@ -6,8 +6,9 @@ import time
 
 log = logging.getLogger(__name__)
 
-LOG_EVERY = 0.05  # of the total: at most 20 lines for one job, however long
+LOG_EVERY = 0.05  # of the total: at most 21 lines for one job, however long
 LOG_AFTER = 1.0  # seconds between two lines: a short job logs nothing
+LOG_LONG = 5.0  # seconds: a job that will take longer says so after its first step
 
 
 def frontend_present() -> bool:
@@ -31,6 +32,18 @@ def human_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
         n /= 1000
     raise AssertionError("unreachable")
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration in seconds, minutes or hours, two digits: 45 s, 11 min, 2.5 h."""
+    for unit, of in (("s", 1), ("min", 60)):
+        if seconds < 99.5 * of:
+            return f"{seconds / of:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _digits(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 99.5 else f"{rate:.3g}"
 
 
 class Progress:
@@ -63,16 +76,13 @@ class Progress:
             self._bar.update(amount)
             return
         now = time.perf_counter()
-        if self.done >= self.total * (self._logged + LOG_EVERY) and now >= self._last_line + LOG_AFTER:
-            self._logged, self._last_line = self.done / self.total, now
-            self._log()
-
-    def _log(self) -> None:
-        seconds = max(time.perf_counter() - self._start, 1e-9)
-        rate = self.done / seconds
-        show = human_bytes if self.unit == "B" else lambda n: f"{n:.3g} {self.unit}"
+        rate = self.done / max(now - self._start, 1e-9)
         left = (self.total - self.done) / rate
-        log.info("%s: %.0f %% (%s/s, %.0f s left)", self.label, 100 * self.done / self.total, show(rate), left)
+        early = self._logged == 0 and left >= LOG_LONG
+        if now >= self._last_line + LOG_AFTER and (early or self.done >= self.total * (self._logged + LOG_EVERY)):
+            self._logged, self._last_line = self.done / self.total, now
+            shown = human_bytes(rate) if self.unit == "B" else f"{_digits(rate)} {self.unit}"
+            log.info("%s: %.0f %% (%s/s, %s left)", self.label, 100 * self._logged, shown, human_seconds(left))
 
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:

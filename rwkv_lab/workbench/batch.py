@@ -1,0 +1,46 @@
+"""Runs a notebook as papermill does, showing what its cells print while they run:
+
+    python -m rwkv_lab.workbench.batch notebooks/train.ipynb reports/train/run.ipynb -p steps 100
+
+The arguments are papermill's. The kernel is reached through sockets in a folder of its own instead of TCP ports, so
+nothing of the run goes over the network, and ipykernel has nothing to warn of.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from papermill.cli import papermill
+from papermill.engines import NBClientEngine, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+
+class Engine(NBClientEngine):
+    """papermill's own way to execute a notebook, with another connection to the kernel."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
+        streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
+        options |= {name: stream for name, stream in streams.items() if not options.get(name)}
+        with tempfile.TemporaryDirectory(prefix="rwkv_lab-") as folder:  # short: a socket's path has 104 bytes
+            sockets = {"transport": "ipc", "ip": str(Path(folder) / "kernel")}
+            return super().execute_managed_notebook(
+                nb_man, kernel_name, config=Config({"KernelManager": sockets}), **options
+            )
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run a notebook; ends the process, with papermill's exit code."""
+    papermill_engines.register(None, Engine)
+    try:
+        # What the cells print takes the place of a bar that counts cells.
+        papermill(["--no-progress-bar", "--log-level", "WARNING", *(sys.argv[1:] if words is None else words)])
+    except PapermillExecutionError as e:
+        sys.exit(f"{e.ename}: {e.evalue}")  # the traceback is in the notebook
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Runs that make and tests start: what the cells print appears at once, and no warning of others beside it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(notebook: str, folder: Path, *options: str) -> list:
+    executed = folder / "run.ipynb"
+    run = [sys.executable, "-m", "rwkv_lab.workbench.batch", ROOT / "notebooks" / f"{notebook}.ipynb", executed]
+    return [*run, "-r", "report", str(folder / "report"), *options]
+
+
+def test_progress_with_time_left_appears_while_the_notebook_runs(environment, tmp_path):
+    """As `make demo` runs train.ipynb, with less to learn."""
+    sockets = tmp_path / "tmp"
+    sockets.mkdir()
+    less = ["-p", "steps", "60", "-p", "batch_size", "2"]
+    options = ["-r", "kind", "pretrain", "-r", "base", "", "-r", "data", "english", *less]
+    process = subprocess.Popen(
+        command("train", tmp_path, *options, "-r", "out", str(tmp_path / "out.pth")),
+        cwd=ROOT,
+        env={**environment, "TMPDIR": str(sockets)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = []
+    while not (lines and lines[-1].endswith(" left)")):
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        lines.append(line.strip())
+    assert process.poll() is None and lines[-1].startswith("pretrain: ") and " tokens/s, " in lines[-1]
+    assert any(name.startswith("kernel") for folder in sockets.glob("rwkv_lab-*") for name in os.listdir(folder))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and str(tmp_path / "report") in out
+    assert "TCP" not in err and "WARNING" not in err and list(sockets.iterdir()) == []
+    assert json.loads((tmp_path / "report" / "result.json").read_text())["status"] == "ok"
+
+
+def test_a_refusal_ends_with_a_code_and_the_message(environment, tmp_path):
+    done = subprocess.run(
+        command("inspect", tmp_path, "-r", "checkpoint", str(tmp_path / "none.pth")),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "TCP" not in done.stderr
+    assert done.stderr.startswith("CorruptFileError: ") and "none.pth" in done.stderr
+    assert json.loads((tmp_path / "report" / "result.json").read_text())["status"] == "failed"
