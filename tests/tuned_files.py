@@ -8,6 +8,13 @@ from rwkv_lab import RWKV_Dual
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.peft import LoraConfig, adapter_of, apply_peft, save_adapter
 
+ADAPTERS = {
+    "lora": dict(lora_r=3, lora_alpha=5),
+    "lora-besides": dict(lora_r=3, lora_target_modules=["att.key"], train_parts=["ln", "time_state", "emb"]),
+    "pissa-nf4": dict(method="pissa", lora_r=3, quant="nf4"),
+    "bat-int8": dict(method="miss", lora_r=4, miss_variant="bat-rwkv-peft", quant="int8"),
+}
+
 
 @torch.no_grad()
 def write_adapter(path: Path, base: Path, size: float = 0.05, seed: int = 1, **config) -> Path:
@@ -41,3 +48,12 @@ def write_fine_tune(path: Path, base: Path, size: float = 0.01, seed: int = 1, o
         tensors = {n: ck[n] for n in ck if only in n}
     write_checkpoint(path, {n: t + size * torch.randn(t.shape, generator=g) for n, t in tensors.items()})
     return path
+
+
+def write_tuned(path: Path, base: Path, kind: str, **values) -> Path:
+    """One of ADAPTERS, a "state", a "model", or its "norms" alone; `values` are those of the function for it."""
+    if kind in ADAPTERS:
+        return write_adapter(path, base, **ADAPTERS[kind], **values)
+    if kind == "state":
+        return write_state(path, base, **values)
+    return write_fine_tune(path, base, only="ln" if kind == "norms" else "", **values)

@@ -155,7 +155,7 @@ def _answers(model: RWKV_Dual, texts: dict[str, bytes]) -> _Answers:
         bits = {text: bits_per_byte(model, held_out, CTX_LEN) for text, held_out in texts.items()}
         samples = [model.generate_with_streaming(p, _SAMPLE, temperature=0.7, top_p=0.9, seed=0) for p in _PROMPTS]
     del model
-    gc.collect()  # the next model may need the room
+    gc.collect()  # the next model may need that memory
     return _Answers(logits, bits, samples)
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rwkv_lab.checkpoint import Checkpoint
-from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.checkpoint import Checkpoint, TensorInfo
+from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, LoraTarget, MissTarget, Values
 
 
@@ -50,12 +50,8 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """e to the entropy of σ / Σσ (Roy and Vetterli 2007): r for r equal singular values, 0 for no change."""
-        total = float(self.singular_values.sum())
-        if not total:
-            return 0.0
-        p = self.singular_values / total
-        return float(torch.exp(-(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()))
+        """Of its singular values: see `effective_rank`."""
+        return effective_rank(self.singular_values)
 
     def rank_for(self, share: float) -> int:
         """The least rank that keeps this share (0 to 1) of ‖Δ‖².
@@ -79,6 +75,26 @@ class Spectrum:
         total = float(energy.sum())
         return float(energy[:rank].sum()) / total if total else math.nan
 
+    def metrics(self, rank: int) -> dict[str, float]:
+        """What is reported of a change; `rank`: of a LoRA that might hold it."""
+        return {
+            "relative": self.relative,
+            "relative_spectral": self.relative_spectral,
+            "effective_rank": self.effective_rank,
+            "rank_90": self.rank_for(0.9),
+            "rank_99": self.rank_for(0.99),
+            f"share_of_rank_{rank}": self.share_of(rank),
+        }
+
+
+def effective_rank(singular_values: torch.Tensor) -> float:
+    """e to the entropy of σ / Σσ (Roy and Vetterli 2007): r for r equal singular values `[r]`, 0 for zeros alone."""
+    total = float(singular_values.sum())
+    if not total:
+        return 0.0
+    p = singular_values / total
+    return float(torch.exp(-(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()))
+
 
 def adapter_spectra(base: Checkpoint, adapter: Adapter, names: Collection[str] | None = None) -> Iterator[Spectrum]:
     """One per adapted matrix, in the base's order.
@@ -87,9 +103,11 @@ def adapter_spectra(base: Checkpoint, adapter: Adapter, names: Collection[str] |
         names: of the weights to look at, "blocks.0.att.key.weight"; None for all.
 
     Raises:
-        LayoutError: an adapter of another generation or other dimensions than the base.
+        LayoutError: no whole model, or an adapter of another generation or other dimensions than the base.
         NumericsError: NaN or Inf in the adapter or in a matrix of the base.
     """
+    if base.layout is None:
+        raise LayoutError(f"{base.path} is not a whole RWKV model (kind {base.kind!r}): {base.reason}")
     adapter.check({n: t.shape for n, t in base.info.items()}, base.layout)
     for name, info in base.info.items():
         target = adapter.targets.get(name.removesuffix(".weight"))
@@ -141,12 +159,12 @@ def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(first @ second) / length if length else math.nan
 
 
-def _singular_values(name: str, target: LoraTarget | MissTarget, info) -> torch.Tensor:
+def _singular_values(name: str, target: LoraTarget | MissTarget, info: TensorInfo) -> torch.Tensor:
     if isinstance(target, MissTarget):
         weight = info.read().double()
         return _svdvals(name, target.adapted_rows(weight) - weight)
     left, right = target.scaling * target.B.read().double(), target.A.read().double()  # [out,r], [r,in]
-    if target.init_A is not None:
+    if target.init_A is not None and target.init_B is not None:
         left = torch.cat([left, -target.scaling * target.init_B.read().double()], 1)  # [out,2r]
         right = torch.cat([right, target.init_A.read().double()], 0)  # [2r,in]
     _refuse_nonfinite(name, left, right)
@@ -156,7 +174,8 @@ def _singular_values(name: str, target: LoraTarget | MissTarget, info) -> torch.
 def _spectrum(name: str, weight: torch.Tensor, values: torch.Tensor) -> Spectrum:
     _refuse_nonfinite(name, weight)
     largest = float(torch.linalg.matrix_norm(weight, 2))
-    return Spectrum(name.removesuffix(".weight"), tuple(weight.shape), values, float(weight.norm()), largest)
+    rows, columns = weight.shape
+    return Spectrum(name.removesuffix(".weight"), (rows, columns), values, float(weight.norm()), largest)
 
 
 def _svdvals(name: str, matrix: torch.Tensor) -> torch.Tensor:

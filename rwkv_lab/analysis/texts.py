@@ -33,6 +33,15 @@ def excerpts(text: bytes, count: int, size: int) -> list[bytes]:
     return [text[start : start + size] for start in lines]
 
 
+def held_out_excerpts(data: str, count: int = 16, size: int = 512) -> bytes:
+    """Excerpts from all over what a corpus holds out, one after the other: `count` of `size` bytes.
+
+    Raises:
+        ParameterError: see `load_corpus`.
+    """
+    return b"".join(excerpts(held_out_text(data), count, size))
+
+
 def tokens_to_read(model: RWKV_Dual, batch: int, length: int, data: str = "english") -> tuple[torch.Tensor, str]:
     """Tokens `[B,T]` of held-out text, each row from another place of it, where the vocabulary tells its tokenizer,
     else fixed ones drawn at random; and where they come from, in words.

@@ -1,9 +1,10 @@
 """A tuned file beside its base: what it is, which tensors of the model it changes, and from what to what."""
 
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,66 +19,92 @@ from rwkv_lab.merge.refusals import check_base, check_dtypes, check_method, meth
 from rwkv_lab.names import is_block_matrix, split_block
 from rwkv_lab.patterns import is_selected, refuse_unmatched
 from rwkv_lab.peft import Adapter, quantised_and_back
-from rwkv_lab.peft.adapter import LoraTarget, Values
+from rwkv_lab.peft.adapter import LoraTarget, MissTarget, Values
 from rwkv_lab.peft.rwkv_peft_layout import NOTE
 
 
 @dataclass(frozen=True)
-class TunedFile:
-    """An adapter, a tuned state or a fine-tune beside its base, both open. Values are read when they are asked for."""
+class Tuning:
+    """An adapter, a tuned state or a fine-tune beside its base, both open. Values are read when they are needed."""
 
     base: Checkpoint
-    ck: Checkpoint
+    tuned: Checkpoint
     layout: Layout  # of the base
     method: str  # "state", "overlay" (a full or partial fine-tune), "lora", "pissa" or "miss"
     adapter: Adapter | None  # of the last three
     quant: str  # how the base was stored in training: "none", "int8" or "nf4"
 
     @property
-    def whole(self) -> Mapping[str, Values]:
+    def replacements(self) -> Mapping[str, Values]:
         """Tensors that take the place of the base's, by name."""
-        return self.adapter.full if self.adapter else self.ck.info
+        return self.adapter.full if self.adapter else self.tuned.info
 
     def names(self) -> list[str]:
         """Tensors of the model that it may change: the base's in their order, then those that the base lacks."""
         adapted = {f"{layer}.weight" for layer in self.adapter.targets} if self.adapter else set()
-        return [n for n in self.base.info if n in adapted or n in self.whole] + [
-            n for n in self.whole if n not in self.base.info
+        return [n for n in self.base.info if n in adapted or n in self.replacements] + [
+            n for n in self.replacements if n not in self.base.info
         ]
 
-    def changed(self) -> list[str]:
-        """Those of `names` that it does change.
+    def changed_names(self) -> list[str]:
+        """Those of `names` whose values differ from the base's.
 
         Raises:
             ParameterError: none of them.
             NumericsError: NaN or Inf in the tuned file or in what it changes of the base.
         """
-        found = [name for name in self.names() if self._moves(name)]
+        found = [name for name in self.names() if self._is_changed(name)]
         if not found:
             raise ParameterError(
-                f"{self.ck.path} changes nothing: with it every value is what it is in the base.\n"
+                f"{self.tuned.path} changes nothing: with it every value is what it is in the base.\n"
                 "Train it first, or name another file."
             )
         return found
 
-    def _moves(self, name: str) -> bool:
+    def _is_changed(self, name: str) -> bool:
         before, after = self.before(name), self.after(name)
         # A PiSSA that was not trained takes away what it adds, up to float64's rounding.
         return float((after - before).abs().max()) > 1e-13 * float(before.abs().max())
 
     def delta(self, name: str) -> torch.Tensor:
         """What is added to a tensor of the base, float64, in the tensor's shape."""
-        if self._target(name) is not None:
+        if self.adapter and self._target(name) is not None:
             return delta(self.base, self.adapter, name.removesuffix(".weight"))
         return self.after(name) - self.before(name)
+
+    @property
+    def state_names(self) -> list[str]:
+        """The tuned initial states, one per layer; empty where the tuning has not all of them."""
+        names = [f"blocks.{layer}.att.time_state" for layer in range(self.layout.n_layer)]
+        return names if all(name in self.replacements for name in names) else []
+
+    def state(self, values: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """The initial states of all layers, `[L,H,V,K]` float64.
+
+        Args:
+            values: `before` or `after`.
+        """
+        N = self.layout.head_size
+        return torch.stack([values(name).reshape(-1, N, N) for name in self.state_names])
+
+    def __str__(self) -> str:
+        """What it is in words: "a LoRA of rank 8 on 12 matrices"."""
+        if self.method == "state":
+            return "a tuned state"
+        if self.method == "overlay" or self.adapter is None:
+            return f"a fine-tune of {'the whole' if self.tuned.kind == 'model' else 'a part of the'} model"
+        ranks = sorted({target.rank for target in self.adapter.targets.values()})
+        called = {"lora": "a LoRA", "pissa": "a PiSSA adapter", "miss": "a MiSS adapter"}[self.method]
+        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        return f"{called} of rank {span} on {len(self.adapter.targets)} matrices"
 
     def before(self, name: str) -> torch.Tensor:
         """A tensor of the base as training had it, float64; zeros for one that the base lacks, such as time_state."""
         if name not in self.base.info:
-            return torch.zeros(self.whole[name].shape, dtype=torch.float64)
+            return torch.zeros(self.replacements[name].shape, dtype=torch.float64)
         weight, target = self._read(self.base.info[name]), self._target(name)
         if target is None or self.quant == "none":
-            return self._stored(weight) if self.is_stored(name) else weight
+            return self._stored(weight) if self.is_quantised(name) else weight
         residual = self._stored(target.residual_rows(weight))
         started = isinstance(target, LoraTarget) and target.init_A is not None
         return target.restored_rows(target.adapted_rows(residual)) if started else residual
@@ -86,24 +113,25 @@ class TunedFile:
         """The same tensor with the tuning, float64, shaped as the base's."""
         target = self._target(name)
         if target is None:
-            tuned = self._read(self.whole[name])
+            tuned = self._read(self.replacements[name])
             return tuned.reshape(self.base.info[name].shape) if name in self.base.info else tuned
         for part in target.tensors.values():
             self._read(part)
         return target.adapted_rows(self._stored(target.residual_rows(self._read(self.base.info[name]))))
 
-    def is_stored(self, name: str) -> bool:
+    def is_quantised(self, name: str) -> bool:
         """Whether training kept this tensor of the base in fewer bits."""
-        packed = self.quant != "none" and name not in self.whole
+        packed = self.quant != "none" and name not in self.replacements
         return packed and is_block_matrix(name, self.base.info[name].shape)
 
-    def count(self, name: str) -> int:
+    def trained_values(self, name: str) -> int:
         """How many values were trained to change this tensor."""
         target = self._target(name)
-        values = [self.whole[name]] if target is None else [v for p, v in target.tensors.items() if "init" not in p]
-        return sum(torch.Size(v.shape).numel() for v in values)
+        if target is None:
+            return math.prod(self.replacements[name].shape)
+        return sum(math.prod(values.shape) for part, values in target.tensors.items() if "init" not in part)
 
-    def _target(self, name: str):
+    def _target(self, name: str) -> LoraTarget | MissTarget | None:
         return self.adapter.targets.get(name.removesuffix(".weight")) if self.adapter else None
 
     def _stored(self, weight: torch.Tensor) -> torch.Tensor:
@@ -113,33 +141,35 @@ class TunedFile:
     def _read(self, values: Values) -> torch.Tensor:
         read = values.read().double()
         if not read.isfinite().all():
-            name = getattr(values, "name", "a tensor")
-            raise NumericsError(f"{name} holds NaN or Inf, in {self.ck.path.name} or its base: it cannot be measured.")
+            name, file = getattr(values, "name", "a tensor"), self.tuned.path.name
+            raise NumericsError(f"{name} holds NaN or Inf, in {file} or its base: it cannot be measured.")
         return read
 
 
 @dataclass(frozen=True)
-class Said:
-    """What an adapter's file may leave open, as a person said it; see `open_adapter`."""
+class TuningOptions:
+    """What an adapter's file may not state, as `merge` takes it; nothing is needed for other tuned files."""
 
-    alpha: float | None
-    pissa_init: str | None
-    parameters: Mapping[str, object]  # use_rslora, bat, residual_base, quant
+    alpha: float | None = None
+    pissa_init: str | Path | None = None
+    parameters: Mapping[str, object] = field(default_factory=dict)  # use_rslora, bat, residual_base, quant
 
     def __bool__(self) -> bool:
         return self.alpha is not None or self.pissa_init is not None or bool(self.parameters)
 
 
 @contextmanager
-def open_tuned(base: str | Path, tuned: str | Path, said: Said, direction_only: bool = False) -> Iterator[TunedFile]:
-    """Open a base and what was tuned on it.
+def open_tuning(
+    base: str | Path, tuned: str | Path, options: TuningOptions = TuningOptions(), direction_only: bool = False
+) -> Iterator[Tuning]:
+    """Open a base and what was tuned on it; only headers are read.
 
     Args:
         direction_only: the size of a LoRA's change does not matter, so that its alpha need not be known.
 
     Raises:
         LayoutError: no whole model, no tuning, or two files that do not go together.
-        ParameterError: one file given twice; something missing or contradictory in what was said.
+        ParameterError: one file given twice; an option that is missing, or that the file contradicts.
         CorruptFileError, UnsafeFileError: see `open_checkpoint`.
     """
     with ExitStack() as stack:
@@ -147,7 +177,7 @@ def open_tuned(base: str | Path, tuned: str | Path, said: Said, direction_only: 
         layout = check_base(base_ck, [])
         ck = stack.enter_context(open_checkpoint(tuned))
         refuse_same(base_ck, [ck])
-        method, adapter, quant = _opened(stack, ck, said, direction_only)
+        method, adapter, quant = _opened(stack, ck, options, direction_only)
         if adapter:
             adapter.check({n: t.shape for n, t in base_ck.info.items()}, layout)
         elif method == "state":
@@ -156,40 +186,43 @@ def open_tuned(base: str | Path, tuned: str | Path, said: Said, direction_only: 
             same_dimensions(ck, layout)
             check_full_tensors(base_ck, ck, layout, dict(ck.info), [])
             check_dtypes(ck)
-        yield TunedFile(base_ck, ck, layout, method, adapter, quant)
+        yield Tuning(base_ck, ck, layout, method, adapter, quant)
 
 
-def check_tuned(tuned: str | Path, said: Said, direction_only: bool = False) -> None:
-    """Refuse a file that is no tuning, and what was said of it, from its header alone.
+def check_tuning(tuned: str | Path, options: TuningOptions, direction_only: bool = False) -> None:
+    """Refuse a file that is no tuning, or options that do not fit it, from its header alone.
 
-    Raises: as `open_tuned`.
+    Raises:
+        RwkvLabError: as `open_tuning`.
     """
     with ExitStack() as stack:
-        _opened(stack, stack.enter_context(open_checkpoint(tuned)), said, direction_only)
+        _opened(stack, stack.enter_context(open_checkpoint(tuned)), options, direction_only)
 
 
-def _opened(stack: ExitStack, ck: Checkpoint, said: Said, direction_only: bool) -> tuple[str, Adapter | None, str]:
+def _opened(
+    stack: ExitStack, ck: Checkpoint, options: TuningOptions, direction_only: bool
+) -> tuple[str, Adapter | None, str]:
+    """(method, the adapter if it is one, how the base was stored in training)."""
     method = method_of(ck)
     if ck.kind not in KINDS:
-        if said:
+        if options:
             raise ParameterError(
                 f"alpha, pissa_init, parameters are of adapters; {ck.path.name} is a {ck.kind}: leave them out"
             )
         return method, None, "none"
-    if "unmerge" in said.parameters:
+    if "unmerge" in options.parameters:
         raise ParameterError("unmerge is for merging: nothing is merged here")
-    alpha = said.alpha
+    alpha, init, parameters = options.alpha, options.pissa_init, dict(options.parameters)
     silent = ck.kind == "lora" and ck.adapter_config is None and NOTE not in ck.metadata
-    if direction_only and silent and said.pissa_init is None and not said.parameters.get("residual_base"):
+    if direction_only and silent and init is None and not parameters.get("residual_base"):
         alpha = 1.0
-    given = (alpha, None, dict(said.parameters), said.pissa_init)
-    check_method(method, *given)
-    adapters = stack.enter_context(open_adapters([ck], "auto", alpha, None, said.pissa_init, dict(said.parameters)))
+    check_method(method, alpha, None, parameters, init)
+    adapters = stack.enter_context(open_adapters([ck], "auto", alpha, None, init, parameters))
     (adapter,) = adapters.opened
     return adapter.method, adapter, adapters.quant
 
 
-def part_of(name: str) -> str:
+def tensor_part(name: str) -> str:
     """What a tensor is a part of, whatever its layer: "att.key", "ln", "att, the rest", "emb"."""
     if re.search(r"(^|\.)ln\w*\.(weight|bias)$", name):
         return "ln"
@@ -202,7 +235,7 @@ def part_of(name: str) -> str:
     return f"{part}, the rest"
 
 
-def chosen(names: Sequence[str], targets: Sequence[str]) -> list[str]:
+def select_tensors(names: Sequence[str], targets: Sequence[str]) -> list[str]:
     """The names that patterns select (`rwkv_lab.patterns`); [] selects all.
 
     Raises:

@@ -17,7 +17,7 @@ def test_peft_on_its_defaults(batch, demo_folder):
         "heads",
         "head_sizes",
         "state_effect",
-        "leaving_out",
+        "ablation",
     }
     report = (run.folder / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 5 and str(run.folder.parent) not in report

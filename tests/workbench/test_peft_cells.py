@@ -9,49 +9,41 @@ import pytest
 import torch
 from models import snapshot
 from random_models import make_layout, write_model
-from torch.nn import functional as F
-from tuned_files import write_adapter, write_fine_tune, write_state
+from tuned_files import write_adapter, write_state, write_tuned
 
-from rwkv_lab import RWKV_Dual, plotting
-from rwkv_lab.analysis import tuning as tuned_file
-from rwkv_lab.analysis.texts import excerpts, held_out_text
+from rwkv_lab import plotting
+from rwkv_lab.analysis import tuned_model
+from rwkv_lab.analysis.spectra import Spectrum
+from rwkv_lab.analysis.tuning import TuningOptions
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.errors import OutputError, ParameterError, RwkvLabError
-from rwkv_lab.model import bits_per_byte
-from rwkv_lab.peft import count_parameters, load_adapter, open_adapter
 from rwkv_lab.plotting import png
 from rwkv_lab.workbench import panel as panels
 from rwkv_lab.workbench import start
 from rwkv_lab.workbench.parameters import read_parameters
-from rwkv_lab.workbench.peft import ablation, cells, state_effects
+from rwkv_lab.workbench.peft import cells
 from rwkv_lab.workbench.peft import figures as peft_figures
 from rwkv_lab.workbench.registry import parameters_of
 from rwkv_lab.workbench.steps import run_all
 
-ADAPTERS = {
-    "lora": dict(lora_r=3, lora_alpha=5),
-    "lora-besides": dict(lora_r=3, lora_target_modules=["att.key"], train_parts=["ln", "time_state", "emb"]),
-    "pissa-nf4": dict(method="pissa", lora_r=3, quant="nf4"),
-    "bat-int8": dict(method="miss", lora_r=4, miss_variant="bat-rwkv-peft", quant="int8"),
-}
 OF_MATRICES = ["energy_frobenius", "energy_spectral", "spectra", "effective_rank", "ranks"]
 OF_STATES = ["heads", "head_sizes", "state_effect"]
 FIGURES = {
-    "lora": ["counts", *OF_MATRICES, "leaving_out"],
-    "lora-besides": ["counts", *OF_MATRICES, *OF_STATES, "leaving_out"],
-    "pissa-nf4": ["counts", *OF_MATRICES, "leaving_out"],
-    "bat-int8": ["counts", *OF_MATRICES, "leaving_out"],
-    "state": ["counts", *OF_STATES, "leaving_out"],
-    "model": ["counts", *OF_MATRICES, "leaving_out"],
-    "norms": ["counts", "energy_frobenius", "leaving_out"],
+    "lora": ["counts", *OF_MATRICES, "ablation"],
+    "lora-besides": ["counts", *OF_MATRICES, *OF_STATES, "ablation"],
+    "pissa-nf4": ["counts", *OF_MATRICES, "ablation"],
+    "bat-int8": ["counts", *OF_MATRICES, "ablation"],
+    "state": ["counts", *OF_STATES, "ablation"],
+    "model": ["counts", *OF_MATRICES, "ablation"],
+    "norms": ["counts", "energy_frobenius", "ablation"],
 }
 
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
     """Little text, and figures that are made but not painted: that is done below, and in batch."""
-    monkeypatch.setattr(ablation, "_EXCERPTS", 3)
-    monkeypatch.setattr(state_effects, "_TEXTS", 2)
+    monkeypatch.setattr(cells, "_EXCERPTS", 3)
+    monkeypatch.setattr(cells, "_TEXTS", 2)
     monkeypatch.setattr(plotting, "png", lambda figure: b"\x89PNG")
 
 
@@ -69,11 +61,7 @@ def made_once(demo_folder, tmp_path_factory):
         path = folder / f"{kind}{values}.pth"
         if path.exists():
             return path
-        if kind in ADAPTERS:
-            return write_adapter(path, base, **ADAPTERS[kind], **values)
-        if kind == "state":
-            return write_state(path, base, **values)
-        return write_fine_tune(path, base, only="ln" if kind == "norms" else "", **values)
+        return write_tuned(path, base, kind, **values)
 
     return make
 
@@ -112,59 +100,6 @@ def test_every_kind_ends_well(run, made, kind, capsys):
     assert same == [None if kind == "norms" else True]
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_counts_are_those_of_the_model_that_is_trained(run, made, base, kind):
-    path = made(kind)
-    run = run(path)
-    cells.describe(run)
-    model = RWKV_Dual.from_pretrained(base)
-    with open_adapter(path) as adapter:
-        load_adapter(model, adapter)
-    counted = count_parameters(model)
-    assert (run.record.metrics["trained"], run.record.metrics["frozen"]) == (counted.trained, counted.frozen)
-
-
-def test_counts_of_a_state_and_of_fine_tunes(run, made, base):
-    with open_checkpoint(base) as ck:
-        total = sum(t.numel for t in ck.info.values())
-        norms = sum(t.numel for n, t in ck.info.items() if "ln" in n)
-    for kind, trained, frozen in (
-        ("state", 2 * 2 * 16 * 16, total),
-        ("model", total, 0),
-        ("norms", norms, total - norms),
-    ):
-        one = run(made(kind))
-        cells.describe(one)
-        assert (one.record.metrics["trained"], one.record.metrics["frozen"]) == (trained, frozen)
-
-
-def test_a_known_change_is_measured_as_it_is(run, base, tmp_path):
-    with open_checkpoint(base) as ck:
-        tensors = {n: ck[n].double() for n in ck}
-    weight = tensors["blocks.1.att.key.weight"]
-    u, s, v = torch.linalg.svd(weight)
-    change = (
-        3 * s[0] * u[:, :1] @ v[:1] + s[0] * u[:, 1:2] @ v[1:2]
-    )  # σ of the change: 3 and 1 times the base's largest
-    tensors["blocks.1.att.key.weight"] = weight + change
-    tensors["blocks.0.ln1.weight"] = 1.5 * tensors["blocks.0.ln1.weight"]
-    write_checkpoint(tmp_path / "t.pth", tensors)
-    run = run(tmp_path / "t.pth", rank=1)
-    names = cells.describe(run)
-    assert names == ["blocks.0.ln1.weight", "blocks.1.att.key.weight"]
-    changes = cells.measure(run, names)
-    assert changes.others == {"blocks.0.ln1.weight": pytest.approx(0.5)}
-    assert run.record.metrics["matrices"]["blocks.1.att.key"] == {
-        "relative": pytest.approx(math.sqrt(10) * float(s[0]) / float(weight.norm())),
-        "relative_spectral": pytest.approx(3),
-        "effective_rank": pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))),
-        "rank_90": 1,
-        "rank_99": 2,
-        "share_of_rank_1": pytest.approx(0.9),
-    }
-    assert [check.passed for check in run.record.checks] == [True]
-
-
 def test_cosines(run, base, tmp_path):
     g = torch.Generator().manual_seed(0)
     A, B = torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g)
@@ -187,48 +122,6 @@ def test_tunings_without_a_common_tensor_are_not_compared(run, made, capsys):
     assert "nothing to compare" in capsys.readouterr().out
 
 
-def test_leaving_out_a_layer_is_an_adapter_without_it(run, made, base):
-    path = made("lora")
-    run = run(path)
-    ablation.show_ablation(run, cells.describe(run))
-    found = run.record.metrics["bits_per_byte"]
-    text = b"".join(excerpts(held_out_text("english"), 3, 512))
-
-    def bits(keep):
-        model = RWKV_Dual.from_pretrained(base).requires_grad_(False)
-        with open_adapter(path) as adapter:
-            targets = {x: t for x, t in adapter.targets.items() if keep(x)}
-            if targets:
-                load_adapter(model, replace(adapter, targets=targets))
-        return pytest.approx(bits_per_byte(model, text, 256), rel=1e-5)
-
-    assert found["with"] == bits(lambda x: True) and found["without"] == bits(lambda x: False)
-    assert found["layers"] == {f"layer {i}": bits(lambda x, i=i: f"blocks.{i}." not in x) for i in (0, 1)}
-    assert found["parts"]["ffn.value"] == bits(lambda x: not x.endswith("ffn.value")) and len(found["parts"]) == 6
-
-
-def test_a_state_is_followed_along_the_text(run, made, base, monkeypatch):
-    monkeypatch.setattr(state_effects, "_TEXTS", 1)
-    path = made("state")
-    run = run(path)
-    cells.describe(run)
-    state_effects.show_heads(run)
-    state_effects.show_effect(run)
-    found = run.record.metrics["state_effect"]
-    model = RWKV_Dual.from_pretrained(base).requires_grad_(False)
-    tokens = torch.tensor(model.tokenizer.encode(held_out_text("english")))[None, :129]
-    logits = [model.parallel(tokens[:, :-1], s)[0][0] for s in (model.create_state(1, tuned=path), None)]
-    tuned, plain = (x.double().log_softmax(1) for x in logits)
-    kl = F.kl_div(plain, tuned, reduction="none", log_target=True).sum(1) / math.log(2)
-    # Both ways round logits in float32; a KL is of second order in what differs.
-    torch.testing.assert_close(torch.tensor(found["kl_bits"]).double(), kl, rtol=1e-4, atol=1e-9)
-    saved = (F.cross_entropy(logits[1], tokens[0, 1:]) - F.cross_entropy(logits[0], tokens[0, 1:])) / math.log(2)
-    assert sum(found["bits_saved"]) / 128 == pytest.approx(float(saved), abs=1e-5)
-    with open_checkpoint(path) as ck:
-        head = ck["blocks.1.att.time_state"][0]
-    assert run.record.metrics["state"]["norm"][1][0] == pytest.approx(float(head.norm()))
-
-
 def test_targets_choose_what_is_measured(run, made):
     run = run(made("lora"), targets=["att.key", "blocks.1.ffn.*"])
     names = cells.describe(run)
@@ -239,7 +132,7 @@ def test_targets_choose_what_is_measured(run, made):
         "blocks.1.ffn.value",
     ]
     assert [f"{s.name}.weight" for s in cells.measure(run, names).spectra] == names
-    ablation.show_ablation(run, names)
+    cells.show_ablation(run, names)
     assert set(run.record.metrics["bits_per_byte"]["parts"]) == {"att.key", "ffn.key", "ffn.value"}
 
 
@@ -258,7 +151,7 @@ def test_models_whose_vocabulary_tells_no_tokenizer_are_measured_as_far_as_that_
 
 
 def test_a_model_without_room_is_measured_without_being_run(run, made, monkeypatch):
-    monkeypatch.setattr(ablation, "memory_free", lambda: 1000)
+    monkeypatch.setattr(tuned_model, "memory_free", lambda: 1000)
     run = run(made("state"))
     run_all(run)
     found = result(run)
@@ -267,7 +160,7 @@ def test_a_model_without_room_is_measured_without_being_run(run, made, monkeypat
 
 
 def test_a_tuning_that_answers_otherwise_than_it_was_trained_fails(run, made, monkeypatch):
-    monkeypatch.setattr(ablation, "load_adapter", lambda *_: None)
+    monkeypatch.setattr(tuned_model, "load_adapter", lambda *_: None)
     run = run(made("lora", size=0.5))
     with pytest.raises(OutputError, match="as it was trained"):
         run_all(run)
@@ -305,7 +198,7 @@ def nan_in(path, name):
         ("NaN in a model", "NumericsError", "blocks.1.att.key.weight"),
         ("NaN in the base", "NumericsError", "blocks.1.att.key.weight"),
         ("an adapter as the base", "LayoutError", "not a whole RWKV model"),
-        ("targets", "ParameterError", "near it: att.key"),
+        ("targets", "ParameterError", "for example: att.key"),
         ("no text", "ParameterError", "none.txt"),
         ("a second of another model", "LayoutError", "other"),
     ],
@@ -382,8 +275,8 @@ def test_wrong_parameters_are_refused(values, says):
 def test_what_is_said_of_two_adapters():
     given = {"alpha": 3.0, "pissa_init": ["", "/i.pth"], "parameters": {"bat": ["hf", None], "quant": "nf4"}}
     config = read_parameters(parameters_of("peft"), given, names_are_all=True)
-    assert config.said(0) == tuned_file.Said(3.0, None, {"bat": "hf", "quant": "nf4"})
-    assert config.said(1) == tuned_file.Said(None, "/i.pth", {})
+    assert config.tuning_options(0) == TuningOptions(3.0, None, {"bat": "hf", "quant": "nf4"})
+    assert config.tuning_options(1) == TuningOptions(None, "/i.pth", {})
 
 
 def test_the_panel(run, made, monkeypatch):
@@ -399,26 +292,10 @@ def test_the_panel(run, made, monkeypatch):
     assert '"use_rslora"' in panel.fields["parameters"].widget.placeholder
 
 
-def test_parts_and_choices():
-    names = ["emb.weight", "blocks.0.ln1.bias", "blocks.0.att.ln_x.weight", "blocks.11.att.key.weight", "ln_out.bias"]
-    assert [tuned_file.part_of(n) for n in names] == ["emb", "ln", "ln", "att.key", "ln"]
-    assert tuned_file.part_of("blocks.0.att.w1") == "att, the rest"
-    assert tuned_file.part_of("blocks.0.att.time_state") == "att.time_state"
-    assert tuned_file.chosen(names, []) == names
-    assert tuned_file.chosen(names, ["key", "ln_out.*"]) == [names[3], names[4]]
-
-
-def test_excerpts_begin_where_lines_do():
-    text = b"".join(b"line %03d\n" % i for i in range(100))
-    found = excerpts(text, 7, 20)
-    assert len(found) == 7 and all(x.startswith(b"line ") and len(x) == 20 for x in found) and len(set(found)) == 7
-    assert excerpts(b"one line without an end", 2, 8) == [b"one line"] * 2
-
-
 @pytest.mark.parametrize("many", [1, 33])
 def test_figures_of_any_size(many):
     def spectrum(name):
-        return cells.Spectrum(name, (8, 8), torch.rand(8).double().sort(descending=True).values, 1.0, 1.0)
+        return Spectrum(name, (8, 8), torch.rand(8).double().sort(descending=True).values, 1.0, 1.0)
 
     spectra = [spectrum(f"blocks.{i}.att.m{kind}$_<b>") for i in (0, 1) for kind in range(min(many, 13))]
     spectra.append(replace(spectra[0], singular_values=torch.zeros(8).double()))
@@ -433,8 +310,8 @@ def test_figures_of_any_size(many):
         peft_figures.cosine_map(cosines, "t", "s"),
         peft_figures.state_heads(state, "s"),
         peft_figures.head_map(abs(state[..., 0, 0]), abs(state[..., 1, 1]), 4, "s"),
-        peft_figures.effect_along_text(torch.rand(3, tokens).numpy(), torch.randn(3, tokens).numpy(), "s"),
-        peft_figures.costs_of_leaving_out([costs, {}], 0.2, "s"),
+        peft_figures.effect_by_position(torch.rand(3, tokens).numpy(), torch.randn(3, tokens).numpy(), "s"),
+        peft_figures.ablation_costs([costs, {}], 0.2, "s"),
     ]
     for figure in made:
         assert png(figure).startswith(b"\x89PNG")

@@ -1,38 +1,26 @@
-"""What the cells of peft.ipynb call, in their order. Each shows its part, and notes it for result and report.
-
-The effect of a tuned state, and the ablation of a tuning's parts, stand in `state_effects` and `ablation`.
-"""
+"""What the cells of peft.ipynb call, in their order. Each shows its part, and notes it for result and report."""
 
 import math
-from dataclasses import dataclass
 
 from IPython.display import display
 
-from rwkv_lab.analysis.spectra import Spectrum, adapter_spectra, cosine, model_spectra
-from rwkv_lab.analysis.texts import held_out_text
-from rwkv_lab.analysis.tuning import TunedFile, chosen, open_tuned, part_of
+from rwkv_lab.analysis.ablation import measure_ablation
+from rwkv_lab.analysis.changes import Changes, compare_directions, count_values, measure_changes
+from rwkv_lab.analysis.state_effects import measure_state_effect, state_heads
+from rwkv_lab.analysis.texts import held_out_excerpts, held_out_text
+from rwkv_lab.analysis.tuning import open_tuning, select_tensors
 from rwkv_lab.checkpoint import file_facts
-from rwkv_lab.checks import Check
 from rwkv_lab.names import split_block
 from rwkv_lab.plotting import layer_map
 from rwkv_lab.train import CORPORA
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.peft import figures
-from rwkv_lab.workbench.peft.ablation import show_ablation
-from rwkv_lab.workbench.peft.state_effects import show_effect, show_heads
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step
 from rwkv_lab.workbench.tables import Table
 
-_AGREE = 1e-6  # between two ways to ‖Δ‖ in float64, where Δ is as small as a rounding of float32 in W
-
-
-@dataclass(frozen=True)
-class Changes:
-    """What was found: of matrices their spectra, of other tensors of the base ‖Δ‖ / ‖W‖, in its order."""
-
-    spectra: list[Spectrum]
-    others: dict[str, float]  # NaN beside zeros
+_TEXTS, _TOKENS = 16, 128  # beginnings of texts that a state is followed along, and tokens of each
+_EXCERPTS, _EXCERPT_BYTES = 16, 512  # of held-out text, for the ablation
 
 
 def describe(run: Run) -> list[str]:
@@ -45,19 +33,17 @@ def describe(run: Run) -> list[str]:
     run.begin_again()
     if run.config.data not in CORPORA:
         held_out_text(run.config.data)  # what is wrong with it is said now, not when it is read
-    with run.timed("open"), open_tuned(*_files(run)) as t:
-        run.record.inputs = [file_facts(t.base), file_facts(t.ck)]
-        changed = t.changed()
-        names = chosen(changed, run.config.targets)
-        counts = _counts(t, changed)
-        trained = sum(row[1] for row in counts.values())
-        replaced = sum(t.count(n) for n in changed if n in t.whole and n in t.base.info)
-        frozen = sum(row[0] for row in counts.values()) - replaced
-        name = t.ck.path.name
-        run.page.headline = f"{name}, {_in_words(t)}, trains {trained:,} values; {frozen:,} of the base stay frozen."
+    with run.timed("open"), open_tuning(*_files(run)) as t:
+        run.record.inputs = [file_facts(t.base), file_facts(t.tuned)]
+        changed = t.changed_names()
+        names = select_tensors(changed, run.config.targets)
+        counts = count_values(t, changed)
+        trained, frozen = counts.trained, counts.frozen
+        name = t.tuned.path.name
+        run.page.headline = f"{name}, {t}, trains {trained:,} values; {frozen:,} of the base stay frozen."
         run.page.facts = [
             ("base", f"{t.base.path.name}: {t.layout}"),
-            ("tuned", f"{name}: {_in_words(t)}"),
+            ("tuned", f"{name}: {t}"),
             ("trained", f"{trained:,} values, {trained / (trained + frozen):.3%} of all"),
             ("frozen", f"{frozen:,} values"),
             ("tensors changed", f"{len(changed)} of {len(t.base.info)}, {len(names)} of them measured here"),
@@ -66,11 +52,11 @@ def describe(run: Run) -> list[str]:
             run.page.facts.append(("base in training", f"stored as {t.quant}, and taken as that here"))
         if t.adapter and t.adapter.residual_base:
             run.page.facts.append(("PiSSA", "without its start: the base is taken for what the SVD left over"))
-        run.record.metrics |= {"kind": t.ck.kind, "method": t.method, "trained": trained, "frozen": frozen}
-        rows = [(part, *row, row[1] / row[0] if row[0] else math.nan) for part, row in counts.items()]
+        run.record.metrics |= {"kind": t.tuned.kind, "method": t.method, "trained": trained, "frozen": frozen}
+        rows = [(part, *row, row[1] / row[0] if row[0] else math.nan) for part, row in counts.parts.items()]
         table = Table("How much is trained", ("part", "values in the base", "values trained", "share"), rows)
         run.page.tables = [table]
-        figure = figures.counts_by_part(counts, _subtitle(run))
+        figure = figures.counts_by_part(counts.parts, _subtitle(run))
     display(Table(run.page.headline, ("", ""), run.page.facts), table)
     caption = "Values of each part of the base, and how many were trained to change it; a logarithmic scale."
     run.show_figure("counts", "How much is trained, and where?", caption, figure)
@@ -83,31 +69,12 @@ def measure(run: Run, names: list[str]) -> Changes:
     Raises:
         NumericsError: NaN or Inf in a matrix.
     """
-    with run.timed("spectra"), open_tuned(*_files(run)) as t:
-        spectra = list(model_spectra(t.base, t.whole, set(names)))
-        if t.adapter:
-            spectra += adapter_spectra(t.base, t.adapter, set(names))
-        place = {name.removesuffix(".weight"): i for i, name in enumerate(names)}
-        spectra.sort(key=lambda s: place[s.name])
-        matrices = {f"{s.name}.weight" for s in spectra}
-        others = {n: _relative(t, n) for n in names if n in t.base.info and n not in matrices}
-        apart = max((_apart(t, s) for s in spectra), default=None)
-    if apart is not None:
-        name = "‖Δ‖ from singular values, against Δ written out: largest relative difference"
-        run.record.checks.append(Check(name, float(f"{apart:.1g}"), _AGREE, apart <= _AGREE))
-    rank = run.config.rank
-    run.record.metrics["matrices"] = {
-        s.name: {
-            "relative": s.relative,
-            "relative_spectral": s.relative_spectral,
-            "effective_rank": s.effective_rank,
-            "rank_90": s.rank_for(0.9),
-            "rank_99": s.rank_for(0.99),
-            f"share_of_rank_{rank}": s.share_of(rank),
-        }
-        for s in spectra
-    }
-    run.record.metrics["others"] = others
+    with run.timed("spectra"), open_tuning(*_files(run)) as t:
+        changes = measure_changes(t, names)
+    spectra, rank = changes.spectra, run.config.rank
+    run.record.checks += changes.checks
+    run.record.metrics["matrices"] = {s.name: s.metrics(rank) for s in spectra}
+    run.record.metrics["others"] = changes.others
     columns = ("matrix", "shape", "‖Δ‖", "‖Δ‖ / ‖W‖", "σ₁(Δ) / σ₁(W)", "effective rank", "for 90 %", "for 99 %")
     rows = [
         (
@@ -125,12 +92,12 @@ def measure(run: Run, names: list[str]) -> Changes:
     ]
     if not rows:
         print("No matrix of the base is changed: there are no singular values to show.")
-        return Changes(spectra, others)
+        return changes
     note = "Δ is what tuning adds to W; σ₁ is the largest singular value. Ranks and shares are of ‖Δ‖²."
     table = Table("What changed, matrix by matrix", (*columns, f"kept at rank {rank}"), rows, note)
     run.page.tables.append(table)
     display(table)
-    return Changes(spectra, others)
+    return changes
 
 
 def show_energy(run: Run, changes: Changes) -> None:
@@ -183,26 +150,105 @@ def compare(run: Run, names: list[str]) -> dict[str, float]:
         print("second is empty: there is no other tuning to compare with.")
         return {}
     second = input_path(run.config.second)
-    base, tuned, said = _files(run)
+    base, tuned, options = _files(run)
     with (
         run.timed("compare"),
-        open_tuned(base, tuned, said) as one,
-        open_tuned(base, second, run.config.said(1), direction_only=True) as two,
+        open_tuning(base, tuned, options) as one,
+        open_tuning(base, second, run.config.tuning_options(1), direction_only=True) as two,
     ):
-        run.record.inputs.append(file_facts(two.ck))
-        both = set(two.changed())
-        cosines = {n: cosine(one.delta(n), two.delta(n)) for n in names if n in both}
-        chance = {n: 1 / math.sqrt(one.delta(n).numel()) for n in cosines}
-    run.page.facts.append(("compared with", f"{second.name}: {_in_words(two)}"))
+        run.record.inputs.append(file_facts(two.tuned))
+        found = compare_directions(one, two, names)
+    cosines = found.cosines
+    run.page.facts.append(("compared with", f"{second.name}: {two}"))
     run.record.metrics["cosines"] = cosines
     if not cosines:
         print(f"{second.name} changes no tensor that {tuned.name} changes, too: they have nothing to compare.")
         return {}
     title = "Do the two tunings pull the same way? Cosine of their changes"
-    figure = figures.cosine_map(cosines, title, f"{_subtitle(run)}\nbeside {second.name}: {_in_words(two)}")
-    caption = f"1 the same direction, −1 opposite; chance alone gives about ±{max(chance.values()):.1g} or less."
+    figure = figures.cosine_map(cosines, title, f"{_subtitle(run)}\nbeside {second.name}: {two}")
+    caption = f"1 the same direction, −1 opposite; chance alone gives about ±{max(found.chance.values()):.1g} or less."
     run.show_figure("cosines", title, caption, figure)
     return cosines
+
+
+def show_heads(run: Run) -> None:
+    """Every head of a tuned state as a picture; how large each is, and in how many directions it lies."""
+    with run.timed("heads"), open_tuning(*_files(run)) as t:
+        if not t.state_names:
+            print(f"{t.tuned.path.name} holds no tuned state (time_state): there are no heads to show.")
+            return
+        found, name = state_heads(t), t.tuned.path.name
+    named = zip(found.state.shape, ("layers", "heads", "values", "keys"), strict=True)
+    subtitle = f"{name}: {', '.join(f'{n} {what}' for n, what in named)}"
+    run.record.metrics["state"] = {
+        "norm": found.norms.tolist(),
+        "effective_rank": found.effective_ranks.tolist(),
+    }
+    caption = "One scale for all; the colours end at the 99.5th percentile of the absolute values."
+    title = "What did tuning write into each head's state?"
+    run.show_figure("heads", title, caption, figures.state_heads(found.state.numpy(), subtitle))
+    caption = "e to the entropy of the singular values' shares: 1 where a head holds a single pair of value and key."
+    title = "Which heads hold the state, and in how many directions?"
+    figure = figures.head_map(found.norms.numpy(), found.effective_ranks.numpy(), found.full_rank, subtitle)
+    run.show_figure("head_sizes", title, caption, figure)
+
+
+def show_effect(run: Run) -> None:
+    """The effect of a tuned state by token position: how far predictions move, and what that gains."""
+    with run.timed("effect"), open_tuning(*_files(run)) as t:
+        if not t.state_names:
+            print(f"{t.tuned.path.name} holds no tuned state (time_state): there is no effect to follow.")
+            return
+        found, name = measure_state_effect(t, run.config.data, _TEXTS, _TOKENS), t.tuned.path.name
+    run.record.checks += found.checks
+    if not found.measured:
+        print(found.checks[-1])
+        return
+    run.record.metrics["state_effect"] = {
+        "kl_bits": found.kl_bits.mean(0).tolist(),
+        "bits_saved": found.bits_saved.mean(0).tolist(),
+        "tokens": found.source,
+    }
+    subtitle = f"{name}; {_TEXTS} texts of {_TOKENS} tokens, {found.source}"
+    figure = figures.effect_by_position(found.kl_bits.numpy(), found.bits_saved.numpy(), subtitle)
+    caption = (
+        "Above: the divergence of the prediction with the state from that without it. Below: how many bits fewer the "
+        "next token takes with the state, as means over spans that double; below zero the state does harm."
+    )
+    title = "What is the effect of the tuned state by token position, and does it help?"
+    run.show_figure("state_effect", title, caption, figure)
+
+
+def show_ablation(run: Run, names: list[str]) -> None:
+    """Bits per byte with everything, with nothing, and without each layer's and each kind of matrix's tuning."""
+    with run.timed("ablation"), open_tuning(*_files(run)) as t:
+        text = held_out_excerpts(run.config.data, _EXCERPTS, _EXCERPT_BYTES)
+        found = measure_ablation(t, names, text)
+    run.record.checks += found.checks
+    if not found.measured:
+        print(found.checks[-1])
+        return
+    tuned, base, without = found.tuned, found.base, (found.layers, found.parts)
+    run.record.metrics["bits_per_byte"] = {
+        "with": tuned,
+        "without": base,
+        "layers": found.layers,
+        "parts": found.parts,
+    }
+    subtitle = (
+        f"{run.page.facts[1][1]}\n{tuned:.3f} bits per byte with it, {base:.3f} without, "
+        f"of {len(text):,} bytes here and there of what is held out of {run.config.data!r}"
+    )
+    costs = [{label: bits - tuned for label, bits in group.items()} for group in without]
+    figure = figures.ablation_costs(costs, base - tuned, subtitle)
+    title = "Which layers' tuning matters?"
+    caption = "Tensors are set back to the base's, the others stay tuned. Losses need not add up: layers work together."
+    run.show_figure("ablation", title, caption, figure)
+    rows = [("nothing", tuned, 0.0)] + [(n, b, b - tuned) for group in without for n, b in group.items()]
+    columns = ("without", "bits per byte", "more than with all of it")
+    table = Table("Held-out text without parts of the tuning", columns, [*rows, ("all of it", base, base - tuned)])
+    run.page.tables.append(table)
+    display(table)
 
 
 def show_verdict(run: Run) -> None:
@@ -212,40 +258,7 @@ def show_verdict(run: Run) -> None:
 
 
 def _files(run: Run) -> tuple:
-    return input_path(run.config.base), input_path(run.config.adapter), run.config.said(0)
-
-
-def _counts(t: TunedFile, changed: list[str]) -> dict[str, tuple[int, int]]:
-    """part -> (values in the base, values trained)."""
-    counts: dict[str, tuple[int, int]] = {}
-    trains = set(changed)
-    for name in dict.fromkeys([*t.base.info, *changed]):
-        there = t.base.info[name].numel if name in t.base.info else 0
-        before, trained = counts.get(part_of(name), (0, 0))
-        counts[part_of(name)] = before + there, trained + (t.count(name) if name in trains else 0)
-    return counts
-
-
-def _apart(t: TunedFile, s: Spectrum) -> float:
-    """How far ‖Δ‖ is off, of ‖Δ‖ or, where that is tiny, of what a rounding in W comes to."""
-    written = float(t.delta(f"{s.name}.weight").norm())
-    return abs(written - s.frobenius) / (written + _AGREE * s.base_frobenius)
-
-
-def _relative(t: TunedFile, name: str) -> float:
-    before = float(t.before(name).norm())
-    return float(t.delta(name).norm()) / before if before else math.nan
-
-
-def _in_words(t: TunedFile) -> str:
-    if t.method == "state":
-        return "a tuned state"
-    if t.method == "overlay":
-        return "a fine-tune of the whole model" if t.ck.kind == "model" else "a fine-tune of a part of the model"
-    ranks = sorted({target.rank for target in t.adapter.targets.values()})
-    called = {"lora": "a LoRA", "pissa": "a PiSSA adapter", "miss": "a MiSS adapter"}[t.method]
-    span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    return f"{called} of rank {span} on {len(t.adapter.targets)} matrices"
+    return input_path(run.config.base), input_path(run.config.adapter), run.config.tuning_options(0)
 
 
 def _subtitle(run: Run) -> str:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from rwkv_lab.analysis.spectra import Spectrum
-from rwkv_lab.analysis.tuning import part_of
+from rwkv_lab.analysis.tuning import tensor_part
 from rwkv_lab.names import split_block
 from rwkv_lab.plotting import BLUE, GREEN, GREY, ORANGE, SKY, quiet, titled
 from rwkv_lab.text import shown
@@ -202,14 +202,14 @@ def head_map(norms: np.ndarray, ranks: np.ndarray, size: int, subtitle: str) -> 
     return figure
 
 
-def effect_along_text(kl: np.ndarray, saved: np.ndarray, subtitle: str) -> Figure:
+def effect_by_position(kl: np.ndarray, saved: np.ndarray, subtitle: str) -> Figure:
     """How far predictions with the tuned state are from those without it, token by token, and what that gains.
 
     Args:
         kl: divergence of both predictions after each token, in bits, `[B,T]`.
         saved: bits fewer that the next token takes with the state, `[B,T]`.
     """
-    figure = titled(4.6, "How long does the tuned state speak, and does it help?", subtitle)
+    figure = titled(4.6, "Effect of the tuned state by token position, and whether it helps", subtitle)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     T = kl.shape[1]
     at = np.arange(1, T + 1)
@@ -248,8 +248,8 @@ def effect_along_text(kl: np.ndarray, saved: np.ndarray, subtitle: str) -> Figur
     return figure
 
 
-def costs_of_leaving_out(costs: Sequence[Mapping[str, float]], all_of_it: float, subtitle: str) -> Figure:
-    """What held-out text costs more when the tuning of one layer, or of one kind of matrix, is left out.
+def ablation_costs(costs: Sequence[Mapping[str, float]], all_of_it: float, subtitle: str) -> Figure:
+    """What held-out text costs more without the tuning of one layer, or of one kind of matrix.
 
     Args:
         costs: label -> bits per byte more than with everything; one mapping per panel, empty ones are not drawn.
@@ -264,7 +264,7 @@ def costs_of_leaving_out(costs: Sequence[Mapping[str, float]], all_of_it: float,
         bars = axes.barh(np.arange(len(values)), values, color=np.where(values < 0, ORANGE, BLUE), height=0.7)
         axes.bar_label(bars, [f"{v:+.3f}" for v in values], fontsize=7.5, padding=3)
         _rows(axes, list(panel))
-        axes.axvline(all_of_it, color=GREEN, linestyle="--", label=f"all of it left out: {all_of_it:+.3f}")
+        axes.axvline(all_of_it, color=GREEN, linestyle="--", label=f"without any of it: {all_of_it:+.3f}")
         axes.axvline(0, color="black", linewidth=0.8)
         axes.margins(x=0.18)
         axes.set_xlabel("bits per byte more than with all of it")
@@ -276,7 +276,7 @@ def costs_of_leaving_out(costs: Sequence[Mapping[str, float]], all_of_it: float,
 def _by_part(spectra: Sequence[Spectrum]) -> dict[str, list[Spectrum]]:
     kinds: dict[str, list[Spectrum]] = {}
     for s in spectra:
-        kinds.setdefault(part_of(f"{s.name}.weight"), []).append(s)
+        kinds.setdefault(tensor_part(f"{s.name}.weight"), []).append(s)
     return kinds
 
 

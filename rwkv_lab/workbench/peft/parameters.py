@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from rwkv_lab.analysis.tuning import Said, check_tuned
+from rwkv_lab.analysis.tuning import TuningOptions, check_tuning
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.spec import Number, Patterns, Text
 from rwkv_lab.workbench.parameters import DEMO, Asked, InputOrEmpty, InputPath, Parameters, PathOrEmpty
@@ -33,15 +33,15 @@ class PeftParameters(Parameters):
     )
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/peft")
 
-    def said(self, which: int) -> Said:
-        """What was said of the adapter (0) or of the second one (1). One value is of the adapter, a list of both."""
+    def tuning_options(self, which: int) -> TuningOptions:
+        """Options of the adapter (0) or of the second one (1). One value is the adapter's, a list has one for each."""
         given = {"pissa_init": self.pissa_init, **self.parameters}
         pairs = {n: v if isinstance(v, list) else [v, None] for n, v in given.items()}
         odd = next((n for n, v in pairs.items() if len(v) != 2), None)
         if odd:
             raise ParameterError(f"{odd}={pairs[odd]!r}: one value is needed, or a list of two")
         own = {n: v[which] for n, v in pairs.items() if v[which] is not None}
-        return Said(None if which else self.alpha, own.pop("pissa_init", None) or None, own)
+        return TuningOptions(None if which else self.alpha, own.pop("pissa_init", None) or None, own)
 
     def check(self) -> None:
         if self.adapter in DEMO and self.base not in DEMO:
@@ -50,7 +50,7 @@ class PeftParameters(Parameters):
     def check_files(self) -> None:
         for which, path in enumerate((self.adapter, self.second)):
             if path and path not in DEMO:
-                check_tuned(path, self.said(which), direction_only=which == 1)
+                check_tuning(path, self.tuning_options(which), direction_only=which == 1)
 
 
 PARAMETERS = PeftParameters
