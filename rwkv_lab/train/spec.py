@@ -27,7 +27,7 @@ from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.model.device import parse_device
 from rwkv_lab.paths import path_fault
 from rwkv_lab.peft.quantised import QUANTS
-from rwkv_lab.spec import Number, Patterns, Spec, Text, did_you_mean
+from rwkv_lab.spec import Number, OneOf, Patterns, Spec, Text
 from rwkv_lab.train.processes import PARALLEL
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -136,12 +136,6 @@ def register(kind: Kind) -> None:
     KINDS[kind.name] = kind
 
 
-def _known_kind(name: str) -> str:
-    if name not in KINDS:
-        raise ValueError(f"it should be one of {', '.join(KINDS)}{did_you_mean(name, KINDS)}")
-    return name
-
-
 def _path_text(value: Any) -> Any:
     """Paths and None, as Python callers give them, as text."""
     return "" if value is None else os.fsdecode(value) if isinstance(value, os.PathLike) else value
@@ -181,7 +175,7 @@ class TrainSpec(Spec):
 
     title: ClassVar[str] = "train"
 
-    kind: Annotated[str, AfterValidator(_known_kind)] = Field(
+    kind: Annotated[str, OneOf(lambda: KINDS)] = Field(
         "state", description="pretrain, full, state, lora, pissa or miss: what is trained"
     )
     base: PathOrEmpty = Field("", description="the model to start from; empty: a fresh one, for pretrain only")

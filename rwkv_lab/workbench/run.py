@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rwkv_lab.errors import OutputError
+from rwkv_lab.errors import OutputError, ParameterError
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.resources import checkout_folder
 from rwkv_lab.workbench.parameters import Parameters, read_parameters, train_demo
@@ -65,6 +65,17 @@ class Run:
     def begin_again(self) -> None:
         """Start over with the parameters as they are now; forget what an earlier pass through the notebook recorded."""
         self._begin(self.config.model_dump())
+
+    def refuse_changed(self) -> None:
+        """Refuse to go on where parameters are not those that this pass through the notebook began with.
+
+        Raises:
+            ParameterError: says which; what was planned is not what would be done.
+        """
+        now = self.config.model_dump()
+        changed = [name for name, value in self.record.parameters.items() if now[name] != value]
+        if changed:
+            raise ParameterError(f"{', '.join(changed)} changed since the plan was made; make the plan again.")
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -127,7 +127,7 @@ def test_two_files_of_different_layouts_are_refused_at_once(run, tmp_path):
         modes.load(run(tmp_path / "6.0.pth", compare_with=str(tmp_path / "7.0.pth")))
 
 
-def test_a_model_without_room_is_refused_before_it_is_read(run, tmp_path, monkeypatch):
+def test_a_model_that_memory_does_not_hold_is_refused_before_it_is_read(run, tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "m.pth", calm(LAYOUTS["7.0"]))
     run = run(tmp_path / "m.pth")
     monkeypatch.setattr(agreement, "memory_free", lambda: 1000)

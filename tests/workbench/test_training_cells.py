@@ -1,12 +1,13 @@
 """The functions behind train.ipynb, and its panel, without a browser."""
 
 import json
+import os
 
 import pytest
 from models import snapshot
 
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
-from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.errors import ParameterError, RwkvLabError
 from rwkv_lab.workbench import panel as panels
 from rwkv_lab.workbench import start
 from rwkv_lab.workbench.steps import run_all
@@ -35,10 +36,11 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, demo_folder, text, capsys):
     plan = training.plan(run)
     assert plan.count == 2 * 2 * (32 + 32) and "0.45% of" in dict(run.page.facts)["trained"]
     assert "weights" in dict(run.page.facts)["memory"] and dict(run.page.facts)["frozen matrices"] == "nf4"
-    result = training.carry_out(run)
-    for cell in (training.show_curves, training.show_samples, training.prove):
-        cell(run, result)
-    assert result is None and training.compare(run) is None
+    result = training.carry_out(run, plan)
+    training.show_curves(run, plan, result)
+    training.show_samples(run, result)
+    training.prove(run, plan, result)
+    assert result is None and training.compare(run, plan) is None
     assert capsys.readouterr().out.count("dry_run=True: nothing was trained") == 5
     run.finish(must_pass=True)
     assert result_of(run)["status"] == "ok" and not list(run.folder.glob("*.pth"))
@@ -118,16 +120,33 @@ def test_methods_are_shown_at_equal_parameters(tmp_path, demo_folder, text, monk
     compare_methods = training.compare_methods
     monkeypatch.setattr(training, "compare_methods", quick)
     run = a_run(tmp_path, kind="state", data=text, compare=True)
-    training.plan(run)
-    found = training.compare(run)
+    found = training.compare(run, training.plan(run))
     assert len({c.trained for c in found}) == 1 and asked["ctx_len"] == 32
     assert set(run.record.metrics["compared"]) == {"lora", "pissa", "miss", "state"}
     assert run.page.tables[-1].title == "Methods at equal trained parameters"
 
 
+def test_what_is_trained_is_what_was_planned(tmp_path, demo_folder, text):
+    run = a_run(tmp_path, kind="state", data=text)
+    plan = training.plan(run)
+    run.configure(steps=3)
+    with pytest.raises(ParameterError, match="^steps changed since the plan was made; make the plan again"):
+        training.carry_out(run, plan)
+    run.configure(steps=SHORT["steps"])
+    result = training.carry_out(run, plan)
+    assert len(result.losses) == plan.spec.steps == SHORT["steps"]
+    (base,) = plan.base_files
+    os.utime(base.path, ns=(0, base.modified + 1))
+    try:
+        with pytest.raises(ParameterError, match="has changed since the plan was made"):
+            training.carry_out(run, plan)
+    finally:
+        os.utime(base.path, ns=(0, base.modified))
+
+
 def test_the_panel_sets_numbers_trains_and_draws_the_loss(tmp_path, demo_folder, text, monkeypatch):
     run = a_run(tmp_path, data=text)
-    assert panels.show_panel(run) is None  # nobody is there
+    assert panels.show_panel(run) is None  # no front end is there
     drawn = []
     monkeypatch.setattr(panels, "frontend_present", lambda: True)
     monkeypatch.setattr(training, "frontend_present", lambda: True)

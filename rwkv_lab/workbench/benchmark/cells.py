@@ -50,7 +50,7 @@ def load(run: Run) -> Measured:
     run.begin_again()
     config, path = run.config, input_path(run.config.model)
     with open_checkpoint(path) as ck:
-        if ck.kind != "model":
+        if ck.kind != "model" or ck.layout is None:
             raise LayoutError(f"{path.name} is no whole model ({ck.kind}): {ck.reason}.")
         facts, layout = file_facts(ck), ck.layout
     parse_device(config.device)

@@ -39,6 +39,7 @@ DTYPES = {dtype_name(d): d for d in (torch.float64, torch.float32, torch.bfloat1
 class Subject:
     """What is looked at: a model in float64, and the tokens that it reads in every mode."""
 
+    name: str  # of the file
     model: RWKV_Dual
     tokens: torch.Tensor  # [B,T]
     source: str  # where the tokens come from, in words
@@ -67,8 +68,9 @@ def load(run: Run) -> Subject:
                     raise LayoutError(f"These models cannot be compared:\n{both}")
         model = RWKV_Dual.from_pretrained(input_path(config.model), dtype=torch.float64).requires_grad_(False)
         tokens, source = tokens_to_read(model, config.batch, config.length)
-    run.record.metrics |= {"layout": str(layout), "version": layout.version, "tokens": source}
-    run.page.headline = f"{name}, an RWKV-{layout.version}, in every mode, backend and dtype."
+    version = model.layout.version
+    run.record.metrics |= {"layout": str(layout), "version": version, "tokens": source}
+    run.page.headline = f"{name}, an RWKV-{version}, in every mode, backend and dtype."
     run.page.facts = [
         ("model", f"{name}: {layout}"),
         ("tokens", f"{config.batch} sequences of {config.length}: {source}"),
@@ -77,7 +79,7 @@ def load(run: Run) -> Subject:
         ("memory", f"about {human_bytes(needed)}"),
     ]
     display(Table("What is compared", ("", ""), run.page.facts))
-    return Subject(model, tokens, source)
+    return Subject(name, model, tokens, source)
 
 
 def compare(run: Run, subject: Subject) -> list[ModeRow]:
@@ -115,10 +117,10 @@ def show_growth(run: Run, subject: Subject, rows: Sequence[ModeRow]) -> None:
     run.show_figure("growth", "Error along the text", caption, figure)
 
 
-def hand_over(run: Run, subject: Subject) -> None:
+def hand_off(run: Run, subject: Subject) -> None:
     """Read a beginning in parallel, go on token by token: is it the same as one pass over all?"""
     dtype = run.config.dtypes[0]
-    with run.timed("hand-over"):
+    with run.timed("hand-off"):
         checks = check_hand_off(in_dtype(subject.model, DTYPES[dtype]), subject.tokens)
     run.record.checks += checks
     for check in checks:
@@ -150,7 +152,7 @@ def compare_files(run: Run, subject: Subject) -> None:
     with run.timed("compare files"):
         other = RWKV_Dual.from_pretrained(path, dtype=torch.float64).requires_grad_(False)
         found = first_mismatch(Execution(subject.model), Execution(other), subject.tokens)
-    words = f"{path.name} beside {run.page.facts[0][1].split(':')[0]}: {found or 'both compute the same.'}"
+    words = f"{path.name} beside {subject.name}: {found or 'both compute the same.'}"
     run.record.metrics["compared"] = words
     run.page.facts.append(("compared with", words))
     run.record.checks.append(
@@ -207,7 +209,7 @@ def _short(x: float) -> str:
 
 def _as_metrics(row: ModeRow) -> dict[str, object]:
     names = ("logits_error", "state_error", "accuracy", "logits_apart", "state_apart", "limit", "verdict")
-    where = {"mode": row.mode.value, "backend": row.backend, "dtype": dtype_name(row.dtype)}
+    where: dict[str, object] = {"mode": row.mode.value, "backend": row.backend, "dtype": dtype_name(row.dtype)}
     return where | {name: getattr(row, name) for name in names} | {"growth": row.growth if len(row.curve) else None}
 
 
@@ -215,7 +217,7 @@ STEPS = (
     Step(load, "subject"),
     Step(compare, "rows"),
     Step(show_growth),
-    Step(hand_over),
+    Step(hand_off),
     Step(say_where, "places"),
     Step(compare_files),
     Step(explore),

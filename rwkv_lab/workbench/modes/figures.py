@@ -121,7 +121,7 @@ def half_lives(log_decays: Sequence[np.ndarray], subtitle: str) -> Figure:
     axes.plot(range(n_layer), median, "o", ms=5, color=ORANGE, mec="white", label="median of the layer")
     used = np.flatnonzero(shares.any(1))
     lowest, highest = _HALF_LIVES[used[0]], _HALF_LIVES[used[-1] + 1]
-    axes.set_ylim(lowest, max(highest, 20 * lowest))  # room for a power of ten to be written
+    axes.set_ylim(float(lowest), float(max(highest, 20 * lowest)))  # so that a power of ten is among the ticks
     axes.set_yscale("log")
     axes.set_ylabel("half-life, tokens")
     axes.yaxis.set_major_formatter("{x:g}")

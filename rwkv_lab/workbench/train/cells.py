@@ -18,7 +18,6 @@ from rwkv_lab.train import (
     Compared,
     Corpus,
     Examples,
-    TrainOptions,
     TrainPlan,
     TrainResult,
     TrainSpec,
@@ -31,7 +30,6 @@ from rwkv_lab.train import (
     run_training,
 )
 from rwkv_lab.train.output import check_destinations
-from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step
 from rwkv_lab.workbench.tables import Table
@@ -71,31 +69,30 @@ def preview(run: Run) -> TrainPlan:
     Raises:
         RwkvLabError: as `plan`.
     """
-    made = make_plan(_spec(run))
-    # Whether an older output may go is asked when it is about to; a plan is made after a run too.
-    check_destinations(made.spec, run.output_path("trained.pth"), TrainOptions(overwrite=True))
+    made = make_plan(run.config.spec())
+    # An older output is refused when it is about to be replaced; a plan is made after a run too.
+    options = run.config.options().changed(overwrite=True)
+    check_destinations(made.spec, run.output_path("trained.pth"), options)
     display(Table("What will happen", ("", ""), _facts(run, made)), _trained_table(made))
     return made
 
 
-def carry_out(run: Run) -> TrainResult | None:
-    """Train and write the output, the loss drawn in JupyterLab while it falls; None after `dry_run`.
+def carry_out(run: Run, plan: TrainPlan) -> TrainResult | None:
+    """Train as planned, the loss drawn in JupyterLab while it falls, and write the output; None after `dry_run`.
 
     Raises:
+        ParameterError: parameters that have changed since the plan was made.
         RwkvLabError: what `train` refuses; no output is there then.
     """
+    run.refuse_changed()
     if run.config.dry_run:
         print(_DRY)
         return None
-    c, made = run.config, make_plan(_spec(run))
-    options = TrainOptions(
-        checkpoint_every=c.checkpoint_every,
-        resume=c.resume,
-        log_folder=str(run.folder),
-        overwrite=run.may_overwrite(),
-        on_step=_live_loss(made.spec.steps),
+    spec = plan.spec
+    options = run.config.options().changed(
+        log_folder=str(run.folder), overwrite=run.may_overwrite(), on_step=_live_loss(spec.effective("steps"))
     )
-    spec, result = made.spec, run_training(made, run.output_path("trained.pth"), options)
+    result = run_training(plan, run.output_path("trained.pth"), options)
     run.record.inputs, run.record.outputs = result.inputs, result.outputs
     run.record.seconds |= {stage: seconds for stage, seconds in result.seconds.items() if stage != "total"}
     run.record.metrics |= {
@@ -112,30 +109,31 @@ def carry_out(run: Run) -> TrainResult | None:
     }
     fewer = 1 - result.bits_after / result.bits_before
     run.page.headline = (
-        f"{c.kind} on {spec.data}: {result.bits_before:.3f} to {result.bits_after:.3f} bits per byte of "
-        f"held-out text, {fewer:.1%} fewer."
+        f"{spec.kind} on {spec.data}: {result.bits_before:.3f} to {result.bits_after:.3f} bits per byte of "
+        f"held-out text, {abs(fewer):.1%} {'fewer' if fewer >= 0 else 'more'}."
     )
+    run.record.metrics["summary"] = run.page.headline
     rows = [(str(f.path), f.bytes, f.fingerprint) for f in result.outputs]
     display(Table("Written", ("file", "bytes", "fingerprint"), rows))
     return result
 
 
-def show_curves(run: Run, result: TrainResult | None) -> None:
+def show_curves(run: Run, plan: TrainPlan, result: TrainResult | None) -> None:
     """Loss by step, and bits per byte of held-out text before and after."""
     if result is None:
         print(_DRY)
         return
-    spec = _spec(run).resolved()
-    subtitle = f"{result.kind} on {spec.data}: {result.trained:,} parameters trained, {result.frozen:,} frozen"
+    spec, data = plan.spec, plan.spec.effective("data")
+    subtitle = f"{result.kind} on {data}: {result.trained:,} parameters trained, {result.frozen:,} frozen"
     figure = figures.loss_curve(result.losses, subtitle)
     run.show_figure("loss", "Loss while training", "Of the text that is trained on, one batch per step.", figure)
-    bits = {spec.data: {"before": result.bits_before, "after": result.bits_after}}
+    bits = {data: {"before": result.bits_before, "after": result.bits_after}}
     subtitle = f"{result.held_out_bytes:,} bytes never trained on, a fresh state every {spec.ctx_len} tokens"
     figure = bits_bars(bits, subtitle)
     caption = "Bits the model needs for each byte of text that it was not trained on; lower is better."
     run.show_figure("held_out", "Bits per byte of held-out text", caption, figure)
     if result.held_out:
-        subtitle = f"{result.kind} on {spec.data}, measured every {run.config.eval_every} steps"
+        subtitle = f"{result.kind} on {data}, measured every {spec.eval_every} steps"
         figure = figures.held_out_curve(result.held_out, result.bits_before, subtitle)
         caption = "Where this rises while the loss falls, training learns by heart; patience stops it there."
         run.show_figure("held_out_curve", "Held-out text while training", caption, figure)
@@ -151,7 +149,7 @@ def show_samples(run: Run, result: TrainResult | None) -> None:
         display(Table(f"After the prompt {sample.prompt!r}", list(sample.texts), [list(sample.texts.values())]))
 
 
-def prove(run: Run, result: TrainResult | None) -> None:
+def prove(run: Run, plan: TrainPlan, result: TrainResult | None) -> None:
     """Open what was written, measure it again, and see that the base is what it was; one PASS or FAIL line each."""
     if result is None:
         print(_DRY)
@@ -165,7 +163,7 @@ def prove(run: Run, result: TrainResult | None) -> None:
         if result.kind == "state":
             others = sum(not name.endswith(".time_state") for name in names)
             run.record.checks.append(Check("tensors in the output that are no states", others, 0, others == 0))
-        again = _measure_again(run, result)
+        again = _measure_again(plan.spec, result)
         apart = abs(again - result.bits_after)
         changed = sum(file_facts(before.path).fingerprint != before.fingerprint for before in result.inputs)
     run.record.checks += [
@@ -188,7 +186,7 @@ def prove(run: Run, result: TrainResult | None) -> None:
         print(check)
 
 
-def compare(run: Run) -> list[Compared] | None:
+def compare(run: Run, plan: TrainPlan) -> list[Compared] | None:
     """Tune the base by every method that `compare_methods` knows, and show what each reached; None without `compare`.
 
     Raises:
@@ -197,11 +195,11 @@ def compare(run: Run) -> list[Compared] | None:
     if run.config.dry_run or not run.config.compare:
         print(_DRY if run.config.dry_run else "compare=False: no methods were compared.")
         return None
-    spec = _spec(run).resolved()
+    spec, data = plan.spec, plan.spec.effective("data")
     with run.timed("compare"):
         base = spec.base or run.output_path("trained.pth")
-        found = compare_methods(base, spec.data, ctx_len=spec.ctx_len, seed=spec.seed)
-    show_compared(run, found, spec.data)
+        found = compare_methods(base, data, ctx_len=spec.effective("ctx_len"), seed=spec.seed)
+    show_compared(run, found, data)
     return found
 
 
@@ -222,7 +220,7 @@ def show_compared(run: Run, found: list[Compared], data: str) -> None:
 
 
 def _live_loss(steps: int) -> Callable | None:
-    """Draws the loss into a picture under the cell, every few seconds; None where nobody looks."""
+    """Draws the loss into a picture under the cell, every few seconds; None where no front end is there."""
     if not frontend_present():
         return None
     import ipywidgets
@@ -240,27 +238,27 @@ def _live_loss(steps: int) -> Callable | None:
     return on_step
 
 
-def _measure_again(run: Run, result: TrainResult) -> float:
+def _measure_again(spec: TrainSpec, result: TrainResult) -> float:
     """Bits per byte of the output, from the files alone."""
-    spec = _spec(run).resolved()
-    model, corpus = open_trained(spec, result.out), load_corpus(spec.data)
+    model, corpus = open_trained(spec, result.out), load_corpus(spec.effective("data"))
+    ctx_len = spec.effective("ctx_len")
     device, autocast = model.get_device(), spec.autocast_dtype
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         if isinstance(corpus, Corpus):
-            return bits_per_byte(model, corpus.held_out, spec.ctx_len)
-        return held_out_bits(model, in_batches(corpus, model.tokenizer, spec.ctx_len, spec.seed), device)
+            return bits_per_byte(model, corpus.held_out, ctx_len)
+        return held_out_bits(model, in_batches(corpus, model.tokenizer, ctx_len, spec.seed), device)
 
 
 def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
     spec = made.spec
-    corpus = load_corpus(spec.data)
+    corpus = load_corpus(spec.effective("data"))
     total = made.count + made.frozen
     described = "none: a fresh model"
     if spec.base:
         with open_checkpoint(spec.base) as ck:
             described = f"{ck.path.name}, {human_bytes(ck.bytes)}"
     each = f"{spec.accumulate} × {spec.batch_size}" if spec.accumulate > 1 else str(spec.batch_size)
-    facts = [
+    facts: list[tuple[str, object]] = [
         ("kind", spec.kind),
         ("base", described),
         ("model", str(made.layout)),
@@ -292,13 +290,8 @@ def _size(corpus: Corpus | Examples, part: str) -> str:
     return human_bytes(len(found)) if isinstance(found, bytes) else f"{len(found):,} examples"
 
 
-def _spec(run: Run) -> TrainSpec:
-    base = run.config.base
-    return run.config.spec(str(input_path(base)) if base else "")
-
-
 STEPS = (
-    Step(plan),
+    Step(plan, "plan"),
     Step(carry_out, "result"),
     Step(show_curves),
     Step(show_samples),
