@@ -46,11 +46,11 @@ def _path(text: str) -> str:
 class OneOf:
     """`Annotated[str, OneOf(names)]`: a text that is one of `names()`, which may grow; panels offer them.
 
-    Raises:
-        ValueError: another text; says which there are, and which is near.
+    Another text is refused with the names that there are, and the nearest.
     """
 
     names: Callable[[], Iterable[str]]
+    everywhere: bool = True  # False: which there are depends on the machine
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))

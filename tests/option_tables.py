@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
+from rwkv_lab.spec import OneOf
+
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(r"(<!-- options of ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WORDS = {
@@ -29,7 +31,8 @@ def type_in_words(kind: Any) -> str:
     """`Literal["a", "b"] | None` as "a, b"; None is a matter of the default."""
     origin, inside = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return type_in_words(inside[0])
+        among = [mark for mark in inside[1:] if isinstance(mark, OneOf) and mark.everywhere]
+        return type_in_words(Literal[tuple(among[0].names())] if among else inside[0])
     if origin in (Union, UnionType):
         words = [type_in_words(one) for one in inside if one is not NoneType]
         return " or ".join(dict.fromkeys(words))
@@ -48,7 +51,8 @@ def table(spec: type) -> str:
     for name, field in spec.model_fields.items():
         default = "required" if field.default is PydanticUndefined else f"`{field.default!r}`"
         meaning = field.description.replace("|", r"\|")
-        rows.append(f"| `{name}` | {type_in_words(field.annotation)} | {default} | {meaning} |")
+        kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        rows.append(f"| `{name}` | {type_in_words(kind)} | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 

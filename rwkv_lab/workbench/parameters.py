@@ -43,7 +43,7 @@ InputPath = Annotated[Text, AfterValidator(_absolute), Asked("file")]
 InputPaths = Annotated[InputPath | list[InputPath], Asked("files")]
 PathOrEmpty = Annotated[str, AfterValidator(_absolute)]
 InputOrEmpty = Annotated[PathOrEmpty, Asked("file")]
-Backends = list[Annotated[str, OneOf(backends)]]
+Backends = list[Annotated[str, OneOf(backends, everywhere=False)]]
 
 
 class Parameters(Spec):
