@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ class Row:
     other_load: float = 0.0  # CPUs that other processes used during the worst sample
     agreement: Agreement | None = None
     shares: dict[str, float] = field(default_factory=dict)  # of a floor measured in the same rounds
-    facts: dict[str, object] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
 
     @property

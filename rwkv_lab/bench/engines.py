@@ -45,6 +45,12 @@ class Engine:
     def key(self) -> str:
         return f"{self.name} {self.dtype}"
 
+    @property
+    def own_model(self) -> RWKV_Dual:
+        """The model of an engine of ours."""
+        assert self.model is not None, f"{self.key} is a peer"
+        return self.model
+
 
 def open_engines(
     path: Path, dtypes: Sequence[str], device: str, peers: Sequence[Peer], stack: ExitStack
@@ -146,12 +152,12 @@ def decoder(engine: Engine, tokens: torch.Tensor, duration: float = 0.5) -> Call
         tokens: `[B,T]`, read before; a peer takes one sequence.
         duration: of a sample, in seconds, as it is now.
     """
-    if engine.session:
+    if session := engine.session:
         ids = tokens[0].tolist()
-        few = engine.session.seconds("decode", ids[: 1 + _FEW], 1) / _FEW
+        few = session.seconds("decode", ids[: 1 + _FEW], 1) / _FEW
         steps = max(_FEW, min(round(duration / few), len(ids) - 1))
-        return lambda: steps / engine.session.seconds("decode", ids[: 1 + steps], 1)
-    model, batch = engine.model, len(tokens)
+        return lambda: steps / session.seconds("decode", ids[: 1 + steps], 1)
+    model, batch = engine.own_model, len(tokens)
     tokens = tokens.to(model.get_device())
     state = model.prefill(tokens)[1]
     # Two steps take long the first time: what is compiled on first use is compiled then.
@@ -207,6 +213,7 @@ def busy_loop() -> Iterator[None]:
     process = subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
     )
+    assert process.stdout is not None  # for it is a pipe
     try:
         process.stdout.readline()  # it is running
         yield

@@ -107,13 +107,14 @@ def batch_rates(rows: Sequence[Row], subtitle: str) -> Figure:
         mine = sorted(
             (r for r in rows if (r.engine, r.subject, r.dtype) == (OURS, subject, dtype)), key=lambda r: r.size
         )
-        style = {"color": _PALETTE[dtypes.index(dtype) % 6], "marker": _MARKERS[subjects.index(subject) % 6]}
-        axes.plot([r.size for r in mine], [r.median for r in mine], label=f"{subject} {dtype}", **style)
+        color, marker = _PALETTE[dtypes.index(dtype) % 6], _MARKERS[subjects.index(subject) % 6]
+        sizes, medians = [r.size for r in mine], [r.median for r in mine]
+        axes.plot(sizes, medians, label=f"{subject} {dtype}", color=color, marker=marker)
         axes.fill_between(
             [r.size for r in mine],
             [min(r.samples) for r in mine],
             [max(r.samples) for r in mine],
-            color=style["color"],
+            color=color,
             alpha=0.15,
             linewidth=0,
         )

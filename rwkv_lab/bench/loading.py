@@ -83,7 +83,8 @@ def _measured(path: str, dtype: str) -> dict:
     seconds = time.perf_counter() - start
     tensors = [*model.parameters(), *model.buffers()]
     reply = {"seconds": seconds, "bytes": sum(t.nbytes for t in tensors)}
-    return reply if before is None else reply | {"peak": memory_of("VmHWM") - before}
+    peak = memory_of("VmHWM")
+    return reply if before is None or peak is None else reply | {"peak": peak - before}
 
 
 if __name__ == "__main__":

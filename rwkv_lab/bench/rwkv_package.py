@@ -27,8 +27,9 @@ def main() -> None:
                 before, start = memory_of("VmRSS"), time.perf_counter()
                 model = RWKV(model=request["model"], strategy=f"cpu {request['dtype']}")
                 reply = {"seconds": time.perf_counter() - start}
-                if before is not None:
-                    reply["peak"] = memory_of("VmHWM") - before
+                peak = memory_of("VmHWM")
+                if before is not None and peak is not None:
+                    reply["peak"] = peak - before
             else:
                 reply = _answer(model, request)
         except Exception as e:  # whatever the package raises is an answer too

@@ -211,9 +211,10 @@ def _decoding_agrees(comparison: _Comparison, tokens: torch.Tensor, engine: Engi
         found = engine.session.answers(tokens[0].tolist(), READ, comparison.expected.steps.shape[-1])
         return compare(found, comparison.expected.steps, limit)
     if len(tokens) == 1:
-        return compare(our_answers(engine.model, tokens), comparison.expected.steps, limit)
-    with as_rnn(engine.model):
-        logits, _ = engine.model(tokens.to(engine.model.get_device()))  # [B,T,V]
+        return compare(our_answers(engine.own_model, tokens), comparison.expected.steps, limit)
+    model = engine.own_model
+    with as_rnn(model):
+        logits, _ = model(tokens.to(model.get_device()))  # [B,T,V]
     expected = comparison.expected.batch[: len(tokens)]
     return compare(logits.flatten(0, 1).cpu(), expected.flatten(0, 1), limit)
 
@@ -246,13 +247,14 @@ def _prefill(comparison: _Comparison, length: int) -> None:
         if engine.session:
             found = engine.session.answers(tokens[0].tolist(), length, comparison.expected.steps.shape[-1])
         else:
-            found = engine.model.prefill(tokens.to(engine.model.get_device()))[0].cpu()
+            found = engine.own_model.prefill(tokens.to(engine.own_model.get_device()))[0].cpu()
         return compare(found, comparison.expected.prefilled[length], _limit(engine))
 
     def take(engine: Engine) -> float:
         if engine.session:
             return length / engine.session.seconds("prefill", tokens[0].tolist(), length)
-        return length / seconds_of(lambda: engine.model.prefill(tokens), engine.model)
+        model = engine.own_model
+        return length / seconds_of(lambda: model.prefill(tokens), model)
 
     def describe(engine: Engine, samples: Sequence[float], floors: Floors):
         if not comparison.flops:
