@@ -8,7 +8,9 @@ import torch
 from skips import pytest_configure  # noqa: F401  a skip that SKIPS.md does not have fails the run
 
 # Everything here is tiny: a second thread would only wait for the first, and spin while other processes need the core.
+# Processes that tests start take the variable; tests of threads set their own number.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
