@@ -283,7 +283,7 @@ def _(folder):
     return arguments(folder, tuned=saved(folder, "lora.pth", lora), alpha=8.0)
 
 
-@case(16, "LoRA of another rank than its configuration says", "LayoutError", r"is \[3, 16\], .*says rank 2")
+@case(16, "LoRA of another rank than its configuration says", "LayoutError", r"is \[3, 16\], .*states rank 2")
 def _(folder):
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 8}')
@@ -313,7 +313,7 @@ for _name, _changed, _alpha, _error, _said in [
     ("halves swapped", {f"{KEY}.lora_A": torch.ones(16, 3)}, 8.0, "LayoutError", KEY),
     ("a vector", {f"{KEY}.lora_A": torch.ones(16)}, 8.0, "LayoutError", KEY),
     ("the matrix twice", {f"{KEY}.weight": torch.ones(16, 16)}, 8.0, "LayoutError", f"{KEY}.weight stands in"),
-    ("alpha missing", {}, None, "ParameterError", "does not say its alpha"),
+    ("alpha missing", {}, None, "ParameterError", "does not state its alpha"),
     ("alpha not a number", {}, float("nan"), "ParameterError", "alpha is nan"),
     ("alpha negative", {}, -1.0, "ParameterError", "alpha is -1"),
 ]:

@@ -12,7 +12,7 @@ import torch
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
-from rwkv_lab.peft.adapter import Adapter, LoraTarget, MissTarget, Values
+from rwkv_lab.peft.adapter import Adapter, Target, Values
 
 
 @dataclass(frozen=True)
@@ -159,14 +159,12 @@ def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(first @ second) / length if length else math.nan
 
 
-def _singular_values(name: str, target: LoraTarget | MissTarget, info: TensorInfo) -> torch.Tensor:
-    if isinstance(target, MissTarget):
+def _singular_values(name: str, target: Target, info: TensorInfo) -> torch.Tensor:
+    factors = target.factors()
+    if factors is None:
         weight = info.read().double()
         return _svdvals(name, target.adapted_rows(weight) - weight)
-    left, right = target.scaling * target.B.read().double(), target.A.read().double()  # [out,r], [r,in]
-    if target.init_A is not None and target.init_B is not None:
-        left = torch.cat([left, -target.scaling * target.init_B.read().double()], 1)  # [out,2r]
-        right = torch.cat([right, target.init_A.read().double()], 0)  # [2r,in]
+    left, right = factors
     _refuse_nonfinite(name, left, right)
     return _svdvals(name, torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T)
 

@@ -18,8 +18,8 @@ from rwkv_lab.merge.overlay import check_full_tensors, same_dimensions
 from rwkv_lab.merge.refusals import check_base, check_dtypes, check_method, method_of, refuse_same
 from rwkv_lab.names import is_block_matrix, split_block
 from rwkv_lab.patterns import is_selected, refuse_unmatched
-from rwkv_lab.peft import Adapter, quantised_and_back
-from rwkv_lab.peft.adapter import LoraTarget, MissTarget, Values
+from rwkv_lab.peft import ADAPTER_KINDS, Adapter, quantised_and_back
+from rwkv_lab.peft.adapter import Target, Values
 from rwkv_lab.peft.rwkv_peft_layout import NOTE
 
 
@@ -94,7 +94,7 @@ class Tuning:
         if self.method == "overlay" or self.adapter is None:
             return f"a fine-tune of {'the whole' if self.tuned.kind == 'model' else 'a part of the'} model"
         ranks = sorted({target.rank for target in self.adapter.targets.values()})
-        called = {"lora": "a LoRA", "pissa": "a PiSSA adapter", "miss": "a MiSS adapter"}[self.method]
+        called = ADAPTER_KINDS[self.method].described
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         return f"{called} of rank {span} on {len(self.adapter.targets)} matrices"
 
@@ -106,8 +106,7 @@ class Tuning:
         if target is None or self.quant == "none":
             return self._stored(weight) if self.is_quantised(name) else weight
         residual = self._stored(target.residual_rows(weight))
-        started = isinstance(target, LoraTarget) and target.init_A is not None
-        return target.restored_rows(target.adapted_rows(residual)) if started else residual
+        return target.restored_rows(target.adapted_rows(residual)) if target.has_start else residual
 
     def after(self, name: str) -> torch.Tensor:
         """The same tensor with the tuning, float64, shaped as the base's."""
@@ -131,7 +130,7 @@ class Tuning:
             return math.prod(self.replacements[name].shape)
         return sum(math.prod(values.shape) for part, values in target.tensors.items() if "init" not in part)
 
-    def _target(self, name: str) -> LoraTarget | MissTarget | None:
+    def _target(self, name: str) -> Target | None:
         return self.adapter.targets.get(name.removesuffix(".weight")) if self.adapter else None
 
     def _stored(self, weight: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from rwkv_lab.merge.overlay import refuse_prefix
 from rwkv_lab.names import is_block_matrix, split_block
 from rwkv_lab.paths import to_path
 from rwkv_lab.patterns import matches_any
-from rwkv_lab.peft.adapter import Adapter, InMemory, LoraTarget, MissTarget, refuse_overlap
+from rwkv_lab.peft.adapter import Adapter, Target, refuse_overlap
 from rwkv_lab.peft.files import open_adapter
 from rwkv_lab.peft.hf_layout import PREFIX
 from rwkv_lab.peft.quantised import QUANTS, quantised_and_back
@@ -145,7 +145,7 @@ def changes(
             f"{next(iter(whole))} stands whole in an adapter; what it replaced cannot be had from the merged file.\n"
             "Take the base that it was merged into."
         )
-    steps: dict[str, list[tuple[LoraTarget | MissTarget, float]]] = {}
+    steps: dict[str, list[tuple[Target, float]]] = {}
     for adapter, weight in pairs:
         for x, target in adapter.targets.items():
             steps.setdefault(f"{x}.weight", []).append((target, weight))
@@ -208,7 +208,7 @@ def notes_on_adapters(base: Checkpoint, adapters: Adapters) -> tuple[str, ...]:
 def _changed(
     name: str,
     info: TensorInfo,
-    steps: list[tuple[LoraTarget | MissTarget, float]],
+    steps: list[tuple[Target, float]],
     quant: str,
     unmerge: bool,
     precision: torch.dtype,
@@ -217,7 +217,7 @@ def _changed(
     multiple = _row_multiple(info, [target for target, _ in steps], quant)
 
     def compute() -> Iterator[torch.Tensor]:
-        ready = [_in_memory(target, weight, precision) for target, weight in steps]
+        ready = [target.prepared(weight, precision) for target, weight in steps]
         first = 0
         for rows in _row_blocks(info, multiple):
             values = rows.to(precision)  # [rows, in]
@@ -238,14 +238,14 @@ def _changed(
     return Change(name, action, source, info.shape, info.dtype, compute=compute)
 
 
-def _restored(name: str, target: LoraTarget | MissTarget, values: torch.Tensor, first: int) -> torch.Tensor:
+def _restored(name: str, target: Target, values: torch.Tensor, first: int) -> torch.Tensor:
     try:
         return target.restored_rows(values, first)
     except torch.linalg.LinAlgError as e:
         raise NumericsError(f"{name}: this bat cannot be undone, its I + D has no inverse.") from e
 
 
-def _row_multiple(info: TensorInfo, targets: Sequence[LoraTarget | MissTarget], quant: str) -> int:
+def _row_multiple(info: TensorInfo, targets: Sequence[Target], quant: str) -> int:
     """Rows that belong together: of an adapter's tile, and of NF4's blocks of 64 values."""
     whole_blocks = 64 // math.gcd(info.shape[1], 64) if quant == "nf4" else 1
     return math.lcm(whole_blocks, *(t.row_multiple for t in targets))
@@ -257,21 +257,6 @@ def _row_blocks(info: TensorInfo, multiple: int) -> Iterator[torch.Tensor]:
     at_once = max(BLOCK // info.dtype.itemsize // (columns * multiple), 1) * multiple
     for block in info.blocks(multiple=columns * multiple):
         yield from block.view(-1, columns).split(at_once)
-
-
-def _in_memory(target: LoraTarget | MissTarget, weight: float, precision: torch.dtype) -> LoraTarget | MissTarget:
-    """The target with its parts read once, in the precision, and scaled by the weight."""
-
-    def part(values, scale: float) -> InMemory:
-        read = values.read().to(precision)
-        return InMemory(read if scale == 1 else read * scale)
-
-    if isinstance(target, MissTarget):
-        return replace(target, block=part(target.block, weight))
-    halves = {"A": part(target.A, 1), "B": part(target.B, weight)}
-    if target.init_A is not None:
-        halves |= {"init_A": part(target.init_A, 1), "init_B": part(target.init_B, weight)}
-    return replace(target, **halves)
 
 
 def _check_given(given: Mapping[str, object], count: int) -> None:

@@ -14,7 +14,7 @@ from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.adapter import Adapters
 from rwkv_lab.merge.provenance import RECORD, printable
 from rwkv_lab.names import split_block
-from rwkv_lab.peft.adapter import Adapter, LoraTarget
+from rwkv_lab.peft.adapter import Adapter
 
 
 def adapters_in(*models: Checkpoint) -> list[dict]:
@@ -80,14 +80,14 @@ def after_merging(
 
 
 def _entry(ck: Checkpoint, adapter: Adapter, weight: float, quant: str, include, exclude) -> dict:
-    targets = adapter.targets.values()
+    settings = [target.settings() for target in adapter.targets.values()]
     return {
         # Of the cheap kind always: whatever the caller has the inputs hashed by, an adapter is known again.
         "name": printable(ck.path.name),
         "fingerprint": file_facts(ck).fingerprint,
         "weight": weight,
-        "scaling": sorted({t.scaling for t in targets if isinstance(t, LoraTarget)}),
-        "variant": sorted({t.variant for t in targets if not isinstance(t, LoraTarget)}),
+        "scaling": sorted({one["scaling"] for one in settings if "scaling" in one}),
+        "variant": sorted({one["variant"] for one in settings if "variant" in one}),
         "start": [file_facts(init).fingerprint for init in adapter.opened[1:]],
         "quant": quant,
         "include": include,

@@ -5,6 +5,7 @@ decomposition of its delta; every other tensor that changed is carried whole. Th
 largest rank) stands in the file, as that of an adapter trained here: merging needs none, and refuses another.
 """
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -28,7 +29,8 @@ from rwkv_lab.merge.room import check_output, check_room
 from rwkv_lab.names import is_block_matrix
 from rwkv_lab.paths import to_path
 from rwkv_lab.patterns import is_selected, refuse_unmatched
-from rwkv_lab.peft.rwkv_peft_layout import NOTE, lora_note
+from rwkv_lab.peft.kinds.lora import lora_note
+from rwkv_lab.peft.rwkv_peft_layout import NOTE
 from rwkv_lab.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -124,7 +126,7 @@ def extract_lora(
         inputs = (file_facts(base_ck), file_facts(tuned_ck))
         made = provenance(recipe, inputs, job="extract_lora")
         tensors = _tensors(changed, pairs, alpha, tuned_ck)
-        said = {NOTE: lora_note("lora", "none", float(alpha))} if pairs else {}  # else it is no adapter
+        said = {NOTE: json.dumps(lora_note("lora", "none", float(alpha)))} if pairs else {}  # else it is no adapter
         file = file_layout(kind, tensors, {RECORD: as_text(made), **said})
         check_room(out, file.size, disk_free(out.parent), 0, memory_free())
         write_stream(out, tensors, file, overwrite, scan=lambda t: True)

@@ -2,13 +2,19 @@
 
 from importlib import import_module
 
+import rwkv_lab.peft.kinds  # noqa: F401  # makes the kinds of adapters known
+
 # Looked up when first asked for: reading an adapter's file needs no model.
 _HOME = {
     "Adapter": "adapter",
-    "LoraTarget": "adapter",
-    "MissTarget": "adapter",
+    "Target": "adapter",
     "refuse_overlap": "adapter",
+    "ADAPTER_KINDS": "config",
+    "AdapterKind": "config",
     "LoraConfig": "config",
+    "LoraTarget": "kinds.lora",
+    "MissTarget": "kinds.miss",
+    "register": "config",
     "open_adapter": "files",
     "save_adapter": "files",
     "save_pissa_init": "files",

@@ -1,21 +1,27 @@
-"""What is adapted and how: the settings, and the layers and parameters of a model that they name."""
+"""How a model is adapted: the settings, and what a kind of adapter is.
 
-import re
-from collections.abc import Iterable, Sequence
+A kind (`AdapterKind`) is one object, registered by its module in `rwkv_lab.peft.kinds`: how its settings are checked,
+its layer made and read out of a model, and its parts named, read and written in both file layouts. Nothing else in
+`rwkv_lab.peft` knows the kinds by name.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.names import split_block
-from rwkv_lab.patterns import matches, matches_any, refuse_unmatched
-from rwkv_lab.peft.linear import AdaptedLinear, check_dropout, lora_scaling
-from rwkv_lab.peft.miss import check_variant
+from rwkv_lab.peft.adapter import Adapter, Target, Values
+from rwkv_lab.peft.linear import AdaptedLinear, check_dropout
+from rwkv_lab.peft.options import AdapterOptions
 from rwkv_lab.peft.quantised import check_quant
+from rwkv_lab.spec import did_you_mean
 
-METHODS = ("lora", "pissa", "miss")
-PARTS = ("emb", "head", "ln", "time", "time_state")
+Layers = Mapping[str, Mapping[str, TensorInfo]]  # of a file: the parts of each layer's adapter, by name
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class LoraConfig:
         mini_r: of MiSS "mini": columns of its block.
         quant: "none", "int8" or "nf4": how the frozen matrices of the blocks are stored, adapted ones and others.
         train_parts: what is trained besides: "emb", "head", "ln" (every norm), "time" (the vectors and low-rank pairs
-            of att and ffn), "time_state" (made where the model has none), or shell patterns of parameter names.
+            of att and ffn), "time_state" (made where the model has none), or patterns of parameter names.
         adapter_dtype: of the adapters' parameters; None for the model's dtype.
 
     Raises:
@@ -55,95 +61,161 @@ class LoraConfig:
     train_parts: Sequence[str] = ()
     adapter_dtype: torch.dtype | None = None
 
-    def __post_init__(self):
-        if self.method not in METHODS:
-            raise ParameterError(f"There is no method {self.method!r}; there are: {', '.join(METHODS)}.")
+    def __post_init__(self) -> None:
+        if self.method not in ADAPTER_KINDS:
+            hint = did_you_mean(self.method, ADAPTER_KINDS)
+            raise ParameterError(
+                f"There is no method {self.method!r}; there are: {', '.join(ADAPTER_KINDS)}{hint or '.'}"
+            )
         for what, names in (("lora_target_modules", self.lora_target_modules), ("train_parts", self.train_parts)):
             if names is not None and (isinstance(names, str) or not all(isinstance(n, str) for n in names)):
                 raise ParameterError(f"{what}={names!r}: it must be a list of names or patterns.")
         if self.lora_target_modules is not None and not list(self.lora_target_modules):
             raise ParameterError("lora_target_modules is empty: nothing would be adapted. None stands for all layers.")
-        if not _is_whole(self.lora_r) or self.lora_r < 1:
+        if not is_whole(self.lora_r) or self.lora_r < 1:
             raise ParameterError(f"lora_r={self.lora_r!r}: it must be a whole number of at least 1.")
         check_quant(self.quant)
         check_dropout(self.lora_dropout)
-        if self.method == "miss":
-            check_variant(self.miss_variant)
-        else:
-            lora_scaling(self.lora_alpha, self.lora_r)
-        if self.lora_dropout and (self.method == "pissa" or self.method == "miss" and "bat" in self.miss_variant):
-            raise ParameterError("lora_dropout: PiSSA and the bats of MiSS change the weight itself; say dropout 0.")
-        if self.use_rslora and self.method != "lora":
-            raise ParameterError(f"use_rslora goes with method 'lora', not with {self.method!r}.")
-        if self.svd_niter is not None and not (_is_whole(self.svd_niter) and self.svd_niter >= 0):
+        if self.svd_niter is not None and not (is_whole(self.svd_niter) and self.svd_niter >= 0):
             raise ParameterError(
                 f"svd_niter={self.svd_niter!r}: it must be a whole number of at least 0, or None for the exact SVD."
             )
-        if not _is_whole(self.mini_r) or self.mini_r < 1:
+        if not is_whole(self.mini_r) or self.mini_r < 1:
             raise ParameterError(f"mini_r={self.mini_r!r}: it must be a whole number of at least 1.")
         dtype = self.adapter_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ParameterError(f"adapter_dtype={dtype!r}: it must be a floating dtype, such as torch.float32.")
+        ADAPTER_KINDS[self.method].check(self)
 
 
-def _is_whole(value: object) -> bool:
+class AdapterKind(ABC):
+    """One kind of adapter.
+
+    Attributes:
+        method: its name.
+        described: what it is called in a sentence, "a LoRA".
+        layer_type: the layer in a model.
+        takes_alpha: whether `LoraConfig.lora_alpha` means anything.
+        peft_types: `peft_type` of its folders of Hugging Face's peft.
+        stems: how the names of its parts begin in such folders.
+        folder_settings: what is read there of `adapter_config.json`.
+        idle_settings: what has no effect there on what a trained adapter does.
+    """
+
+    method: str
+    described: str
+    layer_type: type[AdaptedLinear]
+    takes_alpha: bool = False
+    peft_types: tuple[str, ...] = ()
+    stems: tuple[str, ...] = ()
+    folder_settings: frozenset[str] = frozenset()
+    idle_settings: frozenset[str] = frozenset()
+
+    # In a model
+
+    @abstractmethod
+    def check(self, config: LoraConfig) -> None:
+        """Refuse settings that do not go with this kind.
+
+        Raises:
+            ParameterError: names it.
+        """
+
+    @abstractmethod
+    def new_layer(self, linear: nn.Linear, config: LoraConfig) -> AdaptedLinear:
+        """An adapted layer that shares the weight of `linear`.
+
+        Raises:
+            ParameterError: a rank that does not fit the layer.
+        """
+
+    def start(self, layer: AdaptedLinear, config: LoraConfig) -> None:  # noqa: B027  # nothing to do for most kinds
+        """Bring a new layer to where training starts, where that depends on the weight's values.
+
+        Raises:
+            NumericsError: NaN or infinity in the weight.
+        """
+
+    def start_fingerprint(self, layers: Iterable[AdaptedLinear]) -> str | None:
+        """Of where training started, where another machine may start elsewhere; else None."""
+        return None
+
+    @abstractmethod
+    def target(self, layer: AdaptedLinear) -> Target:
+        """What a layer was trained to do; the tensors are its own, not copies."""
+
+    @abstractmethod
+    def trained_layer(self, linear: nn.Linear, target: Any) -> AdaptedLinear:
+        """The layer that was trained, on top of the base's."""
+
+    # In a file of RWKV-PEFT's layout
+
+    @abstractmethod
+    def file_part(self, name: str) -> tuple[str, str] | None:
+        """(layer, part) of a tensor that is a part of such an adapter; None of others."""
+
+    @abstractmethod
+    def check_note(self, note: dict[str, Any]) -> None:
+        """Refuse a note that is not as `file_content` writes it. Missing keys and wrong types may raise KeyError,
+        TypeError or ValueError.
+
+        Raises:
+            ParameterError: values out of range.
+        """
+
+    @abstractmethod
+    def read_file(
+        self, ck: Checkpoint, layers: Layers, note: Mapping[str, Any], options: AdapterOptions
+    ) -> tuple[dict[str, Target], str]:
+        """(targets by layer, method) of a file with parts of this kind.
+
+        Raises: as `open_adapter`.
+        """
+
+    @abstractmethod
+    def file_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
+        """(tensors by name, note) of a file.
+
+        Raises:
+            ParameterError: an adapter that the layout cannot express.
+        """
+
+    # In a folder of Hugging Face's peft
+
+    @abstractmethod
+    def folder_part(self, name: str) -> tuple[str, str] | None:
+        """(layer, part) as `file_part`."""
+
+    @abstractmethod
+    def read_folder(self, ck: Checkpoint, layers: Layers, options: AdapterOptions) -> tuple[dict[str, Target], str]:
+        """(targets by layer, method) of a folder whose `peft_type` is one of this kind's.
+
+        Raises: as `open_adapter`.
+        """
+
+    @abstractmethod
+    def folder_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
+        """(tensors by name, settings beside those that all kinds have) of a folder.
+
+        Raises:
+            ParameterError: an adapter that peft has no words for.
+        """
+
+
+ADAPTER_KINDS: dict[str, AdapterKind] = {}  # by method, filled by the modules of `rwkv_lab.peft.kinds`
+
+
+def register(kind: AdapterKind) -> None:
+    """Make a kind of adapter known.
+
+    Raises:
+        ParameterError: there is one of that name.
+    """
+    if kind.method in ADAPTER_KINDS:
+        raise ParameterError(f"There is a kind of adapter named {kind.method!r} already.")
+    ADAPTER_KINDS[kind.method] = kind
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, which True is not."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def target_modules(model: nn.Module, patterns: Sequence[str] | None, what: str = "lora_target_modules") -> list[str]:
-    """Full names of the Linear layers that the patterns select, in the model's order; None selects those of the blocks.
-
-    Args:
-        what: the caller's parameter, for messages.
-
-    Raises:
-        ParameterError: a pattern that matches no layer (near names are listed), or a layer that is adapted already.
-    """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if patterns is None:
-        patterns = ["blocks.*"]
-    refuse_unmatched(what, patterns, list(layers), "Linear layers of this model")
-    chosen = [name for name in layers if matches_any(name, patterns)]
-    adapted = next((name for name in chosen if isinstance(layers[name], AdaptedLinear)), None)
-    if adapted:
-        raise ParameterError(f"{adapted} has an adapter already; load the model anew, or choose other layers.")
-    return chosen
-
-
-def trained_parts(model: nn.Module, parts: Sequence[str]) -> list[str]:
-    """Full names of the parameters that `train_parts` selects, in the model's order. Adapters are not among them.
-
-    Raises:
-        ParameterError: a part or pattern that matches no parameter (near names are listed).
-    """
-    names = [name for name, _ in _own_parameters(model)]
-    chosen: set[str] = set()
-    for part in parts:
-        matched = {name for name in names if _in_part(name, part)}
-        if not matched:
-            kinds = f"parameters of this model, and is none of {', '.join(PARTS)}"
-            refuse_unmatched("train_parts", [part], names, kinds)
-        chosen |= matched
-    return [name for name in names if name in chosen]
-
-
-def _own_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    """Those of the model itself, without adapters."""
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not (isinstance(module, AdaptedLinear) and name in module.adapter_names):
-                yield f"{prefix}.{name}" if prefix else name, parameter
-
-
-def _in_part(name: str, part: str) -> bool:
-    if part in ("emb", "head"):
-        return name == f"{part}.weight"
-    norm = re.search(r"(^|\.)ln\w*\.(weight|bias)$", name)
-    if part == "ln":
-        return norm is not None
-    state = name.endswith(".time_state")
-    if part == "time_state":
-        return state
-    if part == "time":
-        return split_block(name) is not None and not (norm or state or name.endswith(".weight"))
-    return matches(name, part)

@@ -1,24 +1,23 @@
 """Adapters in files: opened whatever layout they are in, saved in the layout that the name of the output asks for.
 
-What a file does not say is asked for: the alpha of a LoRA in RWKV-PEFT's layout, which of two "bat"s a block means,
-what a PiSSA adapter started from. A value that the file does say and that is given all the same must agree with it.
+What a file does not state has to be given: the alpha of a LoRA in RWKV-PEFT's layout, which of two "bat"s a block
+means, what a PiSSA adapter started from. A value that the file states and that is given too must agree with it.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from rwkv_lab.checkpoint import Checkpoint, TensorInfo, file_facts, open_checkpoint, write_checkpoint
+from rwkv_lab.checkpoint import Checkpoint, file_facts, open_checkpoint, write_checkpoint
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.peft import hf_layout, rwkv_peft_layout
-from rwkv_lab.peft.adapter import Adapter, LoraTarget
-from rwkv_lab.peft.asked import Asked
+from rwkv_lab.peft.adapter import Adapter
+from rwkv_lab.peft.kinds.pissa import with_start
+from rwkv_lab.peft.options import AdapterOptions
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_HALF = re.compile(r"^(?P<layer>.+)\.(?:init_)?lora_(?P<half>[AB])(?:\.default)?(?:\.weight)?$")
 
 
 def open_adapter(
@@ -33,27 +32,27 @@ def open_adapter(
     `X.bone`), or a folder of Hugging Face's peft. Only headers are read; close it, or use it in a `with`.
 
     Args:
-        alpha: of a LoRA whose file does not say it.
+        alpha: of a LoRA whose file does not state it.
         use_rslora: whether that LoRA is scaled by alpha / sqrt(r); None for no.
-        bat: "hf" or "rwkv-peft", of a MiSS block with three dimensions whose file does not say which it means.
+        bat: "hf" or "rwkv-peft", of a MiSS block with three dimensions whose file does not state which it means.
         pissa_init: what a PiSSA adapter started from: RWKV-PEFT's `init_pissa.pth` (names with or without `model.`), or
             the folder that Hugging Face's peft saved before training. It goes with the original base then.
-        residual_base: say of a PiSSA adapter that the base to go with is what the SVD left over.
+        residual_base: True: a PiSSA adapter goes with a base that is what the SVD left over.
 
     Raises:
-        ParameterError: something that the file does not say was not given, or it says otherwise.
+        ParameterError: something that the file does not state was not given, or the file states otherwise.
         LayoutError: no adapter, one of a kind that is not known, halves or tensors missing, shapes that do not fit.
         CorruptFileError, UnsafeFileError: as `open_checkpoint`.
     """
-    asked = Asked(alpha, use_rslora, bat, pissa_init is not None, residual_base)
+    options = AdapterOptions(alpha, use_rslora, bat, pissa_init is not None, residual_base)
     ck = open_checkpoint(path)
     opened = [ck]
     try:
         _check_dtypes(ck)
         if ck.adapter_config is not None:
-            adapter = hf_layout.read(ck, asked)
+            adapter = hf_layout.read(ck, options)
         else:
-            adapter = rwkv_peft_layout.read(ck, asked)
+            adapter = rwkv_peft_layout.read(ck, options)
         if not adapter.targets:
             raise LayoutError(f"{ck.path} adapts no layer: it has no lora_A and no MiSS block.")
         if pissa_init is not None:
@@ -62,7 +61,7 @@ def open_adapter(
             _check_dtypes(init)
             if file_facts(init).fingerprint == file_facts(ck).fingerprint:
                 raise LayoutError(f"pissa_init {init.path} is the adapter itself, not what it started from.")
-            adapter = replace(adapter, targets=_started_from(adapter, init))
+            adapter = replace(adapter, targets=with_start(adapter, init))
         _check_inner_shapes(adapter)
         return replace(adapter, path=ck.path, opened=tuple(opened))
     except BaseException:
@@ -77,46 +76,23 @@ def _check_dtypes(ck: Checkpoint) -> None:
         raise LayoutError(f"{ck.path}: {odd.name} is {odd.dtype}; adapters are float64, float32, bfloat16 or float16.")
 
 
-def _started_from(adapter: Adapter, init: Checkpoint) -> dict[str, LoraTarget]:
-    """The targets with the halves that they started from."""
-    halves: dict[str, dict[str, TensorInfo]] = {}
-    names = [n for n in init.info if "init_lora_" in n] or list(init.info)
-    for name in names:
-        if match := _HALF.match(name.removeprefix(hf_layout.PREFIX).removeprefix(init.identity.prefix)):
-            halves.setdefault(match["layer"], {})[match["half"]] = init.info[name]
-    missing = [x for x in adapter.targets if set(halves.get(x, ())) != {"A", "B"}]
-    if missing or len(halves) != len(adapter.targets):
-        raise LayoutError(
-            f"{init.path} has starts for {len(halves)} layers, {adapter.where} adapts {len(adapter.targets)}"
-            f"{f'; nothing for {missing[0]}' if missing else ''}.\nThey are not of one training run."
-        )
-    for x, target in adapter.targets.items():
-        if halves[x]["A"].shape != target.A.shape or halves[x]["B"].shape != target.B.shape:
-            raise LayoutError(
-                f"{init.path} starts {x} with lora_A {list(halves[x]['A'].shape)}, {adapter.where} has "
-                f"{list(target.A.shape)}.\nThey are not of one training run."
-            )
-    return {x: replace(t, pissa=True, init_A=halves[x]["A"], init_B=halves[x]["B"]) for x, t in adapter.targets.items()}
-
-
 def _check_inner_shapes(adapter: Adapter) -> None:
     for x, t in adapter.targets.items():
         if f"{x}.weight" in adapter.full:
             raise LayoutError(
                 f"{x}.weight stands in {adapter.where} whole and as an adapter; only one of them can be meant."
             )
-        if isinstance(t, LoraTarget):
-            fault = t.misfit((*t.B.shape[:1], *t.A.shape[1:2]))
-            if fault:
-                raise LayoutError(f"{adapter.where}: {x} has {fault}.")
+        fault = t.inner_misfit()
+        if fault:
+            raise LayoutError(f"{adapter.where}: {x} has {fault}.")
 
 
 def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = False) -> None:
     """Save an adapter, whole or not at all.
 
     A path that ends in `.pth` or `.safetensors` becomes a file in RWKV-PEFT's layout, with a note of what that layout
-    does not say and, for PiSSA, what it started from. Any other path becomes a folder of Hugging Face's peft; PiSSA is
-    saved there as the LoRA of twice the rank that does the same to the original model.
+    does not state and, for PiSSA, what it started from. Any other path becomes a folder of Hugging Face's peft; PiSSA
+    is saved there as the LoRA of twice the rank that does the same to the original model.
 
     Raises:
         ParameterError: an adapter that the layout cannot express.

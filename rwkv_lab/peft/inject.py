@@ -10,11 +10,11 @@ from torch import nn
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model import RWKV_Dual, RWKVMode
 from rwkv_lab.names import split_block
-from rwkv_lab.peft.adapter import Adapter, InMemory, LoraTarget, MissTarget
-from rwkv_lab.peft.config import LoraConfig, target_modules, trained_parts
-from rwkv_lab.peft.linear import AdaptedLinear, LoraLinear, PissaLinear
-from rwkv_lab.peft.miss import MissLinear
+from rwkv_lab.peft.adapter import Adapter, InMemory
+from rwkv_lab.peft.config import ADAPTER_KINDS, LoraConfig
+from rwkv_lab.peft.linear import AdaptedLinear
 from rwkv_lab.peft.quantised import FrozenLinear, NF4Linear, PackedWeight, check_quant
+from rwkv_lab.peft.selection import target_modules, trained_parts
 
 _DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -73,11 +73,11 @@ def apply_peft(model: nn.Module, lora_config: LoraConfig) -> None:
     clash = next((name for name in besides if name.removesuffix(".weight") in names), None)
     if clash:
         raise ParameterError(f"{clash} is named by train_parts and adapted too; only one of them can be meant.")
+    kind = ADAPTER_KINDS[lora_config.method]
     for name in names:
         with _named(name):
-            layer = _new_layer(model.get_submodule(name), lora_config)
-            if lora_config.method == "pissa":
-                layer.start(lora_config.svd_niter)
+            layer = kind.new_layer(model.get_submodule(name), lora_config)
+            kind.start(layer, lora_config)
         _replace(model, name, layer)
     quantise_blocks(model, lora_config.quant, besides)
     _train_only(model, besides)
@@ -90,16 +90,9 @@ def planned_parameters(name: str, out_features: int, in_features: int, lora_conf
         ParameterError: names the layer; a rank that is larger than it, or that does not divide it where it has to.
     """
     with _named(name):
-        layer = _new_layer(nn.Linear(in_features, out_features, bias=False, device="meta"), lora_config)
+        linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+        layer = ADAPTER_KINDS[lora_config.method].new_layer(linear, lora_config)
     return sum(p.numel() for p in layer.adapter().values())
-
-
-def _new_layer(linear: nn.Linear, c: LoraConfig) -> AdaptedLinear:
-    if c.method == "miss":
-        return MissLinear.from_linear(linear, c.lora_r, c.miss_variant, c.mini_r, c.lora_dropout, c.adapter_dtype)
-    if c.method == "pissa":
-        return PissaLinear.from_linear(linear, c.lora_r, adapter_dtype=c.adapter_dtype)
-    return LoraLinear.from_linear(linear, c.lora_r, c.lora_alpha, c.lora_dropout, c.use_rslora, c.adapter_dtype)
 
 
 @contextmanager
@@ -117,7 +110,7 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def quantise_blocks(model: nn.Module, quant: str, trained: Sequence[str] = ()) -> None:
-    """Store the matrices of the blocks as `quant` says, in place; they are frozen by that.
+    """Store the matrices of the blocks as `quant`, in place; they are frozen by that.
 
     Args:
         trained: names of weights that are trained whole, and stay as they are.
@@ -234,17 +227,17 @@ def load_adapter(model: nn.Module, adapter: Adapter, quant: str | None = None) -
 
     Args:
         model: the base, or for an adapter with `residual_base` what PiSSA left over of it.
-        quant: how the base's matrices are stored; None for what training did where the adapter says it, else "none".
+        quant: how the base's matrices are stored; None for what training did where the adapter states it, else "none".
 
     Raises:
         LayoutError: an adapter of another model, or incomplete; the model is as it was then.
         NumericsError: NaN or infinity in the adapter; the model is as it was then.
-        ParameterError: a model that has adapters already, or another `quant` than the adapter says.
+        ParameterError: a model that has adapters already, or another `quant` than the adapter states.
     """
     if adapters(model):
         raise ParameterError("The model has adapters already; load it anew.")
     if quant is not None and adapter.quant not in (None, quant):
-        raise ParameterError(f"quant={quant!r} was given, {adapter.where} says {adapter.quant!r}; leave it out.")
+        raise ParameterError(f"quant={quant!r} was given, {adapter.where} states {adapter.quant!r}; leave it out.")
     quant = quant or adapter.quant or "none"
     check_quant(quant)
     adapter.check({name: tuple(p.shape) for name, p in model.named_parameters()}, model.layout)
@@ -252,7 +245,8 @@ def load_adapter(model: nn.Module, adapter: Adapter, quant: str | None = None) -
         if not values.read().isfinite().all():
             raise NumericsError(f"{name} of {adapter.where} holds NaN or infinity.")
     for name, target in adapter.targets.items():
-        _replace(model, name, target.layer(model.get_submodule(name)))
+        layer = ADAPTER_KINDS[adapter.method].trained_layer(model.get_submodule(name), target)
+        _replace(model, name, layer)
     if any(name.endswith(".time_state") for name in adapter.full):
         model.add_time_state()
     parameters = dict(model.named_parameters())
@@ -273,22 +267,12 @@ def adapter_of(model: nn.Module) -> Adapter:
     layers = adapters(model)
     if not layers:
         raise ParameterError("The model has no adapters; give it some with apply_peft or load_adapter.")
-    targets = {name: _target(layer) for name, layer in layers.items()}
-    inside = adapter_parameters(model)
     first = next(iter(layers.values()))
-    pissa = isinstance(first, PissaLinear)
+    kind = next(kind for kind in ADAPTER_KINDS.values() if kind.layer_type is type(first))
+    inside = adapter_parameters(model)
     return Adapter(
-        method="miss" if isinstance(first, MissLinear) else "pissa" if pissa else "lora",
-        targets=targets,
+        method=kind.method,
+        targets={name: kind.target(layer) for name, layer in layers.items()},
         full={n: InMemory(p) for n, p in model.named_parameters() if p.requires_grad and n not in inside},
         quant="none" if first.packed is None else first.packed.quant,
     )
-
-
-def _target(layer: AdaptedLinear) -> LoraTarget | MissTarget:
-    if isinstance(layer, MissLinear):
-        return MissTarget(InMemory(layer.miss_block), layer.variant)
-    pissa = isinstance(layer, PissaLinear)
-    init = (layer.init_lora_A, layer.init_lora_B) if pissa else (None, None)
-    A, B, init_A, init_B = (None if t is None else InMemory(t) for t in (layer.lora_A, layer.lora_B, *init))
-    return LoraTarget(A, B, layer.lora_alpha, layer.use_rslora, pissa, init_A, init_B)

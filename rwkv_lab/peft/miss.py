@@ -26,7 +26,7 @@ def check_variant(variant: str) -> None:
     if variant == "bat":
         raise ParameterError(
             'miss_variant="bat" has two meanings: "bat-hf" (Hugging Face peft, one block per output tile) and\n'
-            '"bat-rwkv-peft" (RWKV-PEFT, one block per input tile). Say which.'
+            '"bat-rwkv-peft" (RWKV-PEFT, one block per input tile). Pass one of them.'
         )
     if variant not in VARIANTS:
         raise ParameterError(f"There is no MiSS variant {variant!r}; there are: {', '.join(VARIANTS)}.")
@@ -64,7 +64,7 @@ class MissLinear(AdaptedLinear):
     """A frozen weight and a MiSS block, zeros to begin with: the layer starts as W x, bit for bit.
 
     Args:
-        variant: "default", "mini", "bat-hf" or "bat-rwkv-peft", as the module says.
+        variant: "default", "mini", "bat-hf" or "bat-rwkv-peft", as above.
         mini_r: columns of the block in "mini".
         lora_dropout: share of x that the block does not see in training; not for the bats, whose change is in W.
         adapter_dtype: of the block; None for the weight's.
@@ -94,7 +94,7 @@ class MissLinear(AdaptedLinear):
         check_dropout(lora_dropout)
         shape = block_shape(variant, r, in_features, out_features, mini_r)
         if variant.startswith("bat") and lora_dropout:
-            raise ParameterError(f"{variant} changes the weight itself; there is nothing to drop out. Say dropout 0.")
+            raise ParameterError(f"{variant} changes the weight itself; there is nothing to drop out. Pass dropout 0.")
         super().__init__(in_features, out_features, device, dtype)
         self.r, self.variant, self.lora_dropout, self.block_shape = r, variant, lora_dropout, shape
         self.adapter_dtype = adapter_dtype or self.weight.dtype

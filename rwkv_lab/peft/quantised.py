@@ -112,7 +112,7 @@ def dequantize_int8(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtyp
 
 
 def quantised_and_back(weight: torch.Tensor, quant: str) -> torch.Tensor:
-    """What remains of a weight [out, in] when it is stored as `quant` says: the same shape and dtype.
+    """What remains of a weight [out, in] when it is stored as `quant`: the same shape and dtype.
 
     Rows may be given apart for "int8", and for "nf4" where they begin a block.
 
@@ -187,8 +187,8 @@ class _TimesPacked(torch.autograd.Function):
 class FrozenLinear(nn.Linear):
     """A Linear without bias whose weight is not trained, and may be packed. `weight` reads as the unpacked one then.
 
-    `more_than_weight` says whether `weight` alone is the layer's function: whoever computes with weights directly, as a
-    compiled path may, has to call the layer where it is True, and reads an unpacked copy where `packed` is not None.
+    `more_than_weight`: whether the layer's function is more than `weight`. Code that computes with weights directly, as
+    a compiled path may, has to call the layer where it is True, and reads an unpacked copy where `packed` is not None.
     """
 
     more_than_weight = False

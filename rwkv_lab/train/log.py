@@ -16,7 +16,7 @@ def check_log_folder(folder: Path) -> None:
     """Refuse a folder that cannot be made or is a file.
 
     Raises:
-        OutputError: says which.
+        OutputError: names it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

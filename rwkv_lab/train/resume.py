@@ -77,7 +77,7 @@ def load_course(
     returned.
 
     Raises:
-        ParameterError: it is of a training with other settings; says which.
+        ParameterError: it is of a training with other settings; names them.
         CorruptFileError: no such checkpoint, or a broken one.
     """
     with open_checkpoint(path) as ck:
@@ -113,10 +113,10 @@ def _fault_of_course(course: Course, written: Mapping, settings: Mapping) -> str
     """What is wrong with the numbers; "" if nothing is."""
     lost = sorted(set(vars(course)) - set(written))
     if lost:
-        return f"it does not say {lost[0]}"
+        return f"it lacks {lost[0]}"
     steps = settings.get("steps")
     if not _is_count(course.step) or not _is_count(steps) or not 1 <= course.step <= steps:
-        return f"it says that {course.step!r} of {steps!r} steps are done"
+        return f"it counts {course.step!r} of {steps!r} steps as done"
     lists = {"losses": _is_number, "held_out": _is_measured, "log": lambda row: isinstance(row, dict)}
     lists["samples_before"] = lambda pair: _is_pair(pair) and all(isinstance(text, str) for text in pair)
     for name, right in lists.items():
@@ -177,5 +177,5 @@ def _refuse_other(path: Path, then: dict, now: dict) -> None:
         pairs = ", ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in other[:3])
         raise ParameterError(
             f"{path.name} is of a training with other settings: {pairs}.\n"
-            "Say what was said then, or remove that file to begin anew."
+            "Pass the same as then, or remove that file to begin anew."
         )

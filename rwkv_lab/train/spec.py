@@ -276,7 +276,7 @@ def check_device(device: str, autocast: str = "") -> None:
     """Refuse a device that training does not run on, or that is not there.
 
     Raises:
-        ParameterError: says which.
+        ParameterError: names it.
     """
     kind = parse_device(device).type
     if kind not in ("cpu", "cuda"):

@@ -112,7 +112,7 @@ def train(
             "full" trains everything of `base`, "state" only `blocks.i.att.time_state` `[H,V,K]`, the state that every
             sequence starts from; "lora", "pissa" and "miss" train adapters (`rwkv_lab.peft`).
         out: `.pth` or `.safetensors`: the whole model, the states alone or the adapter; for adapters also a folder.
-        data: "english", "python" or the path of a file or folder; `rwkv_lab.train.data` says how each is split.
+        data: "english", "python" or the path of a file or folder; see `rwkv_lab.train.data` for how each is split.
         steps: updates, each of `accumulate` batches of `batch_size` sequences of `ctx_len` tokens. `batch_size` is that
             of all processes together.
         lr: the highest learning rate, after `warmup` steps; states want a large one (1), models a small one.
@@ -207,7 +207,7 @@ class _Training:
     fitting: Fitting
 
     def samples(self) -> list[tuple[str, str]]:
-        """(prompt, continuation) pairs, as the model is now; none where nobody asked, or nobody alone could write."""
+        """(prompt, continuation) pairs, as the model is now; none of several processes, or of examples."""
         corpus = self.corpus
         if not (self.options.samples and self.processes.size == 1 and isinstance(corpus, Corpus)):
             return []

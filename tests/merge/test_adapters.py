@@ -191,7 +191,7 @@ def bare(path, out, endings=("lora_A", "lora_B", "disha")):
 def test_what_the_file_does_not_say_is_asked(base, trained, tmp_path):
     given = base(), bare(trained("rslora")[0], tmp_path / "l.pth"), tmp_path / "m.pth"
     model = trained("rslora", name="b.safetensors")[1]
-    refused(ParameterError, "does not say its alpha", *given)
+    refused(ParameterError, "does not state its alpha", *given)
     result = proved(merge(*given, alpha=6, parameters={"use_rslora": True}))
     assert relative_rms(logits(result.out), model(TOKENS)[0]) < CLOSE
     refused(ParameterError, "leave it out", base(), tmp_path / "b.safetensors", tmp_path / "n.pth", alpha=7.0)

@@ -169,7 +169,7 @@ def test_the_file_says_its_alpha(files):
         back = merged_back(paths, None)
         for name, t in tuned.items():
             torch.testing.assert_close(back[name], t, rtol=1e-6, atol=1e-6)
-        with pytest.raises(ParameterError, match="alpha=8.0 was given, .*says 16.0; leave it out"):
+        with pytest.raises(ParameterError, match="alpha=8.0 was given, .*states 16.0; leave it out"):
             merged_back(paths, result.alpha / 2)
         assert same(merged_back(paths, 0)["head.weight"], base["head.weight"])
 

@@ -48,12 +48,12 @@ def load(base, path, version="7.0", **asked):
             raise
 
 
-# ------------------------------------------------------------------------- what the file does not say is asked for
+# ------------------------------------------------------------------------- what the file does not state
 
 
-def test_alpha_is_asked_for(tmp_path):
+def test_a_missing_alpha_is_refused(tmp_path):
     path = written(tmp_path / "a.pth", in_layout_of("lora"))
-    with pytest.raises(ParameterError, match="does not say its alpha.*\n.*pissa_init"):
+    with pytest.raises(ParameterError, match="does not state its alpha.*\n.*pissa_init"):
         open_adapter(path)
     for alpha in (0, -1, float("nan"), float("inf"), "8", True):
         with pytest.raises(ParameterError, match="positive number"):
@@ -61,7 +61,7 @@ def test_alpha_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["hf", "rwkv-peft"])
-def test_which_bat_is_asked_for(tmp_path, variant):
+def test_an_ambiguous_bat_is_refused(tmp_path, variant):
     path = written(tmp_path / "a.pth", in_layout_of(variant))
     with pytest.raises(ParameterError, match='bat="hf".*bat="rwkv-peft"'):
         open_adapter(path)
@@ -78,7 +78,7 @@ def test_the_other_bat_does_not_fit_where_shapes_tell(base, tmp_path, variant, o
 
 def test_pissa_wants_its_start(tmp_path):
     start = written(tmp_path / "init.pth", in_layout_of("init"))
-    with pytest.raises(ParameterError, match="say one"):
+    with pytest.raises(ParameterError, match="pass one"):
         open_adapter(tmp_path / "init.pth", pissa_init=start, residual_base=True)
     with pytest.raises(LayoutError, match="lora_A is not"):
         open_adapter(start, alpha=8)
@@ -104,19 +104,19 @@ def test_what_the_file_says_is_not_overruled(adapted, tmp_path):
             save_adapter(adapter, tmp_path / f"{name}-folder")
     save_pissa_init(adapter_of(adapted("7.0", CONFIGS["pissa"])), tmp_path / "init_pissa.pth")
     for name, asked, says in [
-        ("lora.pth", {"alpha": 7}, "says 6"),
-        ("lora.pth", {"use_rslora": True}, "says False"),
+        ("lora.pth", {"alpha": 7}, "states 6"),
+        ("lora.pth", {"use_rslora": True}, "states False"),
         ("lora.pth", {"residual_base": True}, "lora, not PiSSA"),
-        ("lora-folder", {"alpha": 7}, "says 6"),
+        ("lora-folder", {"alpha": 7}, "states 6"),
         ("lora-folder", {"residual_base": True}, "plain LoRA"),
         ("pissa.pth", {"pissa_init": tmp_path / "init_pissa.pth"}, "holds what it started from"),
-        ("pissa.pth", {"alpha": 7}, "says 4"),
+        ("pissa.pth", {"alpha": 7}, "states 4"),
         ("miss.pth", {"alpha": 7}, "MiSS, which has none"),
         ("miss.pth", {"bat": "hf"}, "no bat"),
         ("miss-folder", {"bat": "hf"}, "leave it out"),
         ("miss-folder", {"residual_base": True}, "MiSS"),
-        ("bat-hf", {"bat": "rwkv-peft"}, "says 'bat-hf'"),
-        ("bat-rwkv-peft.pth", {"bat": "hf"}, "says 'bat-rwkv-peft'"),
+        ("bat-hf", {"bat": "rwkv-peft"}, "states 'bat-hf'"),
+        ("bat-rwkv-peft.pth", {"bat": "hf"}, "states 'bat-rwkv-peft'"),
     ]:
         with pytest.raises(ParameterError, match=says):
             open_adapter(tmp_path / name, **asked)
@@ -184,7 +184,7 @@ def test_a_rank_larger_than_the_layer_in_a_file(base, tmp_path, rank):
         (lambda t: t.update({f"{X}.lora_A": torch.zeros(32)}), "[32]"),
         (lambda t: t.update({f"{X}.lora_A": torch.tensor(1.0), f"{X}.lora_B": torch.tensor(1.0)}), "[]"),
         (lambda t: t.update({f"{X}.weight": torch.zeros(52, 32)}), f"{X}.weight stands in"),
-        (lambda t: t.update({f"{X}.disha": torch.zeros(4, 52)}), "LoRA and MiSS"),
+        (lambda t: t.update({f"{X}.disha": torch.zeros(4, 52)}), "a LoRA and a MiSS adapter together"),
         (lambda t: t.update({f"{X}.lora_A.weight": torch.zeros(4, 32)}), "the same part"),
         (lambda t: t.update({f"{X}.init_lora_A": torch.zeros(4, 32)}), "init_lora_B is not"),
         (lambda t: t.update({f"{X}.lora_A": torch.zeros(4, 32, dtype=torch.int8)}), "torch.int8"),
@@ -266,20 +266,20 @@ def test_the_base_is_stored_as_the_adapter_says(base, adapted, tmp_path):
         save_adapter(adapter_of(trained), tmp_path / name)
         model = RWKV_Dual.from_pretrained(base("7.0"))
         with open_adapter(tmp_path / name) as adapter:
-            with pytest.raises(ParameterError, match="quant='int8' was given, .* says 'nf4'; leave it out"):
+            with pytest.raises(ParameterError, match="quant='int8' was given, .* states 'nf4'; leave it out"):
                 load_adapter(model, adapter, quant="int8")
             load_adapter(model, adapter)
         assert torch.equal(model(tokens)[0], trained(tokens)[0])
 
 
 @pytest.mark.parametrize("part", ["blocks.0.att.key.lora_A", "ln_out"])
-def test_a_folder_that_says_a_part_twice(folder, part):
+def test_a_folder_with_a_part_twice(folder, part):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     name = next(n for n in tensors if part in n)
     other = name.replace("lora_A.weight", "lora_A.default.weight").removeprefix("base_model.model." * ("ln" in part))
     save_file({**tensors, other: 2 * tensors[name]}, path)
-    with pytest.raises(LayoutError, match="said twice"):
+    with pytest.raises(LayoutError, match="are the same"):
         open_adapter(folder)
 
 
@@ -350,7 +350,7 @@ def test_a_folder_that_is_half_written(base, folder, tmp_path):
         ({"init_lora_weights": "pissa"}, ParameterError, "residual_base"),
         ({"peft_type": "LOHA"}, LayoutError, "LOHA"),
         ({"peft_type": ...}, LayoutError, "None"),
-        ({"peft_type": "MISS"}, LayoutError, "lora_A, which is no part of MiSS"),
+        ({"peft_type": "MISS"}, LayoutError, "lora_A.weight is no part of a MiSS adapter"),
     ],
 )  # fmt: skip
 def test_a_configuration_that_is_not_understood(folder, settings, error, says):
@@ -362,7 +362,7 @@ def test_a_configuration_that_is_not_understood(folder, settings, error, says):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"init_weights": "bat"}, "says rank 6 and init_weights 'bat'"),
+        ({"init_weights": "bat"}, "states rank 6 and init_weights 'bat'"),
         ({"r": 4}, "rank 4"),
         ({"init_weights": "other"}, "'other'"),
         ({"init_weights": "mini", "mini_r": 2, "r": 5}, "rank 5"),

@@ -151,7 +151,7 @@ DAMAGE = [
     (lambda note, t: note["course"].update(step="a"), "'a' of 6 steps"),
     (lambda note, t: note["course"].update(step=99), "99 of 6 steps"),
     (lambda note, t: note["course"].update(step=2), "3 losses"),
-    (lambda note, t: note["course"].pop("losses"), "does not say losses"),
+    (lambda note, t: note["course"].pop("losses"), "lacks losses"),
     (lambda note, t: note["course"].update(losses=["a"] * 3), "its losses"),
     (lambda note, t: note["course"].update(held_out=[3]), "its held_out"),
     (lambda note, t: note["course"].update(best="a"), "its measurements"),

@@ -185,7 +185,7 @@ def nan_in(path, name):
         ("a copy of the base", "ParameterError", "changes nothing"),
         ("a fresh adapter", "ParameterError", "changes nothing"),
         ("a state of zeros", "ParameterError", "changes nothing"),
-        ("no alpha", "ParameterError", "say alpha="),
+        ("no alpha", "ParameterError", "pass alpha="),
         ("alpha of a state", "ParameterError", "leave them out"),
         ("unmerge", "ParameterError", "nothing is merged"),
         ("three values", "ParameterError", "a list of two"),

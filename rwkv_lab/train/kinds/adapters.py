@@ -1,6 +1,5 @@
 """Training of adapters, one kind of training for each kind of adapter that `rwkv_lab.peft` knows."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from rwkv_lab.checkpoint import Layout
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.names import is_block_matrix
 from rwkv_lab.peft import (
+    ADAPTER_KINDS,
     LoraConfig,
     adapter_of,
     adapters,
@@ -21,8 +21,8 @@ from rwkv_lab.peft import (
     planned_parameters,
     save_adapter,
 )
-from rwkv_lab.peft.config import METHODS, target_modules, trained_parts
 from rwkv_lab.peft.files import check_savable
+from rwkv_lab.peft.selection import target_modules, trained_parts
 from rwkv_lab.train.kinds.state import planned_states
 from rwkv_lab.train.spec import Defaults, Kind, Planned, TrainSpec, register
 
@@ -38,7 +38,9 @@ class Adapters(Kind):
 
     def __init__(self, method: str):
         self.name = self.output_kind = method
-        self.takes = frozenset({"rank", "targets", "train_parts", "quant", *(["alpha"] if method == "lora" else [])})
+        self.takes = frozenset(
+            {"rank", "targets", "train_parts", "quant", *(["alpha"] if ADAPTER_KINDS[method].takes_alpha else [])}
+        )
         self.compared_lr = _COMPARED_LR.get(method, 2e-2)
 
     def make_model(self, spec: TrainSpec) -> RWKV_Dual:
@@ -70,11 +72,12 @@ class Adapters(Kind):
         check_savable(adapter_of(model), out)
 
     def recorded(self, model: RWKV_Dual) -> dict[str, str]:
-        return {"start": _pissa_start(model)} if self.name == "pissa" else {}
+        start = ADAPTER_KINDS[self.name].start_fingerprint(adapters(model).values())
+        return {} if start is None else {"start": start}
 
 
 def adapter_config(spec: TrainSpec) -> LoraConfig:
-    """What the spec says of adapters. Those of a bfloat16 model are float32, or small updates would be rounded away.
+    """The settings of the adapters. Those of a bfloat16 model are float32, or small updates would be rounded away.
 
     Raises:
         ParameterError: see `LoraConfig`.
@@ -89,14 +92,6 @@ def adapter_config(spec: TrainSpec) -> LoraConfig:
         train_parts=spec.train_parts,
         adapter_dtype=torch.float32 if spec.dtype == "bfloat16" else None,
     )
-
-
-def _pissa_start(model: nn.Module) -> str:
-    """A fingerprint of where PiSSA started: its SVD may come out otherwise on another machine or number of threads."""
-    digest = hashlib.sha256()
-    for layer in adapters(model).values():
-        digest.update(layer.init_lora_A.cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _tree(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
@@ -118,5 +113,5 @@ def _tree(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
     return root
 
 
-for _method in METHODS:
+for _method in ADAPTER_KINDS:
     register(Adapters(_method))

@@ -1,0 +1,341 @@
+"""LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732): what its numbers mean, and its files.
+
+Files of PiSSA have the same parts, so they are read here too; what PiSSA does otherwise is in `pissa.py`.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from rwkv_lab.checkpoint import Checkpoint
+from rwkv_lab.checkpoint.layout import Shape
+from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values
+from rwkv_lab.peft.config import AdapterKind, Layers, LoraConfig, register
+from rwkv_lab.peft.linear import AdaptedLinear, LoraLinear, lora_scaling
+from rwkv_lab.peft.options import AdapterOptions
+
+_FILE_PART = re.compile(r"^(?P<layer>.+)\.(?P<part>(?:init_)?lora_[AB])(?:\.default)?(?:\.weight)?$")
+_FOLDER_PART = re.compile(r"^(?P<layer>.+)\.(?P<part>lora_[AB])(?:\.default)?\.weight$")
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # they leave the base as it is
+
+
+@dataclass(frozen=True)
+class LoraTarget(Target):
+    """W + scaling · B A; with init_A and init_B, of PiSSA: (W - scaling · init_B init_A) + scaling · B A."""
+
+    A: Values  # [r, in]
+    B: Values  # [out, r]
+    alpha: float
+    use_rslora: bool = False
+    pissa: bool = False
+    init_A: Values | None = None  # [r, in]; without them, PiSSA goes with what the SVD left over of the base
+    init_B: Values | None = None  # [out, r]
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        return lora_scaling(self.alpha, self.rank, self.use_rslora)
+
+    @property
+    def has_start(self) -> bool:
+        return self.init_A is not None
+
+    @property
+    def needs_residual(self) -> bool:
+        return self.pissa and not self.has_start
+
+    @property
+    def tensors(self) -> dict[str, Values]:
+        parts = {"lora_A": self.A, "lora_B": self.B, "init_lora_A": self.init_A, "init_lora_B": self.init_B}
+        return {name: values for name, values in parts.items() if values is not None}
+
+    def settings(self) -> dict[str, float | str]:
+        return {"scaling": self.scaling}
+
+    def misfit(self, shape: Shape) -> str:
+        for A, B in ((self.A, self.B), (self.init_A, self.init_B)):
+            if A is None or B is None:
+                continue
+            fits = len(A.shape) == len(B.shape) == 2 and A.shape[0] == B.shape[1] > 0
+            if not fits or (B.shape[0], A.shape[1]) != tuple(shape):
+                found = f"lora_A {list(A.shape)} and lora_B {list(B.shape)}"
+                return f"{found}; [r, in] and [out, r] are needed, with r of at least 1"
+            if A.shape[0] > min(shape):
+                return f"rank {A.shape[0]}, which is larger than the layer"
+        return ""
+
+    def inner_misfit(self) -> str:
+        return self.misfit((*self.B.shape[:1], *self.A.shape[1:2]))
+
+    def residual_rows(self, weight: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+        """As of `Target`: for PiSSA less than the rows are."""
+        if self.init_A is None:
+            return weight
+        return self._plus(weight, self.init_A, self.init_B, first_row, -self.scaling)
+
+    def adapted_rows(self, residual: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+        return self._plus(residual, self.A, self.B, first_row, self.scaling)
+
+    def restored_rows(self, merged: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+        residual = self._plus(merged, self.A, self.B, first_row, -self.scaling)
+        if self.init_A is None:
+            return residual
+        return self._plus(residual, self.init_A, self.init_B, first_row, self.scaling)
+
+    @staticmethod
+    def _plus(weight: torch.Tensor, A: Values, B: Values, first_row: int, factor: float) -> torch.Tensor:
+        rows = B.read()[first_row : first_row + len(weight)]
+        return torch.addmm(weight, rows.to(weight), A.read().to(weight), alpha=factor)
+
+    def prepared(self, weight: float, dtype: torch.dtype) -> Self:
+        halves = {"A": in_memory(self.A, 1, dtype), "B": in_memory(self.B, weight, dtype)}
+        if self.init_A is not None:
+            halves |= {"init_A": in_memory(self.init_A, 1, dtype), "init_B": in_memory(self.init_B, weight, dtype)}
+        return replace(self, **halves)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        left, right = self.scaling * self.B.read().double(), self.A.read().double()  # [out,r], [r,in]
+        if self.init_A is not None:
+            left = torch.cat([left, -self.scaling * self.init_B.read().double()], 1)  # [out,2r]
+            right = torch.cat([right, self.init_A.read().double()], 0)  # [2r,in]
+        return left, right
+
+
+class Lora(AdapterKind):
+    method, described = "lora", "a LoRA"
+    layer_type: type[LoraLinear] = LoraLinear
+    takes_alpha = True
+    peft_types, stems = ("LORA",), ("lora",)
+    folder_settings = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"})
+    idle_settings = frozenset({"lora_dropout", "qalora_group_size", "eva_config"})
+
+    def check(self, config: LoraConfig) -> None:
+        lora_scaling(config.lora_alpha, config.lora_r)
+
+    def new_layer(self, linear: nn.Linear, config: LoraConfig) -> AdaptedLinear:
+        c = config
+        return LoraLinear.from_linear(linear, c.lora_r, c.lora_alpha, c.lora_dropout, c.use_rslora, c.adapter_dtype)
+
+    def target(self, layer: LoraLinear) -> LoraTarget:
+        return LoraTarget(InMemory(layer.lora_A), InMemory(layer.lora_B), layer.lora_alpha, layer.use_rslora)
+
+    def trained_layer(self, linear: nn.Linear, target: LoraTarget) -> LoraLinear:
+        t = target
+        layer = self.layer_type.from_linear(linear, t.rank, t.alpha, use_rslora=t.use_rslora, adapter_dtype=t.A.dtype)
+        with torch.no_grad():
+            if t.init_A is not None:
+                layer.start_from(t.init_A.read(), t.init_B.read())
+            layer.lora_A.copy_(t.A.read())
+            layer.lora_B.copy_(t.B.read())
+        return layer
+
+    # In a file of RWKV-PEFT's layout
+
+    def file_part(self, name: str) -> tuple[str, str] | None:
+        match = _FILE_PART.match(name)
+        return (match["layer"], match["part"]) if match else None
+
+    def check_note(self, note: dict[str, Any]) -> None:
+        lora_scaling(note["alpha"], 1)
+        note["use_rslora"] = bool(note["use_rslora"])
+
+    def read_file(
+        self, ck: Checkpoint, layers: Layers, note: Mapping[str, Any], options: AdapterOptions
+    ) -> tuple[dict[str, Target], str]:
+        has_start = _has_start(ck, layers)
+        pissa = _is_pissa(ck, note, options, has_start)
+        if pissa and not note:
+            if options.alpha is not None or options.use_rslora:
+                raise ParameterError("alpha is not used by PiSSA in RWKV-PEFT's layout: its scale is 1; leave it out.")
+        elif note:
+            options.refuse_other("alpha", options.alpha, note["alpha"], ck.path)
+            options.refuse_other("use_rslora", options.use_rslora, note["use_rslora"], ck.path)
+        elif options.alpha is None:
+            raise ParameterError(
+                f"{ck.path} does not state its alpha, which must be known: pass alpha= (16, 32 and 64 are common).\n"
+                "If it is PiSSA, pass pissa_init= or residual_base=True instead."
+            )
+        targets: dict[str, Target] = {}
+        for x, parts in layers.items():
+            A, B = parts["lora_A"], parts["lora_B"]
+            rank = A.shape[0] if A.shape else 0
+            alpha = note["alpha"] if note else (rank or 1) if pissa else options.alpha
+            rs = note["use_rslora"] if note else bool(options.use_rslora) and not pissa
+            targets[x] = LoraTarget(A, B, alpha, rs, pissa, parts.get("init_lora_A"), parts.get("init_lora_B"))
+        return targets, "pissa" if pissa else "lora"
+
+    def file_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
+        scalings = {(t.alpha, t.use_rslora) for t in adapter.targets.values()}
+        if len(scalings) > 1:
+            raise ParameterError(
+                f"alpha differs between layers ({sorted(a for a, _ in scalings)[:4]}), and a file in RWKV-PEFT's\n"
+                "layout has one for all: save it to a folder, which becomes one of Hugging Face's peft."
+            )
+        return adapter.tensors(), lora_note(adapter.method, adapter.quant, *scalings.pop())
+
+    # In a folder of Hugging Face's peft
+
+    def folder_part(self, name: str) -> tuple[str, str] | None:
+        match = _FOLDER_PART.match(name)
+        return (match["layer"], match["part"]) if match else None
+
+    def read_folder(self, ck: Checkpoint, layers: Layers, options: AdapterOptions) -> tuple[dict[str, Target], str]:
+        config = ck.adapter_config
+        pissa = _is_pissa_folder(ck, options)
+        use_rslora = config.get("use_rslora") or False
+        if not isinstance(use_rslora, bool):
+            raise LayoutError(f"{ck.path}: use_rslora is {use_rslora!r}; true or false is expected.")
+        options.refuse_other("use_rslora", options.use_rslora, use_rslora, ck.path)
+        alpha = _number(ck, "lora_alpha", config.get("lora_alpha"))
+        options.refuse_other("alpha", options.alpha, alpha, ck.path)
+        targets: dict[str, Target] = {}
+        for x, parts in layers.items():
+            for here, missing in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+                if missing not in parts:
+                    raise LayoutError(f"{x}.{here} is there, {x}.{missing} is not; {ck.path} is incomplete.")
+            A = parts["lora_A"]
+            rank = _of_layer(ck, "rank_pattern", x, config.get("r"))
+            if not A.shape or rank != A.shape[0]:
+                raise LayoutError(
+                    f"{ck.path}: {x}.lora_A is {list(A.shape)}, adapter_config.json states rank {rank!r}."
+                )
+            alpha = _number(ck, "lora_alpha", _of_layer(ck, "alpha_pattern", x, config.get("lora_alpha")))
+            targets[x] = LoraTarget(A, parts["lora_B"], alpha, use_rslora, pissa)
+        return targets, "pissa" if pissa else "lora"
+
+    def folder_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
+        targets = {x: _as_plain_lora(t) for x, t in adapter.targets.items()}
+        ranks, alphas = {x: t.rank for x, t in targets.items()}, {x: t.alpha for x, t in targets.items()}
+        r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+        if len({t.use_rslora for t in targets.values()}) > 1:
+            raise ParameterError("Some layers are scaled as rsLoRA and some are not; peft has one way for all of them.")
+        config = {
+            "peft_type": "LORA",
+            "r": r,
+            "lora_alpha": alpha,
+            "lora_dropout": 0.0,
+            "use_rslora": next(iter(targets.values())).use_rslora,
+            "rank_pattern": {x.replace(".", r"\."): n for x, n in ranks.items() if n != r},
+            "alpha_pattern": {x.replace(".", r"\."): a for x, a in alphas.items() if a != alpha},
+            "init_lora_weights": True,
+            "fan_in_fan_out": False,
+        }
+        return {f"{x}.{part}.weight": v for x, t in targets.items() for part, v in t.tensors.items()}, config
+
+
+def lora_note(method: str, quant: str | None, alpha: float, use_rslora: bool = False) -> dict[str, Any]:
+    """What a file in RWKV-PEFT's layout states beside the tensors of "lora" or "pissa".
+
+    Args:
+        quant: how training stored the base; None where that is not known.
+    """
+    return {"method": method, "quant": quant, "alpha": alpha, "use_rslora": use_rslora}
+
+
+def in_memory(values: Values, scale: float, dtype: torch.dtype) -> InMemory:
+    """Read now, in that dtype, and scaled."""
+    read = values.read().to(dtype)
+    return InMemory(read if scale == 1 else read * scale)
+
+
+def _has_start(ck: Checkpoint, layers: Layers) -> bool:
+    """Whether the file holds what its layers started from; refuses one that lacks halves.
+
+    Raises:
+        LayoutError: names what is missing.
+    """
+    for x, parts in layers.items():
+        wanted = {"lora_A", "lora_B"} | ({"init_lora_A", "init_lora_B"} if any("init" in p for p in parts) else set())
+        if wanted - set(parts):
+            has, lacks = sorted(parts)[0], sorted(wanted - set(parts))[0]
+            raise LayoutError(f"{x}.{has} is there, {x}.{lacks} is not; {ck.path} is incomplete.")
+    started = ["init_lora_A" in parts for parts in layers.values()]
+    if any(started) and not all(started):
+        raise LayoutError(f"{ck.path} has a start for {sum(started)} of its {len(started)} layers only.")
+    return any(started)
+
+
+def _is_pissa(ck: Checkpoint, note: Mapping[str, Any], options: AdapterOptions, has_start: bool) -> bool:
+    """Of a file, by its note, its parts and the options.
+
+    Raises:
+        ParameterError: a start that is missing, or that is given though there is none or one already.
+    """
+    pissa = note["method"] == "pissa" if note else has_start or options.states_pissa
+    if options.states_pissa and not pissa:
+        raise ParameterError(f"{ck.path} is {note['method']} by its note, not PiSSA; leave out what PiSSA needs.")
+    if has_start and options.states_pissa:
+        raise ParameterError(f"{ck.path} holds what it started from; leave out pissa_init and residual_base.")
+    if pissa and not has_start and not options.states_pissa:
+        raise ParameterError(
+            f"{ck.path} is PiSSA: pass pissa_init= (what it started from, with the original base), or\n"
+            "residual_base=True where the base is what the SVD left over."
+        )
+    return pissa
+
+
+def _is_pissa_folder(ck: Checkpoint, options: AdapterOptions) -> bool:
+    """Of a folder, by its configuration and the options.
+
+    Raises:
+        LayoutError: another start that changes the base.
+        ParameterError: as `_is_pissa`.
+    """
+    start = ck.adapter_config.get("init_lora_weights", True)
+    pissa = isinstance(start, str) and start.startswith("pissa")
+    if not pissa and start not in _PLAIN_STARTS:
+        raise LayoutError(
+            f"{ck.path}: init_lora_weights {start!r} changes the base before training. Save the adapter again with\n"
+            "peft's path_initial_model_for_weight_conversion, or merge it there."
+        )
+    if pissa and not options.states_pissa:
+        raise ParameterError(
+            f"{ck.path} is PiSSA: pass pissa_init= (the folder saved before training, with the original base), or\n"
+            "residual_base=True where the base is what the SVD left over."
+        )
+    if options.states_pissa and not pissa:
+        raise ParameterError(f"{ck.path} is a plain LoRA by its configuration; leave out pissa_init and residual_base.")
+    return pissa
+
+
+def _of_layer(ck: Checkpoint, patterns: str, layer: str, otherwise: Any) -> Any:
+    """The value for a layer: that of the first pattern, a regular expression, that its name ends in."""
+    table = ck.adapter_config.get(patterns) or {}
+    if not isinstance(table, dict):
+        raise LayoutError(f"{ck.path}: {patterns} is {table!r}, a table is expected.")
+    for pattern, value in table.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", layer):
+                return value
+        except re.error as e:
+            raise LayoutError(f"{ck.path}: {patterns} has {pattern!r}, which is no regular expression ({e}).") from e
+    return otherwise
+
+
+def _number(ck: Checkpoint, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ParameterError(f"{ck.path}: adapter_config.json has {name} {value!r}; it must be a positive number.")
+    return value
+
+
+def _as_plain_lora(target: LoraTarget) -> LoraTarget:
+    """The LoRA of twice the rank that does to the original weight what PiSSA does: B A - B₀A₀ as one product."""
+    if target.init_A is None:
+        return target
+    A = torch.cat([target.A.read(), target.init_A.read()])
+    B = torch.cat([target.B.read(), -target.init_B.read()], dim=1)
+    # The scaling stays what it was: alpha / r, or alpha / sqrt(r).
+    alpha = target.alpha * (math.sqrt(2) if target.use_rslora else 2)
+    return LoraTarget(InMemory(A), InMemory(B), alpha, target.use_rslora)
+
+
+register(Lora())
