@@ -106,7 +106,7 @@ def test_what_the_file_says_is_not_overruled(adapted, tmp_path):
     for name, asked, says in [
         ("lora.pth", {"alpha": 7}, "states 6"),
         ("lora.pth", {"use_rslora": True}, "states False"),
-        ("lora.pth", {"residual_base": True}, "lora, not PiSSA"),
+        ("lora.pth", {"residual_base": True}, "lora by its note, not PiSSA"),
         ("lora-folder", {"alpha": 7}, "states 6"),
         ("lora-folder", {"residual_base": True}, "plain LoRA"),
         ("pissa.pth", {"pissa_init": tmp_path / "init_pissa.pth"}, "holds what it started from"),
