@@ -18,7 +18,7 @@ PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 # Each of them says how threads wait: of the standard, of GNU's OpenMP (torch on Linux), of LLVM's and Intel's (macOS).
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
-_told = False
+_in_force = ""  # the policy that OpenMP read in this process
 
 
 def set_wait_policy(environment: MutableMapping[str, str]) -> bool:
@@ -34,13 +34,18 @@ def wait_policy(environment: MutableMapping[str, str]) -> str:
     return " ".join(f"{name}={environment[name]}" for name in VARIABLES if environment.get(name))
 
 
+def policy_in_force() -> str:
+    """What OpenMP was told in this process, as `wait_policy`; "" where it waits as it does by default."""
+    return _in_force
+
+
 def settle() -> None:
-    """Set the policy of this process, or say once that torch was there before it could be set."""
-    global _told
+    """Set the policy of this process, or warn that torch was there before; `import rwkv_lab` calls it."""
+    global _in_force
     if "torch" not in sys.modules:
         set_wait_policy(os.environ)
-    elif not _told and not wait_policy(os.environ) and _threads_spin():
-        _told = True
+    _in_force = wait_policy(os.environ)
+    if not _in_force and _threads_spin():
         log.warning(
             "torch was imported before rwkv_lab, so its threads spin while they wait and are several times slower "
             "beside other busy processes.\nImport rwkv_lab first, or set OMP_WAIT_POLICY=PASSIVE."

@@ -58,13 +58,21 @@ def test_a_policy_of_the_user_stays():
     ],
 )
 def test_torch_that_was_there_first_is_told_once(first, warnings):
-    done = run("-c", f"{first}; import rwkv_lab; from rwkv_lab.threads import settle; settle(); import rwkv_lab.model")
+    done = run("-c", f"{first}; import rwkv_lab; import rwkv_lab.model; from rwkv_lab.wkv import wkv7")
     assert done.stderr.count("torch was imported before rwkv_lab") == warnings
 
 
 def test_torch_that_was_there_first_with_a_policy_is_not_told():
-    done = run("-c", "import torch, rwkv_lab", OMP_WAIT_POLICY="PASSIVE")
-    assert "torch was imported before" not in done.stderr
+    code = "import torch, rwkv_lab.threads; print(rwkv_lab.threads.policy_in_force())"
+    done = run("-c", code, OMP_WAIT_POLICY="PASSIVE")
+    assert "torch was imported before" not in done.stderr and done.stdout.strip() == "OMP_WAIT_POLICY=PASSIVE"
+
+
+def test_the_policy_in_force_is_the_one_that_openmp_has_read():
+    code = "import rwkv_lab.threads, os; os.environ.clear(); print(rwkv_lab.threads.policy_in_force())"
+    assert run("-c", code).stdout.strip() == "OMP_WAIT_POLICY=PASSIVE"
+    code = "import torch, rwkv_lab.threads as t, os; os.environ.update(t.PASSIVE); print([t.policy_in_force()])"
+    assert run("-c", code).stdout.strip() == "['']"
 
 
 def test_environments_of_child_processes():

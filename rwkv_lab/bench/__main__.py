@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv_lab.bench.busy import measure_beside_a_busy_loop
 from rwkv_lab.bench.comparison import Floors, Row, as_json, table
 from rwkv_lab.bench.gpu_wkv import FLA, measure_gpu
 from rwkv_lab.bench.growth import measure_growth
@@ -35,6 +36,7 @@ JOBS = {
     "training": "training steps of the demo model on every backend",
     "loading": "seconds and memory of loading a checkpoint",
     "growth": "time per token and memory along a context of up to 65,536 tokens",
+    "busy": "pretraining, modes, prefill and decode beside a busy loop, by how threads wait",
     "gpu": "WKV7 on a GPU, beside a copy and flash-linear-attention",
 }
 log = logging.getLogger(__name__)
@@ -183,6 +185,8 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
                         floors.setdefault(name, []).extend(samples)
                 elif job == "loading":
                     rows += measure_loading(path, subject, plan.dtypes, rounds, peers)
+                elif job == "busy":
+                    rows += measure_beside_a_busy_loop(path, subject, rounds, plan.dtypes[0])
                 else:
                     contexts = options.contexts or (_CONTEXTS[:2] if quick else _CONTEXTS)
                     rows += measure_growth(path, subject, plan.dtypes[0], contexts, rounds, options.device)

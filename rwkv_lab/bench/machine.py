@@ -14,7 +14,7 @@ import torch
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.machine import cores, cpu_features, cpu_name, proc
-from rwkv_lab.threads import wait_policy
+from rwkv_lab.threads import policy_in_force
 from rwkv_lab.version import __version__
 from rwkv_lab.wkv.loader import cpu_library
 
@@ -29,7 +29,7 @@ def describe_machine() -> dict:
         "features": " ".join(cpu_features()),
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "wait policy": wait_policy(os.environ) or "OpenMP's own",
+        "wait policy": policy_in_force() or "OpenMP's default",  # of peers too: `child_environment`
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -30,6 +30,7 @@ import torch
 from rwkv_lab.bench.comparison import OURS
 from rwkv_lab.bench.machine import package_version
 from rwkv_lab.errors import ParameterError, RwkvLabError
+from rwkv_lab.threads import policy_in_force, set_wait_policy
 
 RWKV, AUTO = "rwkv", "auto"
 _RWKV_DTYPES = ("bf16", "fp32")
@@ -170,11 +171,14 @@ def _switches(path: Path) -> dict[str, str]:
 
 
 def child_environment() -> dict[str, str]:
-    """For processes that measure: this package on their path, and as many threads as here."""
+    """For processes that measure: this package on their path, as many threads as here, which wait as those here do."""
     root = str(Path(__file__).parents[2])  # a checkout that is run without being installed
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     threads = str(torch.get_num_threads())
-    return os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    found = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    if policy_in_force():
+        set_wait_policy(found)
+    return found
 
 
 def _run_command(peer: Peer, path: Path, dtype: str, request: dict) -> dict:

@@ -24,10 +24,7 @@ def measure_training(backends: Sequence[str], rounds: int, length: int | None = 
     Args:
         length: bytes per text; None for that of a pretraining.
     """
-    spec = TrainSpec.read({"kind": "pretrain"})
-    batch, length = spec.effective("batch_size"), length or spec.effective("ctx_len")
-    g = torch.Generator().manual_seed(0)
-    tokens = torch.randint(256, (batch, length + 1), generator=g)
+    spec, tokens = pretraining(length)
     expected = _gradients("reference", tokens)
     entries, agreed, rows = {}, {}, []
     for backend in backends:
@@ -38,7 +35,7 @@ def measure_training(backends: Sequence[str], rounds: int, length: int | None = 
             continue
         if agreement.passed:
             agreed[backend] = agreement
-            entries[backend] = _trainer(backend, tokens, spec)
+            entries[backend] = training_steps(backend, tokens, spec)
         else:
             rows.append(log_row(_row(backend, tokens, agreement=agreement, problem=refusal(agreement))))
     results = interleave(entries, rounds)
@@ -54,7 +51,16 @@ def _row(backend: str, tokens: torch.Tensor, **values) -> Row:
     return Row("training", "demo model", backend, "fp32", size, "tokens/s", **values)
 
 
-def _model() -> RWKV_Dual:
+def pretraining(length: int | None = None) -> tuple[TrainSpec, torch.Tensor]:
+    """The demo model's training, and random bytes `[B,T+1]` for one step of it."""
+    spec = TrainSpec.read({"kind": "pretrain"})
+    g = torch.Generator().manual_seed(0)
+    shape = spec.effective("batch_size"), (length or spec.effective("ctx_len")) + 1
+    return spec, torch.randint(256, shape, generator=g)
+
+
+def demo_model() -> RWKV_Dual:
+    """A fresh model of the demo model's sizes, in float32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return RWKV_Dual(**_SIZES)
@@ -62,7 +68,7 @@ def _model() -> RWKV_Dual:
 
 def _gradients(backend: str, tokens: torch.Tensor) -> torch.Tensor:
     """All gradients of the first step's loss, one after the other."""
-    model = _model()
+    model = demo_model()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for p in model.parameters():  # a fresh model's output matrices are zeros, and hide what comes before them
@@ -77,8 +83,9 @@ def _loss(model: RWKV_Dual, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def _trainer(backend: str, tokens: torch.Tensor, spec: TrainSpec) -> Callable[[], float]:
-    model = _model()
+def training_steps(backend: str, tokens: torch.Tensor, spec: TrainSpec) -> Callable[[], float]:
+    """A function that takes one sample: tokens per second of whole training steps."""
+    model = demo_model()
     optimiser = make_optimiser(dict(model.named_parameters()), schedule(spec))
 
     def take() -> float:
