@@ -2,10 +2,12 @@
 
 import gc
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from rwkv_lab.analysis.texts import fixed_tokens, held_out_text
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import LayoutError
@@ -14,7 +16,7 @@ from rwkv_lab.merge import MergeResult
 from rwkv_lab.model import RWKV_Dual, bits_per_byte
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.samples import Sample
-from rwkv_lab.train import CORPORA, load_corpus
+from rwkv_lab.train import CORPORA
 
 HELD_OUT = 4096  # bytes of each text that are scored
 CTX_LEN = 256  # bytes of each window
@@ -44,39 +46,46 @@ class Behaviour:
 
 
 @dataclass(frozen=True)
-class _Answers:
+class _Outputs:
     logits: torch.Tensor  # [64, V] float32, after each of 64 fixed tokens
     bits: dict[str, float]  # text -> bits per byte; empty unless tokens are bytes
     samples: list[str]  # one per prompt; empty unless tokens are bytes
 
 
-def compare_behaviour(result: MergeResult) -> Behaviour:
+def compare_behaviour(result: MergeResult, texts: Mapping[str, bytes] | None = None) -> Behaviour:
     """Run the base, the merged file, and where there is one, an unmerged counterpart of it, one after the other.
 
     The counterpart of a merged state is the base with the state file loaded beside it; of a whole fine-tune, that
     file itself. Both must give the same logits and bits per byte as the merged file, to the last bit.
 
     A merged model that does not load is a check that failed; a base that does not load says nothing of the merge.
+
+    Args:
+        result: of a merge that wrote its output. Inputs and output are opened again.
+        texts: name -> what is scored, where tokens are bytes; None for the beginnings of what all corpora hold out.
     """
     needed, free = 4 * sum(math.prod(r.shape) for r in result.plan.rows), memory_free()  # a model in float32
     if needed > free:
-        return _nothing(f"it needs {human_bytes(needed)} of memory, {human_bytes(free)} are free")
+        return _not_measured(f"it needs {human_bytes(needed)} of memory, {human_bytes(free)} are free")
     beyond = _why_not_run(result)
     if beyond:
-        return _nothing(beyond)
+        return _not_measured(beyond)
     bytewise = result.plan.layout.vocab_size in (256, 257)
-    texts = {text: load_corpus(text).held_out[:HELD_OUT] for text in CORPORA} if bytewise else {}
+    if not bytewise:
+        texts = {}
+    elif texts is None:
+        texts = {name: held_out_text(name)[:HELD_OUT] for name in CORPORA}
     try:
-        base = _answers(RWKV_Dual.from_pretrained(result.base), texts)
+        base = _outputs(RWKV_Dual.from_pretrained(result.base), texts)
     except LayoutError as e:
-        return _nothing(f"the base does not run here: {e}")
+        return _not_measured(f"the base does not run here: {e}")
     try:
-        merged = _answers(RWKV_Dual.from_pretrained(result.out), texts)
+        merged = _outputs(RWKV_Dual.from_pretrained(result.out), texts)
     except LayoutError as e:
         return Behaviour(checks=[Check(_RUNS, str(e), 0, False), NotApplicable(_SAME, "the merged model does not run")])
     bad = int((~merged.logits.isfinite()).sum())
     if bad and result.recipe["allow_nonfinite"]:
-        return _nothing("values that are NaN or Inf were allowed into it")
+        return _not_measured("values that are NaN or Inf were allowed into it")
     checks: list[Check | NotApplicable] = [Check(_RUNS, bad, 0, bad == 0)]
     models = {"base": base, "merged": merged}
     name, why_not = _counterpart(result)
@@ -103,7 +112,7 @@ def _why_not_run(result: MergeResult) -> str:
     return "values that are NaN or Inf were allowed into it" if result.checks[0].value else ""
 
 
-def _nothing(reason: str) -> Behaviour:
+def _not_measured(reason: str) -> Behaviour:
     return Behaviour(checks=[NotApplicable(_RUNS, reason), NotApplicable(_SAME, reason)])
 
 
@@ -124,15 +133,15 @@ def _counterpart(result: MergeResult) -> tuple[str, str]:
     return "", "the tuned file is a part of a model and does not run by itself"
 
 
-def _load_counterpart(result: MergeResult, texts: dict[str, bytes]) -> _Answers:
+def _load_counterpart(result: MergeResult, texts: Mapping[str, bytes]) -> _Outputs:
     if result.recipe["method"] != "state":
-        return _answers(RWKV_Dual.from_pretrained(result.tuned[0]), texts)
+        return _outputs(RWKV_Dual.from_pretrained(result.tuned[0]), texts)
     model = RWKV_Dual.from_pretrained(result.base)
     model.load_state_file(result.tuned[0])
-    return _answers(model, texts)
+    return _outputs(model, texts)
 
 
-def _compare(merged: _Answers, other: _Answers, name: str) -> list[Check]:
+def _compare(merged: _Outputs, other: _Outputs, name: str) -> list[Check]:
     difference = float((merged.logits - other.logits).abs().max())
     checks = [
         Check(f"logits of 64 fixed tokens, merged against {name}: largest difference", difference, 0, difference == 0)
@@ -146,17 +155,15 @@ def _compare(merged: _Answers, other: _Answers, name: str) -> list[Check]:
 
 
 @torch.no_grad()
-def _answers(model: RWKV_Dual, texts: dict[str, bytes]) -> _Answers:
-    vocab = model.layout.vocab_size
-    tokens = torch.arange(1, 65)[None] * 7919 % vocab  # any tokens will do, if they are the same for every model
-    logits = model.parallel(tokens)[0][0].float()
+def _outputs(model: RWKV_Dual, texts: Mapping[str, bytes]) -> _Outputs:
+    logits = model.parallel(fixed_tokens(model.layout.vocab_size))[0][0].float()
     bits, samples = {}, []
     if texts and bool(logits.isfinite().all()):
         bits = {text: bits_per_byte(model, held_out, CTX_LEN) for text, held_out in texts.items()}
         samples = [model.generate_with_streaming(p, _SAMPLE, temperature=0.7, top_p=0.9, seed=0) for p in _PROMPTS]
     del model
     gc.collect()  # the next model may need that memory
-    return _Answers(logits, bits, samples)
+    return _Outputs(logits, bits, samples)
 
 
 def describe_texts() -> str:

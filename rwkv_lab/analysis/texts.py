@@ -42,6 +42,11 @@ def held_out_excerpts(data: str, count: int = 16, size: int = 512) -> bytes:
     return b"".join(excerpts(held_out_text(data), count, size))
 
 
+def fixed_tokens(vocab_size: int) -> torch.Tensor:
+    """64 tokens `[1,64]` that are the same every time: any will do where models only have to read the same."""
+    return torch.arange(1, 65)[None] * 7919 % vocab_size
+
+
 def tokens_to_read(model: RWKV_Dual, batch: int, length: int, data: str = "english") -> tuple[torch.Tensor, str]:
     """Tokens `[B,T]` of held-out text, each row from another place of it, where the vocabulary tells its tokenizer,
     else fixed ones drawn at random; and where they come from, in words.

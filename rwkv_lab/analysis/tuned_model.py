@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from rwkv_lab.analysis.texts import fixed_tokens
 from rwkv_lab.analysis.tuning import Tuning
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.machine import memory_free
@@ -65,7 +66,7 @@ def checked_model(tuning: Tuning) -> tuple[RWKV_Dual, Check | NotApplicable]:
     """`tuned_model`, and whether its logits are those of `model_as_trained`; one model at a time is in memory."""
     if tuning.method == "overlay" and tuning.tuned.kind != "model":
         return tuned_model(tuning), NotApplicable(_SAME, "a part of a model does not run by itself")
-    tokens = torch.arange(1, 65)[None] * 7919 % tuning.layout.vocab_size  # any will do, if both read the same
+    tokens = fixed_tokens(tuning.layout.vocab_size)
     trained = model_as_trained(tuning).parallel(tokens)[0].double()
     gc.collect()  # the next model may need that memory
     model = tuned_model(tuning)

@@ -42,6 +42,12 @@ def test_the_summary_tells_better_from_worse():
     assert Behaviour().summary == ""
 
 
+def test_texts_of_ones_own(demo_folder, tmp_path):
+    result = merge(demo_folder / "demo-base.pth", demo_folder / "demo-state.pth", tmp_path / "m.pth")
+    found = compare_behaviour(result, {"mine": b"the cat sat on the mat"})
+    assert list(found.bits) == ["mine"] and "held-out mine, merged against base + state file" in found.checks[2].name
+
+
 def test_another_file_in_its_place_is_found_out(demo_folder, tmp_path, tensors):
     result = merge(demo_folder / "demo-base.pth", demo_folder / "demo-state.pth", tmp_path / "m.pth")
     with open_checkpoint(tmp_path / "m.pth") as ck:
