@@ -11,6 +11,7 @@ from rwkv_lab.train.planning import TrainPlan, make_plan, plan_training
 from rwkv_lab.train.resume import resume_path
 from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
 from rwkv_lab.train.trainer import Continuation, TrainResult, run_training, train
+from rwkv_lab.train.verify import measure_again, verify_training
 
 __all__ = [
     "CORPORA",
@@ -34,9 +35,11 @@ __all__ = [
     "load_corpus",
     "load_examples",
     "make_plan",
+    "measure_again",
     "open_trained",
     "plan_training",
     "resume_path",
     "run_training",
     "train",
+    "verify_training",
 ]

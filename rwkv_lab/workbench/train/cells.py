@@ -3,31 +3,24 @@
 import time
 from collections.abc import Callable
 
-import torch
 from IPython.display import display
 
-from rwkv_lab.checkpoint import file_facts, open_checkpoint
-from rwkv_lab.checks import Check
+from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.machine import memory_free
-from rwkv_lab.model import bits_per_byte
 from rwkv_lab.plotting import bits_bars, png
 from rwkv_lab.progress import frontend_present, human_bytes
 from rwkv_lab.samples import Sample
 from rwkv_lab.train import (
-    KINDS,
     Compared,
     Corpus,
     Examples,
     TrainPlan,
     TrainResult,
-    TrainSpec,
     compare_methods,
-    held_out_bits,
-    in_batches,
     load_corpus,
     make_plan,
-    open_trained,
     run_training,
+    verify_training,
 )
 from rwkv_lab.train.output import check_destinations
 from rwkv_lab.workbench.run import Run
@@ -35,8 +28,6 @@ from rwkv_lab.workbench.steps import Step
 from rwkv_lab.workbench.tables import Table
 from rwkv_lab.workbench.train import figures
 
-# The same text through the same weights, before they were written and after they were read.
-_SAME_BITS = 1e-6
 _DRY = "dry_run=True: nothing was trained, so there is nothing to show here."
 _REDRAW = 3.0  # seconds; drawing the loss takes a tenth of one
 
@@ -155,33 +146,7 @@ def prove(run: Run, plan: TrainPlan, result: TrainResult | None) -> None:
         print(_DRY)
         return
     with run.timed("proof"):
-        with open_checkpoint(result.out) as written:
-            bad = sum(int((~written[name].isfinite()).sum()) for name in written.info)
-            names, kind = list(written.info), written.kind
-        expected = KINDS[result.kind].output_kind
-        run.record.checks = [Check("kind of the output", kind, expected, kind in (expected, "lora"))]
-        if result.kind == "state":
-            others = sum(not name.endswith(".time_state") for name in names)
-            run.record.checks.append(Check("tensors in the output that are no states", others, 0, others == 0))
-        again = _measure_again(plan.spec, result)
-        apart = abs(again - result.bits_after)
-        changed = sum(file_facts(before.path).fingerprint != before.fingerprint for before in result.inputs)
-    run.record.checks += [
-        Check("values in the output that are NaN or Inf", bad, 0, bad == 0),
-        Check(
-            "bits per byte, output opened again against end of training: difference",
-            apart,
-            _SAME_BITS,
-            apart <= _SAME_BITS,
-        ),
-        Check(
-            "bits per byte of held-out text: fewer than before",
-            again,
-            result.bits_before,
-            again < result.bits_before,
-        ),
-        Check("inputs that changed while training", changed, 0, changed == 0),
-    ]
+        run.record.checks = list(verify_training(plan.spec, result))
     for check in run.record.checks:
         print(check)
 
@@ -236,17 +201,6 @@ def _live_loss(steps: int) -> Callable | None:
             picture.value, drawn = png(figure), time.perf_counter()
 
     return on_step
-
-
-def _measure_again(spec: TrainSpec, result: TrainResult) -> float:
-    """Bits per byte of the output, from the files alone."""
-    model, corpus = open_trained(spec, result.out), load_corpus(spec.effective("data"))
-    ctx_len = spec.effective("ctx_len")
-    device, autocast = model.get_device(), spec.autocast_dtype
-    with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        if isinstance(corpus, Corpus):
-            return bits_per_byte(model, corpus.held_out, ctx_len)
-        return held_out_bits(model, in_batches(corpus, model.tokenizer, ctx_len, spec.seed), device)
 
 
 def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
