@@ -29,6 +29,7 @@ LAYERS = (
         "names",
         "paths",
         "resources",
+        "torch_private",
         "version",
         "plotting",
         "samples",

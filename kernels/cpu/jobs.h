@@ -69,20 +69,20 @@ void in_stretches(int n, int threads, Task &&task) {
     });
 }
 
-// The inputs of jobs laid out for `product_of_many`; the calling thread keeps the memory. None for the turned ones, and
+// The inputs of jobs packed for `product_of_many`; the calling thread keeps the memory. None for the transposed ones, and
 // where there are few tokens.
 template <int N>
-void lay_inputs(const Job (&jobs)[N], int64_t B, Laid (&laid)[N]) {
+void pack_inputs(const Job (&jobs)[N], int64_t B, PackedRows (&packed)[N]) {
     if (B < FEWEST) return;
-    thread_local std::unique_ptr<Buffer> room;
+    thread_local std::unique_ptr<Buffer> scratch;
     thread_local int64_t size = 0;
     int64_t needed = 0, at = 0;
-    for (const Job &job : jobs) needed += job.weight->turned ? 0 : laid_size(*job.weight, job.x, B);
-    if (size < needed) room = std::make_unique<Buffer>(size_t(size = needed));
+    for (const Job &job : jobs) needed += job.weight->transposed ? 0 : packed_size(*job.weight, job.x, B);
+    if (size < needed) scratch = std::make_unique<Buffer>(size_t(size = needed));
     for (int i = 0; i < N; i++) {
-        if (jobs[i].weight->turned) continue;
-        laid[i] = lay(*jobs[i].weight, jobs[i].x, B, room->get() + at);
-        at += laid_size(*jobs[i].weight, jobs[i].x, B);
+        if (jobs[i].weight->transposed) continue;
+        packed[i] = pack(*jobs[i].weight, jobs[i].x, B, scratch->get() + at);
+        at += packed_size(*jobs[i].weight, jobs[i].x, B);
     }
 }
 
@@ -90,13 +90,13 @@ void lay_inputs(const Job (&jobs)[N], int64_t B, Laid (&laid)[N]) {
 template <int D, int N>
 void run_jobs(const Job (&jobs)[N], int64_t B, int threads) {
     constexpr int64_t BYTES = 1 << 15;
-    Laid laid[N];
-    lay_inputs(jobs, B, laid);
+    PackedRows packed[N];
+    pack_inputs(jobs, B, packed);
     int run[N], last[N], total = 0;
     for (int i = 0; i < N; i++) {
         const Tensor &w = *jobs[i].weight;
         const int64_t rows = std::max<int64_t>(BYTES / w.row_bytes(), 1);
-        run[i] = w.turned ? 64 : laid[i].at ? 4 * TOGETHER : (int(std::min<int64_t>(rows, 256)) + 15) / 16 * 16;
+        run[i] = w.transposed ? 64 : packed[i].at ? 4 * TOGETHER : (int(std::min<int64_t>(rows, 256)) + 15) / 16 * 16;
         last[i] = total += (w.outputs() + run[i] - 1) / run[i];
     }
     in_stretches(total, threads, [&](int task) {
@@ -107,8 +107,8 @@ void run_jobs(const Job (&jobs)[N], int64_t B, int threads) {
         const int first = (task - (i ? last[i - 1] : 0)) * run[i], n = std::min(run[i], w.outputs() - first);
         float *out = job.result ? workspace(size_t(B) * n + LANES) : job.out.at + first;
         const int64_t stride = job.result ? n : job.out.stride;
-        if (laid[i].at)
-            product_of_many(w, first, first + n, laid[i], B, out, stride);
+        if (packed[i].at)
+            product_of_many(w, first, first + n, packed[i], B, out, stride);
         else
             product(w, first, first + n, job.x, 0, B, out, stride);
         for (int64_t b = 0; b < B; b++) {

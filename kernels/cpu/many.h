@@ -3,7 +3,7 @@
 // A weight that has been read serves all tokens at once, and no lanes are left to be added up.
 #pragma once
 
-#include "packed.h"
+#include "quantised.h"
 #include "transpose.h"
 
 namespace rwkv_lab {
@@ -12,7 +12,7 @@ constexpr int FEWEST = 3 * LANES / 4;                           // tokens from w
 constexpr int TOGETHER = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;  // outputs whose sums fill the registers, for two vectors
 
 // Activations of B tokens, LANES of them side by side: [vectors][units][LANES], a unit being one float32 or two bfloat16.
-struct Laid {
+struct PackedRows {
     const float *at = nullptr;
     int64_t units = 0;  // padded
     int vectors = 0;
@@ -28,24 +28,24 @@ inline bool takes_pairs([[maybe_unused]] const Tensor &w, [[maybe_unused]] const
 #endif
 }
 
-inline int64_t laid_units(const Tensor &w, bool pairs) {
+inline int64_t packed_units(const Tensor &w, bool pairs) {
     return pairs ? round_up((w.columns + 1) / 2, GROUP8 / 2) : round_up(w.columns, LANES);  // whole groups of codes
 }
 
-inline int64_t laid_size(const Tensor &w, const Rows &x, int64_t B) {
-    return (B + LANES - 1) / LANES * LANES * laid_units(w, takes_pairs(w, x));
+inline int64_t packed_size(const Tensor &w, const Rows &x, int64_t B) {
+    return (B + LANES - 1) / LANES * LANES * packed_units(w, takes_pairs(w, x));
 }
 
-// Lays out x for products with w, into `room` of laid_size floats.
-inline Laid lay(const Tensor &w, const Rows &x, int64_t B, float *room) {
+// Packs x for products with w, into `scratch` of packed_size floats.
+inline PackedRows pack(const Tensor &w, const Rows &x, int64_t B, float *scratch) {
     const bool pairs = takes_pairs(w, x);
-    Laid out{room, laid_units(w, pairs), int((B + LANES - 1) / LANES), pairs};
+    PackedRows out{scratch, packed_units(w, pairs), int((B + LANES - 1) / LANES), pairs};
     for (int v = 0; v < out.vectors; v++) {
         const int64_t b0 = int64_t(v) * LANES;
         const int count = int(std::min<int64_t>(LANES, B - b0));
         const float *rows = pairs ? reinterpret_cast<const float *>(x.half + b0 * x.stride) : x.row(b0);
-        for (int64_t u = 0; u < out.units; u += LANES, room += LANES * LANES)
-            lay_square<LANES>(room, rows + u, pairs ? x.stride / 2 : x.stride, count);
+        for (int64_t u = 0; u < out.units; u += LANES, scratch += LANES * LANES)
+            transpose_square<LANES>(scratch, rows + u, pairs ? x.stride / 2 : x.stride, count);
     }
     return out;
 }
@@ -67,7 +67,7 @@ INLINE float scale_of(const Tensor &w, int64_t row, int group) {
     return bfloat_to_float(w.scales[row * groups + group]);
 }
 
-// One row of a matrix as float32; `to` has room for whole groups.
+// One row of a matrix as float32; `to` holds whole groups.
 inline void decode_row(const Tensor &w, int64_t row, float *to) {
     if (w.format != INT8 && w.format != INT4) {
         load_row(to, {w.data, w.format}, row * w.columns, w.columns, round_up(w.columns, LANES));
@@ -97,18 +97,18 @@ inline void decode_codes([[maybe_unused]] const Tensor &w, [[maybe_unused]] int6
 #endif
 }
 
-// sums[r][v] += the products of ROWS rows of weights, `apart` bytes from one to the next, with NV vectors of tokens. HALF:
+// sums[r][v] += the products of ROWS rows of weights, `stride` bytes from one to the next, with NV vectors of tokens. HALF:
 // the last unit has only its first bfloat16.
 template <bool PAIRS, int ROWS, int NV>
-INLINE void lanes_of(const char *weights, int64_t apart, const float *x, int64_t x_apart, int64_t units, bool half,
+INLINE void lanes_of(const char *weights, int64_t stride, const float *x, int64_t x_stride, int64_t units, bool half,
                      const char *next, Vec (&sums)[ROWS][NV]) {
     auto step = [&](int64_t u, auto get) __attribute__((always_inline)) {
         Vec xs[NV];
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) xs[v] = held(load(x + v * x_apart + u * LANES));
+        for (int v = 0; v < NV; v++) xs[v] = held(load(x + v * x_stride + u * LANES));
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) {
-            const Vec weight = broadcast(get(weights + r * apart + 4 * u));
+            const Vec weight = broadcast(get(weights + r * stride + 4 * u));
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) sums[r][v] = multiply_add<PAIRS>(sums[r][v], weight, xs[v]);
         }
@@ -120,9 +120,9 @@ INLINE void lanes_of(const char *weights, int64_t apart, const float *x, int64_t
     };
     int64_t u = 0;
     for (; u + 16 <= units; u += 16) {
-        if (next)  // rows of the next block lie apart, which hardware does not foresee
+        if (next)  // rows of the next block lie stride, which hardware does not foresee
 #pragma GCC unroll 12
-            for (int r = 0; r < ROWS; r++) __builtin_prefetch(next + r * apart + 4 * u, 0, 2);
+            for (int r = 0; r < ROWS; r++) __builtin_prefetch(next + r * stride + 4 * u, 0, 2);
 #pragma GCC unroll 2
         for (int i = 0; i < 16; i++) step(u + i, whole);
     }
@@ -140,7 +140,7 @@ INLINE void lanes_of(const char *weights, int64_t apart, const float *x, int64_t
 // A block of ROWS rows as the products read it.
 struct Block {
     const char *weights;  // float32, bfloat16, or codes as bfloat16
-    int64_t apart;        // bytes from row to row
+    int64_t stride;        // bytes from row to row
     const char *next;     // the block behind it, where memory has to be asked for it
     int64_t next_bytes;   // of it, where its rows follow each other
     const float *scales;  // of codes, [groups][ROWS]; else null
@@ -155,11 +155,11 @@ INLINE void clear(Vec (&sums)[ROWS][NV]) {
 }
 
 template <bool PAIRS, int ROWS, int NV>
-INLINE void lanes_block(const Tensor &w, const Block &block, const Laid &x, int v, int64_t B, float *out, int64_t out_stride) {
+INLINE void lanes_block(const Tensor &w, const Block &block, const PackedRows &x, int v, int64_t B, float *out, int64_t out_stride) {
     Vec sums[ROWS][NV];
     clear(sums);
     const float *xs = x.at + v * x.units * LANES;
-    const int64_t x_apart = x.units * LANES;
+    const int64_t x_stride = x.units * LANES;
     if (PAIRS && block.scales) {
         const int units = group_of(w) / 2, groups = round_up(w.columns, 2 * units) / (2 * units);
         for (int g = 0; g < groups; g++) {
@@ -168,7 +168,7 @@ INLINE void lanes_block(const Tensor &w, const Block &block, const Laid &x, int 
                     __builtin_prefetch(block.next + i, 0, 2);
             Vec part[ROWS][NV];
             clear(part);
-            lanes_of<PAIRS, ROWS, NV>(block.weights + 4 * g * units, block.apart, xs + int64_t(g) * units * LANES, x_apart, units,
+            lanes_of<PAIRS, ROWS, NV>(block.weights + 4 * g * units, block.stride, xs + int64_t(g) * units * LANES, x_stride, units,
                                       false, nullptr, part);
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++) {
@@ -179,7 +179,7 @@ INLINE void lanes_block(const Tensor &w, const Block &block, const Laid &x, int 
         }
     } else {
         const int64_t units = PAIRS ? w.columns / 2 : w.columns;
-        lanes_of<PAIRS, ROWS, NV>(block.weights, block.apart, xs, x_apart, units, PAIRS && w.columns % 2, block.next, sums);
+        lanes_of<PAIRS, ROWS, NV>(block.weights, block.stride, xs, x_stride, units, PAIRS && w.columns % 2, block.next, sums);
     }
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < NV; i++) {
@@ -191,43 +191,43 @@ INLINE void lanes_block(const Tensor &w, const Block &block, const Laid &x, int 
         }
 }
 
-// Rows row .. row+ROWS-1 as the products read them: where they lie, or unpacked into `room` of ROWS padded rows and scales.
+// Rows row .. row+ROWS-1 as the products read them: where they are stored, or unpacked into `scratch` of ROWS padded rows and scales.
 template <bool PAIRS, int ROWS>
-INLINE Block block_of(const Tensor &w, int row, float *room) {
+INLINE Block block_of(const Tensor &w, int row, float *scratch) {
     const bool codes = w.format == INT8 || w.format == INT4;
     if (!codes && (PAIRS || w.format == FLOAT32)) {
-        const int64_t apart = int64_t(w.columns) * (PAIRS ? 2 : 4);
-        const char *from = static_cast<const char *>(w.data) + row * apart;
-        return {from, apart, row + 2 * ROWS <= w.rows ? from + ROWS * apart : nullptr, 0, nullptr};
+        const int64_t stride = int64_t(w.columns) * (PAIRS ? 2 : 4);
+        const char *from = static_cast<const char *>(w.data) + row * stride;
+        return {from, stride, row + 2 * ROWS <= w.rows ? from + ROWS * stride : nullptr, 0, nullptr};
     }
     const int64_t wide = round_up(w.columns, PADDED);
     float *scales = nullptr;
     for (int r = 0; r < ROWS; r++)
         if (PAIRS)
-            decode_codes(w, row + r, reinterpret_cast<uint16_t *>(room) + r * wide);
+            decode_codes(w, row + r, reinterpret_cast<uint16_t *>(scratch) + r * wide);
         else
-            decode_row(w, row + r, room + r * wide);
+            decode_row(w, row + r, scratch + r * wide);
     if (PAIRS) {
-        scales = room + ROWS * wide / 2;
+        scales = scratch + ROWS * wide / 2;
         for (int g = 0; g < round_up(w.columns, group_of(w)) / group_of(w); g++)
             for (int r = 0; r < ROWS; r++) scales[g * ROWS + r] = scale_of(w, row + r, g);
     }
     const int64_t stored = w.format == INT4 ? round_up(w.columns, LINE4) / 2 : round_up(w.columns, GROUP8);
     const bool ask = PAIRS && row + 2 * ROWS <= w.rows;
-    return {reinterpret_cast<const char *>(room), wide * (PAIRS ? 2 : 4),
+    return {reinterpret_cast<const char *>(scratch), wide * (PAIRS ? 2 : 4),
             ask ? static_cast<const char *>(w.data) + (row + ROWS) * stored : nullptr, ROWS * stored, scales};
 }
 
 // Outputs first .. last-1 of all B tokens, as `product` gives them.
-inline void product_of_many(const Tensor &w, int first, int last, const Laid &x, int64_t B, float *out, int64_t out_stride) {
-    thread_local std::unique_ptr<Buffer> room;
+inline void product_of_many(const Tensor &w, int first, int last, const PackedRows &x, int64_t B, float *out, int64_t out_stride) {
+    thread_local std::unique_ptr<Buffer> scratch;
     thread_local int64_t size = 0;
     const int64_t needed = TOGETHER * (int64_t(round_up(w.columns, PADDED)) + LANES);
-    if (size < needed) room = std::make_unique<Buffer>(size_t(size = needed));
+    if (size < needed) scratch = std::make_unique<Buffer>(size_t(size = needed));
     auto some = [&](int row, auto pairs, auto rows) __attribute__((always_inline)) {
         constexpr int ROWS = decltype(rows)::value;
         constexpr bool PAIRS = decltype(pairs)::value;
-        Block block = block_of<PAIRS, ROWS>(w, row, room->get());
+        Block block = block_of<PAIRS, ROWS>(w, row, scratch->get());
         float *to = out + row - first;
         int v = 0;
         for (; v + 2 <= x.vectors; v += 2, block.next = nullptr)

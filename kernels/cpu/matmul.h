@@ -1,8 +1,8 @@
 // Matrix products of many rows, Y[T,n] = X[T,k] W[k,n], on float32 vectors or on pairs of bfloat16.
 //
-// Both factors are laid out anew in units of 32 bits, one float32 or two bfloat16 that follow each other along k, so that
+// Both factors are packed anew in units of 32 bits, one float32 or two bfloat16 that follow each other along k, so that
 // the innermost loop reads both in order: X in tiles of TILE rows [k][TILE], W in panels of PANEL columns [k][PANEL]. Who
-// computes X lays it out, while it is in the cache; W is laid out block by block on the way, so that no copy is kept.
+// computes X packs it, while it is in the cache; W is packed block by block on the way, so that no copy is kept.
 #pragma once
 
 #include <vector>
@@ -27,22 +27,22 @@ inline int64_t units_of(int64_t k, bool pairs) { return pairs ? (k + 1) / 2 : k;
 
 // ------------------------------------------------------------------ laying out
 
-// to[u * TILE + i] = rows[i * apart + u] for u < units, i < count; zeros for i from count to TILE.
-inline void columns_of_rows(float *to, const float *rows, int64_t apart, int count, int64_t units) {
+// to[u * TILE + i] = rows[i * stride + u] for u < units, i < count; zeros for i from count to TILE.
+inline void columns_of_rows(float *to, const float *rows, int64_t stride, int count, int64_t units) {
     int64_t u = 0;
-    // The last column is written alone: a whole vector would reach into what another thread lays out behind it.
-    for (; u + LANES < units; u += LANES) lay_square<TILE>(to + u * TILE, rows + u, apart, count);
+    // The last column is written alone: a whole vector would reach into what another thread packs out behind it.
+    for (; u + LANES < units; u += LANES) transpose_square<TILE>(to + u * TILE, rows + u, stride, count);
     for (; u < units; u++)
-        for (int i = 0; i < TILE; i++) to[u * TILE + i] = i < count ? rows[i * apart + u] : 0;
+        for (int i = 0; i < TILE; i++) to[u * TILE + i] = i < count ? rows[i * stride + u] : 0;
 }
 
-// Lays out `count` rows of k floats, `apart` floats from one to the next, as tile number `tile` of X.
+// Packs out `count` rows of k floats, `stride` floats from one to the next, as tile number `tile` of X.
 // With pairs, the rows are rounded to bfloat16 in their own place.
-inline void lay_tile(float *packed, int64_t tile, float *rows, int64_t apart, int count, int64_t k, bool pairs) {
+inline void pack_tile(float *packed, int64_t tile, float *rows, int64_t stride, int count, int64_t k, bool pairs) {
     const int64_t units = units_of(k, pairs);
     if (pairs)
         for (int i = 0; i < count; i++) {
-            float *row = rows + i * apart;
+            float *row = rows + i * stride;
             char *bytes = reinterpret_cast<char *>(row);
             int64_t j = 0;
 #if defined(__AVX512BF16__)
@@ -59,63 +59,63 @@ inline void lay_tile(float *packed, int64_t tile, float *rows, int64_t apart, in
             }
             if (k % 2) memset(bytes + 2 * k, 0, 2);
         }
-    columns_of_rows(packed + tile * units * TILE, rows, apart, count, units);
+    columns_of_rows(packed + tile * units * TILE, rows, stride, count, units);
 }
 
 struct Weight {
     const void *data;
     int dtype;
-    int64_t along_n, along_k;  // strides in elements, one of them 1
+    int64_t stride_n, stride_k;  // strides in elements, one of them 1
 };
 
 // Units begin .. end-1 of columns first .. first+columns-1 of W, to[unit][PANEL], zeros behind the last column.
-inline void lay_panel(float *to, const Weight &w, int64_t k, int64_t begin, int64_t end, int64_t first, int columns,
+inline void pack_panel(float *to, const Weight &w, int64_t k, int64_t begin, int64_t end, int64_t first, int columns,
                       bool pairs) {
     const int64_t units = end - begin, per_unit = pairs ? 2 : 1;
     const bool last_is_half = pairs && end * 2 > k;
     const uint16_t *halves = static_cast<const uint16_t *>(w.data);
-    if (w.along_k == 1) {  // rows of n: transpose
+    if (w.stride_k == 1) {  // rows of n: transpose
         float rows[LANES * 64];
         for (int c0 = 0; c0 < PANEL; c0 += LANES) {
             const int count = std::clamp(columns - c0, 0, LANES);
             for (int64_t u = 0; u < units; u += 64) {
                 const int64_t some = std::min<int64_t>(64, units - u), k0 = (begin + u) * per_unit;
                 const float *from = rows;
-                int64_t apart = 64;
+                int64_t stride = 64;
                 if (w.dtype == FLOAT32) {
-                    from = static_cast<const float *>(w.data) + (first + c0) * w.along_n + k0;
-                    apart = w.along_n;
+                    from = static_cast<const float *>(w.data) + (first + c0) * w.stride_n + k0;
+                    stride = w.stride_n;
                 } else if (!pairs) {
                     for (int i = 0; i < count; i++)
-                        load_row(rows + i * 64, {w.data, w.dtype}, (first + c0 + i) * w.along_n + k0, int(some),
+                        load_row(rows + i * 64, {w.data, w.dtype}, (first + c0 + i) * w.stride_n + k0, int(some),
                                  int(some));
-                } else if (w.along_n % 2 == 0) {  // whole units already
-                    from = reinterpret_cast<const float *>(halves + (first + c0) * w.along_n + k0);
-                    apart = w.along_n / 2;
+                } else if (w.stride_n % 2 == 0) {  // whole units already
+                    from = reinterpret_cast<const float *>(halves + (first + c0) * w.stride_n + k0);
+                    stride = w.stride_n / 2;
                 } else {
                     const bool half = last_is_half && u + some == units;
                     for (int i = 0; i < count; i++) {
                         rows[i * 64 + some - 1] = 0;
-                        memcpy(rows + i * 64, halves + (first + c0 + i) * w.along_n + k0, size_t(4 * some - 2 * half));
+                        memcpy(rows + i * 64, halves + (first + c0 + i) * w.stride_n + k0, size_t(4 * some - 2 * half));
                     }
                 }
                 float *out = to + u * PANEL + c0;
                 int64_t j = 0;
-                for (; j + LANES <= some; j += LANES) lay_square<PANEL>(out + j * PANEL, from + j, apart, count);
+                for (; j + LANES <= some; j += LANES) transpose_square<PANEL>(out + j * PANEL, from + j, stride, count);
                 for (; j < some; j++)
-                    for (int i = 0; i < LANES; i++) out[j * PANEL + i] = i < count ? from[i * apart + j] : 0;
+                    for (int i = 0; i < LANES; i++) out[j * PANEL + i] = i < count ? from[i * stride + j] : 0;
             }
         }
         return;
     }
     for (int64_t u = 0; u < units; u++) {  // rows of k: they lie right already, but for the pairs
         float *row = to + u * PANEL;
-        const int64_t at = (begin + u) * per_unit * w.along_k + first;
+        const int64_t at = (begin + u) * per_unit * w.stride_k + first;
         if (!pairs) {
             load_row(row, {w.data, w.dtype}, at, columns, PANEL);
         } else {
             uint32_t both[PANEL] = {};
-            const uint16_t *even = halves + at, *odd = even + w.along_k;
+            const uint16_t *even = halves + at, *odd = even + w.stride_k;
             if (last_is_half && u + 1 == units)
                 for (int i = 0; i < columns; i++) both[i] = even[i];
             else
@@ -130,7 +130,7 @@ inline void lay_panel(float *to, const Weight &w, int64_t k, int64_t begin, int6
 // The first ROWS rows of a tile times one panel: y[ROWS][PANEL] (+)= x[units][TILE] w[units][PANEL]; rows and columns are
 // what y has of both.
 template <bool PAIRS, int ROWS>
-void multiply_rows(const float *x, const float *w, int64_t units, float *y, int64_t apart, int rows, int columns, bool add) {
+void multiply_rows(const float *x, const float *w, int64_t units, float *y, int64_t stride, int rows, int columns, bool add) {
     Vec sum[ROWS][2];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = Vec{};
@@ -145,7 +145,7 @@ void multiply_rows(const float *x, const float *w, int64_t units, float *y, int6
     }
     if (rows == ROWS && columns == PANEL) {
 #pragma GCC unroll 16
-        for (int i = 0; i < ROWS; i++, y += apart) {
+        for (int i = 0; i < ROWS; i++, y += stride) {
             store(y, add ? load(y) + sum[i][0] : sum[i][0]);
             store(y + LANES, add ? load(y + LANES) + sum[i][1] : sum[i][1]);
         }
@@ -158,51 +158,51 @@ void multiply_rows(const float *x, const float *w, int64_t units, float *y, int6
         store(all + i * PANEL + LANES, sum[i][1]);
     }
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < columns; j++) y[i * apart + j] = all[i * PANEL + j] + (add ? y[i * apart + j] : 0);
+        for (int j = 0; j < columns; j++) y[i * stride + j] = all[i * PANEL + j] + (add ? y[i * stride + j] : 0);
 }
 
 template <bool PAIRS>
-void multiply_tile(const float *x, const float *w, int64_t units, float *y, int64_t apart, int rows, int columns, bool add) {
-    if (rows <= 2) return multiply_rows<PAIRS, 2>(x, w, units, y, apart, rows, columns, add);
-    if (rows <= TILE / 2) return multiply_rows<PAIRS, TILE / 2>(x, w, units, y, apart, rows, columns, add);
-    multiply_rows<PAIRS, TILE>(x, w, units, y, apart, rows, columns, add);
+void multiply_tile(const float *x, const float *w, int64_t units, float *y, int64_t stride, int rows, int columns, bool add) {
+    if (rows <= 2) return multiply_rows<PAIRS, 2>(x, w, units, y, stride, rows, columns, add);
+    if (rows <= TILE / 2) return multiply_rows<PAIRS, TILE / 2>(x, w, units, y, stride, rows, columns, add);
+    multiply_rows<PAIRS, TILE>(x, w, units, y, stride, rows, columns, add);
 }
 
 // As the caller in Python fills it in; strides in elements.
 struct Product {
-    const float *x;  // laid out by lay_tile
+    const float *x;  // packed by pack_tile
     const void *w;
     void *y;
     int64_t rows, k, n;
-    int64_t w_dtype, w_along_n, w_along_k;
-    int64_t y_dtype, y_apart;
+    int64_t w_dtype, w_stride_n, w_stride_k;
+    int64_t y_dtype, y_stride;
     int64_t add;  // to what y holds, which is float32 then
 };
 
 // Rows of tiles begin .. end-1 and columns first .. first+columns-1 of a product.
 template <bool PAIRS>
 void multiply_block(const Product &p, int64_t begin, int64_t end, int64_t first, int columns) {
-    thread_local Buffer laid(BLOCK_UNITS * PANEL * BLOCK_PANELS);
-    const Weight weight{p.w, int(p.w_dtype), p.w_along_n, p.w_along_k};
+    thread_local Buffer packed(BLOCK_UNITS * PANEL * BLOCK_PANELS);
+    const Weight weight{p.w, int(p.w_dtype), p.w_stride_n, p.w_stride_k};
     const int64_t units = units_of(p.k, PAIRS), first_row = begin * TILE, rows = std::min(end * TILE, p.rows) - first_row;
     const bool direct = p.y_dtype == FLOAT32;
     Buffer own(direct ? 0 : size_t(rows * columns));
-    float *y = direct ? static_cast<float *>(p.y) + first_row * p.y_apart + first : own.get();
-    const int64_t apart = direct ? p.y_apart : columns;
+    float *y = direct ? static_cast<float *>(p.y) + first_row * p.y_stride + first : own.get();
+    const int64_t stride = direct ? p.y_stride : columns;
     for (int64_t u = 0; u < units; u += BLOCK_UNITS) {
         const int64_t some = std::min<int64_t>(BLOCK_UNITS, units - u);
         for (int c = 0; c < columns; c += PANEL)
-            lay_panel(laid.get() + c * some, weight, p.k, u, u + some, first + c, std::min(PANEL, columns - c), PAIRS);
+            pack_panel(packed.get() + c * some, weight, p.k, u, u + some, first + c, std::min(PANEL, columns - c), PAIRS);
         for (int64_t tile = begin; tile < end; tile++)
             for (int c = 0; c < columns; c += PANEL)
-                multiply_tile<PAIRS>(p.x + (tile * units + u) * TILE, laid.get() + c * some, some,
-                                     y + (tile - begin) * TILE * apart + c, apart,
+                multiply_tile<PAIRS>(p.x + (tile * units + u) * TILE, packed.get() + c * some, some,
+                                     y + (tile - begin) * TILE * stride + c, stride,
                                      int(std::min<int64_t>(TILE, p.rows - tile * TILE)), std::min(PANEL, columns - c),
                                      p.add || u > 0);
     }
     if (!direct)
         for (int64_t i = 0; i < rows; i++)
-            store_row({p.y, int(p.y_dtype)}, (first_row + i) * p.y_apart + first, y + i * columns, columns);
+            store_row({p.y, int(p.y_dtype)}, (first_row + i) * p.y_stride + first, y + i * columns, columns);
 }
 
 // The same for one or two rows and a W whose columns lie together: every column is read once, as it lies.
@@ -216,10 +216,10 @@ void multiply_few(const Product &p, int64_t first, int columns) {
     Buffer wide(units), y(columns);
     for (int64_t i = 0; i < p.rows; i++) {
         const float *row = x.get() + i * units;
-        const int64_t at = i * p.y_apart + first;
+        const int64_t at = i * p.y_stride + first;
         if (p.add) load_row(y.get(), {p.y, FLOAT32}, at, columns, columns);
         for (int c = 0; c < columns; c++) {
-            const char *column = static_cast<const char *>(p.w) + (first + c) * p.w_along_n * size;
+            const char *column = static_cast<const char *>(p.w) + (first + c) * p.w_stride_n * size;
             const float *w = reinterpret_cast<const float *>(column);
             if (!PAIRS && size == 2) {
                 load_row(wide.get(), {column, int(p.w_dtype)}, 0, int(p.k), int(p.k));
@@ -265,7 +265,7 @@ inline void multiply(const Product *products, int count, bool pairs, int threads
         const Task &t = tasks[size_t(i)];
         const Product &p = *t.product;
         const int columns = int(std::min<int64_t>(WIDTH, p.n - t.first));
-        if (p.rows <= 2 && p.w_along_k == 1)
+        if (p.rows <= 2 && p.w_stride_k == 1)
             return pairs ? multiply_few<true>(p, t.first, columns) : multiply_few<false>(p, t.first, columns);
         if (pairs)
             multiply_block<true>(p, t.begin, t.end, t.first, columns);

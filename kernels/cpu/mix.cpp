@@ -2,7 +2,7 @@
 // them all that works token by token, in as few passes as there are products to wait for.
 //
 // Between two products everything is float32, whatever the model's dtype: only what a product reads is rounded. Tokens
-// are worked on in tiles, and each tile is laid out for the product that comes next while it is in the cache.
+// are worked on in tiles, and each tile is packed for the product that comes next while it is in the cache.
 #include <cmath>
 
 #include "matmul.h"
@@ -59,11 +59,11 @@ struct Norm {
     }
 
     // And rounded to the model's dtype, as the shift in a state is: a text may be cut anywhere.
-    void rounded(float *x, uint16_t *room) const {
+    void rounded(float *x, uint16_t *scratch) const {
         (*this)(x);
         if (dtype == FLOAT32) return;
-        store_row({room, int(dtype)}, 0, x, int(C));
-        load_row(x, {room, int(dtype)}, 0, int(C), padded(C));
+        store_row({scratch, int(dtype)}, 0, x, int(C));
+        load_row(x, {scratch, int(dtype)}, 0, int(C), padded(C));
     }
 };
 
@@ -86,14 +86,14 @@ void over_tiles(int64_t rows, int threads, Task task) {
     parallel_with_torch(int(tiles), threads, [&](int i) { task(i, i * int64_t(TILE), int(std::min<int64_t>(TILE, rows - i * TILE))); });
 }
 
-// A tile of rows that is computed row by row and then laid out for a product.
+// A tile of rows that is computed row by row and then packed for a product.
 struct Tile {
-    int64_t k, apart;
+    int64_t k, stride;
     Buffer rows;
-    explicit Tile(int64_t k_) : k(k_), apart(padded(k_) + LANES), rows(size_t(TILE * apart)) {}
-    float *row(int i) const { return rows.get() + i * apart; }
-    void lay(float *packed, int64_t tile, int count, bool pairs) const {
-        lay_tile(packed, tile, rows.get(), apart, count, k, pairs);
+    explicit Tile(int64_t k_) : k(k_), stride(padded(k_) + LANES), rows(size_t(TILE * stride)) {}
+    float *row(int i) const { return rows.get() + i * stride; }
+    void pack(float *packed, int64_t tile, int count, bool pairs) const {
+        pack_tile(packed, tile, rows.get(), stride, count, k, pairs);
     }
 };
 
@@ -119,9 +119,9 @@ INLINE void map(float *x, int64_t n, Function f) {
 
 extern "C" {
 
-// Whether 16-bit models are multiplied in pairs of bfloat16 here, and floats that `rows` rows of k take, laid out.
+// Whether 16-bit models are multiplied in pairs of bfloat16 here, and floats that `rows` rows of k take, packed.
 int64_t has_pairs() { return HAS_PAIRS; }
-int64_t laid_floats(int64_t rows, int64_t k, int64_t pairs) { return (rows + TILE - 1) / TILE * TILE * units_of(k, pairs); }
+int64_t packed_floats(int64_t rows, int64_t k, int64_t pairs) { return (rows + TILE - 1) / TILE * TILE * units_of(k, pairs); }
 
 void multiply_all(const Product *products, int64_t count, int64_t pairs, int64_t threads) {
     multiply(products, int(count), pairs, int(threads));
@@ -132,18 +132,18 @@ void embed(const int64_t *tokens, const void *embedding, const void *weight, con
            int64_t rows, int64_t C, float *x, int64_t threads) {
     const Norm norm(weight, bias, eps, dtype, C);
     over_tiles(rows, int(threads), [&](int64_t, int64_t first, int count) {
-        Scratch room(1, C);
+        Scratch scratch(1, C);
         for (int64_t i = first; i < first + count; i++) {
-            load_row(room[0], {embedding, int(dtype)}, tokens[i] * C, int(C), padded(C));
-            norm(room[0]);
-            store_row({x, FLOAT32}, i * C, room[0], int(C));
+            load_row(scratch[0], {embedding, int(dtype)}, tokens[i] * C, int(C), padded(C));
+            norm(scratch[0]);
+            store_row({x, FLOAT32}, i * C, scratch[0], int(C));
         }
     });
 }
 
-// LayerNorm of x[rows,C], laid out: what the head reads.
+// LayerNorm of x[rows,C], packed: what the head reads.
 void norm_out(const float *x, const void *weight, const void *bias, double eps, int64_t dtype, int64_t rows, int64_t C,
-              float *laid, int64_t pairs, int64_t threads) {
+              float *packed, int64_t pairs, int64_t threads) {
     const Norm norm(weight, bias, eps, dtype, C);
     over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
         Tile out(C);
@@ -151,17 +151,17 @@ void norm_out(const float *x, const void *weight, const void *bias, double eps, 
             load_row(out.row(i), {x, FLOAT32}, (first + i) * C, int(C), padded(C));
             norm(out.row(i));
         }
-        out.lay(laid, tile, count, pairs);
+        out.pack(packed, tile, count, pairs);
     });
 }
 
-// LayerNorm, token shift, and n mixtures of a token z and the one before it p, laid out: z + (p - z) share. x[B*T,C].
+// LayerNorm, token shift, and n mixtures of a token z and the one before it p, packed: z + (p - z) share. x[B*T,C].
 //
 // share = mu[j], or 1 - mu[j] where `of_present`; plus extra[j,B*T,C] where given. shift[B,C] is before the first token of
 // each sequence, new_shift[B,C] is after its last.
 void mix_in(const float *x, const void *weight, const void *bias, double eps, int64_t dtype, int64_t rows, int64_t T,
             int64_t C, const void *shift, void *new_shift, int64_t n, const void *const *mu, int64_t of_present,
-            const float *extra, float *const *laid, int64_t pairs, int64_t threads) {
+            const float *extra, float *const *packed, int64_t pairs, int64_t threads) {
     const Norm norm(weight, bias, eps, dtype, C);
     std::vector<std::unique_ptr<Parameter>> shares;
     for (int64_t j = 0; j < n; j++) {
@@ -198,32 +198,32 @@ void mix_in(const float *x, const void *weight, const void *bias, double eps, in
                 for (int64_t c = 0; c < C; c += LANES)
                     store(to + c, load(now + c) + (load(then + c) - load(now + c)) * (share[c] + load(to + c)));
             }
-            out.lay(laid[j], tile, count, pairs);
+            out.pack(packed[j], tile, count, pairs);
         }
     });
 }
 
-struct Laying {
-    const float *y;  // rows `apart` floats from one to the next
-    float *laid;
-    int64_t apart, k, activation;
+struct Packing {
+    const float *y;  // rows `stride` floats from one to the next
+    float *packed;
+    int64_t stride, k, activation;
 };
 
-// Activations of y[rows,k], laid out; several at once.
-void activate(const Laying *layings, int64_t n, int64_t rows, int64_t pairs, int64_t threads) {
+// Activations of y[rows,k], packed; several at once.
+void activate(const Packing *packings, int64_t n, int64_t rows, int64_t pairs, int64_t threads) {
     over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
         for (int64_t j = 0; j < n; j++) {
-            const Laying &l = layings[j];
+            const Packing &l = packings[j];
             Tile out(l.k);
             for (int i = 0; i < count; i++) {
                 float *row = out.row(i);
-                load_row(row, {l.y, FLOAT32}, (first + i) * l.apart, int(l.k), padded(l.k));
+                load_row(row, {l.y, FLOAT32}, (first + i) * l.stride, int(l.k), padded(l.k));
                 if (l.activation == TANH) map(row, l.k, hyperbolic_tangent);
                 if (l.activation == SIGMOID) map(row, l.k, sigmoid);
                 if (l.activation == RELU_SQUARE)
                     map(row, l.k, [](Vec x) { return x < 0.0f ? Vec{} : x * x; });  // NaN stays NaN
             }
-            out.lay(l.laid, tile, count, pairs);
+            out.pack(l.packed, tile, count, pairs);
         }
     });
 }
@@ -237,12 +237,12 @@ void gates7(float *k, float *v, float *wx, float *ax, const float *vx, const flo
     const Parameter w_0(w0, dtype, A), a_0(a0, dtype, A), v_0(vx ? v0 : nullptr, dtype, A), kk(k_k, dtype, A),
         ka(k_a, dtype, A);
     over_tiles(rows, int(threads), [&](int64_t, int64_t first, int count) {
-        Scratch room(8, A);
-        float *scale = room[6], *read = room[7];
+        Scratch scratch(8, A);
+        float *scale = scratch[6], *read = scratch[7];
         for (int64_t at = first * A; at < (first + count) * A; at += A) {
-            float *key = room.take(0, k + at, A), *value = room.take(1, v + at, A);
-            float *decay = room.take(2, wx + at, A), *rate = room.take(3, ax + at, A);
-            memset(scale, 0, sizeof(float) * size_t(room.width));
+            float *key = scratch.take(0, k + at, A), *value = scratch.take(1, v + at, A);
+            float *decay = scratch.take(2, wx + at, A), *rate = scratch.take(3, ax + at, A);
+            memset(scale, 0, sizeof(float) * size_t(scratch.width));
             per_head(
                 scale, H, N,
                 [&](int64_t i) {
@@ -258,7 +258,7 @@ void gates7(float *k, float *v, float *wx, float *ax, const float *vx, const flo
                 store(key + i, x * (1.0f + (gate - 1.0f) * ka[i]));
             }
             if (vx) {
-                const float *mix = room.take(4, vx + at, A), *one = room.take(5, v_first + at, A);
+                const float *mix = scratch.take(4, vx + at, A), *one = scratch.take(5, v_first + at, A);
                 for (int64_t i = 0; i < A; i += LANES) {
                     const Vec x = load(value + i);
                     store(value + i, x + (load(one + i) - x) * sigmoid(v_0[i] + load(mix + i)));
@@ -277,9 +277,9 @@ void gates7(float *k, float *v, float *wx, float *ax, const float *vx, const flo
 void decays6(float *x, const void *time_decay, int64_t dtype, int64_t rows, int64_t A, int64_t threads) {
     const Parameter base(time_decay, dtype, A);
     over_tiles(rows, int(threads), [&](int64_t, int64_t first, int count) {
-        Scratch room(1, A);
+        Scratch scratch(1, A);
         for (int64_t at = first * A; at < (first + count) * A; at += A) {
-            float *row = room.take(0, x + at, A);
+            float *row = scratch.take(0, x + at, A);
             for (int64_t i = 0; i < A; i += LANES) store(row + i, -exponential(base[i] + load(row + i)));
             store_row({x, FLOAT32}, at, row, int(A));
         }
@@ -287,20 +287,20 @@ void decays6(float *x, const void *time_decay, int64_t dtype, int64_t rows, int6
 }
 
 // Behind the WKV operator of RWKV-5 to 7: norm over heads, the bonus of RWKV-7 (r_k null elsewhere), the gate (null in 5.0;
-// through silu where asked), laid out. All [rows,A].
+// through silu where asked), packed. All [rows,A].
 void heads_out(const float *y, const void *weight, const void *bias, double eps, const float *r, const float *k,
                const float *v, const void *r_k, const float *gate, int64_t silu, int64_t dtype, int64_t rows, int64_t H,
-               int64_t N, float *laid, int64_t pairs, int64_t threads) {
+               int64_t N, float *packed, int64_t pairs, int64_t threads) {
     const int64_t A = H * N;
     const Parameter w(weight, dtype, A), b(bias, dtype, A), rk(r_k, dtype, A);
     over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
-        Scratch room(8, A);
+        Scratch scratch(8, A);
         Tile out(A);
-        float *mean = room[5], *scale = room[6], *bonus = room[7];
-        memset(mean, 0, 3 * sizeof(float) * size_t(room.width));
+        float *mean = scratch[5], *scale = scratch[6], *bonus = scratch[7];
+        memset(mean, 0, 3 * sizeof(float) * size_t(scratch.width));
         for (int i = 0; i < count; i++) {
             const int64_t at = (first + i) * A;
-            float *x = room.take(0, y + at, A), *to = out.row(i);
+            float *x = scratch.take(0, y + at, A), *to = out.row(i);
             per_head(mean, H, N, [&](int64_t c) { return load(x + c); }, [&](float s) { return s / float(N); });
             for (int64_t c = 0; c < A; c += LANES) store(x + c, load(x + c) - load(mean + c));
             per_head(
@@ -308,44 +308,44 @@ void heads_out(const float *y, const void *weight, const void *bias, double eps,
                 [&](float s) { return 1.0f / std::sqrt(s / float(N) + float(eps)); });
             for (int64_t c = 0; c < A; c += LANES) store(to + c, load(x + c) * load(scale + c) * w[c] + b[c]);
             if (r_k) {
-                float *receptance = room.take(1, r + at, A);
-                const float *key = room.take(2, k + at, A), *value = room.take(3, v + at, A);
+                float *receptance = scratch.take(1, r + at, A);
+                const float *key = scratch.take(2, k + at, A), *value = scratch.take(3, v + at, A);
                 for (int64_t c = 0; c < A; c += LANES) store(receptance + c, load(receptance + c) * load(key + c) * rk[c]);
                 per_head(bonus, H, N, [&](int64_t c) { return load(receptance + c); }, [](float s) { return s; });
                 for (int64_t c = 0; c < A; c += LANES) store(to + c, load(to + c) + load(bonus + c) * load(value + c));
             }
             if (gate) {
-                const float *g = room.take(4, gate + at, A);
+                const float *g = scratch.take(4, gate + at, A);
                 for (int64_t c = 0; c < A; c += LANES) {
                     const Vec x_g = load(g + c);
                     store(to + c, load(to + c) * (silu ? x_g * sigmoid(x_g) : x_g));
                 }
             }
         }
-        out.lay(laid, tile, count, pairs);
+        out.pack(packed, tile, count, pairs);
     });
 }
 
-// RWKV-4: sigmoid(r) y of [rows,A], laid out.
-void gate4(const float *r, const float *y, int64_t rows, int64_t A, float *laid, int64_t pairs, int64_t threads) {
+// RWKV-4: sigmoid(r) y of [rows,A], packed.
+void gate4(const float *r, const float *y, int64_t rows, int64_t A, float *packed, int64_t pairs, int64_t threads) {
     over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
-        Scratch room(2, A);
+        Scratch scratch(2, A);
         Tile out(A);
         for (int i = 0; i < count; i++) {
-            const float *gate = room.take(0, r + (first + i) * A, A), *x = room.take(1, y + (first + i) * A, A);
+            const float *gate = scratch.take(0, r + (first + i) * A, A), *x = scratch.take(1, y + (first + i) * A, A);
             for (int64_t c = 0; c < A; c += LANES) store(out.row(i) + c, sigmoid(load(gate + c)) * load(x + c));
         }
-        out.lay(laid, tile, count, pairs);
+        out.pack(packed, tile, count, pairs);
     });
 }
 
 // The channel mix of RWKV-4 to 6: x += sigmoid(r) y, all [rows,C].
 void add_gated(float *x, const float *r, const float *y, int64_t rows, int64_t C, int64_t threads) {
     over_tiles(rows, int(threads), [&](int64_t, int64_t first, int count) {
-        Scratch room(3, C);
+        Scratch scratch(3, C);
         for (int64_t at = first * C; at < (first + count) * C; at += C) {
-            float *sum = room.take(0, x + at, C);
-            const float *gate = room.take(1, r + at, C), *more = room.take(2, y + at, C);
+            float *sum = scratch.take(0, x + at, C);
+            const float *gate = scratch.take(1, r + at, C), *more = scratch.take(2, y + at, C);
             for (int64_t c = 0; c < C; c += LANES) store(sum + c, load(sum + c) + sigmoid(load(gate + c)) * load(more + c));
             store_row({x, FLOAT32}, at, sum, int(C));
         }

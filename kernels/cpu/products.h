@@ -4,7 +4,7 @@
 // weights become float32 in registers. With many tokens a tile of weights in the L1 cache serves all of them.
 #pragma once
 
-#include "packed.h"
+#include "quantised.h"
 
 namespace rwkv_lab {
 
@@ -23,7 +23,7 @@ INLINE void dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *s
             constexpr int BYTES = CHAINS * LANES * (F == FLOAT32 ? 4 : 2);
 #pragma GCC unroll 4
             for (int i = 0; i < BYTES; i += 64)
-                expect<std::min(BYTES, 64)>(static_cast<const char *>(w.data) + (first + k) * (F == FLOAT32 ? 4 : 2) + i);
+                prefetch_ahead<std::min(BYTES, 64)>(static_cast<const char *>(w.data) + (first + k) * (F == FLOAT32 ? 4 : 2) + i);
 #pragma GCC unroll 4
             for (int i = 0; i < CHAINS; i++)
                 chains[i] += widened<F>(w.data, first + k + i * LANES) * load(x.row(b0) + k + i * LANES);
@@ -63,7 +63,7 @@ INLINE void bfloat_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0,
         for (; k + 32 * CHAINS <= n; k += 32 * CHAINS)
 #pragma GCC unroll 4
             for (int i = 0; i < CHAINS; i++) {
-                expect<64>(weights + k + 32 * i);
+                prefetch_ahead<64>(weights + k + 32 * i);
                 acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)_mm512_loadu_si512(weights + k + 32 * i),
                                           (__m512bh)_mm512_loadu_si512(x.half + b0 * x.stride + k + 32 * i));
             }
@@ -163,7 +163,7 @@ INLINE Vec factor(const Rows &x, int64_t b, int64_t k) {
     return broadcast(x.row(b)[k]);
 }
 
-// Rows of a block of outputs lie apart, which hardware does not foresee.
+// Rows of a block of outputs lie stride, which hardware does not foresee.
 constexpr int SOON = 24;  // rows
 
 template <int F>
@@ -213,7 +213,7 @@ void add_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, i
 
 // Outputs first .. last-1 for tokens b0 .. b1-1: out[b - b0][i - first] = sum over k of W[i][k] x[b][k].
 inline void product(const Tensor &w, int first, int last, const Rows &x, int64_t b0, int64_t b1, float *out, int64_t out_stride) {
-    if (w.turned) {
+    if (w.transposed) {
         if (w.format == FLOAT32) return add_rows<FLOAT32>(w, first, last, x, b0, b1, out, out_stride);
         if (w.format == BFLOAT16) return add_rows<BFLOAT16>(w, first, last, x, b0, b1, out, out_stride);
         return add_rows<FLOAT16>(w, first, last, x, b0, b1, out, out_stride);

@@ -206,11 +206,11 @@ inline HeadState head_state(const Model &m, const Call &c, int layer, int64_t b,
             c.new_wkv + ((b * m.L + layer) * m.H + h) * int64_t(m.N) * m.N};
 }
 
-// The state as the kernels here want it, [K,V]: where it lies, or in `room`.
-inline const float *key_major(const HeadState &s, int N, float *room) {
+// The state as the kernels here want it, [K,V]: where it lies, or in `scratch`.
+inline const float *key_major(const HeadState &s, int N, float *scratch) {
     if (s.value == 1 && s.key == N) return s.from;
-    load_key_major(room, N, {nullptr, 0, 0, s.value, s.key}, s.from, N, 0, N);
-    return room;
+    load_key_major(scratch, N, {nullptr, 0, 0, s.value, s.key}, s.from, N, 0, N);
+    return scratch;
 }
 
 }  // namespace rwkv_lab

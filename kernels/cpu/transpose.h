@@ -33,15 +33,15 @@ INLINE void transpose_square(Vec *x) {
     }
 }
 
-// to[j * width ..] = lane j of every row, rows `apart` floats from one to the next; zeros for rows from `count` on.
+// to[j * width ..] = lane j of every row, rows `stride` floats from one to the next; zeros for rows from `count` on.
 template <int WIDTH>
-INLINE void lay_square(float *to, const float *rows, int64_t apart, int count) {
+INLINE void transpose_square(float *to, const float *rows, int64_t stride, int count) {
     Vec x[LANES];
     if (count >= std::min(WIDTH, LANES)) {
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) x[i] = i < WIDTH ? load(rows + i * apart) : Vec{};
+        for (int i = 0; i < LANES; i++) x[i] = i < WIDTH ? load(rows + i * stride) : Vec{};
     } else {
-        for (int i = 0; i < LANES; i++) x[i] = i < count ? load(rows + i * apart) : Vec{};
+        for (int i = 0; i < LANES; i++) x[i] = i < count ? load(rows + i * stride) : Vec{};
     }
     transpose_square(x);
 #pragma GCC unroll 16

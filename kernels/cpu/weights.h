@@ -10,18 +10,18 @@ namespace rwkv_lab {
 // Beside the dtypes of simd.h. A row of INT8 is padded to whole groups of 64 numbers, each with a scale; one of INT4 to
 // lines of 128 numbers with four scales. Nibble j of 16-bit word i of a line is number 32 j + i, and 8 stands for zero.
 // Scales are bfloat16. Padding holds zeros.
-enum Packed { INT8 = 3, INT4 = 4 };
+enum Quantised { INT8 = 3, INT4 = 4 };
 constexpr int GROUP8 = 64, GROUP4 = 32, LINE4 = 128;
 constexpr int PADDED = 128;  // activations have zeros up to a multiple of it
 
-// A parameter as the model has it. Matrices are [rows,columns]; `turned` ones stand for their transposes.
+// A parameter as the model has it. Matrices are [rows,columns]; `transposed` ones stand for their transposes.
 struct Tensor {
     const void *data;
     const uint16_t *scales;
-    int32_t format, rows, columns, turned;
+    int32_t format, rows, columns, transposed;
 
-    int outputs() const { return turned ? columns : rows; }
-    int inputs() const { return turned ? rows : columns; }
+    int outputs() const { return transposed ? columns : rows; }
+    int inputs() const { return transposed ? rows : columns; }
     int64_t row_bytes() const {  // of the memory that one output needs
         const int64_t n = inputs();
         if (format == INT8) return n + n / GROUP8 * 2;
@@ -105,7 +105,7 @@ INLINE Vec widened_part(const void *from, int64_t at, int count) {
 constexpr int AHEAD = 8192;  // bytes
 
 template <int BYTES>
-INLINE void expect(const void *at) {
+INLINE void prefetch_ahead(const void *at) {
     if constexpr (BYTES == 64) __builtin_prefetch(static_cast<const char *>(at) + AHEAD, 0, 2);
     if constexpr (BYTES < 64)  // one request per line of the cache
         if ((reinterpret_cast<uintptr_t>(at) & 63) < BYTES) __builtin_prefetch(static_cast<const char *>(at) + AHEAD, 0, 2);

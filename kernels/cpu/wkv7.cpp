@@ -248,7 +248,7 @@ template <int FIXED>
 void backward_head(const Backward &f, int64_t b, int64_t h) {
     FlushToZero flush;
     const int N = FIXED ? FIXED : f.size.N, wide = round_up(N, LANES);
-    const int64_t T = f.size.T, head = b * f.size.H + h, apart = f.size.H * N;
+    const int64_t T = f.size.T, head = b * f.size.H + h, stride = f.size.H * N;
     const int chunk_rows = (CHUNK + 1) * wide;
     Buffer buffer(size_t(wide) * wide + size_t(CHUNK + 1) * ROWS * wide + size_t(14) * chunk_rows + 2 * ROWS * LANES + wide);
     float *free = buffer.get();
@@ -301,7 +301,7 @@ void backward_head(const Backward &f, int64_t b, int64_t h) {
             }
             for (int i = count; i > 0; i--) {
                 if (first == 0) {  // what will be written for this token, and read for one of the chunk before
-                    const int64_t at = f.size.row(b, t0 + i - 1, h), soon = at - CHUNK * apart;
+                    const int64_t at = f.size.row(b, t0 + i - 1, h), soon = at - CHUNK * stride;
                     for (const Output &out : {f.dr, f.dw, f.dk, f.dv, f.da, f.db}) prefetch_row(out, at, N);
                     if (t0 > 0) {
                         for (const Input &in : {f.r, f.w, f.k, f.v, f.a, f.b, f.dy, readings}) prefetch_row(in, soon, N);
@@ -322,7 +322,7 @@ void backward_head(const Backward &f, int64_t b, int64_t h) {
             }
         }
         for (int i = 0; i <= count; i++) {
-            const int64_t at = f.size.row(b, t0, h) + (i - 1) * apart;
+            const int64_t at = f.size.row(b, t0, h) + (i - 1) * stride;
             if (i > 0) {
                 store_row(f.dw, at, x.dw + i * wide, N);
                 store_row(f.dk, at, x.dk + i * wide, N);

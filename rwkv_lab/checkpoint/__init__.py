@@ -4,7 +4,7 @@ from rwkv_lab.checkpoint.fingerprint import FileFacts, file_facts
 from rwkv_lab.checkpoint.layout import Layout, detect_layout
 from rwkv_lab.checkpoint.open import Checkpoint, open_checkpoint
 from rwkv_lab.checkpoint.source import TensorInfo
-from rwkv_lab.checkpoint.tensors import compare, expected_tensors
+from rwkv_lab.checkpoint.tensors import compare, expected_tensors, tensors_of
 from rwkv_lab.checkpoint.write import write_checkpoint, write_text
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "expected_tensors",
     "file_facts",
     "open_checkpoint",
+    "tensors_of",
     "write_checkpoint",
     "write_text",
 ]

@@ -15,12 +15,12 @@ from typing import Protocol
 
 import torch
 from isal.isal_zlib import crc32
-from torch._utils import _rebuild_tensor_v2  # what every .pth of torch names, since torch 0.4
 
 from rwkv_lab.checkpoint.safetensors_header import DTYPE_NAMES
 from rwkv_lab.checkpoint.source import is_name
 from rwkv_lab.checkpoint.torch_pickle import STORAGE_DTYPES
 from rwkv_lab.errors import OutputError
+from rwkv_lab.torch_private import rebuild_tensor
 
 
 class Described(Protocol):
@@ -169,7 +169,7 @@ class _Tensor:
         self.args = (storage, 0, tuple(shape), tuple(stride), False, OrderedDict())
 
     def __reduce__(self):
-        return _rebuild_tensor_v2, self.args
+        return rebuild_tensor, self.args
 
 
 class _Pickler(pickle.Pickler):

@@ -1,6 +1,6 @@
 """The tensors that a model of a given layout has: names, shapes, and which of them a file may leave out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from rwkv_lab.checkpoint.layout import UNUSED_IN_LAYER_0, Layout, Shape, same_shape
@@ -108,6 +108,16 @@ def _block7(m: Layout) -> dict[str, Shape]:
 _BLOCKS = {"4.0": _block4, "5.0": _block5, "5.1": _block5, "5.2": _block5, "6.0": _block6, "7.0": _block7}
 
 
+def tensors_of(layout: Layout, names: Collection[str]) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """As `expected_tensors`, of a model that has these names where a layout leaves a choice."""
+    required, optional = expected_tensors(layout)
+    if layout.version in ("5.0", "5.1"):  # the `r2` files of these two name the same tensor time_faaaa
+        for i in range(layout.n_layer):
+            if f"blocks.{i}.att.time_faaaa" in names:
+                required[f"blocks.{i}.att.time_faaaa"] = required.pop(f"blocks.{i}.att.time_first")
+    return required, optional
+
+
 @dataclass(frozen=True)
 class Misfit:
     """How a file's tensors differ from what its layout has."""
@@ -119,11 +129,7 @@ class Misfit:
 
 def compare(layout: Layout, shapes: Mapping[str, Shape]) -> Misfit:
     """What is missing, extra or of another shape in `{name: shape}`, for a whole model of that layout."""
-    required, optional = expected_tensors(layout)
-    if layout.version in ("5.0", "5.1"):  # the `r2` files of these two name the same tensor time_faaaa
-        for i in range(layout.n_layer):
-            if f"blocks.{i}.att.time_faaaa" in shapes:
-                required[f"blocks.{i}.att.time_faaaa"] = required.pop(f"blocks.{i}.att.time_first")
+    required, optional = tensors_of(layout, shapes)
     known = required | optional
     missing = [n for n in required if n not in shapes]
     # A file has all three of layer 0's v0, v1, v2, or none.

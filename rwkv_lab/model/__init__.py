@@ -1,5 +1,8 @@
 """RWKV models: one set of weights, run over whole sequences or token by token, with the same answers."""
 
+import pkgutil
+from importlib import import_module
+
 from rwkv_lab.model.capture import capture
 from rwkv_lab.model.dual import RWKV_Dual, RWKVMode, init_state_with_past
 from rwkv_lab.model.evaluate import bits_per_byte
@@ -26,3 +29,7 @@ __all__ = [
     "quantise_weights",
     "save_state",
 ]
+
+for _module in pkgutil.iter_modules(__path__):  # every generation is a file here, which registers it
+    if _module.name.startswith("rwkv"):
+        import_module(f"{__name__}.{_module.name}")

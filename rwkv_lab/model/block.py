@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkv_lab.model.capture import Watched
+from rwkv_lab.model.standard_modules import standard
 
 GROUP_NORM_EPS = 64e-5  # of `att.ln_x` from RWKV-5 on: (1e-5)·8², whatever the head size
 RESCALE_EVERY = 6  # layers
 
 
+@standard
 class Block(Watched):
     """`blocks.i`: time mix and channel mix, each behind a LayerNorm and added to what came in.
 
@@ -23,7 +25,7 @@ class Block(Watched):
     same by changing the weights; here they stay as they are. RWKV-7 does not need it.
     """
 
-    def __init__(self, layout, layer: int, att: nn.Module, ffn: nn.Module):
+    def __init__(self, layout, layer: int, att: nn.Module, ffn: nn.Module, halves_float16: bool):
         super().__init__()
         if layer == 0:
             self.ln0 = nn.LayerNorm(layout.n_embd)  # applied to the embedding
@@ -31,7 +33,7 @@ class Block(Watched):
         self.ln2 = nn.LayerNorm(layout.n_embd)
         self.att = att
         self.ffn = ffn
-        self.halves = layout.version != "7.0" and layer % RESCALE_EVERY == RESCALE_EVERY - 1
+        self.halves = halves_float16 and halves_after(layer)
 
     def forward(self, x, att_shift, ffn_shift, wkv_state, v_first):
         """x `[B,T,C]`, shifts `[B,C]`, wkv_state `[B,H,V,K]` (RWKV-4: `[B,3,A]`), v_first `[B,T,A]` or None.
@@ -48,6 +50,11 @@ class Block(Watched):
         if self.halves and self.ln1.weight.dtype == torch.float16:
             x = x / 2
         return x, x_att[:, -1], x_ffn[:, -1], wkv_state, v_first
+
+
+def halves_after(layer: int) -> bool:
+    """Whether x is halved behind this layer, where a generation does so."""
+    return layer % RESCALE_EVERY == RESCALE_EVERY - 1
 
 
 def into_residual(linear: nn.Module, x, layer: int):

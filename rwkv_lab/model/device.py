@@ -1,4 +1,4 @@
-"""What a failing device says, put into words, and going on elsewhere."""
+"""A failing device: its error in words, and the same call again on another device."""
 
 import functools
 import re
@@ -11,6 +11,7 @@ from rwkv_lab.errors import DeviceError, ParameterError
 
 # Torch raises RuntimeError, or AssertionError where it was built without CUDA, for much else too: the text decides.
 _FAILURE = re.compile(r"\b(CUDA|CUBLAS|CUDNN|cuDNN|cuBLAS|HIP|NVIDIA|XPU|MPS|device-side assert)")
+_POSSIBLE = (RuntimeError, AssertionError, MemoryError)
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
@@ -31,20 +32,27 @@ def device_errors(device: torch.device):
     """Turn a failure of the device into a DeviceError that names settings which help; others pass."""
     try:
         yield
-    except (RuntimeError, AssertionError, MemoryError) as e:
-        text = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        if isinstance(e, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(text):
-            raise DeviceError(
-                f"{device} ran out of memory ({text}).\nTry dtype=torch.bfloat16, fewer sequences or a smaller "
-                'ctx_len at once, model.gradient_checkpointing = True in training,\nor device="cpu" / fallback="cpu".'
-            ) from e
-        if _FAILURE.search(text):
-            raise DeviceError(
-                f"{device} failed: {text}\n"
-                'Load the model with device="cpu", or with fallback="cpu" to go on there when this happens;\n'
-                "CUDA_LAUNCH_BLOCKING=1 in the environment shows which operation it was."
-            ) from e
+    except _POSSIBLE as e:
+        if error := _device_error(e, device):
+            raise error from e
         raise
+
+
+def _device_error(e: BaseException, device: torch.device) -> DeviceError | None:
+    """A failure of the device in words; None for another error."""
+    text = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+    if isinstance(e, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(text):
+        return DeviceError(
+            f"{device} ran out of memory ({text}).\nTry dtype=torch.bfloat16, fewer sequences or a smaller "
+            'ctx_len at once, model.gradient_checkpointing = True in training,\nor device="cpu" / fallback="cpu".'
+        )
+    if _FAILURE.search(text):
+        return DeviceError(
+            f"{device} failed: {text}\n"
+            'Load the model with device="cpu", or with fallback="cpu" to continue there when this happens;\n'
+            "CUDA_LAUNCH_BLOCKING=1 in the environment shows which operation it was."
+        )
+    return None
 
 
 def falls_back(method):
@@ -52,13 +60,16 @@ def falls_back(method):
 
     @functools.wraps(method)
     def run(self, tokens, state=None, *args, **kwargs):
-        try:
-            with device_errors(self.get_device()):
-                return method(self, tokens, state, *args, **kwargs)
-        except DeviceError as e:
-            if self.fallback is None or self.get_device() == self.fallback:
+        try:  # not `with device_errors`: this runs for every token
+            return method(self, tokens, state, *args, **kwargs)
+        except (*_POSSIBLE, DeviceError) as e:
+            error = e if isinstance(e, DeviceError) else _device_error(e, self.get_device())
+            can_fall_back = self.fallback not in (None, self.get_device())
+            if error is None or error is e and not can_fall_back:
                 raise
-            warn_of_fallback(e, self.fallback)
+            if not can_fall_back:
+                raise error from e
+            warn_of_fallback(error, self.fallback)
             with device_errors(self.get_device()):  # a device that is lost altogether does not give its weights back
                 self.to(self.fallback)
                 state = None if state is None else state.to(self.fallback)
@@ -68,6 +79,6 @@ def falls_back(method):
 
 
 def warn_of_fallback(error: DeviceError, fallback: torch.device) -> None:
-    """Say which device failed and where things go on."""
+    """Warn that a device failed, and which one is used from now on."""
     first = str(error).splitlines()[0]
     warnings.warn(f"{first} Going on with device={str(fallback)!r}.", RuntimeWarning, stacklevel=3)

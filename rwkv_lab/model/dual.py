@@ -10,21 +10,19 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_lab.checkpoint import Layout, write_checkpoint
 from rwkv_lab.errors import DeviceError, ParameterError
-from rwkv_lab.model import rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_lab.model import rwkv7
 from rwkv_lab.model.block import GROUP_NORM_EPS
-from rwkv_lab.model.cpu import prefill
-from rwkv_lab.model.cpu.step import compiled_step
+from rwkv_lab.model.cpu import prefill, step
+from rwkv_lab.model.cpu.eligibility import eligible
 from rwkv_lab.model.device import device_errors, falls_back, parse_device, warn_of_fallback
 from rwkv_lab.model.generation import Sampling, generate_one
 from rwkv_lab.model.inputs import check_tokens
 from rwkv_lab.model.loading import fill, model_file, open_model, read_time_states
-from rwkv_lab.model.plain import exchanged
+from rwkv_lab.model.registry import generation_of
+from rwkv_lab.model.standard_modules import replaced_module, standard
 from rwkv_lab.model.state import RWKVState, check_state, join, state_shapes
 from rwkv_lab.model.state_cache import StateCache
 from rwkv_lab.model.tokenizer import load_tokenizer, tokenizer_for
-from rwkv_lab.wkv import empty_wkv4_state
-
-_GENERATION = {"4.0": rwkv4, "5.0": rwkv5, "5.1": rwkv5, "5.2": rwkv5, "6.0": rwkv6, "7.0": rwkv7}
 
 
 class RWKVMode(Enum):
@@ -34,6 +32,7 @@ class RWKVMode(Enum):
     RNN = "rnn"  # one token after the other
 
 
+@standard
 class RWKV_Dual(nn.Module):
     """An RWKV language model. Its `state_dict` has exactly the names and shapes of BlinkDL's checkpoints.
 
@@ -99,7 +98,7 @@ class RWKV_Dual(nn.Module):
         with torch.device("meta"):
             self.emb = nn.Embedding(layout.vocab_size, layout.n_embd)
             self.blocks = nn.ModuleList(
-                _GENERATION[layout.version].make_block(layout, layer, group_norm_eps, names)
+                generation_of(layout).make_block(layout, layer, group_norm_eps, names)
                 for layer in range(layout.n_layer)
             )
             self.ln_out = nn.LayerNorm(layout.n_embd)
@@ -165,7 +164,7 @@ class RWKV_Dual(nn.Module):
             OutputError: the file is there already, or cannot be written.
             ParameterError: the model holds what a checkpoint does not: adapters, or rounded weights.
         """
-        if found := exchanged(self):
+        if found := replaced_module(self):
             raise ParameterError(
                 f"This model has {found}, which no checkpoint holds.\n"
                 "Adapters are saved by `save_adapter` and merged by `merge`; rounded weights are made anew each time."
@@ -191,13 +190,13 @@ class RWKV_Dual(nn.Module):
             ParameterError: tokens of a wrong shape, dtype or value; a state of another model, batch, dtype or device.
             DeviceError: the device failed, and there is no fallback.
         """
-        if return_v_first and self.layout.version != "7.0":
+        if return_v_first and not generation_of(self.layout).has_v_first:
             raise ParameterError(f"return_v_first: RWKV-{self.layout.version} has no v_first, only RWKV-7 has.")
         tokens = check_tokens(self, tokens)
         if self.mode is RWKVMode.TRANSFORMER:
             pieces = [tokens]
-        elif not return_v_first and (step := compiled_step(self, tokens, state)):
-            return step(tokens, state)
+        elif not return_v_first and (found := eligible(self, "step", tokens, state)):
+            return step.run(self, found, tokens, state)
         else:
             pieces = tokens.split(1, dim=1)
         logits, v_first = [], []
@@ -229,8 +228,8 @@ class RWKV_Dual(nn.Module):
             ParameterError, DeviceError: as calling the model; lengths that do not fit.
         """
         tokens = check_tokens(self, tokens)
-        if tokens.shape[1] == 1 and (step := compiled_step(self, tokens, state)):
-            logits, state = step(tokens, state)
+        if tokens.shape[1] == 1 and (found := eligible(self, "step", tokens, state)):
+            logits, state = step.run(self, found, tokens, state)
             return logits[:, 0], state
         x, state = self._read(tokens, state) if lengths is None else self._read_ragged(tokens, state, lengths)
         return self._logits(x), state
@@ -264,7 +263,7 @@ class RWKV_Dual(nn.Module):
             state = self.create_state(len(tokens))
         else:
             check_state(state, self.layout, len(tokens), self.emb.weight.dtype, self.get_device())
-        if not return_v_first and prefill.is_possible(self, state):
+        if not return_v_first and eligible(self, "prefill", tokens, state):
             return *prefill.run(self, tokens, state), None
         x = self.blocks[0].ln0(self.emb(tokens))  # [B,T,C]
         v_first, att_shift, ffn_shift, wkv = None, [], [], []
@@ -283,8 +282,9 @@ class RWKV_Dual(nn.Module):
 
     def _logits(self, x):
         """x `[...,C]` before ln_out -> logits `[...,V]`."""
-        possible = not x.requires_grad and prefill.is_possible(self)
-        return prefill.logits(self, x) if possible else self.head(self.ln_out(x))
+        if not x.requires_grad and eligible(self, "prefill"):
+            return prefill.logits(self, x)
+        return self.head(self.ln_out(x))
 
     # ------------------------------------------------------------------ states
 
@@ -301,15 +301,13 @@ class RWKV_Dual(nn.Module):
         """
         weight, shapes = self.emb.weight, state_shapes(self.layout)
         if tuned is not None:
-            self._refuse_version_4()
+            self._refuse_time_state()
             states = read_time_states(tuned, self.layout.n_layer, shapes["wkv"][1:])
             wkv = torch.stack(states).to(weight.device, self.state_dtype)  # [L,H,V,K]
         elif self.has_time_state:
             wkv = torch.stack([block.att.time_state for block in self.blocks])
-        elif self.layout.version == "4.0":
-            wkv = empty_wkv4_state(self.layout.n_layer, self.layout.dim_att, weight.device).to(self.state_dtype)
         else:
-            wkv = torch.zeros(shapes["wkv"], dtype=self.state_dtype, device=weight.device)
+            wkv = generation_of(self.layout).first_wkv(self.layout, weight.device).to(self.state_dtype)
         shift = weight.new_zeros(1, *shapes["att_shift"])
         return RWKVState(wkv[None], shift, shift, self.layout.version).expand(batch_size)
 
@@ -331,15 +329,15 @@ class RWKV_Dual(nn.Module):
         """
         if self.has_time_state:
             return
-        self._refuse_version_4()
+        self._refuse_time_state()
         shape = state_shapes(self.layout)["wkv"][1:]
         for block in self.blocks:
             zeros = torch.zeros(shape, dtype=self.state_dtype, device=self.get_device())
             block.att.time_state = nn.Parameter(zeros)
 
-    def _refuse_version_4(self) -> None:
-        if self.layout.version == "4.0":
-            raise ParameterError("RWKV-4 has no time_state; states can be tuned from RWKV-5 on.")
+    def _refuse_time_state(self) -> None:
+        if not generation_of(self.layout).has_time_state:
+            raise ParameterError(f"RWKV-{self.layout.version} has no time_state; states can be tuned from RWKV-5 on.")
 
     def load_state_file(self, path: str | Path) -> None:
         """Take the tuned initial states of a state file (or of a whole model that has them) as this model's own.
@@ -349,7 +347,7 @@ class RWKV_Dual(nn.Module):
             NumericsError: NaN or infinity inside.
             ParameterError: this model is RWKV-4, which has no such states.
         """
-        self._refuse_version_4()
+        self._refuse_time_state()
         states = read_time_states(path, self.layout.n_layer, state_shapes(self.layout)["wkv"][1:])
         self.add_time_state()
         with torch.no_grad():

@@ -8,9 +8,13 @@ import torch
 
 from rwkv_lab.model.block import Block, into_residual, linear, matrix, previous, vector
 from rwkv_lab.model.capture import Watched
-from rwkv_lab.wkv import wkv4
+from rwkv_lab.model.cpu import rwkv4 as compiled
+from rwkv_lab.model.registry import CompiledForm, Generation, register
+from rwkv_lab.model.standard_modules import standard
+from rwkv_lab.wkv import empty_wkv4_state, wkv4
 
 
+@standard
 class TimeMix(Watched):
     """`blocks.i.att`: mixes along time through the WKV state."""
 
@@ -44,6 +48,7 @@ class TimeMix(Watched):
         return out, wkv_state, v_first
 
 
+@standard
 class ChannelMix(Watched):
     """`blocks.i.ffn` of RWKV-4 and 5: mixes the channels of one token, and lets through what receptance says."""
 
@@ -70,4 +75,36 @@ class ChannelMix(Watched):
 
 def make_block(layout, layer: int, group_norm_eps: float, names) -> Block:
     """`blocks.<layer>` without values. RWKV-4 has no GroupNorm, and no tensors that only some files have."""
-    return Block(layout, layer, TimeMix(layout, layer), ChannelMix(layout, layer))
+    return Block(layout, layer, TimeMix(layout, layer), ChannelMix(layout, layer), halves_float16=True)
+
+
+_SLOTS = {  # place in the table of kernels/cpu/step4.cpp: parameter, or module whose parameters go there
+    "LN1": "ln1",
+    "LN2": "ln2",
+    "DECAY": "att.time_decay",
+    "FIRST": "att.time_first",
+    "MIX_K": "att.time_mix_k",
+    "MIX_V": "att.time_mix_v",
+    "MIX_R": "att.time_mix_r",
+    "KEY": "att.key",
+    "VALUE": "att.value",
+    "RECEPTANCE": "att.receptance",
+    "OUTPUT": "att.output",
+    "FFN_MIX_K": "ffn.time_mix_k",
+    "FFN_MIX_R": "ffn.time_mix_r",
+    "FFN_KEY": "ffn.key",
+    "FFN_RECEPTANCE": "ffn.receptance",
+    "FFN_VALUE": "ffn.value",
+}
+
+register(
+    Generation(
+        versions=("4.0",),
+        make_block=make_block,
+        wkv_shape=lambda layout: (3, layout.dim_att),
+        first_wkv=lambda layout, device: empty_wkv4_state(layout.n_layer, layout.dim_att, device),
+        has_time_state=False,
+        halves_float16=True,
+        compiled=CompiledForm("step4", 4, _SLOTS, compiled.time_mix, compiled.channel_mix),
+    )
+)

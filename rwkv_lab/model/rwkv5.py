@@ -10,10 +10,15 @@ from torch.nn import functional as F
 
 from rwkv_lab.model.block import Block, head_norm, into_residual, linear, matrix, previous, vector
 from rwkv_lab.model.capture import Watched
+from rwkv_lab.model.cpu import rwkv5 as compiled
+from rwkv_lab.model.registry import CompiledForm, Generation, register
 from rwkv_lab.model.rwkv4 import ChannelMix
+from rwkv_lab.model.standard_modules import standard
+from rwkv_lab.torch_private import children_of, parameters_of
 from rwkv_lab.wkv import wkv5
 
 
+@standard
 class TimeMix(Watched):
     """`blocks.i.att`: mixes along time through the WKV state."""
 
@@ -23,15 +28,14 @@ class TimeMix(Watched):
         self.n_head, self.head_size, self.layer = layout.n_head, layout.head_size, layer
         per_head = (self.n_head, self.head_size) if layout.version == "5.2" else (self.n_head,)
         self.time_decay = matrix(*per_head)  # the log-decay is -exp of it
-        self.log_bonus = log_bonus
         self.register_parameter("time_first" if log_bonus else "time_faaaa", matrix(*per_head))
-        self.gated = layout.version != "5.0"
-        for z in "kvrg" if self.gated else "kvr":
+        gated = layout.version != "5.0"
+        for z in "kvrg" if gated else "kvr":
             self.register_parameter(f"time_mix_{z}", vector(C))
         self.receptance = linear(C, A)
         self.key = linear(C, A)
         self.value = linear(C, A)
-        if self.gated:
+        if gated:
             self.gate = linear(C, A)
         self.output = linear(A, C)
         self.ln_x = nn.GroupNorm(self.n_head, A, eps=group_norm_eps)
@@ -63,6 +67,16 @@ class TimeMix(Watched):
             self.seen(y=y_wkv, state=wkv_state[:, None], out=out)
         return out, wkv_state, v_first
 
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate: from 5.1 on."""
+        return "gate" in children_of(self)
+
+    @property
+    def log_bonus(self) -> bool:
+        """Whether the bonus is stored as its logarithm."""
+        return "time_first" in parameters_of(self)
+
     def decay_and_bonus(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The log-decay, computed in that dtype, and the bonus, both `[H,N]`."""
         bonus = torch.exp(self.time_first.to(dtype)) if self.log_bonus else self.time_faaaa
@@ -73,4 +87,39 @@ class TimeMix(Watched):
 def make_block(layout, layer: int, group_norm_eps: float, names) -> Block:
     """`blocks.<layer>` without values; `names` are those in the file, which decide what its bonus is called."""
     log_bonus = f"blocks.{layer}.att.time_faaaa" not in names
-    return Block(layout, layer, TimeMix(layout, layer, group_norm_eps, log_bonus), ChannelMix(layout, layer))
+    return Block(
+        layout, layer, TimeMix(layout, layer, group_norm_eps, log_bonus), ChannelMix(layout, layer), halves_float16=True
+    )
+
+
+_SLOTS = {  # place in the table of kernels/cpu/step56.cpp: parameter, or module whose parameters go there
+    "LN1": "ln1",
+    "LN2": "ln2",
+    "BONUS": "att.time_faaaa",
+    "LOG_BONUS": "att.time_first",
+    "DECAY": "att.time_decay",
+    "RECEPTANCE": "att.receptance",
+    "KEY": "att.key",
+    "VALUE": "att.value",
+    "GATE": "att.gate",
+    "OUTPUT": "att.output",
+    "LN_X": "att.ln_x",
+    "FFN_MIX_K": "ffn.time_mix_k",
+    "FFN_MIX_R": "ffn.time_mix_r",
+    "FFN_KEY": "ffn.key",
+    "FFN_RECEPTANCE": "ffn.receptance",
+    "FFN_VALUE": "ffn.value",
+    "MIX_K": "att.time_mix_k",
+    "MIX_V": "att.time_mix_v",
+    "MIX_R": "att.time_mix_r",
+    "MIX_G": "att.time_mix_g",
+}
+
+register(
+    Generation(
+        versions=("5.0", "5.1", "5.2"),
+        make_block=make_block,
+        halves_float16=True,
+        compiled=CompiledForm("step56", 5, _SLOTS, compiled.time_mix, compiled.channel_mix),
+    )
+)

@@ -9,9 +9,13 @@ from torch.nn import functional as F
 
 from rwkv_lab.model.block import Block, head_norm, into_residual, linear, matrix, previous, vector
 from rwkv_lab.model.capture import Watched
+from rwkv_lab.model.cpu import rwkv6 as compiled
+from rwkv_lab.model.registry import CompiledForm, Generation, register
+from rwkv_lab.model.standard_modules import standard
 from rwkv_lab.wkv import wkv6
 
 
+@standard
 class TimeMix(Watched):
     """`blocks.i.att`: mixes along time through the WKV state."""
 
@@ -61,6 +65,7 @@ class TimeMix(Watched):
         return out, wkv_state, v_first
 
 
+@standard
 class ChannelMix(Watched):
     """`blocks.i.ffn`: RWKV-4's, with the share of the token before stored instead of the present one's."""
 
@@ -86,4 +91,46 @@ class ChannelMix(Watched):
 
 def make_block(layout, layer: int, group_norm_eps: float, names) -> Block:
     """`blocks.<layer>` without values. RWKV-6 has no tensors that only some files have, but for time_state."""
-    return Block(layout, layer, TimeMix(layout, layer, group_norm_eps), ChannelMix(layout, layer))
+    return Block(layout, layer, TimeMix(layout, layer, group_norm_eps), ChannelMix(layout, layer), halves_float16=True)
+
+
+_SLOTS = {  # place in the table of kernels/cpu/step56.cpp: parameter, or module whose parameters go there
+    "LN1": "ln1",
+    "LN2": "ln2",
+    "BONUS": "att.time_faaaa",
+    "LOG_BONUS": "att.time_first",
+    "DECAY": "att.time_decay",
+    "RECEPTANCE": "att.receptance",
+    "KEY": "att.key",
+    "VALUE": "att.value",
+    "GATE": "att.gate",
+    "OUTPUT": "att.output",
+    "LN_X": "att.ln_x",
+    "FFN_MIX_K": "ffn.time_maa_k",
+    "FFN_MIX_R": "ffn.time_maa_r",
+    "FFN_KEY": "ffn.key",
+    "FFN_RECEPTANCE": "ffn.receptance",
+    "FFN_VALUE": "ffn.value",
+    "MAA_X": "att.time_maa_x",
+    "MAA_W": "att.time_maa_w",
+    "MAA_K": "att.time_maa_k",
+    "MAA_V": "att.time_maa_v",
+    "MAA_R": "att.time_maa_r",
+    "MAA_G": "att.time_maa_g",
+    "MAA_W1": "att.time_maa_w1",
+    "MAA_W2": "att.time_maa_w2",
+    "DECAY_W1": "att.time_decay_w1",
+    "DECAY_W2": "att.time_decay_w2",
+}
+
+register(
+    Generation(
+        versions=("6.0",),
+        make_block=make_block,
+        halves_float16=True,
+        compiled=CompiledForm(
+            *("step56", 6, _SLOTS, compiled.time_mix, compiled.channel_mix),
+            transposed=frozenset(f"att.time_{z}_w{i}" for z in ("maa", "decay") for i in "12"),
+        ),
+    )
+)

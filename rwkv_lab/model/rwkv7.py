@@ -11,9 +11,13 @@ from torch.nn import functional as F
 
 from rwkv_lab.model.block import Block, head_norm, linear, matrix, previous, vector
 from rwkv_lab.model.capture import Watched
+from rwkv_lab.model.cpu import rwkv7 as compiled
+from rwkv_lab.model.registry import CompiledForm, Generation, register
+from rwkv_lab.model.standard_modules import standard
 from rwkv_lab.wkv import wkv7
 
 
+@standard
 class TimeMix(Watched):
     """`blocks.i.att`: mixes along time through the WKV state."""
 
@@ -73,6 +77,7 @@ class TimeMix(Watched):
         return out, wkv_state, v_first
 
 
+@standard
 class ChannelMix(Watched):
     """`blocks.i.ffn`: mixes the channels of one token."""
 
@@ -95,7 +100,9 @@ def make_block(layout, layer: int, group_norm_eps: float, names) -> Block:
     """`blocks.<layer>` without values; `names` are those in the file: layer 0's v0, v1, v2 are unused, few files have
     them."""
     value_residual = layer > 0 or "blocks.0.att.v1" in names
-    return Block(layout, layer, TimeMix(layout, layer, group_norm_eps, value_residual), ChannelMix(layout))
+    return Block(
+        layout, layer, TimeMix(layout, layer, group_norm_eps, value_residual), ChannelMix(layout), halves_float16=False
+    )
 
 
 def fresh_ranks(n_embd: int) -> dict[str, int]:
@@ -137,7 +144,7 @@ def _initialise_time_mix(att, layer: int, n_layer: int) -> None:
     nn.init.constant_(att.k_a, 1.02)
     nn.init.constant_(att.r_k, -0.04)
     pairs = [(att.w1, att.w2), (att.a1, att.a2), (att.g1, att.g2)]
-    if "v0" in att._parameters:
+    if getattr(att, "v0", None) is not None:
         att.v0[:] = 0.73 - 0.4 * (line - 0.5)
         pairs.append((att.v1, att.v2))
     for into, out in pairs:
@@ -155,3 +162,50 @@ def _initialise_channel_mix(ffn, layer: int, n_layer: int) -> None:
     ffn.x_k[:] = 1 - (torch.arange(C) / C) ** ((1 - layer / n_layer) ** 4)
     nn.init.uniform_(ffn.key.weight, -0.5 / C**0.5, 0.5 / C**0.5)
     nn.init.zeros_(ffn.value.weight)
+
+
+_SLOTS = {  # place in the table of kernels/cpu/step7.cpp: parameter, or module whose parameters go there
+    "LN1": "ln1",
+    "LN2": "ln2",
+    "X_R": "att.x_r",
+    "X_W": "att.x_w",
+    "X_K": "att.x_k",
+    "X_V": "att.x_v",
+    "X_A": "att.x_a",
+    "X_G": "att.x_g",
+    "W0": "att.w0",
+    "W1": "att.w1",
+    "W2": "att.w2",
+    "A0": "att.a0",
+    "A1": "att.a1",
+    "A2": "att.a2",
+    "V0": "att.v0",
+    "V1": "att.v1",
+    "V2": "att.v2",
+    "G1": "att.g1",
+    "G2": "att.g2",
+    "K_K": "att.k_k",
+    "K_A": "att.k_a",
+    "R_K": "att.r_k",
+    "RECEPTANCE": "att.receptance",
+    "KEY": "att.key",
+    "VALUE": "att.value",
+    "OUTPUT": "att.output",
+    "LN_X": "att.ln_x",
+    "FFN_X_K": "ffn.x_k",
+    "FFN_KEY": "ffn.key",
+    "FFN_VALUE": "ffn.value",
+}
+
+register(
+    Generation(
+        versions=("7.0",),
+        make_block=make_block,
+        has_v_first=True,
+        compiled=CompiledForm(
+            *("step7", 7, _SLOTS, compiled.time_mix, compiled.channel_mix),
+            transposed=frozenset(f"att.{z}{i}" for z in "wavg" for i in "12"),
+            unused_in_first_layer=frozenset({"att.v0", "att.v1", "att.v2"}),
+        ),
+    )
+)

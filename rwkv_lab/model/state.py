@@ -8,6 +8,7 @@ import torch
 
 from rwkv_lab.checkpoint import Layout, open_checkpoint, write_checkpoint
 from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.model.registry import generation_of
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,8 @@ def join(states: Sequence[RWKVState]) -> RWKVState:
 
 def state_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     """Shape of each part of the state of one sequence, without the batch."""
-    L, C, H, N = layout.n_layer, layout.n_embd, layout.n_head, layout.head_size
-    wkv = (L, 3, layout.dim_att) if layout.version == "4.0" else (L, H, N, N)
-    return {"wkv": wkv, "att_shift": (L, C), "ffn_shift": (L, C)}
+    shift = (layout.n_layer, layout.n_embd)
+    return {"wkv": (layout.n_layer, *generation_of(layout).wkv_shape(layout)), "att_shift": shift, "ffn_shift": shift}
 
 
 def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Weights in 8 or 4 bits with a scale per group: a model that needs a half or a quarter of the memory to decode.
 
 Everything else keeps the model's dtype. The compiled step unpacks weights in registers; the torch modules, which read
-prompts and are the judge, unpack one matrix at a time into float32. Both compute with exactly the same rounded weights.
+prompts and are the reference, unpack one matrix at a time into float32. Both compute with the same rounded weights.
 """
 
 import copy
@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model.plain import exchanged, is_plain
+from rwkv_lab.model.standard_modules import replaced_module
+from rwkv_lab.torch_private import hooks_of
 
 SCHEMES = {"int8": 8, "int4": 4}
 
@@ -67,6 +68,13 @@ class _Packed(nn.Module):
         numbers = numbers * scales.view(torch.bfloat16).to(wide).unsqueeze(-1)
         return numbers.flatten(-2)[..., : self.columns]
 
+    def is_whole(self) -> bool:
+        """Whether codes and scales are those of a `[rows,columns]` in `bits` bits."""
+        padded = -(-self.columns // _PADDING[self.bits]) * _PADDING[self.bits]
+        codes = (torch.int8, (self.rows, padded)) if self.bits == 8 else (torch.int16, (self.rows, padded // 4))
+        scales = torch.int16, (self.rows, padded // GROUPS[self.bits])
+        return all((x.dtype, x.shape) == y for x, y in ((self.codes, codes), (self.scales, scales)))
+
     def extra_repr(self) -> str:
         return f"{self.rows}, {self.columns}, bits={self.bits}"
 
@@ -110,12 +118,12 @@ def quantise_weights(model, scheme: str = "int8", in_place: bool = False):
         raise ParameterError(f"There is no scheme {scheme!r} for weights: {', '.join(SCHEMES)}.")
     if model.get_device().type != "cpu":
         raise ParameterError(f"Weights are rounded on the CPU, this model is on {model.get_device()}: model.to('cpu').")
-    if found := exchanged(model):
+    if found := replaced_module(model):
         raise ParameterError(
             f"This model has {found}. Weights are rounded once, and after adapters are merged into them."
         )
     for name, module in model.named_modules():
-        if name and not is_plain(module):
+        if name and (any(hooks_of(module)) or getattr(module, "watchers", ()) or "forward" in vars(module)):
             raise ParameterError(
                 f"{name} has a hook, a watcher or a forward of its own, which would be lost:\ntake it away first."
             )

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.autograd import forward_ad
 
 from rwkv_lab.errors import KernelError
+from rwkv_lab.torch_private import takes_tangents
 from rwkv_lab.wkv import cuda
 from rwkv_lab.wkv.cpu import SOURCES
 from rwkv_lab.wkv.loader import cpu_build, cpu_library, cuda_build, failed
@@ -32,12 +32,6 @@ def use_backend(name: str) -> Iterator[None]:
 def chosen_backend() -> str:
     """The name that `use_backend` set, else "auto"."""
     return _chosen
-
-
-def takes_tangents() -> bool:
-    """Whether forward-mode derivatives (`torch.func.jvp`, `torch.autograd.forward_ad`) are being taken; what is
-    compiled has none."""
-    return forward_ad._current_level >= 0
 
 
 def fastest(name: str, device: str, double: bool, width: int) -> str | None:

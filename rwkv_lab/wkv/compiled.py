@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from rwkv_lab.errors import KernelError
+from rwkv_lab.torch_private import takes_tangents
 from rwkv_lab.wkv import operators
-from rwkv_lab.wkv.choice import problem, takes_tangents, unfit
+from rwkv_lab.wkv.choice import problem, unfit
 from rwkv_lab.wkv.cpu import DTYPES
 
 

@@ -190,5 +190,5 @@ def test_only_rwkv_7_has_a_v_first_and_rwkv_4_has_no_time_state(tmp_path):
     model = load_model(tmp_path, "4.0")
     assert not model.has_time_state
     for call in (model.add_time_state, lambda: model.load_state_file(tmp_path / "any.pth")):
-        with pytest.raises(ParameterError, match="RWKV-4 has no time_state"):
+        with pytest.raises(ParameterError, match="RWKV-4.0 has no time_state"):
             call()

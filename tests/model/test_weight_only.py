@@ -8,7 +8,7 @@ from random_models import VERSIONS, load_model, make_tokens, relative_rms
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKVMode, agreement_of_logits, generate, quantise_weights
-from rwkv_lab.model.cpu import step as room
+from rwkv_lab.model.cpu import step
 from rwkv_lab.model.weight_only import SCHEMES, PackedEmbedding, PackedLinear
 from rwkv_lab.wkv import use_backend
 
@@ -87,8 +87,8 @@ def test_a_rounded_model_is_the_model_of_its_dequantised_weights(tmp_path):
 
 
 def test_it_reads_prompts_and_writes_texts_by_the_step(tmp_path, monkeypatch):
-    calls, before = [], room._run
-    monkeypatch.setattr(room, "_run", lambda *args: calls.append(1) or before(*args))
+    calls, before = [], step.run
+    monkeypatch.setattr(step, "run", lambda *args: calls.append(1) or before(*args))
     plain = load_model(tmp_path, "7.0", vocab_size=256, dtype=torch.bfloat16)
     same = quantise_weights(plain, "int8", in_place=True)
     assert same is plain and type(same.head) is PackedLinear and same.ln_out.weight.dtype == torch.bfloat16

@@ -1,77 +1,138 @@
-"""What Python and the C++ of `kernels/cpu` have to agree on: structs, enums and argument types.
+"""What Python and the C++ of `kernels/cpu` have to agree on: enums, structs, and the arguments of functions.
 
-The names are those of the C++ sources; a test compares order and types with their text.
+Names are those of the C++ sources; `tests/model/cpu/test_abi.py` compares order and types with their text.
 """
 
 import ctypes
+from collections.abc import Mapping
 
 import torch
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-PACKED_FORMATS = {8: 3, 4: 4}  # bits per weight -> Tensor.format
-NONE, TANH, SIGMOID, RELU_SQUARE = range(4)  # Activation of mix.cpp
+from rwkv_lab.wkv.cpu import library_on_torch_threads
+from rwkv_lab.wkv.loader import cpu_library
+
+POINTER, INT32, INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FLOAT32, BFLOAT16, FLOAT16 in simd.h
+QUANTISED = {8: 3, 4: 4}  # bits per weight -> INT8, INT4 in weights.h
+NONE, TANH, SIGMOID, RELU_SQUARE = range(4)  # Activation in mix.cpp
 
 
 class Tensor(ctypes.Structure):
-    """A parameter as the step reads it; `weights.h`."""
+    """A parameter as the step reads it; weights.h."""
 
     _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("format", ctypes.c_int32),
-        ("rows", ctypes.c_int32),
-        ("columns", ctypes.c_int32),
-        ("turned", ctypes.c_int32),
+        ("data", POINTER),
+        ("scales", POINTER),
+        ("format", INT32),
+        ("rows", INT32),
+        ("columns", INT32),
+        ("transposed", INT32),
     ]
 
 
 class Model(ctypes.Structure):
-    """A model and its sizes; `step.h`."""
+    """A model and its sizes; step.h."""
 
     _fields_ = [
-        ("tensors", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("dtype", "L", "C", "A", "F", "V", "H", "N")),
-        ("norm_eps", ctypes.c_float),
-        ("head_norm_eps", ctypes.c_float),
-        ("generation", ctypes.c_int32),
-        ("rescale", ctypes.c_int32),
+        ("tensors", POINTER),
+        *((name, INT32) for name in ("dtype", "L", "C", "A", "F", "V", "H", "N")),
+        ("norm_eps", FLOAT),
+        ("head_norm_eps", FLOAT),
+        ("generation", INT32),
+        ("rescale", INT32),
     ]
 
 
 class Call(ctypes.Structure):
-    """Tokens, and states before and after; `step.h`."""
+    """Tokens, and states before and after; step.h."""
 
     _fields_ = [
-        ("tokens", ctypes.c_void_p),
-        ("B", ctypes.c_int64),
-        ("wkv", ctypes.c_void_p),
-        ("wkv_strides", ctypes.c_int64 * 5),
-        ("att_shift", ctypes.c_void_p),
-        ("ffn_shift", ctypes.c_void_p),
-        ("att_strides", ctypes.c_int64 * 2),
-        ("ffn_strides", ctypes.c_int64 * 2),
-        ("new_wkv", ctypes.c_void_p),
-        ("new_att_shift", ctypes.c_void_p),
-        ("new_ffn_shift", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("threads", ctypes.c_int64),
+        ("tokens", POINTER),
+        ("B", INT64),
+        ("wkv", POINTER),
+        ("wkv_strides", INT64 * 5),
+        ("att_shift", POINTER),
+        ("ffn_shift", POINTER),
+        ("att_strides", INT64 * 2),
+        ("ffn_strides", INT64 * 2),
+        ("new_wkv", POINTER),
+        ("new_att_shift", POINTER),
+        ("new_ffn_shift", POINTER),
+        ("logits", POINTER),
+        ("threads", INT64),
     ]
 
 
 class Product(ctypes.Structure):
-    """One matrix product of the prefill; `matmul.h`."""
+    """One matrix product of the prefill; matmul.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "w", "y")),
-        *((name, ctypes.c_int64) for name in ("rows", "k", "n", "w_dtype", "w_along_n", "w_along_k")),
-        *((name, ctypes.c_int64) for name in ("y_dtype", "y_apart", "add")),
+        *((name, POINTER) for name in ("x", "w", "y")),
+        *((name, INT64) for name in ("rows", "k", "n", "w_dtype", "w_stride_n", "w_stride_k")),
+        *((name, INT64) for name in ("y_dtype", "y_stride", "add")),
     ]
 
 
-class Laying(ctypes.Structure):
-    """Activations to be laid out for a product; `mix.cpp`."""
+class Packing(ctypes.Structure):
+    """Activations that are to be packed for a product; mix.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("y", "laid")),
-        *((name, ctypes.c_int64) for name in ("apart", "k", "activation")),
+        *((name, POINTER) for name in ("y", "packed")),
+        *((name, INT64) for name in ("stride", "k", "activation")),
     ]
+
+
+_NORM = (POINTER, POINTER, DOUBLE, INT64)  # weight, bias, eps, dtype
+
+# Function -> what it returns, and its arguments.
+PREFILL = {
+    "has_pairs": (INT64, ()),
+    "packed_floats": (INT64, (INT64,) * 3),
+    "multiply_all": (None, (POINTER, *(INT64,) * 3)),
+    "embed": (None, (POINTER, POINTER, *_NORM, INT64, INT64, POINTER, INT64)),
+    "norm_out": (None, (POINTER, *_NORM, INT64, INT64, POINTER, INT64, INT64)),
+    "mix_in": (
+        None,
+        (POINTER, *_NORM, *(INT64,) * 3, POINTER, POINTER, INT64, POINTER, INT64, POINTER, POINTER, INT64, INT64),
+    ),
+    "activate": (None, (POINTER, *(INT64,) * 4)),
+    "gates7": (None, (*(POINTER,) * 12, *(INT64,) * 5)),
+    "decays6": (None, (POINTER, POINTER, *(INT64,) * 4)),
+    "heads_out": (None, (POINTER, *_NORM[:3], *(POINTER,) * 5, *(INT64,) * 5, POINTER, INT64, INT64)),
+    "gate4": (None, (POINTER, POINTER, INT64, INT64, POINTER, INT64, INT64)),
+    "add_gated": (None, (*(POINTER,) * 3, *(INT64,) * 3)),
+}
+STEP = {"step": (None, (POINTER, POINTER))}
+
+
+def prefill_library() -> ctypes.CDLL:
+    """The functions of mix.cpp.
+
+    Raises:
+        KernelError: as `cpu_library`.
+    """
+    return _declared(library_on_torch_threads("mix"), PREFILL)
+
+
+def step_library(source: str) -> ctypes.CDLL:
+    """The function `step` of one of the step*.cpp.
+
+    Raises:
+        KernelError: as `cpu_library`.
+    """
+    return _declared(cpu_library(source), STEP)
+
+
+def _declared(library: ctypes.CDLL, functions: Mapping[str, tuple]) -> ctypes.CDLL:
+    """The library, its functions told their arguments: a wrong number or type of them raises ArgumentError."""
+    if library not in _known:
+        for name, (returns, arguments) in functions.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = returns, arguments
+        _known.add(library)
+    return library
+
+
+_known: set[ctypes.CDLL] = set()

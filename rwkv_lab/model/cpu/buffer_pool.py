@@ -1,7 +1,7 @@
 """Memory for what every token needs anew, without asking the system for it every time.
 
 A state of some megabytes that is allocated for each token costs a page fault for every 4 KB, which took as long as an
-eighth of the token itself. Here a block is used again as soon as the last tensor that looks at it is gone.
+eighth of the token itself. Here a block is used again as soon as the last tensor on it is gone.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ class Memory:
         try:
             self._block, self.address = _free[self._nbytes].pop()
         except (KeyError, IndexError):
-            self._block = torch.empty(self._nbytes, dtype=torch.uint8)
+            self._block = torch.empty(self._nbytes, dtype=torch.uint8, device="cpu")
             self.address = self._block.data_ptr()
 
     def tensors(self) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Whatever changes what a module computes is computed, by whichever path: compiled code stands back."""
+"""Whatever changes what a model computes is computed: the compiled paths fall back to PyTorch, or follow."""
 
 import types
 
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual, RWKVMode, quantise_weights
-from rwkv_lab.model.cpu import step as room
+from rwkv_lab.model.cpu import eligibility
 from rwkv_lab.peft import LoraConfig, apply_peft
 from rwkv_lab.wkv import use_backend
 
@@ -52,7 +52,7 @@ def _max_norm(model):
     model.emb.max_norm = 0.1
 
 
-def _turned_in_place(model):
+def _transposed_in_place(model):
     with torch.no_grad():
         model.blocks[1].att.output.weight.as_strided_((32, 32), (1, 32))
 
@@ -69,15 +69,15 @@ CHANGES = [
     _other_eps,
     _other_eps_of_heads,
     _max_norm,
-    _turned_in_place,
+    _transposed_in_place,
     _hook,
 ]
 
 
-@pytest.mark.parametrize("cached", [1 << 24, -1], ids=["small", "large"])
+@pytest.mark.parametrize("large", [1 << 24, -1], ids=["compared before", "compared meanwhile"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_changed_counts(tmp_path, monkeypatch, change, cached):
-    monkeypatch.setattr(room, "_CACHED", cached)
+def test_what_is_changed_counts(tmp_path, monkeypatch, change, large):
+    monkeypatch.setattr(eligibility, "_LARGE", large)
     model, tokens = load_model(tmp_path, "7.0"), make_tokens(1, 9)
     modes = [mode for mode in RWKVMode for _ in range(2)]
     for mode in modes:  # all is ready and in use
@@ -136,7 +136,7 @@ def test_forward_derivatives_are_those_of_differences(tmp_path, mode):
 
 
 def test_gradients_begin_between_two_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "_CACHED", -1)
+    monkeypatch.setattr(eligibility, "_LARGE", -1)
     model, tokens = load_model(tmp_path, "7.0"), make_tokens(1, 3)
     model.set_mode(RWKVMode.RNN)
     for _ in range(2):

@@ -8,6 +8,7 @@ from rwkv_lab.analysis.agreement import in_dtype
 from rwkv_lab.errors import KernelError
 from rwkv_lab.model import RWKVMode, capture, init_state_with_past
 from rwkv_lab.model.cpu import prefill
+from rwkv_lab.model.cpu.eligibility import fallback_reason
 from rwkv_lab.wkv import use_backend
 from rwkv_lab.wkv.loader import cpu_library
 
@@ -161,23 +162,27 @@ def test_nan_stays_where_it_is(tmp_path):
     assert logits[1, 7:].isnan().all()
 
 
-def test_where_the_torch_form_runs(tmp_path):
+def test_where_it_falls_back_to_pytorch(tmp_path):
     model, tokens = load_model(tmp_path, "7.0"), make_tokens(1, 9)
-    assert prefill.is_possible(model)
+
+    def why():
+        return fallback_reason(model, "prefill")
+
+    assert not why()
     with capture(model):
-        assert not prefill.is_possible(model)
+        assert "captured" in why()
     with use_backend("chunked"):
-        assert not prefill.is_possible(model)
+        assert "chunked" in why()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not prefill.is_possible(model)
+        assert "autocast" in why()
     hook = model.blocks[1].att.register_forward_hook(lambda *args: None)
-    assert not prefill.is_possible(model)
+    assert "hook" in why()
     hook.remove()
-    assert not prefill.is_possible(in_dtype(model, torch.float64))
+    assert "float64" in fallback_reason(in_dtype(model, torch.float64), "prefill")
     model.blocks[0].att.r_k.requires_grad_(True)
-    assert not prefill.is_possible(model)
+    assert "gradients" in why()
     logits, _ = model.parallel(tokens)
     assert logits.requires_grad
     with torch.no_grad():
-        assert prefill.is_possible(model)
+        assert not why()
         assert relative_rms(model.parallel(tokens)[0], logits) <= FLOAT32

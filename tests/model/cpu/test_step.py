@@ -1,4 +1,4 @@
-"""The compiled token step against the torch modules, which are its judge."""
+"""The compiled token step against PyTorch's modules, which are its reference."""
 
 import copy
 import dataclasses
@@ -11,8 +11,8 @@ from random_models import VERSIONS, load_model, make_tokens, relative_rms
 
 from rwkv_lab.errors import KernelError, ParameterError
 from rwkv_lab.model import RWKVMode, RWKVState, capture, generate, init_state_with_past
-from rwkv_lab.model.cpu import buffer_pool as memory
-from rwkv_lab.model.cpu import step as room
+from rwkv_lab.model.cpu import abi, buffer_pool, eligibility, step
+from rwkv_lab.model.cpu.lazy_state import is_lazy
 from rwkv_lab.wkv import use_backend
 
 # float32: rounding in another order, through two layers. 16 bits: the step rounds at fewer places than the modules, so
@@ -49,8 +49,8 @@ def as_good(model, tokens, found, expected, state=None) -> bool:
     """In float32 the same; in 16 bits about as near to float64, with the same weights, as the modules are."""
     if model.emb.weight.dtype == torch.float32:
         return error(found, expected) < APART
-    judge = copy.deepcopy(model).double()
-    right = judge(tokens, None if state is None else state.to(dtype=torch.float64))
+    exact = copy.deepcopy(model).double()
+    right = exact(tokens, None if state is None else state.to(dtype=torch.float64))
     return error(found, right) < WORSE * error(expected, right) + 1e-3
 
 
@@ -58,28 +58,29 @@ def as_good(model, tokens, found, expected, state=None) -> bool:
 def steps(monkeypatch) -> list:
     """Grows with every compiled call, so that a test can say whether there was one."""
     calls = []
-    before = room._run
-    monkeypatch.setattr(room, "_run", lambda *args: calls.append(1) or before(*args))
+    before = step.run
+    monkeypatch.setattr(step, "run", lambda *args: calls.append(1) or before(*args))
     return calls
 
 
-@pytest.fixture(params=["looks before", "looks meanwhile"])
-def looks(request, monkeypatch):
-    """Models small and, so to speak, large: of large ones a second thread looks whether weights are where they were."""
-    monkeypatch.setattr(room, "_CACHED", 1 << 24 if request.param == "looks before" else -1)
+@pytest.fixture(params=["before", "meanwhile"])
+def compared(request, monkeypatch):
+    """Small models, and large ones: those are compared with what was examined by a second thread, during the step."""
+    if request.param == "meanwhile":
+        monkeypatch.setattr(eligibility, "_LARGE", -1)
 
 
 @pytest.fixture
 def poison(monkeypatch):
     """Memory for results is full of NaN before it is written."""
 
-    class FullOfNaN(memory.Memory):
+    class FullOfNaN(buffer_pool.Memory):
         def __init__(self, *parts):
             super().__init__(*parts)
             for part in self.tensors():
                 part.fill_(torch.nan)
 
-    monkeypatch.setattr(room, "Memory", FullOfNaN)
+    monkeypatch.setattr(step, "Memory", FullOfNaN)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -150,8 +151,7 @@ def test_4096_tokens_one_by_one_are_4096_at_once(tmp_path, version):
 def test_16_bits_are_as_near_to_float64_as_the_modules_are(tmp_path):
     for dtype in (torch.bfloat16, torch.float16):
         model, tokens = rnn(load_model(tmp_path, "7.0", dtype=dtype, n_layer=4, head_size=64)), make_tokens(2, 60)
-        judge = copy.deepcopy(model).double()
-        right = judge(tokens)[0]
+        right = copy.deepcopy(model).double()(tokens)[0]
         assert relative_rms(model(tokens)[0], right) < 1.1 * relative_rms(by_torch(model, tokens)[0], right)
 
 
@@ -175,7 +175,7 @@ def test_states_of_any_making_are_taken_and_left_alone(tmp_path, version, steps)
     assert error(model(token), by_torch(model, token)) < 2e-5  # starts from time_state by itself
 
 
-def test_weights_may_change_and_move(tmp_path, looks):
+def test_weights_may_change_and_move(tmp_path, compared):
     model, tokens = rnn(load_model(tmp_path, "7.0")), make_tokens(1, 3)
     first = model(tokens)[0]
 
@@ -200,7 +200,7 @@ def test_weights_may_change_and_move(tmp_path, looks):
     follows("assigned parameters")
 
 
-def test_copies_and_models_in_turn_do_not_meet(tmp_path, looks):
+def test_copies_and_models_in_turn_do_not_meet(tmp_path, compared):
     one = rnn(load_model(tmp_path, "7.0", seed=1))
     other, twin, tokens = rnn(load_model(tmp_path, "7.0", seed=2)), copy.deepcopy(one), make_tokens(1, 4)
     expected = by_torch(one, tokens)[0], by_torch(other, tokens)[0]
@@ -212,7 +212,7 @@ def test_copies_and_models_in_turn_do_not_meet(tmp_path, looks):
         assert not twin(tokens)[0].any()
 
 
-def test_python_threads_work_side_by_side(tmp_path, looks):
+def test_python_threads_work_side_by_side(tmp_path, compared):
     model, tokens = rnn(load_model(tmp_path, "7.0", head_size=32)), make_tokens(4, 40)
     expected, found = [model(row[None])[0] for row in tokens], {}
 
@@ -229,7 +229,7 @@ def test_python_threads_work_side_by_side(tmp_path, looks):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_goes_on(tmp_path, looks):
+def test_a_forked_process_computes_too(tmp_path, compared):
     model, tokens = rnn(load_model(tmp_path, "7.0")), make_tokens(1, 3)
     torch.set_num_threads(2)
     try:
@@ -242,7 +242,7 @@ def test_a_forked_process_goes_on(tmp_path, looks):
         torch.set_num_threads(1)
 
 
-def test_it_stands_back_where_somebody_looks_or_learns(tmp_path, steps):
+def test_it_falls_back_to_pytorch_for_hooks_captures_gradients_autocast_and_float64(tmp_path, steps):
     model, tokens = rnn(load_model(tmp_path, "7.0")), make_tokens(1, 2)
     with capture(model, names=["w"]) as seen:
         model(tokens)
@@ -270,11 +270,10 @@ def test_it_stands_back_where_somebody_looks_or_learns(tmp_path, steps):
     assert len(steps) == 1
 
 
-def test_it_stands_back_from_a_large_model_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "_CACHED", -1)
+def test_a_capture_or_hook_between_two_tokens_counts(tmp_path, compared):
     model, tokens = rnn(load_model(tmp_path, "7.0")), make_tokens(1, 2)
     expected = by_torch(model, tokens)
-    assert relative_rms(model(tokens)[0], expected[0]) < 2e-5  # from here on it is looked at meanwhile
+    assert relative_rms(model(tokens)[0], expected[0]) < 2e-5
     for _ in range(2):
         with capture(model, names=["w"]) as seen:
             found = model(tokens)
@@ -292,7 +291,7 @@ def test_a_states_tensors_come_when_asked_for(tmp_path, steps):
     state = None
     for t in range(6):
         state = model(tokens[:, t : t + 1], state)[1]
-        assert isinstance(state, RWKVState) and type(state) is not RWKVState  # nobody has looked
+        assert isinstance(state, RWKVState) and is_lazy(state)
         if t == 2:
             state = copy.copy(copy.deepcopy(state))
             assert type(state) is RWKVState and state.wkv.shape == (2, 2, 2, 16, 16)
@@ -322,18 +321,18 @@ def test_without_a_compiler_it_says_so_once_or_refuses(tmp_path, monkeypatch, ca
     def broken(name):
         raise KernelError("no compiler here")
 
-    monkeypatch.setattr(room, "cpu_library", broken)
-    monkeypatch.setattr(room, "_told", set())
+    monkeypatch.setattr(abi, "cpu_library", broken)
+    monkeypatch.setattr(eligibility, "_told", set())
     for _ in range(2):
         assert relative_rms(model(tokens)[0], expected) < 2e-5
-    assert [r.message for r in caplog.records] == ["Tokens go through torch one by one: no compiler here"]
+    assert [r.message for r in caplog.records] == ["Decoding runs through PyTorch: no compiler here."]
     with use_backend("cpu"), pytest.raises(KernelError, match="no compiler here"):
         model(tokens)
 
 
 def test_memory_is_used_again_only_when_nothing_refers_to_it():
     def take():
-        return memory.Memory(((300, 301), torch.float32), ((7,), torch.bfloat16)).tensors()
+        return buffer_pool.Memory(((300, 301), torch.float32), ((7,), torch.bfloat16)).tensors()
 
     one, small = take()
     assert one.shape == (300, 301) and small.shape == (7,) and small.dtype == torch.bfloat16

@@ -12,7 +12,7 @@ INLINE void int8_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, V
 #pragma GCC unroll 4
         for (int r = 0; r < TR; r++) {
             const int64_t group = (row + r) * groups + g;
-            expect<64>(static_cast<const int8_t *>(w.data) + group * GROUP8);
+            prefetch_ahead<64>(static_cast<const int8_t *>(w.data) + group * GROUP8);
             const Vec scale = broadcast(bfloat_to_float(w.scales[group]));
             Vec part[TB] = {};
 #pragma GCC unroll 16
@@ -61,7 +61,7 @@ INLINE void int4_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, V
 #pragma GCC unroll 4
             for (int r = 0; r < TR; r++) {
                 const auto *from = static_cast<const uint16_t *>(w.data) + ((row + r) * lines + line) * 32 + 2 * i;
-                if (i == 0) expect<64>(from);
+                if (i == 0) prefetch_ahead<64>(from);
                 memcpy(&words[r], from, sizeof words[r]);
             }
 #pragma GCC unroll 4
@@ -102,7 +102,7 @@ INLINE void int4_bfloat_dots(const Tensor &w, int64_t row, const Rows &x, int64_
 #pragma GCC unroll 4
         for (int r = 0; r < TR; r++) {
             const auto *from = static_cast<const uint16_t *>(w.data) + ((row + r) * lines + line) * 32;
-            expect<64>(from);
+            prefetch_ahead<64>(from);
             words[r] = _mm512_loadu_si512(from);
         }
 #pragma GCC unroll 4

@@ -1,0 +1,320 @@
+"""Whether a call of a model may take its compiled paths, for prefill and step alike, and if not, why.
+
+Compiled code knows neither hooks nor adapters, computes no gradients, and reads weights where they are stored. So it
+takes a call only where PyTorch's modules would compute the same. What decides:
+
+* **The call**: the chosen backend, tracing, autocast, derivatives, modes that intercept operators, the tensors given.
+  All of it may differ from call to call and costs little to look at, so every call looks at it.
+* **The model**: its modules, their classes, options and hooks; its tensors, their dtypes, shapes and addresses. It is
+  examined once and then again when it has changed. Nobody announces a change: torch has hooks for some ways to replace
+  a parameter, but none for `p.data = …`, `share_memory()`, a hook on one Linear, or an attribute. So every call
+  compares the model with what was examined, in a few passes over C functions.
+
+Addresses come first: compiled code gets none that was not compared, or taken from the tensor, in the very call that
+uses it, so that it reads no memory that was given back in between. The rest of the comparison takes a third of a
+millisecond where a token's weights have just thrown everything else out of the caches: there a second thread makes it
+while the token is computed, and where something has changed the call is made again (`Eligibility.compare_meanwhile`).
+"""
+
+import logging
+import operator
+import os
+from array import array
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from rwkv_lab import torch_private
+from rwkv_lab.checkpoint import tensors_of
+from rwkv_lab.errors import KernelError
+from rwkv_lab.model.block import halves_after
+from rwkv_lab.model.cpu import abi
+from rwkv_lab.model.cpu.lazy_state import is_lazy
+from rwkv_lab.model.registry import CompiledForm, generation_of
+from rwkv_lab.model.standard_modules import is_standard, patched_class
+from rwkv_lab.model.state import RWKVState
+from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
+from rwkv_lab.wkv.choice import chosen_backend
+
+log = logging.getLogger(__name__)
+
+PACKED = (PackedLinear, PackedEmbedding)
+_PATHS = {"prefill": "Prefill", "step": "Decoding"}
+# Attributes of modules that decide what they compute.
+_OPTIONS = ("eps", "max_norm", "n_head", "head_size", "layer", "halves", "bits", "rows", "columns")
+
+_address, _numel = torch.Tensor.data_ptr, torch.Tensor.numel
+_is_contiguous, _requires_grad = torch.Tensor.is_contiguous, torch.Tensor.requires_grad.__get__
+
+
+def eligible(model: nn.Module, path: str, tokens=None, state: RWKVState | None = None) -> "Eligibility | None":
+    """What a path, "prefill" or "step", may read to compute this call; None where PyTorch computes it.
+
+    The log has one line for each reason why it does.
+
+    Raises:
+        KernelError: the step cannot be compiled, and `use_backend("cpu")` demands it.
+    """
+    if torch.compiler.is_compiling():
+        return None  # nothing below is for tracing
+    level = logging.INFO
+    try:
+        found, why = _decide(model, path, tokens, state)
+    except KernelError as error:
+        if path == "step" and chosen_backend() == "cpu":
+            raise
+        found, why, level = None, str(error).rstrip("."), logging.WARNING
+    if found is None and (path, why) not in _told:
+        _told.add((path, why))
+        log.log(level, "%s runs through PyTorch: %s.", _PATHS[path], why)
+    return found
+
+
+def fallback_reason(model: nn.Module, path: str, tokens=None, state: RWKVState | None = None) -> str:
+    """Why such a call runs through PyTorch and not through the path "prefill" or "step"; "" where it does not."""
+    try:
+        return _decide(model, path, tokens, state)[1]
+    except KernelError as error:
+        return str(error)
+
+
+_told: set[tuple[str, str]] = set()  # (path, reason) that the log has
+
+
+def _decide(model: nn.Module, path: str, tokens, state) -> tuple["Eligibility | None", str]:
+    """(What the path may read, ""), or (None, why not). Raises KernelError where only its compilation is wrong."""
+    if why := _fault_of_call(tokens, state):
+        return None, why
+    found = _examined.get(model)
+    meanwhile = path == "step" and found is not None and found.meanwhile
+    if found is None or not found.is_in_place() or not (meanwhile or found.holds(model)):
+        weight = getattr(model.ln_out, "weight", None)  # on a GPU that is all there is to examine
+        if weight is not None and (weight.device.type != "cpu" or weight.dtype not in abi.DTYPES):
+            return None, f"the model is in {weight.dtype} on {weight.device.type}"
+        found = _examine(model)
+    if not (meanwhile and found.meanwhile):
+        if why := found.faults[path] or found.fault_of_moment(torch.is_grad_enabled()):
+            return None, why
+    if path == "prefill":
+        abi.prefill_library()
+    else:
+        found.step = abi.step_library(found.form.step).step
+    return found, ""
+
+
+_examined: WeakKeyDictionary[nn.Module, "Eligibility"] = WeakKeyDictionary()
+
+
+def _examine(model: nn.Module) -> "Eligibility":
+    found = Eligibility(model)
+    if found.lasting:
+        _examined[model] = found
+    else:
+        forget(model)
+    return found
+
+
+def forget(model: nn.Module) -> None:
+    """Let the next call examine the model again."""
+    _examined.pop(model, None)
+
+
+# ---------------------------------------------------------------------- the call
+
+
+def in_plain_eager_mode() -> bool:
+    """Whether torch would do no more here than compute values: no tracing, autocast, forward-mode derivatives,
+    interception of operators, hooks of all modules, or exchanged forward methods of classes."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or torch_private.takes_tangents()
+        or torch_private.intercepted()
+        or torch_private.hooks_of_all_modules()
+        or patched_class()
+    )
+
+
+def _fault_of_call(tokens, state) -> str:
+    """Why this call, whatever the model, needs PyTorch; "" where it does not."""
+    if chosen_backend() not in ("auto", "cpu"):
+        return f'use_backend("{chosen_backend()}") was chosen'
+    if torch_private.missing():
+        return f"this torch has no {torch_private.missing()[0]}"
+    if not in_plain_eager_mode():
+        return "torch is tracing, in autocast, taking derivatives, or calling hooks of all modules"
+    if tokens is not None and type(tokens) is not torch.Tensor:
+        return f"tokens are a {type(tokens).__name__}"
+    if state is None or is_lazy(state) or not isinstance(state, RWKVState):
+        return ""
+    for name, x in state.tensors().items():
+        if type(x) not in (torch.Tensor, nn.Parameter):
+            return f"the state's {name} is a {type(x).__name__}"
+        if x.is_neg():
+            return f"the state's {name} is a negative view"
+        if x.requires_grad and torch.is_grad_enabled():
+            return "gradients of the state are asked for"
+    return ""
+
+
+# ---------------------------------------------------------------------- the model
+
+
+class Eligibility:
+    """What was found when a model was examined, and how to notice that it has changed since.
+
+    faults: why the model cannot take a path, "" where it can; by path.
+    lasting: whether `holds` notices when that changes. Where a tensor does not fit, it might not.
+    form: of the model's generation, where a path is possible.
+    step, table: the step's function, and what it makes of the tensors at its first use.
+    meanwhile: the step has run, and its weights are large: from now on a second thread compares while it runs.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.layout, self.step, self.table, self.meanwhile = model.layout, None, None, False
+        self.form: CompiledForm | None = generation_of(model.layout).compiled
+        self.modules = list(model.modules())
+        self.types, self.inside = list(map(type, self.modules)), list(map(vars, self.modules))
+        self.sizes = list(map(len, self.inside))
+        self.hooks = [hooks for m in self.modules for hooks in torch_private.hooks_of(m)]
+        self.captured = [m for m in self.modules if hasattr(m, "watchers")]
+        names = [tuple(x for x in _OPTIONS if x in d) for d in self.inside]
+        self._getters = [(operator.itemgetter(*n), d) for n, d in zip(names, self.inside, strict=True) if n]
+        self._options = self._options_now()
+        children = [d for m in self.modules if (d := torch_private.children_of(m))]
+        stored = [d for m in self.modules for d in (torch_private.parameters_of(m), torch_private.buffers_of(m)) if d]
+        # All is kept alive, so that what is found at the same place later is the same.
+        self._trees = [(ds, [x for d in ds for x in d.values()]) for ds in (children, stored)]
+        fault = _fault_of_modules(model)
+        self.tensors = [] if fault else [x for x in self._trees[1][1] if x is not None]
+        self.lasting = bool(fault) or not (fault := _fault_of_tensors(model))
+        if self.lasting:
+            self._addresses = array("Q", map(_address, self.tensors))
+            self._numbers = list(map(_numel, self.tensors))
+        self._large = sum(x.nbytes for x in self.tensors) > _LARGE
+        packed = any(isinstance(m, PACKED) for m in self.modules)
+        self.faults = {
+            "prefill": fault or ("its weights are in 8 or 4 bits" if packed else ""),
+            "step": fault or ("" if self.norm_eps() else "its norms differ in eps"),
+        }
+
+    def norm_eps(self) -> tuple[float, float] | None:
+        """What all LayerNorms and what all GroupNorms add to the variance, 0 where there is none; None where norms of
+        one kind differ, for which the step has no place."""
+        layers, heads = ({m.eps for m in self.modules if type(m) is x} or {0.0} for x in (nn.LayerNorm, nn.GroupNorm))
+        return (layers.pop(), heads.pop()) if len(layers) == len(heads) == 1 else None
+
+    def _options_now(self) -> list:
+        return [get(d) for get, d in self._getters]
+
+    # Some hundred tensors are looked at for every token: `map` over C functions takes a third of a loop's time.
+
+    def is_in_place(self) -> bool:
+        """Whether all tensors have the memory that they had."""
+        try:
+            return array("Q", map(_address, self.tensors)) == self._addresses
+        except RuntimeError:  # a tensor has no memory any more
+            return False
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether all modules and tensors are those that were examined, and tensors that are in place are as large."""
+        try:
+            for dictionaries, were in self._trees:
+                now = list(chain.from_iterable(map(dict.values, dictionaries)))
+                if len(now) != len(were) or not all(map(operator.is_, now, were)):
+                    return False
+            return (
+                list(map(_numel, self.tensors)) == self._numbers
+                and all(map(_is_contiguous, self.tensors))
+                and list(map(type, self.modules)) == self.types
+                and list(map(len, self.inside)) == self.sizes
+                and self._options_now() == self._options
+                and model.layout is self.layout
+            )
+        except KeyError:  # an option was deleted
+            return False
+
+    def fault_of_moment(self, grad: bool) -> str:
+        """Why a model that is as it was examined needs PyTorch just now; "" where it does not. `grad`: gradients are
+        on."""
+        if any(self.hooks) or any([m.watchers for m in self.captured]) or any(["forward" in d for d in self.inside]):
+            return "a module has a hook, is captured, or has a forward of its own"
+        return "gradients of parameters are asked for" if grad and any(map(_requires_grad, self.tensors)) else ""
+
+    def compare_meanwhile(self, model: nn.Module) -> "Future[bool] | None":
+        """Whether the step may compute this call, to be asked when it is done; None where that was looked at before.
+
+        To be called at every step, with the table made.
+        """
+        if self.meanwhile:
+            grad = torch.is_grad_enabled()  # of this thread
+            return _second_thread.submit(lambda: self.holds(model) and not self.fault_of_moment(grad))
+        self.meanwhile = self._large
+        return None
+
+
+# Bytes of weights that throw everything else out of the caches when they are read.
+_LARGE = 1 << 24
+_second_thread = ThreadPoolExecutor(1, "rwkv_lab compares weights")
+
+
+def _after_fork() -> None:
+    global _second_thread
+    _second_thread = ThreadPoolExecutor(1, "rwkv_lab compares weights")  # the thread stayed in the parent
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _fault_of_modules(model: nn.Module) -> str:
+    """What is not as this package makes it, in words; "" where all is."""
+    layout, generation = model.layout, generation_of(model.layout)
+    if generation.compiled is None:
+        return f"RWKV-{layout.version} has no compiled form"
+    for name, module in model.named_modules():
+        where, kind = name or "the model", type(module)
+        if not is_standard(module) and kind not in PACKED:
+            return f"{where} is a {kind.__name__}"
+        methods = (x for x, value in vars(module).items() if callable(value) and callable(getattr(kind, x, None)))
+        if own := next(methods, ""):
+            return f"{where} has a {own} of its own"
+    for layer, block in enumerate(model.blocks):
+        belongs = {"layer": layer, "n_head": layout.n_head, "head_size": layout.head_size}
+        belongs["halves"] = generation.halves_float16 and halves_after(layer)
+        for module in (block, block.att, block.ffn):
+            wrong = next((x for x in belongs if vars(module).get(x, belongs[x]) != belongs[x]), None)
+            if wrong:
+                return f"blocks.{layer} has {wrong}={vars(module)[wrong]}, not {belongs[wrong]}"
+    return ""
+
+
+def _fault_of_tensors(model: nn.Module) -> str:
+    """Which tensor no compiled path can read as it is stored, in words; "" where all can be read."""
+    dtype, shapes = model.ln_out.weight.dtype, {}
+    for name, module in model.named_modules():
+        packed = type(module) in PACKED
+        for last, x in (torch_private.buffers_of if packed else torch_private.parameters_of)(module).items():
+            where = f"{name}.{last}"
+            if x is None:
+                continue
+            if type(x) is not (torch.Tensor if packed else nn.Parameter):
+                return f"{where} is a {type(x).__name__}"
+            if x.device.type != "cpu" or x.layout != torch.strided or not x.is_contiguous() or x.is_neg():
+                return f"{where} is not contiguous on the CPU"
+            if not packed and last != "time_state" and x.dtype != dtype:
+                return f"{where} is {x.dtype}, ln_out is {dtype}"
+            if not packed:
+                shapes[where] = tuple(x.shape)
+        if packed and not module.is_whole():
+            return f"{name} is not as it was packed"
+        if packed:
+            shapes[f"{name}.weight"] = module.rows, module.columns
+    required, optional = tensors_of(model.layout, shapes)
+    known = required | optional
+    wrong = next((x for x in (*required, *shapes) if x not in shapes or shapes[x] != known.get(x)), None)
+    return f"{wrong} does not fit {model.layout}" if wrong else ""
