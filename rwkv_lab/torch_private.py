@@ -1,7 +1,7 @@
 """Private parts of torch that this project uses: all of them, in one place.
 
-None of them is promised to be in the next release. Where one is missing, `missing()` names it, and the code that needs
-it computes with PyTorch's modules instead; a test fails and names it too. All were seen to work in torch 2.13.0.
+None of them is promised to be in the next release. Where one is missing, `missing()` names it, everything that needs it
+is computed by PyTorch's modules or refused in words, and a test fails and names it too.
 """
 
 import functools
@@ -10,9 +10,7 @@ import importlib
 import torch
 from torch import nn
 
-SEEN_TO_WORK = ("2.13.0",)
-
-# What is used -> what for. A module's dotted name, then attributes of it.
+# What is used -> what for. A module's dotted name, then attributes of it. All were seen to work in torch 2.13.0.
 PARTS = {
     "torch.autograd.forward_ad:_current_level": "forward-mode derivatives are being taken",
     "torch.utils._python_dispatch:_get_current_dispatch_mode": "operators are intercepted, as by FlopCounterMode",
@@ -63,7 +61,7 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
 
 def hooks_of(module: nn.Module) -> tuple[dict, dict]:
     """The hooks that run after `forward` and before it, as `parameters_of`."""
-    return module._forward_hooks, module._forward_pre_hooks
+    return vars(module).get("_forward_hooks", {}), vars(module).get("_forward_pre_hooks", {})
 
 
 def takes_tangents() -> bool:

@@ -178,7 +178,15 @@ class _Pickler(pickle.Pickler):
 
 
 def _pickle(tensors: Sequence[Described]) -> bytes:
-    """The pickle that `torch.save` would write for these tensors, each in a storage of its own."""
+    """The pickle that `torch.save` would write for these tensors, each in a storage of its own.
+
+    Raises:
+        OutputError: this torch lacks the function that every .pth refers to.
+    """
+    if rebuild_tensor is None:
+        raise OutputError(
+            "This torch has no torch._utils._rebuild_tensor_v2, to which a .pth refers.\nWrite a .safetensors."
+        )
     out = io.BytesIO()
     entries = OrderedDict()
     for i, t in enumerate(tensors):

@@ -10,7 +10,7 @@ from rwkv_lab.checkpoint import Layout
 from rwkv_lab.errors import LayoutError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CompiledForm:
     """How the compiled paths of `model/cpu` take the layers of a generation.
 
@@ -43,7 +43,7 @@ def _zeros(layout: Layout, device: torch.device) -> torch.Tensor:
     return torch.zeros(layout.n_layer, *_matrix_per_head(layout), device=device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Generation:
     """What a model has to know of a generation besides its layers.
 
@@ -74,6 +74,11 @@ _generations: dict[str, Generation] = {}
 def register(generation: Generation) -> None:
     """Make models of these versions known."""
     _generations.update(dict.fromkeys(generation.versions, generation))
+
+
+def generations() -> list[Generation]:
+    """All generations, in the order in which they were registered."""
+    return list(dict.fromkeys(_generations.values()))
 
 
 def generation_of(layout: Layout) -> Generation:

@@ -14,7 +14,6 @@ from rwkv_lab.model.cpu import rwkv5 as compiled
 from rwkv_lab.model.registry import CompiledForm, Generation, register
 from rwkv_lab.model.rwkv4 import ChannelMix
 from rwkv_lab.model.standard_modules import standard
-from rwkv_lab.torch_private import children_of, parameters_of
 from rwkv_lab.wkv import wkv5
 
 
@@ -70,12 +69,12 @@ class TimeMix(Watched):
     @property
     def gated(self) -> bool:
         """Whether there is a gate: from 5.1 on."""
-        return "gate" in children_of(self)
+        return hasattr(self, "gate")
 
     @property
     def log_bonus(self) -> bool:
         """Whether the bonus is stored as its logarithm."""
-        return "time_first" in parameters_of(self)
+        return hasattr(self, "time_first")
 
     def decay_and_bonus(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The log-decay, computed in that dtype, and the bonus, both `[H,N]`."""

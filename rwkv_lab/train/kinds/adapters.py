@@ -103,9 +103,9 @@ def _tree(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
             *parents, last = parents
         module = root
         for parent in parents:
-            if parent not in module._modules:
+            if parent not in dict(module.named_children()):
                 module.add_module(parent, nn.Module())
-            module = module._modules[parent]
+            module = module.get_submodule(parent)
         if is_block_matrix(name, shapes[name]):
             module.add_module(last, nn.Linear(shape[1], shape[0], bias=False, device="meta"))
         else:
