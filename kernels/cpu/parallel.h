@@ -125,7 +125,7 @@ private:
         }
     }
 
-    void after_fork() {  // in the child: the workers are gone, and so is whoever was using them
+    void after_fork() {  // in the child: the workers are gone, and so is the thread that was using them
         hired_ = 0;
         busy_.store(false);
     }

@@ -6,7 +6,7 @@
 // form; the names are the same here.
 //
 // Keys are divided by the decay since the chunk's start. A chunk whose decay falls below FLOOR in any channel, which
-// RWKV-7's cannot, is gone through token by token instead.
+// RWKV-7's cannot, is computed token by token instead.
 #pragma once
 
 #include "tensor_cores.cuh"
@@ -22,7 +22,7 @@ constexpr float FLOOR = 1e-15f;  // 1 / FLOOR times any score stays inside float
 using ChunkRows = bf16[L][N + 8];
 using Scores = bf16[L][L + 8];
 
-// What the carriers need of a chunk. In one that is gone through token by token, r, k, a, b are as they came.
+// What the carriers need of a chunk. In one that is computed token by token, r, k, a, b are as they came.
 struct Chunk {
     ChunkRows r, a, v, k, b;          // R', A', V, and K, B decayed to the end of the chunk
     Scores a_k, r_k, r_b, solved;     // solved: (I - A'B'ᵀ ⊙ M₋)⁻¹

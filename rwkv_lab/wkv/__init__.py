@@ -68,7 +68,7 @@ def wkv4(
         y `[B,T,A]` in v's dtype, and the state after the last token `[B,3,A]`, its p the largest exponent so far.
 
     Raises:
-        KernelError: no such backend, or one that was asked for and cannot run here.
+        KernelError: no such backend, or one that was named and cannot run here.
         ParameterError: shapes, dtypes or devices that do not fit.
     """
     _refuse_others("wkv4", w=w, u=u, k=k, v=v, state=state)
@@ -125,7 +125,7 @@ def wkv6(
         y `[B,T,H,N]` in v's dtype, and the state after the last token `[B,H,V,K]`.
 
     Raises:
-        KernelError: no such backend, or one that was asked for and cannot run here.
+        KernelError: no such backend, or one that was named and cannot run here.
         ParameterError: shapes, dtypes or devices that do not fit.
     """
     _refuse_others("wkv6", r=r, w=w, k=k, v=v, u=u, state=state)
@@ -152,7 +152,7 @@ def wkv7(
         y `[B,T,H,N]` in v's dtype, and the state after the last token `[B,H,V,K]`.
 
     Raises:
-        KernelError: no such backend, or one that was asked for and cannot run here.
+        KernelError: no such backend, or one that was named and cannot run here.
         ParameterError: shapes, dtypes or devices that do not fit.
     """
     _refuse_others("wkv7", r=r, w=w, k=k, v=v, a=a, b=b, state=state)

@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def state(backend: str, source: str) -> list[str]:
-    """What there is to say about a source in `kernels/<backend>`, which is compiled for it if need be."""
+    """Whether the library of a source in `kernels/<backend>` is there, and how it was made; compiles it if need be."""
     try:
         build = cuda_build(source, cuda.architectures()) if backend == "cuda" else cpu_build(source)
         known, start = build.library.exists(), time.perf_counter()

@@ -1,4 +1,4 @@
-"""Which backend runs: the one that was chosen, or the fastest that is there; and why a faster one is not."""
+"""Which backend runs: the chosen one, or the fastest available; and why a faster one is not available."""
 
 import logging
 from collections.abc import Iterator
@@ -35,8 +35,8 @@ def chosen_backend() -> str:
 
 
 def fastest(name: str, device: str, double: bool, width: int) -> str | None:
-    """The compiled backend for operator `name` on such inputs, whose state has rows of `width`; None where torch's own
-    operations have to do."""
+    """The compiled backend for operator `name` on such inputs, whose state has rows of `width`; None where
+    the forms in plain torch are to compute it."""
     if device not in ("cpu", "cuda") or double or takes_tangents():
         return None
     why = unfit(name, device, width) or problem(name, device)

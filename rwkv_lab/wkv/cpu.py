@@ -173,7 +173,7 @@ def _function(name: str):
 
 
 def library_on_torch_threads(name: str) -> ctypes.CDLL:
-    """`cpu_library(name)`, of a source that includes torch_threads.h, told where torch's threads are.
+    """`cpu_library(name)`, of a source that includes torch_threads.h, with the address of torch's thread pool.
 
     Raises:
         KernelError: as `cpu_library`.

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 _COMMON = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
 _NATIVE = ("-march=native",)
 _PORTABLE = ("-march=x86-64-v2",)  # what every x86 of the last fifteen years can run
-_PATIENCE = 600  # seconds until a compiler is given up
+_PATIENCE = 600  # seconds until a compiler is stopped
 _SEAL = b"rwkv_lab:"  # at the end of a library, before the SHA-256 of what comes before: a damaged one is not loaded
 
 _guard = threading.RLock()
@@ -99,7 +99,7 @@ def cpu_build(name: str) -> Build:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     flags = (_PORTABLE if x86 else ()) if portable else _NATIVE
     compiler, version = _cpp_compiler()
-    # What CXX says has the last word, whatever else has to stand behind the compiler (a wrapper's own words, say).
+    # Options in CXX are repeated at the end, where they override ours; a wrapper's own words are not repeated.
     chosen = [word for word in compiler[1:] if word.startswith(("-O", "-f", "-m", "-std="))]
     machine = platform.machine() if portable and not chosen else cpu_identity()
     return _build(f"cpu/{name}.cpp", (*compiler, *_COMMON, *flags, "-pthread", *chosen), version, machine)
@@ -184,7 +184,7 @@ def _version_line(command: tuple[str, ...], pattern: str = r"(.+)") -> str:
     if done.returncode:
         raise KernelError(f"{failure}: {_first_error(done.stderr, done.returncode)}.")
     if (found := re.search(pattern, done.stdout)) is None:
-        raise KernelError(f"{failure}: it tells no version.")
+        raise KernelError(f"{failure}: it prints no version.")
     return found[1]
 
 
@@ -296,11 +296,11 @@ def _load(library: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _first_error(said: str, code: int) -> str:
-    lines = said.strip().splitlines()
-    told = [line for line in lines if "error" in line.lower()] or lines[-1:]
-    if told:
-        return told[0].strip()[:300].rstrip(".")
+def _first_error(output: str, code: int) -> str:
+    lines = output.strip().splitlines()
+    errors = [line for line in lines if "error" in line.lower()] or lines[-1:]
+    if errors:
+        return errors[0].strip()[:300].rstrip(".")
     return f"it ended with code {code} and no message" if code else "it wrote no library"
 
 

@@ -141,7 +141,7 @@ def _differentiable(forward, backward, n_inputs: int) -> None:
 
     def gradients(ctx, dy, d_final, *_):
         if not ctx.keep:
-            raise KernelError(f"{forward._name} was run without keep=True, so it cannot be gone through backward.")
+            raise KernelError(f"{forward._name} was run without keep=True, so it has no backward pass.")
         saved = ctx.saved_tensors  # looked at once: gradient checkpointing allows no more
         dy = torch.zeros_like(saved[3]) if dy is None else dy  # saved[3] is v
         return *backward(*saved, dy, d_final), None

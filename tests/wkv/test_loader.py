@@ -172,7 +172,7 @@ BAD_COMPILERS = {
     "g++ 'unclosed": "with a quote that is not closed",
     "false": "false --version does not work: it ended with code 1 and no message.",
     "sh -c 'echo none >&2; exit 3'": "does not work: none.",
-    "sh -c true": "--version does not work: it tells no version.",
+    "sh -c true": "--version does not work: it prints no version.",
     "true": "true cannot compile kernels/cpu/small.cpp: it wrote no library.",
 }
 
