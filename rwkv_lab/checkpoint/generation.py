@@ -81,8 +81,8 @@ class Generation:
         versions: as `Layout.version` has them.
         recognised_by: the names that decide, for messages.
         recognise: `(shapes, dim_att)` -> the version and the name that decided it; None where it is not this one. Any
-            one name of the generation should do: which are missing is found later. Generations are tried from new to
-            old, unknown ones first.
+            one name of the generation should do: which are missing is found later. The generation that was registered
+            last is tried first.
         n_head: `(shapes, version, dim_att)` -> number of heads; None where it has no heads.
         ranks: `(shapes, n_layer)` -> low-rank dimensions by name. They are read off shapes: two formulas of n_embd are
             in circulation.
@@ -103,7 +103,7 @@ class Generation:
     unused_in_layer_0: tuple[str, ...] = ()
 
 
-GENERATIONS: dict[str, Generation] = {}  # by version, in the order in which they are tried
+GENERATIONS: dict[str, Generation] = {}  # by version
 
 
 def register(generation: Generation) -> None:
@@ -120,7 +120,7 @@ def register(generation: Generation) -> None:
 
 def generations() -> list[Generation]:
     """Every generation once, in the order in which they are tried."""
-    return list({id(g): g for g in GENERATIONS.values()}.values())
+    return list({id(g): g for g in reversed(GENERATIONS.values())}.values())
 
 
 def matrices(layout: Layout, gate: bool) -> dict[str, Shape]:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+import rwkv_lab.checkpoint.formats  # noqa: F401  # makes the formats known
+from rwkv_lab.checkpoint.format import format_of
 from rwkv_lab.checkpoint.kind import Identity, identify
 from rwkv_lab.checkpoint.layout import Layout
-from rwkv_lab.checkpoint.safetensors_header import looks_like_safetensors, read_safetensors_header
 from rwkv_lab.checkpoint.source import SourceFile, TensorInfo
-from rwkv_lab.checkpoint.torch_zip import read_torch_zip
 from rwkv_lab.errors import CorruptFileError, LayoutError, UnsafeFileError
 from rwkv_lab.paths import to_path
 
@@ -128,21 +128,16 @@ def _open_file(ck: Checkpoint, path: Path) -> None:
     file = SourceFile(path)
     ck.files.append(file)
     head = file.read(0, min(file.size, 512))
-    if head.startswith(b"PK\x03\x04"):
-        if path.suffix == ".safetensors":
-            log.info("%s holds a torch checkpoint, whatever its name says", path)
-        tensors, others, notes = read_torch_zip(file)
-        ck.others |= others
-        ck.metadata |= notes
-        ck.format = ck.format or "pth"
-    elif looks_like_safetensors(head, file.size):
-        if path.suffix != ".safetensors":
-            log.info("%s holds safetensors, whatever its name says", path)
-        tensors, metadata = read_safetensors_header(file)
-        ck.metadata |= metadata
-        ck.format = ck.format or "safetensors"
-    else:
+    known = format_of(head, file.size)
+    if known is None:
         raise _not_a_checkpoint(path, head, file.size)
+    if path.suffix not in known.suffixes:
+        log.info("%s holds %s, whatever its name says", path, known.described)
+    header = known.read(file)
+    ck.format = ck.format or known.name
+    ck.others |= header.others
+    ck.metadata |= header.metadata
+    tensors = header.tensors
     twice = next((n for n in tensors if n in ck.info), None)
     if twice:
         raise LayoutError(

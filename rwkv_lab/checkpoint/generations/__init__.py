@@ -3,10 +3,10 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-_LAST = ("rwkv7", "rwkv6", "rwkv5", "rwkv4")  # what is recognised by names that later generations have too comes last
+_FIRST = ("rwkv4", "rwkv5", "rwkv6", "rwkv7")  # the last one registered is the first one tried
 
 for _name in sorted(
     (module.name for module in iter_modules(__path__)),
-    key=lambda name: (_LAST.index(name) if name in _LAST else -1, name),
+    key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name),
 ):
     import_module(f"{__name__}.{_name}")
