@@ -2,7 +2,7 @@
 
 A job's keywords, a notebook's parameters and panel, the recipe in the provenance and the reference table in docs/ are
 made from its `Spec`, or tested against it. Types are strict: the text "true" is no bool, True is no number, 1.0 is no
-whole number. One thing is converted: text that reads as a number, where one with a fraction is asked for, because
+whole number. One thing is converted: text that reads as a number, where a `Number` is expected, because
 YAML 1.1 takes `1e-3` for text.
 """
 
@@ -126,13 +126,13 @@ def _in_words(error: ValidationError, hints: Mapping[str, str]) -> ParameterErro
     """The first of pydantic's findings, what to do about it, and which other parameters are wrong too."""
     first, *rest = error.errors()
     name = str(first["loc"][0]) if first["loc"] else ""
-    says = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    text = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     if first["type"] == "missing":
-        says = f"{name} is missing"
+        text = f"{name} is missing"
     elif name:
         value = repr(first["input"])
-        says = f"{name}={value if len(value) <= 80 else value[:80] + '…'}: {says}"
-    lines = [says]
+        text = f"{name}={value if len(value) <= 80 else value[:80] + '…'}: {text}"
+    lines = [text]
     if first["type"] in hints:
         lines.append(hints[first["type"]].format(name=name))
     others = sorted({str(e["loc"][0]) for e in rest if e["loc"]} - {name})

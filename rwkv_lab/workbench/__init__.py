@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def show_panel(run: Run) -> "Panel | None":
-    """Show the panel of the run's notebook; None, and a line that says so, where no front end is there."""
+    """Show the panel of the run's notebook; None, and a printed line, where there is no front end."""
     from rwkv_lab.workbench.panel import show_panel  # ipywidgets take a second that validation need not wait for
 
     return show_panel(run)

@@ -10,11 +10,11 @@ from pydantic.fields import FieldInfo
 
 from rwkv_lab.spec import OneOf
 from rwkv_lab.workbench.file_chooser import FileChooser
-from rwkv_lab.workbench.parameters import Asked
+from rwkv_lab.workbench.parameters import Files
 
 _LABEL = {"description_width": "9rem"}
 _WIDE = {"width": "44rem"}  # no Layout: that would be a widget, made at import
-_WORDS = "{words}"  # stands in placeholders for what `Field.explain` is told
+_WORDS = "{words}"  # stands in placeholders for the help
 
 M = TypeVar("M")
 
@@ -41,7 +41,7 @@ class Field:
         return getattr(self.widget, "box", self.widget)
 
     def explain(self, words: str) -> None:
-        """Show what the parameter is, where this kind of widget can."""
+        """Show the parameter's help, where this kind of widget can."""
         if isinstance(self.widget, widgets.Checkbox):
             self.widget.description = f"{self.name}: {words}"
             return
@@ -53,9 +53,9 @@ class Field:
 
 def field_for(name: str, info: FieldInfo) -> Field:
     """The field for a parameter, by its type."""
-    asked = _marked(info.metadata, Asked)
-    if asked:
-        return _path(name) if asked.by == "file" else _paths(name)
+    files = _marked(info.metadata, Files)
+    if files:
+        return _paths(name) if files.several else _path(name)
     kind, optional = _without_none(info.annotation)
     origin, inside = get_origin(kind), get_args(kind)
     choices = _choices(kind, info.metadata)
@@ -132,7 +132,7 @@ def _choice(name: str, choices: tuple[str, ...]) -> Field:
 
 def _number(name: str) -> Field:
     field = _text(name)
-    # Text that is no number goes on as it is, and is refused with the parameter's own words.
+    # Text that is no number stays text, and is refused by the parameter's type.
     return Field(name, field.widget, lambda v: "" if v is None else f"{v:g}", lambda text: text.strip() or None)
 
 
@@ -152,7 +152,7 @@ def _mapping(name: str, example: str) -> Field:
 
 
 def _from_json(text: str) -> object:
-    """What the text stands for; as it is, to be refused with the parameter's own words, where it is not JSON."""
+    """The value of JSON text; other text as it is, to be refused by the parameter's type."""
     try:
         return json.loads(text) if text.strip() else {}
     except ValueError:
@@ -169,7 +169,7 @@ def _whole_or_none(name: str) -> Field:
 
     def read(text: str) -> Any:
         text = text.strip()
-        return int(text) if text.isdecimal() else text or None  # what is no number is refused in the parameter's words
+        return int(text) if text.isdecimal() else text or None  # other text is refused by the parameter's type
 
     return Field(name, field.widget, lambda v: "" if v is None else str(v), read)
 
@@ -180,7 +180,7 @@ def _several_whole(name: str) -> Field:
 
 
 def _whole_numbers(text: str) -> list:
-    """Words that are no numbers go on as they are, and are refused with the parameter's own words."""
+    """Whole numbers; other words stay text, and are refused by the parameter's type."""
     return [int(word) if word.isdecimal() else word for word in text.replace(",", " ").split()]
 
 

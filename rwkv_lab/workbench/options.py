@@ -1,7 +1,7 @@
 """Parameters of a notebook from the specs of its job: what an option is called, may be, means and defaults to is
 stated there alone.
 
-papermill passes words, so paths are text here, and "" or [] stands where a spec has None.
+papermill passes words, so paths are text here, and "" or [] is used where a spec has None.
 """
 
 from collections.abc import Callable, Collection
@@ -22,7 +22,7 @@ S = TypeVar("S", bound=Spec)
 def takes(*specs: type[Spec], without: Collection[str] = ()) -> Callable[[type[P]], type[P]]:
     """Class decorator: add a parameter for each option of the specs.
 
-    A field of the class stands in the place of the option of its name, and has its help where it states none. The order
+    A field of the class replaces the option of its name, and takes its help where it states none. The order
     is that of `basic`, then of the specs, then of the class.
 
     Args:
@@ -48,7 +48,7 @@ def takes(*specs: type[Spec], without: Collection[str] = ()) -> Callable[[type[P
 
 
 def values_for(spec: type[Spec], parameters: Parameters) -> dict[str, Any]:
-    """The values of the spec's options among the parameters, with None again where nothing stands."""
+    """The values of the spec's options among the parameters, with None again where none is given."""
     values = {name: getattr(parameters, name) for name in spec.model_fields if name in type(parameters).model_fields}
     return {n: None if v in ("", []) and spec.model_fields[n].default is None else v for n, v in values.items()}
 

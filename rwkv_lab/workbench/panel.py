@@ -50,7 +50,7 @@ class Panel:
         self.box = widgets.VBox([*shown, *folded, buttons_row, self.message, self.output])
 
     def values(self) -> dict[str, Any]:
-        """What the fields say, not yet validated; a hidden field says the default."""
+        """The values of the fields, not yet validated; of a hidden field the default."""
         model = self.run.model
         given = {name: field.value for name, field in self.fields.items()}
         return {
@@ -70,7 +70,7 @@ class Panel:
         try:
             self.run.configure(**self.values())
         except RwkvLabError as e:
-            self._say(e)
+            self._show_error(e)
             return False
         self.message.value = ""
         return True
@@ -87,11 +87,11 @@ class Panel:
                 work(self.run)
             self.message.value = ""
         except RwkvLabError as e:
-            self._say(e)
+            self._show_error(e)
         finally:
             self._enable(True)
 
-    def _say(self, error: RwkvLabError) -> None:
+    def _show_error(self, error: RwkvLabError) -> None:
         text = html.escape(f"{type(error).__name__}: {error}")
         self.message.value = f'<pre style="color: var(--jp-error-color1, #c00); white-space: pre-wrap">{text}</pre>'
 
@@ -101,7 +101,7 @@ class Panel:
 
 
 def show_panel(run: Run) -> Panel | None:
-    """Show the panel of the run's notebook; None, and a line that says so, where no front end is there."""
+    """Show the panel of the run's notebook; None, and a printed line, where there is no front end."""
     if not frontend_present():  # no widget may even be made: its state would be saved in the executed notebook
         print("No front end here: the parameters above hold.")
         return None

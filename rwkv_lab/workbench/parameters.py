@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator
 
@@ -33,16 +33,16 @@ def _absolute(path: str) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How a panel asks for a text that names files."""
+class Files:
+    """Marks a text that is the path of an input, or a list of such; a panel has a file chooser for it."""
 
-    by: Literal["file", "files"]
+    several: bool = False
 
 
-InputPath = Annotated[Text, AfterValidator(_absolute), Asked("file")]
-InputPaths = Annotated[InputPath | list[InputPath], Asked("files")]
+InputPath = Annotated[Text, AfterValidator(_absolute), Files()]
+InputPaths = Annotated[InputPath | list[InputPath], Files(several=True)]
 PathOrEmpty = Annotated[str, AfterValidator(_absolute)]
-InputOrEmpty = Annotated[PathOrEmpty, Asked("file")]
+InputOrEmpty = Annotated[PathOrEmpty, Files()]
 Backends = list[Annotated[str, OneOf(backends, everywhere=False)]]
 
 
@@ -82,7 +82,7 @@ class Parameters(Spec):
         """
 
     def check_files(self) -> None:
-        """Refuse what only the files' headers, or the method's own signature, can tell.
+        """Refuse what is wrong by the files' headers or the method's own signature.
 
         Raises:
             RwkvLabError: a file that cannot be opened, or that does not go with the values.

@@ -3,7 +3,7 @@
     python -m rwkv_lab.workbench.parameters_cell merge
 
 writes the cell into notebooks/merge.ipynb; without a name, into all notebooks. papermill reads the lines of the cell by
-pattern: one parameter each, with a type that it knows, a literal, and help without an equals sign.
+pattern: one parameter each, with a type that papermill can parse, a literal, and help without an equals sign.
 """
 
 import json

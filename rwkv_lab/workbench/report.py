@@ -1,4 +1,4 @@
-"""`report.html`: one file that is read offline, without the project, and tells nothing of the disk it came from."""
+"""`report.html`: one file that is read offline, without the project, and names no folder of the disk it came from."""
 
 import base64
 import re
@@ -71,7 +71,7 @@ def write_report(path: Path, page: Page, record: Record, command: str) -> None:
 
 
 def without_folders(text: str, known: Iterable[str]) -> str:
-    """`text` with every absolute path cut down to its last part: a report that is passed on tells no home folders.
+    """`text` with every absolute path cut down to its last part: a report that is passed on names no home folder.
 
     Args:
         known: paths that are known to occur, which may have spaces in them.

@@ -70,7 +70,7 @@ class Run:
         """Refuse to go on where parameters are not those that this pass through the notebook began with.
 
         Raises:
-            ParameterError: says which; what was planned is not what would be done.
+            ParameterError: names them.
         """
         now = self.config.model_dump()
         changed = [name for name, value in self.record.parameters.items() if now[name] != value]
@@ -129,7 +129,7 @@ class Run:
         self._end()
 
     def finish(self, must_pass: bool) -> None:
-        """Write `result.json` and `report.html` for good, and say where they are.
+        """Write `result.json` and `report.html` for good, and print where they are.
 
         Args:
             must_pass: a check that failed makes the run fail. False where finding faults is the job.
@@ -173,14 +173,14 @@ class Run:
 
 
 def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
-    """Validate the parameters of a notebook and open its run; `result.json` says "running" from here on.
+    """Validate the parameters of a notebook and open its run; `result.json` has the status "running" from here on.
 
     Args:
         notebook: its name, such as "merge".
         namespace: the notebook's `globals()`. In batch every public plain variable in it must be a parameter; in
             JupyterLab a person's own variables may be there too.
     Raises:
-        ParameterError: a wrong name, type or value; `result.json` says "failed" then, and why.
+        ParameterError: a wrong name, type or value; `result.json` has the status "failed" then, and the error.
         OutputError: the report folder cannot be made.
     """
     wanted = namespace.get("report")
@@ -214,7 +214,7 @@ def _report_folder(notebook: str, wanted: str) -> Path:
 
 
 def _join_kernel(run: Run) -> None:
-    """Hear of cells that raise, in the place of an earlier run, and let the package's log appear under the cells."""
+    """Register for cells that raise, in the place of an earlier run, and show the package's log under the cells."""
     from IPython.core.getipython import get_ipython
 
     shell = get_ipython()

@@ -41,5 +41,5 @@ def run_all(run: Run) -> None:
             results[step.result] = step.work(*(results[name] for name in needed))
         run.finish(must_pass=cells.MUST_PASS)
     except BaseException as e:
-        run.fail(e)  # a click is no cell, so IPython does not tell of it
+        run.fail(e)  # a click is no cell: IPython does not report it
         raise

@@ -9,7 +9,7 @@ import torch
 
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 
-# Kernels take seconds to start, so the refusals run side by side, in the background of the first test that asks.
+# Kernels take seconds to start, so the refusals run side by side, in the background of the first test.
 REFUSALS = {
     "unknown name": (["-p", "alhpa", "0.5"], "ParameterError", "did you mean alpha?"),
     "text for a bool": (["-p", "dry_run", "true"], "ParameterError", "dry_run='true'"),

@@ -56,7 +56,7 @@ def test_a_recipe_takes_the_place_of_the_models(models, tmp_path):
     result = done(tmp_path, recipe=str(tmp_path / "recipe.yml"))
     assert result["status"] == "ok" and len(result["inputs"]) == 3
     for more in ({"method": "ties"}, {"alpha": 0.5}, {"base": models[0]}):
-        with pytest.raises(ParameterError, match="the recipe says it"):
+        with pytest.raises(ParameterError, match="the recipe states it"):
             read_parameters(
                 parameters_of("merge"), {"recipe": str(tmp_path / "recipe.yml"), **more}, names_are_all=True
             )

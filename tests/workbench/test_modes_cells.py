@@ -23,7 +23,7 @@ SHORT = {"length": 64, "batch": 2}
 
 
 def calm(layout, seed=0) -> dict:
-    """Random weights small enough for logits that say something."""
+    """Random weights small enough for logits that differ."""
     return {name: t * 0.3 for name, t in random_model(layout, dtype=torch.float32, seed=seed).items()}
 
 
@@ -56,7 +56,7 @@ def test_a_model_of_every_generation_passes(version, run, tmp_path, capsys):
         (mode, backend) for mode in ("transformer", "rnn") for backend in wkv.backends()
     }
     assert len(rows) == n_rows and found["metrics"]["mismatches"] == []
-    assert "drawn at random" in found["metrics"]["tokens"]  # eleven tokens tell no tokenizer
+    assert "drawn at random" in found["metrics"]["tokens"]  # no tokenizer has eleven tokens
     assert [figure.split("/")[-1] for figure in found["figures"]] == [
         f"{name}.png" for name in ("agreement", "growth", "decays", "states", "heads")
     ]

@@ -1,4 +1,4 @@
-"""Every parameter is checked by name, type and range, and a refusal says what to do."""
+"""Every parameter is checked by name, type and range, and a refusal states what to do."""
 
 import os
 

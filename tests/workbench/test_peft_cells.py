@@ -92,10 +92,10 @@ def test_every_kind_ends_well(run, made, kind, capsys):
     assert [figure.split("/")[-1] for figure in found["figures"]] == [f"{name}.png" for name in FIGURES[kind]]
     report = (run.folder / "report.html").read_text()
     assert report.count("data:image/png;base64,") == len(FIGURES[kind]) and str(run.folder.parent) not in report
-    said = capsys.readouterr().out
-    assert ("holds no tuned state" in said) == ("heads" not in FIGURES[kind])
-    assert ("No matrix of the base is changed" in said) == ("spectra" not in FIGURES[kind])
-    assert "second is empty" in said
+    printed = capsys.readouterr().out
+    assert ("holds no tuned state" in printed) == ("heads" not in FIGURES[kind])
+    assert ("No matrix of the base is changed" in printed) == ("spectra" not in FIGURES[kind])
+    assert "second is empty" in printed
     same = [check["passed"] for check in found["checks"] if "as it was trained" in check["name"]]
     assert same == [None if kind == "norms" else True]
 
@@ -107,7 +107,7 @@ def test_cosines(run, base, tmp_path):
     key, value = "blocks.0.att.key.lora_", "blocks.1.att.value.lora_"
     write_checkpoint(tmp_path / "1.pth", {key + "A": A, key + "B": B, value + "A": A, value + "B": B})
     write_checkpoint(tmp_path / "2.pth", {key + "A": A, key + "B": -3 * B, value + "A": A, value + "B": other})
-    run = run(tmp_path / "1.pth", alpha=4, second=str(tmp_path / "2.pth"))  # the second's alpha is not asked for
+    run = run(tmp_path / "1.pth", alpha=4, second=str(tmp_path / "2.pth"))  # the second's alpha is not needed
     cosines = cells.compare(run, cells.describe(run))
     assert cosines == {
         "blocks.0.att.key.weight": pytest.approx(-1),
@@ -150,7 +150,7 @@ def test_models_whose_vocabulary_tells_no_tokenizer_are_measured_as_far_as_that_
         assert "drawn at random" in result(one)["metrics"]["state_effect"]["tokens"]
 
 
-def test_a_model_without_room_is_measured_without_being_run(run, made, monkeypatch):
+def test_a_model_that_memory_does_not_hold_is_measured_without_being_run(run, made, monkeypatch):
     monkeypatch.setattr(tuned_model, "memory_free", lambda: 1000)
     run = run(made("state"))
     run_all(run)

@@ -20,7 +20,7 @@ _DRY = "dry_run=True: nothing was merged, so there is nothing to show here."
 
 
 def plan(run: Run) -> MergePlan:
-    """Begin the run by saying what the merge will do, from headers alone.
+    """Begin the run: show what the merge will do, from headers alone.
 
     Raises:
         RwkvLabError: what `merge` refuses.
@@ -87,19 +87,18 @@ def show_what_moved(run: Run, result: MergeResult | None) -> None:
         with open_checkpoint(result.base) as base, open_checkpoint(result.out) as merged:
             moved = deltas(base, merged, names)
         rest = len(result.plan.rows) - len(names)
-        subtitle = f"{_what(result)}; the other {rest} tensors are the base's"
+        subtitle = f"{_what(result)}" + (f"; {rest} other tensors are those of the base" if rest else "")
         figure = figures.moved_per_layer(moved, result.plan.layout.n_layer, subtitle)
         caption = (
-            "Each cell is one tensor, on a logarithmic scale; grey did not move. "
-            "Where the base has no such tensor, there is nothing to relate it to, and the colour gives its own size."
+            "Each cell is one tensor, on a logarithmic scale; grey did not change. + marks tensors that the base does "
+            "not have; where all are such, the colour gives the root mean square of their values."
         )
         run.show_figure("what_moved", "What moved, by layer and matrix", caption, figure)
         figure = figures.delta_histogram(moved, subtitle)
-        run.show_figure(
-            "deltas", "Histogram of the changes", "Each bar is twice as wide as the one to its left.", figure
-        )
+        caption = "Weights by the absolute value of their change; the axis is logarithmic, the bins double in width."
+        run.show_figure("deltas", "Histogram of the changes", caption, figure)
     rows = [(d.name, "new" if d.new else d.relative, d.rms, d.largest) for d in moved]
-    note = "relative: ‖merged − base‖ / ‖base‖; rms and largest in the unit of the weights."
+    note = "relative: ‖merged − base‖ / ‖base‖; rms and largest are of the entries of merged − base."
     run.page.tables.append(Table("How far each tensor moved", ("tensor", "relative", "rms", "largest"), rows, note))
 
 

@@ -19,7 +19,7 @@ def moved_per_layer(changes: Sequence[Delta], n_layer: int, subtitle: str) -> Fi
     """
     relative = {d.name: d.relative for d in changes if not d.new}
     new = {d.name: d.rms for d in changes if d.new}
-    if new and not relative:  # nothing to divide by: the base has none of these tensors
+    if new and not relative:  # the base has none of these tensors, so there is no norm to divide by
         return layer_map(
             new, n_layer, "New tensors, which the base does not have", subtitle, "root mean square of the values"
         )
@@ -51,7 +51,7 @@ def delta_histogram(changes: Sequence[Delta], subtitle: str) -> Figure:
         axes.set_xscale("log")
     else:
         axes.text(0.5, 0.5, "no weight moved", ha="center", transform=axes.transAxes, color=GREY)
-    axes.set_xlabel("|merged − base|, in the unit of the weights")
+    axes.set_xlabel("|merged − base| of a weight")
     axes.set_ylabel("weights")
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     quiet(axes)

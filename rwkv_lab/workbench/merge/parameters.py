@@ -62,7 +62,7 @@ class MergeParameters(Parameters):
         if self.recipe:
             for name in _IN_RECIPES:
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ParameterError(f"{name}={getattr(self, name)!r}: the recipe says it; leave one of them out")
+                    raise ParameterError(f"{name}={getattr(self, name)!r}: the recipe states it; leave one of them out")
         elif (self.base in DEMO) != (self.tuned in DEMO):
             given, missing = ("base", "tuned") if self.tuned in DEMO else ("tuned", "base")
             raise ParameterError(

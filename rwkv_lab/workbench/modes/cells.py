@@ -127,8 +127,8 @@ def hand_off(run: Run, subject: Subject) -> None:
         print(check)
 
 
-def say_where(run: Run, subject: Subject, rows: Sequence[ModeRow]) -> list[str]:
-    """In words, for every mode and backend that failed, where its mismatch starts: layer, operator, token."""
+def locate_mismatches(run: Run, subject: Subject, rows: Sequence[ModeRow]) -> list[str]:
+    """For every mode and backend that failed, where its mismatch starts: layer, operator, token."""
     with run.timed("bisect"):
         failures = explain_failures(subject.model, subject.tokens, rows)
     found = [(failure.row.name, failure.beside, failure.where) for failure in failures]
@@ -218,7 +218,7 @@ STEPS = (
     Step(compare, "rows"),
     Step(show_growth),
     Step(hand_off),
-    Step(say_where, "places"),
+    Step(locate_mismatches, "places"),
     Step(compare_files),
     Step(explore),
     Step(show_verdict),

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from rwkv_lab.analysis.agreement import ModeRow, dtype_name
 from rwkv_lab.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, quiet, titled
 
-_EXACT = 1e-17  # below what float64 can tell; an error of 0 is drawn as if it were this
+_EXACT = 1e-17  # below the precision of float64; an error of 0 is drawn as this
 _DTYPES = (BLUE, ORANGE, GREEN, PURPLE)  # as many as `compare_modes` has limits for
 _STYLES = ("-", "--", "-.", ":", (0, (1, 3)), (0, (6, 2, 1, 2, 1, 2)))
 _HALF_LIVES = 2.0 ** np.arange(-4, 20.5, 0.5)  # tokens; edges of the bins

@@ -12,7 +12,7 @@ class ModesParameters(Parameters):
     basic: ClassVar[tuple[str, ...]] = ("model", "compare_with", "length", "batch", "dtypes", "backends")
 
     model: InputPath = Field("demo:base", description="a whole model of any generation: .pth, .safetensors, a folder")
-    compare_with: InputOrEmpty = Field("", description="a second model of the same layout: where do the two part?")
+    compare_with: InputOrEmpty = Field("", description="a second model of the same layout: where do the two differ?")
     length: Annotated[int, Field(ge=16)] = Field(512, description="tokens of each sequence")
     batch: Annotated[int, Field(ge=1)] = Field(2, description="sequences")
     dtypes: Annotated[list[Literal["float64", "float32", "bfloat16", "float16"]], Field(min_length=1)] = Field(

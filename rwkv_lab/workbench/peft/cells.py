@@ -32,7 +32,7 @@ def describe(run: Run) -> list[str]:
     """
     run.begin_again()
     if run.config.data not in CORPORA:
-        held_out_text(run.config.data)  # what is wrong with it is said now, not when it is read
+        held_out_text(run.config.data)  # refused now, not when it is read
     with run.timed("open"), open_tuning(*_files(run)) as t:
         run.record.inputs = [file_facts(t.base), file_facts(t.tuned)]
         changed = t.changed_names()

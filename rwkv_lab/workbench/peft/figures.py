@@ -164,8 +164,8 @@ def state_heads(state: np.ndarray, subtitle: str) -> Figure:
     image = axes.imshow(
         np.ma.masked_invalid(canvas), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="equal", interpolation="nearest"
     )
-    axes.set_xticks([h * (K + gap) + K / 2 for h in range(H)], range(H), fontsize=8)
-    axes.set_yticks([i * (V + gap) + V / 2 for i in range(L)], range(L), fontsize=8)
+    axes.set_xticks([h * (K + gap) + K / 2 for h in range(H)], [str(h) for h in range(H)], fontsize=8)
+    axes.set_yticks([i * (V + gap) + V / 2 for i in range(L)], [str(i) for i in range(L)], fontsize=8)
     axes.set_xlabel(f"head; in each, {K} keys across")
     axes.set_ylabel(f"layer; in each head, {V} values down")
     axes.tick_params(length=0)

@@ -7,7 +7,7 @@ from pydantic import Field
 from rwkv_lab.analysis.tuning import TuningOptions, check_tuning
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.spec import Number, Patterns, Text
-from rwkv_lab.workbench.parameters import DEMO, Asked, InputOrEmpty, InputPath, Parameters, PathOrEmpty
+from rwkv_lab.workbench.parameters import DEMO, Files, InputOrEmpty, InputPath, Parameters, PathOrEmpty
 
 
 class PeftParameters(Parameters):
@@ -21,15 +21,15 @@ class PeftParameters(Parameters):
         [], description="what is measured: names or ends such as att.key, or patterns; empty: all"
     )
     rank: Annotated[int, Field(ge=1)] = Field(8, description="how much of each change would a LoRA of this rank keep?")
-    data: Text = Field("python", description="held-out text it is judged by: english, python, or a path")
-    alpha: Annotated[Number, Field(gt=0)] | None = Field(None, description="of a LoRA whose file does not say it")
-    pissa_init: Annotated[PathOrEmpty | list[PathOrEmpty], Asked("files")] = Field(
+    data: Text = Field("python", description="held-out text that is measured: english, python, or a path")
+    alpha: Annotated[Number, Field(gt=0)] | None = Field(None, description="of a LoRA whose file does not state it")
+    pissa_init: Annotated[PathOrEmpty | list[PathOrEmpty], Files(several=True)] = Field(
         "", description="of PiSSA: file or folder that it started from; a list of two: second's, too"
     )
     parameters: dict[str, Any] = Field(
         {},
         examples=[{"use_rslora": True}],
-        description="what else files may not say: use_rslora, bat, residual_base, quant; each may be a list of two",
+        description="what else files may not state: use_rslora, bat, residual_base, quant; each may be a list of two",
     )
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/peft")
 

@@ -33,7 +33,7 @@ _REDRAW = 3.0  # seconds; drawing the loss takes a tenth of one
 
 
 def plan(run: Run) -> TrainPlan:
-    """Begin the run by saying what would be trained, on what, and where it goes; of the base only headers are read.
+    """Begin the run: show what would be trained, on what, and where it goes; of the base only headers are read.
 
     The demo model is trained first, where it is the base and not there yet.
 
@@ -126,7 +126,7 @@ def show_curves(run: Run, plan: TrainPlan, result: TrainResult | None) -> None:
     if result.held_out:
         subtitle = f"{result.kind} on {data}, measured every {spec.eval_every} steps"
         figure = figures.held_out_curve(result.held_out, result.bits_before, subtitle)
-        caption = "Where this rises while the loss falls, training learns by heart; patience stops it there."
+        caption = "Where this rises while the loss falls, the model overfits; patience stops training there."
         run.show_figure("held_out_curve", "Held-out text while training", caption, figure)
 
 
@@ -152,7 +152,7 @@ def prove(run: Run, plan: TrainPlan, result: TrainResult | None) -> None:
 
 
 def compare(run: Run, plan: TrainPlan) -> list[Compared] | None:
-    """Tune the base by every method that `compare_methods` knows, and show what each reached; None without `compare`.
+    """Tune the base by every method of `compare_methods`, and show what each reached; None without `compare`.
 
     Raises:
         RwkvLabError: what `compare_methods` refuses.

@@ -61,8 +61,8 @@ def methods_compared(found: Sequence[Compared], subtitle: str) -> Figure:
     for row, (c, colour) in enumerate(zip(found, _COLOURS, strict=False)):
         reached.plot([base, c.bits_after], [row, row], color=colour, linewidth=2)
         reached.plot(c.bits_after, row, "o", color=colour, markersize=8)
-        says = f"{c.bits_after:.3f}, {c.bits_after / base - 1:+.1%}"
-        reached.annotate(says, (c.bits_after, row), (0, 8), textcoords="offset points", ha="left", fontsize=9)
+        label = f"{c.bits_after:.3f}, {c.bits_after / base - 1:+.1%}"
+        reached.annotate(label, (c.bits_after, row), (0, 8), textcoords="offset points", ha="left", fontsize=9)
         course.plot(*_smooth(c.losses), color=colour, linewidth=1.5, label=c.method)
     reached.axvline(base, color=GREY, linestyle="--", linewidth=1.2)
     reached.annotate(
