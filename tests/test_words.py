@@ -15,17 +15,14 @@ EXEMPT = {GLOSSARY, "LICENSE", "tests/test_words.py"}
 ALLOWED: dict[str, int] = {
     "docs": 1,
     "kernels": 4,
-    "notebooks": 2,
     "rwkv_lab/merge": 10,
     "rwkv_lab/model": 3,
     "rwkv_lab/train": 3,
-    "rwkv_lab/workbench": 1,
     "tests": 4,
     "tests/merge": 11,
     "tests/model": 24,
     "tests/peft": 2,
     "tests/train": 4,
-    "tests/workbench": 1,
 }
 PLAIN_ENGLISH = {  # what a word is allowed in
     "turned": r"turned[\s_]+(?:out|into|to|on|off|round)",
