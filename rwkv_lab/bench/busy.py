@@ -15,7 +15,7 @@ import torch
 
 from rwkv_lab.bench.comparison import Row, interleave, log_row, median_share
 from rwkv_lab.bench.engines import OURS, Engine, as_rnn, busy_loop, decoder, load_model, seconds_of, tokens_for
-from rwkv_lab.bench.peers import child_environment
+from rwkv_lab.bench.machine import child_environment
 from rwkv_lab.bench.training import demo_model, pretraining, training_steps
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.threads import PASSIVE, VARIABLES

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rwkv_lab.bench.comparison import OURS, Row, interleave, log_row
 from rwkv_lab.bench.engines import load_model
-from rwkv_lab.bench.machine import forget_peak, memory_of
-from rwkv_lab.bench.peers import Peer, PeerError, child_environment, open_peer
+from rwkv_lab.bench.machine import child_environment, forget_peak, memory_of
+from rwkv_lab.bench.peers import Peer, PeerError, open_peer
 from rwkv_lab.errors import RwkvLabError
 
 

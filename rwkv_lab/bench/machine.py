@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.machine import cores, cpu_features, cpu_name, proc
-from rwkv_lab.threads import policy_in_force
+from rwkv_lab.threads import policy_in_force, set_wait_policy, wait_policy
 from rwkv_lab.version import __version__
 from rwkv_lab.wkv.loader import cpu_library
 
@@ -29,7 +30,8 @@ def describe_machine() -> dict:
         "features": " ".join(cpu_features()),
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "wait policy": policy_in_force() or "OpenMP's default",  # of peers too: `child_environment`
+        "wait policy": policy_in_force() or "OpenMP's default",
+        "wait policy of peers": wait_policy(child_environment()),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -38,6 +40,16 @@ def describe_machine() -> dict:
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def child_environment() -> dict[str, str]:
+    """For processes that measure: this package on their path, as many threads as here, and how those wait."""
+    root = str(Path(__file__).parents[2])  # a checkout that is run without being installed
+    paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    threads = str(torch.get_num_threads())
+    found = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    set_wait_policy(found)
     return found
 
 

@@ -14,7 +14,6 @@ reply. In its words these are replaced: `{task}`, `{model}` (path of the checkpo
 
 import importlib.util
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -28,9 +27,8 @@ import numpy as np
 import torch
 
 from rwkv_lab.bench.comparison import OURS
-from rwkv_lab.bench.machine import package_version
+from rwkv_lab.bench.machine import child_environment, package_version
 from rwkv_lab.errors import ParameterError, RwkvLabError
-from rwkv_lab.threads import policy_in_force, set_wait_policy
 
 RWKV, AUTO = "rwkv", "auto"
 _RWKV_DTYPES = ("bf16", "fp32")
@@ -168,17 +166,6 @@ def _switches(path: Path) -> dict[str, str]:
     with open_checkpoint(path) as ck:
         seven = ck.layout is not None and ck.layout.version == "7.0"
     return {"RWKV_V7_ON": str(int(seven)), "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
-
-
-def child_environment() -> dict[str, str]:
-    """For processes that measure: this package on their path, as many threads as here, which wait as those here do."""
-    root = str(Path(__file__).parents[2])  # a checkout that is run without being installed
-    paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    threads = str(torch.get_num_threads())
-    found = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-    if policy_in_force():
-        set_wait_policy(found)
-    return found
 
 
 def _run_command(peer: Peer, path: Path, dtype: str, request: dict) -> dict:

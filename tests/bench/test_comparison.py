@@ -11,7 +11,16 @@ import torch
 from rwkv_lab.bench import comparison
 from rwkv_lab.bench.comparison import COLUMNS, Agreement, Row, as_json, compare, interleave, median_share, table
 from rwkv_lab.bench.engines import busy_loop
-from rwkv_lab.bench.machine import Load, describe_machine, floors_are_compiled, multiply_add_rate, read_rate, watched
+from rwkv_lab.bench.machine import (
+    Load,
+    child_environment,
+    describe_machine,
+    floors_are_compiled,
+    multiply_add_rate,
+    read_rate,
+    watched,
+)
+from rwkv_lab.threads import VARIABLES
 
 
 def test_entries_take_turns_and_the_first_round_does_not_count(monkeypatch):
@@ -92,6 +101,15 @@ def test_json_has_spread_and_no_nan_and_the_table_a_line_for_each_row():
 
 def test_a_share_is_taken_round_by_round():
     assert median_share([10, 20, 90], [20, 40, 100]) == 0.5
+
+
+def test_peers_wait_as_the_machine_is_described(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert describe_machine()["wait policy of peers"] == "OMP_WAIT_POLICY=PASSIVE"
+    monkeypatch.setenv("KMP_BLOCKTIME", "3")
+    assert child_environment()["KMP_BLOCKTIME"] == "3" and "OMP_WAIT_POLICY" not in child_environment()
+    assert describe_machine()["wait policy of peers"] == "KMP_BLOCKTIME=3"
 
 
 def test_the_machine_and_its_floors():

@@ -71,7 +71,7 @@ def load(run: Run) -> Measured:
         ("machine", f"{described['cpu']}, {described['threads']} threads on {described['cores']} cores"),
         ("versions", f"Python {described['python']}, torch {described['torch']}, {described['system']}"),
         ("beside", ", ".join(peer.name for peer in plan.peers) or "no peer: none is installed or named"),
-        ("waiting threads", f"{described['wait policy']}, in peers too"),
+        ("waiting threads", f"{described['wait policy']}; of peers: {described['wait policy of peers']}"),
         ("floors", "measured in the same rounds" + ("" if floors_are_compiled() else ", by torch: no C++ compiler")),
     ]
     display(Table("What is measured", ("", ""), run.page.facts))
