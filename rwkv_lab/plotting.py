@@ -81,11 +81,7 @@ def layer_map(
                 axes.text(inside[0], matrices.index(inside[1]), text, ha="center", va="center", fontsize=9)
     axes.set_yticks(range(len(matrices)), [short(m) for m in matrices], fontsize=8, **NAME)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-    axes.set_xticks(np.arange(-0.5, n_layer), minor=True)
-    axes.set_yticks(np.arange(-0.5, len(grid)), minor=True)
-    axes.grid(which="minor", color="white", linewidth=1)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
+    cell_borders(axes, len(grid), n_layer)
     axes.set_xlabel("layer")
     if not shown_cells.count():
         return figure  # nothing has a colour, so there is no scale to explain
@@ -154,6 +150,21 @@ def single(height: float, title: str, subtitle: str) -> tuple[Figure, Axes]:
     """As `titled`, with one pair of axes."""
     figure = titled(height, title, subtitle)
     return figure, figure.subplots()
+
+
+def cell_borders(axes: Axes, rows: int, columns: int) -> None:
+    """White lines between the cells of a map, and neither ticks nor a frame."""
+    axes.set_xticks(np.arange(-0.5, columns), minor=True)
+    axes.set_yticks(np.arange(-0.5, rows), minor=True)
+    axes.grid(which="minor", color="white", linewidth=1)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def colour_bound(values: np.ndarray) -> float:
+    """Where a colour scale around zero ends: the 99.5th percentile, since a few large values would leave the rest
+    pale; 1 for zeros."""
+    return float(np.nanquantile(np.abs(values), 0.995)) or 1.0
 
 
 def quiet(axes: Axes) -> None:

@@ -25,6 +25,12 @@ class Step:
         return f"{self.result} = {call}" if self.result else call
 
 
+def show_verdict(run: Run) -> None:
+    """Print a PASS or FAIL line for each check."""
+    for check in run.record.checks:
+        print(check)
+
+
 def run_all(run: Run) -> None:
     """Do all steps of the run's notebook in order, then finish the run; a step that raises makes the run fail.
 

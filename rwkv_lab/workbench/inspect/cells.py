@@ -13,7 +13,7 @@ from rwkv_lab.progress import human_bytes
 from rwkv_lab.workbench.inspect import figures
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
-from rwkv_lab.workbench.steps import Step
+from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
 
 
@@ -95,12 +95,6 @@ def show_figures(run: Run, statistics: dict[str, Statistics]) -> None:
             figure = layer_map(values, max(layers, default=-1) + 1, f"{title}, by tensor", subtitle, measure)
             caption = "Each cell is one tensor, on a logarithmic scale; grey is zero, not finite, or not there."
             run.show_figure(measure, f"{title}, by layer and matrix", caption, figure)
-
-
-def show_verdict(run: Run) -> None:
-    """Print a PASS or FAIL line for each check."""
-    for check in run.record.checks:
-        print(check)
 
 
 def _facts(ck: Checkpoint) -> list[tuple[str, object]]:

@@ -29,7 +29,7 @@ from rwkv_lab.progress import human_bytes
 from rwkv_lab.workbench.modes import figures
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
-from rwkv_lab.workbench.steps import Step
+from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
 
 DTYPES = {dtype_name(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
@@ -184,12 +184,6 @@ def explore(run: Run, subject: Subject) -> None:
     figure = figures.state_images(found.images, title, subtitle, *axes)
     caption = "One scale for all; the colours end at the 99.5th percentile of the absolute values."
     run.show_figure("heads", "Images of the state", caption, figure)
-
-
-def show_verdict(run: Run) -> None:
-    """Print a PASS or FAIL line for each check."""
-    for check in run.record.checks:
-        print(check)
 
 
 def _subtitle(run: Run, subject: Subject) -> str:

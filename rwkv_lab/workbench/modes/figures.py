@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from rwkv_lab.analysis.agreement import ModeRow, dtype_name
-from rwkv_lab.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, quiet, titled
+from rwkv_lab.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, cell_borders, colour_bound, quiet, titled
 
 _EXACT = 1e-17  # below the precision of float64; an error of 0 is drawn as this
 _DTYPES = (BLUE, ORANGE, GREEN, PURPLE)  # as many as `compare_modes` has limits for
@@ -42,11 +42,7 @@ def agreement_matrix(rows: Sequence[ModeRow], subtitle: str) -> Figure:
         axes.set_title(heading, fontsize=10, loc="left")
         axes.set_xticks(range(len(dtypes)), [f"{dtype_name(d)}\nlimit {limits[d]:.0e}" for d in dtypes], fontsize=9)
         axes.set_yticks(range(len(runs)), [f"{mode}, {backend}" for mode, backend in runs], fontsize=9)
-        axes.set_xticks(np.arange(-0.5, len(dtypes)), minor=True)
-        axes.set_yticks(np.arange(-0.5, len(runs)), minor=True)
-        axes.grid(which="minor", color="white", linewidth=1.5)
-        axes.tick_params(which="both", length=0)
-        axes.spines[:].set_visible(False)
+        cell_borders(axes, len(runs), len(dtypes))
     bar = figure.colorbar(image, ax=panels, pad=0.02, aspect=25, ticks=LogLocator(numticks=6))
     bar.set_label("relative RMS error", fontsize=9)
     bar.ax.yaxis.set_minor_locator(NullLocator())
@@ -174,8 +170,7 @@ def state_images(images: np.ndarray, title: str, subtitle: str, down: str, acros
     lines = -(-len(drawn) // columns)
     figure = titled(max(0.5 + 1.4 * lines, 3.0 if columns <= 4 else 0), title, subtitle)
     grid = figure.subplots(lines, columns, squeeze=False)
-    # A few large entries would leave the rest pale.
-    bound = float(np.nanquantile(np.abs(drawn), 0.995)) or 1.0
+    bound = colour_bound(drawn)
     for axes in grid.flat[len(drawn) :]:
         axes.axis("off")
     for i, (axes, picture) in enumerate(zip(grid.flat, drawn, strict=False)):

@@ -16,7 +16,7 @@ from rwkv_lab.train import CORPORA
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.peft import figures
 from rwkv_lab.workbench.run import Run
-from rwkv_lab.workbench.steps import Step
+from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
 
 _TEXTS, _TOKENS = 16, 128  # beginnings of texts that a state is followed along, and tokens of each
@@ -249,12 +249,6 @@ def show_ablation(run: Run, names: list[str]) -> None:
     table = Table("Held-out text without parts of the tuning", columns, [*rows, ("all of it", base, base - tuned)])
     run.page.tables.append(table)
     display(table)
-
-
-def show_verdict(run: Run) -> None:
-    """Print a PASS or FAIL line for each check."""
-    for check in run.record.checks:
-        print(check)
 
 
 def _files(run: Run) -> tuple:

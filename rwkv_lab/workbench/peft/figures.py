@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from rwkv_lab.analysis.spectra import Spectrum
 from rwkv_lab.analysis.tuning import tensor_part
 from rwkv_lab.names import split_block
-from rwkv_lab.plotting import BLUE, GREEN, GREY, ORANGE, SKY, quiet, titled
+from rwkv_lab.plotting import BLUE, GREEN, GREY, ORANGE, SKY, cell_borders, colour_bound, quiet, titled
 from rwkv_lab.text import shown
 
 _ROWS = 60  # of a map or a bar chart
@@ -135,7 +135,7 @@ def cosine_map(cosines: Mapping[str, float], title: str, subtitle: str) -> Figur
     axes.set_xlabel("layer")
     if len(labels) <= 32:
         axes.set_xticks(range(len(labels)), labels)
-    _cells(axes, grid.shape)
+    cell_borders(axes, *grid.shape)
     figure.colorbar(image, ax=axes, pad=0.02, aspect=30).set_label("cosine", fontsize=9)
     return figure
 
@@ -160,7 +160,7 @@ def state_heads(state: np.ndarray, subtitle: str) -> Figure:
     size = min(7.4 / H, 1.5)  # inches of a head
     figure = titled(min(0.8 + size * L, 14.0), "What did tuning write into each head's state?", subtitle)
     axes = figure.subplots()
-    bound = float(np.quantile(np.abs(state), 0.995)) or 1.0  # a few large entries would leave the rest pale
+    bound = colour_bound(state)
     image = axes.imshow(
         np.ma.masked_invalid(canvas), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="equal", interpolation="nearest"
     )
@@ -196,7 +196,7 @@ def head_map(norms: np.ndarray, ranks: np.ndarray, size: int, subtitle: str) -> 
         axes.set_xlabel("head")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        _cells(axes, grid.shape)
+        cell_borders(axes, *grid.shape)
         figure.colorbar(image, ax=axes, pad=0.02, aspect=25)
     panels[0].set_ylabel("layer")
     return figure
@@ -283,12 +283,3 @@ def _by_part(spectra: Sequence[Spectrum]) -> dict[str, list[Spectrum]]:
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_yticks(np.arange(len(labels)), [shown(x)[:40] for x in labels], fontsize=8.5, parse_math=False)
     axes.invert_yaxis()
-
-
-def _cells(axes: Axes, shape: tuple[int, int]) -> None:
-    """White lines between the cells of a map, and no ticks."""
-    axes.set_xticks(np.arange(-0.5, shape[1]), minor=True)
-    axes.set_yticks(np.arange(-0.5, shape[0]), minor=True)
-    axes.grid(which="minor", color="white", linewidth=1)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)

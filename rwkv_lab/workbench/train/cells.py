@@ -24,7 +24,7 @@ from rwkv_lab.train import (
 )
 from rwkv_lab.train.output import check_destinations
 from rwkv_lab.workbench.run import Run
-from rwkv_lab.workbench.steps import Step
+from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
 from rwkv_lab.workbench.train import figures
 
@@ -147,8 +147,7 @@ def prove(run: Run, plan: TrainPlan, result: TrainResult | None) -> None:
         return
     with run.timed("proof"):
         run.record.checks = list(verify_training(plan.spec, result))
-    for check in run.record.checks:
-        print(check)
+    show_verdict(run)
 
 
 def compare(run: Run, plan: TrainPlan) -> list[Compared] | None:
