@@ -22,11 +22,17 @@ def run(*words: str, **variables: str) -> subprocess.CompletedProcess:
     return done
 
 
-def policies_read(done: subprocess.CompletedProcess) -> set[str]:
-    """The wait policies that the OpenMP libraries of a process, and of its children, have printed while loading."""
-    lines = [line.split("=") for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line]
+def spinning(done: subprocess.CompletedProcess) -> set[str]:
+    """How long threads spin before they sleep, as the OpenMP libraries of a process have printed while loading."""
+    lines = [
+        line.split("=") for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line or "KMP_BLOCKTIME" in line
+    ]
     assert lines, "OpenMP printed nothing"
-    return {value.strip(" '\"") for _, value in lines}
+    return {value.strip(" '\"").removesuffix("ms") for _, value in lines}
+
+
+def test_by_default_threads_spin():
+    assert "0" not in spinning(run("-c", "import torch"))
 
 
 @pytest.mark.parametrize(
@@ -39,13 +45,21 @@ def policies_read(done: subprocess.CompletedProcess) -> set[str]:
     ],
 )
 def test_threads_wait_passively_in_processes_of_ours(words):
-    assert policies_read(run(*words)) == {"PASSIVE"}
+    assert spinning(run(*words)) == {"0"}
+
+
+def test_threads_wait_passively_in_processes_that_torchrun_starts():
+    """torchrun itself imports torch first, and computes nothing."""
+    done = run("-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "rwkv_lab.train", "--help")
+    assert "0" in spinning(done)
 
 
 def test_a_policy_of_the_user_stays():
     done = run("-c", "import os, rwkv_lab; print(os.environ)", OMP_WAIT_POLICY="ACTIVE")
-    assert policies_read(done) == {"ACTIVE"}
+    assert "0" not in spinning(done)
     done = run("-c", "import os, rwkv_lab; print('OMP_WAIT_POLICY' in os.environ)", GOMP_SPINCOUNT="12345")
+    assert done.stdout.split() == ["False"]
+    done = run("-c", "import os, rwkv_lab; print('OMP_WAIT_POLICY' in os.environ)", KMP_BLOCKTIME="7")
     assert done.stdout.split() == ["False"]
 
 
