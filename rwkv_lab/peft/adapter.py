@@ -176,7 +176,7 @@ class Adapter:
             if misfit:
                 raise LayoutError(f"{self.where}: {x} of the base is {list(shapes[f'{x}.weight'])}, here is {misfit}.")
         for name, values in self.full.items():
-            wanted = shapes.get(name, optional.get(name))
+            wanted = shapes[name] if name in shapes else optional[name]
             if not same_shape(values.shape, wanted):
                 raise LayoutError(f"{self.where}: {name} is {list(values.shape)}, of the base it is {list(wanted)}.")
         matrices = [n.removesuffix(".weight") for n in shapes if n.endswith(".weight")]

@@ -1,12 +1,15 @@
 """NF4 weights as bitsandbytes keeps them, and back. int8 needs nothing: `int8_vectorwise_quant` gives codes and absmax
 as `quantize_int8` does."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from rwkv_lab.errors import LayoutError, ParameterError
 
 
-def nf4_from_bitsandbytes(data: torch.Tensor, quant_state) -> tuple[torch.Tensor, torch.Tensor, int]:
+def nf4_from_bitsandbytes(data: torch.Tensor, quant_state: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
     """(codes uint8 [n/2], absmax float32, block size) from what `bitsandbytes.functional.quantize_nf4` returns, which
     `Params4bit` holds as `data` and `quant_state`; scales that are quantised themselves are unpacked.
 
@@ -23,7 +26,9 @@ def nf4_from_bitsandbytes(data: torch.Tensor, quant_state) -> tuple[torch.Tensor
     return data.contiguous().view(torch.uint8).flatten(), absmax.float(), quant_state.blocksize
 
 
-def nf4_to_bitsandbytes(codes: torch.Tensor, absmax: torch.Tensor, shape, dtype: torch.dtype, block_size: int = 64):
+def nf4_to_bitsandbytes(
+    codes: torch.Tensor, absmax: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, block_size: int = 64
+) -> tuple[torch.Tensor, Any]:
     """(data uint8 [n/2, 1], QuantState) as bitsandbytes wants them, from `quantize_nf4`'s codes and absmax.
 
     Raises:

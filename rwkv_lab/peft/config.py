@@ -187,8 +187,13 @@ class AdapterKind(ABC):
         """(layer, part) as `file_part`."""
 
     @abstractmethod
-    def read_folder(self, ck: Checkpoint, layers: Layers, options: AdapterOptions) -> tuple[dict[str, Target], str]:
+    def read_folder(
+        self, ck: Checkpoint, config: Mapping[str, Any], layers: Layers, options: AdapterOptions
+    ) -> tuple[dict[str, Target], str]:
         """(targets by layer, method) of a folder whose `peft_type` is one of this kind's.
+
+        Args:
+            config: what `adapter_config.json` holds.
 
         Raises: as `open_adapter`.
         """

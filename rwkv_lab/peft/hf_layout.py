@@ -7,7 +7,9 @@ Settings that change what an adapter does and are not known here are refused, ne
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo, write_checkpoint
 from rwkv_lab.checkpoint.atomic import atomic_folder, check_target
@@ -32,21 +34,21 @@ def read(ck: Checkpoint, options: AdapterOptions) -> Adapter:
 
     Raises: as `open_adapter`.
     """
-    kind = _kind(ck)
+    config = ck.adapter_config or {}
+    kind = _kind(ck, config)
     layers, full = _sorted(ck, kind)
-    targets, method = kind.read_folder(ck, layers, options)
-    return Adapter(method, targets, full, layout="hf", quant=_quant(ck), named_targets=_named_targets(ck))
+    targets, method = kind.read_folder(ck, config, layers, options)
+    return Adapter(method, targets, full, layout="hf", quant=_quant(ck), named_targets=_named_targets(ck, config))
 
 
-def _kind(ck: Checkpoint) -> AdapterKind:
+def _kind(ck: Checkpoint, config: Mapping[str, Any]) -> AdapterKind:
     """By the configuration, all settings of which must be known.
 
     Raises:
         LayoutError: another kind, or a setting that may change what the adapter does.
     """
-    config = ck.adapter_config
     types = {name: kind for kind in ADAPTER_KINDS.values() for name in kind.peft_types}
-    kind = types.get(config.get("peft_type"))
+    kind = types.get(str(config.get("peft_type")))
     if kind is None:
         raise LayoutError(f"{ck.path}: peft_type {config.get('peft_type')!r} is not read; {', '.join(types)} are.")
     known = set().union(_READ, _IDLE, *(k.folder_settings | k.idle_settings for k in ADAPTER_KINDS.values()))
@@ -89,9 +91,8 @@ def _sorted(ck: Checkpoint, kind: AdapterKind) -> tuple[dict[str, dict[str, Tens
     return layers, full
 
 
-def _named_targets(ck: Checkpoint) -> tuple[str, ...]:
+def _named_targets(ck: Checkpoint, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Layers that the configuration names one by one, where it states nothing else about them."""
-    config = ck.adapter_config
     named = config.get("target_modules")
     if isinstance(named, str):
         return ()  # a regular expression, or a word for many

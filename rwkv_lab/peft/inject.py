@@ -19,7 +19,7 @@ from rwkv_lab.peft.selection import target_modules, trained_parts
 _DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def load_model_and_apply_peft(config, lora_config: LoraConfig) -> nn.Module:
+def load_model_and_apply_peft(config: object, lora_config: LoraConfig) -> RWKV_Dual:
     """Load a base model, freeze it, and give it adapters that are trained.
 
     Args:
@@ -56,7 +56,7 @@ def _dtype(given) -> torch.dtype:
     return dtype
 
 
-def apply_peft(model: nn.Module, lora_config: LoraConfig) -> None:
+def apply_peft(model: RWKV_Dual, lora_config: LoraConfig) -> None:
     """Freeze a model and give it adapters, in place. New values are drawn from torch's generator.
 
     Raises:
@@ -65,7 +65,7 @@ def apply_peft(model: nn.Module, lora_config: LoraConfig) -> None:
     """
     names = target_modules(model, lora_config.lora_target_modules)
     for name in names:
-        layer = model.get_submodule(name)
+        layer = _linear(model, name)
         planned_parameters(name, layer.out_features, layer.in_features, lora_config)  # refuses what does not fit
     if "time_state" in lora_config.train_parts:
         model.add_time_state()
@@ -76,7 +76,7 @@ def apply_peft(model: nn.Module, lora_config: LoraConfig) -> None:
     kind = ADAPTER_KINDS[lora_config.method]
     for name in names:
         with _named(name):
-            layer = kind.new_layer(model.get_submodule(name), lora_config)
+            layer = kind.new_layer(_linear(model, name), lora_config)
             kind.start(layer, lora_config)
         _replace(model, name, layer)
     quantise_blocks(model, lora_config.quant, besides)
@@ -102,6 +102,12 @@ def _named(layer: str):
         yield
     except (ParameterError, NumericsError) as e:
         raise type(e)(f"{layer}: {e}") from e
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear), f"{name} was selected among Linear layers"
+    return layer
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -222,7 +228,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, adapter: Adapter, quant: str | None = None) -> None:
+def load_adapter(model: RWKV_Dual, adapter: Adapter, quant: str | None = None) -> None:
     """Put an adapter's values into a plain model, in place: as it was trained, ready to run or to be trained on.
 
     Args:
@@ -245,7 +251,7 @@ def load_adapter(model: nn.Module, adapter: Adapter, quant: str | None = None) -
         if not values.read().isfinite().all():
             raise NumericsError(f"{name} of {adapter.where} holds NaN or infinity.")
     for name, target in adapter.targets.items():
-        layer = ADAPTER_KINDS[adapter.method].trained_layer(model.get_submodule(name), target)
+        layer = ADAPTER_KINDS[adapter.method].trained_layer(_linear(model, name), target)
         _replace(model, name, layer)
     if any(name.endswith(".time_state") for name in adapter.full):
         model.add_time_state()

@@ -17,6 +17,10 @@ class AdaptedLinear(FrozenLinear):
     more_than_weight = True
     adapter_names: tuple[str, ...] = ()
 
+    def _device(self) -> torch.device:
+        """Of the weight, packed or not."""
+        return self.weight.device if self.packed is None else self.packed.codes.device
+
     def adapter(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""
         return {name: getattr(self, name) for name in self.adapter_names}
@@ -91,8 +95,8 @@ class LoraLinear(AdaptedLinear):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         check_rank(r, in_features, out_features)
         check_dropout(lora_dropout)
@@ -104,13 +108,12 @@ class LoraLinear(AdaptedLinear):
         self._make_adapter()
 
     def _make_adapter(self) -> None:
-        device = self.weight.device if self.packed is None else self.packed.codes.device
-        dtype = self.adapter_dtype
+        device, dtype = self._device(), self.adapter_dtype
         self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, self.r, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., in]` -> `[..., out]`."""
         y = super().forward(x)
         seen = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
@@ -144,8 +147,8 @@ class PissaLinear(LoraLinear):
         lora_alpha: float | None = None,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         # RWKV-PEFT knows no alpha for PiSSA: its scaling is 1.
         alpha = r if lora_alpha is None else lora_alpha
@@ -153,6 +156,8 @@ class PissaLinear(LoraLinear):
 
     def _make_adapter(self) -> None:
         super()._make_adapter()
+        self.init_lora_A: torch.Tensor | None
+        self.init_lora_B: torch.Tensor | None
         self.register_buffer("init_lora_A", None, persistent=False)
         self.register_buffer("init_lora_B", None, persistent=False)
 
@@ -182,10 +187,11 @@ class PissaLinear(LoraLinear):
             raise ParameterError("PiSSA takes the weight apart before it is quantised; load the model anew.")
         self.lora_A.copy_(init_A)
         self.lora_B.copy_(init_B)
-        self.init_lora_A, self.init_lora_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        A, B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        self.init_lora_A, self.init_lora_B = A, B
         # In the adapter's own rounded values, so that weight + scaling · B A is W again.
         base = self._base()
-        rest = base - self.scaling * (self.init_lora_B.to(base.dtype) @ self.init_lora_A.to(base.dtype))
+        rest = base - self.scaling * (B.to(base.dtype) @ A.to(base.dtype))
         self.weight = nn.Parameter(rest.to(self.weight.dtype), requires_grad=False)
 
 
@@ -210,7 +216,7 @@ def principal_part(weight: torch.Tensor, r: int, niter: int | None) -> tuple[tor
         else:
             U, S, V = torch.svd_lowrank(values, q=r, niter=niter)
             Vh = V.T
-    except torch.linalg.LinAlgError as e:
+    except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]  # documented, not listed
         raise NumericsError(f"The singular value decomposition of a weight {list(weight.shape)} failed: {e}") from e
     root = S.sqrt()
     if not all(part.isfinite().all() for part in (U, root, Vh)):

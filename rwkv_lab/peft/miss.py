@@ -87,8 +87,8 @@ class MissLinear(AdaptedLinear):
         mini_r: int = 1,
         lora_dropout: float = 0.0,
         adapter_dtype: torch.dtype | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         check_rank(r, in_features, in_features)
         check_dropout(lora_dropout)
@@ -101,10 +101,9 @@ class MissLinear(AdaptedLinear):
         self._make_adapter()
 
     def _make_adapter(self) -> None:
-        device = self.weight.device if self.packed is None else self.packed.codes.device
-        self.miss_block = nn.Parameter(torch.zeros(self.block_shape, dtype=self.adapter_dtype, device=device))
+        self.miss_block = nn.Parameter(torch.zeros(self.block_shape, dtype=self.adapter_dtype, device=self._device()))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., in]` -> `[..., out]`."""
         if self.variant.startswith("bat"):
             weight = self.weight

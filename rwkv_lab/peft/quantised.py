@@ -6,6 +6,8 @@ first in its high half. int8: each row divided by its largest magnitude, times 1
 like this.
 """
 
+from typing import Any, Self
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -153,6 +155,8 @@ class PackedWeight(nn.Module):
         super().__init__()
         codes, absmax = quantize_nf4(weight) if quant == "nf4" else quantize_int8(weight)
         self.quant, self.shape, self.dtype = quant, tuple(weight.shape), weight.dtype
+        self.codes: torch.Tensor
+        self.absmax: torch.Tensor
         self.register_buffer("codes", codes)
         self.register_buffer("absmax", absmax)
 
@@ -175,12 +179,12 @@ class _TimesPacked(torch.autograd.Function):
     """x Wᵀ with a packed W, unpacked again for the backward pass instead of being kept for it."""
 
     @staticmethod
-    def forward(ctx, x, packed):
+    def forward(ctx: Any, x: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
         ctx.packed = packed
         return F.linear(x, packed.dense())
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient @ ctx.packed.dense(gradient.dtype), None
 
 
@@ -192,14 +196,21 @@ class FrozenLinear(nn.Linear):
     """
 
     more_than_weight = False
+    packed: PackedWeight | None
 
-    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         self.weight.requires_grad_(False)
         self.packed = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *args, **kwargs):
+    def from_linear(cls, linear: nn.Linear, *args: Any, **kwargs: Any) -> Self:
         """The same layer as one of this class, which shares its weight.
 
         Raises:
@@ -208,8 +219,9 @@ class FrozenLinear(nn.Linear):
         if linear.bias is not None:
             raise ParameterError(f"{linear} has a bias; layers of RWKV have none, and none is kept here.")
         new = cls(linear.in_features, linear.out_features, *args, device="meta", dtype=linear.weight.dtype, **kwargs)
-        if getattr(linear, "packed", None) is not None:
-            new.packed = linear.packed
+        packed = getattr(linear, "packed", None)
+        if packed is not None:
+            new.packed = packed
             del new.weight
         else:
             new.weight = linear.weight
@@ -232,14 +244,14 @@ class FrozenLinear(nn.Linear):
             self.packed = PackedWeight(self.weight, quant)
             del self.weight
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name == "weight":
             packed = self.__dict__.get("_modules", {}).get("packed")
             if packed is not None:
                 return packed.dense()
         return super().__getattr__(name)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., in]` -> `[..., out]`."""
         return F.linear(x, self.weight) if self.packed is None else _TimesPacked.apply(x, self.packed)
 
@@ -247,7 +259,13 @@ class FrozenLinear(nn.Linear):
 class NF4Linear(FrozenLinear):
     """A frozen Linear of 4.5 bits a weight; `NF4Linear.from_linear(layer)` makes one of an existing layer."""
 
-    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(in_features, out_features, device, dtype)
         if self.weight.device.type != "meta":
             self.pack("nf4")

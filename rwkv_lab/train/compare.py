@@ -85,12 +85,13 @@ def _tuned_by(method: str, layout: Layout, budget: int, common: Mapping[str, obj
     if "rank" in kind.takes:
         own = {"rank": rank_for(method, layout, budget), "targets": [f"att.{name}" for name in _ATTENTION]}
     spec = TrainSpec.read({"kind": method, "lr": kind.compared_lr, **common, **own})
-    result = run_training(make_plan(spec), folder / f"{method}.safetensors", TrainOptions(samples=False))
+    plan = make_plan(spec)
+    result = run_training(plan, folder / f"{method}.safetensors", TrainOptions.read({"samples": False}))
     return Compared(
         method=method,
         trained=result.trained,
         rank=spec.rank,
-        lr=kind.compared_lr,
+        lr=plan.spec.lr,
         bits_before=result.bits_before,
         bits_after=result.bits_after,
         losses=result.losses,

@@ -51,7 +51,7 @@ def load_corpus(data: str) -> Corpus | Examples:
     if data == "python":
         return _split_by_hash(data, _library_files(), "files of the standard library, one in ten held out as a whole")
     try:
-        return _of_files(data_path(data))
+        return _of_files(Path(data))
     except OSError as e:
         raise ParameterError(f"{e.filename or data} cannot be read: {e.strerror or e}.") from e
 

@@ -13,9 +13,9 @@ from rwkv_lab.errors import CorruptFileError, NumericsError
 from rwkv_lab.progress import Progress
 from rwkv_lab.train.batches import SKIP, Rows, Windows, held_out_bits, nats
 from rwkv_lab.train.optimiser import make_optimiser, schedule, set_lr
-from rwkv_lab.train.processes import Processes, put
+from rwkv_lab.train.processes import Processes, gathered, put
 from rwkv_lab.train.resume import Course, load_course, save_course
-from rwkv_lab.train.spec import TrainOptions, TrainSpec
+from rwkv_lab.train.spec import ResolvedSpec, TrainOptions
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Fitting:
         run: nn.Module,
         trained: Mapping[str, nn.Parameter],
         material: Windows | Rows,
-        spec: TrainSpec,
+        spec: ResolvedSpec,
         options: TrainOptions,
         resume_file: Path,
         settings: Mapping[str, object],
@@ -127,8 +127,7 @@ class Fitting:
         if not math.isfinite(bits):
             raise self._not_finite("loss", bits)
         self.scaler.unscale_(self.optimiser)
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = float(gathered(nn.utils.clip_grad_norm_(self.trained.values(), CLIP)))
         if not math.isfinite(norm) and not self.scaler.is_enabled():  # the scaler leaves such a step out by itself
             raise self._not_finite("gradient's norm", norm)
         self.scaler.step(self.optimiser)

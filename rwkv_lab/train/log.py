@@ -9,7 +9,7 @@ from pathlib import Path
 from rwkv_lab.checkpoint.write import write_text
 from rwkv_lab.errors import OutputError
 
-COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "held_out", "seconds")
+COLUMNS: tuple[str, ...] = ("step", "loss", "lr", "grad_norm", "tokens", "held_out", "seconds")
 
 
 def check_log_folder(folder: Path) -> None:

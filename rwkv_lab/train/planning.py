@@ -13,7 +13,7 @@ from rwkv_lab.checkpoint.unchanged import FileState, file_states
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.names import is_block_matrix
-from rwkv_lab.train.spec import KINDS, Planned, TrainSpec
+from rwkv_lab.train.spec import KINDS, Planned, ResolvedSpec, TrainSpec
 
 # Numbers kept for the backward pass, per token and channel of one layer: counted in RWKV-7 with the chunked operator.
 _KEPT_PER_CHANNEL = 66
@@ -24,7 +24,7 @@ _BITS = {"nf4": 4 + 32 / 64, "int8": 8}  # per value; NF4 with a float32 scale p
 class TrainPlan:
     """What would be trained, in numbers of values and of bytes. `run_training` trains what stands here."""
 
-    spec: TrainSpec  # with the kind's own values filled in
+    spec: ResolvedSpec
     base_files: tuple[FileState, ...]  # as they were when their headers were read
     layout: Layout
     trained: Sequence[Planned]
@@ -68,9 +68,9 @@ def make_plan(spec: TrainSpec) -> TrainPlan:
         LayoutError: a base that is no whole model.
         CorruptFileError, UnsafeFileError: of the base.
     """
-    spec = spec.resolved()
-    layout, shapes, files = _described(spec)
-    trained = KINDS[spec.kind].planned(spec, layout, shapes)
+    resolved = spec.resolved()
+    layout, shapes, files = _described(resolved)
+    trained = KINDS[spec.kind].planned(resolved, layout, shapes)
     size = spec.torch_dtype.itemsize
     whole = {name for name, shape, values in trained if name in shapes and math.prod(shape) == values}
     frozen = {name: math.prod(shape) for name, shape in shapes.items() if name not in whole}
@@ -81,7 +81,7 @@ def make_plan(spec: TrainSpec) -> TrainPlan:
     wide = max(size, 4)  # of what is added to the model
     gradients = kept * size + new * wide
     return TrainPlan(
-        spec=spec,
+        spec=resolved,
         base_files=files,
         layout=layout,
         trained=trained,
@@ -89,17 +89,16 @@ def make_plan(spec: TrainSpec) -> TrainPlan:
         weights_bytes=round(weights + new * wide),
         gradients_bytes=gradients,
         optimiser_bytes=2 * gradients,
-        activations_bytes=_activations(spec, layout) * (2 if size == 2 or spec.autocast else size),
+        activations_bytes=_activations(resolved, layout) * (2 if size == 2 or spec.autocast else size),
     )
 
 
-def _activations(spec: TrainSpec, layout: Layout) -> int:
+def _activations(spec: ResolvedSpec, layout: Layout) -> int:
     """Numbers kept for the backward pass."""
     layers = layout.n_layer * _KEPT_PER_CHANNEL
     if spec.gradient_checkpointing:
         layers = layout.n_layer * 2 + _KEPT_PER_CHANNEL
-    tokens = spec.effective("batch_size") * spec.effective("ctx_len")
-    return tokens * (layers * layout.n_embd + 3 * layout.vocab_size)
+    return spec.batch_size * spec.ctx_len * (layers * layout.n_embd + 3 * layout.vocab_size)
 
 
 def _described(spec: TrainSpec) -> tuple[Layout, Mapping[str, tuple[int, ...]], tuple[FileState, ...]]:

@@ -14,10 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rwkv_lab.errors import ParameterError
+from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.model.device import parse_device
-
-PARALLEL = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,6 @@ class Processes:
 
     @classmethod
     def here(cls, how: str) -> "Processes":
-        if how not in PARALLEL:
-            raise ParameterError(f"There is no parallel {how!r}; there are: {', '.join(PARALLEL)}.")
         if dist.is_available() and dist.is_initialized():
             return cls(how, dist.get_rank(), dist.get_world_size())
         return cls(how, 0, 1)
@@ -49,7 +45,7 @@ class Processes:
     def sharded(self) -> bool:
         return self.size > 1 and self.how == "fsdp"
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: RWKV_Dual) -> nn.Module:
         """What to call in place of the model. `fully_shard` changes the model itself."""
         if self.size == 1:
             return model
@@ -59,9 +55,10 @@ class Processes:
             # A unit is whole only while its own forward runs. `ln0` runs before its block; `time_state` is read before
             # all blocks, so with it the whole model is one unit.
             if not model.has_time_state:
-                for unit in (model.blocks[0].ln0, *model.blocks):
+                for unit in (model.get_submodule("blocks.0.ln0"), *model.blocks):
                     fully_shard(unit)
-            return fully_shard(model)
+            fully_shard(model)
+            return model
         device = model.get_device()
         return nn.parallel.DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
@@ -76,8 +73,9 @@ class Processes:
     def collecting(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
         """Around the passes of one batch: gradients are exchanged in the last one of a step only."""
         if self.sharded:
-            wrapped.set_requires_gradient_sync(last)
-        with wrapped.no_sync() if self.size > 1 and not self.sharded and not last else nullcontext():
+            wrapped.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]  # what `fully_shard` added
+        ddp = wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else None
+        with nullcontext() if last or ddp is None else ddp.no_sync():
             yield
 
     def total(self, value: torch.Tensor) -> float:
@@ -98,15 +96,17 @@ class Processes:
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor of one that is spread over processes; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    full = getattr(tensor, "full_tensor", None)  # of a DTensor
+    return tensor if full is None else full()
 
 
 @torch.no_grad()
 def put(target: torch.Tensor, values: torch.Tensor) -> None:
     """Write a whole tensor's values into `target`, which may be spread over processes."""
     if hasattr(target, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        assert isinstance(target, DTensor)
         values = distribute_tensor(values.to(target.device), target.device_mesh, target.placements)
     target.copy_(values)
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
@@ -105,7 +106,7 @@ def load_course(
             moment = torch.zeros_like(trained[name])
             put(moment, values)
             optimiser.state[trained[name]][key] = moment
-    course.held_out = [tuple(pair) for pair in course.held_out]
+    course.held_out = [(step, bits) for step, bits in course.held_out]
     return course, parts.get("best", {}), parts.get("data", {})
 
 
@@ -131,7 +132,7 @@ def _fault_of_course(course: Course, written: Mapping, settings: Mapping) -> str
     return "" if isinstance(course.scaler, dict) else "its scaler cannot be understood"
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -139,7 +140,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_pair(value: object) -> bool:
+def _is_pair(value: object) -> TypeGuard[list]:
     return isinstance(value, list) and len(value) == 2
 
 

@@ -26,9 +26,7 @@ from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.model.device import parse_device
 from rwkv_lab.paths import path_fault
-from rwkv_lab.peft.quantised import QUANTS
 from rwkv_lab.spec import Number, OneOf, Patterns, Spec, Text
-from rwkv_lab.train.processes import PARALLEL
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 AUTOCASTS = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -188,9 +186,11 @@ class TrainSpec(Spec):
     alpha: Rate | None = Field(None, description="of a LoRA, scaled by alpha over rank; None: twice the rank")
     targets: Names = Field([], description="layers to adapt, such as att.key, or patterns; empty: all of the blocks")
     train_parts: Names = Field([], description="trained beside adapters: emb, head, ln, time_state or patterns")
-    quant: Literal[QUANTS] = Field("none", description="of frozen matrices: none, int8 or nf4")
-    dtype: Literal[tuple(DTYPES)] = Field("float32", description="of the model: float32, float64, bfloat16")
-    autocast: Literal[tuple(AUTOCASTS)] = Field(
+    quant: Literal["none", "int8", "nf4"] = Field("none", description="of frozen matrices: none, int8 or nf4")
+    dtype: Literal["float32", "float64", "bfloat16"] = Field(
+        "float32", description="of the model: float32, float64, bfloat16"
+    )
+    autocast: Literal["", "bfloat16", "float16"] = Field(
         "", description="compute in bfloat16, or on CUDA float16; empty: in dtype"
     )
     device: Text = Field("cpu", description="cpu or cuda")
@@ -236,10 +236,11 @@ class TrainSpec(Spec):
         value = getattr(self, name)
         return getattr(KINDS[self.kind].defaults, name) if value is None else value
 
-    def resolved(self) -> Self:
-        """The same with the kind's own data, steps, batch_size, ctx_len, lr and rank where they are None."""
+    def resolved(self) -> "ResolvedSpec":
+        """The same with the kind's own values where they are None, rank only where the kind has one."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
         names = [n for n in ("data", "steps", "batch_size", "ctx_len", "lr", "rank") if self.applies(n, self.kind)]
-        return self.changed(**{name: self.effective(name) for name in names})
+        return ResolvedSpec.read(values | {name: self.effective(name) for name in names})
 
     @property
     def warmup_steps(self) -> int:
@@ -256,6 +257,16 @@ class TrainSpec(Spec):
         return AUTOCASTS[self.autocast]
 
 
+class ResolvedSpec(TrainSpec):
+    """A spec in which nothing is left to the kind; `TrainSpec.resolved` makes it."""
+
+    data: Text
+    steps: Positive
+    batch_size: Positive
+    ctx_len: Positive
+    lr: Rate
+
+
 class TrainOptions(Spec):
     """How a training runs; none of it changes the result, but for the rounding of several processes."""
 
@@ -264,7 +275,9 @@ class TrainOptions(Spec):
     checkpoint_every: Count = Field(0, description="updates between two checkpoints; 0: none")
     resume: bool = Field(False, description="continue from the checkpoint beside the output, if there is one")
     log_folder: PathOrEmpty = Field("", description="folder of log.csv and log.json; empty: no log")
-    parallel: Literal[PARALLEL] = Field("ddp", description="several processes: ddp copies the model, fsdp spreads it")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="several processes: ddp copies the model, fsdp spreads it"
+    )
     overwrite: bool = Field(False, description="replace the output if it is there")
     samples: bool = Field(True, description="let the model write a text before and after")
     on_step: Callable[[int, list[float]], object] | None = Field(

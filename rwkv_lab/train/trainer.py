@@ -27,7 +27,7 @@ from rwkv_lab.train.output import check_destinations
 from rwkv_lab.train.planning import TrainPlan, make_plan
 from rwkv_lab.train.processes import Processes, put
 from rwkv_lab.train.resume import resume_path
-from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
+from rwkv_lab.train.spec import KINDS, ResolvedSpec, TrainOptions, TrainSpec
 
 log = logging.getLogger(__name__)
 
@@ -158,8 +158,7 @@ def run_training(plan: TrainPlan, out: str | Path, options: TrainOptions) -> Tra
     training = _prepare(plan, to_path(out, "out"), options)
     fitting, course = training.fitting, training.fitting.course
     clock.lap("data")
-    if course.bits_before is None:  # else an earlier run has measured it
-        _measure_before(training)
+    bits_before = _measure_before(training) if course.bits_before is None else course.bits_before
     clock.lap("before")
     stopped_early = fitting.fit()
     clock.lap("training")
@@ -171,7 +170,7 @@ def run_training(plan: TrainPlan, out: str | Path, options: TrainOptions) -> Tra
         kind=plan.spec.kind,
         out=training.out,
         losses=course.losses,
-        bits_before=course.bits_before,
+        bits_before=bits_before,
         bits_after=bits_after,
         held_out_bytes=training.material.held_out_bytes,
         split=training.corpus.split,
@@ -195,7 +194,7 @@ def run_training(plan: TrainPlan, out: str | Path, options: TrainOptions) -> Tra
 class _Training:
     """A training that is ready for its first step."""
 
-    spec: TrainSpec
+    spec: ResolvedSpec
     out: Path
     options: TrainOptions
     processes: Processes
@@ -236,16 +235,21 @@ def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
     return _Training(spec, out, options, processes, inputs, corpus, material, model, settings, fitting)
 
 
-def _measure_before(training: _Training) -> None:
-    """Held-out text, and samples, before the first step."""
-    course, spec = training.fitting.course, training.spec
-    course.bits_before = training.fitting.measure()
-    if not math.isfinite(course.bits_before):
+def _measure_before(training: _Training) -> float:
+    """Bits per byte of held-out text before the first step; samples are taken too. Both stay in the course.
+
+    Raises:
+        NumericsError: they are not finite.
+    """
+    bits = training.fitting.measure()
+    if not math.isfinite(bits):
         raise NumericsError(
-            f"{spec.base or 'The fresh model'} predicts held-out {training.corpus.name} with {course.bits_before} bits "
+            f"{training.spec.base or 'The fresh model'} predicts held-out {training.corpus.name} with {bits} bits "
             "per byte before any step.\nInspect the base for NaN and Inf, or try dtype='float32' without autocast."
         )
-    course.samples_before = training.samples()
+    training.fitting.course.bits_before = bits
+    training.fitting.course.samples_before = training.samples()
+    return bits
 
 
 def _write(training: _Training, result: TrainResult) -> None:
@@ -268,7 +272,7 @@ def _write(training: _Training, result: TrainResult) -> None:
     processes.wait()
 
 
-def _settings(spec: TrainSpec, corpus: Corpus | Examples, inputs: Sequence[FileFacts]) -> dict[str, object]:
+def _settings(spec: ResolvedSpec, corpus: Corpus | Examples, inputs: Sequence[FileFacts]) -> dict[str, object]:
     """What decides the result, in terms of JSON: travels in the output, and must be the same to resume."""
     defaults = KINDS[spec.kind].defaults
     settings: dict[str, object] = {

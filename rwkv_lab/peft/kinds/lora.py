@@ -78,7 +78,7 @@ class LoraTarget(Target):
 
     def residual_rows(self, weight: torch.Tensor, first_row: int = 0) -> torch.Tensor:
         """As of `Target`: for PiSSA less than the rows are."""
-        if self.init_A is None:
+        if self.init_A is None or self.init_B is None:
             return weight
         return self._plus(weight, self.init_A, self.init_B, first_row, -self.scaling)
 
@@ -87,7 +87,7 @@ class LoraTarget(Target):
 
     def restored_rows(self, merged: torch.Tensor, first_row: int = 0) -> torch.Tensor:
         residual = self._plus(merged, self.A, self.B, first_row, -self.scaling)
-        if self.init_A is None:
+        if self.init_A is None or self.init_B is None:
             return residual
         return self._plus(residual, self.init_A, self.init_B, first_row, self.scaling)
 
@@ -98,13 +98,13 @@ class LoraTarget(Target):
 
     def prepared(self, weight: float, dtype: torch.dtype) -> Self:
         halves = {"A": in_memory(self.A, 1, dtype), "B": in_memory(self.B, weight, dtype)}
-        if self.init_A is not None:
+        if self.init_A is not None and self.init_B is not None:
             halves |= {"init_A": in_memory(self.init_A, 1, dtype), "init_B": in_memory(self.init_B, weight, dtype)}
         return replace(self, **halves)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         left, right = self.scaling * self.B.read().double(), self.A.read().double()  # [out,r], [r,in]
-        if self.init_A is not None:
+        if self.init_A is not None and self.init_B is not None:
             left = torch.cat([left, -self.scaling * self.init_B.read().double()], 1)  # [out,2r]
             right = torch.cat([right, self.init_A.read().double()], 0)  # [2r,in]
         return left, right
@@ -130,13 +130,8 @@ class Lora(AdapterKind):
 
     def trained_layer(self, linear: nn.Linear, target: LoraTarget) -> LoraLinear:
         t = target
-        layer = self.layer_type.from_linear(linear, t.rank, t.alpha, use_rslora=t.use_rslora, adapter_dtype=t.A.dtype)
-        with torch.no_grad():
-            if t.init_A is not None:
-                layer.start_from(t.init_A.read(), t.init_B.read())
-            layer.lora_A.copy_(t.A.read())
-            layer.lora_B.copy_(t.B.read())
-        return layer
+        layer = LoraLinear.from_linear(linear, t.rank, t.alpha, use_rslora=t.use_rslora, adapter_dtype=t.A.dtype)
+        return with_values(layer, target)
 
     # In a file of RWKV-PEFT's layout
 
@@ -153,13 +148,14 @@ class Lora(AdapterKind):
     ) -> tuple[dict[str, Target], str]:
         has_start = _has_start(ck, layers)
         pissa = _is_pissa(ck, note, options, has_start)
-        if pissa and not note:
-            if options.alpha is not None or options.use_rslora:
-                raise ParameterError("alpha is not used by PiSSA in RWKV-PEFT's layout: its scale is 1; leave it out.")
-        elif note:
-            options.refuse_other("alpha", options.alpha, note["alpha"], ck.path)
-            options.refuse_other("use_rslora", options.use_rslora, note["use_rslora"], ck.path)
-        elif options.alpha is None:
+        alpha, use_rslora = options.alpha, bool(options.use_rslora)
+        if note:
+            alpha, use_rslora = note["alpha"], note["use_rslora"]
+            options.refuse_other("alpha", options.alpha, alpha, ck.path)
+            options.refuse_other("use_rslora", options.use_rslora, use_rslora, ck.path)
+        elif pissa and (alpha is not None or use_rslora):
+            raise ParameterError("alpha is not used by PiSSA in RWKV-PEFT's layout: its scale is 1; leave it out.")
+        elif not pissa and alpha is None:
             raise ParameterError(
                 f"{ck.path} does not state its alpha, which must be known: pass alpha= (16, 32 and 64 are common).\n"
                 "If it is PiSSA, pass pissa_init= or residual_base=True instead."
@@ -168,13 +164,12 @@ class Lora(AdapterKind):
         for x, parts in layers.items():
             A, B = parts["lora_A"], parts["lora_B"]
             rank = A.shape[0] if A.shape else 0
-            alpha = note["alpha"] if note else (rank or 1) if pissa else options.alpha
-            rs = note["use_rslora"] if note else bool(options.use_rslora) and not pissa
-            targets[x] = LoraTarget(A, B, alpha, rs, pissa, parts.get("init_lora_A"), parts.get("init_lora_B"))
+            start = parts.get("init_lora_A"), parts.get("init_lora_B")
+            targets[x] = LoraTarget(A, B, (rank or 1) if alpha is None else alpha, use_rslora, pissa, *start)
         return targets, "pissa" if pissa else "lora"
 
     def file_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
-        scalings = {(t.alpha, t.use_rslora) for t in adapter.targets.values()}
+        scalings = {(t.alpha, t.use_rslora) for t in lora_targets(adapter).values()}
         if len(scalings) > 1:
             raise ParameterError(
                 f"alpha differs between layers ({sorted(a for a, _ in scalings)[:4]}), and a file in RWKV-PEFT's\n"
@@ -188,9 +183,10 @@ class Lora(AdapterKind):
         match = _FOLDER_PART.match(name)
         return (match["layer"], match["part"]) if match else None
 
-    def read_folder(self, ck: Checkpoint, layers: Layers, options: AdapterOptions) -> tuple[dict[str, Target], str]:
-        config = ck.adapter_config
-        pissa = _is_pissa_folder(ck, options)
+    def read_folder(
+        self, ck: Checkpoint, config: Mapping[str, Any], layers: Layers, options: AdapterOptions
+    ) -> tuple[dict[str, Target], str]:
+        pissa = _is_pissa_folder(ck, config, options)
         use_rslora = config.get("use_rslora") or False
         if not isinstance(use_rslora, bool):
             raise LayoutError(f"{ck.path}: use_rslora is {use_rslora!r}; true or false is expected.")
@@ -203,17 +199,17 @@ class Lora(AdapterKind):
                 if missing not in parts:
                     raise LayoutError(f"{x}.{here} is there, {x}.{missing} is not; {ck.path} is incomplete.")
             A = parts["lora_A"]
-            rank = _of_layer(ck, "rank_pattern", x, config.get("r"))
+            rank = _of_layer(ck, config, "rank_pattern", x, config.get("r"))
             if not A.shape or rank != A.shape[0]:
                 raise LayoutError(
                     f"{ck.path}: {x}.lora_A is {list(A.shape)}, adapter_config.json states rank {rank!r}."
                 )
-            alpha = _number(ck, "lora_alpha", _of_layer(ck, "alpha_pattern", x, config.get("lora_alpha")))
+            alpha = _number(ck, "lora_alpha", _of_layer(ck, config, "alpha_pattern", x, config.get("lora_alpha")))
             targets[x] = LoraTarget(A, parts["lora_B"], alpha, use_rslora, pissa)
         return targets, "pissa" if pissa else "lora"
 
     def folder_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
-        targets = {x: _as_plain_lora(t) for x, t in adapter.targets.items()}
+        targets = {x: _as_plain_lora(t) for x, t in lora_targets(adapter).items()}
         ranks, alphas = {x: t.rank for x, t in targets.items()}, {x: t.alpha for x, t in targets.items()}
         r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
         if len({t.use_rslora for t in targets.values()}) > 1:
@@ -230,6 +226,19 @@ class Lora(AdapterKind):
             "fan_in_fan_out": False,
         }
         return {f"{x}.{part}.weight": v for x, t in targets.items() for part, v in t.tensors.items()}, config
+
+
+def with_values(layer: LoraLinear, target: LoraTarget) -> LoraLinear:
+    """The layer, with A and B as they are in the target."""
+    with torch.no_grad():
+        layer.lora_A.copy_(target.A.read())
+        layer.lora_B.copy_(target.B.read())
+    return layer
+
+
+def lora_targets(adapter: Adapter) -> dict[str, LoraTarget]:
+    """Those of an adapter that is LoRA or PiSSA."""
+    return {x: target for x, target in adapter.targets.items() if isinstance(target, LoraTarget)}
 
 
 def lora_note(method: str, quant: str | None, alpha: float, use_rslora: bool = False) -> dict[str, Any]:
@@ -283,14 +292,14 @@ def _is_pissa(ck: Checkpoint, note: Mapping[str, Any], options: AdapterOptions, 
     return pissa
 
 
-def _is_pissa_folder(ck: Checkpoint, options: AdapterOptions) -> bool:
+def _is_pissa_folder(ck: Checkpoint, config: Mapping[str, Any], options: AdapterOptions) -> bool:
     """Of a folder, by its configuration and the options.
 
     Raises:
         LayoutError: another start that changes the base.
         ParameterError: as `_is_pissa`.
     """
-    start = ck.adapter_config.get("init_lora_weights", True)
+    start = config.get("init_lora_weights", True)
     pissa = isinstance(start, str) and start.startswith("pissa")
     if not pissa and start not in _PLAIN_STARTS:
         raise LayoutError(
@@ -307,9 +316,9 @@ def _is_pissa_folder(ck: Checkpoint, options: AdapterOptions) -> bool:
     return pissa
 
 
-def _of_layer(ck: Checkpoint, patterns: str, layer: str, otherwise: Any) -> Any:
+def _of_layer(ck: Checkpoint, config: Mapping[str, Any], patterns: str, layer: str, otherwise: Any) -> Any:
     """The value for a layer: that of the first pattern, a regular expression, that its name ends in."""
-    table = ck.adapter_config.get(patterns) or {}
+    table = config.get(patterns) or {}
     if not isinstance(table, dict):
         raise LayoutError(f"{ck.path}: {patterns} is {table!r}, a table is expected.")
     for pattern, value in table.items():
@@ -329,7 +338,7 @@ def _number(ck: Checkpoint, name: str, value: Any) -> float:
 
 def _as_plain_lora(target: LoraTarget) -> LoraTarget:
     """The LoRA of twice the rank that does to the original weight what PiSSA does: B A - B₀A₀ as one product."""
-    if target.init_A is None:
+    if target.init_A is None or target.init_B is None:
         return target
     A = torch.cat([target.A.read(), target.init_A.read()])
     B = torch.cat([target.B.read(), -target.init_B.read()], dim=1)

@@ -144,14 +144,15 @@ class Miss(AdapterKind):
         return {x: MissTarget(parts[_BLOCK], variants[x]) for x, parts in layers.items()}, "miss"
 
     def file_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
-        variants = {t.variant for t in adapter.targets.values()}
+        targets = _targets(adapter)
+        variants = {t.variant for t in targets.values()}
         if variants - {"default", "bat-rwkv-peft"} or len(variants) > 1:
             raise ParameterError(
                 f"RWKV-PEFT has no MiSS of the kind {' and '.join(sorted(variants))}: save it to a folder, which\n"
                 "becomes one of Hugging Face's peft."
             )
         note = {"method": "miss", "quant": adapter.quant, "variant": variants.pop()}
-        return {f"{x}.disha": t.block for x, t in adapter.targets.items()} | dict(adapter.full), note
+        return {f"{x}.disha": t.block for x, t in targets.items()} | dict(adapter.full), note
 
     # In a folder of Hugging Face's peft
 
@@ -159,9 +160,10 @@ class Miss(AdapterKind):
         match = _FOLDER_PART.match(name)
         return (match["layer"], _BLOCK) if match else None
 
-    def read_folder(self, ck: Checkpoint, layers: Layers, options: AdapterOptions) -> tuple[dict[str, Target], str]:
+    def read_folder(
+        self, ck: Checkpoint, config: Mapping[str, Any], layers: Layers, options: AdapterOptions
+    ) -> tuple[dict[str, Target], str]:
         options.refuse_for_lora(ck.path, "MiSS")
-        config = ck.adapter_config
         start = config.get("init_weights", True)
         if start not in (True, False, "bat", "mini"):
             raise LayoutError(f"{ck.path}: init_weights {start!r} is not known; true, false, 'bat' and 'mini' are.")
@@ -184,8 +186,9 @@ class Miss(AdapterKind):
         return targets, "miss"
 
     def folder_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
-        variants = {t.variant for t in adapter.targets.values()}
-        shapes = {(t.rank, t.block.shape[1] if t.variant == "mini" else 1) for t in adapter.targets.values()}
+        targets = _targets(adapter)
+        variants = {t.variant for t in targets.values()}
+        shapes = {(t.rank, t.block.shape[1] if t.variant == "mini" else 1) for t in targets.values()}
         if len(variants) > 1 or "bat-rwkv-peft" in variants or len(shapes) > 1:
             raise ParameterError(
                 f"Hugging Face's peft has no MiSS of the kind {' and '.join(sorted(variants))} with "
@@ -195,7 +198,11 @@ class Miss(AdapterKind):
         (variant,), ((r, mini_r),) = variants, shapes
         start = {"default": True, "mini": "mini", "bat-hf": "bat"}[variant]
         config = {"peft_type": "MISS", "r": r, "mini_r": mini_r, "miss_dropout": 0.0, "init_weights": start}
-        return {f"{x}.miss_block": t.block for x, t in adapter.targets.items()}, config
+        return {f"{x}.miss_block": t.block for x, t in targets.items()}, config
+
+
+def _targets(adapter: Adapter) -> dict[str, MissTarget]:
+    return {x: target for x, target in adapter.targets.items() if isinstance(target, MissTarget)}
 
 
 def _variant(x: str, block: TensorInfo, note: Mapping[str, Any], ck: Checkpoint, options: AdapterOptions) -> str:

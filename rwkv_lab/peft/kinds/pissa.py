@@ -13,8 +13,8 @@ from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values
 from rwkv_lab.peft.config import LoraConfig, register
 from rwkv_lab.peft.hf_layout import PREFIX
-from rwkv_lab.peft.kinds.lora import Lora, LoraTarget
-from rwkv_lab.peft.linear import AdaptedLinear, PissaLinear
+from rwkv_lab.peft.kinds.lora import Lora, LoraTarget, lora_targets, with_values
+from rwkv_lab.peft.linear import LoraLinear, PissaLinear
 
 _HALF = re.compile(r"^(?P<layer>.+)\.(?:init_)?lora_(?P<half>[AB])(?:\.default)?(?:\.weight)?$")
 
@@ -37,19 +37,28 @@ class Pissa(Lora):
     def new_layer(self, linear: nn.Linear, config: LoraConfig) -> PissaLinear:
         return PissaLinear.from_linear(linear, config.lora_r, adapter_dtype=config.adapter_dtype)
 
-    def start(self, layer: AdaptedLinear, config: LoraConfig) -> None:
+    def start(self, layer: PissaLinear, config: LoraConfig) -> None:
         layer.start(config.svd_niter)
 
-    def start_fingerprint(self, layers: Iterable[AdaptedLinear]) -> str:
+    def start_fingerprint(self, layers: Iterable[PissaLinear]) -> str:
         """Its SVD may come out otherwise on another machine or number of threads."""
         digest = hashlib.sha256()
         for layer in layers:
+            assert layer.init_lora_A is not None, "a layer that was started has its start"
             digest.update(layer.init_lora_A.cpu().float().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def target(self, layer: PissaLinear) -> LoraTarget:
-        start = (None if t is None else InMemory(t) for t in (layer.init_lora_A, layer.init_lora_B))
-        return LoraTarget(*super().target(layer).tensors.values(), layer.lora_alpha, layer.use_rslora, True, *start)
+        A, B = layer.init_lora_A, layer.init_lora_B
+        start = {} if A is None or B is None else {"init_A": InMemory(A), "init_B": InMemory(B)}
+        return replace(super().target(layer), pissa=True, **start)
+
+    def trained_layer(self, linear: nn.Linear, target: LoraTarget) -> LoraLinear:
+        t = target
+        layer = PissaLinear.from_linear(linear, t.rank, t.alpha, use_rslora=t.use_rslora, adapter_dtype=t.A.dtype)
+        if t.init_A is not None and t.init_B is not None:
+            layer.start_from(t.init_A.read(), t.init_B.read())
+        return with_values(layer, target)
 
     def file_part(self, name: str) -> None:
         return None
@@ -82,19 +91,20 @@ def with_start(adapter: Adapter, init: Checkpoint) -> dict[str, Target]:
     for name in names:
         if match := _HALF.match(name.removeprefix(PREFIX).removeprefix(init.identity.prefix)):
             parts.setdefault(match["layer"], {})[match["half"]] = init.info[name]
+    targets = lora_targets(adapter)
     missing = [x for x in adapter.targets if set(parts.get(x, ())) != {"A", "B"}]
     if missing or len(parts) != len(adapter.targets):
         raise LayoutError(
             f"{init.path} has starts for {len(parts)} layers, {adapter.where} adapts {len(adapter.targets)}"
             f"{f'; nothing for {missing[0]}' if missing else ''}.\nThey are not of one training run."
         )
-    for x, target in adapter.targets.items():
+    for x, target in targets.items():
         if parts[x]["A"].shape != target.A.shape or parts[x]["B"].shape != target.B.shape:
             raise LayoutError(
                 f"{init.path} starts {x} with lora_A {list(parts[x]['A'].shape)}, {adapter.where} has "
                 f"{list(target.A.shape)}.\nThey are not of one training run."
             )
-    return {x: replace(t, pissa=True, init_A=parts[x]["A"], init_B=parts[x]["B"]) for x, t in adapter.targets.items()}
+    return {x: replace(t, pissa=True, init_A=parts[x]["A"], init_B=parts[x]["B"]) for x, t in targets.items()}
 
 
 register(Pissa())

@@ -24,8 +24,8 @@ class WholeModel(Kind):
         if spec.base:
             model = RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
         else:
-            sizes = dict(n_embd=spec.n_embd, n_layer=spec.n_layer, head_size=spec.head_size)
-            model = RWKV_Dual(**sizes, vocab_size=257).to(torch.device(spec.device), spec.torch_dtype)
+            model = RWKV_Dual(spec.n_embd, spec.n_layer, vocab_size=257, head_size=spec.head_size)
+            model = model.to(torch.device(spec.device), spec.torch_dtype)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in UNUSED_IN_LAYER_0)
         return model
