@@ -12,8 +12,6 @@ ROOT = Path(__file__).parent.parent
 ALLOWED: dict[str, int] = {
     "merge": 4,
     "model": 81,
-    "peft": 15,
-    "train": 2,
 }
 
 

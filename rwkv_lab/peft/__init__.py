@@ -1,6 +1,7 @@
 """Parameter-efficient tuning: adapters in models (LoRA, PiSSA, MiSS), on a quantised base or not, and their files."""
 
 from importlib import import_module
+from typing import Any
 
 import rwkv_lab.peft.kinds  # noqa: F401  # makes the kinds of adapters known
 
@@ -46,7 +47,7 @@ _HOME = {
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'rwkv_lab.peft' has no attribute {name!r}")
     return getattr(import_module(f"rwkv_lab.peft.{_HOME[name]}"), name)

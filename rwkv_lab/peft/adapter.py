@@ -127,7 +127,7 @@ class Adapter:
     def __enter__(self) -> "Adapter":
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def close(self) -> None:

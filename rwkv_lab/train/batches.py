@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
@@ -15,6 +16,15 @@ SKIP = -100  # a target that does not count, as torch's cross entropy spells it
 _TOKENS_AT_ONCE = 4096  # bounds the memory of measuring
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # tokens [B,T], and the token that follows each, or SKIP
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer of `rwkv_lab.model`."""
+
+    @property
+    def end_of_text(self) -> int | None: ...
+    def encode(self, text: str | bytes) -> list[int]: ...
+    def decode_bytes(self, ids: list[int]) -> bytes: ...
 
 
 class Windows:
@@ -68,7 +78,7 @@ class Rows:
         ParameterError: a prompt that leaves no room for its response.
     """
 
-    def __init__(self, examples: Examples, tokenizer, ctx_len: int, seed: int):
+    def __init__(self, examples: Examples, tokenizer: Tokenizer, ctx_len: int, seed: int):
         self._train = [_row(e, tokenizer, ctx_len, examples.name) for e in examples.train]
         self._held_out = [_row(e, tokenizer, ctx_len, examples.name) for e in examples.held_out]
         self.held_out_bytes = sum(row.learned_bytes for row in self._held_out)
@@ -113,7 +123,7 @@ class _Row:
     learned_bytes: int
 
 
-def _row(example: Example, tokenizer, ctx_len: int, name: str) -> _Row:
+def _row(example: Example, tokenizer: Tokenizer, ctx_len: int, name: str) -> _Row:
     prompt, response = tokenizer.encode(example.prompt), tokenizer.encode(example.response)
     end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     first = max(len(prompt), 1)  # nothing comes before the first token of all, so it cannot be learned
@@ -137,7 +147,7 @@ def _padded(rows: list[_Row]) -> Batch:
     return tokens, targets
 
 
-def in_batches(corpus: Corpus | Examples, tokenizer, ctx_len: int, seed: int) -> Windows | Rows:
+def in_batches(corpus: Corpus | Examples, tokenizer: Tokenizer, ctx_len: int, seed: int) -> Windows | Rows:
     """A corpus as tokens of a model. Examples without any prompt are texts: joined, and cut into windows.
 
     Raises:
@@ -153,7 +163,7 @@ def in_batches(corpus: Corpus | Examples, tokenizer, ctx_len: int, seed: int) ->
     return Windows(corpus.name, train, held_out, len(tokenizer.decode_bytes(predicted)), ctx_len, seed)
 
 
-def _joined(examples: tuple[Example, ...], tokenizer) -> list[int]:
+def _joined(examples: tuple[Example, ...], tokenizer: Tokenizer) -> list[int]:
     """Texts one after the other, each with the end of text after it, or an empty line where there is no such token."""
     end = tokenizer.encode(b"\n\n") if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     return [token for e in examples for token in (*tokenizer.encode(e.response), *end)]

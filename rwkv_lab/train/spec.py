@@ -6,7 +6,7 @@ one object (`Kind`), registered by its module in `rwkv_lab.train.kinds`; nothing
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from rwkv_lab.checkpoint import Layout
+from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.model.device import parse_device
@@ -111,6 +112,14 @@ class Kind(ABC):
         Raises:
             ParameterError: an output that cannot hold what is trained.
         """
+
+    def output_checks(self, names: Sequence[str]) -> list[Check]:
+        """What `verify_training` checks in an output of this kind beside what it checks in all.
+
+        Args:
+            names: of the tensors in the output.
+        """
+        return []
 
     def recorded(self, model: RWKV_Dual) -> dict[str, str]:
         """What decides the result beside the spec, before the first step: has to be the same to resume."""

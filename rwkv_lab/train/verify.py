@@ -30,11 +30,9 @@ def verify_training(spec: TrainSpec, result: TrainResult) -> list[Check]:
     with open_checkpoint(result.out) as written:
         bad = sum(int((~written[name].isfinite()).sum()) for name in written.info)
         names, kind = list(written.info), written.kind
-    expected = KINDS[result.kind].output_kind
-    checks = [Check("kind of the output", kind, expected, kind in (expected, "lora"))]
-    if result.kind == "state":
-        others = sum(not name.endswith(".time_state") for name in names)
-        checks.append(Check("tensors in the output that are no states", others, 0, others == 0))
+    trained = KINDS[result.kind]
+    expected = trained.output_kind
+    checks = [Check("kind of the output", kind, expected, kind in (expected, "lora")), *trained.output_checks(names)]
     again = measure_again(spec, result.out)
     apart = abs(again - result.bits_after)
     changed = sum(file_facts(before.path).fingerprint != before.fingerprint for before in result.inputs)

@@ -2,12 +2,14 @@
 
 import inspect
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.peft.quantised import QUANTS
 from rwkv_lab.train import train
-from rwkv_lab.train.spec import TrainOptions, TrainSpec
+from rwkv_lab.train.spec import AUTOCASTS, DTYPES, KINDS, TrainOptions, TrainSpec
 
 
 def test_every_keyword_of_train_is_an_option_and_every_option_a_keyword():
@@ -72,3 +74,16 @@ def test_what_cannot_be_is_refused(values, words):
     with pytest.raises(ParameterError) as refused:
         TrainSpec.read(values)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "known"),
+    [(TrainSpec, "quant", QUANTS), (TrainSpec, "dtype", DTYPES), (TrainSpec, "autocast", AUTOCASTS)],
+)
+def test_the_words_of_an_option_are_those_that_are_understood(model, name, known):
+    assert get_args(model.model_fields[name].annotation) == tuple(known)
+
+
+def test_the_help_on_kinds_names_all_of_them():
+    described = TrainSpec.model_fields["kind"].description
+    assert described.split(":")[0].replace(" or ", ", ").split(", ") == list(KINDS)

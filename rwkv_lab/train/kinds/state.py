@@ -1,10 +1,11 @@
 """State tuning: only the state that every sequence starts from is trained, `blocks.i.att.time_state` `[H,V,K]`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rwkv_lab.checkpoint import Layout, write_checkpoint
+from rwkv_lab.checks import Check
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.peft import quantise_blocks
 from rwkv_lab.train.spec import Defaults, Kind, Planned, TrainSpec, register
@@ -39,6 +40,10 @@ class InitialState(Kind):
         model.load_state_file(out)
         quantise_blocks(model, spec.quant)
         return model
+
+    def output_checks(self, names: Sequence[str]) -> list[Check]:
+        others = sum(not name.endswith(".time_state") for name in names)
+        return [Check("tensors in the output that are no states", others, 0, others == 0)]
 
 
 def planned_states(layout: Layout) -> list[Planned]:
