@@ -1,4 +1,7 @@
-"""The generations of RWKV that models are made of. Each file `rwkv*.py` in this folder registers its own."""
+"""The generations of RWKV that models are made of. Each file `rwkv*.py` in this folder registers its own.
+
+`rwkv_lab.checkpoint.generation` has what a file is recognised by, and which tensors it has.
+"""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -7,7 +10,7 @@ import torch
 from torch import nn
 
 from rwkv_lab.checkpoint import Layout
-from rwkv_lab.errors import LayoutError
+from rwkv_lab.errors import LayoutError, ParameterError
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +75,15 @@ _generations: dict[str, Generation] = {}
 
 
 def register(generation: Generation) -> None:
-    """Make models of these versions known."""
-    _generations.update(dict.fromkeys(generation.versions, generation))
+    """Make models of these versions known.
+
+    Raises:
+        ParameterError: a version of it is known already.
+    """
+    for version in generation.versions:
+        if version in _generations:
+            raise ParameterError(f"RWKV-{version} is known already.")
+        _generations[version] = generation
 
 
 def generations() -> list[Generation]:
