@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rwkv_lab.model.capture import Watched
+from rwkv_lab.model.capture import Capturable
 from rwkv_lab.model.standard_modules import standard
 
 GROUP_NORM_EPS = 64e-5  # of `att.ln_x` from RWKV-5 on: (1e-5)·8², whatever the head size
@@ -17,7 +17,7 @@ RESCALE_EVERY = 6  # layers
 
 
 @standard
-class Block(Watched):
+class Block(Capturable):
     """`blocks.i`: time mix and channel mix, each behind a LayerNorm and added to what came in.
 
     With float16 weights, RWKV-4 to 6 would overflow in deep layers. There x is halved after every sixth layer, and what
@@ -40,8 +40,8 @@ class Block(Watched):
 
         Returns x, the three states after the last token, and v_first, which RWKV-7's first layer makes.
         """
-        if self.watchers:
-            self.seen(x=x)
+        if self.receivers:
+            self.show(x=x)
         x_att = self.ln1(x)
         y, wkv_state, v_first = self.att(x_att, att_shift, wkv_state, v_first)
         x = x + y

@@ -1,35 +1,35 @@
-"""Looks into a running model: r, w, k, v, a, g, states and more, per layer and token, named as in the formulas."""
+"""Activations of a running model: r, w, k, v, a, g, states and more, per layer and token, named as in the formulas."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.patterns import matches, matches_any
 
 
-class Watched(nn.Module):
-    """A module that shows tensors from inside its `forward`, at no cost while nobody watches. It does so by
+class Capturable(nn.Module):
+    """A module whose `forward` lets tensors be captured, at no cost while they are not. It does so by
 
-        if self.watchers:
-            self.seen(r=r, w=log_decay.view(heads), state=wkv_state[:, None])
+        if self.receivers:
+            self.show(r=r, w=log_decay.view(heads), state=wkv_state[:, None])
 
     with tensors `[B,T,...]` in the order in which they are computed; a state, which is there once per call, is
     `[B,1,...]`.
     """
 
-    watchers: tuple[Callable[[dict[str, torch.Tensor]], None], ...] = ()
+    receivers: tuple[Callable[[dict[str, torch.Tensor]], None], ...] = ()
 
-    def seen(self, **tensors: torch.Tensor) -> None:
-        """Show these tensors to whoever watches."""
-        for watch in self.watchers:
-            watch(tensors)
+    def show(self, **tensors: torch.Tensor) -> None:
+        """Give these tensors to all that capture."""
+        for receive in self.receivers:
+            receive(tensors)
 
 
 class Captured(Mapping):
-    """What was seen: `captured["blocks.0.att.w"]`, in the order of computation; calls follow each other along T."""
+    """What was captured: `captured["blocks.0.att.w"]`, in the order of computation; calls follow each other along T."""
 
     def __init__(self):
         self._pieces: dict[str, list[torch.Tensor]] = {}
@@ -61,8 +61,8 @@ def capture(model, names: Collection[str] | None = None, layers: Collection[int]
         captured["blocks.3.att.w"]                                      # [B,T,H,N]
 
     Args:
-        names: which ones; shell patterns on a name (`w`) or on the end of the full one (`ffn.k`). None for all but
-            `state`, which is large. They are, where a generation has them:
+        names: which ones, as patterns (see `rwkv_lab.patterns`): `w`, `ffn.k`, `blocks.0`. None for all but `state`,
+            which is large. They are, where a generation has them:
 
             - `blocks.i.x`: what comes into the block `[B,T,C]`
             - `blocks.i.att.x`, `.att.out`: into the time mix (after ln1) and out of it `[B,T,C]`
@@ -78,7 +78,7 @@ def capture(model, names: Collection[str] | None = None, layers: Collection[int]
     Gradient checkpointing runs layers again in the backward pass: keep that outside.
 
     Raises:
-        ParameterError: a layer that the model does not have; after the block, a name that nothing answered to.
+        ParameterError: a layer that the model does not have; after the block, a pattern that matched nothing.
     """
     n_layer = len(model.blocks)
     wrong = next((i for i in layers or () if not 0 <= i < n_layer), None)
@@ -89,24 +89,24 @@ def capture(model, names: Collection[str] | None = None, layers: Collection[int]
         (prefix, module)
         for layer in (range(n_layer) if layers is None else sorted(set(layers)))
         for prefix, module in model.blocks[layer].named_modules(prefix=f"blocks.{layer}")
-        if isinstance(module, Watched)
+        if isinstance(module, Capturable)
     ]
 
-    def watch(prefix: str, tensors: dict[str, torch.Tensor]) -> None:
+    def receive(prefix: str, tensors: dict[str, torch.Tensor]) -> None:
         there.update(tensors)
         for name, tensor in tensors.items():
             if _fits(f"{prefix}.{name}", names):
                 captured._add(f"{prefix}.{name}", tensor)
 
-    watchers = [(module, lambda tensors, prefix=prefix: watch(prefix, tensors)) for prefix, module in wanted]
-    for module, watcher in watchers:
-        module.watchers = (*module.watchers, watcher)
+    receivers = [(module, lambda tensors, prefix=prefix: receive(prefix, tensors)) for prefix, module in wanted]
+    for module, receiver in receivers:
+        module.receivers = (*module.receivers, receiver)
     try:
         yield captured
     finally:
-        for module, watcher in watchers:
-            module.watchers = tuple(w for w in module.watchers if w is not watcher)
-    lost = next((n for n in names or () if there and not any(_fits(full, [n]) for full in captured)), None)
+        for module, receiver in receivers:
+            module.receivers = tuple(r for r in module.receivers if r is not receiver)
+    lost = next((n for n in names or () if there and not any(matches(full, n) for full in captured)), None)
     if lost is not None:
         raise ParameterError(f"Nothing in these layers is called {lost!r}; there are: {', '.join(sorted(there))}.")
 
@@ -114,4 +114,4 @@ def capture(model, names: Collection[str] | None = None, layers: Collection[int]
 def _fits(full: str, names: Collection[str] | None) -> bool:
     if names is None:
         return not full.endswith(".state")
-    return any(fnmatchcase(full, name) or fnmatchcase(full, f"*.{name}") for name in names)
+    return matches_any(full, names)

@@ -16,11 +16,13 @@ from rwkv_lab.model.cpu import prefill, step
 from rwkv_lab.model.cpu.eligibility import eligible
 from rwkv_lab.model.device import device_errors, falls_back, parse_device, warn_of_fallback
 from rwkv_lab.model.generation import Sampling, generate_one
+from rwkv_lab.model.initial_state import add_time_state, initial_state, take_time_state
 from rwkv_lab.model.inputs import check_tokens
-from rwkv_lab.model.loading import fill, model_file, open_model, read_time_states
+from rwkv_lab.model.loading import fill, model_file, open_model
+from rwkv_lab.model.ragged import read_ragged
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.standard_modules import replaced_module, standard
-from rwkv_lab.model.state import RWKVState, check_state, join, state_shapes
+from rwkv_lab.model.state import RWKVState, check_state
 from rwkv_lab.model.state_cache import StateCache
 from rwkv_lab.model.tokenizer import load_tokenizer, tokenizer_for
 
@@ -231,7 +233,10 @@ class RWKV_Dual(nn.Module):
         if tokens.shape[1] == 1 and (found := eligible(self, "step", tokens, state)):
             logits, state = step.run(self, found, tokens, state)
             return logits[:, 0], state
-        x, state = self._read(tokens, state) if lengths is None else self._read_ragged(tokens, state, lengths)
+        if lengths is None:
+            x, state = self._read(tokens, state)
+        else:
+            x, state = read_ragged(self._read, tokens, state, lengths)
         return self._logits(x), state
 
     def _read(self, tokens, state):
@@ -239,23 +244,6 @@ class RWKV_Dual(nn.Module):
         for piece in tokens.split(self.ctx_len, dim=1):
             x, state, _ = self._run(piece, state)
         return x[:, -1], state
-
-    def _read_ragged(self, tokens, state, lengths):
-        """As `_read`, of the first `lengths[row]` tokens of each row."""
-        B, T = tokens.shape
-        lengths = [int(n) for n in lengths]
-        if len(lengths) != B or not all(1 <= n <= T for n in lengths):
-            raise ParameterError(f"lengths={lengths}: tokens of shape {[B, T]} need {B} numbers from 1 to {T}.")
-        rows, start, last, states = list(range(B)), 0, {}, {}
-        for end in sorted(set(lengths)):
-            x, state = self._read(tokens[rows, start:end], state)
-            for i, row in enumerate(rows):
-                if lengths[row] == end:
-                    last[row], states[row] = x[i], state.rows([i])
-            going_on = [i for i, row in enumerate(rows) if lengths[row] > end]
-            rows, start, state = [rows[i] for i in going_on], end, state.rows(going_on)
-        order = range(B)
-        return torch.stack([last[row] for row in order]), join([states[row] for row in order])
 
     def _run(self, tokens, state, return_v_first=False):
         """tokens `[B,T]` -> x `[B,T,C]` before ln_out, the new state, v_first `[B,T,A]` where it is asked for."""
@@ -299,17 +287,7 @@ class RWKV_Dual(nn.Module):
         Raises:
             LayoutError, NumericsError: see `load_state_file`.
         """
-        weight, shapes = self.emb.weight, state_shapes(self.layout)
-        if tuned is not None:
-            self._refuse_time_state()
-            states = read_time_states(tuned, self.layout.n_layer, shapes["wkv"][1:])
-            wkv = torch.stack(states).to(weight.device, self.state_dtype)  # [L,H,V,K]
-        elif self.has_time_state:
-            wkv = torch.stack([block.att.time_state for block in self.blocks])
-        else:
-            wkv = generation_of(self.layout).first_wkv(self.layout, weight.device).to(self.state_dtype)
-        shift = weight.new_zeros(1, *shapes["att_shift"])
-        return RWKVState(wkv[None], shift, shift, self.layout.version).expand(batch_size)
+        return initial_state(self, tuned).expand(batch_size)
 
     @property
     def has_time_state(self) -> bool:
@@ -327,17 +305,7 @@ class RWKV_Dual(nn.Module):
         Raises:
             ParameterError: RWKV-4, whose states are no matrices.
         """
-        if self.has_time_state:
-            return
-        self._refuse_time_state()
-        shape = state_shapes(self.layout)["wkv"][1:]
-        for block in self.blocks:
-            zeros = torch.zeros(shape, dtype=self.state_dtype, device=self.get_device())
-            block.att.time_state = nn.Parameter(zeros)
-
-    def _refuse_time_state(self) -> None:
-        if not generation_of(self.layout).has_time_state:
-            raise ParameterError(f"RWKV-{self.layout.version} has no time_state; states can be tuned from RWKV-5 on.")
+        add_time_state(self)
 
     def load_state_file(self, path: str | Path) -> None:
         """Take the tuned initial states of a state file (or of a whole model that has them) as this model's own.
@@ -347,12 +315,7 @@ class RWKV_Dual(nn.Module):
             NumericsError: NaN or infinity inside.
             ParameterError: this model is RWKV-4, which has no such states.
         """
-        self._refuse_time_state()
-        states = read_time_states(path, self.layout.n_layer, state_shapes(self.layout)["wkv"][1:])
-        self.add_time_state()
-        with torch.no_grad():
-            for block, time_state in zip(self.blocks, states, strict=True):
-                block.att.time_state.copy_(time_state)
+        take_time_state(self, path)
 
     # ------------------------------------------------------------------ the rest
 

@@ -7,7 +7,7 @@ the exponent that both are divided by; `rwkv_lab.wkv.wkv4` says more.
 import torch
 
 from rwkv_lab.model.block import Block, into_residual, linear, matrix, previous, vector
-from rwkv_lab.model.capture import Watched
+from rwkv_lab.model.capture import Capturable
 from rwkv_lab.model.cpu import rwkv4 as compiled
 from rwkv_lab.model.registry import CompiledForm, Generation, register
 from rwkv_lab.model.standard_modules import standard
@@ -15,7 +15,7 @@ from rwkv_lab.wkv import empty_wkv4_state, wkv4
 
 
 @standard
-class TimeMix(Watched):
+class TimeMix(Capturable):
     """`blocks.i.att`: mixes along time through the WKV state."""
 
     def __init__(self, layout, layer: int):
@@ -43,13 +43,13 @@ class TimeMix(Watched):
         log_decay = -torch.exp(self.time_decay.to(wkv_state.dtype))
         y, wkv_state = wkv4(log_decay, self.time_first, k, v, wkv_state)
         out = into_residual(self.output, r * y, self.layer)
-        if self.watchers:
-            self.seen(x=x, r=r, w=log_decay.expand(k.shape), k=k, v=v, y=y, state=wkv_state[:, None], out=out)
+        if self.receivers:
+            self.show(x=x, r=r, w=log_decay.expand(k.shape), k=k, v=v, y=y, state=wkv_state[:, None], out=out)
         return out, wkv_state, v_first
 
 
 @standard
-class ChannelMix(Watched):
+class ChannelMix(Capturable):
     """`blocks.i.ffn` of RWKV-4 and 5: mixes the channels of one token, and lets through what receptance says."""
 
     def __init__(self, layout, layer: int):
@@ -68,8 +68,8 @@ class ChannelMix(Watched):
         k = torch.relu(self.key(xk)).square()
         r = torch.sigmoid(self.receptance(xr))
         out = r * into_residual(self.value, k, self.layer)
-        if self.watchers:
-            self.seen(x=x, r=r, k=k, out=out)
+        if self.receivers:
+            self.show(x=x, r=r, k=k, out=out)
         return out
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkv_lab.model.block import Block, head_norm, into_residual, linear, matrix, previous, vector
-from rwkv_lab.model.capture import Watched
+from rwkv_lab.model.capture import Capturable
 from rwkv_lab.model.cpu import rwkv5 as compiled
 from rwkv_lab.model.registry import CompiledForm, Generation, register
 from rwkv_lab.model.rwkv4 import ChannelMix
@@ -18,7 +18,7 @@ from rwkv_lab.wkv import wkv5
 
 
 @standard
-class TimeMix(Watched):
+class TimeMix(Capturable):
     """`blocks.i.att`: mixes along time through the WKV state."""
 
     def __init__(self, layout, layer: int, group_norm_eps: float, log_bonus: bool):
@@ -61,9 +61,9 @@ class TimeMix(Watched):
             g = F.silu(self.gate(torch.addcmul(before, x - before, self.time_mix_g)))
             y, gate = y * g, {"g": g.view(heads)}
         out = into_residual(self.output, y, self.layer)
-        if self.watchers:
-            self.seen(x=x, r=r, w=log_decay.expand(heads), k=k, v=v, **gate)
-            self.seen(y=y_wkv, state=wkv_state[:, None], out=out)
+        if self.receivers:
+            self.show(x=x, r=r, w=log_decay.expand(heads), k=k, v=v, **gate)
+            self.show(y=y_wkv, state=wkv_state[:, None], out=out)
         return out, wkv_state, v_first
 
     @property

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkv_lab.model.block import Block, head_norm, into_residual, linear, matrix, previous, vector
-from rwkv_lab.model.capture import Watched
+from rwkv_lab.model.capture import Capturable
 from rwkv_lab.model.cpu import rwkv6 as compiled
 from rwkv_lab.model.registry import CompiledForm, Generation, register
 from rwkv_lab.model.standard_modules import standard
@@ -16,7 +16,7 @@ from rwkv_lab.wkv import wkv6
 
 
 @standard
-class TimeMix(Watched):
+class TimeMix(Capturable):
     """`blocks.i.att`: mixes along time through the WKV state."""
 
     def __init__(self, layout, layer: int, group_norm_eps: float):
@@ -59,14 +59,14 @@ class TimeMix(Watched):
         y_wkv, wkv_state = wkv6(r, log_decay, k, v, self.time_faaaa, wkv_state)
         g = F.silu(self.gate(xg))
         out = into_residual(self.output, head_norm(y_wkv, self.ln_x).to(x.dtype) * g, self.layer)
-        if self.watchers:
-            self.seen(x=x, r=r, w=log_decay, k=k, v=v, g=g.view(heads))
-            self.seen(y=y_wkv, state=wkv_state[:, None], out=out)
+        if self.receivers:
+            self.show(x=x, r=r, w=log_decay, k=k, v=v, g=g.view(heads))
+            self.show(y=y_wkv, state=wkv_state[:, None], out=out)
         return out, wkv_state, v_first
 
 
 @standard
-class ChannelMix(Watched):
+class ChannelMix(Capturable):
     """`blocks.i.ffn`: RWKV-4's, with the share of the token before stored instead of the present one's."""
 
     def __init__(self, layout, layer: int):
@@ -84,8 +84,8 @@ class ChannelMix(Watched):
         k = torch.relu(self.key(torch.addcmul(x, delta, self.time_maa_k))).square()
         r = torch.sigmoid(self.receptance(torch.addcmul(x, delta, self.time_maa_r)))
         out = r * into_residual(self.value, k, self.layer)
-        if self.watchers:
-            self.seen(x=x, r=r, k=k, out=out)
+        if self.receivers:
+            self.show(x=x, r=r, k=k, out=out)
         return out
 
 

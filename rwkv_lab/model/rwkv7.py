@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkv_lab.model.block import Block, head_norm, linear, matrix, previous, vector
-from rwkv_lab.model.capture import Watched
+from rwkv_lab.model.capture import Capturable
 from rwkv_lab.model.cpu import rwkv7 as compiled
 from rwkv_lab.model.registry import CompiledForm, Generation, register
 from rwkv_lab.model.standard_modules import standard
@@ -18,7 +18,7 @@ from rwkv_lab.wkv import wkv7
 
 
 @standard
-class TimeMix(Watched):
+class TimeMix(Capturable):
     """`blocks.i.att`: mixes along time through the WKV state."""
 
     def __init__(self, layout, layer: int, group_norm_eps: float, value_residual: bool):
@@ -71,14 +71,14 @@ class TimeMix(Watched):
         y = head_norm(y_wkv, self.ln_x)
         y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v_heads).view(B, T, -1)
         out = self.output(y * g)
-        if self.watchers:
-            self.seen(x=x, r=r, w=log_decay.view(heads), v=v_heads, a=a, kk=kk, k=k, g=g.view(heads))
-            self.seen(y=y_wkv, state=wkv_state[:, None], out=out)
+        if self.receivers:
+            self.show(x=x, r=r, w=log_decay.view(heads), v=v_heads, a=a, kk=kk, k=k, g=g.view(heads))
+            self.show(y=y_wkv, state=wkv_state[:, None], out=out)
         return out, wkv_state, v_first
 
 
 @standard
-class ChannelMix(Watched):
+class ChannelMix(Capturable):
     """`blocks.i.ffn`: mixes the channels of one token."""
 
     def __init__(self, layout):
@@ -91,8 +91,8 @@ class ChannelMix(Watched):
         """x `[B,T,C]`, shift `[B,C]` -> `[B,T,C]`."""
         k = torch.relu(self.key(torch.addcmul(x, previous(x, shift) - x, self.x_k))).square()
         out = self.value(k)
-        if self.watchers:
-            self.seen(x=x, k=k, out=out)
+        if self.receivers:
+            self.show(x=x, k=k, out=out)
         return out
 
 

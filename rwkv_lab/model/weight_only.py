@@ -123,9 +123,9 @@ def quantise_weights(model, scheme: str = "int8", in_place: bool = False):
             f"This model has {found}. Weights are rounded once, and after adapters are merged into them."
         )
     for name, module in model.named_modules():
-        if name and (any(hooks_of(module)) or getattr(module, "watchers", ()) or "forward" in vars(module)):
+        if name and (any(hooks_of(module)) or getattr(module, "receivers", ()) or "forward" in vars(module)):
             raise ParameterError(
-                f"{name} has a hook, a watcher or a forward of its own, which would be lost:\ntake it away first."
+                f"{name} has a hook, is captured, or has a forward of its own,\nwhich would be lost: remove it first."
             )
     found = [(name, m) for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)]
     if not in_place:

@@ -118,19 +118,31 @@ def test_only_what_was_asked_for_is_kept_and_only_while_asked():
     assert "blocks.0.att.state" not in inner and "blocks.0.att.g" in inner
     model(tokens)
     assert outer["blocks.0.att.w"].shape[1] == 10
-    assert all(not getattr(module, "watchers", ()) for module in model.modules())
+    assert all(not getattr(module, "receivers", ()) for module in model.modules())
 
 
-def test_watching_changes_nothing_and_ends_after_an_error():
+def test_capture_changes_nothing_and_ends_after_an_error():
     model, tokens = make_model(), make_tokens(1, 7)
     plain, _ = model(tokens)
     with capture(model, names=["*"]):
-        watched, _ = model(tokens)
-    # Where nobody watches, a compiled form may run, which rounds in other places.
-    assert relative_rms(watched, plain) < 1e-6
+        logits, _ = model(tokens)
+    # Without capture a compiled form may run, which rounds in other places.
+    assert relative_rms(logits, plain) < 1e-6
     with pytest.raises(RuntimeError, match="mine"), capture(model):
         raise RuntimeError("mine")
-    assert not model.blocks[0].att.watchers
+    assert not model.blocks[0].att.receivers
+
+
+def test_names_are_patterns_of_the_one_rule():
+    model, tokens = make_model(), make_tokens(1, 3)
+    for names, expected in (
+        (["blocks.1.ffn"], ["blocks.1.ffn.x", "blocks.1.ffn.k", "blocks.1.ffn.out"]),
+        (["att.[kv]"], ["blocks.0.att.v", "blocks.0.att.k", "blocks.1.att.v", "blocks.1.att.k"]),
+        (["blocks.0.x", "ffn.k"], ["blocks.0.x", "blocks.0.ffn.k", "blocks.1.ffn.k"]),
+    ):
+        with capture(model, names=names) as captured:
+            model(tokens)
+        assert list(captured) == expected
 
 
 def test_refusals():

@@ -181,7 +181,7 @@ class Eligibility:
         self.types, self.inside = list(map(type, self.modules)), list(map(vars, self.modules))
         self.sizes = list(map(len, self.inside))
         self.hooks = [hooks for m in self.modules for hooks in torch_private.hooks_of(m)]
-        self.captured = [m for m in self.modules if hasattr(m, "watchers")]
+        self.captured = [m for m in self.modules if hasattr(m, "receivers")]
         names = [tuple(x for x in _OPTIONS if x in d) for d in self.inside]
         self._getters = [(operator.itemgetter(*n), d) for n, d in zip(names, self.inside, strict=True) if n]
         self._options = self._options_now()
@@ -241,7 +241,7 @@ class Eligibility:
     def fault_of_moment(self, grad: bool) -> str:
         """Why a model that is as it was examined needs PyTorch just now; "" where it does not. `grad`: gradients are
         on."""
-        if any(self.hooks) or any([m.watchers for m in self.captured]) or any(["forward" in d for d in self.inside]):
+        if any(self.hooks) or any([m.receivers for m in self.captured]) or any(["forward" in d for d in self.inside]):
             return "a module has a hook, is captured, or has a forward of its own"
         return "gradients of parameters are asked for" if grad and any(map(_requires_grad, self.tensors)) else ""
 

@@ -3,14 +3,14 @@
 import torch
 
 from rwkv_lab.model.block import Block, linear, matrix, previous
-from rwkv_lab.model.capture import Watched
+from rwkv_lab.model.capture import Capturable
 from rwkv_lab.model.registry import Generation, register
 from rwkv_lab.model.standard_modules import standard
 from rwkv_lab.wkv import wkv5
 
 
 @standard
-class TimeMix(Watched):
+class TimeMix(Capturable):
     """`blocks.i.att`."""
 
     def __init__(self, layout):
@@ -28,13 +28,13 @@ class TimeMix(Watched):
         w = -torch.exp(self.time_toy.to(wkv_state.dtype))[:, None].expand(heads[2:])
         y, wkv_state = wkv5(r, w, k, v, torch.ones_like(w), wkv_state)
         out = self.output(y.flatten(2).to(x.dtype))
-        if self.watchers:
-            self.seen(x=x, r=r, k=k, v=v, y=y, state=wkv_state[:, None], out=out)
+        if self.receivers:
+            self.show(x=x, r=r, k=k, v=v, y=y, state=wkv_state[:, None], out=out)
         return out, wkv_state, v_first
 
 
 @standard
-class ChannelMix(Watched):
+class ChannelMix(Capturable):
     """`blocks.i.ffn`."""
 
     def __init__(self, layout):
