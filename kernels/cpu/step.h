@@ -10,7 +10,7 @@
 
 namespace rwkv_lab {
 
-// A model and its sizes; `tensors` lie in the order that rwkv_lab/model/cpu/step.py gives them.
+// A model and its sizes; `tensors` are those of the enum below, and then of each layer those of the generation's enum.
 struct Model {
     const Tensor *tensors;
     int32_t dtype;  // of the activations

@@ -26,13 +26,13 @@ def test_float64_follows_the_formulas(n_embd, head_size, tuned, mode):
     model.set_mode(mode)
     tokens = make_tokens(1, 37)
     logits, state = model(tokens)
-    judge = NumpyRwkv7(model.state_dict(), head_size)
-    expected = np.stack([judge.step(int(t)) for t in tokens[0]])
+    reference = NumpyRwkv7(model.state_dict(), head_size)
+    expected = np.stack([reference.step(int(t)) for t in tokens[0]])
     # Two float64 implementations; a few hundred rounding errors of 1e-16 through three layers and 37 tokens.
     assert relative_rms(logits[0], expected) < 1e-12
-    assert relative_rms(state.wkv[0], np.stack(judge.wkv)) < 1e-12
-    assert relative_rms(state.att_shift[0], np.stack(judge.att_shift)) < 1e-12
-    assert relative_rms(state.ffn_shift[0], np.stack(judge.ffn_shift)) < 1e-12
+    assert relative_rms(state.wkv[0], np.stack(reference.wkv)) < 1e-12
+    assert relative_rms(state.att_shift[0], np.stack(reference.att_shift)) < 1e-12
+    assert relative_rms(state.ffn_shift[0], np.stack(reference.ffn_shift)) < 1e-12
 
 
 ODD_SHAPES = [
@@ -45,7 +45,7 @@ ODD_SHAPES = [
 @pytest.mark.parametrize("sizes", [*ODD_SHAPES, dict(n_layer=2, n_head=1, head_size=64, time_state=True)], ids=str)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_generation_in_float64_follows_the_formulas(tmp_path, version, sizes, mode):
-    """Also where nobody else can judge: dim_att != n_embd, 5.0 with one head, tuned states of one head."""
+    """Also what no other implementation computes: dim_att != n_embd, 5.0 with one head, tuned states of one head."""
     if version == "4.0":
         sizes = sizes | {"time_state": False}
     model = load_model(tmp_path, version, torch.float64, **sizes)
@@ -53,15 +53,15 @@ def test_every_generation_in_float64_follows_the_formulas(tmp_path, version, siz
     tokens = make_tokens(1, 37, 70)
     logits, state = model(tokens)
     if version == "7.0":
-        judge = NumpyRwkv7(model.state_dict(), model.layout.head_size)
+        reference = NumpyRwkv7(model.state_dict(), model.layout.head_size)
     else:
-        judge = NumpyRwkv456(model.state_dict(), model.layout)
-    assert relative_rms(logits[0], np.stack([judge.step(int(t)) for t in tokens[0]])) < 1e-12
+        reference = NumpyRwkv456(model.state_dict(), model.layout)
+    assert relative_rms(logits[0], np.stack([reference.step(int(t)) for t in tokens[0]])) < 1e-12
     a, b, p = state.wkv[0].unbind(1) if version == "4.0" else (None, None, None)
     wkv = torch.stack([a, b], 1) * p.exp().unsqueeze(1) if version == "4.0" else state.wkv[0]
-    assert relative_rms(wkv, np.stack(judge.wkv)) < 1e-12
-    assert relative_rms(state.att_shift[0], np.stack(judge.att_shift)) < 1e-12
-    assert relative_rms(state.ffn_shift[0], np.stack(judge.ffn_shift)) < 1e-12
+    assert relative_rms(wkv, np.stack(reference.wkv)) < 1e-12
+    assert relative_rms(state.att_shift[0], np.stack(reference.att_shift)) < 1e-12
+    assert relative_rms(state.ffn_shift[0], np.stack(reference.ffn_shift)) < 1e-12
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,4 +1,4 @@
-"""Devices that are not there, fail or have no room: what is said, and how a model goes on elsewhere.
+"""Devices that are not there, fail or have too little memory: the message, and the same call on another device.
 
 The meta device plays the part of one that fails: it is there in every torch, and here it raises what CUDA would.
 """
@@ -10,7 +10,7 @@ from random_models import load_model, make_layout, make_tokens, write_model
 from rwkv_lab.errors import DeviceError, ParameterError
 from rwkv_lab.model import RWKV_Dual, RWKVMode
 
-NO_ROOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore lines")
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore lines")
 BROKEN = RuntimeError("CUDA error: an illegal memory access was encountered\nmore lines")
 
 
@@ -34,7 +34,7 @@ def fail_on_meta(monkeypatch, error):
 @pytest.mark.parametrize(
     "error, words",
     [
-        (NO_ROOM, r"meta ran out of memory.*\n.*bfloat16.*ctx_len.*\n.*fallback=\"cpu\""),
+        (NO_MEMORY, r"meta ran out of memory.*\n.*bfloat16.*ctx_len.*\n.*fallback=\"cpu\""),
         (
             BROKEN,
             r"meta failed: CUDA error: an illegal.*\n.*device=\"cpu\".*fallback=\"cpu\".*\n.*CUDA_LAUNCH_BLOCKING",
@@ -64,7 +64,7 @@ def test_a_device_that_is_not_there(path):
 
 
 @pytest.mark.parametrize("mode", list(RWKVMode))
-@pytest.mark.parametrize("error", [NO_ROOM, BROKEN])
+@pytest.mark.parametrize("error", [NO_MEMORY, BROKEN])
 def test_a_device_that_fails_later(monkeypatch, path, error, mode):
     model = RWKV_Dual.from_pretrained(path, mode=mode)
     tokens = make_tokens(2, 5)

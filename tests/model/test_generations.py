@@ -39,7 +39,7 @@ def test_modes_agree_over_4096_tokens_and_do_not_drift_apart(tmp_path, version, 
 
 
 @pytest.mark.parametrize("B, T", [(1, 1), (3, 1), (3, 70)])
-def test_modes_agree_at_odd_shapes_and_hand_over(tmp_path, version, B, T):
+def test_modes_agree_at_odd_shapes_and_states_pass_between_them(tmp_path, version, B, T):
     model = load_model(tmp_path, version, torch.float64, **ODD)
     tokens = make_tokens(B, T + 5)
     expected, final = model(tokens)

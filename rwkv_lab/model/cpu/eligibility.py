@@ -6,7 +6,7 @@ takes a call only where PyTorch's modules would compute the same. What decides:
 * **The call**: the chosen backend, tracing, autocast, derivatives, modes that intercept operators, the tensors given.
   All of it may differ from call to call and costs little to look at, so every call looks at it.
 * **The model**: its modules, their classes, options and hooks; its tensors, their dtypes, shapes and addresses. It is
-  examined once and then again when it has changed. Nobody announces a change: torch has hooks for some ways to replace
+  examined once and then again when it has changed. No change is announced: torch has hooks for some ways to replace
   a parameter, but none for `p.data = …`, `share_memory()`, a hook on one Linear, or an attribute. So every call
   compares the model with what was examined, in a few passes over C functions.
 

@@ -44,8 +44,8 @@ def lazy_state(memory: Memory, made_for: tuple, version: str) -> LazyState:
 
 
 def memory_of(state: RWKVState, made_for: tuple) -> Memory | None:
-    """Where the state's parts lie, if it was made for that and nobody has had its tensors, who might have changed them;
-    else None."""
+    """Where the state's parts lie, if it was made for that and its tensors, which might have been changed, were not
+    asked for; else None."""
     if type(state) is not LazyState or state.__dict__["made_for"] != made_for:
         return None
     return state.__dict__.get("memory")

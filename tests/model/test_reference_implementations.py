@@ -18,7 +18,7 @@ SHAPES = {  # none a power of two but where the head is the model
 }
 CASES = [(version, shape, "") for version in ("4.0", "5.0", "5.1", "5.2", "6.0", "7.0") for shape in SHAPES]
 # It stops while printing the shape of a tensor with one number, which is what the decay of a one-head 5.0 or 5.1 is.
-# Such a 5.1 is also a 5.2 whose channels have one decay; 5.0 has no such counterpart, numpy judges it in test_answers.
+# Such a 5.1 is also a 5.2 whose channels have one decay; of such a 5.0 the reference is numpy, in test_answers.
 CASES = [c for c in CASES if not (c[0] == "5.0" and SHAPES[c[1]]["n_head"] == 1)]
 # Its own variants: a bonus stored as it is, and tuned states, which its RWKV-7 does not read.
 CASES += [("5.0", "three heads of 32", "time_faaaa"), ("5.1", "three heads of 64", "time_faaaa")]
@@ -110,16 +110,16 @@ def test_rwkv_4_of_transformers(tmp_path, n_layer, n_embd):
         num_hidden_layers=n_layer,
         tie_word_embeddings=False,
     )
-    judge = transformers.RwkvForCausalLM(config).eval()
+    theirs = transformers.RwkvForCausalLM(config).eval()
     tensors = {}
     for name, tensor in random_tensors(make_layout("4.0", **sizes)).items():
         for ours, its in _HUGGING_FACE:
             name = name.replace(ours, its)
         tensors[name if name.startswith("head") else f"rwkv.{name}"] = tensor
-    judge.load_state_dict(tensors)
+    theirs.load_state_dict(tensors)
     tokens = make_tokens(2, T)
     with torch.no_grad():
-        expected = judge(tokens, use_cache=True)
+        expected = theirs(tokens, use_cache=True)
     for mode in RWKVMode:
         model.set_mode(mode)
         logits, state = model(tokens)
