@@ -1,5 +1,6 @@
 """What a set of tensors is: a model, a tuned state, an adapter, a part of a model."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from rwkv_lab.checkpoint.tensors import Misfit, compare
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.names import split_block
 
+ADAPTER_NOTE = "rwkv_lab.adapter"  # what rwkv_lab writes into the metadata of an adapter: JSON with its "method"
 # Adapters by a name that only they have. The order matters: PiSSA's init file also carries "lora".
 _ADAPTER_MARKS = [
     ("pissa-init", r"\.init_lora_[AB]$"),
@@ -34,8 +36,19 @@ class Identity:
     misfit: Misfit | None  # how a "model" or "partial" differs from a whole model of its layout
 
 
-def identify(shapes: Mapping[str, Shape], others: Mapping[str, object], adapter_config: dict | None) -> Identity:
-    """What `{name: shape}` is; `others` are entries of the file that are no tensors."""
+def identify(
+    shapes: Mapping[str, Shape],
+    others: Mapping[str, object],
+    adapter_config: dict | None,
+    metadata: Mapping[str, str] | None = None,
+) -> Identity:
+    """What `{name: shape}` is.
+
+    Args:
+        others: entries of the file that are no tensors.
+        adapter_config: of an adapter folder.
+        metadata: of the file.
+    """
     names = [*shapes, *others]
     prefix = common_prefix(list(shapes))
     bare = {n.removeprefix(prefix): s for n, s in shapes.items()}
@@ -59,6 +72,9 @@ def identify(shapes: Mapping[str, Shape], others: Mapping[str, object], adapter_
             kind = "pissa"  # what it starts from and what became of it in one file, as rwkv_lab writes them
         if name:
             return plain(kind, "an adapter, not a whole model", f"{name} {list(shapes[name])}")
+    method = _stated_method(metadata or {})
+    if method:
+        return plain(method, "an adapter, not a whole model", f"its note {ADAPTER_NOTE}: method {method}")
     states = [n for n in shapes if n.endswith(".time_state")]
     if len(states) == len(shapes):
         return plain("state", "a tuned state, not a whole model", f"{states[0]} {list(shapes[states[0]])}")
@@ -80,3 +96,12 @@ def identify(shapes: Mapping[str, Shape], others: Mapping[str, object], adapter_
         reason = f"{len(lacks)} tensors are missing or of another shape, first {lacks[0]}"
         return Identity("partial", layout, reason, layout.evidence, prefix, misfit)
     return Identity("model", layout, "", layout.evidence, prefix, misfit)
+
+
+def _stated_method(metadata: Mapping[str, str]) -> str:
+    """The method of an adapter that rwkv_lab wrote, "" of other files."""
+    try:
+        method = json.loads(metadata[ADAPTER_NOTE])["method"]
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return ""
+    return method if isinstance(method, str) and method.isidentifier() else ""

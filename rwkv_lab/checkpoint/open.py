@@ -69,7 +69,7 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> Identity:
-        return identify({n: t.shape for n, t in self.info.items()}, self.others, self.adapter_config)
+        return identify({n: t.shape for n, t in self.info.items()}, self.others, self.adapter_config, self.metadata)
 
     @property
     def kind(self) -> str:

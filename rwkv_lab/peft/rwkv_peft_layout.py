@@ -12,12 +12,13 @@ import json
 from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
+from rwkv_lab.checkpoint.kind import ADAPTER_NOTE
 from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, Values
 from rwkv_lab.peft.config import ADAPTER_KINDS, AdapterKind
 from rwkv_lab.peft.options import AdapterOptions
 
-NOTE = "rwkv_lab.adapter"  # the note's name in the file
+NOTE = ADAPTER_NOTE
 _PEFT_PREFIX = "base_model.model."  # of tensors that were taken out of a Hugging Face adapter folder
 
 Parts = dict[str, dict[str, TensorInfo]]  # by layer and part
