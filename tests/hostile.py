@@ -314,8 +314,8 @@ for _name, _changed, _alpha, _error, _said in [
     ("a vector", {f"{KEY}.lora_A": torch.ones(16)}, 8.0, "LayoutError", KEY),
     ("the matrix twice", {f"{KEY}.weight": torch.ones(16, 16)}, 8.0, "LayoutError", f"{KEY}.weight stands in"),
     ("alpha missing", {}, None, "ParameterError", "does not state its alpha"),
-    ("alpha not a number", {}, float("nan"), "ParameterError", "alpha is nan"),
-    ("alpha negative", {}, -1.0, "ParameterError", "alpha is -1"),
+    ("alpha not a number", {}, float("nan"), "ParameterError", "alpha=nan"),
+    ("alpha negative", {}, -1.0, "ParameterError", "alpha=-1"),
 ]:
 
     @case(16, f"LoRA with {_name}", _error, _said)
@@ -459,7 +459,7 @@ for _name, _given, _said in [
     ("alpha out of range", {"alpha": 1.5}, "0 to 1"),
     ("an unknown method", {"method": "addition"}, "state, overlay, lora"),
     ("weights without a use", {"weights": [0.5, 0.5]}, "takes no weights"),
-    ("an unknown dtype", {"dtype": "int4"}, "bf16, fp16, fp32"),
+    ("an unknown dtype", {"dtype": "int4"}, "'bf16', 'fp16' or 'fp32'"),
     ("an unknown scan", {"scan": "some"}, "all"),
     ("a pattern of nothing", {"include": ["blocks.9.*"]}, r"blocks\.9\.\*.*matches none"),
 ]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from rwkv_lab import merge
 from rwkv_lab.checkpoint import stream
+from rwkv_lab.merge import writing
 
 PAUSE = 0.02  # seconds that each block takes to be written
 MOMENTS = ("planned", "first block", "half written", "synced", "named", "linked", "published")
@@ -49,7 +50,6 @@ def _wait_at(moment: str, arrived: Callable[[], None]) -> None:
         time.sleep(60)
         return result if after else real(*args, **given)
 
-    merging = sys.modules["rwkv_lab.merge.merge"]
     written = [0]
     write = stream._write
 
@@ -63,11 +63,11 @@ def _wait_at(moment: str, arrived: Callable[[], None]) -> None:
     if moment in ("first block", "half written", "never"):
         stream._write = slow_write
     places = {
-        "planned": [(merging, "write_stream", False)],
+        "planned": [(writing, "write_stream", False)],
         "synced": [(os, "fsync", False)],
         "named": [(os, "link", False), (os, "replace", False)],
         "linked": [(os, "link", True), (os, "replace", True)],
-        "published": [(merging, "_describe_output", False)],
+        "published": [(writing, "describe_output", False)],
     }
     for module, name, after in places.get(moment, []):
         real = getattr(module, name)

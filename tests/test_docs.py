@@ -18,7 +18,7 @@ from option_tables import pages, with_tables
 from random_models import make_layout, write_model
 from tuned_files import write_fine_tune, write_state
 
-from rwkv_lab.merge.methods import METHODS
+from rwkv_lab.merge import MERGE_METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -183,7 +183,7 @@ def test_tables_of_options_are_those_of_the_specs(page):
 
 def test_every_merge_method_is_in_the_manual():
     text = (ROOT / "docs" / "merging.md").read_text()
-    assert [m for m in METHODS if f"`{m}`" not in text] == []
+    assert [m for m in MERGE_METHODS if f"`{m}`" not in text] == []
 
 
 def test_readme_is_short():

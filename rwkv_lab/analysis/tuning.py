@@ -12,10 +12,12 @@ import torch
 from rwkv_lab.analysis.spectra import delta
 from rwkv_lab.checkpoint import Checkpoint, Layout, open_checkpoint
 from rwkv_lab.errors import NumericsError, ParameterError
-from rwkv_lab.merge import state
-from rwkv_lab.merge.adapter import KINDS, open_adapters
-from rwkv_lab.merge.overlay import check_full_tensors, same_dimensions
-from rwkv_lab.merge.refusals import check_base, check_dtypes, check_method, method_of, refuse_same
+from rwkv_lab.merge.adapter_set import ANY, read_adapters
+from rwkv_lab.merge.families import family_of, method_of
+from rwkv_lab.merge.families.into_base import check_fine_tune, check_states
+from rwkv_lab.merge.input_checks import check_base, check_dtypes, refuse_same_file
+from rwkv_lab.merge.inputs import open_tuned
+from rwkv_lab.merge.spec import MergeSpec
 from rwkv_lab.names import is_block_matrix, split_block
 from rwkv_lab.patterns import is_selected, refuse_unmatched
 from rwkv_lab.peft import ADAPTER_KINDS, Adapter, quantised_and_back
@@ -175,15 +177,14 @@ def open_tuning(
         base_ck = stack.enter_context(open_checkpoint(base))
         layout = check_base(base_ck, [])
         ck = stack.enter_context(open_checkpoint(tuned))
-        refuse_same(base_ck, [ck])
+        refuse_same_file(base_ck, [ck])
         method, adapter, quant = _opened(stack, ck, options, direction_only)
         if adapter:
             adapter.check({n: t.shape for n, t in base_ck.info.items()}, layout)
         elif method == "state":
-            state.changes(base_ck, ck, layout, 1.0, torch.float32)  # for what it refuses
+            check_states(ck, layout)
         else:
-            same_dimensions(ck, layout)
-            check_full_tensors(base_ck, ck, layout, dict(ck.info), [])
+            check_fine_tune(base_ck, ck, layout, [])
             check_dtypes(ck)
         yield Tuning(base_ck, ck, layout, method, adapter, quant)
 
@@ -203,7 +204,7 @@ def _opened(
 ) -> tuple[str, Adapter | None, str]:
     """(method, the adapter if it is one, how the base was stored in training)."""
     method = method_of(ck)
-    if ck.kind not in KINDS:
+    if family_of(method) is not family_of(ANY):
         if options:
             raise ParameterError(
                 f"alpha, pissa_init, parameters are of adapters; {ck.path.name} is a {ck.kind}: leave them out"
@@ -211,13 +212,14 @@ def _opened(
         return method, None, "none"
     if "unmerge" in options.parameters:
         raise ParameterError("unmerge is for merging: nothing is merged here")
-    alpha, init, parameters = options.alpha, options.pissa_init, dict(options.parameters)
+    given = {"alpha": options.alpha, "pissa_init": options.pissa_init, "parameters": dict(options.parameters)}
     silent = ck.kind == "lora" and ck.adapter_config is None and NOTE not in ck.metadata
-    if direction_only and silent and init is None and not parameters.get("residual_base"):
-        alpha = 1.0
-    check_method(method, alpha, None, parameters, init)
-    adapters = stack.enter_context(open_adapters([ck], "auto", alpha, None, init, parameters))
-    (adapter,) = adapters.opened
+    if direction_only and silent and options.pissa_init is None and not options.parameters.get("residual_base"):
+        given["alpha"] = 1.0
+    # An adapter is read without its base: any path will do.
+    spec = MergeSpec.read({"base": ck.path, "tuned": ck.path, "method": ANY, **given})
+    adapters = read_adapters(*open_tuned(spec, stack), family_of(ANY).check(spec))
+    (adapter,) = adapters.adapters
     return adapter.method, adapter, adapters.quant
 
 

@@ -59,8 +59,22 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        while self.files:
-            self.files.pop().close()
+        for file in self.files:
+            file.close()
+
+    @property
+    def closed(self) -> bool:
+        return all(file.closed for file in self.files)
+
+    def reopen(self) -> None:
+        """Open the files again after `close`; what is known of them from their headers stays as it is, so ask
+        `unchanged.refuse_changed` and `refuse_changed_header` whether it still holds.
+
+        Raises:
+            CorruptFileError: a file cannot be opened any more.
+        """
+        for file in self.files:
+            file.reopen()
 
     @property
     def bytes(self) -> int:

@@ -27,11 +27,14 @@ class SourceFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self.fd = os.open(path, os.O_RDONLY)
-        except OSError as e:
-            raise CorruptFileError(f"cannot open {path}: {e.strerror}") from e
+        self.fd = self._open()
         self.size = os.fstat(self.fd).st_size
+
+    def _open(self) -> int:
+        try:
+            return os.open(self.path, os.O_RDONLY)
+        except OSError as e:
+            raise CorruptFileError(f"cannot open {self.path}: {e.strerror}") from e
 
     def read(self, offset: int, nbytes: int) -> bytes:
         data = os.pread(self.fd, min(nbytes, _READ_MAX), offset)
@@ -63,6 +66,19 @@ class SourceFile:
         fd, self.fd = self.fd, -1  # the system gives the number to the next file that is opened: never read from that
         if fd >= 0:
             os.close(fd)
+
+    @property
+    def closed(self) -> bool:
+        return self.fd < 0
+
+    def reopen(self) -> None:
+        """Open the path again after `close`.
+
+        Raises:
+            CorruptFileError: it cannot be opened any more.
+        """
+        if self.closed:
+            self.fd = self._open()
 
 
 @dataclass(frozen=True)

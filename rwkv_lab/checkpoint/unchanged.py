@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_lab.checkpoint.open import Checkpoint
+from rwkv_lab.checkpoint.open import Checkpoint, open_checkpoint
 from rwkv_lab.errors import ParameterError
 
 
@@ -40,3 +40,23 @@ def refuse_changed(states: Iterable[FileState]) -> None:
                 f"{then.path} has changed since the plan was made ({then.bytes:,} bytes then, {stat.st_size:,} now).\n"
                 "Make the plan again."
             )
+
+
+def refuse_changed_header(ck: Checkpoint) -> None:
+    """Refuse a checkpoint whose files now have another header than when `ck` was opened. Reads it again.
+
+    Raises:
+        ParameterError: names the file.
+        CorruptFileError, UnsafeFileError, LayoutError: as `open_checkpoint`.
+    """
+    with open_checkpoint(ck.path) as now:
+        if _header(now) != _header(ck):
+            raise ParameterError(
+                f"{ck.path} has another header than when the plan was made, with the same size and time of change.\n"
+                "Make the plan again."
+            )
+
+
+def _header(ck: Checkpoint) -> tuple[object, ...]:
+    tensors = [(t.name, t.shape, t.dtype, t.file.path, t.offset, t.stride, t.crc32) for t in ck.info.values()]
+    return tensors, ck.metadata, ck.adapter_config

@@ -8,7 +8,8 @@ largest rank) stands in the file, as that of an adapter trained here: merging ne
 import json
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +20,17 @@ from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.checkpoint.write import file_kind, write_stream
 from rwkv_lab.errors import NumericsError, ParameterError
-from rwkv_lab.machine import disk_free, memory_free
-from rwkv_lab.merge.change import in_step
-from rwkv_lab.merge.overlay import check_full_tensors, same_dimensions
-from rwkv_lab.merge.patterns import pattern_list
-from rwkv_lab.merge.provenance import RECORD, as_text, beside, provenance
-from rwkv_lab.merge.refusals import check_base, check_dtypes, output_dtype, refuse_same
-from rwkv_lab.merge.room import check_output, check_room
+from rwkv_lab.merge.changed_tensors import in_step
+from rwkv_lab.merge.input_checks import (
+    check_base,
+    check_dtypes,
+    check_full_tensors,
+    refuse_other_dimensions,
+    refuse_same_file,
+)
+from rwkv_lab.merge.output_checks import check_free_space, check_merge_output
+from rwkv_lab.merge.provenance import RECORD, as_text, provenance, provenance_path, text_beside
+from rwkv_lab.merge.spec import ExtractSpec, MergeOptions
 from rwkv_lab.names import is_block_matrix
 from rwkv_lab.paths import to_path
 from rwkv_lab.patterns import is_selected, refuse_unmatched
@@ -35,6 +40,7 @@ from rwkv_lab.progress import Progress
 
 log = logging.getLogger(__name__)
 
+AnyPath = str | os.PathLike[str]
 HEAD = "head.weight"
 _EXACT_BELOW = 512  # the smaller side of a matrix: its whole decomposition takes less than a second
 _MORE, _ROUNDS = 16, 4  # directions beyond the rank, and power iterations, of the randomised decomposition
@@ -49,6 +55,15 @@ class Extracted:
     energy: float  # share of ‖Δ‖² in the singular values that are kept; 1 at full rank
     error: float  # ‖Δ - alpha/r · B A‖ / ‖Δ‖, of the pair as it is stored
     norm: float  # ‖Δ‖, Frobenius
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Of one matrix, with Δ near B A."""
+
+    A: torch.Tensor  # [r, in]
+    B: torch.Tensor  # [out, r]
+    kept: Extracted
 
 
 @dataclass(frozen=True)
@@ -69,15 +84,16 @@ class ExtractResult:
 
 
 def extract_lora(
-    base: str | Path,
-    tuned: str | Path,
-    out: str | Path,
+    base: AnyPath,
+    tuned: AnyPath,
+    out: AnyPath,
     rank: int | None = None,
+    *,
     energy: float | None = None,
     targets: Sequence[str] | None = None,
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
-    allowed_dir: str | Path | None = None,
+    allowed_dir: AnyPath | None = None,
     seed: int = 0,
 ) -> ExtractResult:
     """Write the LoRA that comes nearest to `tuned` - `base`. One matrix at a time and the adapter are in memory.
@@ -86,8 +102,9 @@ def extract_lora(
         rank: of every pair, or
         energy: 0 to 1, the share of each delta's squared norm to keep; every matrix gets the rank that it needs. Takes
             exact decompositions; `rank` takes randomised ones where matrices are large.
-        targets: shell-style patterns of the matrices to decompose; the others are carried whole where they changed.
-            None: all of the layers. "head.weight" may be named too; emb, of which a model takes rows, is always whole.
+        targets: patterns of the matrices to decompose (`rwkv_lab.patterns`); the others are carried whole where they
+            changed. None: all of the layers. "head.weight" may be named too; emb, of which a model takes rows, is
+            always whole.
         dtype: "bf16", "fp16" or "fp32" of the pairs; None that of the tuned matrix.
         seed: of the randomised decomposition.
     Raises:
@@ -95,66 +112,68 @@ def extract_lora(
         LayoutError, OutputError, UnsafeFileError, CorruptFileError: as `merge`.
         NumericsError: NaN or Inf in a delta.
     """
-    base, tuned, out = (to_path(p, what).absolute() for p, what in ((base, "base"), (tuned, "tuned"), (out, "out")))
-    _check_amount(rank, energy)
-    pair_dtype, kind = output_dtype(dtype), file_kind(out)
-    note = out.with_name(out.name + ".json")
-    with open_checkpoint(base) as base_ck, open_checkpoint(tuned) as tuned_ck:
-        for path in (out, note):
-            check_output(path, [base_ck, tuned_ck], allowed_dir, overwrite)
-        refuse_same(base_ck, [tuned_ck])
-        layout = check_base(base_ck, [])
-        for ck in (base_ck, tuned_ck):
-            check_dtypes(ck)
-        _check_tuned(base_ck, tuned_ck, layout)
-        targets = pattern_list("targets", targets)
-        matrices = [n for n, t in tuned_ck.info.items() if n in base_ck.info and _is_matrix(n, t)]
-        refuse_unmatched("targets", targets, matrices, "matrices that can be decomposed")
-        chosen = {n for n in matrices if (is_selected(n, targets, None) if targets else n != HEAD)}
-        _check_rank(rank, [base_ck.info[n] for n in matrices if n in chosen])
+    given = dict(locals())
+    spec = ExtractSpec.read({name: given[name] for name in ExtractSpec.model_fields})
+    options = MergeOptions.read({"overwrite": overwrite, "allowed_dir": allowed_dir})
+    path = to_path(out, "out").absolute()
+    file_kind(path)
+    with open_checkpoint(spec.base) as base_ck, open_checkpoint(spec.tuned) as tuned_ck:
+        check_merge_output(path, [base_ck, tuned_ck], options.allowed_dir, options.overwrite)
+        chosen = _matrices_to_decompose(base_ck, tuned_ck, spec)
         changed = _changed(base_ck, tuned_ck)
-        found, pairs = [], {}
+        pairs = {}
         with Progress("decomposing", len(chosen & set(changed)), "matrices") as progress:
             for name in (n for n in changed if n in chosen):
-                a, b, matrix = _decomposed(base_ck.info[name], tuned_ck.info[name], rank, energy, pair_dtype, seed)
-                pairs[name], found = (a, b), [*found, matrix]
+                pairs[name] = _decomposed(base_ck.info[name], tuned_ck.info[name], spec)
                 progress.advance(1)
-        whole = tuple(n for n in changed if n not in pairs)
-        alpha = max((m.rank for m in found), default=0)
-        recipe = {"rank": rank, "energy": energy, "alpha": float(alpha), "dtype": str(pair_dtype or ""), "seed": seed}
-        recipe["targets"] = targets
-        inputs = (file_facts(base_ck), file_facts(tuned_ck))
-        made = provenance(recipe, inputs, job="extract_lora")
-        tensors = _tensors(changed, pairs, alpha, tuned_ck)
-        said = {NOTE: json.dumps(lora_note("lora", "none", float(alpha)))} if pairs else {}  # else it is no adapter
-        file = file_layout(kind, tensors, {RECORD: as_text(made), **said})
-        check_room(out, file.size, disk_free(out.parent), 0, memory_free())
-        write_stream(out, tensors, file, overwrite, scan=lambda t: True)
-        facts = file_facts(out)
-        details = {"matrices": [vars(m) for m in found], "whole": list(whole)}
-        write_text(note, beside(made | details, facts, []), overwrite)
+        return _written(path, base_ck, tuned_ck, spec, changed, pairs, options.overwrite)
+
+
+def _matrices_to_decompose(base: Checkpoint, tuned: Checkpoint, spec: ExtractSpec) -> set[str]:
+    """Names, after checking that the two belong together."""
+    refuse_same_file(base, [tuned])
+    layout = check_base(base, [])
+    for ck in (base, tuned):
+        check_dtypes(ck)
+    _check_tuned(base, tuned, layout)
+    matrices = [n for n, t in tuned.info.items() if n in base.info and (n == HEAD or is_block_matrix(n, t.shape))]
+    refuse_unmatched("targets", spec.targets, matrices, "matrices that can be decomposed")
+    chosen = {n for n in matrices if (is_selected(n, spec.targets, None) if spec.targets else n != HEAD)}
+    _check_rank(spec.rank, [base.info[n] for n in matrices if n in chosen])
+    return chosen
+
+
+def _written(
+    out: Path,
+    base: Checkpoint,
+    tuned: Checkpoint,
+    spec: ExtractSpec,
+    changed: list[str],
+    pairs: Mapping[str, Pair],
+    overwrite: bool,
+) -> ExtractResult:
+    """Write the adapter and its provenance."""
+    found = [pair.kept for pair in pairs.values()]
+    whole = tuple(n for n in changed if n not in pairs)
+    alpha = max((m.rank for m in found), default=0)
+    made = provenance(spec.recipe(alpha), (file_facts(base), file_facts(tuned)), job="extract_lora")
+    tensors = _tensors(changed, pairs, alpha, tuned)
+    note = {NOTE: json.dumps(lora_note("lora", "none", float(alpha)))} if pairs else {}  # else it is no adapter
+    file = file_layout(file_kind(out), tensors, {RECORD: as_text(made), **note})
+    check_free_space(out, file.size, 0)
+    write_stream(out, tensors, file, overwrite, scan=lambda t: True)
+    facts = file_facts(out)
+    details = {"matrices": [vars(m) for m in found], "whole": list(whole)}
+    write_text(provenance_path(out), text_beside(made | details, facts, []), overwrite)
     log.info("%d pairs with alpha %g, %d tensors whole", len(found), alpha, len(whole))
-    return ExtractResult(base, tuned, out, float(alpha), tuple(found), whole, (facts,))
-
-
-def _check_amount(rank: int | None, energy: float | None) -> None:
-    if (rank is None) == (energy is None):
-        raise ParameterError("give rank or energy, one of them: how much of the deltas the adapter keeps")
-    if rank is not None and (type(rank) is not int or rank < 1):
-        raise ParameterError(f"rank={rank!r}: a whole number of at least 1 is needed")
-    if energy is not None and not (isinstance(energy, (int, float)) and 0 < energy <= 1):
-        raise ParameterError(f"energy={energy!r}: it is a share, above 0 and at most 1")
+    return ExtractResult(spec.base, spec.tuned, out, float(alpha), tuple(found), whole, (facts,))
 
 
 def _check_tuned(base: Checkpoint, tuned: Checkpoint, layout: Layout) -> None:
     if tuned.kind not in ("model", "partial"):
         raise ParameterError(f"{tuned.path} is of kind {tuned.kind!r}; a LoRA is extracted from a fine-tune")
-    same_dimensions(tuned, layout)
+    refuse_other_dimensions(tuned, layout)
     check_full_tensors(base, tuned, layout, dict(tuned.info), [])
-
-
-def _is_matrix(name: str, info: TensorInfo) -> bool:
-    return name == HEAD or is_block_matrix(name, info.shape)
 
 
 def _check_rank(rank: int | None, matrices: list[TensorInfo]) -> None:
@@ -177,10 +196,8 @@ def _changed(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     return out
 
 
-def _decomposed(
-    base: TensorInfo, tuned: TensorInfo, rank: int | None, energy: float | None, dtype: torch.dtype | None, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, Extracted]:
-    """(A [r, in], B [out, r], what they keep), with Δ near B A."""
+def _decomposed(base: TensorInfo, tuned: TensorInfo, spec: ExtractSpec) -> Pair:
+    rank, energy, dtype = spec.rank, spec.energy, spec.output_dtype
     delta = tuned.read().double() - base.read().double()  # [out, in]
     if not bool(delta.isfinite().all()):
         raise NumericsError(f"{base.name}: tuned - base has NaN or Inf; there is no decomposition of it")
@@ -190,7 +207,7 @@ def _decomposed(
     if energy is not None or min(delta.shape) <= max(_EXACT_BELOW, 4 * rank):
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     else:
-        u, s, vh = _randomised(delta.float(), rank, seed)
+        u, s, vh = _randomised(delta.float(), rank, spec.seed)
     kept = (s.double() ** 2).cumsum(0) / length**2
     # Rounding may leave the last sum a little below 1.
     r = rank or min(int((kept < energy * (1 - 1e-12)).sum()) + 1, len(s))
@@ -201,7 +218,7 @@ def _decomposed(
     b, a = u * root, vh[:r] * root[:, None]
     a, b = (t.to(dtype or tuned.dtype) for t in (a, b))
     error = float(torch.linalg.vector_norm(delta - b.double() @ a.double() / largest)) / length
-    return a, b, Extracted(base.name, r, min(float(kept[r - 1]), 1.0), error, length * largest)
+    return Pair(a, b, Extracted(base.name, r, min(float(kept[r - 1]), 1.0), error, length * largest))
 
 
 def _randomised(delta: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -215,7 +232,7 @@ def _randomised(delta: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor
     return q @ u, s, vh
 
 
-def _tensors(names: list[str], pairs: dict, alpha: int, tuned: Checkpoint) -> list[OutTensor]:
+def _tensors(names: list[str], pairs: Mapping[str, Pair], alpha: int, tuned: Checkpoint) -> list[OutTensor]:
     """The adapter's tensors. B is scaled so that alpha / r gives 1 for every rank."""
     out = []
     for name in names:
@@ -223,7 +240,7 @@ def _tensors(names: list[str], pairs: dict, alpha: int, tuned: Checkpoint) -> li
             t = tuned.info[name]
             out.append(OutTensor(name, t.shape, t.dtype, source=t))
             continue
-        a, b = pairs[name]
+        a, b = pairs[name].A, pairs[name].B
         b = b.double() * (a.shape[0] / alpha)
         stem = name.removesuffix(".weight")
         for half, values in (("A", a), ("B", b)):

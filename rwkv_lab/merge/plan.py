@@ -1,12 +1,17 @@
-"""What a merge would do, tensor by tensor, before a byte of tensor data is read; and what it did."""
+"""What a merge will do, tensor by tensor, before a byte of tensor data is read; and what it did."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rwkv_lab.checkpoint import FileFacts, Layout
+from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.checks import Check
+from rwkv_lab.merge.inputs import InputFile, MergeInputs
+from rwkv_lab.merge.spec import MergeOptions, MergeSpec
 from rwkv_lab.progress import human_bytes
 
 
@@ -27,7 +32,12 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class MergePlan:
-    method: str  # never "auto"
+    """What `write_merge` carries out: this very object, now or later, as long as its inputs have not changed."""
+
+    spec: MergeSpec  # everything filled in that was left open; `spec.recipe()` is written into the output
+    options: MergeOptions
+    out: Path
+    inputs: tuple[InputFile, ...]  # base, then each tuned, then what PiSSA adapters started from
     layout: Layout  # of the output: the base's, but for its depth where layers are stacked
     rows: tuple[PlanRow, ...]  # in the order of the output file
     skipped: tuple[str, ...]  # tensors of `tuned` that include/exclude keep out
@@ -35,7 +45,15 @@ class MergePlan:
     disk_free: int  # bytes free where the output goes
     memory_needed: int  # bytes of anonymous memory, an upper bound
     memory_free: int  # bytes the machine has available
-    notes: tuple[str, ...] = ()  # what such a mix means for an RWKV model, in words
+    notes: tuple[str, ...] = ()  # what such a merge means for an RWKV model, in words
+    contains: Sequence[Mapping[str, Any]] = field(default=(), repr=False)  # adapters, as of `contained_adapters`
+    files: MergeInputs = field(kw_only=True, repr=False, compare=False)
+    tensors: Sequence[OutTensor] = field(kw_only=True, repr=False, compare=False)  # as the rows; they read `files`
+
+    @property
+    def method(self) -> str:
+        """Never "auto"."""
+        return self.spec.method
 
     @property
     def changed(self) -> tuple[PlanRow, ...]:
@@ -53,12 +71,20 @@ class MergePlan:
 @dataclass(frozen=True)
 class MergeResult:
     plan: MergePlan
-    base: Path
-    tuned: tuple[Path, ...]
-    out: Path
-    recipe: dict  # the arguments that decide the output's bytes
-    inputs: tuple[FileFacts, ...]  # base, then each tuned, then files of PiSSA's start
+    recipe: dict[str, Any]  # what decides the output's bytes, as the output records it
+    inputs: tuple[InputFile, ...]  # as of the plan, with the fingerprints that the options ask for
     outputs: tuple[FileFacts, ...] = ()  # the checkpoint and its provenance; empty after a dry run
     checks: tuple[Check, ...] = ()  # made while streaming; empty after a dry run
-    seconds: dict[str, float] = field(default_factory=dict)  # "plan", "merge"
-    pissa_init: tuple[Path | None, ...] = ()  # one per adapter
+    seconds: dict[str, float] = field(default_factory=dict)  # "plan", "hash", "merge"
+
+    @property
+    def base(self) -> Path:
+        return self.plan.spec.base
+
+    @property
+    def tuned(self) -> tuple[Path, ...]:
+        return self.plan.spec.tuned
+
+    @property
+    def out(self) -> Path:
+        return self.plan.out

@@ -2,7 +2,9 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +16,21 @@ from rwkv_lab.version import __version__
 RECORD = "rwkv_lab.json"  # its name among the records of a .pth, and as a key of a .safetensors' metadata
 
 
-def provenance(recipe: dict, inputs: Sequence[FileFacts], contains: Sequence[dict] = (), job: str = "merge") -> dict:
-    """JSON-ready description of a merge, or of another job that makes a checkpoint from checkpoints; `contains` as of
-    `contained`, where there are any adapters."""
+Provenance = dict[str, Any]  # JSON-ready
+
+
+def provenance(
+    recipe: Mapping[str, Any],
+    inputs: Sequence[FileFacts],
+    contains: Sequence[Mapping[str, Any]] = (),
+    job: str = "merge",
+) -> Provenance:
+    """Of a merge, or of another job that makes a checkpoint from checkpoints; `contains` as of `contained_adapters`,
+    where there are any adapters."""
     made = {
         "made_by": f"rwkv_lab {__version__}",
         "job": job,
-        "recipe": recipe,
+        "recipe": dict(recipe),
         "inputs": [{"name": printable(f.path.name), "bytes": f.bytes, "fingerprint": f.fingerprint} for f in inputs],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
@@ -32,11 +42,17 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def as_text(made: dict) -> str:
-    return json.dumps(made, indent=1, ensure_ascii=False) + "\n"  # in order: of patterns, the first that fits decides
+def as_text(made: Provenance) -> str:
+    """As it is written; in order, since of patterns the first that matches decides."""
+    return json.dumps(made, indent=1, ensure_ascii=False) + "\n"
 
 
-def beside(made: dict, output: FileFacts, findings: Sequence[Findings]) -> str:
-    """The file that lies beside the output: the same, and what the output turned out to be."""
+def provenance_path(out: Path) -> Path:
+    """The file beside an output that holds its provenance."""
+    return out.with_name(out.name + ".json")
+
+
+def text_beside(made: Provenance, output: FileFacts, findings: Sequence[Findings]) -> str:
+    """What that file holds: the provenance, and what the output turned out to be."""
     facts = {"name": output.path.name, "bytes": output.bytes, "fingerprint": output.fingerprint}
     return as_text(made | {"output": facts, "nonfinite": [str(f) for f in findings]})

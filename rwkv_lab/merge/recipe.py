@@ -9,15 +9,17 @@ its first value, as there.
 import glob
 import logging
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import CorruptFileError, ParameterError
-from rwkv_lab.merge.merge import merge
+from rwkv_lab.merge.merge import AnyPath, run_merge
 from rwkv_lab.merge.plan import MergeResult
 from rwkv_lab.merge.settings import GRADIENT, REST, with_default
+from rwkv_lab.merge.spec import MergeOptions, MergeSpec
 from rwkv_lab.paths import to_path
+from rwkv_lab.spec import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ _EACH = {
 _WITHOUT_EFFECT = {"int8_mask": (True, False), "rescale": (False,), "filter_wise": (False,), "scale": (1, None)}
 
 
-def merge_recipe(recipe: str | Path, out: str | Path, **options) -> MergeResult:
+def merge_recipe(recipe: AnyPath, out: AnyPath, **options: Any) -> MergeResult:
     """Merge as a recipe in mergekit's spelling says.
 
     Args:
@@ -61,15 +63,25 @@ def merge_recipe(recipe: str | Path, out: str | Path, **options) -> MergeResult:
         ParameterError: a method or parameter that is not known here, or a recipe that contradicts itself.
         RwkvLabError: as `merge`.
     """
-    given = read_recipe(recipe)
+    given = _read(recipe)
     twice = next((name for name in given if name in options), None)
     if twice:
         raise ParameterError(f"{twice} is in the recipe {recipe} already; it cannot be given beside it")
-    return merge(out=out, **given, **options)
+    job = {name: options.pop(name) for name in MergeOptions.model_fields if name in options}
+    return run_merge(MergeSpec.read(given | options), out, MergeOptions.read(job))
 
 
-def read_recipe(recipe: str | Path) -> dict[str, object]:
-    """The arguments of `merge` that a recipe stands for: base, tuned, method, alpha, weights, parameters, dtype."""
+def read_recipe(recipe: AnyPath) -> MergeSpec:
+    """What a recipe stands for.
+
+    Raises:
+        ParameterError, CorruptFileError: as `merge_recipe`.
+    """
+    return MergeSpec.read(_read(recipe))
+
+
+def _read(recipe: AnyPath) -> dict[str, Any]:
+    """base, tuned, method, alpha, weights, parameters and dtype, as far as the recipe states them."""
     path = to_path(recipe, "recipe")
     asked = _load(path)
     _refuse_unknown(path, asked, (*_KEYS, *_ELSEWHERE), "")
@@ -136,8 +148,7 @@ def _refuse_repeated(path: Path, tree: object) -> None:
 def _refuse_unknown(path: Path, found: Mapping, known: tuple[str, ...], where: str) -> None:
     for name in found:
         if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "."
+            hint = did_you_mean(str(name), known) or "."
             raise ParameterError(f"{path}: {name!r} is not known here{where}{hint}\nKnown are: {', '.join(known)}")
 
 

@@ -2,7 +2,7 @@
 
 A setting is a number (or True, False), or one of these, which may stand inside each other:
 
-    {"blocks.*.att": 0.3, "*.ffn.key.*": 0.5}   the first pattern that fits a tensor decides, else the default
+    {"blocks.*.att": 0.3, "*.ffn.key.*": 0.5}   the first pattern that matches a tensor decides, else the default
     {"gradient": [0, 0.5, 1]}                   points spread evenly over the layers, straight lines between them
     [0.2, {"gradient": [0, 1]}]                 one setting per model
 
@@ -12,7 +12,7 @@ Patterns are those of `rwkv_lab.patterns`: `blocks.*.att` matches `blocks.3.att.
 from collections.abc import Iterable, Mapping
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.merge.mixing.signature import LARGEST
+from rwkv_lab.merge.method_parameters import LARGEST
 from rwkv_lab.names import split_block
 from rwkv_lab.patterns import matches, refuse_unmatched
 
@@ -20,7 +20,7 @@ GRADIENT, REST = "gradient", "*"
 
 
 def value_for(setting: object, name: str, n_layer: int) -> object:
-    """What a setting comes to for the tensor `name`; None where none of its patterns fits."""
+    """What a setting comes to for the tensor `name`; None where none of its patterns matches."""
     if isinstance(setting, Mapping):
         if set(setting) == {GRADIENT}:
             return _along(setting[GRADIENT], depth(name, n_layer))
@@ -32,7 +32,7 @@ def value_for(setting: object, name: str, n_layer: int) -> object:
 
 
 def with_default(setting: object, default: object) -> object:
-    """The setting with `default` for the tensors that none of its patterns fits, written out."""
+    """The setting with `default` for the tensors that none of its patterns matches, written out."""
     if isinstance(setting, (list, tuple)):
         return [with_default(s, default) for s in setting]
     if not isinstance(setting, Mapping) or GRADIENT in setting:
@@ -50,7 +50,7 @@ def depth(name: str, n_layer: int) -> float:
 
 
 def check_setting(what: str, setting: object, names: Iterable[str]) -> None:
-    """Refuse patterns that fit no tensor, and gradients that are no list of numbers.
+    """Refuse patterns that match no tensor, and gradients that are no list of numbers.
 
     Raises:
         ParameterError: with the nearest names.

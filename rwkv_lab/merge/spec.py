@@ -10,13 +10,15 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.merge.method import MERGE_METHODS
 from rwkv_lab.paths import path_fault
-from rwkv_lab.spec import Patterns, Spec, did_you_mean
+from rwkv_lab.spec import Number, OneOf, Patterns, Spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -71,7 +73,13 @@ def _refuse_not_finite(value: Any) -> None:
     for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _refuse_not_finite(one)
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is no finite number")
+        raise ValueError("every number must be finite")
+
+
+def _as_given(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """A whole number stays one: it is recorded as it was given."""
+    number = validate(value)
+    return value if isinstance(value, int) else number
 
 
 def _parameters(value: Any) -> Any:
@@ -80,17 +88,13 @@ def _parameters(value: Any) -> Any:
     return _setting(value or {})
 
 
-def _method(value: Any) -> Any:
-    from rwkv_lab.merge.methods import METHODS  # here, because methods are checked against a spec
-
-    if value != "auto" and value not in METHODS:
-        hint = did_you_mean(str(value), METHODS)
-        raise ValueError(f"it must be 'auto' or one of {', '.join(METHODS)}{hint}")
-    return value
+def _methods() -> list[str]:
+    return ["auto", *MERGE_METHODS]
 
 
 AbsolutePath = Annotated[Path, BeforeValidator(_path)]
 NamePatterns = Annotated[Patterns | None, BeforeValidator(_patterns)]  # None where there are none
+OutputDtype = Annotated[Literal["bf16", "fp16", "fp32"] | None, BeforeValidator(_dtype)]
 Setting = Annotated[Any, BeforeValidator(_setting)]  # a number, or one that differs by tensor or model: `settings`
 
 
@@ -101,7 +105,7 @@ class MergeSpec(Spec):
     tuned: Annotated[tuple[AbsolutePath, ...], BeforeValidator(_paths)] = Field(
         description="a state, a fine-tune, an adapter; a list of adapters, or of models to mix"
     )
-    method: Annotated[str, BeforeValidator(_method)] = Field(
+    method: Annotated[str, OneOf(_methods)] = Field(
         "auto",
         description="auto reads it off the file; or state, overlay, lora, pissa, miss; linear, slerp, … mix models",
     )
@@ -117,9 +121,7 @@ class MergeSpec(Spec):
     )
     include: NamePatterns = Field(None, description="shell patterns of tensors that may change; empty: all")
     exclude: NamePatterns = Field(None, description="shell patterns of tensors that stay the base's")
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, BeforeValidator(_dtype)] = Field(
-        None, description="bf16, fp16 or fp32 for every tensor; empty: each keeps its own"
-    )
+    dtype: OutputDtype = Field(None, description="bf16, fp16 or fp32 for every tensor; empty: each keeps its own")
     allow_extra: NamePatterns = Field(
         None, description="patterns of tensors that the generation does not know but may be there"
     )
@@ -149,6 +151,42 @@ class MergeSpec(Spec):
             "precision": self.precision,
             "allow_extra": self.allow_extra,
             "allow_nonfinite": self.allow_nonfinite,
+        }
+
+
+class ExtractSpec(Spec):
+    """What decides the bytes of an extracted LoRA."""
+
+    base: AbsolutePath = Field(description="the model that was tuned: .pth, .safetensors or a folder")
+    tuned: AbsolutePath = Field(description="the fine-tune, full or partial")
+    rank: Annotated[int, Field(ge=1)] | None = Field(None, description="of every pair; or energy")
+    energy: Annotated[Number, Field(gt=0, le=1), WrapValidator(_as_given)] | None = Field(
+        None, description="share of each delta's squared norm to keep; every matrix gets the rank that it needs"
+    )
+    targets: NamePatterns = Field(None, description="patterns of the matrices to decompose; empty: all of the layers")
+    dtype: OutputDtype = Field(None, description="bf16, fp16 or fp32 of the pairs; empty: that of the tuned matrix")
+    seed: int = Field(0, description="of the randomised decomposition")
+
+    @model_validator(mode="after")
+    def _check_amount(self) -> Self:
+        if (self.rank is None) == (self.energy is None):
+            raise ParameterError("pass rank or energy, one of them: how much of the deltas the adapter keeps")
+        return self
+
+    @property
+    def output_dtype(self) -> torch.dtype | None:
+        """The dtype of the pairs; None: that of the tuned matrix."""
+        return None if self.dtype is None else DTYPES[self.dtype]
+
+    def recipe(self, alpha: float) -> dict[str, Any]:
+        """What the provenance records; alpha is that of the adapter."""
+        return {
+            "rank": self.rank,
+            "energy": self.energy,
+            "alpha": float(alpha),
+            "dtype": str(self.output_dtype or ""),
+            "seed": self.seed,
+            "targets": self.targets,
         }
 
 

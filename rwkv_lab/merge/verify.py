@@ -1,22 +1,26 @@
 """Proof of a merge: re-opens what was written with the formats' own libraries and recomputes it from the inputs.
 
 Nothing of the merge is used here but its arguments: files are read by `torch.load` and `safetensors`, and the
-arithmetic is written again, in float64.
+arithmetic is written again, in float64, by each method's own proof.
 """
 
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.merge.families import MERGE_METHODS
+from rwkv_lab.merge.inputs import init_paths
 from rwkv_lab.merge.plan import MergeResult
-from rwkv_lab.merge.verify_adapter import ADAPTED, Understood, adapted_names, exact_adapted, read_adapter, understand
-from rwkv_lab.merge.verify_mix import MIXED, Exact, exact_mix, mixed_names, pattern_matches, stacked
+from rwkv_lab.merge.proof import Exact, Proof, ProofInputs, Source, Tensors
 
 _ROWS = 1 << 20  # elements compared at a time
 
@@ -32,69 +36,18 @@ def verify_merge(result: MergeResult) -> list[Check]:
     """
     if not result.outputs:
         raise ParameterError(f"{result.out} was not written: this is the result of a dry run")
-    recipe = result.recipe
-    base, out, adapters = _read(result.base), _read(result.out), []
-    if recipe["method"] in ADAPTED:
-        for i, path in enumerate(result.tuned):
-            init = result.pissa_init[i]
-            adapters.append(understand(i, path, _read(path), None if init is None else _read(init), recipe))
-        tuned = [a.whole for a in adapters]
-    else:
-        tuned = [_read(p) for p in result.tuned]
-    counts = {"copied": 0, "copied wrong": 0, "computed": 0, "not finite": 0, "other shape": 0}
-    worst, worst_name = 0.0, ""
-    expected = _expected(base, tuned, adapters, recipe)
-    for name, source in expected.items():
-        if name not in out:
-            continue
-        found = out[name]
-        copied = None if source is None else source[0][source[1]]
-        origin = base[name] if name in base and recipe["method"] != "passthrough" else copied
-        if origin is None:
-            origin = next(t[name] for t in tuned if name in t)
-        # What is copied keeps its own dtype, what is computed the base's.
-        kept = origin if copied is None else copied
-        asked = getattr(torch, recipe["dtype"] or str(kept.dtype).removeprefix("torch."))
-        if found.shape != origin.shape or copied is None and found.dtype != asked:
-            counts["other shape"] += 1
-        elif copied is not None and not _rounds_twice(copied, recipe["dtype"]):
-            counts["copied"] += 1
-            counts["copied wrong"] += not _same_bits(found, copied.to(asked))
-        else:
-            counts["computed"] += 1
-            if copied is not None:
-                error = _worst(found, lambda part, c=copied: ([c.reshape(-1)[part].double()], 0.0))
-            elif adapters:
-                error = _worst(found, exact_adapted(name, base, adapters, recipe))
-            elif recipe["method"] in MIXED:
-                error = _worst(found, exact_mix(name, base, tuned, recipe))
-            else:
-                error = _worst(found, _exact(name, base, tuned[0], recipe))
-            if error > worst:
-                worst, worst_name = error, name
-        counts["not finite"] += int(found.numel() - torch.isfinite(found).sum())
-    missing, extra = [n for n in expected if n not in out], [n for n in out if n not in expected]
+    recipe, out = result.recipe, _read(result.out)
+    proof = MERGE_METHODS[recipe["method"]].proof(_proof_inputs(result))
+    sources, found = proof.sources(), _Comparison()
+    for name, source in sources.items():
+        if name in out:
+            found.add(name, out[name], source, proof, recipe["dtype"])
+    missing, extra = [n for n in sources if n not in out], [n for n in out if n not in sources]
     checks = [
         Check("tensors missing from the re-opened output", len(missing), 0, not missing),
         Check("tensors in the output that belong there by no rule", len(extra), 0, not extra),
-        Check(
-            f"copied tensors that differ from their source in any bit, of {counts['copied']}",
-            counts["copied wrong"],
-            0,
-            counts["copied wrong"] == 0,
-        ),
-        Check("tensors of another shape or dtype than asked for", counts["other shape"], 0, counts["other shape"] == 0),
-        Check(
-            "values in the output that are NaN or Inf",
-            counts["not finite"],
-            "any: allow_nonfinite" if recipe["allow_nonfinite"] else 0,
-            recipe["allow_nonfinite"] or counts["not finite"] == 0,
-        ),
+        *found.checks(recipe["allow_nonfinite"]),
     ]
-    if counts["computed"]:
-        where = f" ({worst_name})" if worst_name else ""
-        name = f"largest error of {counts['computed']} computed tensors, in units of what one rounding allows{where}"
-        checks.append(Check(name, round(worst, 4), 1, worst <= 1))
     if _is_zip(result.out):
         with zipfile.ZipFile(result.out) as archive:
             bad = archive.testzip()
@@ -102,16 +55,83 @@ def verify_merge(result: MergeResult) -> list[Check]:
     return checks
 
 
-class _Safetensors(Mapping):
+def _proof_inputs(result: MergeResult) -> ProofInputs:
+    init = init_paths(result.plan.spec.pissa_init, len(result.tuned))
+    return ProofInputs(
+        _read(result.base),
+        [_read(path) for path in result.tuned],
+        result.tuned,
+        [None if path is None else _read(path) for path in init],
+        result.recipe,
+    )
+
+
+@dataclass
+class _Comparison:
+    """What was found, tensor by tensor."""
+
+    copied: int = 0
+    copied_wrong: int = 0
+    computed: int = 0
+    not_finite: int = 0
+    other_shape: int = 0
+    worst: float = 0.0  # error of a computed tensor, in units of what is allowed
+    worst_name: str = ""
+
+    def add(self, name: str, found: Tensor, source: Source | None, proof: Proof, dtype: str | None) -> None:
+        copied, like = None if source is None else source[0][source[1]], proof.like(name)
+        # What is copied keeps its own dtype, what is computed the base's.
+        kept = like if copied is None else copied
+        wanted = getattr(torch, dtype or str(kept.dtype).removeprefix("torch."))
+        if found.shape != like.shape or copied is None and found.dtype != wanted:
+            self.other_shape += 1
+        elif copied is not None and not _rounds_twice(copied, dtype):
+            self.copied += 1
+            self.copied_wrong += not _same_bits(found, copied.to(wanted))
+        else:
+            self.computed += 1
+            error = _worst(found, proof.exact(name) if copied is None else _exact_copy(copied))
+            if error > self.worst:
+                self.worst, self.worst_name = error, name
+        self.not_finite += int(found.numel() - torch.isfinite(found).sum())
+
+    def checks(self, allow_nonfinite: bool) -> list[Check]:
+        checks = [
+            Check(
+                f"copied tensors that differ from their source in any bit, of {self.copied}",
+                self.copied_wrong,
+                0,
+                self.copied_wrong == 0,
+            ),
+            Check("tensors of another shape or dtype than asked for", self.other_shape, 0, self.other_shape == 0),
+            Check(
+                "values in the output that are NaN or Inf",
+                self.not_finite,
+                "any: allow_nonfinite" if allow_nonfinite else 0,
+                allow_nonfinite or self.not_finite == 0,
+            ),
+        ]
+        if self.computed:
+            where = f" ({self.worst_name})" if self.worst_name else ""
+            name = f"largest error of {self.computed} computed tensors, in units of what one rounding allows{where}"
+            checks.append(Check(name, round(self.worst, 4), 1, self.worst <= 1))
+        return checks
+
+
+def _exact_copy(copied: Tensor) -> Exact:
+    return lambda part: ([copied.reshape(-1)[part].double()], 0.0)
+
+
+class _Safetensors(Mapping[str, Tensor]):
     """The tensors of .safetensors files, each read when it is asked for."""
 
     def __init__(self, files: list[Path]):
-        self.home = {}
+        self.home: dict[str, Any] = {}
         for file in files:
             opened = safe_open(file, "pt")
             self.home |= dict.fromkeys(opened.keys(), opened)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         return self.home[name].get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -124,26 +144,29 @@ class _Safetensors(Mapping):
         return name in self.home
 
 
-def _read(path: Path) -> Mapping[str, torch.Tensor]:
+def _read(path: Path) -> Tensors:
     """The tensors of a checkpoint, by the format's own library: mapped or read one by one, never all in memory."""
     files = _files_of(path)
     if not _is_zip(files[0]):
         return _Safetensors(files)
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Tensor] = {}
     for file in files:
         if file.suffix == ".safetensors":  # which torch takes for its word, unless it does not see the name
             with open(file, "rb") as f:
                 loaded = torch.load(f, map_location="cpu", weights_only=True)
         else:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        found |= {n: t.detach() for n, t in loaded.items() if isinstance(t, torch.Tensor)}
+        found |= {n: t.detach() for n, t in loaded.items() if isinstance(t, Tensor)}
     return found
 
 
 def _files_of(path: Path) -> list[Path]:
     """The file itself, or those of a Hugging Face folder."""
-    if not path.is_dir() or (path / "adapter_config.json").is_file():
-        return read_adapter(path)
+    if not path.is_dir():
+        return [path]
+    if (path / "adapter_config.json").is_file():
+        singles = ("adapter_model.safetensors", "adapter_model.bin")
+        return [next(path / name for name in singles if (path / name).is_file())]
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{stem}.index.json"
         if index.is_file():
@@ -156,37 +179,12 @@ def _is_zip(path: Path) -> bool:
         return f.read(4) == b"PK\3\4"
 
 
-def _expected(
-    base: Mapping, tuned: list[Mapping], adapters: list[Understood], recipe: dict
-) -> dict[str, tuple[Mapping, str] | None]:
-    """For every name of the output: (file, name in it) of what it is a copy of, or None where it is computed."""
-    if recipe["method"] == "passthrough":
-        return stacked(base, tuned, recipe["parameters"]["layers"])
-    out: dict[str, tuple[Mapping, str] | None] = {name: (base, name) for name in base}
-    include, exclude = recipe["include"], recipe["exclude"] or []
-
-    def chosen(name: str) -> bool:
-        wanted = include is None or any(pattern_matches(name, p) for p in include)
-        return wanted and not any(pattern_matches(name, p) for p in exclude)
-
-    if recipe["method"] in MIXED:
-        return out | {n: None for n in mixed_names(base, tuned, recipe) if chosen(n)}
-    if recipe["alpha"] == 0:
-        return out
-    if adapters:
-        given = {n: (a.whole, n) for a in adapters if a.weight == 1 for n in a.whole}
-        return out | {n: given.get(n) for n in adapted_names(base, adapters, recipe) if chosen(n)}
-    (whole,) = tuned
-    names = {n for n in whole if recipe["method"] != "state" or n.endswith(".time_state")}
-    return out | {n: (whole, n) if recipe["alpha"] == 1 else None for n in names if chosen(n)}
-
-
-def _rounds_twice(source: torch.Tensor, dtype: str | None) -> bool:
+def _rounds_twice(source: Tensor, dtype: str | None) -> bool:
     """torch takes float64 to a 16-bit format by way of float32, which is no reference: error bounds must do."""
     return source.dtype == torch.float64 and dtype in ("bfloat16", "float16")
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.numel() != b.numel():
         return False
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
@@ -194,20 +192,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.split(_ROWS), b.split(_ROWS), strict=True))
 
 
-def _exact(name: str, base: Mapping, tuned: Mapping, recipe: dict) -> Exact:
-    """A share of the way from base to tuned."""
-    alpha, eps = recipe["alpha"], torch.finfo(getattr(torch, recipe["precision"])).eps
-    t = tuned[name].reshape(-1)
-    weight = base[name].reshape(-1) if name in base else torch.zeros_like(t)
-
-    def blend(part: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
-        w, to = weight[part].double(), t[part].double()
-        return [w + alpha * (to - w)], 4 * eps * (w.abs() + to.abs())
-
-    return blend
-
-
-def _worst(out: torch.Tensor, exact: Exact) -> float:
+def _worst(out: Tensor, exact: Exact) -> float:
     """Largest |out - exact| over what is allowed: half a unit of its dtype, and the arithmetic's error."""
     unit, tiny = torch.finfo(out.dtype).eps / 2, torch.finfo(out.dtype).smallest_normal * torch.finfo(out.dtype).eps
     out, worst = out.reshape(-1), 0.0

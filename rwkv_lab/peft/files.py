@@ -5,6 +5,7 @@ means, what a PiSSA adapter started from. A value that the file states and that 
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,30 +45,41 @@ def open_adapter(
         LayoutError: no adapter, one of a kind that is not known, halves or tensors missing, shapes that do not fit.
         CorruptFileError, UnsafeFileError: as `open_checkpoint`.
     """
-    options = AdapterOptions(alpha, use_rslora, bat, pissa_init is not None, residual_base)
-    ck = open_checkpoint(path)
-    opened = [ck]
-    try:
-        _check_dtypes(ck)
-        if ck.adapter_config is not None:
-            adapter = hf_layout.read(ck, options)
-        else:
-            adapter = rwkv_peft_layout.read(ck, options)
-        if not adapter.targets:
-            raise LayoutError(f"{ck.path} adapts no layer: it has no lora_A and no MiSS block.")
-        if pissa_init is not None:
-            init = open_checkpoint(pissa_init)
-            opened.append(init)
-            _check_dtypes(init)
-            if file_facts(init).fingerprint == file_facts(ck).fingerprint:
-                raise LayoutError(f"pissa_init {init.path} is the adapter itself, not what it started from.")
-            adapter = replace(adapter, targets=with_start(adapter, init))
-        _check_inner_shapes(adapter)
-        return replace(adapter, path=ck.path, opened=tuple(opened))
-    except BaseException:
-        for file in opened:
-            file.close()
-        raise
+    with ExitStack() as stack:
+        ck = stack.enter_context(open_checkpoint(path))
+        init = None if pissa_init is None else stack.enter_context(open_checkpoint(pissa_init))
+        adapter = read_adapter(ck, init, alpha, use_rslora, bat, residual_base)
+        stack.pop_all()
+    return replace(adapter, opened=(ck,) if init is None else (ck, init))
+
+
+def read_adapter(
+    ck: Checkpoint,
+    init: Checkpoint | None = None,
+    alpha: float | None = None,
+    use_rslora: bool | None = None,
+    bat: str | None = None,
+    residual_base: bool = False,
+) -> Adapter:
+    """As `open_adapter`, of checkpoints that are open and stay the caller's.
+
+    Args:
+        init: what a PiSSA adapter started from.
+    Raises:
+        ParameterError, LayoutError: as `open_adapter`.
+    """
+    options = AdapterOptions(alpha, use_rslora, bat, init is not None, residual_base)
+    _check_dtypes(ck)
+    adapter = (rwkv_peft_layout if ck.adapter_config is None else hf_layout).read(ck, options)
+    if not adapter.targets:
+        raise LayoutError(f"{ck.path} adapts no layer: it has no lora_A and no MiSS block.")
+    if init is not None:
+        _check_dtypes(init)
+        if file_facts(init).fingerprint == file_facts(ck).fingerprint:
+            raise LayoutError(f"pissa_init {init.path} is the adapter itself, not what it started from.")
+        adapter = replace(adapter, targets=with_start(adapter, init))
+    _check_inner_shapes(adapter)
+    return replace(adapter, path=ck.path)
 
 
 def _check_dtypes(ck: Checkpoint) -> None:

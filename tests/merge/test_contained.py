@@ -9,7 +9,7 @@ from models import random_lora, random_model
 from rwkv_lab import merge, open_checkpoint
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge import verify_merge
-from rwkv_lab.merge.contained import adapters_in
+from rwkv_lab.merge.contained_adapters import adapters_in
 
 CASES = {
     "overlay": {},

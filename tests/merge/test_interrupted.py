@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 
@@ -15,6 +14,7 @@ from slow_merge import MOMENTS, start
 from rwkv_lab import merge
 from rwkv_lab.checkpoint import stream
 from rwkv_lab.errors import OutputError
+from rwkv_lab.merge import output_checks
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_disk_that_is_really_full(files, tmp_path, monkeypatch):
     try:
         with pytest.raises(OutputError, match="needs .* are free on that disk"):
             merge(**given | {"out": small / "out.pth"})
-        monkeypatch.setattr(sys.modules["rwkv_lab.merge.merge"], "disk_free", lambda folder: 1 << 40)
+        monkeypatch.setattr(output_checks, "disk_free", lambda folder: 1 << 40)
         with pytest.raises(OutputError, match="No space left on device; nothing was left behind"):
             merge(**given | {"out": small / "out.pth"})
         assert list(small.iterdir()) == []
@@ -94,13 +94,12 @@ def test_a_disk_that_is_really_full(files, tmp_path, monkeypatch):
 def test_no_room_is_refused_by_the_plan(files, tmp_path, monkeypatch, reads):
     given, wanted = files
     before = snapshot(tmp_path)
-    module = sys.modules["rwkv_lab.merge.merge"]
     for what, value, said in [
         ("disk_free", lambda folder: len(wanted) // 2, r"needs 34\.\d kB, 17\.\d kB are free"),
         ("memory_free", lambda: 1000, "of memory"),
     ]:
         with monkeypatch.context() as patch:
-            patch.setattr(module, what, value)
+            patch.setattr(output_checks, what, value)
             reads.clear()
             with pytest.raises(OutputError, match=said):
                 merge(**given, hash="sha256")
@@ -109,7 +108,7 @@ def test_no_room_is_refused_by_the_plan(files, tmp_path, monkeypatch, reads):
             )  # nobody read the whole for a hash
     assert snapshot(tmp_path) == before
     with monkeypatch.context() as patch:
-        patch.setattr(module, "disk_free", lambda folder: len(wanted))
+        patch.setattr(output_checks, "disk_free", lambda folder: len(wanted))
         merge(**given)
 
 

@@ -13,7 +13,7 @@ from rwkv_lab import merge, open_checkpoint
 from rwkv_lab.checkpoint import Layout, write_checkpoint
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.merge import verify_merge
-from rwkv_lab.merge.patterns import select
+from rwkv_lab.merge.planning import selected_names
 
 
 def save(path, tensors):
@@ -256,13 +256,13 @@ globs = st.lists(st.sampled_from(["*", "*weight", "blocks.0.*", "blocks.[01].att
 @given(st.one_of(st.none(), globs), st.one_of(st.none(), globs), st.randoms(use_true_random=False))
 def test_selection_is_inclusion_without_exclusion(include, exclude, rng):
     names = rng.sample(NAMES, len(NAMES))
-    wide = set().union(*(select(names, [p], None) for p in include)) if include else set(names)
-    left = wide - set().union(*(select(names, [p], None) for p in exclude or []))
+    wide = set().union(*(selected_names(names, [p], None) for p in include)) if include else set(names)
+    left = wide - set().union(*(selected_names(names, [p], None) for p in exclude or []))
     if left:
-        assert select(names, include, exclude) == left
+        assert selected_names(names, include, exclude) == left
     else:
         with pytest.raises(ParameterError, match="keep out all"):
-            select(names, include, exclude)
+            selected_names(names, include, exclude)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)

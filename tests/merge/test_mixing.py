@@ -18,11 +18,10 @@ from models import LAYOUTS, SEVEN, random_model, random_state, same
 from rwkv_lab import merge
 from rwkv_lab.checkpoint import Layout, write_checkpoint
 from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
-from rwkv_lab.merge import verify_merge
-from rwkv_lab.merge.draws import draws
-from rwkv_lab.merge.methods import METHODS, help_on, in_words
+from rwkv_lab.merge import MERGE_METHODS, verify_merge
 from rwkv_lab.merge.mixing import MIXING
 from rwkv_lab.merge.mixing.ties import smallest_kept
+from rwkv_lab.merge.random_numbers import draws
 
 NAMES = tuple(MIXING)
 
@@ -339,7 +338,7 @@ REFUSED = [
     ({"method": "ties", "parameters": {"alpha": {"blocks.*.atn": 1}}}, ParameterError, "matches none.*\n.*for example"),
     ({"method": "ties", "parameters": {"alpha": {"gradient": []}}}, ParameterError, "list of numbers"),
     ({"method": "ties", "alpha": 1, "parameters": {"alpha": 1}}, ParameterError, "given twice"),
-    ({"method": "linear", "parameters": {"weights": {"emb": [1, 1, 1]}}}, ParameterError, "no pattern fits"),
+    ({"method": "linear", "parameters": {"weights": {"emb": [1, 1, 1]}}}, ParameterError, "no pattern matches"),
     ({"method": "tees"}, ParameterError, "did you mean ties"),
     ({"method": "auto"}, ParameterError, "names 2 files"),
     ({"method": "overlay"}, ParameterError, "names 2 files"),
@@ -419,11 +418,11 @@ def test_a_delta_that_float32_rounds_passes_the_proof(run):
 
 
 def test_methods_say_what_they_do_and_take():
-    for method in METHODS:
-        assert len(in_words(method)) > 20 and "\n" not in in_words(method)
-    assert in_words("linear").startswith("the weighted mean")
-    assert [name for name, _, _ in help_on("ties")] == ["alpha", "weights", "density", "normalize"]
-    assert all(text for method in MIXING for _, _, text in help_on(method))
+    for method in MERGE_METHODS.values():
+        assert len(method.help) > 20 and "\n" not in method.help and method.title and callable(method.proof)
+        assert all(p.takes.help for p in method.parameters)
+    assert MERGE_METHODS["linear"].help.startswith("the weighted mean")
+    assert [p.name for p in MERGE_METHODS["ties"].parameters] == ["alpha", "weights", "density", "normalize"]
 
 
 def test_the_plan_says_what_it_means_for_an_rwkv(tmp_path):

@@ -188,7 +188,7 @@ def test_files_that_are_not_there_and_options_given_twice(files):
         merge_recipe(written(files, LINEAR.replace("one.pth", "none.pth")), files / "o.pth")
     with pytest.raises(ParameterError, match="method is in the recipe"):
         merge_recipe(written(files, LINEAR), files / "o.pth", method="slerp")
-    assert read_recipe(written(files, LINEAR))["base"] == files / "base.pth"
+    assert read_recipe(written(files, LINEAR)).base == files / "base.pth"
 
 
 JUDGED = {
@@ -243,4 +243,4 @@ models:
     model: one.pth
   - {model: two.pth, parameters: {<<: *own, weight: 3}}
 """
-    assert read_recipe(written(files, text))["weights"] == [1, 1, 3]
+    assert read_recipe(written(files, text)).weights == [1, 1, 3]

@@ -14,7 +14,7 @@ REFUSALS = {
     "unknown name": (["-p", "alhpa", "0.5"], "ParameterError", "did you mean alpha?"),
     "text for a bool": (["-p", "dry_run", "true"], "ParameterError", "dry_run='true'"),
     "alpha nan": (["-p", "alpha", "nan"], "ParameterError", "alpha=nan"),
-    "alpha out of range": (["-p", "alpha", "1.5"], "ParameterError", "alpha is 1.5"),
+    "alpha out of range": (["-p", "alpha", "1.5"], "ParameterError", "alpha=1.5"),
     "empty base": (["-r", "base", ""], "ParameterError", "base=''"),
     "weights": (["-y", '{"weights": [0.5]}'], "ParameterError", "takes no weights"),
     "missing file": (["-r", "base", "{tmp}/none.pth", "-r", "tuned", "{state}"], "CorruptFileError", "none.pth"),

@@ -237,7 +237,7 @@ def test_opening_reads_headers_only(adapted, tmp_path, monkeypatch):
             held = sum(ck.bytes for ck in adapter.opened)
             assert sum(end - start for _, start, end in reads) < held / 3
             assert adapter.targets["blocks.1.ffn.key"].rank == (8 if name == "folder" else 4)
-        assert all(not ck.files for ck in adapter.opened)
+        assert all(ck.closed for ck in adapter.opened)
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])

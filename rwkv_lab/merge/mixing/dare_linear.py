@@ -1,18 +1,51 @@
 """Method "dare_linear": task arithmetic on deltas of which most values are dropped at random."""
 
+import math
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Annotated
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from rwkv_lab.merge.mixing.signature import Draws, Takes, Tensors
+from rwkv_lab.merge.method_parameters import Takes
 from rwkv_lab.merge.mixing.task_arithmetic import Scale, Weights, add
+from rwkv_lab.merge.mixing_method import Draws, Tensors, mixing_method
+from rwkv_lab.merge.proof import Exact, WholeTensor, added
 
 Density = Annotated[Sequence[float], Takes("share of each delta that is kept, at random", 0, 1, "tuned")]
 Rescale = Annotated[bool, Takes("divide what is kept by density, so that its mean stays")]
 Seed = Annotated[int, Takes("the same seed gives the same file", 0, 2**63 - 1)]
 
 
+def proof(
+    t: WholeTensor,
+    *,
+    alpha: float,
+    weights: list[float] | float,
+    density: list[float] | float,
+    rescale: bool,
+    normalize: bool,
+    seed: int,
+) -> Exact:
+    w = t.each(weights)
+    kept, scale = kept_at_random(t, t.each(density), rescale, seed)
+    return added(t, w, alpha, math.fsum(w) if normalize else 1.0, kept, scale)
+
+
+def kept_at_random(t: WholeTensor, density: list[float], rescale: bool, seed: int) -> tuple[list[Tensor], list[float]]:
+    """For the proof: masks of what a random choice keeps, from the beginning of its stream of 32-bit words, and what
+    each delta is multiplied with."""
+    masks = []
+    for m, share in enumerate(density):
+        key = np.frombuffer(sha256(f"{seed}/{m}/{t.name}".encode()).digest()[:16], "<u8")
+        words = np.random.Philox(key=key).random_raw(-(-len(t.base) // 2)).astype("<u8").view("<u4")[: len(t.base)]
+        masks.append(torch.from_numpy(words < share * 2.0**32))
+    return masks, [1 / share if rescale and share else 1.0 for share in density]
+
+
+@mixing_method("DARE with task arithmetic", proof)
 def dare_linear(
     base: Tensor,
     tuned: Tensors,

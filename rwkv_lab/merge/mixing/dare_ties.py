@@ -4,12 +4,29 @@ from typing import Annotated
 
 from torch import Tensor
 
-from rwkv_lab.merge.mixing.dare_linear import Density, Rescale, Seed, drop
-from rwkv_lab.merge.mixing.signature import Draws, Takes, Tensors
+from rwkv_lab.merge.method_parameters import Takes
+from rwkv_lab.merge.mixing.dare_linear import Density, Rescale, Seed, drop, kept_at_random
 from rwkv_lab.merge.mixing.task_arithmetic import Scale, Weights
 from rwkv_lab.merge.mixing.ties import elect
+from rwkv_lab.merge.mixing_method import Draws, Tensors, mixing_method
+from rwkv_lab.merge.proof import Exact, WholeTensor, elected
 
 
+def proof(
+    t: WholeTensor,
+    *,
+    alpha: float,
+    weights: list[float] | float,
+    density: list[float] | float,
+    rescale: bool,
+    normalize: bool,
+    seed: int,
+) -> Exact:
+    kept, scale = kept_at_random(t, t.each(density), rescale, seed)
+    return elected(t, t.each(weights), alpha, normalize, kept, scale)
+
+
+@mixing_method("DARE with TIES", proof)
 def dare_ties(
     base: Tensor,
     tuned: Tensors,

@@ -1,14 +1,24 @@
 """Method "linear": the weighted mean of base and tuned models, Σ wᵢ Wᵢ / Σ wᵢ."""
 
+import math
 from collections.abc import Sequence
 from typing import Annotated
 
 from torch import Tensor
 
-from rwkv_lab.merge.mixing.signature import Takes, Tensors
-from rwkv_lab.merge.mixing.weight_sum import divisor
+from rwkv_lab.merge.method_parameters import Takes
+from rwkv_lab.merge.mixing_method import Tensors, mixing_method
+from rwkv_lab.merge.proof import Exact, WholeTensor, combined
+from rwkv_lab.merge.weight_sum import divisor
 
 
+def proof(t: WholeTensor, *, weights: list[float] | float, normalize: bool) -> Exact:
+    shares = weights if isinstance(weights, list) else [1 - weights, weights]
+    whole = math.fsum(shares) if normalize else 1.0
+    return combined(t, [w / whole for w in shares])
+
+
+@mixing_method("weighted mean", proof)
 def linear(
     base: Tensor,
     tuned: Tensors,

@@ -7,7 +7,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from rwkv_lab.merge.mixing.signature import Blocks, Look, Several
+from rwkv_lab.merge.mixing_method import Blocks, Look, Several, mixing_method
+from rwkv_lab.merge.proof import Exact, WholeTensor, combined
 
 
 def ratio(blocks: Blocks) -> float:
@@ -33,5 +34,21 @@ def ratio(blocks: Blocks) -> float:
     return min(count * c / (1 + (count - 1) * c), 1.0)  # in this order: a NaN stays one
 
 
+def proof(t: WholeTensor) -> Exact:
+    # Angles are between the values that the merge's precision sees: those of small deltas depend on it.
+    base, *tuned = (model.to(t.precision).double() for model in t.models)
+    deltas = [one - base for one in tuned]
+    n, cosines = len(deltas), []
+    for i in range(n):
+        for j in range(i):
+            size = float(deltas[i].norm()) * float(deltas[j].norm())
+            cosines.append(float(deltas[i].dot(deltas[j])) / size if size else 0.0)
+    c = math.fsum(cosines) / len(cosines)
+    # Between base and mean; as the deltas cancel the formula goes to minus infinity, whose nearest is the base.
+    share = min(max(n * c / max(1 + (n - 1) * c, 1e-12), 0.0), 1.0)
+    return combined(t, [1 - share] + [share / n] * n)
+
+
+@mixing_method("Model Stock", proof)
 def model_stock(base: Tensor, tuned: Several, *, t: Annotated[float, Look(ratio)]) -> Tensor:
     return torch.lerp(base, sum(tuned) / len(tuned), t)

@@ -5,7 +5,9 @@ from typing import Annotated
 
 from torch import Tensor, lerp
 
-from rwkv_lab.merge.mixing.signature import Blocks, Look, Takes, Two
+from rwkv_lab.merge.method_parameters import Takes
+from rwkv_lab.merge.mixing_method import Blocks, Look, Two, mixing_method
+from rwkv_lab.merge.proof import Exact, WholeTensor, combined
 
 NEARLY_PARALLEL = 0.9995  # |cos| from which a straight line serves: the arc's coefficients divide by sin, near 0
 
@@ -22,6 +24,19 @@ def cosine(blocks: Blocks) -> float | None:
     return None if size == 0 else dot / size
 
 
+def proof(t: WholeTensor, *, alpha: float) -> Exact:
+    # The angle is between the values that the merge's precision sees.
+    a, b = (model.to(t.precision).double() for model in t.models)
+    if not float(a.norm()) or not float(b.norm()):
+        return combined(t, [1 - alpha, alpha])
+    a, b = a / a.norm(), b / b.norm()
+    angle = 2 * math.atan2(float((a - b).norm()), float((a + b).norm()))  # by the sides of their rhombus
+    if abs(math.cos(angle)) > 0.9995:
+        return combined(t, [1 - alpha, alpha])
+    return combined(t, [math.sin(x * angle) / math.sin(angle) for x in (1 - alpha, alpha)])
+
+
+@mixing_method("spherical interpolation", proof)
 def slerp(
     base: Tensor,
     tuned: Two,

@@ -1,18 +1,27 @@
 """Method "task_arithmetic": base + alpha · Σ wᵢ (tunedᵢ - base)."""
 
+import math
 from collections.abc import Sequence
 from typing import Annotated
 
 from torch import Tensor
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.merge.mixing.signature import LARGEST, Takes, Tensors
-from rwkv_lab.merge.mixing.weight_sum import divisor
+from rwkv_lab.merge.method_parameters import LARGEST, Takes
+from rwkv_lab.merge.mixing_method import Tensors, mixing_method
+from rwkv_lab.merge.proof import Exact, WholeTensor, added
+from rwkv_lab.merge.weight_sum import divisor
 
 Scale = Annotated[float, Takes("factor on what is added to the base; 0 is the base")]
 Weights = Annotated[Sequence[float], Takes("one per tuned model", each="tuned")]
 
 
+def proof(t: WholeTensor, *, alpha: float, weights: list[float] | float, normalize: bool) -> Exact:
+    w = t.each(weights)
+    return added(t, w, alpha, math.fsum(w) if normalize else 1.0)
+
+
+@mixing_method("task arithmetic", proof)
 def task_arithmetic(
     base: Tensor,
     tuned: Tensors,

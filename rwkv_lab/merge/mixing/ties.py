@@ -7,9 +7,11 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from rwkv_lab.merge.mixing.signature import Blocks, Look, Takes, Tensors
+from rwkv_lab.merge.method_parameters import Takes
 from rwkv_lab.merge.mixing.task_arithmetic import Scale, Weights
-from rwkv_lab.merge.mixing.weight_sum import NOTHING, check_sum
+from rwkv_lab.merge.mixing_method import Blocks, Look, Tensors, mixing_method
+from rwkv_lab.merge.proof import Exact, WholeTensor, elected
+from rwkv_lab.merge.weight_sum import NOTHING, check_sum
 
 _HIGH, _LOW = 16, 15  # bits of |float32| that each of the two passes counts
 
@@ -44,6 +46,28 @@ def smallest_kept(blocks: Blocks, density: Sequence[float]) -> list[float]:
     return found
 
 
+def proof(
+    t: WholeTensor,
+    *,
+    alpha: float,
+    weights: list[float] | float,
+    density: list[float] | float,
+    normalize: bool,
+) -> Exact:
+    kept = [_largest(t, tuned, share) for tuned, share in zip(t.tuned, t.each(density), strict=True)]
+    return elected(t, t.each(weights), alpha, normalize, kept)
+
+
+def _largest(t: WholeTensor, tuned: Tensor, density: float) -> Tensor:
+    """Mask of the values of a delta that are at least as large as its k-th largest; magnitudes are of float32."""
+    size = (tuned.to(t.precision) - t.base.to(t.precision)).abs().float()
+    if density == 0:
+        return torch.zeros_like(size, dtype=torch.bool)
+    k = max(int(density * len(size)), 1)
+    return size >= torch.kthvalue(size, len(size) - k + 1).values
+
+
+@mixing_method("TIES", proof)
 def ties(
     base: Tensor,
     tuned: Tensors,

@@ -7,8 +7,16 @@ from IPython.display import display
 from rwkv_lab.analysis.behaviour import Behaviour, compare_behaviour, describe_texts
 from rwkv_lab.analysis.deltas import deltas
 from rwkv_lab.checkpoint import open_checkpoint
-from rwkv_lab.merge import MergePlan, MergeResult, merge, verify_merge
-from rwkv_lab.merge.methods import ADAPTERS, INTO_BASE, in_words
+from rwkv_lab.merge import (
+    MERGE_METHODS,
+    MergePlan,
+    MergeResult,
+    open_inputs,
+    plan_merge,
+    verify_merge,
+    write_merge,
+)
+from rwkv_lab.merge.families import family_of
 from rwkv_lab.plotting import bits_bars
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.workbench.merge import figures
@@ -17,6 +25,7 @@ from rwkv_lab.workbench.steps import Step
 from rwkv_lab.workbench.tables import Table
 
 _DRY = "dry_run=True: nothing was merged, so there is nothing to show here."
+_ROLES = {"base": "base", "tuned": "tuned", "init": "PiSSA's start"}
 
 
 def plan(run: Run) -> MergePlan:
@@ -27,9 +36,8 @@ def plan(run: Run) -> MergePlan:
     """
     run.begin_again()
     with run.timed("plan"):
-        result = preview(run)
-    run.record.inputs = list(result.inputs)
-    made = result.plan
+        made = preview(run)
+    run.record.inputs = list(made.inputs)
     run.record.metrics |= {
         "method": made.method,
         "tensors": len(made.rows),
@@ -39,36 +47,41 @@ def plan(run: Run) -> MergePlan:
         "memory_needed": made.memory_needed,
         "memory_free": made.memory_free,
     }
-    run.page.headline = f"Planned, nothing written: {_what(result)}."
-    run.page.facts = _facts(result)
+    run.page.headline = f"Planned, nothing written: {_what(made)}."
+    run.page.facts = _facts(made)
     run.page.tables = [plan_table(made)]
     return made
 
 
-def preview(run: Run) -> MergeResult:
+def preview(run: Run) -> MergePlan:
     """Show what a merge with these parameters would do, and note nothing.
 
     Raises:
         RwkvLabError: what `merge` refuses.
     """
-    result = _merge(run, dry_run=True)
-    display(Table("The plan", ("", ""), _facts(result)), plan_table(result.plan))
-    return result
+    spec = run.config.spec()
+    options = run.config.options().changed(overwrite=run.may_overwrite())
+    with open_inputs(spec) as inputs:
+        made = plan_merge(inputs, spec, run.output_path("merged.pth"), options)
+    display(Table("The plan", ("", ""), _facts(made)), plan_table(made))
+    return made
 
 
-def carry_out(run: Run) -> MergeResult | None:
-    """Merge; None after `dry_run`.
+def carry_out(run: Run, plan: MergePlan) -> MergeResult | None:
+    """Merge as planned; None after `dry_run`.
 
     Raises:
+        ParameterError: parameters or inputs that have changed since the plan was made.
         RwkvLabError: what `merge` refuses; no output is there then.
     """
+    run.refuse_changed()
     if run.config.dry_run:
         print(_DRY)
         return None
-    result = _merge(run, dry_run=False)
+    result = write_merge(plan)
     run.record.seconds |= {"merge": result.seconds["merge"]}
-    run.record.outputs = list(result.outputs)
-    run.page.headline = f"{result.out.name}, {human_bytes(result.outputs[0].bytes)}: {_what(result)}."
+    run.record.inputs, run.record.outputs = list(result.inputs), list(result.outputs)
+    run.page.headline = f"{result.out.name}, {human_bytes(result.outputs[0].bytes)}: {_what(plan)}."
     rows = [(str(f.path), f.bytes, f.fingerprint) for f in result.outputs]
     display(Table("Written", ("file", "bytes", "fingerprint"), rows))
     return result
@@ -87,7 +100,7 @@ def show_what_moved(run: Run, result: MergeResult | None) -> None:
         with open_checkpoint(result.base) as base, open_checkpoint(result.out) as merged:
             moved = deltas(base, merged, names)
         rest = len(result.plan.rows) - len(names)
-        subtitle = f"{_what(result)}" + (f"; {rest} other tensors are those of the base" if rest else "")
+        subtitle = f"{_what(result.plan)}" + (f"; {rest} other tensors are those of the base" if rest else "")
         figure = figures.moved_per_layer(moved, result.plan.layout.n_layer, subtitle)
         caption = (
             "Each cell is one tensor, on a logarithmic scale; grey did not change. + marks tensors that the base does "
@@ -114,7 +127,7 @@ def compare_models(run: Run, result: MergeResult | None) -> Behaviour | None:
         run.record.metrics |= {"bits_per_byte": behaviour.bits, "summary": behaviour.summary}
         run.page.facts.append(("held-out text", behaviour.summary))
         print(behaviour.summary)
-        figure = bits_bars(behaviour.bits, f"{_what(result)}; {describe_texts()}")
+        figure = bits_bars(behaviour.bits, f"{_what(result.plan)}; {describe_texts()}")
         caption = "Bits the model needs for each byte of text that it was not trained on; lower is better."
         run.show_figure("bits_per_byte", "Bits per byte of held-out text", caption, figure)
     for sample in behaviour.samples:
@@ -148,17 +161,16 @@ def plan_table(made: MergePlan) -> Table:
     return Table("Plan, tensor by tensor", ("tensor", "action", "source", "shape", "dtype", "bytes"), rows, kept)
 
 
-def _facts(result: MergeResult) -> list[tuple[str, object]]:
-    made, recipe = result.plan, result.recipe
+def _facts(made: MergePlan) -> list[tuple[str, object]]:
+    recipe = made.spec.recipe()
     actions = Counter(r.action for r in made.rows)
     options = {k: v for k, v in recipe.items() if v is not None and k not in ("method", "parameters")}
     options |= recipe["parameters"]
     return [
-        ("base", f"{result.base.name}, {human_bytes(result.inputs[0].bytes)}"),
-        *(("tuned", f"{f.path.name}, {human_bytes(f.bytes)}") for f in result.inputs[1:]),
-        ("output", result.out.name),
+        *((_ROLES[f.role], f"{f.path.name}, {human_bytes(f.bytes)}") for f in made.inputs),
+        ("output", made.out.name),
         ("model", str(made.layout)),
-        ("method", f"{made.method}: {in_words(made.method)}"),
+        ("method", f"{made.method}: {MERGE_METHODS[made.method].help}"),
         ("settings", ", ".join(f"{name} {value}" for name, value in options.items())),
         ("tensors", ", ".join(f"{count} {action}" for action, count in actions.most_common())),
         ("size", f"{made.output_bytes:,} bytes; {human_bytes(made.disk_free)} are free on that disk"),
@@ -167,21 +179,17 @@ def _facts(result: MergeResult) -> list[tuple[str, object]]:
     ]
 
 
-def _what(result: MergeResult) -> str:
-    """What was done, in a line: for headlines and under figures."""
-    alpha, method = result.recipe["alpha"], result.plan.method
+def _what(made: MergePlan) -> str:
+    """What is merged, in a line: for headlines and under figures."""
+    alpha, base = made.spec.alpha, made.spec.base.name
     share = "" if alpha is None else f", alpha {alpha:g}" if isinstance(alpha, float) else ", alpha by tensor"
-    tuned = ", ".join(p.name for p in result.tuned[:3]) + (" …" if len(result.tuned) > 3 else "")
-    if method in (*INTO_BASE, *ADAPTERS):
-        return f"{tuned} merged into {result.base.name}, method {method}{share}"
+    names = [path.name for path in made.spec.tuned]
+    tuned = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    method = MERGE_METHODS[made.method]
+    if family_of(made.method).kinds:  # the method is read off what goes into the base
+        return f"{tuned} merged into {base}, method {method.name}{share}"
     with_them = f" and {tuned}" if tuned else ""
-    return f"{result.base.name}{with_them}, method {method} ({in_words(method)}){share}"
-
-
-def _merge(run: Run, dry_run: bool) -> MergeResult:
-    config, spec = run.config, run.config.spec()
-    options = config.options().changed(overwrite=run.may_overwrite(), dry_run=dry_run)
-    return merge(out=run.output_path("merged.pth"), **dict(spec), **dict(options))
+    return f"{base}{with_them}, method {method.name} ({method.help}){share}"
 
 
 STEPS = (

@@ -1,19 +1,15 @@
 """What merge.ipynb takes."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.merge.adapter import check_adapter_files
-from rwkv_lab.merge.methods import ADAPTERS, INTO_BASE, METHODS
-from rwkv_lab.merge.mixing import MIXING
-from rwkv_lab.merge.recipe import read_recipe
-from rwkv_lab.merge.refusals import check_alpha, check_method, method_of, mixing_values
-from rwkv_lab.merge.spec import MergeOptions, MergeSpec
-from rwkv_lab.spec import Number, OneOf
+from rwkv_lab.merge import MERGE_METHODS, MergeOptions, MergeSpec, check_spec, read_recipe
+from rwkv_lab.merge.families import family_of
+from rwkv_lab.merge.method import OF_SOME_METHODS
+from rwkv_lab.spec import Number
 from rwkv_lab.workbench.options import takes, values_for
 from rwkv_lab.workbench.parameters import (
     DEMO,
@@ -36,7 +32,6 @@ class MergeParameters(Parameters):
     base: InputPath = "demo:base"
     tuned: InputPaths = "demo:state"
     out: PathOrEmpty = Field("", description="empty: merged.pth in the report folder, replaced by the next run")
-    method: Annotated[str, OneOf(lambda: ("auto", *METHODS))] = "auto"
     alpha: Number | None = None  # one that differs by tensor goes into parameters
     weights: list[Number] = []
     pissa_init: InputOrEmpty = ""
@@ -46,17 +41,10 @@ class MergeParameters(Parameters):
 
     @classmethod
     def applies(cls, name: str, values: Mapping[str, Any]) -> bool:
-        method = values["method"]
         if values["recipe"]:
             return name not in _IN_RECIPES
-        return {
-            "alpha": method not in ("miss", "linear", "model_stock", "passthrough"),
-            "weights": method not in (*INTO_BASE, "slerp", "model_stock", "passthrough"),
-            "pissa_init": method in ("auto", "pissa", "adapters"),
-            "parameters": method not in INTO_BASE,
-            "include": method != "passthrough",
-            "exclude": method != "passthrough",
-        }.get(name, True)
+        method = MERGE_METHODS.get(values["method"])
+        return method is None or name not in OF_SOME_METHODS or name in method.takes
 
     def check(self) -> None:
         if self.recipe:
@@ -73,24 +61,12 @@ class MergeParameters(Parameters):
     def check_files(self) -> None:
         if self.recipe:
             read_recipe(self.recipe)
-        elif self.method in MIXING:
-            mixing_values(self.method, self.alpha, self.weights or None, self.parameters)
-        elif self.method in ("auto", *ADAPTERS) and self.tuned not in DEMO:
-            self._check_tuned()
-        elif self.method in ("auto", *INTO_BASE):
-            check_alpha("state" if self.method == "auto" else self.method, self.alpha)
-
-    def _check_tuned(self) -> None:
-        tuned = self.tuned if isinstance(self.tuned, list) else [self.tuned]
-        method = self.method
-        if method == "auto":
-            with open_checkpoint(tuned[0]) as ck:
-                method = method_of(ck)
-        given = (self.alpha, self.weights or None, self.parameters, self.pissa_init or None)
-        check_method(method, *given)
-        if method in ADAPTERS:
-            alpha, weights, parameters, init = given
-            check_adapter_files(tuned, self.method, alpha, weights, init, parameters)
+        elif self.tuned not in DEMO:
+            check_spec(self._spec(self.base, self.tuned))
+        else:
+            family = family_of("state" if self.method == "auto" else self.method)
+            spec = self._spec("demo", "demo")
+            family.check(spec.changed(method="state") if self.method == "auto" else spec)
 
     def demo_files(self) -> list[str]:
         return [] if self.recipe else super().demo_files()
@@ -102,10 +78,13 @@ class MergeParameters(Parameters):
             RwkvLabError: of the recipe, or values that no merge takes.
         """
         if self.recipe:
-            return MergeSpec.read(values_for(MergeSpec, self) | read_recipe(self.recipe))
+            also = {n: v for n, v in values_for(MergeSpec, self).items() if n not in _IN_RECIPES}
+            return read_recipe(self.recipe).changed(**also)
         tuned = self.tuned if isinstance(self.tuned, list) else [self.tuned]
-        files = {"base": input_path(self.base), "tuned": [input_path(path) for path in tuned]}
-        return MergeSpec.read(values_for(MergeSpec, self) | files)
+        return self._spec(input_path(self.base), [input_path(path) for path in tuned])
+
+    def _spec(self, base: Any, tuned: Any) -> MergeSpec:
+        return MergeSpec.read(values_for(MergeSpec, self) | {"base": base, "tuned": tuned})
 
     def options(self) -> MergeOptions:
         """How the merge runs."""

@@ -1,4 +1,4 @@
-"""Method "passthrough": layers of one or several models, put one on the other, renumbered; nothing is averaged.
+"""Layers of one or several models, put one on the other, renumbered; nothing is averaged: method "passthrough".
 
 `layers` lists runs of them from the bottom up: "base[0:12]" are the base's layers 0 to 11, "tuned[6:18]" are layers
 of the first tuned model, "tuned2[…]" of the second. What lies below the layers (emb, ln0) comes from the model of the
@@ -8,32 +8,79 @@ first run, what lies above (ln_out, head) from that of the last.
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, expected_tensors
 from rwkv_lab.checkpoint.layout import UNUSED_IN_LAYER_0, same_shape
 from rwkv_lab.errors import LayoutError, ParameterError
-from rwkv_lab.merge.change import Change
+from rwkv_lab.merge.changed_tensors import ChangedTensor
+from rwkv_lab.merge.contained_adapters import after_changes
+from rwkv_lab.merge.families.stacking_proof import StackingProof
+from rwkv_lab.merge.family import Changes, Description, Family
+from rwkv_lab.merge.inputs import MergeInputs
+from rwkv_lab.merge.method import Method
+from rwkv_lab.merge.method_parameters import NEEDED, Parameter, Takes
+from rwkv_lab.merge.spec import MergeSpec
 from rwkv_lab.names import split_block
 
 _RUN = re.compile(r"(base|tuned(\d*))\[(\d{1,4}):(\d{1,4})\]")
+LAYERS = Parameter(
+    "layers", list, Takes("runs of layers from the bottom up, such as 'base[0:12]', 'tuned[6:12]'"), NEEDED
+)
+PASSTHROUGH = Method(
+    "passthrough",
+    "stacked layers",
+    "layers of one or several models, put one on the other, renumbered; nothing is averaged",
+    StackingProof,
+    frozenset({"parameters"}),
+    (LAYERS,),
+)
 
 
-def changes(
-    base: Checkpoint, tuned: Sequence[Checkpoint], layout: Layout, layers: object
-) -> tuple[list[Change], Layout]:
-    """Every tensor of the output, and the output's layout.
+class Stacking(Family):
+    methods = {"passthrough": PASSTHROUGH}
 
-    Raises:
-        ParameterError: `layers` is not a list of such runs.
-        LayoutError: a model that is not whole, of another generation or width, or a layer 0 where none can stand.
-    """
-    models = [base, *tuned]
-    layouts = [layout, *(_same_width(ck, layout) for ck in tuned)]
-    runs = [_run(text, layouts) for text in _listed(layers)]
-    order = [(model, i) for model, start, end in runs for i in range(start, end)]
-    out_layout = replace(layout, n_layer=len(order))
-    _refuse_first_layers(order, layout.version)
-    required, optional = expected_tensors(out_layout)
+    def check(self, spec: MergeSpec) -> MergeSpec:
+        given = {"alpha": spec.alpha, "weights": spec.weights, "pissa_init": spec.pissa_init, **spec.parameters}
+        wrong = [name for name, value in given.items() if value is not None and name != "layers"]
+        if wrong:
+            raise ParameterError(f"method {spec.method!r} takes no {wrong[0]}; it takes layers, in parameters")
+        if spec.include or spec.exclude:
+            raise ParameterError(
+                "include and exclude say what may change in the base; method 'passthrough' makes a new model"
+            )
+        layers = spec.parameters.get("layers")
+        if not isinstance(layers, list) or not layers or not all(isinstance(run, str) for run in layers):
+            raise ParameterError(
+                "method 'passthrough' needs parameters={'layers': [...]}, a list of runs from the bottom up,\n"
+                "such as ['base[0:12]', 'tuned[6:12]']"
+            )
+        return spec.changed(parameters={"layers": layers})
+
+    def changes(self, inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> Changes:
+        """Every tensor of the output, and the output's layout."""
+        models = [inputs.base, *inputs.tuned]
+        layouts = [layout, *(_same_width(ck, layout) for ck in inputs.tuned)]
+        runs = [_run(text, layouts) for text in spec.parameters["layers"]]
+        order = [(model, i) for model, start, end in runs for i in range(start, end)]
+        out_layout = replace(layout, n_layer=len(order))
+        _refuse_first_layers(order, layout.version)
+        tensors = _stacked(models, order, out_layout)
+        return Changes(tensors, out_layout, spec, keeps_base=False, describe=partial(_describe, inputs, out_layout))
+
+
+def _describe(inputs: MergeInputs, layout: Layout, applied: Sequence[ChangedTensor]) -> Description:
+    contains = after_changes(inputs.base, inputs.tuned, applied)
+    if not any(c.action == "layer" for c in applied):
+        return Description(contains)
+    notes = ["Stacked layers were never trained to follow each other: expect to tune the result before use."]
+    if layout.version == "7.0":
+        notes.append("All layers take v_first from the layer 0 of the first run, whichever model they come from.")
+    return Description(contains, notes)
+
+
+def _stacked(models: list[Checkpoint], order: list[tuple[int, int]], layout: Layout) -> list[ChangedTensor]:
+    required, optional = expected_tensors(layout)
     out = []
     for name in _names(models, order):
         model, source = _origin(name, order)
@@ -49,16 +96,7 @@ def changes(
                 f"{list(wanted)} is needed"
             )
         out.append(_taken(name, model, source, info))
-    return out, out_layout
-
-
-def _listed(layers: object) -> list[str]:
-    if not isinstance(layers, (list, tuple)) or not layers or not all(isinstance(t, str) for t in layers):
-        raise ParameterError(
-            "method 'passthrough' needs parameters={'layers': [...]}, a list of runs from the bottom up,\n"
-            "such as ['base[0:12]', 'tuned[6:12]']"
-        )
-    return list(layers)
+    return out
 
 
 def _run(text: str, layouts: Sequence[Layout]) -> tuple[int, int, int]:
@@ -136,8 +174,8 @@ def _origin(name: str, order: list[tuple[int, int]]) -> tuple[int, str]:
     return order[-1 if name.startswith(("ln_out.", "head.")) else 0][0], name
 
 
-def _taken(name: str, model: int, source: str, info: TensorInfo) -> Change:
+def _taken(name: str, model: int, source: str, info: TensorInfo) -> ChangedTensor:
     called = "base" if model == 0 else "tuned" if model == 1 else f"tuned{model}"
     if model == 0 and source == name:
-        return Change(name, "copy", "base", info.shape, info.dtype, copy=info)
-    return Change(name, "layer", f"{called} {source}", info.shape, info.dtype, copy=info)
+        return ChangedTensor(name, "copy", "base", info.shape, info.dtype, copy=info)
+    return ChangedTensor(name, "layer", f"{called} {source}", info.shape, info.dtype, copy=info)

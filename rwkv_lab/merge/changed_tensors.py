@@ -1,4 +1,4 @@
-"""One tensor of the output that does not simply come from the base: what every merge method yields."""
+"""Tensors of the output that do not simply come from the base: what every merge method yields."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from rwkv_lab.checkpoint import TensorInfo
 
 
 @dataclass(frozen=True)
-class Change:
+class ChangedTensor:
     name: str  # in the output
     action: str  # as in `PlanRow`
     source: str  # as in `PlanRow`
@@ -19,7 +19,9 @@ class Change:
     compute: Callable[[], Iterator[torch.Tensor]] | None = None  # … its values, flat and in order, in the precision
 
 
-def overwrite(name: str, base: TensorInfo | None, tuned: TensorInfo, alpha: float, precision: torch.dtype) -> Change:
+def from_tuned(
+    name: str, base: TensorInfo | None, tuned: TensorInfo, alpha: float, precision: torch.dtype
+) -> ChangedTensor:
     """`tuned` in the place of `base`: bit for bit at alpha 1, else base + alpha (tuned - base); no base counts as
     zeros.
 
@@ -27,9 +29,9 @@ def overwrite(name: str, base: TensorInfo | None, tuned: TensorInfo, alpha: floa
     """
     shape = base.shape if base else tuned.shape
     if alpha == 1:
-        return Change(name, "overlay" if base else "add", "tuned", shape, tuned.dtype, copy=tuned)
+        return ChangedTensor(name, "overlay" if base else "add", "tuned", shape, tuned.dtype, copy=tuned)
     if base is None:
-        return Change(
+        return ChangedTensor(
             name, "add", "tuned", shape, tuned.dtype, compute=lambda: (t.to(precision) * alpha for t in tuned.blocks())
         )
 
@@ -39,7 +41,7 @@ def overwrite(name: str, base: TensorInfo | None, tuned: TensorInfo, alpha: floa
         for b, t in in_step([base, tuned]):
             yield torch.lerp(b.to(precision), t.to(precision), alpha)
 
-    return Change(name, "blend", "base + tuned", shape, base.dtype, compute=blend)
+    return ChangedTensor(name, "blend", "base + tuned", shape, base.dtype, compute=blend)
 
 
 def in_step(tensors: Sequence[TensorInfo]) -> Iterator[list[torch.Tensor]]:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 
 from rwkv_lab.checkpoint import Layout
-from rwkv_lab.merge.plan import PlanRow
 
 # What a tensor is, by name and generation, and what a mean of it does.
 _KINDS = [
@@ -40,18 +39,17 @@ _KINDS = [
 ]
 
 
-def notes_on(method: str, layout: Layout, rows: Sequence[PlanRow]) -> tuple[str, ...]:
-    """Sentences for the plan and the report; none where nothing is mixed or stacked."""
-    if not rows:
+def notes_on_mixing(layout: Layout, mixed: Sequence[str]) -> tuple[str, ...]:
+    """Sentences for the plan and the report.
+
+    Args:
+        mixed: names of the tensors whose values are mixed; none give no sentence.
+    """
+    if not mixed:
         return ()
-    if method == "passthrough":
-        notes = ["Stacked layers were never trained to follow each other: expect to tune the result before use."]
-        if layout.version == "7.0":
-            notes.append("All layers take v_first from the layer 0 of the first run, whichever model they come from.")
-        return tuple(notes)
     notes = ["Mixing assumes models tuned from one base: the channels of independently trained ones do not correspond."]
-    for pattern, generations, says in _KINDS:
-        found = [r.name for r in rows if re.search(pattern, r.name)]
+    for pattern, generations, meaning in _KINDS:
+        found = [name for name in mixed if re.search(pattern, name)]
         if found and layout.version[0] in generations:
-            notes.append(f"{found[0]} ({len(found)} tensors like it) {says}.")
+            notes.append(f"{found[0]} ({len(found)} tensors like it) {meaning}.")
     return tuple(notes)

@@ -1,8 +1,8 @@
-"""Merged adapters once more, for the proof: whole matrices in float64, each value with a bound of its error.
+"""Proof of merged adapters: whole matrices in float64, each value with a bound of its error.
 
-Nothing of `rwkv_lab.peft` or `merge.adapter` is used: names, settings and formulas are understood again here. The
-bounds say what the stated precision may add; where it decides which level a quantised value falls on, the bound is that
-level.
+Nothing of `rwkv_lab.peft` or the merging of adapters is used: names, settings and formulas are understood again here.
+The bounds are what the stated precision may add; where it decides which level a quantised value falls on, the bound is
+that level.
 """
 
 import json
@@ -15,8 +15,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
-ADAPTED = ("lora", "pissa", "miss", "adapters")
+from rwkv_lab.merge.proof import Exact, Proof, ProofInputs, Source
+
+PROVED = ("lora", "pissa", "miss")  # kinds of adapters that are understood here
 _PART = re.compile(r"^(.+?)\.(init_lora_[AB]|lora_[AB]|disha|bone_block|bone|miss_block)(?:\.default)?(?:\.weight)?$")
 _SINGLE = torch.finfo(torch.float32).eps
 # The published levels of NF4.
@@ -27,99 +30,106 @@ _LEVELS = torch.tensor(
     dtype=torch.float64,
 )
 
-Bounded = tuple[torch.Tensor, torch.Tensor]  # values and the most that each may be off, float64 [out, in]
+Parts = dict[str, Tensor]  # of one matrix: "A", "B", "A0", "B0" or "block"
+Bounded = tuple[Tensor, Tensor]  # values and the most that each may be off, float64 [out, in]
 
 
 @dataclass(frozen=True)
 class Understood:
     """One adapter."""
 
-    layers: dict[str, dict[str, torch.Tensor]]  # by the base's name of the matrix: "A", "B", "A0", "B0" or "block"
+    layers: dict[str, dict[str, Tensor]]  # by the base's name of the matrix: "A", "B", "A0", "B0" or "block"
     scale: dict[str, float]  # of LoRA and PiSSA
     variant: str  # of MiSS
-    whole: dict[str, torch.Tensor]
+    whole: dict[str, Tensor]
     weight: float
 
 
-def understand(i: int, path: Path, tensors: Mapping, init: Mapping | None, recipe: dict) -> Understood:
-    """The i-th adapter of a merge.
+class AdaptersProof(Proof):
+    def __init__(self, inputs: ProofInputs):
+        super().__init__(inputs)
+        self.adapters = [_understood(i, inputs) for i in range(len(inputs.tuned))]
+        self.quant = inputs.recipe["parameters"].get("quant", "none")
+        self.unmerge = inputs.recipe["parameters"].get("unmerge", False)
 
-    Args:
-        tensors, init: by the names in the files.
-    """
-    given = {k: v[i] if isinstance(v, list) else v for k, v in recipe["parameters"].items()}
-    alpha = recipe["alpha"][i] if isinstance(recipe["alpha"], list) else recipe["alpha"]
-    config = json.loads((path / "adapter_config.json").read_bytes()) if path.is_dir() else None
-    note = {} if path.is_dir() else _note(path)
-    layers, whole = _sorted(tensors)
-    if init is not None:
-        for x, parts in _sorted(init)[0].items():
-            layers[x] |= {"A0": parts.get("A0", parts.get("A")), "B0": parts.get("B0", parts.get("B"))}
-    scale = {}
-    for x, parts in layers.items():
-        if "block" in parts:
-            continue
-        rank, rs, a = len(parts["A"]), bool(given.get("use_rslora")), alpha
-        if note:
-            rs, a = note["use_rslora"], note["alpha"]
-        elif config:
-            table = config.get("alpha_pattern") or {}
-            stem = x.removesuffix(".weight")
-            fitting = [v for p, v in table.items() if re.fullmatch(rf"(.*\.)?({p})", stem)]
-            rs, a = bool(config.get("use_rslora")), [*fitting, config["lora_alpha"]][0]
-        elif "A0" in parts or given.get("residual_base"):
-            rs, a = False, rank
-        scale[x] = a / (math.sqrt(rank) if rs else rank)
-    weight = 1.0 if recipe["weights"] is None else recipe["weights"][i]
-    return Understood(layers, scale, _variant(note, config, given, layers), whole, weight)
+    def sources(self) -> dict[str, Source | None]:
+        base = self.inputs.base
+        out: dict[str, Source | None] = {name: (base, name) for name in base}
+        if self.inputs.recipe["alpha"] == 0:
+            return out
+        used = [a for a in self.adapters if a.weight]
+        names = [n for a in used for n in (*a.layers, *a.whole)]
+        if used and self.quant != "none" and not self.unmerge:
+            names += [n for n in base if n.startswith("blocks.") and n.endswith(".weight") and base[n].ndim == 2]
+        copied: dict[str, Source] = {n: (a.whole, n) for a in used if a.weight == 1 for n in a.whole}
+        return out | {n: copied.get(n) for n in dict.fromkeys(names) if self.inputs.may_change(n)}
 
+    def like(self, name: str) -> Tensor:
+        files = (self.inputs.base, *(a.whole for a in self.adapters))
+        return next(tensors[name] for tensors in files if name in tensors)
 
-def adapted_names(base: Mapping, adapters: list[Understood], recipe: dict) -> list[str]:
-    """Names of the output that are computed or taken whole from an adapter."""
-    used = [a for a in adapters if a.weight]
-    names = [n for a in used for n in (*a.layers, *a.whole)]
-    if used and recipe["parameters"].get("quant", "none") != "none" and not recipe["parameters"].get("unmerge"):
-        names += [n for n in base if n.startswith("blocks.") and n.endswith(".weight") and base[n].ndim == 2]
-    return list(dict.fromkeys(names))
+    def exact(self, name: str) -> Exact:
+        base, eps = self.inputs.base, self.inputs.eps
+        whole = next((a for a in self.adapters if name in a.whole and a.weight), None)
+        if whole is not None:
+            to = whole.whole[name].double()
+            start = base[name].double().reshape(to.shape) if name in base else torch.zeros_like(to)
+            values = start + whole.weight * (to - start)
+            off = 4 * eps * (1 + abs(whole.weight)) * (start.abs() + to.abs())
+        else:
+            values, off = self._matrix(base[name], name, eps)
+        values, off = values.reshape(-1), off.reshape(-1)
+        return lambda part: ([values[part]], off[part])
 
-
-def exact_adapted(name: str, base: Mapping, adapters: list[Understood], recipe: dict):
-    """As `verify_mix.exact_mix`."""
-    eps = torch.finfo(getattr(torch, recipe["precision"])).eps
-    whole = next((a for a in adapters if name in a.whole and a.weight), None)
-    if whole is not None:
-        to = whole.whole[name].double()
-        start = base[name].double().reshape(to.shape) if name in base else torch.zeros_like(to)
-        values = start + whole.weight * (to - start)
-        off = 4 * eps * (1 + abs(whole.weight)) * (start.abs() + to.abs())
-        return lambda part: ([values.reshape(-1)[part]], off.reshape(-1)[part])
-    quant = recipe["parameters"].get("quant", "none")
-    now = base[name].double(), torch.zeros(base[name].shape, dtype=torch.float64)
-    steps = [a for a in adapters if name in a.layers and a.weight]
-    if recipe["parameters"].get("unmerge"):
-        for a in reversed(steps):
-            now = _without(now, a, a.layers[name], a.scale.get(name, 0.0), eps)
-    else:
+    def _matrix(self, weight: Tensor, name: str, eps: float) -> Bounded:
+        now = weight.double(), torch.zeros(weight.shape, dtype=torch.float64)
+        steps = [a for a in self.adapters if name in a.layers and a.weight]
+        if self.unmerge:
+            for a in reversed(steps):
+                now = _without(now, a, a.layers[name], a.scale.get(name, 0.0), eps)
+            return now
         for i, a in enumerate(steps):
             parts, s = a.layers[name], a.scale.get(name, 0.0) * a.weight
             if "A0" in parts:
                 now = _plus_product(now, parts["A0"], parts["B0"], -s, eps)
-            now = _quantised(now, quant) if i == 0 else now
+            now = _quantised(now, self.quant) if i == 0 else now
             now = (
                 _with_block(now, a, parts, eps)
                 if "block" in parts
                 else _plus_product(now, parts["A"], parts["B"], s, eps)
             )
-        now = now if steps else _quantised(now, quant)
-    values, off = (t.reshape(-1) for t in now)
-    return lambda part: ([values[part]], off[part])
+        return now if steps else _quantised(now, self.quant)
 
 
-def read_adapter(path: Path) -> list[Path]:
-    """The files that hold an adapter's tensors."""
-    if not path.is_dir():
-        return [path]
-    return [next(f for f in (path / "adapter_model.safetensors", path / "adapter_model.bin") if f.is_file())]
+def _understood(i: int, inputs: ProofInputs) -> Understood:
+    """The i-th adapter of the merge."""
+    path, init, recipe = inputs.paths[i], inputs.init[i], inputs.recipe
+    given = {k: v[i] if isinstance(v, list) else v for k, v in recipe["parameters"].items()}
+    alpha = recipe["alpha"][i] if isinstance(recipe["alpha"], list) else recipe["alpha"]
+    config = json.loads((path / "adapter_config.json").read_bytes()) if path.is_dir() else None
+    note = {} if path.is_dir() else _note(path)
+    layers, whole = _sorted(inputs.tuned[i])
+    if init is not None:
+        for x, parts in _sorted(init)[0].items():
+            layers[x] |= {"A0": parts.get("A0", parts.get("A")), "B0": parts.get("B0", parts.get("B"))}
+    scale = {x: _scale(x, parts, alpha, given, note, config) for x, parts in layers.items() if "block" not in parts}
+    weight = 1.0 if recipe["weights"] is None else recipe["weights"][i]
+    return Understood(layers, scale, _variant(note, config, given, layers), whole, weight)
+
+
+def _scale(x: str, parts: Parts, alpha: float | None, given: Mapping, note: Mapping, config: Mapping | None) -> float:
+    """What B A is multiplied with."""
+    rank, rs, a = len(parts["A"]), bool(given.get("use_rslora")), alpha
+    if note:
+        rs, a = note["use_rslora"], note["alpha"]
+    elif config:
+        table = config.get("alpha_pattern") or {}
+        stem = x.removesuffix(".weight")
+        fitting = [v for p, v in table.items() if re.fullmatch(rf"(.*\.)?({p})", stem)]
+        rs, a = bool(config.get("use_rslora")), [*fitting, config["lora_alpha"]][0]
+    elif "A0" in parts or given.get("residual_base"):
+        rs, a = False, rank
+    return a / (math.sqrt(rank) if rs else rank)
 
 
 def _note(path: Path) -> dict:
@@ -132,7 +142,7 @@ def _note(path: Path) -> dict:
         return json.loads((file.metadata() or {}).get("rwkv_lab.adapter", "{}"))
 
 
-def _sorted(tensors: Mapping) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+def _sorted(tensors: Mapping) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     called = {"lora_A": "A", "lora_B": "B", "init_lora_A": "A0", "init_lora_B": "B0"}
     layers, whole = {}, {}
     for name in tensors:
@@ -156,7 +166,7 @@ def _variant(note: dict, config: dict | None, given: dict, layers: dict) -> str:
     return f"bat-{given['bat']}" if three else "plain"
 
 
-def _plus_product(now: Bounded, A: torch.Tensor, B: torch.Tensor, s: float, eps: float) -> Bounded:
+def _plus_product(now: Bounded, A: Tensor, B: Tensor, s: float, eps: float) -> Bounded:
     (values, off), A, B = now, A.double(), B.double()
     size = values.abs() + abs(s) * (B.abs() @ A.abs())
     return values + s * (B @ A), off + (len(A) + 4) * eps * size
@@ -195,22 +205,22 @@ def _without(now: Bounded, a: Understood, parts: dict, scale: float, eps: float)
     return _joined(times(T - D_at, inverse)), _joined(e)
 
 
-def _spread(D: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def _spread(D: Tensor, shape: torch.Size) -> Tensor:
     """What MiSS adds: D[j mod r, i mod columns] at row i, column j."""
     rows, columns = torch.arange(shape[0]) % D.shape[1], torch.arange(shape[1]) % D.shape[0]
     return D.T[rows][:, columns]
 
 
-def _cut(matrix: torch.Tensor, r: int) -> torch.Tensor:
+def _cut(matrix: Tensor, r: int) -> Tensor:
     return matrix.reshape(matrix.shape[0] // r, r, matrix.shape[1] // r, r)  # tile, row in it, tile, column in it
 
 
-def _joined(tiles: torch.Tensor) -> torch.Tensor:
+def _joined(tiles: Tensor) -> Tensor:
     a, i, b, k = tiles.shape
     return tiles.reshape(a * i, b * k)
 
 
-def _tiles(variant: str, D: torch.Tensor):
+def _tiles(variant: str, D: Tensor):
     """(product of every tile with its own block, the blocks where they are added)."""
     if variant == "bat-hf":  # one block for all tiles of the same rows
         return lambda W, M: torch.einsum("aibk,akl->aibl", W, M), D[:, :, None, :]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.merge.mixing.signature import LARGEST
+from rwkv_lab.merge.method_parameters import LARGEST
 
 # Of the sum of the weights' magnitudes: what is left of weights such as 1.1 + 2.2 - 3.3 that were meant to cancel,
 # also where they were float32 once, is rounding and no divisor.

@@ -8,10 +8,12 @@ nobody can say.
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, file_facts
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.merge.adapter import Adapters
+from rwkv_lab.merge.adapter_set import AdapterSet
+from rwkv_lab.merge.changed_tensors import ChangedTensor
 from rwkv_lab.merge.provenance import RECORD, printable
 from rwkv_lab.names import split_block
 from rwkv_lab.peft.adapter import Adapter
@@ -31,14 +33,14 @@ def adapters_in(*models: Checkpoint) -> list[dict]:
     return list(held.values())
 
 
-def after_mixing(base: Checkpoint, tuned: Sequence[Checkpoint], changed: Sequence[str]) -> list[dict]:
-    """What a mix of models says that it contains: an adapter may be in whatever part of a model went in.
+def after_changes(base: Checkpoint, tuned: Sequence[Checkpoint], changes: Sequence[ChangedTensor]) -> list[dict]:
+    """What an output with these changes contains: an adapter may be in whatever part of a model went in.
 
-    Args:
-        changed: names of the tensors that are not the base's. Without a matrix among them, the base's adapters are in
-            there as they were.
+    Where no matrix of a layer is changed, the base's adapters are in there as they were.
     """
-    kept = not any(split_block(name) and name.endswith(".weight") for name in changed)
+    if all(change.source == "base" for change in changes):
+        return adapters_in(base)
+    kept = not any(split_block(change.name) and change.name.endswith(".weight") for change in changes)
     own = adapters_in(base)
     whole = {one["fingerprint"] for one in own} if kept else set()
     others = [one for one in adapters_in(base, *tuned) if one["fingerprint"] not in whole]
@@ -49,7 +51,7 @@ def after_mixing(base: Checkpoint, tuned: Sequence[Checkpoint], changed: Sequenc
 def after_merging(
     base: Checkpoint,
     tuned: Sequence[Checkpoint],
-    adapters: Adapters,
+    adapters: AdapterSet,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
 ) -> tuple[list[dict], tuple[str, ...]]:
@@ -61,8 +63,8 @@ def after_merging(
     """
     held = adapters_in(base)
     new = [
-        _entry(ck, adapter, weight, adapters.quant, include, exclude)
-        for ck, adapter, weight in zip(tuned, adapters.opened, adapters.weights, strict=True)
+        _entry(ck, adapter, init, weight, adapters.quant, include, exclude)
+        for ck, adapter, init, weight in zip(tuned, adapters.adapters, adapters.init, adapters.weights, strict=True)
         if weight
     ]
     _refuse_twice(new)
@@ -79,7 +81,15 @@ def after_merging(
     return [*held, *new], ()
 
 
-def _entry(ck: Checkpoint, adapter: Adapter, weight: float, quant: str, include, exclude) -> dict:
+def _entry(
+    ck: Checkpoint,
+    adapter: Adapter,
+    init: Checkpoint | None,
+    weight: float,
+    quant: str,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+) -> dict[str, Any]:
     settings = [target.settings() for target in adapter.targets.values()]
     return {
         # Of the cheap kind always: whatever the caller has the inputs hashed by, an adapter is known again.
@@ -88,7 +98,7 @@ def _entry(ck: Checkpoint, adapter: Adapter, weight: float, quant: str, include,
         "weight": weight,
         "scaling": sorted({one["scaling"] for one in settings if "scaling" in one}),
         "variant": sorted({one["variant"] for one in settings if "variant" in one}),
-        "start": [file_facts(init).fingerprint for init in adapter.opened[1:]],
+        "start": [] if init is None else [file_facts(init).fingerprint],
         "quant": quant,
         "include": include,
         "exclude": exclude,

@@ -1,0 +1,118 @@
+"""Matrices with adapters worked in, or taken out: in pieces of rows, in the precision of the merge."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from rwkv_lab.checkpoint import Checkpoint, TensorInfo
+from rwkv_lab.checkpoint.source import BLOCK
+from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.merge.adapter_set import AdapterSet
+from rwkv_lab.merge.changed_tensors import ChangedTensor, from_tuned
+from rwkv_lab.names import is_block_matrix
+from rwkv_lab.peft.adapter import Target
+from rwkv_lab.peft.quantised import quantised_and_back
+
+_PIECES = 96  # of a block's bytes that one thread holds at most: a dozen matrices of float64 from 16-bit weights, twice
+
+
+def adapted_tensors(base: Checkpoint, adapters: AdapterSet, precision: torch.dtype) -> list[ChangedTensor]:
+    """One change per adapted matrix, per matrix that is only quantised, and per whole tensor.
+
+    Raises:
+        ParameterError: whole tensors that are to be taken out again.
+    """
+    pairs = [(a, w) for a, w in zip(adapters.adapters, adapters.weights, strict=True) if w]
+    whole = {n: (v, w) for a, w in pairs for n, v in a.full.items()}
+    if adapters.unmerge and whole:
+        raise ParameterError(
+            f"{next(iter(whole))} stands whole in an adapter; what it replaced cannot be had from the merged file.\n"
+            "Take the base that it was merged into."
+        )
+    steps: dict[str, list[tuple[Target, float]]] = {}
+    for adapter, weight in pairs:
+        for x, target in adapter.targets.items():
+            steps.setdefault(f"{x}.weight", []).append((target, weight))
+    quant = "none" if adapters.unmerge else adapters.quant
+    action = "unmerge" if adapters.unmerge else adapters.method
+    out = []
+    for name, info in base.info.items():
+        packed = quant != "none" and name not in whole and is_block_matrix(name, info.shape)
+        if name in steps:
+            out.append(_changed(name, info, steps[name], quant, adapters.unmerge, precision, action))
+        elif packed and pairs:
+            out.append(_changed(name, info, [], quant, False, precision, "quantise"))
+    return out + [from_tuned(n, base.info.get(n), v, w, precision) for n, (v, w) in whole.items()]
+
+
+def memory_for(base: Checkpoint, adapters: AdapterSet, precision: torch.dtype) -> int:
+    """Bytes that one thread holds at most: an adapter's parts for one matrix in the precision, and pieces of it."""
+    parts: dict[str, int] = {}
+    piece = BLOCK
+    for adapter in adapters.adapters:
+        for x, target in adapter.targets.items():
+            size = sum(
+                math.prod(v.shape) * (v.dtype.itemsize + 2 * precision.itemsize) for v in target.tensors.values()
+            )
+            parts[x] = parts.get(x, 0) + size
+    for name, info in base.info.items():
+        targets = [a.targets[name[:-7]] for a in adapters.adapters if name[:-7] in a.targets]
+        if targets:
+            rows = _row_multiple(info, targets, adapters.quant)
+            piece = max(piece, rows * info.shape[1] * info.dtype.itemsize)
+    return max(parts.values()) + _PIECES * piece
+
+
+def _changed(
+    name: str,
+    info: TensorInfo,
+    steps: list[tuple[Target, float]],
+    quant: str,
+    unmerge: bool,
+    precision: torch.dtype,
+    action: str,
+) -> ChangedTensor:
+    multiple = _row_multiple(info, [target for target, _ in steps], quant)
+
+    def compute() -> Iterator[torch.Tensor]:
+        ready = [target.prepared(weight, precision) for target, weight in steps]
+        first = 0
+        for rows in _row_blocks(info, multiple):
+            values = rows.to(precision)  # [rows, in]
+            if unmerge:
+                for target in reversed(ready):
+                    values = _restored(name, target, values, first)
+            for i, target in enumerate([] if unmerge else ready):
+                values = target.residual_rows(values, first)
+                if i == 0 and quant != "none":
+                    values = quantised_and_back(values, quant)
+                values = target.adapted_rows(values, first)
+            if not ready:
+                values = quantised_and_back(values, quant)
+            first += len(values)
+            yield values.flatten()
+
+    source = "base + tuned" if steps else "base"
+    return ChangedTensor(name, action, source, info.shape, info.dtype, compute=compute)
+
+
+def _restored(name: str, target: Target, values: torch.Tensor, first: int) -> torch.Tensor:
+    try:
+        return target.restored_rows(values, first)
+    except torch.linalg.LinAlgError as e:
+        raise NumericsError(f"{name}: this bat cannot be undone, its I + D has no inverse.") from e
+
+
+def _row_multiple(info: TensorInfo, targets: Sequence[Target], quant: str) -> int:
+    """Rows that belong together: of an adapter's tile, and of NF4's blocks of 64 values."""
+    whole_blocks = 64 // math.gcd(info.shape[1], 64) if quant == "nf4" else 1
+    return math.lcm(whole_blocks, *(t.row_multiple for t in targets))
+
+
+def _row_blocks(info: TensorInfo, multiple: int) -> Iterator[torch.Tensor]:
+    """Its rows in order, `[rows, in]`, in such multiples; a strided tensor comes whole and is cut here."""
+    columns = info.shape[1]
+    at_once = max(BLOCK // info.dtype.itemsize // (columns * multiple), 1) * multiple
+    for block in info.blocks(multiple=columns * multiple):
+        yield from block.view(-1, columns).split(at_once)

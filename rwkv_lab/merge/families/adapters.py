@@ -1,0 +1,193 @@
+"""What was trained beside a frozen base is worked into its matrices: methods "lora", "pissa", "miss", and "adapters".
+
+Which of them a file is, `rwkv_lab.peft` reads off it. Several adapters are taken in the order of the list, each on what
+the ones before it left (it matters for MiSS's bats alone); a weight scales what its adapter adds. Where training kept
+the base in fewer bits (`quant`), every matrix of the layers is quantised and restored first. A whole tensor in an
+adapter takes the place of the base's. With `unmerge` the same is taken out again, in reverse.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rwkv_lab.checkpoint import Checkpoint, Layout
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.merge.adapted_matrices import adapted_tensors, memory_for
+from rwkv_lab.merge.adapter_set import ANY, AdapterSet, read_adapters
+from rwkv_lab.merge.changed_tensors import ChangedTensor
+from rwkv_lab.merge.contained_adapters import adapters_in, after_merging
+from rwkv_lab.merge.families.adapters_proof import PROVED, AdaptersProof
+from rwkv_lab.merge.family import Changes, Description, Family
+from rwkv_lab.merge.input_checks import refuse_prefix
+from rwkv_lab.merge.inputs import MergeInputs, init_paths
+from rwkv_lab.merge.method import Method
+from rwkv_lab.merge.method_parameters import Parameter, Takes, check_value
+from rwkv_lab.merge.spec import MergeSpec
+from rwkv_lab.names import split_block
+from rwkv_lab.patterns import matches_any
+from rwkv_lab.peft.adapter import Adapter
+from rwkv_lab.peft.config import ADAPTER_KINDS
+from rwkv_lab.peft.hf_layout import PREFIX
+from rwkv_lab.peft.quantised import QUANTS
+from rwkv_lab.spec import did_you_mean
+
+ALPHA = Parameter("alpha", float, Takes("of a LoRA, whose product is scaled by alpha / r", 0), None)
+WEIGHTS = Parameter("weights", float, Takes("factor on what an adapter adds; one per adapter", each="tuned"), 1.0)
+PARAMETERS = {
+    p.name: p
+    for p in (
+        Parameter(
+            "use_rslora",
+            bool,
+            Takes("whether a LoRA whose file does not say is scaled by alpha / sqrt(r)"),
+            False,
+        ),
+        Parameter(
+            "bat",
+            str,
+            Takes(
+                "what a MiSS block of three dimensions means, where its file does not say", choices=("hf", "rwkv-peft")
+            ),
+            None,
+        ),
+        Parameter(
+            "residual_base",
+            bool,
+            Takes("of PiSSA: the base given is what the SVD left over, so that no pissa_init is needed"),
+            False,
+        ),
+        Parameter(
+            "quant",
+            str,
+            Takes("how training stored the base; None: what the file says, else none", choices=QUANTS),
+            None,
+        ),
+        Parameter("unmerge", bool, Takes("take the adapters out of a base that holds them"), False),
+    )
+}
+_ONE_EACH = ("use_rslora", "bat", "residual_base")  # may be a list with one value per adapter
+_HELP = "what was trained beside a frozen base is worked into its matrices"
+_KINDS = {method: kind for method, kind in ADAPTER_KINDS.items() if method in PROVED}  # others cannot be merged
+
+
+def _method(name: str) -> Method:
+    kind = _KINDS.get(name)
+    title = kind.described.removeprefix("a ").removeprefix("an ") if kind else "adapters of several kinds"
+    takes = {"weights", "parameters", "include", "exclude"}
+    takes |= {"alpha"} if kind is None or kind.takes_alpha or name == "pissa" else set()
+    takes |= {"pissa_init"} if name in ("pissa", ANY) else set()
+    return Method(name, title, _HELP, AdaptersProof, frozenset(takes), (ALPHA, WEIGHTS, *PARAMETERS.values()))
+
+
+class Adapters(Family):
+    methods = {name: _method(name) for name in (*_KINDS, ANY)}
+    # Folders of Hugging Face's peft are of the kind that their `peft_type` is called.
+    kinds = {name: name for name in _KINDS} | {
+        written.lower(): name for name, kind in _KINDS.items() for written in kind.peft_types
+    }
+
+    def check(self, spec: MergeSpec) -> MergeSpec:
+        count = len(spec.tuned)
+        if not count:
+            raise ParameterError(f"tuned names no file; method {spec.method!r} takes one adapter or several")
+        for name, given in spec.parameters.items():
+            if name not in PARAMETERS:
+                hint = did_you_mean(name, PARAMETERS) or "."
+                takes = ", ".join(PARAMETERS)
+                raise ParameterError(f"method {spec.method!r} takes no {name!r}{hint}\nIts parameters: {takes}")
+            _check(PARAMETERS[name], given, count, name in _ONE_EACH)
+        weights = spec.weights
+        if weights is not None:
+            if not isinstance(weights, list) or len(weights) != count:
+                raise ParameterError(f"weights={weights!r}: a list of {count} numbers is needed, one per adapter")
+            weights = [check_value(WEIGHTS, w) for w in weights]
+        init_paths(spec.pissa_init, count)
+        return spec.changed(alpha=_check(ALPHA, spec.alpha, count, True), weights=weights)
+
+    def check_tuned(self, tuned: Sequence[Checkpoint], init: Sequence[Checkpoint | None], spec: MergeSpec) -> None:
+        read_adapters(tuned, init, spec)
+
+    def changes(self, inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> Changes:
+        """One change per adapted matrix, per matrix that is only quantised, and per whole tensor."""
+        adapters = read_adapters(inputs.tuned, inputs.init, spec)
+        shapes = {n: t.shape for n, t in inputs.base.info.items()}
+        for ck, adapter in zip(inputs.tuned, adapters.adapters, strict=True):
+            _refuse_unmatched(ck, adapter, inputs.base)
+            extra = spec.allow_extra or []
+            known = {n: v for n, v in adapter.full.items() if n in shapes or not matches_any(n, extra)}
+            replace(adapter, full=known).check(shapes, layout)
+        resolved = _resolved(spec, adapters)
+        return Changes(
+            adapted_tensors(inputs.base, adapters, spec.arithmetic),
+            layout,
+            resolved,
+            without_effect=spec.alpha == 0,
+            worker_bytes=memory_for(inputs.base, adapters, spec.arithmetic),
+            describe=partial(_describe, inputs, adapters, resolved),
+        )
+
+
+def _check(parameter: Parameter, given: Any, count: int, each: bool) -> Any:
+    """A value, or where there may be one for `each` adapter a list of them; None leaves it to the file."""
+    if isinstance(given, list):
+        if not each or len(given) != count:
+            raise ParameterError(
+                f"{parameter.name}={given!r}: one value is needed{f', or a list of {count}, one per adapter' * each}"
+            )
+        return [_check(parameter, one, count, False) for one in given]
+    return None if given is None else check_value(parameter, given)
+
+
+def _resolved(spec: MergeSpec, adapters: AdapterSet) -> MergeSpec:
+    """With what the files decide; alpha stays as given: what a file states need not be given again."""
+    given = {k: v for k, v in spec.parameters.items() if k not in ("quant", "unmerge") and v is not None}
+    given |= {"quant": adapters.quant} if adapters.quant != "none" else {}
+    given |= {"unmerge": True} if adapters.unmerge else {}
+    several = len(adapters.weights) > 1 or adapters.weights != (1.0,)
+    weights = list(adapters.weights) if several else None
+    return spec.changed(method=adapters.method, weights=weights, parameters=given)
+
+
+def _describe(
+    inputs: MergeInputs, adapters: AdapterSet, spec: MergeSpec, applied: Sequence[ChangedTensor]
+) -> Description:
+    contains, notes = adapters_in(inputs.base), ()
+    if applied:
+        contains, notes = after_merging(inputs.base, inputs.tuned, adapters, spec.include, spec.exclude)
+    return Description(contains, (*notes, *_notes(inputs.base, adapters)))
+
+
+def _notes(base: Checkpoint, adapters: AdapterSet) -> tuple[str, ...]:
+    """Sentences for the plan and the report."""
+    notes = []
+    if adapters.quant != "none" and not adapters.unmerge:
+        notes.append(
+            f"The base was quantised to {adapters.quant} in training, stored as in training: what rounding took away "
+            "is lost."
+        )
+    for adapter in adapters.adapters:
+        touched = {inside[0] for x in adapter.targets if (inside := split_block(x))}
+        n_layer = base.layout.n_layer if base.layout else 0
+        if len(touched) < n_layer:
+            notes.append(
+                f"{Path(adapter.where).name} adapts {len(touched)} of {n_layer} layers: right if it was trained so, "
+                "wrong if it is of a model with fewer layers."
+            )
+    if any(a.residual_base for a in adapters.adapters):
+        notes.append("PiSSA without its start: right only if the base given is what the SVD left over of the original.")
+    if len(adapters.adapters) > 1:
+        order = ", ".join(
+            f"{Path(a.where).name} × {w:g}" for a, w in zip(adapters.adapters, adapters.weights, strict=True)
+        )
+        notes.append(f"Order of the adapters: {order}{', taken out from the last to the first' * adapters.unmerge}.")
+    return tuple(notes)
+
+
+def _refuse_unmatched(ck: Checkpoint, adapter: Adapter, base: Checkpoint) -> None:
+    """A file whose names begin with a wrapper's prefix, or which is of no model like the base."""
+    stems = {n.removesuffix(".weight") for n in base.info}
+    names = {n.removeprefix(PREFIX) if adapter.layout == "hf" else n: t for n, t in ck.info.items()}
+    unmatched = [n for n in names if not any(n[:i] in stems for i, c in enumerate(n) if c == ".")]
+    refuse_prefix([n for n in unmatched if n not in base.info], names, base)

@@ -1,0 +1,141 @@
+"""What a merge refuses of its inputs, from their headers."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, expected_tensors
+from rwkv_lab.checkpoint.layout import common_prefix, possible_versions, same_shape
+from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.patterns import matches_any
+
+log = logging.getLogger(__name__)
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_base(base: Checkpoint, allow_extra: Sequence[str]) -> Layout:
+    """The base must be a whole model, without a name that its generation does not know."""
+    identity = base.identity
+    if identity.layout is None:
+        raise LayoutError(f"the base {base.path} is not a whole RWKV model (kind {base.kind!r}): {base.reason}")
+    if identity.prefix:
+        raise LayoutError(
+            f"every name in the base {base.path} begins with {identity.prefix!r}; save it without that prefix"
+        )
+    misfit = identity.misfit
+    if misfit.missing:
+        more = f" and {len(misfit.missing) - 10} more" if len(misfit.missing) > 10 else ""
+        raise LayoutError(
+            f"the base {base.path} ({identity.layout}) lacks {len(misfit.missing)} tensors: "
+            f"{', '.join(misfit.missing[:10])}{more}"
+        )
+    if misfit.wrong:
+        name, found, expected = misfit.wrong[0]
+        raise LayoutError(f"{name} in {base.path} has shape {list(found)}; its model needs {list(expected)}")
+    extra = [n for n in misfit.extra if not matches_any(n, allow_extra)]
+    if extra:
+        raise LayoutError(
+            f"the base {base.path} has {len(extra)} tensors that RWKV-{identity.layout.version} does not know: "
+            f"{', '.join(extra[:10])}.\nIf they belong there, name them in allow_extra."
+        )
+    return identity.layout
+
+
+def refuse_same_file(base: Checkpoint, tuned: Sequence[Checkpoint]) -> None:
+    """Refuse one file given twice, under whatever names.
+
+    Raises:
+        ParameterError: says which.
+    """
+    called = ["base", *("tuned" if len(tuned) == 1 else f"tuned {i + 1}" for i in range(len(tuned)))]
+    cks = [base, *tuned]
+    for j, later in enumerate(cks):
+        for i in range(j):
+            if any(os.path.samestat(os.fstat(a.fd), os.fstat(b.fd)) for a in cks[i].files for b in later.files):
+                hint = "; the output would be the base" if len(cks) == 2 else "; each model counts once"
+                raise ParameterError(f"{called[i]} and {called[j]} are the same file {later.path}{hint}")
+
+
+def check_dtypes(ck: Checkpoint) -> None:
+    """Refuse tensors that are no floats of 16 bits or more.
+
+    Raises:
+        LayoutError: names the first.
+    """
+    for name, t in ck.info.items():
+        if t.dtype not in _FLOATS:
+            raise LayoutError(
+                f"{name} in {ck.path} is {t.dtype}; weights must be bfloat16, float16, float32 or float64"
+            )
+    doubles = sum(t.dtype == torch.float64 for t in ck.info.values())
+    if doubles:
+        log.warning("%s holds %d float64 tensors; RWKV models have none", ck.path, doubles)
+
+
+def refuse_other_dimensions(tuned: Checkpoint, layout: Layout) -> None:
+    """Refuse a whole model of other dimensions, and names of another generation; say both numbers.
+
+    Raises:
+        LayoutError: with the evidence.
+    """
+    other = tuned.layout
+    if other is None:
+        versions, evidence = possible_versions(list(tuned.info))
+        if layout.version not in versions:
+            has = "RWKV-" + " or ".join(sorted(versions)) if versions else "mixed generations"
+            raise LayoutError(
+                f"{tuned.path} is of {has} ({', '.join(evidence[:3])}), the base is RWKV-{layout.version} "
+                f"({layout.evidence[0]})"
+            )
+        return
+    if other.version != layout.version:
+        raise LayoutError(
+            f"{tuned.path} is RWKV-{other.version} ({other.evidence[0]}), the base is RWKV-{layout.version} "
+            f"({layout.evidence[0]})"
+        )
+    for field in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "n_head", "head_size"):
+        ours, theirs = getattr(layout, field), getattr(other, field)
+        if ours != theirs:
+            raise LayoutError(
+                f"{field} differs: {tuned.path} has {theirs}, the base has {ours}; they are different models"
+            )
+
+
+def check_full_tensors(
+    base: Checkpoint, tuned: Checkpoint, layout: Layout, tensors: Mapping[str, TensorInfo], allow_extra: Sequence[str]
+) -> None:
+    """Refuse whole tensors that have no place in the base.
+
+    Raises:
+        LayoutError: names that the base does not have, or other shapes.
+    """
+    known = expected_tensors(layout)[1]  # optional ones, which the base may lack: time_state, layer 0's v0, v1, v2
+    extra = [n for n in tensors if n not in base.info and n not in known]
+    refuse_prefix(extra, tensors, base)
+    refused = [n for n in extra if not matches_any(n, allow_extra)]
+    if refused:
+        raise LayoutError(
+            f"{len(refused)} tensors of {tuned.path} are not in the base: {', '.join(refused[:10])}.\n"
+            "If they belong there, name them in allow_extra."
+        )
+    for name, info in tensors.items():
+        there = base.info.get(name)
+        wanted = there.shape if there else known.get(name)
+        if wanted is not None and not same_shape(info.shape, wanted):
+            raise LayoutError(f"{name} has shape {list(info.shape)} in {tuned.path} and {list(wanted)} in the base")
+
+
+def refuse_prefix(unmatched: list[str], all_names: Mapping[str, TensorInfo], base: Checkpoint) -> None:
+    """Where no name matches and all carry a wrapper's prefix, say so: the classic merge that does nothing."""
+    if not unmatched or len(unmatched) < len(all_names):
+        return
+    prefix = common_prefix(unmatched)
+    if not prefix and all(n.startswith("base_model.model.") for n in unmatched):
+        prefix = "base_model.model."
+    hint = (
+        f"Their names begin with {prefix!r}; save them without it." if prefix else f"The base has {next(iter(base))}, …"
+    )
+    raise LayoutError(f"0 of {len(all_names)} tensors matched the base; first {unmatched[0]}.\n{hint}")

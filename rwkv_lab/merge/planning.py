@@ -1,0 +1,146 @@
+"""The plan of a merge, from headers alone."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from rwkv_lab.checkpoint import Checkpoint, FileFacts, TensorInfo
+from rwkv_lab.checkpoint.file_layout import file_layout
+from rwkv_lab.checkpoint.source import BLOCK
+from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
+from rwkv_lab.checkpoint.write import file_kind
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.merge.adapter_set import ANY
+from rwkv_lab.merge.changed_tensors import ChangedTensor
+from rwkv_lab.merge.families import family_of, method_of
+from rwkv_lab.merge.family import Changes
+from rwkv_lab.merge.input_checks import check_base, check_dtypes, refuse_same_file
+from rwkv_lab.merge.inputs import MergeInputs
+from rwkv_lab.merge.output_checks import check_free_space, check_merge_output
+from rwkv_lab.merge.plan import MergePlan, PlanRow
+from rwkv_lab.merge.provenance import RECORD, as_text, provenance
+from rwkv_lab.merge.spec import MergeOptions, MergeSpec
+from rwkv_lab.paths import to_path
+from rwkv_lab.patterns import is_selected, refuse_unmatched
+
+
+def plan_merge(
+    inputs: MergeInputs, spec: MergeSpec, out: str | os.PathLike[str], options: MergeOptions | None = None
+) -> MergePlan:
+    """What a merge with this spec will do. Read are headers and, for fingerprints, the first 4 KiB of tensors that
+    carry no checksum.
+
+    Args:
+        inputs: open, of this spec.
+        out: path of the output; .pth or .safetensors decides its format.
+        options: how it will be written; what they forbid is refused here.
+    Raises:
+        ParameterError, LayoutError, OutputError: what cannot be merged, or not there.
+    """
+    options = options or MergeOptions()
+    path = to_path(out, "out").absolute()
+    kind = file_kind(path)
+    check_merge_output(path, inputs.checkpoints, options.allowed_dir, options.overwrite)
+    refuse_same_file(inputs.base, inputs.tuned)
+    layout = check_base(inputs.base, spec.allow_extra or [])
+    for ck in (inputs.base, *inputs.tuned):
+        check_dtypes(ck)
+    spec = with_method(spec, inputs.tuned)
+    family = family_of(spec.method)
+    changes = family.changes(inputs, family.check(spec), layout)
+    selected = selected_names([c.name for c in changes.tensors], spec.include, spec.exclude)
+    applied = [] if changes.without_effect else [c for c in changes.tensors if c.name in selected]
+    description = family.describe(inputs, changes, applied)
+    rows, tensors = _output(inputs.base.info if changes.keeps_base else {}, applied, spec.output_dtype)
+    # Hashing whole files waits until they are written; all fingerprints of a kind are of one length.
+    facts = inputs.facts("records")
+    blank = [FileFacts(f.path, f.bytes, f"{options.hash}:{'0' * 64}") for f in facts]
+    made = provenance(changes.spec.recipe(), blank, description.contains)
+    size = file_layout(kind, tensors, {RECORD: as_text(made)}).size
+    memory = _memory_needed([inputs.base, *inputs.tuned], changes)
+    disk_free, memory_free = check_free_space(path, size, memory)
+    return MergePlan(
+        spec=changes.spec,
+        options=options,
+        out=path,
+        inputs=facts,
+        layout=changes.layout,
+        rows=tuple(rows),
+        skipped=tuple(c.name for c in changes.tensors if c.name not in selected),
+        output_bytes=size,
+        disk_free=disk_free,
+        memory_needed=memory,
+        memory_free=memory_free,
+        notes=tuple(description.notes),
+        contains=tuple(description.contains),
+        files=inputs,
+        tensors=tensors,
+    )
+
+
+def with_method(spec: MergeSpec, tuned: Sequence[Checkpoint]) -> MergeSpec:
+    """The spec with the method that "auto" stands for; of several files, only adapters tell it.
+
+    Raises:
+        ParameterError: several files that are no adapters.
+        LayoutError: a file that no method takes.
+    """
+    if spec.method != "auto":
+        return spec
+    methods = {method_of(ck) for ck in tuned}
+    if methods and all(family_of(m) is family_of(ANY) for m in methods):
+        return spec.changed(method=ANY)
+    if len(tuned) != 1:
+        raise ParameterError(
+            f"tuned names {len(tuned)} files; method 'auto' takes one, or adapters. Name a method that mixes models"
+        )
+    return spec.changed(method=methods.pop())
+
+
+def selected_names(names: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> set[str]:
+    """Those that include selects (all where it is None) and exclude does not.
+
+    Raises:
+        ParameterError: a pattern that matches no name, or patterns that leave nothing.
+    """
+    for what, patterns in (("include", include), ("exclude", exclude)):
+        refuse_unmatched(what, patterns, names, "tensors that would change")
+    selected = {n for n in names if is_selected(n, include, exclude)}
+    if names and not selected:
+        raise ParameterError(
+            f"include and exclude keep out all {len(names)} tensors that would change; the output would be the base.\n"
+            "Loosen them, or pass alpha=0 if the base is what you want."
+        )
+    return selected
+
+
+def _output(
+    kept: Mapping[str, TensorInfo], applied: Sequence[ChangedTensor], dtype: torch.dtype | None
+) -> tuple[list[PlanRow], list[OutTensor]]:
+    """The output's tensors: what is kept of the base in its order, then new ones."""
+    changes = {c.name: c for c in applied}
+    copies = {n: ChangedTensor(n, "copy", "base", info.shape, info.dtype, copy=info) for n, info in kept.items()}
+    rows, tensors = [], []
+    for change in (copies | changes).values():
+        wanted = dtype or change.dtype
+        action, compute = change.action, change.compute
+        if change.copy is not None and wanted != change.dtype:
+            action, compute = ("cast" if action == "copy" else action), change.copy.blocks
+        tensor = OutTensor(change.name, change.shape, wanted, source=change.copy, compute=compute)
+        rows.append(PlanRow(change.name, action, change.source, change.shape, wanted, tensor.nbytes))
+        tensors.append(tensor)
+    return rows, tensors
+
+
+def _memory_needed(inputs: Sequence[Checkpoint], changes: Changes) -> int:
+    """Upper bound of the anonymous memory: each thread's blocks, tensors that must be gathered."""
+    # Values, product and rounded copy of one block in float64: a dozen blocks, of which the allocator keeps old ones.
+    # Blends of models of any size were seen to need 80 MB in all; each further model brings its own blocks and deltas.
+    mixed = any(c.action == "mix" for c in changes.tensors)
+    blocks = (48 + (32 * (len(inputs) - 1) if mixed else 0)) * BLOCK
+    # One view of each file at a time: a mix reads them together.
+    gathered = sum(
+        max((t.span + t.nbytes for t in ck.info.values() if t.stride is not None), default=0) for ck in inputs
+    )
+    return WORKERS * (blocks + gathered + changes.worker_bytes)
