@@ -120,7 +120,7 @@ class Adapter:
     full: Mapping[str, Values]  # whole tensors by name, which take the place of the base's
     path: Path | None = None  # None for one in memory
     layout: str = "memory"  # "rwkv-peft", "hf" or "memory"
-    quant: str | None = None  # how the frozen base was stored in training; None where the file does not say
+    quant: str | None = None  # how the frozen base was stored in training; None where the file does not state it
     named_targets: tuple[str, ...] = ()  # layers that the file lists as adapted: names or their ends
     opened: tuple[Checkpoint, ...] = field(default=(), repr=False)
 

@@ -29,7 +29,7 @@ _FIELDS: Mapping[str, FieldInfo] = {
 
 
 def main(words: list[str] | None = None) -> int:
-    """Train as the words say; the exit code, 1 after a refusal."""
+    """Train as the flags state; the exit code, 1 after a refusal."""
     given = vars(_parser().parse_args(words))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -75,7 +75,7 @@ class Rows:
     """One example a row, cut off after `ctx_len` tokens, padded on the right; every example once before any twice.
 
     Raises:
-        ParameterError: a prompt that leaves no room for its response.
+        ParameterError: a prompt as long as the context.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, ctx_len: int, seed: int):
@@ -151,7 +151,7 @@ def in_batches(corpus: Corpus | Examples, tokenizer: Tokenizer, ctx_len: int, se
     """A corpus as tokens of a model. Examples without any prompt are texts: joined, and cut into windows.
 
     Raises:
-        ParameterError: too little text for a context, or a prompt that leaves no room.
+        ParameterError: too little text for a context, or a prompt as long as the context.
     """
     if isinstance(corpus, Examples):
         if any(e.prompt for e in (*corpus.train, *corpus.held_out)):

@@ -72,7 +72,7 @@ def _of_files(path: Path) -> Corpus | Examples:
         raise ParameterError(f"data={str(path)!r} is neither one of {', '.join(CORPORA)} nor a file or folder.")
     if path.suffix.lower() == ".json" and not begins_with_object(path):
         raise ParameterError(
-            f"{path} is JSON, and its first line is no object; its braces would be learned as text.\n"
+            f"{path} is JSON, and its first line is no object; its braces would be trained on.\n"
             'Write JSONL: one object a line, {"text": …} or {"prompt": …, "response": …}.'
         )
     if path.suffix.lower() in (".jsonl", ".json"):

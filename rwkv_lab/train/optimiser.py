@@ -40,7 +40,7 @@ def make_optimiser(trained: Mapping[str, torch.Tensor], over: Schedule, fused: b
     or adapters. Vectors that set how fast a state decays learn faster (`_FASTER`).
 
     Args:
-        fused: torch's one-pass update; False where it does not know the kind of tensor.
+        fused: torch's one-pass update; False where it does not take the kind of tensor.
     """
     groups: dict[tuple[float, float], list] = {}  # (weight decay, factor on lr)
     for name, parameter in trained.items():

@@ -61,8 +61,8 @@ def test_resumed_is_as_never_stopped_bit_for_bit(kind, settings, tmp_path):
     assert [row["step"] for row in json.loads((tmp_path / "log.json").read_text())["steps"]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_process_is_gone_on_from(settings, tmp_path):
-    """SIGKILL right after the second checkpoint, by the process itself; nobody has a chance to tidy up."""
+def test_a_killed_process_is_resumed(settings, tmp_path):
+    """SIGKILL right after the second checkpoint, by the process itself: nothing is tidied up."""
     whole = train("lora", tmp_path / "whole.pth", **settings | {"checkpoint_every": 2})
     program = (
         "import os, signal, torch; torch.set_num_threads(1)\n"

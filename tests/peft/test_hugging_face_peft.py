@@ -1,4 +1,4 @@
-"""Hugging Face's peft is the judge: what it trained runs here with the same logits, what is saved here runs there."""
+"""Hugging Face's peft as the reference: what it trained runs here with the same logits; what is saved here, there."""
 
 import json
 
