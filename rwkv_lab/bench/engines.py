@@ -209,10 +209,9 @@ def as_rnn(model: RWKV_Dual) -> Iterator[None]:
 
 @contextmanager
 def busy_loop() -> Iterator[None]:
-    """A process that keeps one core busy while the block runs."""
-    process = subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
-    )
+    """A process that keeps one core busy while the block runs, and ends when this process is killed."""
+    code = "import os\nparent = os.getppid()\nprint(flush=True)\nwhile os.getppid() == parent: pass"
+    process = subprocess.Popen([sys.executable, "-S", "-E", "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None  # for it is a pipe
     try:
         process.stdout.readline()  # it is running
