@@ -63,6 +63,7 @@ def write_report(path: Path, page: Page, record: Record, command: str) -> None:
         record=record,
         verdict=_verdict(record),
         checks=[(c, isinstance(c, Check)) for c in record.checks],
+        files=[(getattr(f, "role", "read"), f) for f in record.inputs] + [("written", f) for f in record.outputs],
         command=command,
         versions=versions(),
         when=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),

@@ -1,6 +1,7 @@
 """The functions behind merge.ipynb when it mixes models: recipes, stacks, the panel's fields."""
 
 import json
+import re
 
 import pytest
 
@@ -44,6 +45,13 @@ def test_a_stack_runs_and_says_how_deep_it_is(models, tmp_path):
     with open_checkpoint(tmp_path / "report" / "merged.pth") as ck:
         assert ck.layout.n_layer == 3
     assert "never trained to follow each other" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_the_report_names_the_role_of_each_input(models, tmp_path):
+    done(tmp_path, base=models[0], tuned=models[1:], method="linear", weights=[1, 1, 1])
+    text = (tmp_path / "report" / "report.html").read_text()
+    roles = re.findall(r"<tr><td>(\w+)</td><td>([\w.]+)</td><td class=.number", text)
+    assert roles[:4] == [("base", "base.pth"), ("tuned", "one.pth"), ("tuned", "two.pth"), ("written", "merged.pth")]
 
 
 def test_a_recipe_takes_the_place_of_the_models(models, tmp_path):

@@ -21,7 +21,7 @@ from rwkv_lab.plotting import bits_bars
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.workbench.merge import figures
 from rwkv_lab.workbench.run import Run
-from rwkv_lab.workbench.steps import Step
+from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
 
 _DRY = "dry_run=True: nothing was merged, so there is nothing to show here."
@@ -144,8 +144,7 @@ def prove(run: Run, result: MergeResult | None, behaviour: Behaviour | None) -> 
         return
     with run.timed("proof"):
         run.record.checks = [*result.checks, *verify_merge(result), *behaviour.checks]
-    for check in run.record.checks:
-        print(check)
+    show_verdict(run)
 
 
 def plan_table(made: MergePlan) -> Table:
