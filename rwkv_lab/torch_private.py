@@ -6,9 +6,13 @@ is computed by PyTorch's modules or refused in words, and a test fails and names
 
 import functools
 import importlib
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+F = TypeVar("F", bound=Callable)
 
 # What is used -> what for. A module's dotted name, then attributes of it. All were seen to work in torch 2.13.0.
 PARTS = {
@@ -80,6 +84,13 @@ def intercepted() -> bool:
         or _functorch_level() is not None
         or any(type(_mode(i)) is not _DeviceContext for i in range(_modes()))
     )
+
+
+def constant_while_tracing(function: F) -> F:
+    """Mark a function as `torch.compiler.assume_constant_result` does, without importing the compiler: that doubles the
+    time that importing torch takes."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
 
 
 def hooks_of_all_modules() -> bool:

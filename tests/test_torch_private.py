@@ -1,6 +1,9 @@
 """Private parts of torch stand in `rwkv_lab/torch_private.py` alone, and are there."""
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,26 @@ ROOT = Path(__file__).parent.parent
 
 def test_all_parts_are_there():
     assert not torch_private.missing(), f"torch {torch.__version__} has no {', '.join(torch_private.missing())}"
+
+
+def test_the_mark_of_constants_is_torchs_own():
+    """`rwkv_lab.wkv.choice` opens compiled libraries, which torch.compile cannot trace."""
+
+    def ours(): ...
+
+    def theirs(): ...
+
+    torch_private.constant_while_tracing(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}
+
+
+def test_models_are_imported_without_torchs_compiler():
+    """It takes as long to import as the rest of torch."""
+    code = "import sys, rwkv_lab.model, rwkv_lab.train, rwkv_lab.merge; print('torch._dynamo' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 @pytest.mark.parametrize("gone", ["torch._C:_no_such_function", "torch.no_such_module:name"])

@@ -4,10 +4,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from rwkv_lab.errors import KernelError
-from rwkv_lab.torch_private import takes_tangents
+from rwkv_lab.torch_private import constant_while_tracing, takes_tangents
 from rwkv_lab.wkv import cuda
 from rwkv_lab.wkv.cpu import SOURCES
 from rwkv_lab.wkv.loader import cpu_build, cpu_library, cuda_build, failed
@@ -55,7 +53,7 @@ def unfit(name: str, backend: str, width: int) -> str | None:
 
 
 # torch.compile calls it while tracing, without looking inside, where sources are compiled.
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def problem(name: str, backend: str) -> str | None:
     """Why a compiled backend cannot run operator `name` here, in a sentence; None if it can. Compiles it if need be."""
     try:
@@ -75,7 +73,7 @@ def available(backend: str) -> bool:
     return not any(failed(backend, source) for source in SOURCES.values())
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def _tell(why: str) -> None:
     """Say once per process why the compiled operators are not used."""
     if why not in _told:
