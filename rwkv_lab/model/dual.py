@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_lab.checkpoint import Layout, write_checkpoint
+from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.errors import DeviceError, ParameterError
 from rwkv_lab.model import rwkv7
 from rwkv_lab.model.block import GROUP_NORM_EPS
@@ -68,22 +68,9 @@ class RWKV_Dual(nn.Module):
         mode: RWKVMode = RWKVMode.TRANSFORMER,
         head_size: int = 64,
     ):
-        if min(n_embd, n_layer, vocab_size, ctx_len, head_size) < 1 or n_embd % head_size:
-            raise ParameterError(
-                f"n_embd={n_embd}, n_layer={n_layer}, vocab_size={vocab_size}, ctx_len={ctx_len}: all must be >= 1,\n"
-                f"and n_embd a multiple of head_size={head_size}."
-            )
-        layout = Layout(
-            version="7.0",
-            n_layer=n_layer,
-            n_embd=n_embd,
-            dim_att=n_embd,
-            dim_ffn=4 * n_embd,
-            vocab_size=vocab_size,
-            n_head=n_embd // head_size,
-            head_size=head_size,
-            ranks=rwkv7.fresh_ranks(n_embd),
-        )
+        if ctx_len < 1:
+            raise ParameterError(f"ctx_len={ctx_len} must be at least 1.")
+        layout = rwkv7.fresh_layout(n_embd, n_layer, vocab_size, head_size)
         self._build(layout, ctx_len, mode, GROUP_NORM_EPS, names=())
         self.to_empty(device="cpu")
         rwkv7.initialise(self)

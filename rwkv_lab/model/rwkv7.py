@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rwkv_lab.checkpoint import Layout
+from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.block import Block, head_norm, linear, matrix, previous, vector
 from rwkv_lab.model.capture import Capturable
 from rwkv_lab.model.cpu import rwkv7 as compiled
@@ -108,6 +110,30 @@ def make_block(layout, layer: int, group_norm_eps: float, names) -> Block:
 def fresh_ranks(n_embd: int) -> dict[str, int]:
     """Ranks of a fresh model's low-rank pairs: multiples of 32 near a constant times sqrt(C) (RWKV-LM's newer rule)."""
     return {name: max(32, round(c * n_embd**0.5 / 32) * 32) for name, c in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
+
+
+def fresh_layout(n_embd: int, n_layer: int, vocab_size: int, head_size: int) -> Layout:
+    """The layout of a fresh RWKV-7 of these sizes.
+
+    Raises:
+        ParameterError: sizes that do not go together.
+    """
+    if min(n_embd, n_layer, vocab_size, head_size) < 1 or n_embd % head_size:
+        raise ParameterError(
+            f"n_embd={n_embd}, n_layer={n_layer}, vocab_size={vocab_size}: all must be at least 1,\n"
+            f"and n_embd a multiple of head_size={head_size}."
+        )
+    return Layout(
+        version="7.0",
+        n_layer=n_layer,
+        n_embd=n_embd,
+        dim_att=n_embd,
+        dim_ffn=4 * n_embd,
+        vocab_size=vocab_size,
+        n_head=n_embd // head_size,
+        head_size=head_size,
+        ranks=fresh_ranks(n_embd),
+    )
 
 
 @torch.no_grad()

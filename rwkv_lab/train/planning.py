@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rwkv_lab.checkpoint import Layout, open_checkpoint
+from rwkv_lab.checkpoint import Layout, expected_tensors, open_checkpoint
 from rwkv_lab.checkpoint.unchanged import FileState, file_states
 from rwkv_lab.errors import LayoutError
-from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.model.rwkv7 import fresh_layout
 from rwkv_lab.names import is_block_matrix
+from rwkv_lab.train.kinds.whole import FRESH_VOCABULARY
 from rwkv_lab.train.spec import KINDS, Planned, ResolvedSpec, TrainSpec
 
 # Numbers kept for the backward pass, per token and channel of one layer: counted in RWKV-7 with the chunked operator.
@@ -104,9 +103,8 @@ def _activations(spec: ResolvedSpec, layout: Layout) -> int:
 def _described(spec: TrainSpec) -> tuple[Layout, Mapping[str, tuple[int, ...]], tuple[FileState, ...]]:
     """(layout, shapes by name, files) of the base or of a fresh model."""
     if not spec.base:
-        with torch.random.fork_rng(devices=[]):
-            model = RWKV_Dual(spec.n_embd, spec.n_layer, 257, head_size=spec.head_size)
-        return model.layout, {name: tuple(p.shape) for name, p in model.named_parameters()}, ()
+        layout = fresh_layout(spec.n_embd, spec.n_layer, FRESH_VOCABULARY, spec.head_size)
+        return layout, expected_tensors(layout)[0], ()
     with open_checkpoint(spec.base) as ck:
         if ck.kind != "model" or ck.layout is None:
             raise LayoutError(f"{ck.path} is {ck.kind}, no whole model to start from: {ck.reason}")

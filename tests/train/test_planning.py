@@ -9,6 +9,7 @@ from tiny_training import SHORT, sha256
 
 from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
+from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.train import TrainOptions, TrainSpec, make_plan, plan_training, run_training, train
 
 
@@ -77,8 +78,19 @@ def test_planning_leaves_random_numbers_alone():
 
 
 def test_a_fresh_model_has_the_planned_size():
-    layout = plan_training("pretrain", n_embd=64, n_layer=2, head_size=16).layout
-    assert (layout.n_embd, layout.n_layer, layout.head_size) == (64, 2, 16)
+    plan, model = plan_training("pretrain", n_embd=64, n_layer=2, head_size=16), RWKV_Dual(64, 2, 257, head_size=16)
+    assert plan.layout == model.layout
+    assert [row[:2] for row in plan.trained] == [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    with pytest.raises(ParameterError, match="n_embd a multiple of head_size=32"):
+        plan_training("pretrain", n_embd=100)
+
+
+def test_a_fresh_model_is_planned_without_being_made(monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("made")
+
+    monkeypatch.setattr(RWKV_Dual, "__init__", refuse)
+    assert plan_training("pretrain", n_embd=2048, n_layer=24, head_size=64).count > 1_000_000_000
 
 
 def test_what_cannot_be_planned_is_refused(small, tmp_path):

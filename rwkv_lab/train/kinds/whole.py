@@ -11,6 +11,8 @@ from rwkv_lab.checkpoint.layout import UNUSED_IN_LAYER_0
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.train.spec import Defaults, Kind, Planned, TrainSpec, register
 
+FRESH_VOCABULARY = 257  # bytes, and the end of a text
+
 
 class WholeModel(Kind):
     """Everything is trained, and the output is the whole model."""
@@ -24,7 +26,7 @@ class WholeModel(Kind):
         if spec.base:
             model = RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
         else:
-            model = RWKV_Dual(spec.n_embd, spec.n_layer, vocab_size=257, head_size=spec.head_size)
+            model = RWKV_Dual(spec.n_embd, spec.n_layer, vocab_size=FRESH_VOCABULARY, head_size=spec.head_size)
             model = model.to(torch.device(spec.device), spec.torch_dtype)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in UNUSED_IN_LAYER_0)
