@@ -12,10 +12,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jupyter_client import AsyncKernelManager
 from papermill.cli import papermill
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
+
+
+class _Kernel(AsyncKernelManager):
+    """Stops a kernel that is done without interrupting it first, which ipykernel reports as an error at times."""
+
+    computes = False  # while a cell is being executed; one kernel per process
+
+    async def _async_interrupt_kernel(self) -> None:
+        if self.computes or not self.shutting_down:
+            await super()._async_interrupt_kernel()
+
+
+def _cell_begins(**_: object) -> None:
+    _Kernel.computes = True
+
+
+def _cell_ended(**_: object) -> None:
+    _Kernel.computes = False
 
 
 class Engine(NBClientEngine):
@@ -27,9 +46,9 @@ class Engine(NBClientEngine):
         options |= {name: stream for name, stream in streams.items() if not options.get(name)}
         with tempfile.TemporaryDirectory(prefix="rwkv_lab-") as folder:  # short: a socket's path has 104 bytes
             sockets = {"transport": "ipc", "ip": str(Path(folder) / "kernel")}
-            return super().execute_managed_notebook(
-                nb_man, kernel_name, config=Config({"KernelManager": sockets}), **options
-            )
+            options |= {"kernel_manager_class": _Kernel, "config": Config({"KernelManager": sockets})}
+            options |= {"on_cell_execute": _cell_begins, "on_cell_executed": _cell_ended}
+            return super().execute_managed_notebook(nb_man, kernel_name, **options)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import nbformat
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +41,7 @@ def test_progress_with_time_left_appears_while_the_notebook_runs(environment, tm
     assert any(name.startswith("kernel") for folder in sockets.glob("rwkv_lab-*") for name in os.listdir(folder))
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and str(tmp_path / "report") in out
-    assert "TCP" not in err and "WARNING" not in err and list(sockets.iterdir()) == []
+    assert "TCP" not in err and "IPKernelApp" not in err and list(sockets.iterdir()) == []
     assert json.loads((tmp_path / "report" / "result.json").read_text())["status"] == "ok"
 
 
@@ -53,3 +56,23 @@ def test_a_refusal_ends_with_a_code_and_the_message(environment, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr and "TCP" not in done.stderr
     assert done.stderr.startswith("CorruptFileError: ") and "none.pth" in done.stderr
     assert json.loads((tmp_path / "report" / "result.json").read_text())["status"] == "failed"
+
+
+def test_an_interrupt_reaches_the_cell_that_runs(environment, tmp_path):
+    """Jobs clean up after themselves then."""
+    code = "import time\nprint('begun')\ntry:\n    time.sleep(60)\nfinally:\n    open('cleaned-up', 'w').close()"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, tmp_path / "sleep.ipynb")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rwkv_lab.workbench.batch", tmp_path / "sleep.ipynb", tmp_path / "run.ipynb"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=50)
+    assert process.returncode != 0 and (tmp_path / "cleaned-up").exists()
