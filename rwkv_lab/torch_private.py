@@ -7,7 +7,7 @@ is computed by PyTorch's modules or refused in words, and a test fails and names
 import functools
 import importlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ def missing() -> tuple[str, ...]:
 
 
 @functools.cache
-def _part(name: str):
+def _part(name: str) -> Any:
     """What a name in PARTS stands for; None where torch does not have it."""
     where, _, what = name.partition(":")
     try:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rwkv_lab.checkpoint import Layout
 from rwkv_lab.model.capture import Capturable
 from rwkv_lab.model.standard_modules import standard
 
@@ -25,7 +26,7 @@ class Block(Capturable):
     same by changing the weights; here they stay as they are. RWKV-7 does not need it.
     """
 
-    def __init__(self, layout, layer: int, att: nn.Module, ffn: nn.Module, halves_float16: bool):
+    def __init__(self, layout: Layout, layer: int, att: nn.Module, ffn: nn.Module, halves_float16: bool):
         super().__init__()
         if layer == 0:
             self.ln0 = nn.LayerNorm(layout.n_embd)  # applied to the embedding
@@ -35,7 +36,14 @@ class Block(Capturable):
         self.ffn = ffn
         self.halves = halves_float16 and halves_after(layer)
 
-    def forward(self, x, att_shift, ffn_shift, wkv_state, v_first):
+    def forward(
+        self,
+        x: torch.Tensor,
+        att_shift: torch.Tensor,
+        ffn_shift: torch.Tensor,
+        wkv_state: torch.Tensor,
+        v_first: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x `[B,T,C]`, shifts `[B,C]`, wkv_state `[B,H,V,K]` (RWKV-4: `[B,3,A]`), v_first `[B,T,A]` or None.
 
         Returns x, the three states after the last token, and v_first, which RWKV-7's first layer makes.
@@ -57,7 +65,7 @@ def halves_after(layer: int) -> bool:
     return layer % RESCALE_EVERY == RESCALE_EVERY - 1
 
 
-def into_residual(linear: nn.Module, x, layer: int):
+def into_residual(linear: nn.Module, x: torch.Tensor, layer: int) -> torch.Tensor:
     """`linear(x)` for the last matrix of a time mix or channel mix, scaled as `Block` says where it is float16.
 
     x is scaled, not the product: the product is what might not fit into float16.
@@ -82,12 +90,12 @@ def linear(n_in: int, n_out: int) -> nn.Linear:
     return nn.Linear(n_in, n_out, bias=False)
 
 
-def previous(x, shift):
+def previous(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """x of the token before, `[B,T,C]`; `shift` `[B,C]` is the one before the first."""
     return torch.cat([shift.unsqueeze(1), x[:, :-1]], dim=1)
 
 
-def head_norm(y, ln_x: nn.GroupNorm):
+def head_norm(y: torch.Tensor, ln_x: nn.GroupNorm) -> torch.Tensor:
     """GroupNorm over the heads of y `[B,T,H,N]` -> `[B,T,A]`; as a LayerNorm over the last axis it is much faster on a
     CPU."""
     y = F.layer_norm(y, y.shape[-1:], eps=ln_x.eps).flatten(2)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,9 @@ class Captured(Mapping):
 
 
 @contextmanager
-def capture(model, names: Collection[str] | None = None, layers: Collection[int] | None = None) -> Iterator[Captured]:
+def capture(
+    model: Any, names: Collection[str] | None = None, layers: Collection[int] | None = None
+) -> Iterator[Captured]:
     """Collect tensors from inside a model while the block runs; they are detached and stay on their device.
 
         with capture(model, names=["w", "state"], layers=[0, 3]) as captured:

@@ -3,11 +3,15 @@
 import functools
 import re
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 
 from rwkv_lab.errors import DeviceError, ParameterError
+
+F = TypeVar("F", bound=Callable)
 
 # Torch raises RuntimeError, or AssertionError where it was built without CUDA, for much else too: the text decides.
 _FAILURE = re.compile(r"\b(CUDA|CUBLAS|CUDNN|cuDNN|cuBLAS|HIP|NVIDIA|XPU|MPS|device-side assert)")
@@ -15,7 +19,7 @@ _POSSIBLE = (RuntimeError, AssertionError, MemoryError)
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
-def parse_device(device) -> torch.device:
+def parse_device(device: str | torch.device) -> torch.device:
     """A torch.device from its name.
 
     Raises:
@@ -28,7 +32,7 @@ def parse_device(device) -> torch.device:
 
 
 @contextmanager
-def device_errors(device: torch.device):
+def device_errors(device: torch.device) -> Iterator[None]:
     """Turn a failure of the device into a DeviceError that names settings which help; others pass."""
     try:
         yield
@@ -55,11 +59,11 @@ def _device_error(e: BaseException, device: torch.device) -> DeviceError | None:
     return None
 
 
-def falls_back(method):
+def falls_back(method: F) -> F:
     """Wrap a method `(self, tokens, state=None, …)` of a model: when its device fails, run it again on `fallback`."""
 
     @functools.wraps(method)
-    def run(self, tokens, state=None, *args, **kwargs):
+    def run(self: Any, tokens: Any, state: Any = None, *args: Any, **kwargs: Any) -> Any:
         try:  # not `with device_errors`: this runs for every token
             return method(self, tokens, state, *args, **kwargs)
         except (*_POSSIBLE, DeviceError) as e:
@@ -75,7 +79,7 @@ def falls_back(method):
                 state = None if state is None else state.to(self.fallback)
             return method(self, tokens, state, *args, **kwargs)
 
-    return run
+    return cast(F, run)
 
 
 def warn_of_fallback(error: DeviceError, fallback: torch.device) -> None:

@@ -1,8 +1,9 @@
 """RWKV_Dual: one set of weights, run as a transformer (whole sequences) or as an RNN (token by token)."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,12 +20,13 @@ from rwkv_lab.model.generation import Sampling, generate_one
 from rwkv_lab.model.initial_state import add_time_state, initial_state, take_time_state
 from rwkv_lab.model.inputs import check_tokens
 from rwkv_lab.model.loading import fill, model_file, open_model
+from rwkv_lab.model.protocol import Tokens
 from rwkv_lab.model.ragged import read_ragged
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.standard_modules import replaced_module, standard
 from rwkv_lab.model.state import RWKVState, check_state
 from rwkv_lab.model.state_cache import StateCache
-from rwkv_lab.model.tokenizer import load_tokenizer, tokenizer_for
+from rwkv_lab.model.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 
 
 class RWKVMode(Enum):
@@ -165,7 +167,9 @@ class RWKV_Dual(nn.Module):
     # ------------------------------------------------------------------ running
 
     @falls_back
-    def forward(self, tokens, state: RWKVState | None = None, return_v_first: bool = False):
+    def forward(
+        self, tokens: Tokens, state: RWKVState | None = None, return_v_first: bool = False
+    ) -> tuple[torch.Tensor, Any]:
         """Run tokens `[B,T]` (integers, T >= 1) in the model's mode.
 
         Args:
@@ -181,13 +185,13 @@ class RWKV_Dual(nn.Module):
         """
         if return_v_first and not generation_of(self.layout).has_v_first:
             raise ParameterError(f"return_v_first: RWKV-{self.layout.version} has no v_first, only RWKV-7 has.")
-        tokens = check_tokens(self, tokens)
+        ids = check_tokens(self, tokens)
         if self.mode is RWKVMode.TRANSFORMER:
-            pieces = [tokens]
-        elif not return_v_first and (found := eligible(self, "step", tokens, state)):
-            return step.run(self, found, tokens, state)
+            pieces = [ids]
+        elif not return_v_first and (found := eligible(self, "step", ids, state)):
+            return step.run(self, found, ids, state)
         else:
-            pieces = tokens.split(1, dim=1)
+            pieces = ids.split(1, dim=1)
         logits, v_first = [], []
         for piece in pieces:
             x, state, v = self._run(piece, state, return_v_first)
@@ -197,13 +201,15 @@ class RWKV_Dual(nn.Module):
         return logits, torch.cat(v_first, dim=1) if return_v_first else state
 
     @falls_back
-    def parallel(self, tokens, state: RWKVState | None = None):
+    def parallel(self, tokens: Tokens, state: RWKVState | None = None) -> tuple[torch.Tensor, RWKVState]:
         """As calling the model in TRANSFORMER mode, whatever its mode is: logits `[B,T,V]` and the final state."""
         x, state, _ = self._run(check_tokens(self, tokens), state)
         return self._logits(x), state
 
     @falls_back
-    def prefill(self, tokens, state: RWKVState | None = None, lengths=None):
+    def prefill(
+        self, tokens: Tokens, state: RWKVState | None = None, lengths: Iterable[int] | None = None
+    ) -> tuple[torch.Tensor, RWKVState]:
         """Read tokens `[B,T]` in parallel, `ctx_len` at a time: logits after the last one `[B,V]`, and the state.
 
         Next to feed is the token that those logits choose; the last one of `tokens` has been read already.
@@ -216,17 +222,17 @@ class RWKV_Dual(nn.Module):
         Raises:
             ParameterError, DeviceError: as calling the model; lengths that do not fit.
         """
-        tokens = check_tokens(self, tokens)
-        if tokens.shape[1] == 1 and (found := eligible(self, "step", tokens, state)):
-            logits, state = step.run(self, found, tokens, state)
-            return logits[:, 0], state
+        ids = check_tokens(self, tokens)
+        if ids.shape[1] == 1 and (found := eligible(self, "step", ids, state)):
+            logits, after = step.run(self, found, ids, state)
+            return logits[:, 0], after
         if lengths is None:
-            x, state = self._read(tokens, state)
+            x, after = self._read(ids, state)
         else:
-            x, state = read_ragged(self._read, tokens, state, lengths)
-        return self._logits(x), state
+            x, after = read_ragged(self._read, ids, state, lengths)
+        return self._logits(x), after
 
-    def _read(self, tokens, state):
+    def _read(self, tokens: torch.Tensor, state: Any) -> tuple[torch.Tensor, RWKVState]:
         """tokens `[B,T]` -> x of the last one `[B,C]` before ln_out, the new state."""
         for piece in tokens.split(self.ctx_len, dim=1):
             x, state, _ = self._run(piece, state)
@@ -321,7 +327,7 @@ class RWKV_Dual(nn.Module):
         return self.emb.weight.device
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer:
         """Text to tokens and back; chosen by vocabulary size, or named: `model.tokenizer = "world"`, "bytes", a path.
 
         Raises:
@@ -335,7 +341,7 @@ class RWKV_Dual(nn.Module):
     def tokenizer(self, which: str | Path) -> None:
         self._tokenizer = load_tokenizer(which, self.layout.vocab_size)
 
-    def batch_decode(self, list_of_ids) -> list[str]:
+    def batch_decode(self, list_of_ids: Iterable[Iterable[int]]) -> list[str]:
         """The text of each list of token ids."""
         return [self.tokenizer.decode(ids) for ids in list_of_ids]
 
@@ -377,8 +383,8 @@ class RWKV_Dual(nn.Module):
 
 
 @torch.no_grad()
-def init_state_with_past(model: RWKV_Dual, tokens, lengths=None) -> RWKVState:
-    """The state after tokens `[B,T]`, left by one parallel pass: go on with the token that follows them.
+def init_state_with_past(model: RWKV_Dual, tokens: Tokens, lengths: Iterable[int] | None = None) -> RWKVState:
+    """The state after tokens `[B,T]`, left by one parallel pass: continue with the token that follows them.
 
     `lengths` as in `RWKV_Dual.prefill`, for rows that are padded on the right.
     """

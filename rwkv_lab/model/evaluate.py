@@ -6,12 +6,14 @@ import torch
 from torch.nn import functional as F
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.model.protocol import Model
+from rwkv_lab.model.state import RWKVState
 
 _TOKENS_AT_ONCE = 4096  # bounds memory: logits and layers of this many tokens
 
 
 @torch.no_grad()
-def bits_per_byte(model, data: bytes, ctx_len: int, state=None) -> float:
+def bits_per_byte(model: Model, data: bytes, ctx_len: int, state: RWKVState | None = None) -> float:
     """Mean number of bits the model needs for a byte of `data`, given the bytes before it in its window.
 
     The data is cut into windows of `ctx_len` tokens, and every window starts afresh from `state`. A window is shown the

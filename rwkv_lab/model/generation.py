@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.model.protocol import Model
 from rwkv_lab.model.state import RWKVState, join
 from rwkv_lab.model.state_cache import StateCache
 
@@ -28,7 +29,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ParameterError(
                 "Sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0; "
@@ -36,7 +37,7 @@ class Sampling:
             )
 
 
-def sample(logits, sampling: Sampling, generator: torch.Generator, counts: Counter[int]) -> int:
+def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator, counts: Counter[int]) -> int:
     """Draw a token from logits `[V]`; `counts` says how often each token was generated before.
 
     Raises:
@@ -61,7 +62,7 @@ def sample(logits, sampling: Sampling, generator: torch.Generator, counts: Count
 
 
 def generate(
-    model,
+    model: Model,
     prompts: Sequence[str],
     max_new_tokens: int = 100,
     temperature: float = 1.0,
@@ -88,7 +89,7 @@ def generate(
 
 @torch.no_grad()
 def stream(
-    model,
+    model: Model,
     prompts: Sequence[str],
     max_new_tokens: int,
     sampling: Sampling,
@@ -108,7 +109,7 @@ def stream(
     if max_new_tokens < 0:
         raise ParameterError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more.")
     rows = [_Row(row, _encode(model, prompt), model.tokenizer, seed + row) for row, prompt in enumerate(prompts)]
-    logits, state = read_prompts(model, [row.ids for row in rows], state, cache)  # [B,V]
+    logits, after = read_prompts(model, [row.ids for row in rows], state, cache)  # [B,V]
     stop = {*stop_tokens, model.tokenizer.end_of_text}
     for left in range(max_new_tokens - 1, -1, -1):
         if not rows:
@@ -123,15 +124,15 @@ def stream(
             if stopped or left == 0:
                 text += row.decoder.close()
                 if cache is not None:  # all but this last token has been read
-                    cache.put(model, row.ids, state.rows([at]), logits[at])
+                    cache.put(model, row.ids, after.rows([at]), logits[at])
             else:
                 going.append(at)
             row.ids.append(token)
             yield row.number, token, text
         if not going or left == 0:
             return
-        rows, state = [rows[at] for at in going], state if len(going) == len(rows) else state.rows(going)
-        logits, state = model.prefill(torch.tensor([[row.ids[-1]] for row in rows]), state)
+        rows, after = [rows[at] for at in going], after if len(going) == len(rows) else after.rows(going)
+        logits, after = model.prefill(torch.tensor([[row.ids[-1]] for row in rows]), after)
 
 
 class _Row:
@@ -155,7 +156,7 @@ def _encode(model, prompt: str) -> list[int]:
 
 @torch.no_grad()
 def read_prompts(
-    model, prompts: Sequence[Sequence[int]], state: RWKVState | None = None, cache: StateCache | None = None
+    model: Model, prompts: Sequence[Sequence[int]], state: RWKVState | None = None, cache: StateCache | None = None
 ) -> tuple[torch.Tensor, RWKVState]:
     """Read prompts of different lengths: logits after the last token of each `[B,V]`, and their states.
 
@@ -192,7 +193,7 @@ def read_prompts(
 
 
 def generate_one(
-    model,
+    model: Model,
     prompt: str,
     max_new_tokens: int,
     sampling: Sampling,

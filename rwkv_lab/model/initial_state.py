@@ -7,11 +7,12 @@ from torch import nn
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.loading import read_time_states
+from rwkv_lab.model.protocol import Model
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.state import RWKVState
 
 
-def initial_state(model, tuned: str | Path | None) -> RWKVState:
+def initial_state(model: Model, tuned: str | Path | None) -> RWKVState:
     """Of one sequence; `tuned` is a state file whose states are taken. Gradients reach the model's time_state.
 
     Raises:
@@ -29,7 +30,7 @@ def initial_state(model, tuned: str | Path | None) -> RWKVState:
     return RWKVState(wkv[None], shift, shift, layout.version)
 
 
-def add_time_state(model) -> None:
+def add_time_state(model: Model) -> None:
     """Give every layer zeros `[H,V,K]` as its time_state, unless it has one.
 
     Raises:
@@ -44,7 +45,7 @@ def add_time_state(model) -> None:
         block.att.time_state = nn.Parameter(zeros)
 
 
-def take_time_state(model, path: str | Path) -> None:
+def take_time_state(model: Model, path: str | Path) -> None:
     """Copy the tuned states of a file, or of a whole model that has them, into the model's time_state.
 
     Raises:
@@ -58,11 +59,11 @@ def take_time_state(model, path: str | Path) -> None:
             block.att.time_state.copy_(time_state)
 
 
-def _tuned_states(model, path: str | Path) -> list[torch.Tensor]:
+def _tuned_states(model: Model, path: str | Path) -> list[torch.Tensor]:
     _refuse_without_time_state(model)
     return read_time_states(path, model.layout.n_layer, generation_of(model.layout).wkv_shape(model.layout))
 
 
-def _refuse_without_time_state(model) -> None:
+def _refuse_without_time_state(model: Model) -> None:
     if not generation_of(model.layout).has_time_state:
         raise ParameterError(f"RWKV-{model.layout.version} has no time_state; states can be tuned from RWKV-5 on.")

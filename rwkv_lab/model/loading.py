@@ -1,30 +1,30 @@
 """Checkpoints into models and back: which tensor goes where, and what to say when one does not."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from rwkv_lab.checkpoint import TensorInfo, open_checkpoint
+from rwkv_lab.checkpoint import Layout, TensorInfo, open_checkpoint
 from rwkv_lab.errors import LayoutError, NumericsError
 
 
 @contextmanager
-def open_model(path):
+def open_model(path: str | Path) -> Iterator[tuple[Layout, dict[str, TensorInfo]]]:
     """Layout of a whole model, and `{name: TensorInfo}` of its tensors, wrapper prefixes such as `model.` taken off.
 
     Raises:
         LayoutError: not a whole model.
     """
     with open_checkpoint(path) as ck:
-        if ck.kind != "model":
+        if ck.kind != "model" or ck.layout is None:
             raise LayoutError(f"{path} is no whole model ({ck.kind}): {ck.reason}.")
         yield ck.layout, {name.removeprefix(ck.identity.prefix): info for name, info in ck.info.items()}
 
 
-def fill(module: nn.Module, tensors: Mapping[str, TensorInfo], path) -> None:
+def fill(module: nn.Module, tensors: Mapping[str, TensorInfo], path: str | Path) -> None:
     """Read tensors into a module's parameters by name, in the dtype and on the device of the module.
 
     They are read and converted in blocks, so that no second copy of a tensor is ever in memory.
@@ -62,7 +62,7 @@ def fill(module: nn.Module, tensors: Mapping[str, TensorInfo], path) -> None:
                 )
 
 
-def read_time_states(path, n_layer: int, shape: tuple[int, int, int]) -> list[torch.Tensor]:
+def read_time_states(path: str | Path, n_layer: int, shape: tuple[int, ...]) -> list[torch.Tensor]:
     """The tuned initial states in a state file, or in a whole model that carries them: one `[H,V,K]` per layer.
 
     Raises:

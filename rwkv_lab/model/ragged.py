@@ -1,12 +1,19 @@
 """Rows of different lengths, padded on the right, of which no padding is read."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.state import RWKVState, join
 
 
-def read_ragged(read, tokens: torch.Tensor, state: RWKVState | None, lengths) -> tuple[torch.Tensor, RWKVState]:
+def read_ragged(
+    read: Callable[[torch.Tensor, RWKVState | None], tuple[torch.Tensor, RWKVState]],
+    tokens: torch.Tensor,
+    state: RWKVState | None,
+    lengths: Iterable[int],
+) -> tuple[torch.Tensor, RWKVState]:
     """Read the first `lengths[row]` tokens of each row of tokens `[B,T]`.
 
     Rows that have ended drop out, so every length that occurs costs one pass.
@@ -26,10 +33,10 @@ def read_ragged(read, tokens: torch.Tensor, state: RWKVState | None, lengths) ->
         raise ParameterError(f"lengths={lengths}: tokens of shape {[B, T]} need {B} numbers from 1 to {T}.")
     rows, start, last, states = list(range(B)), 0, {}, {}
     for end in sorted(set(lengths)):
-        x, state = read(tokens[rows, start:end], state)
+        x, after = read(tokens[rows, start:end], state)
         for i, row in enumerate(rows):
             if lengths[row] == end:
-                last[row], states[row] = x[i], state.rows([i])
+                last[row], states[row] = x[i], after.rows([i])
         left = [i for i, row in enumerate(rows) if lengths[row] > end]
-        rows, start, state = [rows[i] for i in left], end, state.rows(left)
+        rows, start, state = [rows[i] for i in left], end, after.rows(left)
     return torch.stack([last[row] for row in range(B)]), join([states[row] for row in range(B)])

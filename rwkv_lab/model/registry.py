@@ -71,6 +71,18 @@ class Generation:
     compiled: CompiledForm | None = None
 
 
+def compiled_form(layout: Layout) -> CompiledForm:
+    """Of the generation of a model with this layout.
+
+    Raises:
+        LayoutError: it has none.
+    """
+    form = generation_of(layout).compiled
+    if form is None:
+        raise LayoutError(f"RWKV-{layout.version} has no compiled form.")
+    return form
+
+
 _generations: dict[str, Generation] = {}
 
 

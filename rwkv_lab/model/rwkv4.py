@@ -4,8 +4,11 @@ Formulas: arXiv 2305.13048. The WKV state of a layer is `[B,3,A]`: the weighted 
 the exponent that both are divided by; `rwkv_lab.wkv.wkv4` says more.
 """
 
+from collections.abc import Collection
+
 import torch
 
+from rwkv_lab.checkpoint import Layout
 from rwkv_lab.model.block import Block, into_residual, linear, matrix, previous, vector
 from rwkv_lab.model.capture import Capturable
 from rwkv_lab.model.cpu import rwkv4 as compiled
@@ -18,7 +21,7 @@ from rwkv_lab.wkv import empty_wkv4_state, wkv4
 class TimeMix(Capturable):
     """`blocks.i.att`: mixes along time through the WKV state."""
 
-    def __init__(self, layout, layer: int):
+    def __init__(self, layout: Layout, layer: int):
         super().__init__()
         C, A = layout.n_embd, layout.dim_att
         self.layer = layer
@@ -30,7 +33,9 @@ class TimeMix(Capturable):
         self.receptance = linear(C, A)
         self.output = linear(A, C)
 
-    def forward(self, x, shift, wkv_state, v_first):
+    def forward(
+        self, x: torch.Tensor, shift: torch.Tensor, wkv_state: torch.Tensor, v_first: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x `[B,T,C]`, shift `[B,C]`, wkv_state `[B,3,A]`; v_first is handed through.
 
         Returns the output `[B,T,C]`, the new wkv_state, v_first.
@@ -52,7 +57,7 @@ class TimeMix(Capturable):
 class ChannelMix(Capturable):
     """`blocks.i.ffn` of RWKV-4 and 5: mixes the channels of one token, and lets through what receptance says."""
 
-    def __init__(self, layout, layer: int):
+    def __init__(self, layout: Layout, layer: int):
         super().__init__()
         C, F = layout.n_embd, layout.dim_ffn
         self.layer = layer
@@ -61,7 +66,7 @@ class ChannelMix(Capturable):
         self.receptance = linear(C, C)
         self.value = linear(F, C)
 
-    def forward(self, x, shift):
+    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """x `[B,T,C]`, shift `[B,C]` -> `[B,T,C]`."""
         before = previous(x, shift)
         xk, xr = (torch.addcmul(before, x - before, mu) for mu in (self.time_mix_k, self.time_mix_r))
@@ -73,7 +78,7 @@ class ChannelMix(Capturable):
         return out
 
 
-def make_block(layout, layer: int, group_norm_eps: float, names) -> Block:
+def make_block(layout: Layout, layer: int, group_norm_eps: float, names: Collection[str]) -> Block:
     """`blocks.<layer>` without values. RWKV-4 has no GroupNorm, and no tensors that only some files have."""
     return Block(layout, layer, TimeMix(layout, layer), ChannelMix(layout, layer), halves_float16=True)
 

@@ -4,10 +4,13 @@ Formulas: arXiv 2404.05892. 5.0 and 5.1 have one decay and one bonus per head, 5
 gate. The bonus is stored as its logarithm under the name `time_first`, as it is under the name `time_faaaa`.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rwkv_lab.checkpoint import Layout
 from rwkv_lab.model.block import Block, head_norm, into_residual, linear, matrix, previous, vector
 from rwkv_lab.model.capture import Capturable
 from rwkv_lab.model.cpu import rwkv5 as compiled
@@ -21,7 +24,7 @@ from rwkv_lab.wkv import wkv5
 class TimeMix(Capturable):
     """`blocks.i.att`: mixes along time through the WKV state."""
 
-    def __init__(self, layout, layer: int, group_norm_eps: float, log_bonus: bool):
+    def __init__(self, layout: Layout, layer: int, group_norm_eps: float, log_bonus: bool):
         super().__init__()
         C, A = layout.n_embd, layout.dim_att
         self.n_head, self.head_size, self.layer = layout.n_head, layout.head_size, layer
@@ -40,7 +43,9 @@ class TimeMix(Capturable):
         self.ln_x = nn.GroupNorm(self.n_head, A, eps=group_norm_eps)
         self.register_parameter("time_state", None)  # [H,V,K] once `RWKV_Dual.add_time_state` was called
 
-    def forward(self, x, shift, wkv_state, v_first):
+    def forward(
+        self, x: torch.Tensor, shift: torch.Tensor, wkv_state: torch.Tensor, v_first: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x `[B,T,C]`, shift `[B,C]`, wkv_state `[B,H,V,K]`; v_first is handed through.
 
         Returns the output `[B,T,C]`, the new wkv_state, v_first.
@@ -83,7 +88,7 @@ class TimeMix(Capturable):
         return tuple(x.view(self.n_head, -1).expand(-1, self.head_size) for x in both)
 
 
-def make_block(layout, layer: int, group_norm_eps: float, names) -> Block:
+def make_block(layout: Layout, layer: int, group_norm_eps: float, names: Collection[str]) -> Block:
     """`blocks.<layer>` without values; `names` are those in the file, which decide what its bonus is called."""
     log_bonus = f"blocks.{layer}.att.time_faaaa" not in names
     return Block(

@@ -3,10 +3,13 @@
 Formulas: arXiv 2404.05892.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rwkv_lab.checkpoint import Layout
 from rwkv_lab.model.block import Block, head_norm, into_residual, linear, matrix, previous, vector
 from rwkv_lab.model.capture import Capturable
 from rwkv_lab.model.cpu import rwkv6 as compiled
@@ -19,7 +22,7 @@ from rwkv_lab.wkv import wkv6
 class TimeMix(Capturable):
     """`blocks.i.att`: mixes along time through the WKV state."""
 
-    def __init__(self, layout, layer: int, group_norm_eps: float):
+    def __init__(self, layout: Layout, layer: int, group_norm_eps: float):
         super().__init__()
         C, A = layout.n_embd, layout.dim_att
         self.n_head, self.head_size, self.layer = layout.n_head, layout.head_size, layer
@@ -39,7 +42,9 @@ class TimeMix(Capturable):
         self.ln_x = nn.GroupNorm(self.n_head, A, eps=group_norm_eps)
         self.register_parameter("time_state", None)  # [H,V,K] once `RWKV_Dual.add_time_state` was called
 
-    def forward(self, x, shift, wkv_state, v_first):
+    def forward(
+        self, x: torch.Tensor, shift: torch.Tensor, wkv_state: torch.Tensor, v_first: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x `[B,T,C]`, shift `[B,C]`, wkv_state `[B,H,V,K]`; v_first is handed through.
 
         Returns the output `[B,T,C]`, the new wkv_state, v_first.
@@ -69,7 +74,7 @@ class TimeMix(Capturable):
 class ChannelMix(Capturable):
     """`blocks.i.ffn`: RWKV-4's, with the share of the token before stored instead of the present one's."""
 
-    def __init__(self, layout, layer: int):
+    def __init__(self, layout: Layout, layer: int):
         super().__init__()
         C = layout.n_embd
         self.layer = layer
@@ -78,7 +83,7 @@ class ChannelMix(Capturable):
         self.receptance = linear(C, C)
         self.value = linear(layout.dim_ffn, C)
 
-    def forward(self, x, shift):
+    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """x `[B,T,C]`, shift `[B,C]` -> `[B,T,C]`."""
         delta = previous(x, shift) - x
         k = torch.relu(self.key(torch.addcmul(x, delta, self.time_maa_k))).square()
@@ -89,7 +94,7 @@ class ChannelMix(Capturable):
         return out
 
 
-def make_block(layout, layer: int, group_norm_eps: float, names) -> Block:
+def make_block(layout: Layout, layer: int, group_norm_eps: float, names: Collection[str]) -> Block:
     """`blocks.<layer>` without values. RWKV-6 has no tensors that only some files have, but for time_state."""
     return Block(layout, layer, TimeMix(layout, layer, group_norm_eps), ChannelMix(layout, layer), halves_float16=True)
 

@@ -4,6 +4,8 @@ Formulas: arXiv 2503.14456.
 """
 
 import math
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ from rwkv_lab.wkv import wkv7
 class TimeMix(Capturable):
     """`blocks.i.att`: mixes along time through the WKV state."""
 
-    def __init__(self, layout, layer: int, group_norm_eps: float, value_residual: bool):
+    def __init__(self, layout: Layout, layer: int, group_norm_eps: float, value_residual: bool):
         super().__init__()
         C, A = layout.n_embd, layout.dim_att
         self.n_head, self.head_size, self.layer = layout.n_head, layout.head_size, layer
@@ -44,7 +46,9 @@ class TimeMix(Capturable):
         self.ln_x = nn.GroupNorm(self.n_head, A, eps=group_norm_eps)
         self.register_parameter("time_state", None)  # [H,V,K] once `RWKV_Dual.add_time_state` was called
 
-    def forward(self, x, shift, wkv_state, v_first):
+    def forward(
+        self, x: torch.Tensor, shift: torch.Tensor, wkv_state: torch.Tensor, v_first: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x `[B,T,C]`, shift `[B,C]`, wkv_state `[B,H,V,K]`, v_first `[B,T,A]` (None in layer 0).
 
         Returns the output `[B,T,C]`, the new wkv_state, and v_first, which layer 0 makes.
@@ -83,13 +87,13 @@ class TimeMix(Capturable):
 class ChannelMix(Capturable):
     """`blocks.i.ffn`: mixes the channels of one token."""
 
-    def __init__(self, layout):
+    def __init__(self, layout: Layout):
         super().__init__()
         self.x_k = vector(layout.n_embd)
         self.key = linear(layout.n_embd, layout.dim_ffn)
         self.value = linear(layout.dim_ffn, layout.n_embd)
 
-    def forward(self, x, shift):
+    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """x `[B,T,C]`, shift `[B,C]` -> `[B,T,C]`."""
         k = torch.relu(self.key(torch.addcmul(x, previous(x, shift) - x, self.x_k))).square()
         out = self.value(k)
@@ -98,7 +102,7 @@ class ChannelMix(Capturable):
         return out
 
 
-def make_block(layout, layer: int, group_norm_eps: float, names) -> Block:
+def make_block(layout: Layout, layer: int, group_norm_eps: float, names: Collection[str]) -> Block:
     """`blocks.<layer>` without values; `names` are those in the file: layer 0's v0, v1, v2 are unused, few files have
     them."""
     value_residual = layer > 0 or "blocks.0.att.v1" in names
@@ -137,7 +141,7 @@ def fresh_layout(n_embd: int, n_layer: int, vocab_size: int, head_size: int) -> 
 
 
 @torch.no_grad()
-def initialise(model) -> None:
+def initialise(model: Any) -> None:
     """Fill a fresh model in place, by the start values that RWKV-LM publishes for RWKV-7. Draws from torch's generator.
 
     LayerNorms are ones and zeros, except ln_x, whose weight grows with depth.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -134,7 +135,7 @@ def _owner(layout: Layout) -> dict[str, str]:
     return {name: str(getattr(layout, name)) for name in names}
 
 
-def save_state(path: str | Path, state: RWKVState, model) -> None:
+def save_state(path: str | Path, state: RWKVState, model: Any) -> None:
     """Write a state to a `.safetensors`, with the generation and dimensions of the model that it belongs to.
 
     Raises:
@@ -147,7 +148,7 @@ def save_state(path: str | Path, state: RWKVState, model) -> None:
     write_checkpoint(path, state.tensors(), metadata={"format": _MARK, **_owner(model.layout)})
 
 
-def load_state(path: str | Path, model) -> RWKVState:
+def load_state(path: str | Path, model: Any) -> RWKVState:
     """The state in a file that `save_state` wrote, in the model's dtype and on its device.
 
     Raises:

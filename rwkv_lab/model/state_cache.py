@@ -8,6 +8,7 @@ from weakref import ref
 import torch
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.model.protocol import Model
 from rwkv_lab.model.state import RWKVState
 
 _ID_BYTES = array("I").itemsize
@@ -38,7 +39,7 @@ class StateCache:
         self._entries.clear()
         self.nbytes, self._model = 0, None
 
-    def put(self, model, tokens: Sequence[int], state: RWKVState, logits: torch.Tensor) -> None:
+    def put(self, model: Model, tokens: Sequence[int], state: RWKVState, logits: torch.Tensor) -> None:
         """Remember the state of one sequence (B = 1) after these tokens, and the logits `[V]` that follow them.
 
         Both are copied. Raises ParameterError for another model than the first.
@@ -54,7 +55,7 @@ class StateCache:
         self._entries[key] = state.detach().clone(), logits.detach().clone()
         self.nbytes += size
 
-    def longest_prefix(self, model, tokens: Sequence[int]) -> tuple[int, RWKVState, torch.Tensor] | None:
+    def longest_prefix(self, model: Model, tokens: Sequence[int]) -> tuple[int, RWKVState, torch.Tensor] | None:
         """The longest beginning of `tokens` that is remembered: its length, a copy of the state (B = 1), logits `[V]`.
 
         None where nothing fits. Raises ParameterError for another model than the first.
@@ -74,7 +75,7 @@ class StateCache:
             state, logits = self._entries.pop(key)
             self.nbytes -= state.nbytes + logits.nbytes + len(key)
 
-    def _serve(self, model) -> None:
+    def _serve(self, model: Model) -> None:
         if self._model is None:
             self._model = ref(model)
         elif self._model() is not model:

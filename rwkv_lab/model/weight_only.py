@@ -6,6 +6,7 @@ prompts and are the reference, unpack one matrix at a time into float32. Both co
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,7 +83,7 @@ class _Packed(nn.Module):
 class PackedLinear(_Packed):
     """In place of an `nn.Linear` without bias."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[...,columns]` -> `[...,rows]`."""
         weight = self.dequantised()
         return F.linear(x.to(weight.dtype), weight).to(x.dtype)
@@ -91,12 +92,12 @@ class PackedLinear(_Packed):
 class PackedEmbedding(_Packed):
     """In place of an `nn.Embedding`."""
 
-    def forward(self, tokens):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens `[...]` -> `[...,columns]`."""
         return self.dequantised(tokens).to(self._like.dtype)
 
 
-def quantise_weights(model, scheme: str = "int8", in_place: bool = False):
+def quantise_weights(model: Any, scheme: str = "int8", in_place: bool = False) -> Any:
     """A model whose large matrices (embedding, head, and every Linear of the layers) are rounded to 8 or 4 bits.
 
     It is an RWKV_Dual like the one given, in its dtype: it decodes, reads prompts and generates. What the rounding
@@ -144,14 +145,16 @@ def _rounded(groups, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         scales = (groups.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
         return _codes(groups, scales, -127, 127).flatten(1), scales.squeeze(-1).bfloat16()
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    best, best_codes, best_scales = None, None, None
-    for code in _LARGEST:
+
+    def rounded_with(code: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Squared error, codes and scales where the largest number of a group becomes this code."""
         scales = (largest / code).bfloat16().float()
         codes = _codes(groups, scales, -8, 7)
-        error = (codes * scales - groups).square_().sum(-1, keepdim=True)
-        if best is None:
-            best, best_codes, best_scales = error, codes, scales
-            continue
+        return (codes * scales - groups).square_().sum(-1, keepdim=True), codes, scales
+
+    best, best_codes, best_scales = rounded_with(_LARGEST[0])
+    for code in _LARGEST[1:]:
+        error, codes, scales = rounded_with(code)
         better = error < best
         best = torch.where(better, error, best)
         best_codes, best_scales = torch.where(better, codes, best_codes), torch.where(better, scales, best_scales)
@@ -166,7 +169,7 @@ def _codes(groups, scales, low: int, high: int):
 def _into_nibbles(numbers):
     """Integers -8 .. 7 as floats `[rows,128 n]` -> int16 `[rows,32 n]`."""
     lines = (numbers.to(torch.int32) + 8).unflatten(1, (-1, 4, 32))
-    words = sum(lines[:, :, j] << (4 * j) for j in range(4))
+    words = torch.stack([lines[:, :, j] << (4 * j) for j in range(4)]).sum(0)
     return words.to(torch.int16).flatten(1)
 
 
@@ -195,7 +198,7 @@ class LogitsAgreement:
 
 
 @torch.no_grad()
-def agreement_of_logits(found, expected) -> LogitsAgreement:
+def agreement_of_logits(found: torch.Tensor, expected: torch.Tensor) -> LogitsAgreement:
     """Compare logits `[...,V]` with those of the original model on the same tokens.
 
     Raises:

@@ -40,13 +40,13 @@ class Memory:
         """Its parts, with the shapes and dtypes asked for."""
         # Each tensor's storage holds `lease`, whatever views and copies of it there are, and `lease` holds this object.
         lease = (ctypes.c_byte * self._nbytes).from_address(self.address)
-        lease.memory = self
+        lease.memory = self  # pyright: ignore[reportAttributeAccessIssue]
         return [
             torch.frombuffer(lease, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
             for (shape, dtype), offset in zip(self._parts, self.offsets, strict=True)
         ]
 
-    def __del__(self, free=_free):  # the name `_free` may be gone by then
+    def __del__(self, free: dict = _free) -> None:  # the name `_free` may be gone by then
         blocks = free.setdefault(self._nbytes, [])
         if len(blocks) < _KEPT:
             blocks.append((self._block, self.address))

@@ -22,6 +22,7 @@ import os
 from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,7 +34,7 @@ from rwkv_lab.errors import KernelError
 from rwkv_lab.model.block import halves_after
 from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.lazy_state import is_lazy
-from rwkv_lab.model.registry import CompiledForm, generation_of
+from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.standard_modules import is_standard, patched_class
 from rwkv_lab.model.state import RWKVState
 from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
@@ -50,7 +51,9 @@ _address, _numel = torch.Tensor.data_ptr, torch.Tensor.numel
 _is_contiguous, _requires_grad = torch.Tensor.is_contiguous, torch.Tensor.requires_grad.__get__
 
 
-def eligible(model: nn.Module, path: str, tokens=None, state: RWKVState | None = None) -> "Eligibility | None":
+def eligible(
+    model: nn.Module, path: str, tokens: object = None, state: RWKVState | None = None
+) -> "Eligibility | None":
     """What a path, "prefill" or "step", may read to compute this call; None where PyTorch computes it.
 
     The log has one line for each reason why it does.
@@ -73,7 +76,7 @@ def eligible(model: nn.Module, path: str, tokens=None, state: RWKVState | None =
     return found
 
 
-def fallback_reason(model: nn.Module, path: str, tokens=None, state: RWKVState | None = None) -> str:
+def fallback_reason(model: nn.Module, path: str, tokens: object = None, state: RWKVState | None = None) -> str:
     """Why such a call runs through PyTorch and not through the path "prefill" or "step"; "" where it does not."""
     try:
         return _decide(model, path, tokens, state)[1]
@@ -101,7 +104,7 @@ def _decide(model: nn.Module, path: str, tokens, state) -> tuple["Eligibility | 
     if path == "prefill":
         abi.prefill_library()
     else:
-        found.step = abi.step_library(found.form.step).step
+        found.step = abi.step_library(found.source).step
     return found, ""
 
 
@@ -169,14 +172,16 @@ class Eligibility:
 
     faults: why the model cannot take a path, "" where it can; by path.
     lasting: whether `holds` notices when that changes. Where a tensor does not fit, it might not.
-    form: of the model's generation, where a path is possible.
-    step, table: the step's function, and what it makes of the tensors at its first use.
+    source, step, table: of the step: its source, its function, and what it makes of the tensors at its first use.
     meanwhile: the step has run, and its weights are large: from now on a second thread compares while it runs.
     """
 
     def __init__(self, model: nn.Module):
-        self.layout, self.step, self.table, self.meanwhile = model.layout, None, None, False
-        self.form: CompiledForm | None = generation_of(model.layout).compiled
+        self.layout, self.meanwhile = model.layout, False
+        form = generation_of(model.layout).compiled
+        self.source = form.step if form else ""
+        self.step: Any = None
+        self.table: Any = None
         self.modules = list(model.modules())
         self.types, self.inside = list(map(type, self.modules)), list(map(vars, self.modules))
         self.sizes = list(map(len, self.inside))

@@ -29,7 +29,7 @@ class LazyState(RWKVState):
             inside.pop("memory", None)
         return inside[name]
 
-    def __reduce__(self):  # for copies and files
+    def __reduce__(self) -> tuple:  # for copies and files
         return RWKVState, (self.wkv, self.att_shift, self.ffn_shift, self.version)
 
 

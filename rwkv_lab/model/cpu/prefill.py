@@ -7,20 +7,22 @@ it. Products take the weights as they are stored: no copy is kept.
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rwkv_lab.model.cpu import abi
-from rwkv_lab.model.registry import generation_of
+from rwkv_lab.model.registry import compiled_form
 from rwkv_lab.model.state import RWKVState
 
 _BLOCK = 512  # rows (batch times tokens) at once: enough to pay for reading a layer's weights, few enough for the cache
 
 
 @torch.no_grad()
-def run(model: nn.Module, tokens: torch.Tensor, state: RWKVState) -> tuple[torch.Tensor, RWKVState]:
+def run(model: nn.Module, tokens: Tensor, state: RWKVState) -> tuple[Tensor, RWKVState]:
     """tokens `[B,T]` through an eligible model -> x `[B,T,C]` float32 before ln_out, and the new state."""
     B, T = tokens.shape
     prefill = Pass(model)
@@ -36,11 +38,11 @@ def run(model: nn.Module, tokens: torch.Tensor, state: RWKVState) -> tuple[torch
             own = prefill.scratch("x", piece.numel(), x.shape[2])
             prefill.over(piece.contiguous(), own, att, ffn, wkv)
             rows.copy_(own.view(rows.shape))
-    return x, RWKVState(*(torch.stack(parts, 1) for parts in (wkv, att, ffn)), state.version)
+    return x, RWKVState(torch.stack(wkv, 1), torch.stack(att, 1), torch.stack(ffn, 1), state.version)
 
 
 @torch.no_grad()
-def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def logits(model: nn.Module, x: Tensor) -> Tensor:
     """x `[...,C]` before ln_out -> logits `[...,V]` in the model's dtype."""
     C, V = x.shape[-1], model.layout.vocab_size
     flat, out = x.reshape(-1, C), model.emb.weight.new_empty(*x.shape[:-1], V)
@@ -57,38 +59,38 @@ def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 class Transposed:
     """A matrix `[k,n]`, k being what is multiplied: RWKV's low-rank pairs are stored so, a Linear's as `[n,k]`."""
 
-    weight: torch.Tensor
+    weight: Tensor
 
 
 class Pass:
     """What the layers of one call share: library, threads, and scratch buffers, used by one layer after the other."""
 
-    def __init__(self, model):
+    def __init__(self, model: Any):
         self.model, self.library, self.threads = model, abi.prefill_library(), torch.get_num_threads()
         self.dtype = abi.DTYPES[model.emb.weight.dtype]
         self.pairs = int(model.emb.weight.dtype == torch.bfloat16 and self.library.has_pairs())
-        self._scratch: dict[tuple, torch.Tensor] = {}
+        self._scratch: dict[tuple, Tensor] = {}
 
     # ------------------------------------------------------------------ calling
 
-    def call(self, name: str, *arguments) -> None:
+    def call(self, name: str, *arguments: Any) -> None:
         """A function of the library; its last argument is the number of threads."""
         getattr(self.library, name)(*map(_argument, arguments), self.threads)
 
     def norm(self, norm: nn.LayerNorm | nn.GroupNorm) -> tuple:
         return norm.weight, norm.bias, norm.eps, self.dtype
 
-    def scratch(self, name: str, *shape: int) -> torch.Tensor:
+    def scratch(self, name: str, *shape: int) -> Tensor:
         """float32 of that shape, without values; the same memory for the same name and shape."""
         if (name, shape) not in self._scratch:
             self._scratch[name, shape] = _float32(*shape)
         return self._scratch[name, shape]
 
-    def packed(self, name: str, rows: int, k: int) -> torch.Tensor:
+    def packed(self, name: str, rows: int, k: int) -> Tensor:
         """A scratch buffer for rows of k, packed for a product."""
         return self.scratch(f"packed {name}", self.library.packed_floats(rows, k, self.pairs))
 
-    def multiply(self, rows: int, *products, add: bool = False) -> None:
+    def multiply(self, rows: int, *products: tuple, add: bool = False) -> None:
         """y = x W, or y += x W, for each (x packed, W, y `[rows,n]`); all at once."""
         wanted = (abi.Product * len(products))()
         for p, (x, weight, y) in zip(wanted, products, strict=True):
@@ -101,7 +103,7 @@ class Pass:
             p.y_dtype, p.y_stride, p.add = abi.DTYPES[y.dtype], y.stride(0), add
         self.call("multiply_all", wanted, len(products), self.pairs)
 
-    def activate(self, rows: int, *inputs) -> list[torch.Tensor]:
+    def activate(self, rows: int, *inputs: tuple[str, Tensor, int]) -> list[Tensor]:
         """activation(y) packed, for each (name, y `[rows,k]`, activation)."""
         wanted, found = (abi.Packing * len(inputs))(), []
         for one, (name, y, activation) in zip(wanted, inputs, strict=True):
@@ -113,7 +115,17 @@ class Pass:
 
     # ------------------------------------------------------------------ parts of layers
 
-    def mix_in(self, ln, x, shape, shift, mu, names, of_present=False, extra=None):
+    def mix_in(
+        self,
+        ln: nn.LayerNorm,
+        x: Tensor,
+        shape: torch.Size,
+        shift: Tensor,
+        mu: Sequence[Tensor],
+        names: str,
+        of_present: bool = False,
+        extra: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
         """The mixtures of a token and the one before, packed, and the new shift."""
         (B, T), (rows, C) = shape, x.shape
         shift, new = shift.contiguous(), shift.new_empty(B, C)
@@ -124,7 +136,15 @@ class Pass:
         )
         return packed, new
 
-    def heads_out(self, att, x, y, gate, silu, bonus=(None, None, None, None)):
+    def heads_out(
+        self,
+        att: Any,
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor | None,
+        silu: bool,
+        bonus: Sequence[Tensor | None] = (None,) * 4,
+    ) -> None:
         """The norm over the heads of y, the bonus and the gate, through the output matrix into x."""
         rows, A = len(x), att.n_head * att.head_size
         packed = self.packed("out", rows, A)
@@ -137,9 +157,9 @@ class Pass:
 
     # ------------------------------------------------------------------ the model
 
-    def over(self, tokens, x, att, ffn, wkv) -> None:
+    def over(self, tokens: Tensor, x: Tensor, att: list[Tensor], ffn: list[Tensor], wkv: list[Tensor]) -> None:
         """Fill x `[B*T,C]` from tokens `[B,T]`; the lists of states, one entry per layer, are brought up to date."""
-        model, form, v_first = self.model, generation_of(self.model.layout).compiled, None
+        model, form, v_first = self.model, compiled_form(self.model.layout), None
         self.call("embed", tokens, model.emb.weight, *self.norm(model.blocks[0].ln0), *x.shape, x)
         for layer, block in enumerate(model.blocks):
             att[layer], wkv[layer], v_first = form.time_mix(
@@ -148,14 +168,14 @@ class Pass:
             ffn[layer] = form.channel_mix(self, block, x, tokens.shape, ffn[layer])
 
 
-def _float32(*shape: int) -> torch.Tensor:
+def _float32(*shape: int) -> Tensor:
     """Without values; whatever dtype and device are the default."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _argument(value):
     """A tensor as its address; everything else as it is."""
-    return value.data_ptr() if isinstance(value, torch.Tensor) else value
+    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 def _addresses(tensors) -> ctypes.Array:

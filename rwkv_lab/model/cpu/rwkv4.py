@@ -1,13 +1,19 @@
 """Prefill of RWKV-4's layers, formulas as in `rwkv_lab/model/rwkv4.py`; the channel mix is also that of RWKV-5."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Size, Tensor
 
 from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.prefill import Pass
 from rwkv_lab.wkv import wkv4
 
 
-def time_mix(p: Pass, block, x, shape, shift, wkv, v_first):
+def time_mix(
+    p: Pass, block: Any, x: Tensor, shape: Size, shift: Tensor, wkv: Tensor, v_first: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """x `[B*T,C]` plus the time mix, in place; shape is (B, T). Returns the new shift and WKV state, and v_first."""
     att, rows, A = block.att, len(x), len(block.att.time_decay)
     mu = (att.time_mix_k, att.time_mix_v, att.time_mix_r)
@@ -21,13 +27,15 @@ def time_mix(p: Pass, block, x, shape, shift, wkv, v_first):
     return shift, wkv, v_first
 
 
-def channel_mix(p: Pass, block, x, shape, shift):
+def channel_mix(p: Pass, block: Any, x: Tensor, shape: Size, shift: Tensor) -> Tensor:
     """x `[B*T,C]` plus the channel mix, in place. Returns the new shift."""
     ffn = block.ffn
     return gated_channel_mix(p, block, x, shape, shift, (ffn.time_mix_k, ffn.time_mix_r), of_present=True)
 
 
-def gated_channel_mix(p: Pass, block, x, shape, shift, mu, of_present: bool):
+def gated_channel_mix(
+    p: Pass, block: Any, x: Tensor, shape: Size, shift: Tensor, mu: Sequence[Tensor], of_present: bool
+) -> Tensor:
     """The channel mix of RWKV-4 to 6; mu are the shares of k and r, of the present token's where `of_present`."""
     ffn, (rows, C) = block.ffn, x.shape
     (xk, xr), shift = p.mix_in(block.ln2, x, shape, shift, mu, "kr", of_present=of_present)

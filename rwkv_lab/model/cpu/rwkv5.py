@@ -1,6 +1,9 @@
 """Prefill of RWKV-5's layers, formulas as in `rwkv_lab/model/rwkv5.py`."""
 
+from typing import Any
+
 import torch
+from torch import Size, Tensor
 
 from rwkv_lab.model.cpu.prefill import Pass
 from rwkv_lab.model.cpu.rwkv4 import channel_mix
@@ -9,7 +12,9 @@ from rwkv_lab.wkv import wkv5
 __all__ = ["channel_mix", "time_mix"]
 
 
-def time_mix(p: Pass, block, x, shape, shift, wkv, v_first):
+def time_mix(
+    p: Pass, block: Any, x: Tensor, shape: Size, shift: Tensor, wkv: Tensor, v_first: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """x `[B*T,C]` plus the time mix, in place; shape is (B, T). Returns the new shift and WKV state, and v_first."""
     att, rows = block.att, len(x)
     A, heads = att.n_head * att.head_size, (*shape, att.n_head, att.head_size)

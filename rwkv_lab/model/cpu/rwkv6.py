@@ -1,12 +1,18 @@
 """Prefill of RWKV-6's layers, formulas as in `rwkv_lab/model/rwkv6.py`."""
 
+from typing import Any
+
+from torch import Size, Tensor
+
 from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.prefill import Pass, Transposed
 from rwkv_lab.model.cpu.rwkv4 import gated_channel_mix
 from rwkv_lab.wkv import wkv6
 
 
-def time_mix(p: Pass, block, x, shape, shift, wkv, v_first):
+def time_mix(
+    p: Pass, block: Any, x: Tensor, shape: Size, shift: Tensor, wkv: Tensor, v_first: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """x `[B*T,C]` plus the time mix, in place; shape is (B, T). Returns the new shift and WKV state, and v_first."""
     att, (rows, C) = block.att, x.shape
     A, heads = att.n_head * att.head_size, (*shape, att.n_head, att.head_size)
@@ -28,12 +34,12 @@ def time_mix(p: Pass, block, x, shape, shift, wkv, v_first):
     (low,) = p.activate(rows, ("decay", low, abi.TANH))
     p.multiply(rows, (low, Transposed(att.time_decay_w2), w))
     p.call("decays6", w, att.time_decay, p.dtype, rows, A)
-    y, wkv = wkv6(*(z.view(heads) for z in (r, w, k, v)), att.time_faaaa, wkv)
+    y, wkv = wkv6(r.view(heads), w.view(heads), k.view(heads), v.view(heads), att.time_faaaa, wkv)
     p.heads_out(att, x, y, g, silu=True)
     return shift, wkv, v_first
 
 
-def channel_mix(p: Pass, block, x, shape, shift):
+def channel_mix(p: Pass, block: Any, x: Tensor, shape: Size, shift: Tensor) -> Tensor:
     """x `[B*T,C]` plus the channel mix, in place. Returns the new shift."""
     ffn = block.ffn
     return gated_channel_mix(p, block, x, shape, shift, (ffn.time_maa_k, ffn.time_maa_r), of_present=False)

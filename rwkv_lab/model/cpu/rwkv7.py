@@ -1,11 +1,17 @@
 """Prefill of RWKV-7's layers, formulas as in `rwkv_lab/model/rwkv7.py`."""
 
+from typing import Any
+
+from torch import Size, Tensor
+
 from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.prefill import Pass, Transposed
 from rwkv_lab.wkv import wkv7
 
 
-def time_mix(p: Pass, block, x, shape, shift, wkv, v_first):
+def time_mix(
+    p: Pass, block: Any, x: Tensor, shape: Size, shift: Tensor, wkv: Tensor, v_first: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """x `[B*T,C]` plus the time mix, in place; shape is (B, T). Returns the new shift and WKV state, and v_first."""
     att, rows = block.att, len(x)
     H, N = att.n_head, att.head_size
@@ -33,12 +39,12 @@ def time_mix(p: Pass, block, x, shape, shift, wkv, v_first):
         *("gates7", k, v, w, a, vx, v_first, read, att.w0, att.a0, None if first else att.v0, att.k_k, att.k_a),
         *(p.dtype, rows, H, N),
     )
-    y, wkv = wkv7(*(z.view(heads) for z in (r, w, k, v, read, a)), wkv)
+    y, wkv = wkv7(r.view(heads), w.view(heads), k.view(heads), v.view(heads), read.view(heads), a.view(heads), wkv)
     p.heads_out(att, x, y, g, silu=False, bonus=(r, k, v, att.r_k))
     return shift, wkv, v if first else v_first
 
 
-def channel_mix(p: Pass, block, x, shape, shift):
+def channel_mix(p: Pass, block: Any, x: Tensor, shape: Size, shift: Tensor) -> Tensor:
     """x `[B*T,C]` plus the channel mix, in place. Returns the new shift."""
     ffn = block.ffn
     (xk,), shift = p.mix_in(block.ln2, x, shape, shift, [ffn.x_k], "k")

@@ -10,7 +10,7 @@ from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.buffer_pool import Memory
 from rwkv_lab.model.cpu.eligibility import PACKED, Eligibility, forget
 from rwkv_lab.model.cpu.lazy_state import lazy_state, memory_of
-from rwkv_lab.model.registry import generation_of
+from rwkv_lab.model.registry import compiled_form, generation_of
 from rwkv_lab.model.state import RWKVState, check_state, state_shapes
 
 _ABSENT = abi.Tensor(None, None, 0, 0, 0, 1)
@@ -20,7 +20,7 @@ class Table:
     """A model as the step reads it. Nothing is computed from the weights, so values may change in place at any time."""
 
     def __init__(self, model: nn.Module, found: Eligibility):
-        layout, form = model.layout, found.form
+        layout, form = model.layout, compiled_form(model.layout)
         self.dtype = model.ln_out.weight.dtype
         rows = [row for m in (model.emb, model.blocks[0].ln0, model.ln_out, model.head) for row in self._of_module(m)]
         for layer, block in enumerate(model.blocks):
@@ -29,7 +29,7 @@ class Table:
                 rows += [_ABSENT] if unused else self._of_slot(block, name, name in form.transposed)
         self.rows = (abi.Tensor * len(rows))(*rows)
         rescale = self.dtype == torch.float16 and generation_of(layout).halves_float16
-        norm_eps, head_norm_eps = found.norm_eps()
+        norm_eps, head_norm_eps = found.norm_eps() or (0.0, 0.0)
         self.model = abi.Model(
             ctypes.addressof(self.rows),
             *(abi.DTYPES[self.dtype], layout.n_layer, layout.n_embd, layout.dim_att, layout.dim_ffn),
@@ -58,7 +58,9 @@ class Table:
         return abi.Tensor(x.data_ptr(), None, abi.DTYPES[x.dtype], rows, columns, int(transposed))
 
 
-def run(model: nn.Module, found: Eligibility, tokens: torch.Tensor, state: RWKVState | None):
+def run(
+    model: nn.Module, found: Eligibility, tokens: torch.Tensor, given: RWKVState | None
+) -> tuple[torch.Tensor, RWKVState]:
     """Take tokens `[B,T]` through an eligible model one by one: logits `[B,T,V]`, and the new state.
 
     Raises:
@@ -69,10 +71,9 @@ def run(model: nn.Module, found: Eligibility, tokens: torch.Tensor, state: RWKVS
     table: Table = found.table
     layout, dtype, (B, T) = model.layout, table.dtype, tokens.shape
     made_for, wkv_shape, shift_shape = (layout, B, dtype), (B, *table.state), (B, *table.shift)
-    step, threads, logits, given = found.step, torch.get_num_threads(), [], state
+    step, threads, logits = found.step, torch.get_num_threads(), []
     fits = found.compare_meanwhile(model)
-    if state is None:
-        state = model.create_state(B)
+    state: RWKVState = model.create_state(B) if given is None else given
     for column in zip(*tokens.tolist(), strict=True):
         before = memory_of(state, made_for)
         if before is not None:

@@ -4,17 +4,19 @@ from pathlib import Path
 
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.model.tokenizer.decoding import utf8
-from rwkv_lab.model.tokenizer.json_file import json_tokenizer
+from rwkv_lab.model.tokenizer.json_file import ByteLevelTokenizer, TextTokenizer, json_tokenizer
 from rwkv_lab.model.tokenizer.of_bytes import ByteTokenizer
 from rwkv_lab.model.tokenizer.world import WorldTokenizer
 
-__all__ = ["ByteTokenizer", "WorldTokenizer", "load_tokenizer", "tokenizer_for", "utf8"]
+__all__ = ["ByteTokenizer", "Tokenizer", "WorldTokenizer", "load_tokenizer", "tokenizer_for", "utf8"]
+
+Tokenizer = ByteTokenizer | WorldTokenizer | ByteLevelTokenizer | TextTokenizer
 
 _NEOX = (50277, 50304)  # GPT-NeoX's 20B vocabulary, bare and padded
 _PADDING = 1024  # embeddings are padded to round numbers: World by 6 rows, 20B by up to 27, others to multiples of 512
 
 
-def load_tokenizer(which: str | Path, vocab_size: int | None = None):
+def load_tokenizer(which: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """A tokenizer by its name, or from a file.
 
     Args:
@@ -46,7 +48,7 @@ def load_tokenizer(which: str | Path, vocab_size: int | None = None):
     return tokenizer
 
 
-def tokenizer_for(vocab_size: int):
+def tokenizer_for(vocab_size: int) -> Tokenizer:
     """The tokenizer that a vocabulary of this size tells: 65536 World, 256 and 257 bytes.
 
     Raises:

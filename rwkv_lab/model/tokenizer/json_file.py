@@ -1,7 +1,9 @@
 """Tokenizers in a Hugging Face `tokenizer.json`, such as the 20B one of RWKV-4 Pile, read by `tokenizers`."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.model.tokenizer.decoding import ByteDecoding, checked, utf8
@@ -9,7 +11,7 @@ from rwkv_lab.model.tokenizer.decoding import ByteDecoding, checked, utf8
 _ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 
 
-def json_tokenizer(path: Path):
+def json_tokenizer(path: Path) -> "ByteLevelTokenizer | TextTokenizer":
     """The tokenizer of a file. In a byte-level one (20B, GPT-2) a token stands for bytes, in others for text.
 
     Raises:
@@ -34,7 +36,7 @@ def json_tokenizer(path: Path):
 class ByteLevelTokenizer(ByteDecoding):
     """A tokenizer whose tokens are written in GPT-2's alphabet of 256 letters, one for each byte."""
 
-    def __init__(self, library):
+    def __init__(self, library: Any):
         self._library = library
         letters = _byte_of_letter()
         added = library.get_added_tokens_decoder()
@@ -52,7 +54,7 @@ class ByteLevelTokenizer(ByteDecoding):
 class TextTokenizer:
     """Any other tokenizer: what a token means can depend on its neighbours, so only runs of them are decoded."""
 
-    def __init__(self, library):
+    def __init__(self, library: Any):
         self._library = library
         self.vocab_size, self.end_of_text = _size(library), _end_of_text(library)
 
@@ -60,11 +62,11 @@ class TextTokenizer:
         """Tokens of a text; bytes must be UTF-8."""
         return _encode(self._library, text)
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text behind token ids, special tokens left out. ParameterError for an id outside the vocabulary."""
         return self._library.decode(checked(ids, self.vocab_size), skip_special_tokens=True)
 
-    def decode_bytes(self, ids) -> bytes:
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The text behind token ids in UTF-8."""
         return self.decode(ids).encode()
 

@@ -53,7 +53,7 @@ class WorldTokenizer(ByteDecoding):
             at += n
         return found
 
-    def __deepcopy__(self, memo) -> "WorldTokenizer":
+    def __deepcopy__(self, memo: dict) -> "WorldTokenizer":
         return self  # a model's copy shares its vocabulary
 
 
