@@ -246,7 +246,8 @@ class RWKV_Dual(nn.Module):
             check_state(state, self.layout, len(tokens), self.emb.weight.dtype, self.get_device())
         if not return_v_first and eligible(self, "prefill", tokens, state):
             return *prefill.run(self, tokens, state), None
-        x = self.blocks[0].ln0(self.emb(tokens))  # [B,T,C]
+        first: Any = self.blocks[0]
+        x = first.ln0(self.emb(tokens))  # [B,T,C]
         v_first, att_shift, ffn_shift, wkv = None, [], [], []
         for layer, block in enumerate(self.blocks):
             given = (x, state.att_shift[:, layer], state.ffn_shift[:, layer], state.wkv[:, layer], v_first)

@@ -30,10 +30,14 @@ class TimeMix(Capturable):
         self.n_head, self.head_size, self.layer = layout.n_head, layout.head_size, layer
         per_head = (self.n_head, self.head_size) if layout.version == "5.2" else (self.n_head,)
         self.time_decay = matrix(*per_head)  # the log-decay is -exp of it
-        self.register_parameter("time_first" if log_bonus else "time_faaaa", matrix(*per_head))
+        if log_bonus:
+            self.time_first = matrix(*per_head)
+        else:
+            self.time_faaaa = matrix(*per_head)
+        self.time_mix_k, self.time_mix_v, self.time_mix_r = vector(C), vector(C), vector(C)
         gated = layout.version != "5.0"
-        for z in "kvrg" if gated else "kvr":
-            self.register_parameter(f"time_mix_{z}", vector(C))
+        if gated:
+            self.time_mix_g = vector(C)
         self.receptance = linear(C, A)
         self.key = linear(C, A)
         self.value = linear(C, A)
@@ -84,8 +88,9 @@ class TimeMix(Capturable):
     def decay_and_bonus(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The log-decay, computed in that dtype, and the bonus, both `[H,N]`."""
         bonus = torch.exp(self.time_first.to(dtype)) if self.log_bonus else self.time_faaaa
-        both = -torch.exp(self.time_decay.to(dtype)), bonus
-        return tuple(x.view(self.n_head, -1).expand(-1, self.head_size) for x in both)
+        log_decay = -torch.exp(self.time_decay.to(dtype))
+        H, N = self.n_head, self.head_size
+        return log_decay.view(H, -1).expand(-1, N), bonus.view(H, -1).expand(-1, N)
 
 
 def make_block(layout: Layout, layer: int, group_norm_eps: float, names: Collection[str]) -> Block:

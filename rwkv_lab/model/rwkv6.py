@@ -26,8 +26,8 @@ class TimeMix(Capturable):
         super().__init__()
         C, A = layout.n_embd, layout.dim_att
         self.n_head, self.head_size, self.layer = layout.n_head, layout.head_size, layer
-        for z in "xwkvrg":
-            self.register_parameter(f"time_maa_{z}", vector(C))
+        self.time_maa_x, self.time_maa_w, self.time_maa_k = vector(C), vector(C), vector(C)
+        self.time_maa_v, self.time_maa_r, self.time_maa_g = vector(C), vector(C), vector(C)
         self.time_maa_w1 = matrix(C, 5 * layout.ranks["maa"])
         self.time_maa_w2 = matrix(5, layout.ranks["maa"], C)  # in the order w, k, v, r, g
         self.time_decay = vector(A)  # the log-decay is -exp of it and what the token adds to it

@@ -29,14 +29,14 @@ class TimeMix(Capturable):
         super().__init__()
         C, A = layout.n_embd, layout.dim_att
         self.n_head, self.head_size, self.layer = layout.n_head, layout.head_size, layer
-        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"):
-            self.register_parameter(name, vector(C))
-        for name in ("w", "a", "v") if value_residual else ("w", "a"):
-            self.register_parameter(f"{name}0", vector(A))
-            self.register_parameter(f"{name}1", matrix(C, layout.ranks[name]))
-            self.register_parameter(f"{name}2", matrix(layout.ranks[name], A))
-        self.g1 = matrix(C, layout.ranks["g"])
-        self.g2 = matrix(layout.ranks["g"], A)
+        self.x_r, self.x_w, self.x_k = vector(C), vector(C), vector(C)
+        self.x_v, self.x_a, self.x_g = vector(C), vector(C), vector(C)
+        rank = layout.ranks
+        self.w0, self.w1, self.w2 = vector(A), matrix(C, rank["w"]), matrix(rank["w"], A)
+        self.a0, self.a1, self.a2 = vector(A), matrix(C, rank["a"]), matrix(rank["a"], A)
+        if value_residual:
+            self.v0, self.v1, self.v2 = vector(A), matrix(C, rank["v"]), matrix(rank["v"], A)
+        self.g1, self.g2 = matrix(C, rank["g"]), matrix(rank["g"], A)
         self.k_k, self.k_a = vector(A), vector(A)
         self.r_k = matrix(self.n_head, self.head_size)
         self.receptance = linear(C, A)

@@ -36,6 +36,10 @@ class _Packed(nn.Module):
     scales: the bits of a bfloat16 `[rows, groups]`.
     """
 
+    codes: torch.Tensor
+    scales: torch.Tensor
+    _like: torch.Tensor  # a NaN in the dtype of the matrix that this stands for
+
     def __init__(self, weight: torch.Tensor, bits: int):
         super().__init__()
         self.bits, (self.rows, self.columns) = bits, weight.shape

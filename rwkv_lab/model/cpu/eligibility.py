@@ -48,12 +48,10 @@ _PATHS = {"prefill": "Prefill", "step": "Decoding"}
 _OPTIONS = ("eps", "max_norm", "n_head", "head_size", "layer", "halves", "bits", "rows", "columns")
 
 _address, _numel = torch.Tensor.data_ptr, torch.Tensor.numel
-_is_contiguous, _requires_grad = torch.Tensor.is_contiguous, torch.Tensor.requires_grad.__get__
+_is_contiguous, _requires_grad = torch.Tensor.is_contiguous, operator.attrgetter("requires_grad")
 
 
-def eligible(
-    model: nn.Module, path: str, tokens: object = None, state: RWKVState | None = None
-) -> "Eligibility | None":
+def eligible(model: Any, path: str, tokens: object = None, state: RWKVState | None = None) -> "Eligibility | None":
     """What a path, "prefill" or "step", may read to compute this call; None where PyTorch computes it.
 
     The log has one line for each reason why it does.
@@ -76,7 +74,7 @@ def eligible(
     return found
 
 
-def fallback_reason(model: nn.Module, path: str, tokens: object = None, state: RWKVState | None = None) -> str:
+def fallback_reason(model: Any, path: str, tokens: object = None, state: RWKVState | None = None) -> str:
     """Why such a call runs through PyTorch and not through the path "prefill" or "step"; "" where it does not."""
     try:
         return _decide(model, path, tokens, state)[1]
@@ -87,7 +85,7 @@ def fallback_reason(model: nn.Module, path: str, tokens: object = None, state: R
 _told: set[tuple[str, str]] = set()  # (path, reason) that the log has
 
 
-def _decide(model: nn.Module, path: str, tokens, state) -> tuple["Eligibility | None", str]:
+def _decide(model: Any, path: str, tokens, state) -> tuple["Eligibility | None", str]:
     """(What the path may read, ""), or (None, why not). Raises KernelError where only its compilation is wrong."""
     if why := _fault_of_call(tokens, state):
         return None, why
@@ -111,7 +109,7 @@ def _decide(model: nn.Module, path: str, tokens, state) -> tuple["Eligibility | 
 _examined: WeakKeyDictionary[nn.Module, "Eligibility"] = WeakKeyDictionary()
 
 
-def _examine(model: nn.Module) -> "Eligibility":
+def _examine(model: Any) -> "Eligibility":
     found = Eligibility(model)
     if found.lasting:
         _examined[model] = found
@@ -120,7 +118,7 @@ def _examine(model: nn.Module) -> "Eligibility":
     return found
 
 
-def forget(model: nn.Module) -> None:
+def forget(model: Any) -> None:
     """Let the next call examine the model again."""
     _examined.pop(model, None)
 
@@ -133,7 +131,7 @@ def in_plain_eager_mode() -> bool:
     interception of operators, hooks of all modules, or exchanged forward methods of classes."""
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         or torch.is_autocast_enabled("cpu")
         or torch_private.takes_tangents()
         or torch_private.intercepted()
@@ -176,13 +174,13 @@ class Eligibility:
     meanwhile: the step has run, and its weights are large: from now on a second thread compares while it runs.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.layout, self.meanwhile = model.layout, False
         form = generation_of(model.layout).compiled
         self.source = form.step if form else ""
         self.step: Any = None
         self.table: Any = None
-        self.modules = list(model.modules())
+        self.modules: list[Any] = list(model.modules())
         self.types, self.inside = list(map(type, self.modules)), list(map(vars, self.modules))
         self.sizes = list(map(len, self.inside))
         self.hooks = [hooks for m in self.modules for hooks in torch_private.hooks_of(m)]
@@ -193,7 +191,9 @@ class Eligibility:
         children = [d for m in self.modules if (d := torch_private.children_of(m))]
         stored = [d for m in self.modules for d in (torch_private.parameters_of(m), torch_private.buffers_of(m)) if d]
         # All is kept alive, so that what is found at the same place later is the same.
-        self._trees = [(ds, [x for d in ds for x in d.values()]) for ds in (children, stored)]
+        self._trees: list[tuple[list[dict], list]] = [
+            (ds, [x for d in ds for x in d.values()]) for ds in (children, stored)
+        ]
         fault = _fault_of_modules(model)
         self.tensors = [] if fault else [x for x in self._trees[1][1] if x is not None]
         self.lasting = bool(fault) or not (fault := _fault_of_tensors(model))
@@ -225,7 +225,7 @@ class Eligibility:
         except RuntimeError:  # a tensor has no memory any more
             return False
 
-    def holds(self, model: nn.Module) -> bool:
+    def holds(self, model: Any) -> bool:
         """Whether all modules and tensors are those that were examined, and tensors that are in place are as large."""
         try:
             for dictionaries, were in self._trees:
@@ -250,7 +250,7 @@ class Eligibility:
             return "a module has a hook, is captured, or has a forward of its own"
         return "gradients of parameters are asked for" if grad and any(map(_requires_grad, self.tensors)) else ""
 
-    def compare_meanwhile(self, model: nn.Module) -> "Future[bool] | None":
+    def compare_meanwhile(self, model: Any) -> "Future[bool] | None":
         """Whether the step may compute this call, to be asked when it is done; None where that was looked at before.
 
         To be called at every step, with the table made.
@@ -276,7 +276,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _fault_of_modules(model: nn.Module) -> str:
+def _fault_of_modules(model: Any) -> str:
     """What is not as this package makes it, in words; "" where all is."""
     layout, generation = model.layout, generation_of(model.layout)
     if generation.compiled is None:
@@ -298,7 +298,7 @@ def _fault_of_modules(model: nn.Module) -> str:
     return ""
 
 
-def _fault_of_tensors(model: nn.Module) -> str:
+def _fault_of_tensors(model: Any) -> str:
     """Which tensor no compiled path can read as it is stored, in words; "" where all can be read."""
     dtype, shapes = model.ln_out.weight.dtype, {}
     for name, module in model.named_modules():

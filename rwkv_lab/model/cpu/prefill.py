@@ -22,7 +22,7 @@ _BLOCK = 512  # rows (batch times tokens) at once: enough to pay for reading a l
 
 
 @torch.no_grad()
-def run(model: nn.Module, tokens: Tensor, state: RWKVState) -> tuple[Tensor, RWKVState]:
+def run(model: Any, tokens: Tensor, state: RWKVState) -> tuple[Tensor, RWKVState]:
     """tokens `[B,T]` through an eligible model -> x `[B,T,C]` float32 before ln_out, and the new state."""
     B, T = tokens.shape
     prefill = Pass(model)
@@ -42,7 +42,7 @@ def run(model: nn.Module, tokens: Tensor, state: RWKVState) -> tuple[Tensor, RWK
 
 
 @torch.no_grad()
-def logits(model: nn.Module, x: Tensor) -> Tensor:
+def logits(model: Any, x: Tensor) -> Tensor:
     """x `[...,C]` before ln_out -> logits `[...,V]` in the model's dtype."""
     C, V = x.shape[-1], model.layout.vocab_size
     flat, out = x.reshape(-1, C), model.emb.weight.new_empty(*x.shape[:-1], V)

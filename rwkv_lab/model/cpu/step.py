@@ -1,6 +1,7 @@
 """One token through a whole model as one compiled call: `kernels/cpu/step*.cpp`, with weights used where they lie."""
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ _ABSENT = abi.Tensor(None, None, 0, 0, 0, 1)
 class Table:
     """A model as the step reads it. Nothing is computed from the weights, so values may change in place at any time."""
 
-    def __init__(self, model: nn.Module, found: Eligibility):
+    def __init__(self, model: Any, found: Eligibility):
         layout, form = model.layout, compiled_form(model.layout)
         self.dtype = model.ln_out.weight.dtype
         rows = [row for m in (model.emb, model.blocks[0].ln0, model.ln_out, model.head) for row in self._of_module(m)]
@@ -59,7 +60,7 @@ class Table:
 
 
 def run(
-    model: nn.Module, found: Eligibility, tokens: torch.Tensor, given: RWKVState | None
+    model: Any, found: Eligibility, tokens: torch.Tensor, given: RWKVState | None
 ) -> tuple[torch.Tensor, RWKVState]:
     """Take tokens `[B,T]` through an eligible model one by one: logits `[B,T,V]`, and the new state.
 
