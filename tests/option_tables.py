@@ -2,7 +2,8 @@
 
     python tests/option_tables.py    writes them again
 
-A table stands between `<!-- options of package.module.Class -->` and `<!-- end -->`.
+A table stands between `<!-- options of package.module.Class -->`, `<!-- mixing methods -->` or
+`<!-- their parameters -->` and `<!-- end -->`.
 """
 
 import re
@@ -13,10 +14,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
+from rwkv_lab.merge.family import MERGE_METHODS, Method
+from rwkv_lab.merge.method_parameters import NEEDED, Parameter
+from rwkv_lab.merge.mixing_method import MIXING
 from rwkv_lab.spec import OneOf
 
 ROOT = Path(__file__).parent.parent
-TABLE = re.compile(r"(<!-- options of ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (options of ([\w.]+)|mixing methods|their parameters) -->\n).*?(<!-- end -->)", re.DOTALL)
 WORDS = {
     str: "text",
     int: "whole number",
@@ -56,12 +60,44 @@ def table(spec: type) -> str:
     return "\n".join(rows) + "\n"
 
 
+def mixing_methods() -> list[Method]:
+    """The methods that mix models, in the order in which they are offered."""
+    return [method for method in MERGE_METHODS.values() if method.name in (*MIXING, "passthrough")]
+
+
+def methods_table() -> str:
+    rows = ["| method | result | takes, and the defaults |", "|---|---|---|"]
+    for method in mixing_methods():
+        takes = ", ".join(f"`{p.name}` {shown(p)}" for p in method.parameters)
+        rows.append(f"| `{method.name}` | {method.help} | {takes or '–'} |")
+    return "\n".join(rows) + "\n"
+
+
+def parameters_table() -> str:
+    """Parameters of mixing methods, those that mean the same in several methods once."""
+    methods = {}
+    for method in mixing_methods():
+        for p in method.parameters:
+            methods.setdefault((p.name, p.takes.help), []).append(f"`{method.name}`")
+    rows = ["| parameter | meaning | methods |", "|---|---|---|"]
+    rows += [f"| `{name}` | {help} | {', '.join(found)} |" for (name, help), found in methods.items()]
+    return "\n".join(rows) + "\n"
+
+
+def shown(parameter: Parameter) -> str:
+    return "required" if parameter.default is NEEDED else str(parameter.default).lower()
+
+
 def with_tables(text: str) -> str:
     """The text of a page with its tables made anew."""
 
     def made(match: re.Match) -> str:
-        module, _, name = match[2].rpartition(".")
-        return f"{match[1]}{table(getattr(import_module(module), name))}{match[3]}"
+        if match[3]:
+            module, _, name = match[3].rpartition(".")
+            content = table(getattr(import_module(module), name))
+        else:
+            content = methods_table() if match[2] == "mixing methods" else parameters_table()
+        return match[1] + content + match[4]
 
     return TABLE.sub(made, text)
 

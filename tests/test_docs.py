@@ -156,7 +156,7 @@ def test_the_python_snippets(page, folder, environment):
 
 def test_every_block_has_a_language():
     for page in PAGES:
-        assert {m[1] for m in BLOCK.finditer(page.read_text())} <= {"sh", "python", "text", "yaml", "diff"}, page
+        assert {m[1] for m in BLOCK.finditer(page.read_text())} <= {"sh", "python", "cpp", "text", "yaml", "diff"}, page
 
 
 def anchors(text: str) -> set[str]:
