@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 
@@ -43,7 +44,7 @@ def adapted_tensors(base: Checkpoint, adapters: AdapterSet, precision: torch.dty
             out.append(_changed(name, info, steps[name], quant, adapters.unmerge, precision, action))
         elif packed and pairs:
             out.append(_changed(name, info, [], quant, False, precision, "quantise"))
-    return out + [from_tuned(n, base.info.get(n), v, w, precision) for n, (v, w) in whole.items()]
+    return out + [from_tuned(n, base.info.get(n), cast(TensorInfo, v), w, precision) for n, (v, w) in whole.items()]
 
 
 def memory_for(base: Checkpoint, adapters: AdapterSet, precision: torch.dtype) -> int:
@@ -100,7 +101,7 @@ def _changed(
 def _restored(name: str, target: Target, values: torch.Tensor, first: int) -> torch.Tensor:
     try:
         return target.restored_rows(values, first)
-    except torch.linalg.LinAlgError as e:
+    except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
         raise NumericsError(f"{name}: this bat cannot be undone, its I + D has no inverse.") from e
 
 

@@ -204,13 +204,13 @@ def _decomposed(base: TensorInfo, tuned: TensorInfo, spec: ExtractSpec) -> Pair:
     largest = float(delta.abs().max())
     delta /= largest  # squares of the smallest differences would be 0
     length = float(torch.linalg.vector_norm(delta))
-    if energy is not None or min(delta.shape) <= max(_EXACT_BELOW, 4 * rank):
+    if rank is None or min(delta.shape) <= max(_EXACT_BELOW, 4 * rank):
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     else:
         u, s, vh = _randomised(delta.float(), rank, spec.seed)
     kept = (s.double() ** 2).cumsum(0) / length**2
     # Rounding may leave the last sum a little below 1.
-    r = rank or min(int((kept < energy * (1 - 1e-12)).sum()) + 1, len(s))
+    r = rank or min(int((kept < (energy or 0.0) * (1 - 1e-12)).sum()) + 1, len(s))
     u = u[:, :r]
     # The sign of a pair of vectors has no meaning; it is fixed, so that the same deltas give the same file.
     sign = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True))[0] < 0, -1.0, 1.0)  # [r]

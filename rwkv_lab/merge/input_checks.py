@@ -18,14 +18,13 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 def check_base(base: Checkpoint, allow_extra: Sequence[str]) -> Layout:
     """The base must be a whole model, without a name that its generation does not know."""
-    identity = base.identity
-    if identity.layout is None:
+    identity, misfit = base.identity, base.identity.misfit
+    if identity.layout is None or misfit is None:
         raise LayoutError(f"the base {base.path} is not a whole RWKV model (kind {base.kind!r}): {base.reason}")
     if identity.prefix:
         raise LayoutError(
             f"every name in the base {base.path} begins with {identity.prefix!r}; save it without that prefix"
         )
-    misfit = identity.misfit
     if misfit.missing:
         more = f" and {len(misfit.missing) - 10} more" if len(misfit.missing) > 10 else ""
         raise LayoutError(

@@ -38,7 +38,7 @@ def plan_merge(
     Raises:
         ParameterError, LayoutError, OutputError: what cannot be merged, or not there.
     """
-    options = options or MergeOptions()
+    options = options or MergeOptions.read({})
     path = to_path(out, "out").absolute()
     kind = file_kind(path)
     check_merge_output(path, inputs.checkpoints, options.allowed_dir, options.overwrite)

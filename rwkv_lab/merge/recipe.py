@@ -8,7 +8,7 @@ its first value, as there.
 
 import glob
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def _load(path: Path) -> dict:
     return asked
 
 
-def _refuse_repeated(path: Path, tree: object) -> None:
+def _refuse_repeated(path: Path, tree: Any) -> None:
     """YAML's own reader takes the last of two values of one name, and forgets the other."""
     waiting, seen = [tree], set()
     while waiting:
@@ -234,7 +234,7 @@ def _range(path: Path, found: object) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def _check_all_layers(path: Path, models: list[Path], ranges: list[object]) -> None:
+def _check_all_layers(path: Path, models: list[Path], ranges: Sequence[object]) -> None:
     for model, found in zip(models, ranges, strict=True):
         first, end = _range(path, found)
         with open_checkpoint(model) as ck:

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -111,7 +112,7 @@ def _understood(i: int, inputs: ProofInputs) -> Understood:
     layers, whole = _sorted(inputs.tuned[i])
     if init is not None:
         for x, parts in _sorted(init)[0].items():
-            layers[x] |= {"A0": parts.get("A0", parts.get("A")), "B0": parts.get("B0", parts.get("B"))}
+            layers[x] |= {f"{half}0": parts[f"{half}0" if f"{half}0" in parts else half] for half in "AB"}
     scale = {x: _scale(x, parts, alpha, given, note, config) for x, parts in layers.items() if "block" not in parts}
     weight = 1.0 if recipe["weights"] is None else recipe["weights"][i]
     return Understood(layers, scale, _variant(note, config, given, layers), whole, weight)
@@ -119,7 +120,8 @@ def _understood(i: int, inputs: ProofInputs) -> Understood:
 
 def _scale(x: str, parts: Parts, alpha: float | None, given: Mapping, note: Mapping, config: Mapping | None) -> float:
     """What B A is multiplied with."""
-    rank, rs, a = len(parts["A"]), bool(given.get("use_rslora")), alpha
+    rank, rs = len(parts["A"]), bool(given.get("use_rslora"))
+    a: Any = alpha
     if note:
         rs, a = note["use_rslora"], note["alpha"]
     elif config:

@@ -117,11 +117,11 @@ def _run(text: str, layouts: Sequence[Layout]) -> tuple[int, int, int]:
 
 def _same_width(ck: Checkpoint, layout: Layout) -> Layout:
     """The layout of a whole model of the same generation and width; its depth may differ."""
-    other = ck.layout
-    if ck.kind != "model" or other is None:
+    other, misfit = ck.layout, ck.identity.misfit
+    if ck.kind != "model" or other is None or misfit is None:
         raise LayoutError(f"{ck.path} is of kind {ck.kind!r}; method 'passthrough' takes layers of whole models")
-    if ck.identity.misfit.extra:
-        raise LayoutError(f"{ck.path} has {ck.identity.misfit.extra[0]}, which RWKV-{other.version} does not know")
+    if misfit.extra:
+        raise LayoutError(f"{ck.path} has {misfit.extra[0]}, which RWKV-{other.version} does not know")
     if other.version != layout.version:
         raise LayoutError(
             f"{ck.path} is RWKV-{other.version} ({other.evidence[0]}), the base is RWKV-{layout.version} "

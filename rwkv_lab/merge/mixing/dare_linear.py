@@ -3,18 +3,19 @@
 import math
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rwkv_lab.merge.method_parameters import Takes
-from rwkv_lab.merge.mixing.task_arithmetic import Scale, Weights, add
+from rwkv_lab.merge.mixing.task_arithmetic import EQUAL, Scale, Weights, add
 from rwkv_lab.merge.mixing_method import Draws, Tensors, mixing_method
 from rwkv_lab.merge.proof import Exact, WholeTensor, added
 
 Density = Annotated[Sequence[float], Takes("share of each delta that is kept, at random", 0, 1, "tuned")]
+HALF: Any = 0.5  # of every delta
 Rescale = Annotated[bool, Takes("divide what is kept by density, so that its mean stays")]
 Seed = Annotated[int, Takes("the same seed gives the same file", 0, 2**63 - 1)]
 
@@ -52,8 +53,8 @@ def dare_linear(
     *,
     draws: Draws,
     alpha: Scale = 1.0,
-    weights: Weights = 1.0,
-    density: Density = 0.5,
+    weights: Weights = EQUAL,
+    density: Density = HALF,
     rescale: Rescale = True,
     normalize: Annotated[bool, Takes("divide by the sum of the weights")] = False,
     seed: Seed = 0,

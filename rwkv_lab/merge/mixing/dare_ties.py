@@ -5,8 +5,8 @@ from typing import Annotated
 from torch import Tensor
 
 from rwkv_lab.merge.method_parameters import Takes
-from rwkv_lab.merge.mixing.dare_linear import Density, Rescale, Seed, drop, kept_at_random
-from rwkv_lab.merge.mixing.task_arithmetic import Scale, Weights
+from rwkv_lab.merge.mixing.dare_linear import HALF, Density, Rescale, Seed, drop, kept_at_random
+from rwkv_lab.merge.mixing.task_arithmetic import EQUAL, Scale, Weights
 from rwkv_lab.merge.mixing.ties import elect
 from rwkv_lab.merge.mixing_method import Draws, Tensors, mixing_method
 from rwkv_lab.merge.proof import Exact, WholeTensor, elected
@@ -33,8 +33,8 @@ def dare_ties(
     *,
     draws: Draws,
     alpha: Scale = 1.0,
-    weights: Weights = 1.0,
-    density: Density = 0.5,
+    weights: Weights = EQUAL,
+    density: Density = HALF,
     rescale: Rescale = True,
     normalize: Annotated[bool, Takes("mean of the values that agree, instead of their sum")] = True,
     seed: Seed = 0,

@@ -51,4 +51,4 @@ def proof(t: WholeTensor) -> Exact:
 
 @mixing_method("Model Stock", proof)
 def model_stock(base: Tensor, tuned: Several, *, t: Annotated[float, Look(ratio)]) -> Tensor:
-    return torch.lerp(base, sum(tuned) / len(tuned), t)
+    return torch.lerp(base, sum(tuned, torch.zeros(())) / len(tuned), t)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from rwkv_lab.merge.weight_sum import divisor
 
 Scale = Annotated[float, Takes("factor on what is added to the base; 0 is the base")]
 Weights = Annotated[Sequence[float], Takes("one per tuned model", each="tuned")]
+EQUAL: Any = 1.0  # a default that is given alone holds for every model
 
 
 def proof(t: WholeTensor, *, alpha: float, weights: list[float] | float, normalize: bool) -> Exact:
@@ -27,7 +28,7 @@ def task_arithmetic(
     tuned: Tensors,
     *,
     alpha: Scale = 1.0,
-    weights: Weights = 1.0,
+    weights: Weights = EQUAL,
     normalize: Annotated[bool, Takes("divide by the sum of the weights")] = False,
 ) -> Tensor:
     return add([t - base for t in tuned], base, alpha, weights, normalize)

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from rwkv_lab.merge.method_parameters import Takes
-from rwkv_lab.merge.mixing.task_arithmetic import Scale, Weights
+from rwkv_lab.merge.mixing.task_arithmetic import EQUAL, Scale, Weights
 from rwkv_lab.merge.mixing_method import Blocks, Look, Tensors, mixing_method
 from rwkv_lab.merge.proof import Exact, WholeTensor, elected
 from rwkv_lab.merge.weight_sum import NOTHING, check_sum
 
+FIFTH: Any = 0.2  # of every delta
 _HIGH, _LOW = 16, 15  # bits of |float32| that each of the two passes counts
 
 
@@ -74,8 +75,10 @@ def ties(
     *,
     thresholds: Annotated[list[float], Look(smallest_kept)],
     alpha: Scale = 1.0,
-    weights: Weights = 1.0,
-    density: Annotated[Sequence[float], Takes("share of each delta that is kept, largest first", 0, 1, "tuned")] = 0.2,
+    weights: Weights = EQUAL,
+    density: Annotated[
+        Sequence[float], Takes("share of each delta that is kept, largest first", 0, 1, "tuned")
+    ] = FIFTH,
     normalize: Annotated[bool, Takes("mean of the values that agree, instead of their sum")] = True,
 ) -> Tensor:
     """Values as large as the smallest that is kept are kept too: the order in a file decides nothing."""
@@ -94,7 +97,7 @@ def elect(deltas: Sequence[Tensor], base: Tensor, alpha: float, weights: Sequenc
         check_sum(weights)
     opposed = min(weights) < 0 < max(weights)  # else no sum of them cancels, and float32 does
     weighted = [d * w for d, w in zip(deltas, weights, strict=True)]
-    elected = (sum(weighted).sign() + 0.5).sign()  # 1 or -1; numbers, since torch is slow on booleans
+    elected = (sum(weighted, torch.zeros(())).sign() + 0.5).sign()  # 1 or -1; numbers, since torch is slow on booleans
     total = torch.zeros_like(base)
     counted = torch.zeros_like(base, dtype=torch.float64 if opposed else None)
     size = torch.zeros_like(counted)

@@ -64,9 +64,9 @@ class MergeParameters(Parameters):
         elif self.tuned not in DEMO:
             check_spec(self._spec(self.base, self.tuned))
         else:
-            family = family_of("state" if self.method == "auto" else self.method)
             spec = self._spec("demo", "demo")
-            family.check(spec.changed(method="state") if self.method == "auto" else spec)
+            spec = spec.changed(method="state") if spec.method == "auto" else spec
+            family_of(spec.method).check(spec)
 
     def demo_files(self) -> list[str]:
         return [] if self.recipe else super().demo_files()
