@@ -65,7 +65,7 @@ class MergeParameters(Parameters):
             check_spec(self._spec(self.base, self.tuned))
         else:
             spec = self._spec("demo", "demo")
-            spec = spec.changed(method="state") if spec.method == "auto" else spec
+            spec = spec.changed(method="state") if spec.method == "auto" else spec  # the demo's tuned file is a state
             family_of(spec.method).check(spec)
 
     def demo_files(self) -> list[str]:
