@@ -44,6 +44,12 @@ def tried(trial: str, tree: Path) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def remove_new(tree: Path, before: set[Path]) -> None:
+    """Remove what a trial or a recipe has made."""
+    for path in sorted(set(tree.rglob("*")) - before, reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_works_and_is_needed(recipe, project):
     files, trial = blocks(recipe)
@@ -51,14 +57,14 @@ def test_a_recipe_works_and_is_needed(recipe, project):
     before = set(project.rglob("*"))
     try:
         assert tried(trial, project).returncode != 0, "it works without the recipe's files"
+        remove_new(project, before)
         for path, text in files.items():
             (project / path).parent.mkdir(parents=True, exist_ok=True)
             (project / path).write_text(text)
         done = tried(trial, project)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     finally:
-        for path in sorted(set(project.rglob("*")) - before, reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
+        remove_new(project, before)
 
 
 def test_there_is_a_recipe_for_everything():
