@@ -68,7 +68,8 @@ def folder_of(name: str) -> str:
 
 def files() -> list[str]:
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    return [name for name in names if name and name not in EXEMPT and (ROOT / name).is_file()]
+    texts = (name for name in names if name and not name.endswith(".png"))
+    return [name for name in texts if name not in EXEMPT and (ROOT / name).is_file()]
 
 
 def test_words_that_the_glossary_rules_out():
