@@ -25,6 +25,8 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "reports/README.md", "kernels/README.md")),
     *pages(),
 ]
+# The snippets of CONTRIBUTING.md are files to add and trials of them; test_contributing.py follows those.
+SNIPPETS = [page for page in PAGES if page.name != "CONTRIBUTING.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = shlex.quote(sys.executable)
 A_TEST = shlex.quote(str(ROOT / "tests" / "test_words.py"))
@@ -142,7 +144,7 @@ def check_pip(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.relative_to(ROOT).as_posix()
+    "page", [page for page in SNIPPETS if blocks(page, "python")], ids=lambda page: page.relative_to(ROOT).as_posix()
 )
 def test_the_python_snippets(page, folder, environment):
     """All of a page in one process, line numbers as on the page; without a GPU `device="cuda"` falls back."""
