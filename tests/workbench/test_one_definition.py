@@ -38,7 +38,7 @@ def job(request):
 
 
 def test_the_function_takes_the_options_and_where_the_output_goes(job):
-    """Their defaults are compared in tests/merge/test_spec.py and tests/train/test_spec.py."""
+    """Their defaults are compared in tests/merge/test_merge_spec.py and tests/train/test_train_spec.py."""
     assert set(inspect.signature(FUNCTIONS[job]).parameters) == {"out", *options(job)}
 
 
