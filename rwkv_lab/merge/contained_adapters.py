@@ -2,8 +2,8 @@
 went in.
 
 An entry is {"name", "fingerprint", "weight"} and how the adapter was merged: {"scaling", "variant", "start", "quant",
-"include", "exclude"}. After models were mixed it is {"name", "fingerprint", "mixed": true}: how much of it is in there
-nobody can say.
+"include", "exclude"}. After models were mixed it is {"name", "fingerprint", "mixed": true}: how much of it is
+in there is unknown.
 """
 
 import json

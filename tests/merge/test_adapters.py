@@ -151,8 +151,8 @@ def test_hugging_faces_peft_merges_the_same(base, tmp_path, version, name):
     expected = theirs(TOKENS)[0]
     result = proved(merge(base(version), tmp_path / "a", tmp_path / "m.safetensors", **more))
     assert relative_rms(logits(result.out), expected) < CLOSE
-    found, judge = tensors(result.out), dict(theirs.merge_and_unload().named_parameters())
-    for n, p in judge.items():
+    found, reference = tensors(result.out), dict(theirs.merge_and_unload().named_parameters())
+    for n, p in reference.items():
         torch.testing.assert_close(found[n].view_as(p), p.detach(), rtol=1e-5, atol=2e-6)
     if name == "pissa":
         refused(ParameterError, "pissa_init", base(version), tmp_path / "a", tmp_path / "n.pth")

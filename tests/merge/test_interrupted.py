@@ -1,4 +1,4 @@
-"""Interrupted or killed at any moment, out of room, or two at once: inputs and older outputs stay, nothing is left."""
+"""Interrupted or killed at any moment, out of space, or two at once: inputs and older outputs stay, nothing is left."""
 
 import os
 import signal
@@ -91,7 +91,7 @@ def test_a_disk_that_is_really_full(files, tmp_path, monkeypatch):
         subprocess.run(["umount", small], check=True)
 
 
-def test_no_room_is_refused_by_the_plan(files, tmp_path, monkeypatch, reads):
+def test_no_space_is_refused_by_the_plan(files, tmp_path, monkeypatch, reads):
     given, wanted = files
     before = snapshot(tmp_path)
     for what, value, said in [
@@ -105,7 +105,7 @@ def test_no_room_is_refused_by_the_plan(files, tmp_path, monkeypatch, reads):
                 merge(**given, hash="sha256")
             assert (
                 sum(end - start for _, start, end in reads) < 30_000 < len(wanted)
-            )  # nobody read the whole for a hash
+            )  # no file was read whole for a hash
     assert snapshot(tmp_path) == before
     with monkeypatch.context() as patch:
         patch.setattr(output_checks, "disk_free", lambda folder: len(wanted))

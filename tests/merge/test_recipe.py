@@ -191,7 +191,7 @@ def test_files_that_are_not_there_and_options_given_twice(files):
     assert read_recipe(written(files, LINEAR)).base == files / "base.pth"
 
 
-JUDGED = {
+COMPARED = {
     "linear": {"weight": [1.0, 0.5, 0.3]},
     "slerp": {"t": 0.3},
     "task_arithmetic": {"weight": [0.5, 0.2], "lambda": 1.5},
@@ -202,10 +202,10 @@ JUDGED = {
 }
 
 
-@pytest.mark.parametrize("method", JUDGED)
+@pytest.mark.parametrize("method", COMPARED)
 def test_mergekit_itself_gives_the_same_tensors(method, files):
     api = pytest.importorskip("mergekit.merge_methods.api", reason="mergekit is not installed")
-    names, given = BOTH[:2] if method == "slerp" else BOTH, JUDGED[method]
+    names, given = BOTH[:2] if method == "slerp" else BOTH, COMPARED[method]
     counted = names if method == "linear" else names[1:]
     each = {k: dict(zip(counted, v, strict=True)) for k, v in given.items() if isinstance(v, list)}
     shared = {k: v for k, v in given.items() if k not in each}

@@ -1,4 +1,4 @@
-"""Slips of the hand that must not end in a traceback, in a file that is not what was meant, or in silence."""
+"""Mistakes in parameters that must not end in a traceback, in a file that is not what was meant, or in silence."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def state_into_base(folder, **given):
         ({"tuned": "lora.pth", "alpha": 1e40}, "float32"),
     ],
 )
-def test_slips_are_refused_in_our_words(given, says, files, monkeypatch):
+def test_mistakes_are_refused_in_our_words(given, says, files, monkeypatch):
     monkeypatch.chdir(files)
     before = snapshot(files)
     with pytest.raises(ParameterError, match=says):
