@@ -167,6 +167,7 @@ def test_pissa_with_rwkv_pefts_own_init_file(base, trained, tmp_path, version):
     given = (base(version), tmp_path / "p.pth", tmp_path / "m.pth")
     refused(ParameterError, "pissa_init= or residual_base", *given)
     result = proved(merge(*given, pissa_init=tmp_path / "init_pissa.pth"))
+    assert [f.role for f in result.inputs] == ["base", "tuned", "init"]  # a start is no tuned model
     assert result.plan.method == "pissa" and len(result.inputs) == 3
     assert relative_rms(logits(result.out), model(TOKENS)[0]) < CLOSE
     refused(RwkvLabError, "is the input", *given[:2], tmp_path / "init_pissa.pth",

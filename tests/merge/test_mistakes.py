@@ -107,7 +107,7 @@ def test_a_run_that_dies_before_its_note_leaves_no_other_note(files, monkeypatch
     assert recipe_inside(files / "out.pth")["alpha"] == 0.25 and not (files / "out.pth.json").exists()
 
 
-def test_somebody_elses_note_is_left_alone(files, monkeypatch):
+def test_the_note_of_another_program_is_left_alone(files, monkeypatch):
     real = writing.write_stream
 
     def with_a_note_meanwhile(out, *rest):

@@ -80,3 +80,10 @@ def test_the_panel_has_a_field_for_each_with_default_and_help(job, demo_folder, 
         assert info.description in (widget.tooltip or widget.description)
         assert parameters_of(job).read({name: fields[name].value}) == parameters_of(job).read({})
         assert info.default is not PydanticUndefined
+
+
+def test_a_whole_rate_is_recorded_with_a_fraction_by_the_notebook(tmp_path):
+    """`-p lr 1` is an int; the settings in the file that a notebook trains were, and stay, 1.0."""
+    model = parameters_of("train")
+    spec = model.read({"kind": "lora", "base": str(tmp_path / "b.pth"), "lr": 1, "alpha": 16}).spec()
+    assert [(type(v), v) for v in (spec.lr, spec.alpha)] == [(float, 1.0), (float, 16.0)]

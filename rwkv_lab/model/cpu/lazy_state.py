@@ -1,4 +1,4 @@
-"""The state that a compiled step leaves: its tensors are made when somebody asks for one.
+"""The state that a compiled step leaves: its tensors are made on first access.
 
 Most states are never looked at, but go straight into the next step, to which addresses are enough; a torch operator
 takes 30 microseconds when a token's weights have just gone through the caches.

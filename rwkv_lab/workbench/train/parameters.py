@@ -42,7 +42,12 @@ class TrainParameters(Parameters):
         return TrainSpec.applies(name, values["kind"]) and not (name in _OF_FRESH_MODELS and values["base"])
 
     def check(self) -> None:
-        TrainSpec.read(values_for(TrainSpec, self))
+        self._spec(self.base)
+
+    def _spec(self, base: str) -> TrainSpec:
+        # papermill makes an int of `-p lr 1`; what a notebook trains records numbers with a fraction, as it always did.
+        fractions = {n: float(v) for n in ("lr", "alpha") if (v := getattr(self, n)) is not None}
+        return TrainSpec.read(values_for(TrainSpec, self) | fractions | {"base": base})
 
     def spec(self) -> TrainSpec:
         """What decides the result; the demo model is trained now if it is meant and not there.
@@ -50,8 +55,7 @@ class TrainParameters(Parameters):
         Raises:
             ParameterError: values that do not go together.
         """
-        base = str(input_path(self.base)) if self.base else ""
-        return TrainSpec.read(values_for(TrainSpec, self) | {"base": base})
+        return self._spec(str(input_path(self.base)) if self.base else "")
 
     def options(self) -> TrainOptions:
         """How the training runs."""
