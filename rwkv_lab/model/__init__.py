@@ -4,6 +4,7 @@ import pkgutil
 from importlib import import_module
 
 from rwkv_lab.model.capture import capture
+from rwkv_lab.model.chat import ChatTemplate, Turn, render_turns
 from rwkv_lab.model.dual import RWKV_Dual, RWKVMode, init_state_with_past
 from rwkv_lab.model.evaluate import bits_per_byte
 from rwkv_lab.model.generation import generate
@@ -17,7 +18,9 @@ __all__ = [
     "RWKVMode",
     "RWKVState",
     "ByteTokenizer",
+    "ChatTemplate",
     "StateCache",
+    "Turn",
     "WorldTokenizer",
     "agreement_of_logits",
     "bits_per_byte",
@@ -27,6 +30,7 @@ __all__ = [
     "load_state",
     "load_tokenizer",
     "quantise_weights",
+    "render_turns",
     "save_state",
 ]
 
