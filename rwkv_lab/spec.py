@@ -66,6 +66,7 @@ Number = Annotated[float, BeforeValidator(_number)]  # finite
 Text = Annotated[str, AfterValidator(_not_empty)]
 PathText = Annotated[str, AfterValidator(_path)]
 Patterns = list[Text]  # of tensor names, as `rwkv_lab.patterns` reads them
+Advise = Callable[[str, str], str]
 
 
 class Spec(BaseModel):
@@ -73,12 +74,13 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", validate_default=True, arbitrary_types_allowed=True)
     title: ClassVar[str] = ""  # what takes these options, for messages; empty: the class's name
-    hints: ClassVar[Mapping[str, str]] = {}  # pydantic's type of an error -> advice to add; {name} is the option's
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> Self:
+    def read(cls, values: Mapping[str, Any], advise: Advise | None = None) -> Self:
         """The spec with these values.
 
+        Args:
+            advise: what to add to a refusal, from pydantic's type of the error and the option's name.
         Raises:
             ParameterError: an unknown name, a wrong type, or a value out of range; the first in words, the others by
                 name.
@@ -89,7 +91,7 @@ class Spec(BaseModel):
         try:
             return cls(**values)
         except ValidationError as e:
-            raise _in_words(e, cls.hints) from None
+            raise _in_words(e, advise) from None
 
     def changed(self, **values: Any) -> Self:
         """The same spec with some values changed, validated again.
@@ -122,7 +124,7 @@ def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ParameterError
     )
 
 
-def _in_words(error: ValidationError, hints: Mapping[str, str]) -> ParameterError:
+def _in_words(error: ValidationError, advise: Advise | None) -> ParameterError:
     """The first of pydantic's findings, what to do about it, and which other parameters are wrong too."""
     first, *rest = error.errors()
     name = str(first["loc"][0]) if first["loc"] else ""
@@ -133,8 +135,9 @@ def _in_words(error: ValidationError, hints: Mapping[str, str]) -> ParameterErro
         value = repr(first["input"])
         text = f"{name}={value if len(value) <= 80 else value[:80] + '…'}: {text}"
     lines = [text]
-    if first["type"] in hints:
-        lines.append(hints[first["type"]].format(name=name))
+    advice = advise(first["type"], name) if advise else ""
+    if advice:
+        lines.append(advice)
     others = sorted({str(e["loc"][0]) for e in rest if e["loc"]} - {name})
     if others:
         lines.append(f"Wrong too: {', '.join(others)}")

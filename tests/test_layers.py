@@ -20,6 +20,7 @@ LAYERS = (
     {"checkpoint"},
     {"wkv"},
     {
+        "dtypes",
         "errors",
         "progress",
         "checks",

@@ -11,6 +11,7 @@ import torch
 
 from rwkv_lab.checkpoint import Checkpoint
 from rwkv_lab.checks import Check, NotApplicable
+from rwkv_lab.dtypes import long_name
 from rwkv_lab.errors import DeviceError, KernelError, ParameterError
 from rwkv_lab.machine import memory_free
 from rwkv_lab.model.dual import RWKV_Dual, RWKVMode
@@ -56,7 +57,7 @@ class ModeRow:
     @property
     def name(self) -> str:
         """ "float32, transformer, chunked"."""
-        return f"{dtype_name(self.dtype)}, {self.mode.value}, {self.backend}"
+        return f"{long_name(self.dtype)}, {self.mode.value}, {self.backend}"
 
     @property
     def error(self) -> float:
@@ -224,7 +225,7 @@ def check_hand_off(model: RWKV_Dual, tokens: torch.Tensor, splits: Sequence[int]
         rest, state = Execution(model, RWKVMode.RNN)(tokens[:, a:], state)
         errors = _errors((torch.cat([last[:, None], rest], 1), state), (whole[:, a - 1 :], final))
         for what, error in zip(("logits", "state"), errors, strict=True):
-            name = f"{dtype_name(dtype)}: {what} after {a} tokens in one pass and {T - a} one by one"
+            name = f"{long_name(dtype)}: {what} after {a} tokens in one pass and {T - a} one by one"
             checks.append(Check(name, _digits(error), limit, error <= limit))
     return checks
 
@@ -237,11 +238,6 @@ def in_dtype(model: RWKV_Dual, dtype: torch.dtype) -> RWKV_Dual:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             other.get_parameter(name).data = parameter.detach().to(wide, copy=True)
     return other
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" of torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def error_curve(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

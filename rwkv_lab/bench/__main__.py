@@ -25,6 +25,7 @@ from rwkv_lab.bench.peers import AUTO, parse_peers
 from rwkv_lab.bench.speed import LIMITS, Plan, measure_speed
 from rwkv_lab.bench.training import measure_training
 from rwkv_lab.checkpoint import write_text
+from rwkv_lab.dtypes import in_short
 from rwkv_lab.errors import DeviceError, NumericsError, ParameterError, RwkvLabError
 from rwkv_lab.model.device import parse_device
 from rwkv_lab.resources import checkout_folder
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--quick", action="store_true", help="fewer shapes, lengths, batches and rounds")
         one.add_argument("--shapes", nargs="*", choices=SHAPES, help="models with random weights, made here")
         one.add_argument("--models", nargs="*", type=Path, default=[], help="checkpoints of your own, instead")
-        one.add_argument("--dtypes", nargs="+", choices=LIMITS, default=list(Plan.dtypes))
+        one.add_argument("--dtypes", nargs="+", type=in_short, choices=LIMITS, default=list(Plan.dtypes))
         one.add_argument(
             "--lengths", nargs="+", type=_positive, help="tokens of prompts; the longest is the operators' too"
         )

@@ -16,6 +16,7 @@ import torch
 from rwkv_lab.bench.comparison import OURS
 from rwkv_lab.bench.peers import Peer, PeerError, Session, open_peer
 from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.machine import memory_free
 from rwkv_lab.model import RWKV_Dual, RWKVMode, RWKVState
@@ -24,7 +25,6 @@ from rwkv_lab.wkv import use_backend
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 QUANTISED = ("int8", "int4")
 
 READ, STEPS = 64, 64  # tokens of the comparison of answers: read at once, then one by one
@@ -73,7 +73,7 @@ def open_engines(
 def load_model(path: Path, dtype: str, device: str = "cpu") -> RWKV_Dual:
     """A checkpoint in one of our dtypes, int8 and int4 (weights alone) included."""
     if dtype not in QUANTISED:
-        return RWKV_Dual.from_pretrained(path, dtype=DTYPES[dtype], device=device).requires_grad_(False)
+        return RWKV_Dual.from_pretrained(path, dtype=to_dtype(dtype), device=device).requires_grad_(False)
     model = RWKV_Dual.from_pretrained(path, dtype=torch.bfloat16, device=device).requires_grad_(False)
     return quantise_weights(model, dtype, in_place=True)
 

@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.dtypes import short_name, to_dtype
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.merge.merge import AnyPath, run_merge
 from rwkv_lab.merge.plan import MergeResult
@@ -24,7 +27,7 @@ from rwkv_lab.spec import did_you_mean
 log = logging.getLogger(__name__)
 
 _MAX = 1_000_000  # bytes of a recipe
-_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_OUTPUT = (torch.float32, torch.float16, torch.bfloat16)
 _KEYS = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype")
 _OF_A_SLICE, _OF_A_MODEL = ("sources", "parameters", "base_model"), ("model", "parameters")
 _OF_A_SOURCE = (*_OF_A_MODEL, "layer_range")
@@ -95,12 +98,8 @@ def _read(recipe: AnyPath) -> dict[str, Any]:
         raise ParameterError(f"{path}: one of models and slices is needed, and not both")
     given = _stack(path, asked) if method == "passthrough" else _mix(path, asked, method)
     for name in ("dtype", "out_dtype"):  # the second has the last word
-        dtype = asked.get(name)
-        if dtype is None:
-            continue
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise ParameterError(f"{path}: {name} is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
-        given["dtype"] = _DTYPES[dtype]
+        if asked.get(name) is not None:
+            given["dtype"] = short_name(to_dtype(asked[name], f"{path}: {name}", _OUTPUT))
     return {"method": method, **given}
 
 

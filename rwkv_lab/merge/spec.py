@@ -15,12 +15,11 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import BeforeValidator, Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
+from rwkv_lab.dtypes import in_long, in_short, to_dtype
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.method import MERGE_METHODS
 from rwkv_lab.paths import path_fault
 from rwkv_lab.spec import Number, OneOf, Patterns, Spec
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _path(value: Any) -> Path:
@@ -53,10 +52,6 @@ def _patterns(value: Any) -> list | None:
     if wrong is not None:
         raise ValueError(f"{wrong!r} is no pattern; a pattern is a text such as 'blocks.0.*'")
     return list(value) or None
-
-
-def _dtype(value: Any) -> Any:
-    return next((name for name, dtype in DTYPES.items() if isinstance(value, torch.dtype) and dtype == value), value)
 
 
 def _setting(value: Any) -> Any:
@@ -94,7 +89,7 @@ def _methods() -> list[str]:
 
 AbsolutePath = Annotated[Path, BeforeValidator(_path)]
 NamePatterns = Annotated[Patterns | None, BeforeValidator(_patterns)]  # None where there are none
-OutputDtype = Annotated[Literal["bf16", "fp16", "fp32"] | None, BeforeValidator(_dtype)]
+OutputDtype = Annotated[Literal["bf16", "fp16", "fp32"] | None, BeforeValidator(in_short)]
 Setting = Annotated[Any, BeforeValidator(_setting)]  # a number, or one that differs by tensor or model: `settings`
 
 
@@ -119,19 +114,27 @@ class MergeSpec(Spec):
     parameters: Annotated[dict[str, Any], BeforeValidator(_parameters)] = Field(
         {}, description="what else a method takes: density, seed, layers; of adapters bat, quant, unmerge, …"
     )
-    include: NamePatterns = Field(None, description="shell patterns of tensors that may change; empty: all")
-    exclude: NamePatterns = Field(None, description="shell patterns of tensors that stay the base's")
+    include: NamePatterns = Field(
+        None, examples=[["blocks.0.*"]], description="shell patterns of tensors that may change; empty: all"
+    )
+    exclude: NamePatterns = Field(
+        None, examples=[["emb", "head"]], description="shell patterns of tensors that stay the base's"
+    )
     dtype: OutputDtype = Field(None, description="bf16, fp16 or fp32 for every tensor; empty: each keeps its own")
     allow_extra: NamePatterns = Field(
-        None, description="patterns of tensors that the generation does not know but may be there"
+        None,
+        examples=[["blocks.*.att.extra"]],
+        description="patterns of tensors that the generation does not know but may be there",
     )
     allow_nonfinite: bool = Field(False, description="record NaN, Inf and overflow in the report instead of refusing")
-    precision: Literal["float32", "float64"] = Field("float32", description="of the arithmetic: float32 or float64")
+    precision: Annotated[Literal["float32", "float64"], BeforeValidator(in_long)] = Field(
+        "float32", description="of the arithmetic: float32 or float64"
+    )
 
     @property
     def output_dtype(self) -> torch.dtype | None:
         """The dtype of every tensor of the output; None: each keeps its own."""
-        return None if self.dtype is None else DTYPES[self.dtype]
+        return None if self.dtype is None else to_dtype(self.dtype)
 
     @property
     def arithmetic(self) -> torch.dtype:
@@ -176,7 +179,7 @@ class ExtractSpec(Spec):
     @property
     def output_dtype(self) -> torch.dtype | None:
         """The dtype of the pairs; None: that of the tuned matrix."""
-        return None if self.dtype is None else DTYPES[self.dtype]
+        return None if self.dtype is None else to_dtype(self.dtype)
 
     def recipe(self, alpha: float) -> dict[str, Any]:
         """What the provenance records; alpha is that of the adapter."""

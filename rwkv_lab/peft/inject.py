@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model import RWKV_Dual, RWKVMode
 from rwkv_lab.names import split_block
@@ -15,8 +16,6 @@ from rwkv_lab.peft.config import ADAPTER_KINDS, LoraConfig
 from rwkv_lab.peft.linear import AdaptedLinear
 from rwkv_lab.peft.quantised import FrozenLinear, NF4Linear, PackedWeight, check_quant
 from rwkv_lab.peft.selection import target_modules, trained_parts
-
-_DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def load_model_and_apply_peft(config: object, lora_config: LoraConfig) -> RWKV_Dual:
@@ -40,20 +39,13 @@ def load_model_and_apply_peft(config: object, lora_config: LoraConfig) -> RWKV_D
         raise ParameterError(f"{type(config).__name__} has no peft_load_path: it must be the base model's checkpoint.")
     model = RWKV_Dual.from_pretrained(
         path,
-        dtype=_dtype(getattr(config, "dtype", torch.float32)),
+        dtype=to_dtype(getattr(config, "dtype", torch.float32)),
         device=getattr(config, "device", "cpu"),
         mode=getattr(config, "mode", RWKVMode.TRANSFORMER),
         group_norm_eps=getattr(config, "group_norm_eps", None),
     )
     apply_peft(model, lora_config)
     return model
-
-
-def _dtype(given) -> torch.dtype:
-    dtype = getattr(torch, _DTYPES.get(given, given), None) if isinstance(given, str) else given
-    if not isinstance(dtype, torch.dtype):
-        raise ParameterError(f"There is no dtype {given!r}; there are: {', '.join(_DTYPES.values())}.")
-    return dtype
 
 
 def apply_peft(model: RWKV_Dual, lora_config: LoraConfig) -> None:

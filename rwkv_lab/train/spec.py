@@ -23,14 +23,12 @@ from pydantic import (
 
 from rwkv_lab.checkpoint import Layout
 from rwkv_lab.checks import Check
+from rwkv_lab.dtypes import in_long, to_dtype
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.model.device import parse_device
 from rwkv_lab.paths import path_fault
 from rwkv_lab.spec import Number, OneOf, Patterns, Spec, Text
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-AUTOCASTS = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Planned = tuple[str, tuple[int, ...], int]  # tensor, shape, values that are trained of or for it
 
@@ -193,13 +191,19 @@ class TrainSpec(Spec):
     lr: Rate | None = Field(None, description="highest learning rate; None: the kind's own, which suits the demo model")
     rank: Positive | None = Field(None, description="of adapters; None: 8")
     alpha: Rate | None = Field(None, description="of a LoRA, scaled by alpha over rank; None: twice the rank")
-    targets: Names = Field([], description="layers to adapt, such as att.key, or patterns; empty: all of the blocks")
-    train_parts: Names = Field([], description="trained beside adapters: emb, head, ln, time_state or patterns")
+    targets: Names = Field(
+        [],
+        examples=[["att.key", "ffn.key"]],
+        description="layers to adapt, such as att.key, or patterns; empty: all of the blocks",
+    )
+    train_parts: Names = Field(
+        [], examples=[["emb", "head"]], description="trained beside adapters: emb, head, ln, time_state or patterns"
+    )
     quant: Literal["none", "int8", "nf4"] = Field("none", description="of frozen matrices: none, int8 or nf4")
-    dtype: Literal["float32", "float64", "bfloat16"] = Field(
+    dtype: Annotated[Literal["float32", "float64", "bfloat16"], BeforeValidator(in_long)] = Field(
         "float32", description="of the model: float32, float64, bfloat16"
     )
-    autocast: Literal["", "bfloat16", "float16"] = Field(
+    autocast: Annotated[Literal["", "bfloat16", "float16"], BeforeValidator(in_long)] = Field(
         "", description="compute in bfloat16, or on CUDA float16; empty: in dtype"
     )
     device: Text = Field("cpu", description="cpu or cuda")
@@ -258,12 +262,12 @@ class TrainSpec(Spec):
     @property
     def torch_dtype(self) -> torch.dtype:
         """Of the model."""
-        return DTYPES[self.dtype]
+        return to_dtype(self.dtype)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         """What is computed in; None for the model's dtype."""
-        return AUTOCASTS[self.autocast]
+        return to_dtype(self.autocast) if self.autocast else None
 
 
 class ResolvedSpec(TrainSpec):

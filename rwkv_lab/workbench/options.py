@@ -65,6 +65,7 @@ def _in_words(option: FieldInfo) -> tuple[Any, FieldInfo]:
         annotation, default = kind, []
     elif _may_be_none(option) and get_origin(plain) is Literal:
         annotation, default = Literal[("", *get_args(plain))], ""
+        annotation = Annotated[annotation, *option.metadata] if option.metadata else annotation
     field: Any = Field(default, description=option.description, examples=option.examples)
     return annotation, field
 

@@ -4,7 +4,9 @@ papermill only warns of a wrong name; here it is an error. Each notebook's own p
 """
 
 import ast
+import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +16,9 @@ from pydantic import AfterValidator
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import path_fault
-from rwkv_lab.spec import OneOf, Spec, Text, unknown_name
+from rwkv_lab.spec import Advise, OneOf, Spec, Text, unknown_name
 from rwkv_lab.wkv import backends
+from rwkv_lab.workbench.words import example, from_words, in_words
 
 DEMO = ("demo:base", "demo:state")
 
@@ -43,18 +46,12 @@ InputPath = Annotated[Text, AfterValidator(_absolute), Files()]
 InputPaths = Annotated[InputPath | list[InputPath], Files(several=True)]
 PathOrEmpty = Annotated[str, AfterValidator(_absolute)]
 InputOrEmpty = Annotated[PathOrEmpty, Files()]
+InputsOrEmpty = Annotated[PathOrEmpty | list[PathOrEmpty], Files(several=True)]
 Backends = list[Annotated[str, OneOf(backends, everywhere=False)]]
 
 
 class Parameters(Spec):
     """Base of all notebooks' parameters. Field order is the order in the notebook, descriptions are its comments."""
-
-    hints: ClassVar[Mapping[str, str]] = {
-        "bool_type": "papermill's -p takes True and False, spelled like this.",
-        "string_type": "papermill's -p turns text that looks like a number into one; -r {name} keeps it as text.",
-        "dict_type": 'papermill takes a mapping by -y: -y \'{{"{name}": {{"density": 0.3}}}}\'',
-        "list_type": 'papermill takes a list by -y: -y \'{{"{name}": ["blocks.0.*"]}}\'',
-    }
 
     basic: ClassVar[tuple[str, ...]] = ()  # what most people set; a panel shows the others folded
 
@@ -64,13 +61,19 @@ class Parameters(Spec):
         return True
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> Self:
+    def read(cls, values: Mapping[str, Any], advise: Advise | None = None) -> Self:
         """The parameters with these values; those that are not given keep their defaults.
 
+        A list may be given as one word, or as words with commas between them.
+
+        Args:
+            advise: as in `Spec.read`.
         Raises:
             ParameterError: an unknown name, a wrong type, a value out of range, or values that do not go together.
         """
-        parameters = super().read(values)
+        fields = cls.model_fields
+        values = {name: from_words(fields[name], v) if name in fields else v for name, v in values.items()}
+        parameters = super().read(values, advise)
         parameters.check()
         return parameters
 
@@ -112,7 +115,23 @@ def read_parameters(model: type[Parameters], namespace: Mapping[str, Any], names
             hidden = name.startswith("_") or name in ("In", "Out")  # IPython's own
             if not hidden and name not in model.model_fields and isinstance(value, _PLAIN):
                 raise unknown_name(model.title, name, model.model_fields)
-    return model.read({name: namespace[name] for name in model.model_fields if name in namespace})
+    values = {name: namespace[name] for name in model.model_fields if name in namespace}
+    return model.read(values, _advice_for_papermill(model) if names_are_all else None)
+
+
+def _advice_for_papermill(model: type[Parameters]) -> Advise:
+    """How papermill's options pass a value of the type that is needed."""
+
+    def advise(error: str, name: str) -> str:
+        value = example(name, model.model_fields[name]) if name else None
+        return {
+            "bool_type": "papermill's -p takes True and False, spelled like this.",
+            "string_type": f"papermill's -p turns text that looks like a number into one; -r {name} keeps it as text.",
+            "dict_type": f"papermill takes a mapping by -y: -y {shlex.quote(json.dumps({name: value}))}",
+            "list_type": f"Give words with commas between them: -p {name} {shlex.quote(in_words(value))}",
+        }.get(error, "")
+
+    return advise
 
 
 def input_path(value: str) -> Path:

@@ -64,7 +64,7 @@ def test_a_name_that_is_code_or_hidden_is_refused(name):
         ({"base": 12e4}, "-r base"),
         ({"base": "a\0b"}, "zero byte"),
         ({"base": "demo:bose"}, "demo:base"),
-        ({"include": "blocks.*"}, '-y \'{"include"'),
+        ({"include": {}}, "-p include 'blocks.0.*'"),
         ({"include": [1]}, "valid string"),
         ({"include": [""]}, "empty"),
         ({"scan": "some"}, "'all' or 'changed'"),

@@ -2,9 +2,10 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from rwkv_lab.bench.peers import parse_peers
+from rwkv_lab.dtypes import in_short
 from rwkv_lab.spec import Text
 from rwkv_lab.workbench.parameters import Backends, InputPath, Parameters, PathOrEmpty
 
@@ -12,6 +13,9 @@ from rwkv_lab.workbench.parameters import Backends, InputPath, Parameters, PathO
 def _peer(text: str) -> str:
     parse_peers([text])
     return text
+
+
+_Dtype = Annotated[Literal["bf16", "fp32", "fp16", "int8", "int4"], BeforeValidator(in_short)]
 
 
 class BenchmarkParameters(Parameters):
@@ -25,7 +29,7 @@ class BenchmarkParameters(Parameters):
     batches: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
         [1, 8], description="sequences that are decoded at once"
     )
-    dtypes: Annotated[list[Literal["bf16", "fp32", "fp16", "int8", "int4"]], Field(min_length=1)] = Field(
+    dtypes: Annotated[list[_Dtype], Field(min_length=1)] = Field(
         ["bf16", "fp32"], description="of bf16, fp32, fp16, int8, int4; the last two are of the weights alone"
     )
     backends: Backends = Field([], description="of the WKV operator; empty: all there are")

@@ -16,6 +16,7 @@ from rwkv_lab.workbench.parameters import (
     InputOrEmpty,
     InputPath,
     InputPaths,
+    InputsOrEmpty,
     Parameters,
     PathOrEmpty,
     input_path,
@@ -33,8 +34,8 @@ class MergeParameters(Parameters):
     tuned: InputPaths = "demo:state"
     out: PathOrEmpty = Field("", description="empty: merged.pth in the report folder, replaced by the next run")
     alpha: Number | None = None  # one that differs by tensor goes into parameters
-    weights: list[Number] = []
-    pissa_init: InputOrEmpty = ""
+    weights: list[Number] = Field([], examples=[[0.5, 0.5]])
+    pissa_init: InputsOrEmpty = ""
     parameters: dict[str, Any] = Field({}, examples=[{"density": 0.3}])
     recipe: InputOrEmpty = Field("", description="a mergekit recipe (YAML), in place of files, method and its options")
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/merge")
@@ -84,7 +85,11 @@ class MergeParameters(Parameters):
         return self._spec(input_path(self.base), [input_path(path) for path in tuned])
 
     def _spec(self, base: Any, tuned: Any) -> MergeSpec:
-        return MergeSpec.read(values_for(MergeSpec, self) | {"base": base, "tuned": tuned})
+        starts = self.pissa_init
+        # Of several adapters, those that did not start from a PiSSA have an empty place in the list.
+        init = [path or None for path in starts] if isinstance(starts, list) else starts or None
+        given = values_for(MergeSpec, self) | {"pissa_init": init}
+        return MergeSpec.read(given | {"base": base, "tuned": tuned})
 
     def options(self) -> MergeOptions:
         """How the merge runs."""

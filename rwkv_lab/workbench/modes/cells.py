@@ -14,7 +14,6 @@ from rwkv_lab.analysis.agreement import (
     check_hand_off,
     check_memory,
     compare_modes,
-    dtype_name,
     growth_checks,
     in_dtype,
 )
@@ -23,6 +22,7 @@ from rwkv_lab.analysis.mismatch import explain_failures, first_mismatch
 from rwkv_lab.analysis.texts import tokens_to_read
 from rwkv_lab.checkpoint import file_facts, open_checkpoint
 from rwkv_lab.checks import Check
+from rwkv_lab.dtypes import long_name, to_dtype
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.progress import human_bytes
@@ -31,8 +31,6 @@ from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
-
-DTYPES = {dtype_name(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def compare(run: Run, subject: Subject) -> list[ModeRow]:
         rows = compare_modes(
             subject.model,
             subject.tokens,
-            dtypes=[DTYPES[name] for name in run.config.dtypes],
+            dtypes=[to_dtype(name) for name in run.config.dtypes],
             backends=run.config.backends or None,
         )
     run.record.metrics["rows"] = [_as_metrics(row) for row in rows]
@@ -121,7 +119,7 @@ def hand_off(run: Run, subject: Subject) -> None:
     """Read a beginning in parallel, go on token by token: is it the same as one pass over all?"""
     dtype = run.config.dtypes[0]
     with run.timed("hand-off"):
-        checks = check_hand_off(in_dtype(subject.model, DTYPES[dtype]), subject.tokens)
+        checks = check_hand_off(in_dtype(subject.model, to_dtype(dtype)), subject.tokens)
     run.record.checks += checks
     for check in checks:
         print(check)
@@ -194,7 +192,7 @@ def _subtitle(run: Run, subject: Subject) -> str:
 
 def _as_cells(row: ModeRow) -> tuple:
     numbers = (row.logits_error, row.state_error, row.accuracy, row.logits_apart, row.state_apart, row.limit)
-    return (row.mode.value, row.backend, dtype_name(row.dtype), *(_short(x) for x in numbers), row.verdict)
+    return (row.mode.value, row.backend, long_name(row.dtype), *(_short(x) for x in numbers), row.verdict)
 
 
 def _short(x: float) -> str:
@@ -203,7 +201,7 @@ def _short(x: float) -> str:
 
 def _as_metrics(row: ModeRow) -> dict[str, object]:
     names = ("logits_error", "state_error", "accuracy", "logits_apart", "state_apart", "limit", "verdict")
-    where: dict[str, object] = {"mode": row.mode.value, "backend": row.backend, "dtype": dtype_name(row.dtype)}
+    where: dict[str, object] = {"mode": row.mode.value, "backend": row.backend, "dtype": long_name(row.dtype)}
     return where | {name: getattr(row, name) for name in names} | {"growth": row.growth if len(row.curve) else None}
 
 

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from rwkv_lab.analysis.agreement import ModeRow, dtype_name
+from rwkv_lab.analysis.agreement import ModeRow
+from rwkv_lab.dtypes import long_name
 from rwkv_lab.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, cell_borders, colour_bound, quiet, titled
 
 _EXACT = 1e-17  # below the precision of float64; an error of 0 is drawn as this
@@ -40,7 +41,7 @@ def agreement_matrix(rows: Sequence[ModeRow], subtitle: str) -> Figure:
         image = axes.imshow(np.ma.masked_invalid(grid), cmap="cividis", norm=scale, aspect="auto")
         axes.set_facecolor("#e4e7eb")
         axes.set_title(heading, fontsize=10, loc="left")
-        axes.set_xticks(range(len(dtypes)), [f"{dtype_name(d)}\nlimit {limits[d]:.0e}" for d in dtypes], fontsize=9)
+        axes.set_xticks(range(len(dtypes)), [f"{long_name(d)}\nlimit {limits[d]:.0e}" for d in dtypes], fontsize=9)
         axes.set_yticks(range(len(runs)), [f"{mode}, {backend}" for mode, backend in runs], fontsize=9)
         cell_borders(axes, len(runs), len(dtypes))
     bar = figure.colorbar(image, ax=panels, pad=0.02, aspect=25, ticks=LogLocator(numticks=6))
@@ -81,12 +82,12 @@ def error_growth(rows: Sequence[ModeRow], subtitle: str) -> Figure:
             color=_DTYPES[dtypes.index(row.dtype)],
             linestyle=_STYLES[runs.index((row.mode, row.backend)) % len(_STYLES)],
             linewidth=1.4,
-            label=f"{dtype_name(row.dtype)}, {row.mode.value}, {row.backend}",
+            label=f"{long_name(row.dtype)}, {row.mode.value}, {row.backend}",
         )
     length = max(len(row.curve) for row in rows)
     for i, (dtype, limit) in enumerate(dict((row.dtype, row.accuracy) for row in rows).items()):
         axes.axhline(limit, color=_DTYPES[i], linewidth=0.8, alpha=0.6)
-        text = f"limit of {dtype_name(dtype)}"
+        text = f"limit of {long_name(dtype)}"
         axes.text(length, limit, text, color=_DTYPES[i], fontsize=8, ha="right", va="bottom")
     axes.set_yscale("log")
     axes.set_xlabel("position in the sequence, tokens")

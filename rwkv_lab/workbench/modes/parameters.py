@@ -2,9 +2,12 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from rwkv_lab.dtypes import in_long
 from rwkv_lab.workbench.parameters import Backends, InputOrEmpty, InputPath, Parameters, PathOrEmpty
+
+_Dtype = Annotated[Literal["float64", "float32", "bfloat16", "float16"], BeforeValidator(in_long)]
 
 
 class ModesParameters(Parameters):
@@ -15,7 +18,7 @@ class ModesParameters(Parameters):
     compare_with: InputOrEmpty = Field("", description="a second model of the same layout: where do the two differ?")
     length: Annotated[int, Field(ge=16)] = Field(512, description="tokens of each sequence")
     batch: Annotated[int, Field(ge=1)] = Field(2, description="sequences")
-    dtypes: Annotated[list[Literal["float64", "float32", "bfloat16", "float16"]], Field(min_length=1)] = Field(
+    dtypes: Annotated[list[_Dtype], Field(min_length=1)] = Field(
         ["float64", "float32", "bfloat16"], description="of float64, float32, bfloat16, float16"
     )
     backends: Backends = Field([], description="of the WKV operator; empty: all there are")

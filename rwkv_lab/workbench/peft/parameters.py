@@ -7,7 +7,7 @@ from pydantic import Field
 from rwkv_lab.analysis.tuning import TuningOptions, check_tuning
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.spec import Number, Patterns, Text
-from rwkv_lab.workbench.parameters import DEMO, Files, InputOrEmpty, InputPath, Parameters, PathOrEmpty
+from rwkv_lab.workbench.parameters import DEMO, InputOrEmpty, InputPath, InputsOrEmpty, Parameters, PathOrEmpty
 
 
 class PeftParameters(Parameters):
@@ -18,12 +18,14 @@ class PeftParameters(Parameters):
     adapter: InputPath = Field("demo:state", description="what was trained on it: an adapter, a state, a fine-tune")
     second: InputOrEmpty = Field("", description="another tuning of the same base: do the two pull the same way?")
     targets: Patterns = Field(
-        [], description="what is measured: names or ends such as att.key, or patterns; empty: all"
+        [],
+        examples=[["att.key", "ffn.key"]],
+        description="what is measured: names or ends such as att.key, or patterns; empty: all",
     )
     rank: Annotated[int, Field(ge=1)] = Field(8, description="how much of each change would a LoRA of this rank keep?")
     data: Text = Field("python", description="held-out text that is measured: english, python, or a path")
     alpha: Annotated[Number, Field(gt=0)] | None = Field(None, description="of a LoRA whose file does not state it")
-    pissa_init: Annotated[PathOrEmpty | list[PathOrEmpty], Files(several=True)] = Field(
+    pissa_init: InputsOrEmpty = Field(
         "", description="of PiSSA: file or folder that it started from; a list of two: second's, too"
     )
     parameters: dict[str, Any] = Field(

@@ -1,0 +1,97 @@
+"""Values as papermill's -p and -r pass them: one word or number also where a list or a mapping is meant."""
+
+import ast
+import json
+import os
+import re
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from rwkv_lab.spec import OneOf
+
+_COMMA = re.compile(r",(?![^\[]*\])")  # but not in a pattern such as blocks.[0,1].*
+
+
+def from_words(field: FieldInfo, value: object) -> object:
+    """The value of a parameter that may be given in words; what is neither list nor mapping stays as it is.
+
+    A list is one word, words separated by commas, or JSON; a mapping is JSON. The path of a file that is there is one
+    word, whatever is in it. None is "nothing given" for parameters whose default is empty.
+    """
+    if value is None and field.default in ("", [], {}):
+        return field.default
+    kinds = [_plain(kind) for kind in _alternatives(field.annotation)]
+    if dict in kinds and isinstance(value, str):
+        return _parsed(value, dict, value) if value.strip() else {}
+    if list not in kinds or isinstance(value, (list, tuple, dict, bool)) or value is None:
+        return list(value) if isinstance(value, tuple) and list in kinds else value
+    if not isinstance(value, str):
+        return value if str in kinds else [value]
+    if str in kinds and (os.path.exists(os.path.expanduser(value)) or not _COMMA.search(value)):
+        return _parsed(value, list, value)  # a list may be given, and need not be
+    inside = next(_inside(kind) for kind in _alternatives(field.annotation) if _plain(kind) is list)
+    words = [word.strip() for word in _COMMA.split(value) if word.strip()]
+    return _parsed(value, list, [_number(word) if inside in (int, float) else word for word in words])
+
+
+def example(name: str, field: FieldInfo) -> object:
+    """A value that the parameter may have, for messages: the stated example, the default, or a choice."""
+    if field.examples:
+        return field.examples[0]
+    if field.default not in (None, "", [], {}):
+        return field.default
+    for kind in _alternatives(field.annotation):
+        marks = get_args(get_args(kind)[0])[1:] if _plain(kind) is list else ()
+        among = next((mark for mark in marks if isinstance(mark, OneOf)), None)
+        if among:
+            return list(among.names())[:1]
+    return name
+
+
+def in_words(value: object) -> str:
+    """The value as -p takes it: lists with commas, the rest as JSON."""
+    return ",".join(map(str, value)) if isinstance(value, list) else json.dumps(value)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(kind for one in get_args(annotation) for kind in _alternatives(one))
+    return (annotation,)
+
+
+def _plain(kind: Any) -> Any:
+    """`list` for `list[str]`, `str` for a Literal."""
+    origin = get_origin(kind)
+    return str if origin is Literal else origin or kind
+
+
+def _inside(kind: Any) -> Any:
+    return _plain(_alternatives(get_args(kind)[0])[0])
+
+
+def _parsed(text: str, kind: type, otherwise: object) -> object:
+    """A list or a mapping in JSON or Python's spelling; `otherwise` where the text is no such thing."""
+    if text.lstrip()[:1] not in "[{":
+        return otherwise
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, kind):
+            return value
+    return otherwise
+
+
+def _number(word: str) -> object:
+    """A number where the word is one; other words are refused by the parameter's type."""
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word
