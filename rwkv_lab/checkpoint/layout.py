@@ -22,6 +22,8 @@ __all__ = [
 
 UNUSED_IN_LAYER_0 = tuple(f"blocks.0.{name}" for g in generations() for name in g.unused_in_layer_0)
 
+_HUGGING_FACE = "Hugging Face names of no format that is known here"
+
 # What is recognised but not supported: a name that only this variant has, and what the variant is called.
 _VARIANTS = [
     (r"^_strategy$", "a file converted by ChatRWKV (transposed, rescaled, ln0 folded in); use the original .pth"),
@@ -37,7 +39,7 @@ _VARIANTS = [
     (r"^blocks\.\d+\.ffn\.enn\.", "RWKV-8 release candidate"),
     (r"^blocks\.\d+\.qkv\.", "RWKV-7b"),
     (r"^blocks\.\d+\.ffn\.s_emb", "RWKV-7a (DeepEmbed)"),
-    (r"^(model\.layers|rwkv\.blocks|model\.embeddings)\.", "Hugging Face names; rwkv_lab reads BlinkDL's"),
+    (r"^(model\.layers|rwkv\.blocks|model\.embeddings)\.", _HUGGING_FACE),
 ]
 
 _PREFIXES = ("_forward_module.", "module.", "model.")
@@ -57,8 +59,9 @@ def common_prefix(names: Mapping[str, object] | list[str]) -> str:
 
 def unsupported_variant(names: list[str]) -> tuple[str, str] | None:
     """(what the variant is called, the name that gives it away), None where nothing is recognised."""
+    ours = any(split_block(name) for name in names)  # then names of theirs are left over, and found as such
     for pattern, called in _VARIANTS:
-        for name in names:
+        for name in [] if ours and called is _HUGGING_FACE else names:
             if re.search(pattern, name):
                 return called, name
     return None

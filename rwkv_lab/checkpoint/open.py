@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import rwkv_lab.checkpoint.formats  # noqa: F401  # makes the formats known
+from rwkv_lab.checkpoint.foreign_format import Facts, ForeignFormat, present
 from rwkv_lab.checkpoint.format import format_of
 from rwkv_lab.checkpoint.kind import Identity, identify
 from rwkv_lab.checkpoint.layout import Layout
@@ -38,6 +39,12 @@ class Checkpoint:
         self.others: dict[str, object] = {}  # entries of a .pth that are no tensors
         self.metadata: dict[str, str] = {}  # of a .safetensors, and what rwkv_lab wrote beside the tensors of a .pth
         self.adapter_config: dict | None = None  # of an adapter folder
+        self.config: dict = {}  # config.json of a folder
+        self.foreign_format: ForeignFormat | None = (
+            None  # whose names its tensors have in the file; `info` has BlinkDL's
+        )
+        self.names_in_file: dict[str, str] = {}  # name in `info` -> name in the file, where the two may differ
+        self.ignored: dict[str, str] = {}  # name in the file of what a foreign format has and no model needs -> why
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The tensor, dense and row-major, read now. KeyError where there is none of that name."""
@@ -107,7 +114,7 @@ class Checkpoint:
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a torch zip `.pth`, a `.safetensors`, a Hugging Face folder (one file, or shards with their index) or an
-    adapter folder.
+    adapter folder. Tensors of a foreign format (`rwkv_lab.checkpoint.formats`) come under BlinkDL's names.
 
     Only headers are read. No pickle is ever run.
 
@@ -124,6 +131,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             _open_folder(ck, path)
         else:
             _open_file(ck, path)
+        _present(ck)
     except OSError as e:  # a name that is too long, a folder that may not be listed, a disk that fails
         ck.close()
         raise CorruptFileError(f"cannot read {path}: {e.strerror or e}") from e
@@ -131,6 +139,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         ck.close()
         raise
     return ck
+
+
+def _present(ck: Checkpoint) -> None:
+    """Give the tensors of a foreign format BlinkDL's names."""
+    found = present(ck.info, Facts(ck.config, ck.metadata))
+    if found is not None:
+        ck.foreign_format, ck.info, ck.names_in_file, ck.ignored = (
+            found.format,
+            found.tensors,
+            found.theirs,
+            found.ignored,
+        )
 
 
 def _open_file(ck: Checkpoint, path: Path) -> None:
@@ -194,6 +214,8 @@ def _open_folder(ck: Checkpoint, folder: Path) -> None:
             )
         there = sorted(p.name for p in folder.iterdir())[:8]
         raise LayoutError(f"{folder} holds none of {', '.join(names)}.\nIt holds: {', '.join(there) or 'nothing'}")
+    if (folder / "config.json").is_file():
+        ck.config = _read_json(folder / "config.json")
     if found.name in _INDEXES:
         _open_shards(ck, folder, found)
     else:

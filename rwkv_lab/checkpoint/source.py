@@ -4,8 +4,9 @@ Files are read by `pread`: a mapped file that shrinks, or a network disk that fa
 message.
 """
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,22 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
+class Derived:
+    """How the values of a tensor follow from what lies in the file, where no stride describes that.
+
+    Attributes:
+        of: what lies in the file.
+        compute: from its values to those of the tensor, of any shape: elements are taken in order. With a `unit`, from
+            a flat run of whole units.
+        unit: (elements of `of`, elements of the tensor that follow from them alone); None where all are needed.
+    """
+
+    of: "TensorInfo"
+    compute: Callable[[torch.Tensor], torch.Tensor]
+    unit: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """A tensor as a header describes it; its data is not read."""
 
@@ -93,6 +110,19 @@ class TensorInfo:
     stride: tuple[int, ...] | None = None  # in elements; None where row-major and dense, as nearly always
     crc32: int | None = None  # of the bytes it spans, where the file records it and they are the whole record
     storage: tuple[int, int] | None = None  # (offset, bytes) of the storage it is a view of; equal for tied tensors
+    derived: Derived | None = None  # where its values are computed from those at `offset`
+
+    @property
+    def plain(self) -> bool:
+        """Whether its elements lie in the file one after the other, as they are."""
+        return self.stride is None and self.derived is None
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of memory that reading it in blocks takes beyond a few blocks; 0 unless it has to be read whole."""
+        if self.plain or (self.derived is not None and self.derived.unit is not None):
+            return 0
+        return self.span + self.nbytes
 
     @property
     def numel(self) -> int:
@@ -109,6 +139,8 @@ class TensorInfo:
     @property
     def span(self) -> int:
         """Bytes from its first element to the end of its last, in the file."""
+        if self.derived is not None:
+            return self.derived.of.span
         if self.stride is None or self.numel == 0:
             return self.nbytes
         last = sum((d - 1) * s for d, s in zip(self.shape, self.stride, strict=True))
@@ -131,6 +163,12 @@ class TensorInfo:
         """The tensor, dense and row-major, in memory of its own."""
         if self.numel == 0:
             return torch.empty(self.shape, dtype=self.dtype)
+        if self.derived is not None:
+            values, at = torch.empty(self.numel, dtype=self.dtype), 0
+            for block in self.blocks():
+                values[at : at + len(block)] = block
+                at += len(block)
+            return values.view(self.shape)
         buffer = bytearray(self.span)
         self.file.read_into(memoryview(buffer), self.offset)
         if self.crc32 is not None:
@@ -142,6 +180,9 @@ class TensorInfo:
 
     def blocks(self, multiple: int = 1) -> Iterator[torch.Tensor]:
         """Its values in order, as flat tensors of about `BLOCK` bytes, each a whole number of `multiple` elements."""
+        if self.derived is not None:
+            yield from _computed(self.derived, multiple)
+            return
         if self.stride is not None:  # a strided view has to be gathered first, in memory as large as what it spans
             yield self.read().flatten()
             return
@@ -155,6 +196,16 @@ class TensorInfo:
                 if start + step >= self.nbytes:  # before the last block is handed out: the caller may stop there
                     self.check(crc)
             yield torch.frombuffer(data, dtype=self.dtype)
+
+
+def _computed(derived: Derived, multiple: int) -> Iterator[torch.Tensor]:
+    """As `TensorInfo.blocks`."""
+    if derived.unit is None:
+        yield derived.compute(derived.of.read()).flatten()
+        return
+    raw, made = derived.unit
+    for block in derived.of.blocks(raw * (math.lcm(made, multiple) // made)):
+        yield derived.compute(block).flatten()
 
 
 def is_name(name: object) -> bool:

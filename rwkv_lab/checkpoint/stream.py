@@ -153,7 +153,7 @@ class _Work:
 
 
 def _copy(t: OutTensor, source: TensorInfo, fd: int, offset: int, look: bool, work: _Work) -> tuple[int, Findings]:
-    if source.stride is not None:
+    if not source.plain:
         return _compute(t, source.blocks, fd, offset, work)
     nbytes = t.nbytes
     buffer = memoryview(bytearray(min(BLOCK, nbytes)))

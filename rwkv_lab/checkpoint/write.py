@@ -12,6 +12,7 @@ from rwkv_lab.checkpoint.file_layout import FileLayout, file_layout
 from rwkv_lab.checkpoint.stream import Findings, OutFile, OutTensor, stream
 from rwkv_lab.errors import OutputError, ParameterError
 
+SINGLE = "model.safetensors"  # a folder of one file
 SUFFIXES = {".pth": "pth", ".safetensors": "safetensors"}
 
 
@@ -85,32 +86,79 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 def _write_shards(folder: Path, tensors: list[OutTensor], notes: dict[str, str], overwrite: bool, limit: int) -> None:
     if limit < 1:
         raise ParameterError(f"max_shard_size is {limit}; it must be at least 1 byte")
-    shards = _split(tensors, limit)
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    shards = split_shards(tensors, limit)
+    names = [_shard_name(i, len(shards)) for i in range(len(shards))]
+    write_folder(folder, dict(zip(names, shards, strict=True)), notes, {}, overwrite, lambda t: False, refuse=False)
+
+
+def write_folder(
+    folder: Path,
+    shards: Mapping[str, Sequence[OutTensor]],
+    notes: dict[str, str],
+    others: Mapping[str, bytes],
+    overwrite: bool,
+    scan: Callable[[OutTensor], bool],
+    refuse: bool = True,
+) -> list[Findings]:
+    """Write a folder of safetensors; it appears when all is there.
+
+    Args:
+        shards: by file name; the index of several comes last.
+        notes: short texts that travel in each of them.
+        others: files beside them, by name.
+    Raises: as `stream` and `atomic_folder`.
+    """
     with atomic_folder(folder, overwrite) as temporary:
-        fds = [os.open(temporary / n, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666) for n in names]
+        fds = [os.open(temporary / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666) for name in shards]
         try:
             files = [
                 OutFile(fd, file_layout("safetensors", shard, notes), shard)
-                for fd, shard in zip(fds, shards, strict=True)
+                for fd, shard in zip(fds, shards.values(), strict=True)
             ]
-            stream(files, lambda t: False, False, f"writing {folder.name}")
+            findings = stream(files, scan, refuse, f"writing {folder.name}")
             for fd in fds:
                 os.fsync(fd)
         finally:
             for fd in fds:
                 os.close(fd)
-        index = {
-            "metadata": {"total_size": sum(t.nbytes for t in tensors)},
-            "weight_map": {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard},
-        }
-        with open(temporary / "model.safetensors.index.json", "x") as f:
-            json.dump(index, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
+        for name, data in others.items():
+            _write_small(temporary / name, data)
+        if list(shards) != [SINGLE]:
+            _write_small(temporary / f"{SINGLE}.index.json", shard_index(shards))
+    return findings
 
 
-def _split(tensors: list[OutTensor], limit: int) -> list[list[OutTensor]]:
+def shard_files(tensors: Sequence[OutTensor], limit: int) -> dict[str, list[OutTensor]]:
+    """Tensors by the name of the file that they go to: one file where all fit into it, else shards of at most `limit`
+    bytes; a tensor larger than that gets a shard of its own."""
+    shards = split_shards(tensors, limit)
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {_shard_name(i, len(shards)): shard for i, shard in enumerate(shards)}
+
+
+def shard_index(shards: Mapping[str, Sequence[OutTensor]]) -> bytes:
+    """The index file of shards."""
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for shard in shards.values() for t in shard)},
+        "weight_map": {t.name: name for name, shard in shards.items() for t in shard},
+    }
+    return json.dumps(index, indent=1).encode()
+
+
+def _shard_name(i: int, count: int) -> str:
+    return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_small(path: Path, data: bytes) -> None:
+    with open(path, "xb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def split_shards(tensors: Sequence[OutTensor], limit: int) -> list[list[OutTensor]]:
+    """Tensors in order, in runs of at most `limit` bytes where they are not larger than that themselves."""
     shards: list[list[OutTensor]] = [[]]
     size = 0
     for t in tensors:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, file_facts
+from rwkv_lab.checkpoint.provenance import RECORD, printable
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.adapter_set import AdapterSet
 from rwkv_lab.merge.changed_tensors import ChangedTensor
-from rwkv_lab.merge.provenance import RECORD, printable
 from rwkv_lab.names import split_block
 from rwkv_lab.peft.adapter import Adapter
 

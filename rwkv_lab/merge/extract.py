@@ -17,6 +17,8 @@ import torch
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, write_text
 from rwkv_lab.checkpoint.file_layout import file_layout
+from rwkv_lab.checkpoint.output_checks import check_free_space
+from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance, provenance_path, text_beside
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.checkpoint.write import file_kind, write_stream
 from rwkv_lab.errors import NumericsError, ParameterError
@@ -28,8 +30,7 @@ from rwkv_lab.merge.input_checks import (
     refuse_other_dimensions,
     refuse_same_file,
 )
-from rwkv_lab.merge.output_checks import check_free_space, check_merge_output
-from rwkv_lab.merge.provenance import RECORD, as_text, provenance, provenance_path, text_beside
+from rwkv_lab.merge.output_checks import check_merge_output
 from rwkv_lab.merge.spec import ExtractSpec, MergeOptions
 from rwkv_lab.names import is_block_matrix
 from rwkv_lab.paths import to_path
@@ -160,7 +161,7 @@ def _written(
     tensors = _tensors(changed, pairs, alpha, tuned)
     note = {NOTE: json.dumps(lora_note("lora", "none", float(alpha)))} if pairs else {}  # else it is no adapter
     file = file_layout(file_kind(out), tensors, {RECORD: as_text(made), **note})
-    check_free_space(out, file.size, 0)
+    check_free_space(out, file.size, 0, "the extraction")
     write_stream(out, tensors, file, overwrite, scan=lambda t: True)
     facts = file_facts(out)
     details = {"matrices": [vars(m) for m in found], "whole": list(whole)}

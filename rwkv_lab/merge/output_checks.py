@@ -1,60 +1,21 @@
-"""Where an output may go, and whether it fits: checked before a byte of tensor data is read."""
+"""Where the output of a merge may go: a file, and its provenance beside it."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_lab.checkpoint import Checkpoint
-from rwkv_lab.checkpoint.atomic import check_target, refuse_inputs
-from rwkv_lab.errors import OutputError, ParameterError
-from rwkv_lab.machine import disk_free, memory_free
-from rwkv_lab.merge.provenance import provenance_path
-from rwkv_lab.progress import human_bytes
-
-NAME_MAX = 255  # bytes of a file name, on every common file system
+from rwkv_lab.checkpoint.output_checks import check_output
+from rwkv_lab.checkpoint.provenance import provenance_path
+from rwkv_lab.errors import OutputError
 
 
 def check_merge_output(out: Path, inputs: Sequence[Checkpoint], allowed_dir: Path | None, overwrite: bool) -> None:
-    """Refuse an output, and the provenance beside it, outside `allowed_dir`, onto an input by any alias, or onto an
-    existing file.
+    """Refuse an output, or the provenance beside it, that `check_output` refuses; and a folder.
 
-    Args:
-        inputs: open.
     Raises:
-        OutputError: states which rule.
-        ParameterError: `allowed_dir` is not a folder, or the name has characters that cannot be printed.
+        OutputError, ParameterError: as `check_output`.
     """
     for path in (out, provenance_path(out)):
-        _check_path(path, inputs, allowed_dir, overwrite)
-
-
-def _check_path(out: Path, inputs: Sequence[Checkpoint], allowed_dir: Path | None, overwrite: bool) -> None:
-    if allowed_dir is not None:
-        if not allowed_dir.is_dir():
-            raise ParameterError(f"allowed_dir={str(allowed_dir)!r} is not a folder")
-        if not out.resolve().is_relative_to(allowed_dir.resolve()):
-            raise OutputError(f"{out} is outside {allowed_dir}, the only folder that allowed_dir lets outputs go to")
-    if not out.name.isprintable():
-        raise ParameterError(f"out={str(out)!r}: a name of printable characters is needed")
-    if len(os.fsencode(out.name)) > NAME_MAX:
-        raise OutputError(f"the name {out.name[:60]}… has {len(os.fsencode(out.name))} bytes; {NAME_MAX} are the limit")
-    if out.is_dir():
-        raise OutputError(f"{out} is a folder; name a file in it, such as {out / 'merged.pth'}")
-    refuse_inputs(out, [(file.path, os.fstat(file.fd)) for ck in inputs for file in ck.files])
-    check_target(out, overwrite)
-
-
-def check_free_space(out: Path, output_bytes: int, memory_needed: int) -> tuple[int, int]:
-    """Refuse what will not fit.
-
-    Returns:
-        Bytes that are free: on the disk of `out`, and of memory.
-    Raises:
-        OutputError: states how much is needed and there.
-    """
-    disk, memory = disk_free(out.parent), memory_free()
-    if output_bytes > disk:
-        raise OutputError(f"{out} needs {human_bytes(output_bytes)}, {human_bytes(disk)} are free on that disk")
-    if memory_needed > memory:
-        raise OutputError(f"the merge needs {human_bytes(memory_needed)} of memory, {human_bytes(memory)} are free")
-    return disk, memory
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; name a file in it, such as {path / 'merged.pth'}")
+        check_output(path, inputs, allowed_dir, overwrite)

@@ -7,6 +7,8 @@ import torch
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, TensorInfo
 from rwkv_lab.checkpoint.file_layout import file_layout
+from rwkv_lab.checkpoint.output_checks import check_free_space
+from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
 from rwkv_lab.checkpoint.write import file_kind
@@ -17,9 +19,8 @@ from rwkv_lab.merge.families import family_of, method_of
 from rwkv_lab.merge.family import Changes
 from rwkv_lab.merge.input_checks import check_base, check_dtypes, refuse_same_file
 from rwkv_lab.merge.inputs import MergeInputs
-from rwkv_lab.merge.output_checks import check_free_space, check_merge_output
+from rwkv_lab.merge.output_checks import check_merge_output
 from rwkv_lab.merge.plan import MergePlan, PlanRow
-from rwkv_lab.merge.provenance import RECORD, as_text, provenance
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
 from rwkv_lab.paths import to_path
 from rwkv_lab.patterns import is_selected, refuse_unmatched
@@ -59,7 +60,7 @@ def plan_merge(
     made = provenance(changes.spec.recipe(), blank, description.contains)
     size = file_layout(kind, tensors, {RECORD: as_text(made)}).size
     memory = _memory_needed([inputs.base, *inputs.tuned], changes)
-    disk_free, memory_free = check_free_space(path, size, memory)
+    disk_free, memory_free = check_free_space(path, size, memory, "the merge")
     return MergePlan(
         spec=changes.spec,
         options=options,
@@ -140,7 +141,5 @@ def _memory_needed(inputs: Sequence[Checkpoint], changes: Changes) -> int:
     mixed = any(c.action == "mix" for c in changes.tensors)
     blocks = (48 + (32 * (len(inputs) - 1) if mixed else 0)) * BLOCK
     # One view of each file at a time: a mix reads them together.
-    gathered = sum(
-        max((t.span + t.nbytes for t in ck.info.values() if t.stride is not None), default=0) for ck in inputs
-    )
+    gathered = sum(max((t.gathered for t in ck.info.values()), default=0) for ck in inputs)
     return WORKERS * (blocks + gathered + changes.worker_bytes)

@@ -7,14 +7,15 @@ from hashlib import sha256
 from rwkv_lab.checkpoint import FileFacts, file_facts, write_text
 from rwkv_lab.checkpoint.atomic import one_writer
 from rwkv_lab.checkpoint.file_layout import file_layout
+from rwkv_lab.checkpoint.output_checks import check_free_space
+from rwkv_lab.checkpoint.provenance import RECORD, Provenance, as_text, provenance, provenance_path, text_beside
 from rwkv_lab.checkpoint.stream import Findings
 from rwkv_lab.checkpoint.write import file_kind, write_stream
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.inputs import InputFile
-from rwkv_lab.merge.output_checks import check_free_space, check_merge_output
+from rwkv_lab.merge.output_checks import check_merge_output
 from rwkv_lab.merge.plan import MergePlan, MergeResult
-from rwkv_lab.merge.provenance import RECORD, Provenance, as_text, provenance, provenance_path, text_beside
 from rwkv_lab.merge.spec import MergeOptions
 from rwkv_lab.progress import human_bytes
 
@@ -41,7 +42,7 @@ def write_merge(plan: MergePlan, options: MergeOptions | None = None) -> MergeRe
         return MergeResult(plan, recipe, plan.inputs)
     with plan.files.opened_again():
         check_merge_output(plan.out, plan.files.checkpoints, options.allowed_dir, options.overwrite)
-        check_free_space(plan.out, plan.output_bytes, plan.memory_needed)
+        check_free_space(plan.out, plan.output_bytes, plan.memory_needed, "the merge")
         inputs, hashing = _fingerprints(plan)
         made = provenance(recipe, inputs, plan.contains)
         log.info(

@@ -12,9 +12,8 @@ from models import random_model, random_state, snapshot
 from slow_merge import MOMENTS, start
 
 from rwkv_lab import merge
-from rwkv_lab.checkpoint import stream
+from rwkv_lab.checkpoint import output_checks, stream
 from rwkv_lab.errors import OutputError
-from rwkv_lab.merge import output_checks
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rwkv_lab.checkpoint import FileFacts
+from rwkv_lab.checkpoint.fingerprint import FileFacts
 from rwkv_lab.checkpoint.stream import Findings
 from rwkv_lab.version import __version__
 

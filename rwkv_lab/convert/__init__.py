@@ -1,0 +1,28 @@
+"""Conversion: any format in, any format out."""
+
+from rwkv_lab.convert.convert import convert, run_convert, to_huggingface, to_pth, to_safetensors
+from rwkv_lab.convert.plan import ConvertPlan, ConvertResult, ConvertRow, Dropped, Rounding
+from rwkv_lab.convert.planning import plan_convert
+from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
+from rwkv_lab.convert.targets import target_names
+from rwkv_lab.convert.verify import verify_convert
+from rwkv_lab.convert.writing import write_convert
+
+__all__ = [
+    "ConvertOptions",
+    "ConvertPlan",
+    "ConvertResult",
+    "ConvertRow",
+    "ConvertSpec",
+    "Dropped",
+    "Rounding",
+    "convert",
+    "plan_convert",
+    "run_convert",
+    "target_names",
+    "to_huggingface",
+    "to_pth",
+    "to_safetensors",
+    "verify_convert",
+    "write_convert",
+]

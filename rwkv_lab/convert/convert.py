@@ -1,0 +1,112 @@
+"""`convert`: any format in, any format out. Open, plan from headers, write, compare."""
+
+import os
+import time
+from dataclasses import replace
+
+import torch
+
+from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.convert.plan import ConvertResult
+from rwkv_lab.convert.planning import plan_convert
+from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
+from rwkv_lab.convert.targets import hugging_face_target
+from rwkv_lab.convert.writing import write_convert
+from rwkv_lab.errors import LayoutError
+from rwkv_lab.paths import to_path
+
+AnyPath = str | os.PathLike[str]
+
+
+def convert(
+    source: AnyPath,
+    to: str,
+    out: AnyPath,
+    *,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str = 5 * 10**9,
+    tokenizer: str = "",
+    size: str = "",
+    rescale: int = 0,
+    allow_nonfinite: bool = False,
+    allowed_dir: AnyPath | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    verify: bool = True,
+) -> ConvertResult:
+    """Write a checkpoint in another format, streaming; `out` appears whole or not at all.
+
+    Args:
+        source: a model, adapter or state: .pth, .safetensors, or a folder, also of another ecosystem.
+        to: "transformers", "fla", "world", … for what reads it, or "safetensors" and "pth" for BlinkDL's own names.
+        out: a folder for "transformers", "fla" and "world", a file for the others.
+        dtype: "bf16", "fp16" or "fp32" for every tensor; None keeps each tensor's own.
+        max_shard_size: of a folder, tensor data per file: "2GB", "500MB" or bytes.
+        tokenizer: "world", "bytes" or the path of a vocabulary; "" for what the vocabulary's size tells.
+        size: what the model is called, such as "0.4B"; it is checked against the weights.
+        rescale: halve att.output and ffn.value after every so many layers, and record it.
+        allow_nonfinite: record NaN, Inf and overflow instead of refusing them.
+        allowed_dir: the only folder (with those below it) that the output may go to.
+        overwrite: allow `out` to exist; never allows it to be the source.
+        dry_run: stop after the plan; nothing is written.
+        verify: open the output again and compare every tensor with its source.
+    Returns:
+        The plan, and unless `dry_run` what was written and checked.
+    Raises:
+        ParameterError, LayoutError, OutputError, UnsafeFileError, CorruptFileError: before any tensor data is read.
+        NumericsError: NaN, Inf or overflow on the way; nothing is left behind.
+    """
+    given = dict(locals())
+    spec = ConvertSpec.read({name: given[name] for name in ConvertSpec.model_fields})
+    return run_convert(spec, out, ConvertOptions.read({name: given[name] for name in ConvertOptions.model_fields}))
+
+
+def run_convert(spec: ConvertSpec, out: AnyPath, options: ConvertOptions | None = None) -> ConvertResult:
+    """As `convert`, of a spec.
+
+    Raises:
+        RwkvLabError: as `convert`.
+    """
+    start = time.perf_counter()
+    plan = plan_convert(spec, to_path(out, "out"), options)
+    with plan.checkpoint:
+        planned = time.perf_counter()
+        result = write_convert(plan)
+    return replace(result, seconds={"plan": planned - start, **result.seconds})
+
+
+def to_huggingface(source: AnyPath, out: AnyPath, **options: object) -> ConvertResult:
+    """Write a folder in the layout in which models of this generation are published for Hugging Face's libraries.
+
+    Args:
+        options: as of `convert`.
+    Raises:
+        RwkvLabError: as `convert`; LayoutError for a source that is no whole model.
+    """
+    with open_checkpoint(to_path(source, "source")) as ck:
+        if ck.layout is None:
+            raise LayoutError(f"{ck.path} is no whole model ({ck.kind}): {ck.reason}.")
+        target = hugging_face_target(ck.layout)
+    return convert(source, target, out, **options)  # type: ignore[arg-type]
+
+
+def to_safetensors(source: AnyPath, out: AnyPath, **options: object) -> ConvertResult:
+    """Write one `.safetensors` with BlinkDL's names.
+
+    Args:
+        options: as of `convert`.
+    Raises:
+        RwkvLabError: as `convert`.
+    """
+    return convert(source, "safetensors", out, **options)  # type: ignore[arg-type]
+
+
+def to_pth(source: AnyPath, out: AnyPath, **options: object) -> ConvertResult:
+    """Write a `.pth` with BlinkDL's names.
+
+    Args:
+        options: as of `convert`.
+    Raises:
+        RwkvLabError: as `convert`.
+    """
+    return convert(source, "pth", out, **options)  # type: ignore[arg-type]

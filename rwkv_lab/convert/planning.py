@@ -1,0 +1,285 @@
+"""Plans a conversion: every tensor of the output with its source, from headers alone."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, tensors_of
+from rwkv_lab.checkpoint.dimensions import Shape
+from rwkv_lab.checkpoint.file_layout import file_layout
+from rwkv_lab.checkpoint.foreign_format import RESCALED, ForeignFormat, Place, PlacedRow, placed_rows
+from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
+from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance
+from rwkv_lab.checkpoint.source import BLOCK
+from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
+from rwkv_lab.checkpoint.unchanged import file_states
+from rwkv_lab.checkpoint.write import SINGLE, shard_files, shard_index
+from rwkv_lab.convert.plan import ConvertPlan, ConvertRow, Dropped
+from rwkv_lab.convert.spec import SIZES, ConvertOptions, ConvertSpec
+from rwkv_lab.convert.targets import PLAIN, format_for
+from rwkv_lab.dtypes import short_name
+from rwkv_lab.errors import LayoutError, OutputError, ParameterError
+from rwkv_lab.paths import to_path
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FILE_SUFFIXES = {"pth": (".pth",), "safetensors": (".safetensors", ".st")}  # by container
+
+Tensors = list[tuple[ConvertRow, OutTensor]]
+
+
+def plan_convert(spec: ConvertSpec, out: str | Path, options: ConvertOptions | None = None) -> ConvertPlan:
+    """Work out what a conversion with this spec will do. Read are headers and, for the fingerprint, the first 4 KiB of
+    tensors that carry no checksum. The source stays open in the plan.
+
+    Args:
+        out: path of the output: a folder for Hugging Face's formats, a file for the others.
+        options: how it will be written; what they forbid is refused here.
+    Raises:
+        ParameterError, LayoutError, OutputError, CorruptFileError, UnsafeFileError: what cannot be converted, or not
+            to there.
+    """
+    options = options or ConvertOptions.read({})
+    path = to_path(out, "out").absolute()
+    with ExitStack() as stack:
+        ck = stack.enter_context(open_checkpoint(spec.source))
+        plan = _plan(ck, spec, path, options)
+        stack.pop_all()
+    return plan
+
+
+def _plan(ck: Checkpoint, spec: ConvertSpec, out: Path, options: ConvertOptions) -> ConvertPlan:
+    layout = _layout_of(ck, spec)
+    known = format_for(spec.to, layout) if layout else None
+    spec = _completed(spec, known, layout)
+    container = spec.to if known is None else known.container
+    _check_out(out, container, ck, options)
+    content, dropped, notes, others = _plain(ck, spec.output_dtype), [], [], {}
+    if known is not None and layout is not None:
+        content, dropped = _by_table(ck, spec, known, layout)
+        notes = list(known.notes(layout))
+        if container == "folder":
+            others = _others(known, layout, spec, [tensor for _, tensor in content])
+    _refuse_collisions(content)
+    tensors, source = [tensor for _, tensor in content], file_facts(ck)
+    size = _size(container, tensors, others, spec.max_shard_size, made_from(spec, ck, source))
+    memory = _memory_needed(ck, content)
+    disk_free, memory_free = check_free_space(out, size, memory, "the conversion")
+    return ConvertPlan(
+        spec=spec,
+        options=options,
+        out=out,
+        layout=layout,
+        kind=ck.kind,
+        format=known,
+        container=container,
+        source=source,
+        rows=tuple(row for row, _ in content),
+        dropped=tuple(dropped),
+        output_bytes=size,
+        disk_free=disk_free,
+        memory_needed=memory,
+        memory_free=memory_free,
+        notes=(*notes, *_left_behind(ck)),
+        others=others,
+        checkpoint=ck,
+        states=file_states(ck),
+        tensors=tensors,
+    )
+
+
+def _left_behind(ck: Checkpoint) -> list[str]:
+    """What the source holds and a conversion does not take along, in words."""
+    notes = [f"{name} of the source is not read: {why}." for name, why in ck.ignored.items()]
+    if ck.others:
+        notes.append(
+            f"{len(ck.others)} entries that are no tensors stay behind: {', '.join(map(str, ck.others))[:80]}."
+        )
+    return notes
+
+
+def made_from(spec: ConvertSpec, ck: Checkpoint, source: FileFacts) -> dict[str, str]:
+    """The notes that travel in the output."""
+    made = provenance(spec.recipe(), [source], job="convert")
+    before = source_record(ck)
+    notes = {RECORD: as_text(made | ({"source": before} if before else {}))}
+    return notes | ({RESCALED: str(spec.rescale)} if spec.rescale else {})
+
+
+def source_record(ck: Checkpoint) -> dict[str, Any] | None:
+    """The provenance that the source carries, None where it has none."""
+    try:
+        record = json.loads(ck.metadata[RECORD])
+    except (KeyError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _layout_of(ck: Checkpoint, spec: ConvertSpec) -> Layout | None:
+    """Of a whole model; None of what only `PLAIN` targets take.
+
+    Raises:
+        LayoutError: neither.
+    """
+    if ck.kind in ("converted", "unsupported", "unknown"):
+        raise LayoutError(f"{ck.path} cannot be converted: {ck.reason}.")
+    if ck.kind == "model":
+        return ck.layout
+    if spec.to not in PLAIN:
+        raise LayoutError(
+            f"to={spec.to!r} takes whole models; {ck.path} is of kind {ck.kind!r}: {ck.reason}.\n"
+            f"It can be written as {' or '.join(PLAIN)}."
+        )
+    return None
+
+
+def _completed(spec: ConvertSpec, known: ForeignFormat | None, layout: Layout | None) -> ConvertSpec:
+    """The spec with what the target decides filled in.
+
+    Raises:
+        ParameterError: options that do not go with the target or the weights.
+    """
+    if spec.size and layout and (layout.n_layer, layout.n_embd) not in SIZES[spec.size]:
+        wanted = " or ".join(f"{n} layers of {c} channels" for n, c in SIZES[spec.size])
+        raise ParameterError(
+            f"size={spec.size!r}: such a model has {wanted}; the weights have {layout.n_layer} layers of "
+            f"{layout.n_embd} channels."
+        )
+    if spec.rescale and (known is None or not known.rescales):
+        raise ParameterError(f"rescale={spec.rescale}: to={spec.to!r} has no place for rescaled weights.")
+    if known is None or known.dtype is None:
+        return spec
+    name = short_name(known.dtype)
+    if spec.dtype not in (None, name):
+        raise ParameterError(f"dtype={spec.dtype!r}: the readers of {spec.to} take {name} only.")
+    return spec.changed(dtype=name)
+
+
+def _check_out(out: Path, container: str, ck: Checkpoint, options: ConvertOptions) -> None:
+    """Refuse an output of the wrong kind, or one that may not be written.
+
+    Raises:
+        OutputError, ParameterError: says why.
+    """
+    if container == "folder":
+        if out.suffix in (".pth", ".safetensors", ".st", ".gguf", ".bin"):
+            raise ParameterError(f"out={str(out)!r}: a folder is written; name it without {out.suffix}")
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out} is a file; name a folder")
+        sources = [file.path.resolve() for file in ck.files]
+        if any(source.is_relative_to(out.resolve()) for source in sources):
+            raise OutputError(f"{out} holds the source {ck.path}; inputs are never written to")
+    else:
+        suffixes = FILE_SUFFIXES[container]
+        if out.suffix not in suffixes:
+            raise ParameterError(f"out={str(out)!r}: its name must end in {' or '.join(suffixes)}")
+        if out.is_dir():
+            raise OutputError(f"{out} is a folder; name a file in it, such as {out / ('model' + suffixes[0])}")
+    check_output(out, [ck], options.allowed_dir, options.overwrite)
+
+
+def _plain(ck: Checkpoint, dtype: torch.dtype | None) -> Tensors:
+    """Every tensor under BlinkDL's name."""
+    content = []
+    for name, info in ck.info.items():
+        wanted = dtype if dtype and info.dtype.is_floating_point else info.dtype
+        content.append(_copied(name, (name,), info, info.shape, wanted))
+    return content
+
+
+def _by_table(ck: Checkpoint, spec: ConvertSpec, known: ForeignFormat, layout: Layout) -> tuple[Tensors, list[Dropped]]:
+    """Every tensor under the format's name, and those that it has no place for.
+
+    Raises:
+        LayoutError: a tensor that is no float, or that the table does not have.
+    """
+    odd = next((t for t in ck.info.values() if t.dtype not in _FLOATS), None)
+    if odd is not None:
+        raise LayoutError(f"{odd.name} in {ck.path} is {odd.dtype}; weights must be floats of 16 bits or more.")
+    required, optional = tensors_of(layout, ck.info)
+    shapes, dropped = required | optional, [Dropped(n, why) for n in ck.info if (why := known.why_dropped(n))]
+    left = {name: info for name, info in ck.info.items() if not known.why_dropped(name)}
+    content = []
+    for placed in placed_rows(known, left, layout.n_layer):
+        at = Place(placed.layer, layout.head_size, spec.rescale)
+        infos = [left.pop(name) for name in placed.ours]
+        content.append(_transformed(placed, infos, [shapes[name] for name in placed.ours], at, spec.output_dtype))
+    if left:
+        raise LayoutError(
+            f"{len(left)} tensors of {ck.path} have no place in {known.described}: {', '.join(list(left)[:5])}.\n"
+            "Remove them, or write safetensors or pth."
+        )
+    return content, dropped
+
+
+def _copied(
+    name: str, sources: tuple[str, ...], info: TensorInfo, shape: Shape, dtype: torch.dtype
+) -> tuple[ConvertRow, OutTensor]:
+    """A tensor whose elements keep their order."""
+    same = dtype == info.dtype
+    tensor = OutTensor(name, shape, dtype, source=info, compute=None if same else info.blocks)
+    return ConvertRow(name, sources, "copy" if same else "cast", shape, dtype, tensor.nbytes), tensor
+
+
+def _transformed(
+    placed: PlacedRow, infos: list[TensorInfo], shapes: list[Shape], at: Place, dtype: torch.dtype | None
+) -> tuple[ConvertRow, OutTensor]:
+    """A tensor of the format from one or several of ours, in BlinkDL's shapes whatever the source's are."""
+    forward = placed.row.transform.forward
+    ours = [torch.empty(shape, dtype=info.dtype, device="meta") for shape, info in zip(shapes, infos, strict=True)]
+    theirs = forward(ours, at)
+    shape, wanted = tuple(theirs.shape), dtype or theirs.dtype
+    if (theirs is ours[0] or theirs._base is ours[0]) and theirs.is_contiguous() and theirs.numel() == ours[0].numel():
+        return _copied(placed.theirs, placed.ours, infos[0], shape, wanted)
+
+    def compute() -> Iterator[torch.Tensor]:
+        values = [info.read().reshape(shape) for info, shape in zip(infos, shapes, strict=True)]
+        yield forward(values, at).contiguous().flatten()
+
+    tensor = OutTensor(placed.theirs, shape, wanted, compute=compute)
+    action = placed.row.transform.described
+    return ConvertRow(placed.theirs, placed.ours, action, shape, wanted, tensor.nbytes), tensor
+
+
+def _refuse_collisions(content: Tensors) -> None:
+    owner: dict[str, tuple[str, ...]] = {}
+    for row, _ in content:
+        if row.name in owner:
+            raise LayoutError(f"{', '.join(owner[row.name])} and {', '.join(row.sources)} would both be {row.name}.")
+        owner[row.name] = row.sources
+
+
+def _others(known: ForeignFormat, layout: Layout, spec: ConvertSpec, tensors: Sequence[OutTensor]) -> dict[str, bytes]:
+    """The files of a folder beside those of tensors."""
+    others: dict[str, bytes] = {}
+    if known.config is not None:
+        bytes_of = Counter[torch.dtype]()
+        for t in tensors:
+            bytes_of[t.dtype] += t.nbytes
+        config = known.config(layout, bytes_of.most_common(1)[0][0])
+        config |= {RESCALED: spec.rescale} if spec.rescale else {}
+        others["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    return others
+
+
+def _size(
+    container: str, tensors: Sequence[OutTensor], others: Mapping[str, bytes], limit: int, notes: dict[str, str]
+) -> int:
+    """Bytes of the output, exactly."""
+    if container != "folder":
+        return file_layout(container, tensors, notes).size
+    shards = shard_files(tensors, limit)
+    size = sum(file_layout("safetensors", shard, notes).size for shard in shards.values())
+    index = b"" if list(shards) == [SINGLE] else shard_index(shards)
+    return size + len(index) + sum(map(len, others.values()))
+
+
+def _memory_needed(ck: Checkpoint, content: Tensors) -> int:
+    """Upper bound of the anonymous memory: each thread's blocks, and tensors that are transformed whole."""
+    whole = max((t.nbytes for row, t in content if row.action not in ("copy", "cast")), default=0)
+    gathered = max((t.gathered for t in ck.info.values()), default=0)
+    return WORKERS * (48 * BLOCK + 3 * whole + gathered)

@@ -1,0 +1,95 @@
+"""What a conversion takes: `ConvertSpec` decides the bytes of the output, `ConvertOptions` how the job runs."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+
+from rwkv_lab.convert.targets import target_names
+from rwkv_lab.dtypes import in_short, to_dtype
+from rwkv_lab.paths import path_fault
+from rwkv_lab.spec import OneOf, Spec
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+SIZES = {  # name -> (layers, channels) of the models that are called so
+    "169M": [(12, 768)],
+    "430M": [(24, 1024)],
+    "1B5": [(24, 2048)],
+    "3B": [(32, 2560)],
+    "7B": [(32, 4096)],
+    "14B": [(40, 5120)],
+    "0.1B": [(12, 768)],
+    "0.4B": [(24, 1024)],
+    "1.5B": [(24, 2048)],
+    "1B6": [(24, 2048)],
+    "1.6B": [(24, 2048)],
+    "2.9B": [(32, 2560)],
+    "7.2B": [(32, 4096)],
+    "7B6": [(32, 4096)],
+    "13.3B": [(61, 4096)],
+}
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError("it should be a path")
+    fault = path_fault(os.fsdecode(value))
+    if fault:
+        raise ValueError(fault)
+    return Path(value).expanduser().absolute()
+
+
+def _bytes(value: Any) -> Any:
+    """A number of bytes from "2GB" or "500 MB"; powers of ten, as in transformers; KiB, MiB, GiB are powers of two."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+    if not found or found[2].upper() not in _UNITS:
+        raise ValueError('it should be a size such as "2GB" or "500MB"')
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+AbsolutePath = Annotated[Path, BeforeValidator(_path)]
+
+
+class ConvertSpec(Spec):
+    """What decides the bytes of a converted checkpoint."""
+
+    source: AbsolutePath = Field(description="a model, adapter or state: file or folder, of any format that is read")
+    to: Annotated[str, OneOf(target_names)] = Field(description="the format to write")
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, BeforeValidator(in_short)] = Field(
+        None, description="bf16, fp16 or fp32 for every tensor; empty: each keeps its own"
+    )
+    max_shard_size: Annotated[int, BeforeValidator(_bytes), Field(ge=1)] = Field(
+        5 * 10**9, description='of a folder: tensor data per file, "2GB", "500MB" or a number of bytes'
+    )
+    tokenizer: str = Field("", description="world, bytes or a vocabulary file; empty: what the vocabulary size tells")
+    size: Annotated[str, OneOf(lambda: ["", *SIZES])] = Field(
+        "", description="what the model is called, 0.4B; it is checked against the weights; empty: nothing is checked"
+    )
+    rescale: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="halve att.output and ffn.value after every so many layers, for consumers that expect it; 0: never",
+    )
+    allow_nonfinite: bool = Field(False, description="record NaN, Inf and overflow instead of refusing them")
+
+    @property
+    def output_dtype(self) -> torch.dtype | None:
+        """The dtype of every tensor of the output; None: each keeps its own."""
+        return None if self.dtype is None else to_dtype(self.dtype)
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything but the source, JSON-ready: what the provenance records."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name != "source"}
+
+
+class ConvertOptions(Spec):
+    """How a conversion runs. None of it changes a tensor of the output."""
+
+    allowed_dir: AbsolutePath | None = Field(None, description="the only folder that the output may go to; empty: any")
+    overwrite: bool = Field(False, description="replace the output if it is there; never an input")
+    dry_run: bool = Field(False, description="stop after the plan")
+    verify: bool = Field(True, description="open the output again and compare every tensor with its source")

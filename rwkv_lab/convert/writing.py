@@ -1,0 +1,113 @@
+"""A plan carried out: tensors streamed into the output, which appears whole or not at all."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from rwkv_lab.checkpoint import file_facts
+from rwkv_lab.checkpoint.file_layout import file_layout
+from rwkv_lab.checkpoint.numerics import round_to
+from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
+from rwkv_lab.checkpoint.stream import Findings, OutTensor
+from rwkv_lab.checkpoint.write import shard_files, write_folder, write_stream
+from rwkv_lab.checks import Check
+from rwkv_lab.convert.plan import ConvertPlan, ConvertResult, Rounding
+from rwkv_lab.convert.planning import made_from
+from rwkv_lab.convert.verify import verify_convert
+from rwkv_lab.progress import human_bytes
+
+log = logging.getLogger(__name__)
+
+
+def write_convert(plan: ConvertPlan) -> ConvertResult:
+    """Carry out a plan, and unless its options say otherwise compare the output with the source.
+
+    Raises:
+        ParameterError: the source has changed since the plan was made.
+        OutputError: `out` cannot be written there, or not any more.
+        NumericsError: NaN, Inf or overflow, unless `allow_nonfinite`; nothing is left behind.
+    """
+    if plan.options.dry_run:
+        return ConvertResult(plan)
+    with plan.source_opened():
+        check_output(plan.out, [plan.checkpoint], plan.options.allowed_dir, plan.options.overwrite)
+        check_free_space(plan.out, plan.output_bytes, plan.memory_needed, "the conversion")
+        log.info("%s: %d tensors, %s", plan.spec.to, len(plan.rows), human_bytes(plan.output_bytes))
+        start = time.perf_counter()
+        rounding: dict[str, Rounding] = {}
+        findings = _write(plan, [_counted(t, rounding) for t in plan.tensors])
+        seconds = {"write": time.perf_counter() - start}
+    written = file_facts(plan.out)
+    result = ConvertResult(
+        plan,
+        (written,),
+        _checks(plan, findings),
+        tuple(rounding[t.name] for t in plan.tensors if t.name in rounding),
+        seconds,
+    )
+    if not plan.options.verify:
+        return result
+    start = time.perf_counter()
+    checks = tuple(verify_convert(result))
+    return replace(result, checks=(*result.checks, *checks), seconds=seconds | {"verify": time.perf_counter() - start})
+
+
+def _write(plan: ConvertPlan, tensors: Sequence[OutTensor]) -> list[Findings]:
+    notes = made_from(plan.spec, plan.checkpoint, plan.source)
+    overwrite, refuse = plan.options.overwrite, not plan.spec.allow_nonfinite
+    if plan.container == "folder":
+        shards = shard_files(tensors, plan.spec.max_shard_size)
+        return write_folder(plan.out, shards, notes, plan.others, overwrite, lambda t: True, refuse)
+    layout = file_layout(plan.container, tensors, notes)
+    return write_stream(plan.out, tensors, layout, overwrite, lambda t: True, refuse)
+
+
+def _counted(t: OutTensor, rounding: dict[str, Rounding]) -> OutTensor:
+    """The tensor; where it is cast, it counts meanwhile what becomes of its values."""
+    if t.compute is None:
+        return t
+    compute = t.compute
+
+    def counting() -> Iterator[torch.Tensor]:
+        total = Rounding(t.name, 0)
+        for values in compute():
+            if values.dtype != t.dtype:
+                total = _add(total, values, t.dtype)
+            yield values
+        if total.values:
+            rounding[t.name] = total
+
+    return replace(t, compute=counting)
+
+
+def _add(total: Rounding, values: torch.Tensor, dtype: torch.dtype) -> Rounding:
+    after = round_to(values, dtype).to(values.dtype)
+    changed = after != values
+    overflow = int((after.isinf() & values.isfinite()).sum())
+    flushed = int(((after == 0) & changed & ~values.isnan()).sum())
+    nan = int(values.isnan().sum())
+    return Rounding(
+        total.name,
+        total.values + values.numel(),
+        total.rounded + int(changed.sum()) - overflow - flushed - nan,
+        total.overflow + overflow,
+        total.flushed + flushed,
+    )
+
+
+def _checks(plan: ConvertPlan, findings: Iterable[Findings]) -> tuple[Check, ...]:
+    allowed, count = plan.spec.allow_nonfinite, len(list(findings))
+    paths = [plan.out, *plan.out.iterdir()] if plan.out.is_dir() else [plan.out]
+    written = sum(path.stat().st_size for path in paths if path.is_file())
+    return (
+        Check(
+            f"tensors with NaN, Inf or overflow, of {len(plan.rows)}",
+            count,
+            "any: allow_nonfinite" if allowed else 0,
+            allowed or not count,
+        ),
+        Check("size of the output, bytes", written, plan.output_bytes, written == plan.output_bytes),
+    )
