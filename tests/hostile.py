@@ -266,15 +266,10 @@ def _(folder):
 
 for _prefix in ("module.", "base_model.model."):
 
-    @case(15, f"LoRA with the prefix {_prefix}", "LayoutError", rf"0 of 20 (.|\n)*{_prefix}")
+    @case(15, f"fine-tune with and without the prefix {_prefix}", "LayoutError", rf"{_prefix}(.|\n)*two models")
     def _(folder, prefix=_prefix):
-        lora = {prefix + n: t for n, t in random_lora(full=False).items()}
-        return arguments(folder, tuned=saved(folder, "lora.pth", lora), alpha=8.0)
-
-
-@case(15, "fine-tune with the prefix module.", "LayoutError", r"0 of 69 (.|\n)*module\.")
-def _(folder):
-    return arguments(folder, tuned=saved(folder, "t.pth", {f"module.{n}": t for n, t in random_model().items()}))
+        both = random_model() | {prefix + n: t for n, t in random_model().items()}
+        return arguments(folder, tuned=saved(folder, "t.pth", both))
 
 
 @case(15, "LoRA of nothing in the base", "LayoutError", "0 of 2 tensors matched")

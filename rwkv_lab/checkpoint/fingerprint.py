@@ -39,7 +39,7 @@ def file_facts(source: str | Path | Checkpoint, hash: str = "records") -> FileFa
             for offset in range(0, file.size, 1 << 20):
                 digest.update(file.read(offset, min(1 << 20, file.size - offset)))
     else:
-        for t in source.info.values():
+        for t in source.stored.values():
             digest.update(f"{t.name}\0{t.shape}\0{t.dtype}\0{t.file.size}\0{t.crc32}\n".encode())
             if t.crc32 is None:
                 digest.update(t.file.read(t.offset, min(SAMPLE, t.span)))

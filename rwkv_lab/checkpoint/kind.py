@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from rwkv_lab.checkpoint.layout import (
     Layout,
     Shape,
-    common_prefix,
     detect_layout,
     possible_versions,
     unsupported_variant,
 )
+from rwkv_lab.checkpoint.prefixes import bare_names, removed_prefixes
 from rwkv_lab.checkpoint.tensors import Misfit, compare
+from rwkv_lab.checkpoint.unmerged import split_unmerged
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.names import split_block
 
@@ -28,11 +29,12 @@ _ADAPTER_MARKS = [
 
 @dataclass(frozen=True)
 class Identity:
-    kind: str  # "model", "partial", "state", "lora", "pissa", "pissa-init", "miss", …, "converted" or "unknown"
+    # "model", "unmerged", "partial", "state", "lora", "pissa", "pissa-init", "miss", …, "converted" or "unknown"
+    kind: str
     layout: Layout | None  # for whole models, and partial ones that still show their dimensions
-    reason: str  # why there is no layout, or what a partial model lacks; "" for a whole model
+    reason: str  # why there is no layout, or what keeps it from being a whole model; "" for a whole model
     evidence: tuple[str, ...]  # names and shapes that decided
-    prefix: str  # wrapper prefix that every name carries, "" if none
+    prefix: str  # of wrappers, taken off the names; "" if none, several are joined by " and "
     misfit: Misfit | None  # how a "model" or "partial" differs from a whole model of its layout
 
 
@@ -49,9 +51,9 @@ def identify(
         adapter_config: of an adapter folder.
         metadata: of the file.
     """
-    names = [*shapes, *others]
-    prefix = common_prefix(list(shapes))
-    bare = {n.removeprefix(prefix): s for n, s in shapes.items()}
+    short = bare_names(shapes, "the file")
+    prefix = " and ".join(removed_prefixes(short))
+    bare = {short[n]: s for n, s in shapes.items()}
 
     def plain(kind: str, reason: str, *evidence: str) -> Identity:
         return Identity(kind, None, reason, evidence, prefix, None)
@@ -66,6 +68,9 @@ def identify(
         nested = next((key for key, value in others.items() if isinstance(value, dict)), None)
         hint = f"; it has {nested!r}, a dict of its own: save that one by itself" if nested else ""
         return plain("unknown", f"there is no tensor at its top level{hint}")
+    unmerged = _unmerged(bare, prefix)
+    if unmerged is not None:
+        return unmerged
     for kind, pattern in _ADAPTER_MARKS:
         name = next((n for n in shapes if re.search(pattern, n)), None)
         if name and kind == "pissa-init" and any(re.search(r"\.lora_[AB]$", n) for n in shapes):
@@ -78,7 +83,7 @@ def identify(
     states = [n for n in shapes if n.endswith(".time_state")]
     if len(states) == len(shapes):
         return plain("state", "a tuned state, not a whole model", f"{states[0]} {list(shapes[states[0]])}")
-    variant = unsupported_variant([n.removeprefix(prefix) for n in names])
+    variant = unsupported_variant([*bare, *map(str, others)])
     if variant:
         kind = "converted" if variant[1] == "_strategy" else "unsupported"
         return plain(kind, f"not supported: {variant[0]}", variant[1])
@@ -96,6 +101,26 @@ def identify(
         reason = f"{len(lacks)} tensors are missing or of another shape, first {lacks[0]}"
         return Identity("partial", layout, reason, layout.evidence, prefix, misfit)
     return Identity("model", layout, "", layout.evidence, prefix, misfit)
+
+
+def _unmerged(shapes: Mapping[str, Shape], prefix: str) -> Identity | None:
+    """Of a whole model with an adapter beside its weights."""
+    parts = split_unmerged(shapes)
+    if parts is None:
+        return None
+    frozen = {name: shapes[here] for name, here in parts.frozen.items()}
+    try:
+        layout = detect_layout(frozen)
+    except LayoutError:
+        return None
+    misfit = compare(layout, frozen)
+    if misfit.missing or misfit.wrong:
+        return None
+    called = ", ".join(repr(name) for name in parts.adapters if name)
+    several = f"adapters {called}" if len(parts.adapters) > 1 else f"an adapter{f' {called}' if called else ''}"
+    evidence = next(here for names in parts.adapters.values() for here in names.values())
+    reason = f"{several} beside the frozen weights, not merged into them"
+    return Identity("unmerged", layout, reason, (*layout.evidence, evidence), prefix, misfit)
 
 
 def _stated_method(metadata: Mapping[str, str]) -> str:

@@ -13,7 +13,6 @@ __all__ = [
     "UNUSED_IN_LAYER_0",
     "Layout",
     "Shape",
-    "common_prefix",
     "detect_layout",
     "possible_versions",
     "same_shape",
@@ -41,20 +40,6 @@ _VARIANTS = [
     (r"^blocks\.\d+\.ffn\.s_emb", "RWKV-7a (DeepEmbed)"),
     (r"^(model\.layers|rwkv\.blocks|model\.embeddings)\.", _HUGGING_FACE),
 ]
-
-_PREFIXES = ("_forward_module.", "module.", "model.")
-
-
-def common_prefix(names: Mapping[str, object] | list[str]) -> str:
-    """The wrapper prefix (`module.`, `model.`, `_forward_module.`, or several) that every name carries, "" if none."""
-    names, found = list(names), ""
-    while names:
-        here = next((p for p in _PREFIXES if all(n.startswith(found + p) for n in names)), None)
-        # `model.layers.…` and `model.embeddings.…` are Hugging Face names, not a wrapped BlinkDL model.
-        if here is None or any(n.startswith((found + "model.layers.", found + "model.embeddings.")) for n in names):
-            break
-        found += here
-    return found
 
 
 def unsupported_variant(names: list[str]) -> tuple[str, str] | None:

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from rwkv_lab.checkpoint.foreign_format import Facts, ForeignFormat, present
 from rwkv_lab.checkpoint.format import format_of
 from rwkv_lab.checkpoint.kind import Identity, identify
 from rwkv_lab.checkpoint.layout import Layout
+from rwkv_lab.checkpoint.prefixes import bare_names, removed_prefixes
 from rwkv_lab.checkpoint.source import SourceFile, TensorInfo
+from rwkv_lab.checkpoint.unmerged import Unmerged, split_unmerged
 from rwkv_lab.errors import CorruptFileError, LayoutError, UnsafeFileError
 from rwkv_lab.paths import to_path
 
@@ -35,7 +38,10 @@ class Checkpoint:
         self.path = path
         self.format = ""  # "pth", "safetensors", "folder" or "adapter"
         self.files: list[SourceFile] = []
-        self.info: dict[str, TensorInfo] = {}  # in file order
+        self.stored: dict[str, TensorInfo] = {}  # in file order, under the names in the file
+        self.info: dict[str, TensorInfo] = {}  # the same under their names in a model, without prefixes of wrappers
+        self.prefixes: dict[str, int] = {}  # what was taken off the names, and off how many
+        self.part = ""  # what `info` was narrowed down to: "frozen" or "adapter …", of kind "unmerged"
         self.others: dict[str, object] = {}  # entries of a .pth that are no tensors
         self.metadata: dict[str, str] = {}  # of a .safetensors, and what rwkv_lab wrote beside the tensors of a .pth
         self.adapter_config: dict | None = None  # of an adapter folder
@@ -83,6 +89,30 @@ class Checkpoint:
         for file in self.files:
             file.reopen()
 
+    def keep_frozen(self) -> None:
+        """Of kind "unmerged": go on with the frozen model alone, under its own names."""
+        self._keep("frozen", self._unmerged().frozen)
+
+    def keep_adapter(self, name: str | None = None) -> None:
+        """Of kind "unmerged": go on with an adapter alone, under the names that a file of its own would have.
+
+        Args:
+            name: of the adapter; None for the only one.
+        Raises:
+            ParameterError: there are several, or none of that name.
+        """
+        parts = self._unmerged().adapter(name, str(self.path))
+        self._keep("adapter" if name is None else f"adapter {name}", parts)
+
+    def _unmerged(self) -> Unmerged:
+        parts = split_unmerged(self.info)
+        assert parts is not None, f"{self.path} is of kind {self.kind}"
+        return parts
+
+    def _keep(self, part: str, names: dict[str, str]) -> None:
+        self.part, self.info = part, {name: self.info[here] for name, here in names.items()}
+        self.__dict__.pop("identity", None)
+
     @property
     def bytes(self) -> int:
         """Size of the file, or of the files of a folder that hold tensors."""
@@ -90,12 +120,14 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> Identity:
-        return identify({n: t.shape for n, t in self.info.items()}, self.others, self.adapter_config, self.metadata)
+        shapes = {n: t.shape for n, t in self.info.items()}
+        found = identify(shapes, self.others, self.adapter_config, self.metadata)
+        return replace(found, prefix=" and ".join(self.prefixes))
 
     @property
     def kind(self) -> str:
-        """ "model", "partial", "state", "lora", "pissa", "pissa-init", "miss", "converted", "unsupported" or
-        "unknown"."""
+        """ "model", "unmerged" (a model and its adapter side by side), "partial", "state", "lora", "pissa",
+        "pissa-init", "miss", "converted", "unsupported" or "unknown"."""
         return self.identity.kind
 
     @property
@@ -116,12 +148,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a torch zip `.pth`, a `.safetensors`, a Hugging Face folder (one file, or shards with their index) or an
     adapter folder. Tensors of a foreign format (`rwkv_lab.checkpoint.formats`) come under BlinkDL's names.
 
-    Only headers are read. No pickle is ever run.
+    Only headers are read. No pickle is ever run. Prefixes of wrappers (`module.`, `_orig_mod.`, …) are taken off the
+    names; `prefixes` has them.
 
     Raises:
         CorruptFileError: missing, truncated, or not a checkpoint.
         UnsafeFileError: a pickle that would run code, or an index that leads out of its folder.
-        LayoutError: a folder without a checkpoint, or an index that disagrees with its shards.
+        LayoutError: a folder without a checkpoint, an index that disagrees with its shards, or two names that are the
+            same without prefixes.
         ParameterError: no path.
     """
     path = to_path(path, "checkpoint")
@@ -131,6 +165,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             _open_folder(ck, path)
         else:
             _open_file(ck, path)
+        _name_tensors(ck)
         _present(ck)
     except OSError as e:  # a name that is too long, a folder that may not be listed, a disk that fails
         ck.close()
@@ -172,12 +207,19 @@ def _open_file(ck: Checkpoint, path: Path) -> None:
     ck.others |= header.others
     ck.metadata |= header.metadata
     tensors = header.tensors
-    twice = next((n for n in tensors if n in ck.info), None)
+    twice = next((n for n in tensors if n in ck.stored), None)
     if twice:
         raise LayoutError(
-            f"{path}: {twice} is in {ck.info[twice].file.path.name} too; a tensor may be in one file only"
+            f"{path}: {twice} is in {ck.stored[twice].file.path.name} too; a tensor may be in one file only"
         )
-    ck.info |= tensors
+    ck.stored |= tensors
+
+
+def _name_tensors(ck: Checkpoint) -> None:
+    """Fill `ck.info`."""
+    bare = bare_names(ck.stored, str(ck.path))
+    ck.info = {bare[name]: info for name, info in ck.stored.items()}
+    ck.prefixes = removed_prefixes(bare)
 
 
 def _not_a_checkpoint(path: Path, head: bytes, size: int) -> Exception:
@@ -239,11 +281,11 @@ def _open_shards(ck: Checkpoint, folder: Path, index: Path) -> None:
     for shard in shards:
         _open_file(ck, folder / shard)
     for name, shard in weight_map.items():
-        if name not in ck.info or ck.info[name].file.path.name != shard:
+        if name not in ck.stored or ck.stored[name].file.path.name != shard:
             raise LayoutError(f"{index} lists {name} in {shard}; it is not there")
-    unlisted = [n for n in ck.info if n not in weight_map]
+    unlisted = [n for n in ck.stored if n not in weight_map]
     if unlisted:
-        raise LayoutError(f"{index} does not list {unlisted[0]}, which is in {ck.info[unlisted[0]].file.path.name}")
+        raise LayoutError(f"{index} does not list {unlisted[0]}, which is in {ck.stored[unlisted[0]].file.path.name}")
 
 
 def _stays_in(target: Path, folders: list[Path]) -> bool:

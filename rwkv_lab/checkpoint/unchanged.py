@@ -58,5 +58,5 @@ def refuse_changed_header(ck: Checkpoint) -> None:
 
 
 def _header(ck: Checkpoint) -> tuple[object, ...]:
-    tensors = [(t.name, t.shape, t.dtype, t.file.path, t.offset, t.stride, t.crc32) for t in ck.info.values()]
+    tensors = [(t.name, t.shape, t.dtype, t.file.path, t.offset, t.stride, t.crc32) for t in ck.stored.values()]
     return tensors, ck.metadata, ck.adapter_config

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint
 from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.merge.inputs import value_of
 from rwkv_lab.merge.spec import MergeSpec
 from rwkv_lab.peft.adapter import Adapter, refuse_overlap
 from rwkv_lab.peft.files import read_adapter
@@ -63,11 +63,6 @@ def read_adapters(tuned: Sequence[Checkpoint], init: Sequence[Checkpoint | None]
         _quant(adapters, spec.parameters.get("quant")),
         bool(spec.parameters.get("unmerge")),
     )
-
-
-def value_of(given: Any, i: int) -> Any:
-    """What was given for the i-th adapter."""
-    return given[i] if isinstance(given, list) else given
 
 
 def _quant(adapters: Sequence[Adapter], given: str | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, expected_tensors
-from rwkv_lab.checkpoint.layout import common_prefix, possible_versions, same_shape
+from rwkv_lab.checkpoint.layout import possible_versions, same_shape
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.patterns import matches_any
 
@@ -21,10 +21,6 @@ def check_base(base: Checkpoint, allow_extra: Sequence[str]) -> Layout:
     identity, misfit = base.identity, base.identity.misfit
     if identity.layout is None or misfit is None:
         raise LayoutError(f"the base {base.path} is not a whole RWKV model (kind {base.kind!r}): {base.reason}")
-    if identity.prefix:
-        raise LayoutError(
-            f"every name in the base {base.path} begins with {identity.prefix!r}; save it without that prefix"
-        )
     if misfit.missing:
         more = f" and {len(misfit.missing) - 10} more" if len(misfit.missing) > 10 else ""
         raise LayoutError(
@@ -53,6 +49,8 @@ def refuse_same_file(base: Checkpoint, tuned: Sequence[Checkpoint]) -> None:
     cks = [base, *tuned]
     for j, later in enumerate(cks):
         for i in range(j):
+            if cks[i].part != later.part:
+                continue  # of a file that holds a model and adapters, different parts
             if any(os.path.samestat(os.fstat(a.fd), os.fstat(b.fd)) for a in cks[i].files for b in later.files):
                 hint = "; the output would be the base" if len(cks) == 2 else "; each model counts once"
                 raise ParameterError(f"{called[i]} and {called[j]} are the same file {later.path}{hint}")
@@ -113,7 +111,7 @@ def check_full_tensors(
     """
     known = expected_tensors(layout)[1]  # optional ones, which the base may lack: time_state, layer 0's v0, v1, v2
     extra = [n for n in tensors if n not in base.info and n not in known]
-    refuse_prefix(extra, tensors, base)
+    refuse_no_match(extra, tensors, base)
     refused = [n for n in extra if not matches_any(n, allow_extra)]
     if refused:
         raise LayoutError(
@@ -127,14 +125,23 @@ def check_full_tensors(
             raise LayoutError(f"{name} has shape {list(info.shape)} in {tuned.path} and {list(wanted)} in the base")
 
 
-def refuse_prefix(unmatched: list[str], all_names: Mapping[str, TensorInfo], base: Checkpoint) -> None:
-    """Where no name matches and all carry a wrapper's prefix, say so: the classic merge that does nothing."""
-    if not unmatched or len(unmatched) < len(all_names):
-        return
-    prefix = common_prefix(unmatched)
-    if not prefix and all(n.startswith("base_model.model.") for n in unmatched):
-        prefix = "base_model.model."
-    hint = (
-        f"Their names begin with {prefix!r}; save them without it." if prefix else f"The base has {next(iter(base))}, …"
+def refuse_no_match(unmatched: list[str], all_names: Mapping[str, TensorInfo], base: Checkpoint) -> None:
+    """Where no name at all matches, say so: the classic merge that does nothing.
+
+    Raises:
+        LayoutError: with a name of each.
+    """
+    if unmatched and len(unmatched) == len(all_names):
+        raise LayoutError(
+            f"0 of {len(all_names)} tensors matched the base; first {unmatched[0]}.\nThe base has {next(iter(base))}, …"
+        )
+
+
+def notes_on_names(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """Which prefixes of wrappers were taken off the names; of an adapter folder they are what peft always writes."""
+    return tuple(
+        f"{ck.path.name}: the prefix {prefix} was taken off {count} of its {len(ck)} names."
+        for ck in checkpoints
+        if ck.adapter_config is None
+        for prefix, count in ck.prefixes.items()
     )
-    raise LayoutError(f"0 of {len(all_names)} tensors matched the base; first {unmatched[0]}.\n{hint}")

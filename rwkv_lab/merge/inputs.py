@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from os.path import samefile
 from pathlib import Path
+from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, file_facts, open_checkpoint
 from rwkv_lab.checkpoint.unchanged import FileState, file_states, refuse_changed, refuse_changed_header
-from rwkv_lab.errors import ParameterError
+from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.merge.spec import MergeSpec
 
 
@@ -67,6 +69,18 @@ class MergeInputs:
             ck.close()
 
 
+def merged_in_itself(spec: MergeSpec) -> MergeSpec:
+    """The spec; of a base alone that has its adapter beside its weights, with that adapter as `tuned`.
+
+    Raises:
+        CorruptFileError, UnsafeFileError, LayoutError: as `open_checkpoint`.
+    """
+    if spec.tuned or spec.method not in ("auto", "lora", "pissa", "miss", "adapters"):
+        return spec
+    with open_checkpoint(spec.base) as base:
+        return spec.changed(tuned=(spec.base,)) if base.kind == "unmerged" else spec
+
+
 def open_inputs(spec: MergeSpec) -> MergeInputs:
     """Open the base, the tuned files and, of PiSSA adapters, what they started from. Only headers are read.
 
@@ -77,6 +91,7 @@ def open_inputs(spec: MergeSpec) -> MergeInputs:
     with ExitStack() as stack:
         base = stack.enter_context(open_checkpoint(spec.base))
         tuned, init = open_tuned(spec, stack)
+        base = _frozen_base(base, tuned, stack)
         states = tuple(state for ck in (base, *tuned, *init) if ck is not None for state in file_states(ck))
         stack.pop_all()
     return MergeInputs(base, tuned, init, states)
@@ -90,8 +105,41 @@ def open_tuned(spec: MergeSpec, stack: ExitStack) -> tuple[tuple[Checkpoint, ...
     """
     paths = init_paths(spec.pissa_init, len(spec.tuned))
     tuned = tuple(stack.enter_context(open_checkpoint(path)) for path in spec.tuned)
+    for i, ck in enumerate(tuned):
+        if ck.kind == "unmerged":
+            ck.keep_adapter(value_of(spec.parameters.get("adapter"), i))
     init = tuple(None if path is None else stack.enter_context(open_checkpoint(path)) for path in paths)
     return tuned, init
+
+
+def _frozen_base(base: Checkpoint, tuned: Sequence[Checkpoint], stack: ExitStack) -> Checkpoint:
+    """The base; where a tuned file holds the frozen model that its adapter belongs to, that model.
+
+    Raises:
+        LayoutError: a base with an adapter of its own that is not merged, or one that is another model.
+        ParameterError: adapters that lie in several such files.
+    """
+    paths = list(dict.fromkeys(ck.path for ck in tuned if ck.part))
+    if base.kind == "unmerged" and not any(samefile(base.path, path) for path in paths):
+        raise LayoutError(
+            f"the base {base.path} holds {base.reason}.\nMerge it in itself first: give it as tuned too, alone."
+        )
+    if not paths:
+        return base
+    if len(paths) > 1:
+        raise ParameterError(f"{paths[0]} and {paths[1]} each hold a model and its adapter; merge them one by one")
+    own = stack.enter_context(open_checkpoint(paths[0]))
+    own.keep_frozen()
+    if base.layout is not None and own.layout is not None and str(own.layout) != str(base.layout):
+        raise LayoutError(f"{own.path} holds a frozen {own.layout};\nthe base is {base.layout}.")
+    if base.part or not samefile(base.path, own.path):
+        base.close()
+    return own
+
+
+def value_of(given: Any, i: int) -> Any:
+    """What was given for the i-th adapter."""
+    return given[i] if isinstance(given, list) and i < len(given) else given
 
 
 def init_paths(pissa_init: Path | Sequence[Path | None] | None, count: int) -> list[Path | None]:

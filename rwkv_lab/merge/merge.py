@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rwkv_lab.merge.families import family_of
-from rwkv_lab.merge.inputs import open_inputs, open_tuned
+from rwkv_lab.merge.inputs import merged_in_itself, open_inputs, open_tuned
 from rwkv_lab.merge.plan import MergeResult
 from rwkv_lab.merge.planning import plan_merge, with_method
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
@@ -92,6 +92,7 @@ def run_merge(spec: MergeSpec, out: AnyPath, options: MergeOptions | None = None
         RwkvLabError: as `merge`.
     """
     start = time.perf_counter()
+    spec = merged_in_itself(spec)
     with open_inputs(spec) as inputs:
         plan = plan_merge(inputs, spec, out, options)
         planned = time.perf_counter()

@@ -20,7 +20,7 @@ class Takes:
     low: float = -math.inf
     high: float = math.inf
     each: str = ""  # "tuned": one number per tuned model; "model": one for the base, then one per tuned model
-    choices: tuple[str, ...] = ()  # of a text
+    choices: tuple[str, ...] = ()  # of a text; none: any
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ def check_value(parameter: Parameter, value: Any, where: str = "") -> Any:
             raise ParameterError(f"{given}: True or False is needed ({takes.help})")
         return value
     if parameter.type is str:
+        if isinstance(value, str) and not takes.choices:
+            return value
         if not isinstance(value, str) or value not in takes.choices:
             raise ParameterError(f"{given}: it must be one of {', '.join(takes.choices)} ({takes.help})")
         return value

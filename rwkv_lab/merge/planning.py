@@ -17,7 +17,7 @@ from rwkv_lab.merge.adapter_set import ANY
 from rwkv_lab.merge.changed_tensors import ChangedTensor
 from rwkv_lab.merge.families import family_of, method_of
 from rwkv_lab.merge.family import Changes
-from rwkv_lab.merge.input_checks import check_base, check_dtypes, refuse_same_file
+from rwkv_lab.merge.input_checks import check_base, check_dtypes, notes_on_names, refuse_same_file
 from rwkv_lab.merge.inputs import MergeInputs
 from rwkv_lab.merge.output_checks import check_merge_output
 from rwkv_lab.merge.plan import MergePlan, PlanRow
@@ -73,7 +73,7 @@ def plan_merge(
         disk_free=disk_free,
         memory_needed=memory,
         memory_free=memory_free,
-        notes=tuple(description.notes),
+        notes=(*notes_on_names(inputs.checkpoints), *description.notes),
         contains=tuple(description.contains),
         files=inputs,
         tensors=tensors,

@@ -4,15 +4,10 @@ Nothing of the merge is used here but its arguments: files are read by `torch.lo
 arithmetic is written again, in float64, by each method's own proof.
 """
 
-import json
 import zipfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from rwkv_lab.checks import Check
@@ -20,7 +15,8 @@ from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.families import MERGE_METHODS
 from rwkv_lab.merge.inputs import init_paths
 from rwkv_lab.merge.plan import MergeResult
-from rwkv_lab.merge.proof import Exact, Proof, ProofInputs, Source, Tensors
+from rwkv_lab.merge.proof import Exact, Proof, ProofInputs, Source
+from rwkv_lab.merge.proof_files import is_zip, model_and_tuned, read
 
 _ROWS = 1 << 20  # elements compared at a time
 
@@ -36,7 +32,7 @@ def verify_merge(result: MergeResult) -> list[Check]:
     """
     if not result.outputs:
         raise ParameterError(f"{result.out} was not written: this is the result of a dry run")
-    recipe, out = result.recipe, _read(result.out)
+    recipe, out = result.recipe, read(result.out)
     proof = MERGE_METHODS[recipe["method"]].proof(_proof_inputs(result))
     sources, found = proof.sources(), _Comparison()
     for name, source in sources.items():
@@ -48,7 +44,7 @@ def verify_merge(result: MergeResult) -> list[Check]:
         Check("tensors in the output that belong there by no rule", len(extra), 0, not extra),
         *found.checks(recipe["allow_nonfinite"]),
     ]
-    if _is_zip(result.out):
+    if is_zip(result.out):
         with zipfile.ZipFile(result.out) as archive:
             bad = archive.testzip()
         checks.append(Check("records of the zip whose checksum is wrong", bad or "none", "none", bad is None))
@@ -57,12 +53,10 @@ def verify_merge(result: MergeResult) -> list[Check]:
 
 def _proof_inputs(result: MergeResult) -> ProofInputs:
     init = init_paths(result.plan.spec.pissa_init, len(result.tuned))
+    names = result.recipe["parameters"].get("adapter")
+    base, tuned = model_and_tuned(result.base, result.tuned, names)
     return ProofInputs(
-        _read(result.base),
-        [_read(path) for path in result.tuned],
-        result.tuned,
-        [None if path is None else _read(path) for path in init],
-        result.recipe,
+        base, tuned, result.tuned, [None if path is None else read(path) for path in init], result.recipe
     )
 
 
@@ -120,63 +114,6 @@ class _Comparison:
 
 def _exact_copy(copied: Tensor) -> Exact:
     return lambda part: ([copied.reshape(-1)[part].double()], 0.0)
-
-
-class _Safetensors(Mapping[str, Tensor]):
-    """The tensors of .safetensors files, each read when it is asked for."""
-
-    def __init__(self, files: list[Path]):
-        self.home: dict[str, Any] = {}
-        for file in files:
-            opened = safe_open(file, "pt")
-            self.home |= dict.fromkeys(opened.keys(), opened)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.home[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.home)
-
-    def __len__(self) -> int:
-        return len(self.home)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.home
-
-
-def _read(path: Path) -> Tensors:
-    """The tensors of a checkpoint, by the format's own library: mapped or read one by one, never all in memory."""
-    files = _files_of(path)
-    if not _is_zip(files[0]):
-        return _Safetensors(files)
-    found: dict[str, Tensor] = {}
-    for file in files:
-        if file.suffix == ".safetensors":  # which torch takes for its word, unless it does not see the name
-            with open(file, "rb") as f:
-                loaded = torch.load(f, map_location="cpu", weights_only=True)
-        else:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        found |= {n: t.detach() for n, t in loaded.items() if isinstance(t, Tensor)}
-    return found
-
-
-def _files_of(path: Path) -> list[Path]:
-    """The file itself, or those of a Hugging Face folder."""
-    if not path.is_dir():
-        return [path]
-    if (path / "adapter_config.json").is_file():
-        singles = ("adapter_model.safetensors", "adapter_model.bin")
-        return [next(path / name for name in singles if (path / name).is_file())]
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{stem}.index.json"
-        if index.is_file():
-            return [path / shard for shard in dict.fromkeys(json.loads(index.read_bytes())["weight_map"].values())]
-    return [next(f for f in (path / "model.safetensors", path / "pytorch_model.bin") if f.is_file())]
-
-
-def _is_zip(path: Path) -> bool:
-    with open(path, "rb") as f:
-        return f.read(4) == b"PK\3\4"
 
 
 def _rounds_twice(source: Tensor, dtype: str | None) -> bool:

@@ -13,15 +13,19 @@ from rwkv_lab.errors import LayoutError, NumericsError
 
 @contextmanager
 def open_model(path: str | Path) -> Iterator[tuple[Layout, dict[str, TensorInfo]]]:
-    """Layout of a whole model, and `{name: TensorInfo}` of its tensors, wrapper prefixes such as `model.` taken off.
+    """Layout of a whole model, and `{name: TensorInfo}` of its tensors.
 
     Raises:
         LayoutError: not a whole model.
     """
     with open_checkpoint(path) as ck:
+        if ck.kind == "unmerged":
+            raise LayoutError(
+                f"{path} holds {ck.reason}.\nMerge it first: rwkv_lab.merge(base, tuned, out) with this file as both."
+            )
         if ck.kind != "model" or ck.layout is None:
             raise LayoutError(f"{path} is no whole model ({ck.kind}): {ck.reason}.")
-        yield ck.layout, {name.removeprefix(ck.identity.prefix): info for name, info in ck.info.items()}
+        yield ck.layout, dict(ck.info)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, TensorInfo], path: str | Path) -> None:
@@ -71,8 +75,7 @@ def read_time_states(path: str | Path, n_layer: int, shape: tuple[int, ...]) -> 
     """
     with open_checkpoint(path) as ck:
         names = [name for name in ck.info if name.endswith("att.time_state")]
-        prefix = ck.identity.prefix
-        states = {name.removeprefix(prefix): ck[name] for name in names}
+        states = {name: ck[name] for name in names}
     expected = [f"blocks.{layer}.att.time_state" for layer in range(n_layer)]
     if sorted(states) != sorted(expected):
         raise LayoutError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo, write_checkpoint
 from rwkv_lab.checkpoint.atomic import atomic_folder, check_target
+from rwkv_lab.checkpoint.prefixes import bare_names
 from rwkv_lab.errors import CorruptFileError, LayoutError, OutputError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, Values
 from rwkv_lab.peft.config import ADAPTER_KINDS, AdapterKind
@@ -74,8 +75,8 @@ def _sorted(ck: Checkpoint, kind: AdapterKind) -> tuple[dict[str, dict[str, Tens
     stems = "|".join(stem for k in ADAPTER_KINDS.values() for stem in k.stems)
     layers: dict[str, dict[str, TensorInfo]] = {}
     full: dict[str, TensorInfo] = {}
-    for name, info in ck.info.items():
-        bare = name.removeprefix(PREFIX)
+    for bare, info in ck.info.items():
+        name = info.name
         if found := kind.folder_part(bare):
             layer, part = found
             parts = layers.setdefault(layer, {})
@@ -84,8 +85,6 @@ def _sorted(ck: Checkpoint, kind: AdapterKind) -> tuple[dict[str, dict[str, Tens
             parts[part] = info
         elif re.search(rf"(^|[._])({stems})_", bare):
             raise LayoutError(f"{ck.path}: {name} is no part of {kind.described} that is known here.")
-        elif bare in full:
-            raise LayoutError(f"{ck.path}: {full[bare].name} and {name} are the same tensor.")
         else:
             full[bare] = info
     return layers, full
@@ -100,7 +99,7 @@ def _named_targets(ck: Checkpoint, config: Mapping[str, Any]) -> tuple[str, ...]
         raise LayoutError(f"{ck.path}: target_modules is {named!r}, a list of names is expected.")
     if any(config.get(k) for k in ("layers_to_transform", "exclude_modules")):
         return ()
-    return tuple(named or ())
+    return tuple(bare_names(named or (), str(ck.path)).values())
 
 
 def check_folder(folder: Path) -> None:

@@ -19,7 +19,6 @@ from rwkv_lab.peft.config import ADAPTER_KINDS, AdapterKind
 from rwkv_lab.peft.options import AdapterOptions
 
 NOTE = ADAPTER_NOTE
-_PEFT_PREFIX = "base_model.model."  # of tensors that were taken out of a Hugging Face adapter folder
 
 Parts = dict[str, dict[str, TensorInfo]]  # by layer and part
 
@@ -43,13 +42,9 @@ def read(ck: Checkpoint, options: AdapterOptions) -> Adapter:
 
 def _sorted(ck: Checkpoint) -> tuple[dict[str, Parts], dict[str, TensorInfo]]:
     """({method of the kind whose parts they are: parts}, whole tensors)."""
-    prefix = ck.identity.prefix
-    if all(name.startswith(_PEFT_PREFIX) for name in ck.info):
-        prefix = _PEFT_PREFIX
     by_kind: dict[str, Parts] = {}
     full: dict[str, TensorInfo] = {}
     for name, info in ck.info.items():
-        name = name.removeprefix(prefix)
         kind, found = _part(name)
         if kind is None or found is None:
             full[name] = info

@@ -108,6 +108,5 @@ def _described(spec: TrainSpec) -> tuple[Layout, Mapping[str, tuple[int, ...]], 
     with open_checkpoint(spec.base) as ck:
         if ck.kind != "model" or ck.layout is None:
             raise LayoutError(f"{ck.path} is {ck.kind}, no whole model to start from: {ck.reason}")
-        prefix = ck.identity.prefix
-        shapes = {name.removeprefix(prefix): tuple(t.shape) for name, t in ck.info.items()}
+        shapes = {name: tuple(t.shape) for name, t in ck.info.items()}
         return ck.layout, shapes, file_states(ck)

@@ -219,7 +219,7 @@ def test_pissa_for_the_tools_of_rwkv_peft(base, adapted, tmp_path):
     save_adapter(adapter_of(model), tmp_path / "own.pth")
     with open_checkpoint(tmp_path / "init_pissa.pth") as init, open_checkpoint(tmp_path / "own.pth") as own:
         assert (init.kind, own.kind) == ("pissa-init", "pissa")
-        assert all(n.startswith("model.blocks.") for n in init)
+        assert all(n.startswith("model.blocks.") for n in init.stored)
         halves = {n: own[n] for n in own if ".lora_" in n}
     write_checkpoint(tmp_path / "rwkv-1.pth", halves)
     again = RWKV_Dual.from_pretrained(base("7.0"))

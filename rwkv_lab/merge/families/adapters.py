@@ -20,16 +20,14 @@ from rwkv_lab.merge.changed_tensors import ChangedTensor
 from rwkv_lab.merge.contained_adapters import adapters_in, after_merging
 from rwkv_lab.merge.families.adapters_proof import PROVED, AdaptersProof
 from rwkv_lab.merge.family import Changes, Description, Family
-from rwkv_lab.merge.input_checks import refuse_prefix
+from rwkv_lab.merge.input_checks import refuse_no_match
 from rwkv_lab.merge.inputs import MergeInputs, init_paths
 from rwkv_lab.merge.method import Method
 from rwkv_lab.merge.method_parameters import Parameter, Takes, check_value
 from rwkv_lab.merge.spec import MergeSpec
 from rwkv_lab.names import split_block
 from rwkv_lab.patterns import matches_any
-from rwkv_lab.peft.adapter import Adapter
 from rwkv_lab.peft.config import ADAPTER_KINDS
-from rwkv_lab.peft.hf_layout import PREFIX
 from rwkv_lab.peft.quantised import QUANTS
 from rwkv_lab.spec import did_you_mean
 
@@ -64,10 +62,16 @@ PARAMETERS = {
             Takes("how training stored the base; None: what the file says, else none", choices=QUANTS),
             None,
         ),
+        Parameter(
+            "adapter",
+            str,
+            Takes("which of several adapters, by name, of a file that holds them beside the model that they adapt"),
+            None,
+        ),
         Parameter("unmerge", bool, Takes("take the adapters out of a base that holds them"), False),
     )
 }
-_ONE_EACH = ("use_rslora", "bat", "residual_base")  # may be a list with one value per adapter
+_ONE_EACH = ("use_rslora", "bat", "residual_base", "adapter")  # may be a list with one value per adapter
 _HELP = "what was trained beside a frozen base is worked into its matrices"
 _KINDS = {method: kind for method, kind in ADAPTER_KINDS.items() if method in PROVED}  # others cannot be merged
 
@@ -114,7 +118,7 @@ class Adapters(Family):
         adapters = read_adapters(inputs.tuned, inputs.init, spec)
         shapes = {n: t.shape for n, t in inputs.base.info.items()}
         for ck, adapter in zip(inputs.tuned, adapters.adapters, strict=True):
-            _refuse_unmatched(ck, adapter, inputs.base)
+            _refuse_unmatched(ck, inputs.base)
             extra = spec.allow_extra or []
             known = {n: v for n, v in adapter.full.items() if n in shapes or not matches_any(n, extra)}
             replace(adapter, full=known).check(shapes, layout)
@@ -162,6 +166,10 @@ def _describe(
 def _notes(base: Checkpoint, adapters: AdapterSet) -> tuple[str, ...]:
     """Sentences for the plan and the report."""
     notes = []
+    if base.part:
+        notes.append(
+            f"{base.path.name} holds the frozen model that its adapter belongs to; it goes into that one, no other."
+        )
     if adapters.quant != "none" and not adapters.unmerge:
         notes.append(
             f"The base was quantised to {adapters.quant} in training, stored as in training: what rounding took away "
@@ -185,9 +193,8 @@ def _notes(base: Checkpoint, adapters: AdapterSet) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _refuse_unmatched(ck: Checkpoint, adapter: Adapter, base: Checkpoint) -> None:
-    """A file whose names begin with a wrapper's prefix, or which is of no model like the base."""
+def _refuse_unmatched(ck: Checkpoint, base: Checkpoint) -> None:
+    """A file which is of no model like the base."""
     stems = {n.removesuffix(".weight") for n in base.info}
-    names = {n.removeprefix(PREFIX) if adapter.layout == "hf" else n: t for n, t in ck.info.items()}
-    unmatched = [n for n in names if not any(n[:i] in stems for i, c in enumerate(n) if c == ".")]
-    refuse_prefix([n for n in unmatched if n not in base.info], names, base)
+    unmatched = [n for n in ck.info if not any(n[:i] in stems for i, c in enumerate(n) if c == ".")]
+    refuse_no_match([n for n in unmatched if n not in base.info], ck.info, base)

@@ -148,12 +148,11 @@ def _sorted(tensors: Mapping) -> tuple[dict[str, dict[str, Tensor]], dict[str, T
     called = {"lora_A": "A", "lora_B": "B", "init_lora_A": "A0", "init_lora_B": "B0"}
     layers, whole = {}, {}
     for name in tensors:
-        bare = re.sub(r"^(base_model\.model\.|module\.|model\.)+", "", name)
-        part = _PART.match(bare)
+        part = _PART.match(name)
         if part:
             layers.setdefault(f"{part[1]}.weight", {})[called.get(part[2], "block")] = tensors[name]
         else:
-            whole[bare] = tensors[name]
+            whole[name] = tensors[name]
     return layers, whole
 
 

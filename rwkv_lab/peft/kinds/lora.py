@@ -199,12 +199,14 @@ class Lora(AdapterKind):
                 if missing not in parts:
                     raise LayoutError(f"{x}.{here} is there, {x}.{missing} is not; {ck.path} is incomplete.")
             A = parts["lora_A"]
-            rank = _of_layer(ck, config, "rank_pattern", x, config.get("r"))
+            # Their patterns are of the names as they were in training, with what wrapped the model then.
+            called = A.name.removeprefix("base_model.model.").partition(".lora_A")[0]
+            rank = _of_layer(ck, config, "rank_pattern", called, config.get("r"))
             if not A.shape or rank != A.shape[0]:
                 raise LayoutError(
                     f"{ck.path}: {x}.lora_A is {list(A.shape)}, adapter_config.json states rank {rank!r}."
                 )
-            alpha = _number(ck, "lora_alpha", _of_layer(ck, config, "alpha_pattern", x, config.get("lora_alpha")))
+            alpha = _number(ck, "lora_alpha", _of_layer(ck, config, "alpha_pattern", called, config.get("lora_alpha")))
             targets[x] = LoraTarget(A, parts["lora_B"], alpha, use_rslora, pissa)
         return targets, "pissa" if pissa else "lora"
 

@@ -12,7 +12,6 @@ from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values
 from rwkv_lab.peft.config import LoraConfig, register
-from rwkv_lab.peft.hf_layout import PREFIX
 from rwkv_lab.peft.kinds.lora import Lora, LoraTarget, lora_targets, with_values
 from rwkv_lab.peft.linear import LoraLinear, PissaLinear
 
@@ -89,7 +88,7 @@ def with_start(adapter: Adapter, init: Checkpoint) -> dict[str, Target]:
     parts: dict[str, dict[str, TensorInfo]] = {}
     names = [n for n in init.info if "init_lora_" in n] or list(init.info)
     for name in names:
-        if match := _HALF.match(name.removeprefix(PREFIX).removeprefix(init.identity.prefix)):
+        if match := _HALF.match(name):
             parts.setdefault(match["layer"], {})[match["half"]] = init.info[name]
     targets = lora_targets(adapter)
     missing = [x for x in adapter.targets if set(parts.get(x, ())) != {"A", "B"}]

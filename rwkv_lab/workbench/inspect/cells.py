@@ -108,8 +108,9 @@ def _facts(ck: Checkpoint) -> list[tuple[str, object]]:
     ]
     if ck.layout and ck.reason:
         facts.append(("lacks", ck.reason))
-    if ck.identity.prefix:
-        facts.append(("prefix", f"every name begins with {ck.identity.prefix!r}"))
+    if ck.prefixes:
+        taken_off = ", ".join(f"{prefix} ({count} names)" for prefix, count in ck.prefixes.items())
+        facts.append(("prefixes", f"taken off the names: {taken_off}"))
     ranks = Counter(t.shape[0] for n, t in ck.info.items() if n.endswith(".lora_A") and len(t.shape) == 2)
     if ranks:
         facts.append(("ranks", ", ".join(f"{count} matrices of rank {rank}" for rank, count in ranks.most_common())))
