@@ -21,6 +21,7 @@ LAYERS = (
     {"wkv"},
     {
         "dtypes",
+        "arguments",
         "errors",
         "progress",
         "checks",

@@ -4,10 +4,11 @@ import pkgutil
 from importlib import import_module
 
 from rwkv_lab.model.capture import capture
-from rwkv_lab.model.chat import ChatTemplate, Turn, render_turns
+from rwkv_lab.model.chat import ChatTemplate, Turn, chat, render_turns
 from rwkv_lab.model.dual import RWKV_Dual, RWKVMode, init_state_with_past
 from rwkv_lab.model.evaluate import bits_per_byte
-from rwkv_lab.model.generation import generate
+from rwkv_lab.model.generation import GenerationStream, generate, generate_stream
+from rwkv_lab.model.sampling import row_seed
 from rwkv_lab.model.state import RWKVState, load_state, save_state
 from rwkv_lab.model.state_cache import StateCache
 from rwkv_lab.model.tokenizer import ByteTokenizer, WorldTokenizer, load_tokenizer
@@ -19,18 +20,22 @@ __all__ = [
     "RWKVState",
     "ByteTokenizer",
     "ChatTemplate",
+    "GenerationStream",
     "StateCache",
     "Turn",
     "WorldTokenizer",
     "agreement_of_logits",
     "bits_per_byte",
     "capture",
+    "chat",
     "generate",
+    "generate_stream",
     "init_state_with_past",
     "load_state",
     "load_tokenizer",
     "quantise_weights",
     "render_turns",
+    "row_seed",
     "save_state",
 ]
 

@@ -2,12 +2,18 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from inspect import signature
+from typing import Annotated, Any
 
+from annotated_types import Ge
+
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.model.generation import generate_stream
+from rwkv_lab.model.protocol import Model
+from rwkv_lab.spec import did_you_mean, unknown_name
 
 # Names of roles and fields in use; the first of each is OpenAI's, the others are those of ShareGPT and its relatives.
 _ROLES = {
@@ -62,6 +68,11 @@ class ChatTemplate:
                 )
         if not self.assistant_end:
             raise ParameterError(f"ChatTemplate: assistant={self.assistant!r} needs something behind {{text}}: the end")
+
+    @property
+    def user_start(self) -> str:
+        """What is before a user's text."""
+        return self.user.partition("{text}")[0].rstrip(" ")
 
     @property
     def assistant_start(self) -> str:
@@ -124,6 +135,57 @@ def render_turns(
     if tools:
         said = _with_tools(said, tools)
     return [turn for role, text in said if text or role != "system" for turn in _turns(role, text, template)]
+
+
+@checked
+def chat(
+    model: Model,
+    messages: Sequence[Mapping[str, Any]],
+    template: str | ChatTemplate = "world",
+    max_new_tokens: Annotated[int, Ge(0)] = 500,
+    streaming_callback: Callable[[int, str], object] | None = None,
+    *,
+    think: bool | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    ignore: Iterable[str] = (),
+    stop: str | Iterable[str] | None = None,
+    **options: Any,
+) -> str:
+    """The model's answer to the last message, up to the end of its turn.
+
+    Append it as `{"role": "assistant", "content": answer}` to go on, best with one `cache=StateCache(…)` for all calls.
+
+    Args:
+        messages, template, tools, ignore: as in `render_turns`; the last message is not the assistant's.
+        streaming_callback: called with every new token and the text that it completes; it ends the answer by returning
+            False.
+        think: True lets a World model that was trained to do so think first, and the answer holds the thoughts; False
+            asks it not to. None for models that do not know this, such as those that were trained here.
+        stop: texts that end the answer; None for the end of a turn: a blank line in the World template, or, with
+            `think`, a blank line that a user's turn follows, since thoughts hold blank lines.
+        options: more of `generate_stream`: temperature, top_p, seed, cache, ….
+
+    Raises:
+        ParameterError: no conversation, or one that ends with the assistant's turn; as `generate_stream`.
+    """
+    template = chat_template(template)
+    turns = render_turns(messages, template, tools, ignore)
+    if not turns or turns[-1].role == "assistant":
+        raise ParameterError("The last message is the assistant's; the model answers a user's or a tool's.")
+    if stop is None:
+        stop = template.assistant_end if think is None else template.assistant_end + template.user_start
+    allowed = {*signature(generate_stream).parameters} - {"model", "prompt"}
+    for name in options:
+        if name not in allowed:
+            raise unknown_name("chat", name, sorted(allowed))
+    begin = {None: "", True: "<think", False: "<think></think"}[think]
+    prompt = "".join(turn.text for turn in turns) + template.assistant_start + (begin and " " + begin)
+    stream = generate_stream(model, prompt, max_new_tokens, stop=stop, **options)
+    for token, text in stream:
+        if streaming_callback is not None and streaming_callback(token, text) is False:
+            stream.stop()
+    answer = stream.text if think is None else (begin + stream.text).removeprefix("<think></think>")
+    return answer.strip()
 
 
 def _turns(role: str, text: str, template: ChatTemplate) -> list[Turn]:

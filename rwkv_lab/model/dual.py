@@ -1,6 +1,6 @@
 """RWKV_Dual: one set of weights, run as a transformer (whole sequences) or as an RNN (token by token)."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from rwkv_lab.model.block import GROUP_NORM_EPS
 from rwkv_lab.model.cpu import prefill, step
 from rwkv_lab.model.cpu.eligibility import eligible
 from rwkv_lab.model.device import device_errors, falls_back, parse_device, warn_of_fallback
-from rwkv_lab.model.generation import Sampling, generate_one
+from rwkv_lab.model.generation import generate_stream
 from rwkv_lab.model.initial_state import add_time_state, initial_state, take_time_state
 from rwkv_lab.model.inputs import check_tokens
 from rwkv_lab.model.loading import fill, model_file, open_model
+from rwkv_lab.model.prompts import Prompt
 from rwkv_lab.model.protocol import Tokens
 from rwkv_lab.model.ragged import read_ragged
 from rwkv_lab.model.registry import generation_of
+from rwkv_lab.model.sampling import Convention, Seed
 from rwkv_lab.model.standard_modules import replaced_module, standard
 from rwkv_lab.model.state import RWKVState, check_state
 from rwkv_lab.model.state_cache import StateCache
@@ -348,39 +350,63 @@ class RWKV_Dual(nn.Module):
 
     def generate_with_streaming(
         self,
-        prompt: str,
+        prompt: Prompt,
         max_new_tokens: int = 100,
         temperature: float = 1.0,
         top_p: float = 0.9,
-        seed: int = 0,
+        seed: Seed = 0,
         state: RWKVState | None = None,
-        streaming_callback: Callable[[int, str], None] | None = None,
+        streaming_callback: Callable[[int, str], object] | None = None,
         top_k: int = 0,
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
-        stop_tokens: Collection[int] = (),
+        stop_tokens: Iterable[int] | int = (),
         cache: StateCache | None = None,
+        *,
+        stop: str | Iterable[str] | None = (),
+        penalty_decay: float = 1.0,
+        exempt_tokens: Iterable[int] = (),
+        sampling: Convention = "standard",
+        logits: torch.Tensor | None = None,
     ) -> str:
-        """Continue a prompt and return the new text, up to the end of text; `generate` continues several at once.
+        """Continue a prompt and return the new text; `generate` continues several at once.
+
+        All arguments but the callback as in `generate_stream`, which gives more: ids, state, why it ended.
 
         Args:
-            temperature: 0 always takes the likeliest token.
-            top_p: draw from the smallest set of tokens that holds this much probability.
-            seed: the same seed gives the same text.
-            state: RWKVState of one sequence to start from; None for `create_state()`.
-            streaming_callback: called with every new token and the text that it completes, "" inside a character.
-            top_k: draw from this many likeliest tokens; 0 for all.
-            presence_penalty, frequency_penalty: taken off the logit of a token that was generated before, once, and
-                once for each time.
-            stop_tokens: tokens that end the text, as the end of text always does; they are not part of it.
-            cache: states of beginnings that were read before; not together with `state`.
+            prompt: a text or token ids.
+            streaming_callback: called with every new token and the text that it completes, which is "" inside a
+                character, for a token that ends the text, and while it may be the beginning of a stop. Where it returns
+                False, the text ends there.
 
         Raises:
-            ParameterError: values out of range, no tokenizer for this vocabulary, or a state that does not fit.
+            ParameterError: values out of range, no tokenizer for this vocabulary, a state that does not fit, or nothing
+                to read after a state.
             NumericsError: NaN or infinity in the logits.
         """
-        sampling = Sampling(temperature, top_p, top_k, presence_penalty, frequency_penalty)
-        return generate_one(self, prompt, max_new_tokens, sampling, seed, state, streaming_callback, stop_tokens, cache)
+        stream = generate_stream(
+            self,
+            prompt,
+            max_new_tokens,
+            temperature,
+            top_p,
+            seed,
+            state,
+            top_k,
+            presence_penalty,
+            frequency_penalty,
+            stop_tokens,
+            cache,
+            stop=stop,
+            penalty_decay=penalty_decay,
+            exempt_tokens=exempt_tokens,
+            sampling=sampling,
+            logits=logits,
+        )
+        for token, text in stream:
+            if streaming_callback is not None and streaming_callback(token, text) is False:
+                stream.stop()
+        return stream.text
 
 
 @torch.no_grad()

@@ -1,212 +1,261 @@
 """From prompts to text: each prompt is read in parallel, then all texts grow together, token by token."""
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 
-from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.arguments import checked
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.model.prompts import Prompt, prompt_ids, prompt_list, start
 from rwkv_lab.model.protocol import Model
-from rwkv_lab.model.state import RWKVState, join
+from rwkv_lab.model.sampling import Convention, Sampling, Seed, row_seed, sample
+from rwkv_lab.model.state import RWKVState
 from rwkv_lab.model.state_cache import StateCache
+from rwkv_lab.model.stopping import StopText, stop_texts
+from rwkv_lab.model.tokenizer.decoding import whole_numbers
+
+StopReason = Literal["", "stop", "stop token", "end of text", "max_new_tokens", "stopped"]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn from logits: penalties first, then temperature, top_k and top_p.
-
-    temperature: 0 always takes the likeliest token.
-    top_p: draw from the smallest set of tokens that holds this much probability.
-    top_k: draw from this many likeliest tokens; 0 for all.
-    presence_penalty: taken off the logit of every token that was generated before.
-    frequency_penalty: taken off once for each time that it was.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 0.9
-    top_k: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ParameterError(
-                "Sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0; "
-                f"given: {self.temperature}, {self.top_p}, {self.top_k}."
-            )
-
-
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator, counts: Counter[int]) -> int:
-    """Draw a token from logits `[V]`; `counts` says how often each token was generated before.
-
-    Raises:
-        NumericsError: the logits hold NaN or infinity.
-    """
-    logits = logits.float().cpu()  # a generator on the CPU gives the same draws for every device
-    if not logits.isfinite().all():
-        raise NumericsError("The model's logits hold NaN or infinity: its weights or its dtype are at fault.")
-    if counts and (sampling.presence_penalty or sampling.frequency_penalty):
-        seen, often = torch.tensor(list(counts)), torch.tensor(list(counts.values()))
-        logits = logits.clone()
-        logits[seen] -= sampling.presence_penalty + sampling.frequency_penalty * often
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    if 0 < sampling.top_k < len(logits):  # a tenth of the time of sorting 65,536
-        logits, tokens = logits.topk(sampling.top_k)
-    else:
-        logits, tokens = logits.sort(descending=True, stable=True)
-    probs = ((logits - logits[0]).double() / sampling.temperature).softmax(-1)  # finite at any temperature above 0
-    probs[probs.cumsum(-1) - probs >= sampling.top_p] = 0  # keeps at least the likeliest
-    return int(tokens[torch.multinomial(probs, 1, generator=generator)])
-
-
+@checked
 def generate(
     model: Model,
-    prompts: Sequence[str],
-    max_new_tokens: int = 100,
+    prompts: Prompt | Iterable[Prompt],
+    max_new_tokens: Annotated[int, Ge(0)] = 100,
     temperature: float = 1.0,
     top_p: float = 0.9,
-    seed: int = 0,
+    seed: Seed = 0,
     state: RWKVState | None = None,
     top_k: int = 0,
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
-    stop_tokens: Collection[int] = (),
+    stop_tokens: Iterable[int] | int = (),
     cache: StateCache | None = None,
+    *,
+    stop: str | Iterable[str] | None = (),
+    penalty_decay: float = 1.0,
+    exempt_tokens: Iterable[int] = (),
+    sampling: Convention = "standard",
+    logits: torch.Tensor | None = None,
 ) -> list[str]:
     """Continue several prompts at once, each as if it were alone, and return the new texts.
 
-    Arguments and errors as in `RWKV_Dual.generate_with_streaming`. Prompt i draws with `seed + i`; a state is of one
-    sequence, from which all start, or of as many as there are prompts.
+    Arguments and errors as in `generate_stream`. One text, or one list of token ids, is one prompt. Prompt i draws with
+    `row_seed(seed, i)`, which is `seed` itself for the first; a state is of one sequence, from which all start, or of
+    as many as there are prompts, and so are logits.
     """
-    sampling = Sampling(temperature, top_p, top_k, presence_penalty, frequency_penalty)
-    texts = [""] * len(prompts)
-    for row, _, text in stream(model, prompts, max_new_tokens, sampling, seed, state, stop_tokens, cache):
-        texts[row] += text
-    return texts
+    exempt = _token_set(model, exempt_tokens, "exempt_tokens")
+    how = Sampling(temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay, exempt, sampling)
+    end = _End(max_new_tokens, stop_texts(stop), _token_set(model, stop_tokens, "stop_tokens"))
+    rows = [_Row(model, prompt, number, seed, end) for number, prompt in enumerate(prompt_list(prompts))]
+    first, after = start(model, [row.ids for row in rows], state, logits, cache)
+    for _ in _run(model, rows, first, after, how, cache):
+        pass
+    return [row.text for row in rows]
 
 
-@torch.no_grad()
-def stream(
+@checked
+def generate_stream(
     model: Model,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    state: RWKVState | None,
-    stop_tokens: Collection[int],
-    cache: StateCache | None,
-) -> Iterator[tuple[int, int, str]]:
-    """Yields (which prompt, token, the text that it completes) for every new token; arguments as in `generate`.
+    prompt: Prompt,
+    max_new_tokens: Annotated[int, Ge(0)] = 100,
+    temperature: float = 1.0,
+    top_p: float = 0.9,
+    seed: Seed = 0,
+    state: RWKVState | None = None,
+    top_k: int = 0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    stop_tokens: Iterable[int] | int = (),
+    cache: StateCache | None = None,
+    *,
+    stop: str | Iterable[str] | None = (),
+    penalty_decay: float = 1.0,
+    exempt_tokens: Iterable[int] = (),
+    sampling: Convention = "standard",
+    logits: torch.Tensor | None = None,
+) -> "GenerationStream":
+    """Continue a prompt, token by token: an iterator over (token, text), which also says how it ended.
 
-    A text ends with a stop token or the end of text, which come with no text of their own.
+    Args:
+        prompt: a text or token ids. Empty, it begins a text; with a state it has to be continued from `logits`.
+        max_new_tokens: tokens at most.
+        temperature: 0 always takes the likeliest token.
+        top_p: draw from the smallest set of tokens that holds this much probability.
+        seed: the same seed gives the same text; None for another one each time.
+        state: RWKVState of one sequence to start from; None for `create_state()`.
+        top_k: draw from this many likeliest tokens; 0 for all.
+        presence_penalty, frequency_penalty: taken off the logit of a token that was generated before, once, and once
+            for each time.
+        stop_tokens: tokens that end the text, as the end of text always does; they are not part of it.
+        cache: states of beginnings that were read before; not together with `state`.
+        stop: a text or texts that end the text wherever they appear in it; they are not part of it, and what may be the
+            beginning of one is held back until it is decided.
+        penalty_decay: at every new token, the counts of those before are multiplied by it; 0.996 is common with RWKV.
+        exempt_tokens: tokens that no penalty is taken off.
+        sampling: "standard" takes penalties, then temperature, top_k and top_p; "rwkv" has the order and the meaning of
+            PyPI `rwkv`: penalties, top_p, top_k, temperature. See `Sampling`.
+        logits: `[V]`, what the model gave together with `state`: continues from there with an empty prompt.
+
+    Raises:
+        ParameterError: values out of range, no tokenizer for this vocabulary, a state that does not fit, or nothing to
+            read after a state.
+        NumericsError: NaN or infinity in the logits, while it runs.
     """
-    V = model.layout.vocab_size
-    wrong = next((t for t in stop_tokens if not 0 <= t < V), None)
-    if wrong is not None:
-        raise ParameterError(f"The stop token {wrong} is outside the vocabulary: 0 to {V - 1}.")
-    if max_new_tokens < 0:
-        raise ParameterError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more.")
-    rows = [_Row(row, _encode(model, prompt), model.tokenizer, seed + row) for row, prompt in enumerate(prompts)]
-    logits, after = read_prompts(model, [row.ids for row in rows], state, cache)  # [B,V]
-    stop = {*stop_tokens, model.tokenizer.end_of_text}
-    for left in range(max_new_tokens - 1, -1, -1):
-        if not rows:
-            return
-        going = []
-        for at, row in enumerate(rows):
-            token = sample(logits[at], sampling, row.generator, row.counts)
-            stopped = token in stop
-            text = "" if stopped else row.decoder.feed(token)
-            if not stopped:
-                row.counts[token] += 1
-            if stopped or left == 0:
-                text += row.decoder.close()
-                if cache is not None:  # all but this last token has been read
-                    cache.put(model, row.ids, after.rows([at]), logits[at])
-            else:
-                going.append(at)
-            row.ids.append(token)
-            yield row.number, token, text
-        if not going or left == 0:
-            return
-        rows, after = [rows[at] for at in going], after if len(going) == len(rows) else after.rows(going)
-        logits, after = model.prefill(torch.tensor([[row.ids[-1]] for row in rows]), after)
+    exempt = _token_set(model, exempt_tokens, "exempt_tokens")
+    how = Sampling(temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay, exempt, sampling)
+    end = _End(max_new_tokens, stop_texts(stop), _token_set(model, stop_tokens, "stop_tokens"))
+    row = _Row(model, prompt, 0, seed, end)
+    first, after = start(model, [row.ids], state, logits, cache)
+    row.before = first, after, 0
+    return GenerationStream(model, row, _run(model, [row], first, after, how, cache))
+
+
+class GenerationStream:
+    """Yields (token, text that it completes) for every new token; the text is "" inside a character, for a token that
+    ends the text, and while it may be the beginning of a stop.
+
+    Attributes, up to the token that was yielded last:
+        ids: the new tokens, with those of a stop.
+        text: the new text.
+        reason: why it ended: "stop" (a text of `stop`), "stop token", "end of text", "max_new_tokens" or "stopped" (by
+            `stop()`); "" before that.
+    """
+
+    def __init__(self, model: Model, row: "_Row", steps: Generator["_Row", None, None]):
+        self._model, self._row, self._steps = model, row, steps
+        self._after: tuple[int, torch.Tensor, RWKVState] | None = None
+
+    def __iter__(self) -> "GenerationStream":
+        return self
+
+    def __next__(self) -> tuple[int, str]:
+        row = next(self._steps)
+        return row.new[-1], row.piece
+
+    @property
+    def ids(self) -> list[int]:
+        return self._row.new
+
+    @property
+    def text(self) -> str:
+        return self._row.text
+
+    @property
+    def reason(self) -> StopReason:
+        return self._row.reason
+
+    @property
+    def state(self) -> RWKVState:
+        """The state after the prompt and all `ids`, of one sequence."""
+        return self._read()[2]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """What follows the prompt and all `ids`, `[V]`: `generate_stream(model, "", state=…, logits=…)` continues."""
+        return self._read()[1]
+
+    def stop(self) -> None:
+        """End it after the token that was yielded last."""
+        self._steps.close()
+        self._row.reason = self._row.reason or "stopped"
+
+    @torch.no_grad()
+    def _read(self) -> tuple[int, torch.Tensor, RWKVState]:
+        """How many new tokens were read, and the logits and the state behind them."""
+        new = self._row.new
+        if self._after is None or self._after[0] != len(new):
+            logits, after, at = self._row.before
+            state = after.rows([at])
+            if new:
+                logits, state = self._model.prefill(torch.tensor([new[-1:]]), state)
+                at = 0
+            self._after = len(new), logits[at], state
+        return self._after
+
+
+@dataclass(frozen=True)
+class _End:
+    """What ends a text besides the end of text."""
+
+    max_new_tokens: int
+    stops: tuple[str, ...]
+    stop_tokens: frozenset[int]
 
 
 class _Row:
     """One text under way: what was read and drawn so far, and what draws and decodes it."""
 
-    def __init__(self, number: int, ids: list[int], tokenizer, seed: int):
-        self.number, self.ids = number, ids
-        self.decoder = tokenizer.stream()
-        self.generator = torch.Generator().manual_seed(seed)
-        self.counts: Counter[int] = Counter()
+    def __init__(self, model: Model, prompt: Prompt, number: int, seed: int | None, end: _End):
+        self.number, self.ids = number, prompt_ids(model, prompt)
+        self.new: list[int] = []
+        self.text = self.piece = ""
+        self.reason: StopReason = "" if end.max_new_tokens else "max_new_tokens"
+        self.before: tuple[torch.Tensor, RWKVState, int]  # logits, states and row of them, before the last new token
+        self.counts: dict[int, float] = {}
+        self.generator = torch.Generator()
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(row_seed(seed, number))
+        self._tokenizer, self._end = model.tokenizer, end
+        self._decoder, self._stop = model.tokenizer.stream(), StopText(end.stops)
 
-
-def _encode(model, prompt: str) -> list[int]:
-    ids = model.tokenizer.encode(prompt)
-    if ids:
-        return ids
-    if model.tokenizer.end_of_text is None:
-        raise ParameterError("The prompt is empty, and this vocabulary has no token to begin a text with.")
-    return [model.tokenizer.end_of_text]
+    def take(self, token: int, how: Sampling) -> None:
+        """Append a token that was drawn."""
+        self.new.append(token)
+        if token == self._tokenizer.end_of_text:
+            self.reason, self.piece = "end of text", ""
+        elif token in self._end.stop_tokens:
+            self.reason, self.piece = "stop token", ""
+        else:
+            self.piece = self._stop.feed(self._decoder.feed(token))
+            how.count(self.counts, token, self._tokenizer)
+            if self._stop.found is not None:
+                self.reason = "stop"
+            elif len(self.new) == self._end.max_new_tokens:
+                self.reason = "max_new_tokens"
+        if self.reason and self.reason != "stop":
+            self.piece += self._stop.feed(self._decoder.close()) + self._stop.close()
+        self.text += self.piece
 
 
 @torch.no_grad()
-def read_prompts(
-    model: Model, prompts: Sequence[Sequence[int]], state: RWKVState | None = None, cache: StateCache | None = None
-) -> tuple[torch.Tensor, RWKVState]:
-    """Read prompts of different lengths: logits after the last token of each `[B,V]`, and their states.
-
-    Nothing is padded: prompts run side by side as far as the shortest one goes, then the rest goes on without it. A
-    state never sees a token that is not of its text.
-
-    Args:
-        prompts: token ids, at least one in each.
-        state: of one sequence, from which all start, or of as many as there are prompts; None for `create_state`.
-        cache: gives what it knows of the beginnings, and takes what is read. Not together with `state`.
-
-    Raises:
-        ParameterError: no prompt or an empty one, both a state and a cache, or a state that does not fit.
-    """
-    if not prompts or not all(prompts):
-        raise ParameterError("Every prompt needs at least one token, and there must be at least one prompt.")
-    if state is not None and cache is not None:
-        raise ParameterError("A state cache knows texts from their beginning; it cannot be combined with a state.")
-    start = (model.create_state() if state is None else state).expand(len(prompts))
-    known = [(0, start.rows([i]), None) for i in range(len(prompts))]
-    if cache is not None:
-        known = [cache.longest_prefix(model, prompt) or begin for prompt, begin in zip(prompts, known, strict=True)]
-    read, states, logits = (list(column) for column in zip(*known, strict=True))
-    while unread := [i for i, prompt in enumerate(prompts) if read[i] < len(prompt)]:
-        n = min(model.ctx_len, *(len(prompts[i]) - read[i] for i in unread))
-        tokens = torch.tensor([prompts[i][read[i] : read[i] + n] for i in unread])
-        after, joined = model.prefill(tokens, join([states[i] for i in unread]))
-        for row, i in enumerate(unread):
-            read[i] += n
-            states[i], logits[i] = joined.rows([row]), after[row]
-            if cache is not None:
-                cache.put(model, prompts[i][: read[i]], states[i], logits[i])
-    return torch.stack(logits), join(states)
-
-
-def generate_one(
+def _run(
     model: Model,
-    prompt: str,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    state: RWKVState | None,
-    streaming_callback: Callable[[int, str], None] | None,
-    stop_tokens: Collection[int],
+    rows: list[_Row],
+    logits: torch.Tensor,
+    after: RWKVState,
+    how: Sampling,
     cache: StateCache | None,
-) -> str:
-    """The text that follows the prompt; arguments as in `RWKV_Dual.generate_with_streaming`."""
-    pieces = []
-    for _, token, text in stream(model, [prompt], max_new_tokens, sampling, seed, state, stop_tokens, cache):
-        pieces.append(text)
-        if streaming_callback is not None:
-            streaming_callback(token, text)
-    return "".join(pieces)
+) -> Generator[_Row, None, None]:
+    """Draw tokens until every row has ended, and yield a row for each; logits `[B,V]` and states are the rows' own."""
+    rows = [row for row in rows if not row.reason]
+    while rows:
+        going = []
+        for at, row in enumerate(rows):
+            row.before = logits, after, at
+            row.take(sample(logits[at], how, row.generator, row.counts), how)
+            if not row.reason:
+                going.append(at)
+            elif cache is not None:  # all but this last token has been read
+                cache.put(model, row.ids, after.rows([at]), logits[at])
+            row.ids.append(row.new[-1])
+            yield row
+        going = [at for at in going if not rows[at].reason]  # the caller may have ended one
+        if not going:
+            return
+        rows, after = [rows[at] for at in going], after if len(going) == len(rows) else after.rows(going)
+        logits, after = model.prefill(torch.tensor([[row.ids[-1]] for row in rows]), after)
+
+
+def _token_set(model: Model, tokens: Iterable[int] | int, name: str) -> frozenset[int]:
+    V = model.layout.vocab_size
+    ids = [tokens] if isinstance(tokens, int) else whole_numbers(tokens, name)
+    wrong = next((t for t in ids if not 0 <= t < V), None)
+    if wrong is not None:
+        raise ParameterError(f"{name} holds {wrong}, which is outside the vocabulary: 0 to {V - 1}.")
+    return frozenset(ids)

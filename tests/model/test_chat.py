@@ -1,9 +1,10 @@
 """Conversations as the World models read them, or by a template that is given."""
 
 import pytest
+from random_rwkv7 import make_model
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model import ChatTemplate, Turn, render_turns
+from rwkv_lab.model import ChatTemplate, StateCache, Turn, chat, render_turns
 
 TALK = [
     {"role": "system", "content": "Be brief.\n\n"},
@@ -99,3 +100,56 @@ def test_wrong_templates_are_refused():
     with pytest.raises(ParameterError, match="behind"):
         ChatTemplate(assistant="A: {text}")
     assert text_of([{"role": "user", "content": "x", "image": "y.png"}], ignore=["image"]) == "User: x\n\n"
+
+
+def scripted(answer: str):
+    """A model of byte tokens that answers to anything with this text, by logits that follow the last token."""
+    model = make_model(n_layer=1)
+    right = type(model).prefill
+    ids = model.tokenizer.encode(answer)
+    given: list[str] = []
+
+    def prefill(tokens, state=None, lengths=None):
+        if tokens.shape[1] > 1:
+            given.append(model.tokenizer.decode(tokens[0].tolist()))
+            prefill.left = list(ids)
+        logits, after = right(model, tokens, state, lengths)
+        logits[:] = 0.0
+        logits[:, prefill.left.pop(0) if prefill.left else 0] = 100.0
+        return logits, after
+
+    model.prefill = prefill
+    model.ctx_len = 10_000
+    return model, given
+
+
+def test_an_answer_ends_with_its_turn():
+    model, given = scripted(" I am\na model.\n\nUser: and")
+    shown = []
+    answer = chat(model, [{"role": "user", "content": "Who?"}], streaming_callback=lambda *x: shown.append(x))
+    assert answer == "I am\na model."
+    assert given == ["User: Who?\n\nAssistant:"]
+    assert "".join(text for _, text in shown) == " I am\na model."
+    assert chat(model, TALK, stop="model", seed=3, cache=StateCache(10**8)) == "I am\na"
+    assert chat(model, TALK, max_new_tokens=3) == "I"
+
+
+def test_thinking():
+    model, given = scripted("> Hm.\n\nSo: </think>Yes.\n\nUser: and")
+    question = [{"role": "user", "content": "Is it?"}]
+    assert chat(model, question, think=True) == "<think> Hm.\n\nSo: </think>Yes."
+    assert given == ["User: Is it?\n\nAssistant: <think"]
+    model, given = scripted("> No.\n\nUser: and")
+    assert chat(model, question, think=False) == "No."
+    assert given == ["User: Is it?\n\nAssistant: <think></think"]
+
+
+def test_what_can_not_be_answered_is_refused():
+    model = make_model(n_layer=1)
+    with pytest.raises(ParameterError, match="last message is the assistant's"):
+        chat(model, TALK[:3])
+    with pytest.raises(ParameterError, match="'temprature'.*did you mean temperature"):
+        chat(model, TALK, temprature=1.0)
+    with pytest.raises(ParameterError, match="chat: model=5"):
+        chat(5, TALK)
+    assert chat(model, TALK, max_new_tokens=0) == ""

@@ -7,8 +7,9 @@ import torch
 from random_rwkv7 import add_random_time_state, make_model
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model import RWKVMode, StateCache, generate
-from rwkv_lab.model.generation import Sampling, read_prompts, sample
+from rwkv_lab.model import RWKVMode, StateCache, generate, row_seed
+from rwkv_lab.model.prompts import read_prompts
+from rwkv_lab.model.sampling import Sampling, sample
 
 LOGITS = torch.tensor([0.0, 3.0, 2.0, -1.0])
 PROMPTS = ["a", "The second prompt is longer than ctx_len, which is forty tokens.", "日本", "a"]
@@ -63,14 +64,17 @@ def test_each_prompt_of_a_batch_is_continued_as_if_alone(how, mode):
     add_random_time_state(model)
     model.set_mode(mode)
     together = generate(model, PROMPTS, max_new_tokens=40, seed=5, **how)
-    alone = [model.generate_with_streaming(p, max_new_tokens=40, seed=5 + row, **how) for row, p in enumerate(PROMPTS)]
+    alone = [
+        model.generate_with_streaming(p, max_new_tokens=40, seed=row_seed(5, row), **how)
+        for row, p in enumerate(PROMPTS)
+    ]
     assert together == alone
     assert len(set(together)) == (3 if how["temperature"] == 0 else 4)
 
 
 def test_rows_of_a_batch_stop_on_their_own():
     model = make_model(dtype=torch.float64)
-    full = [tokens_of(model, p, seed=row, max_new_tokens=30) for row, p in enumerate(PROMPTS)]
+    full = [tokens_of(model, p, seed=row_seed(0, row), max_new_tokens=30) for row, p in enumerate(PROMPTS)]
     stop = full[0][10]
     together = generate(model, PROMPTS, max_new_tokens=30, stop_tokens=[stop])
     decode = model.tokenizer.decode
@@ -97,7 +101,8 @@ def test_states_for_a_batch():
     _, states = read_prompts(model, [[5, 6], [7]])
     together = generate(model, ["x", "y"], 20, state=states)
     assert together == [
-        model.generate_with_streaming(p, 20, seed=i, state=states.rows([i])) for i, p in enumerate(["x", "y"])
+        model.generate_with_streaming(p, 20, seed=row_seed(0, i), state=states.rows([i]))
+        for i, p in enumerate(["x", "y"])
     ]
     assert generate(model, ["x", "y"], 20, state=states.rows([1]))[1] == together[1]
     with pytest.raises(ParameterError, match="2 sequences.*3"):
@@ -134,7 +139,7 @@ def test_a_cache_saves_reading_and_changes_nothing(monkeypatch):
 def test_refusals():
     model = make_model()
     for wrong in ({"top_k": -1}, {"temperature": float("nan")}):
-        with pytest.raises(ParameterError, match="Sampling"):
+        with pytest.raises(ParameterError, match="top_k=-1|temperature=nan"):
             model.generate_with_streaming("x", **wrong)
     with pytest.raises(ParameterError, match="at least one"):
         generate(model, [])

@@ -1,0 +1,229 @@
+"""Arguments checked against the annotations of a function, so that a wrong one is named before any work begins.
+
+`@checked` reads the annotations that are there anyway. Ranges are written into them, `Annotated[float, Ge(0)]`. A value
+is checked, never converted: 1 is a number, True is none, a NumPy integer is a whole number, "3" is a text.
+"""
+
+import functools
+import inspect
+import math
+import operator
+import os
+import types
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.paths import path_fault
+
+F = TypeVar("F", bound=Callable)
+
+_LARGEST = 2**63 - 1  # what torch and files can count to
+_SHOWN = 60  # characters of a value in a message
+_NAMES = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text", bytes: "bytes"}
+_RANGES = {
+    Ge: ("ge", operator.ge, ">="),
+    Gt: ("gt", operator.gt, ">"),
+    Le: ("le", operator.le, "<="),
+    Lt: ("lt", operator.lt, "<"),
+}
+
+
+def checked(function: F) -> F:
+    """Check every argument of a call against its annotation. Without one, or with Any, everything passes.
+
+    Raises (the wrapped function):
+        ParameterError: an argument that is not what its annotation says. Names the argument and its value.
+    """
+    signature = inspect.signature(function)
+    called = function.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # Python's own message: an argument is missing, or has an unknown name
+        hints = _hints(function)
+        for name, value in bound.arguments.items():
+            if name in hints and signature.parameters[name].kind not in (
+                inspect.Parameter.VAR_POSITIONAL,
+                inspect.Parameter.VAR_KEYWORD,
+            ):
+                check(called, name, value, hints[name])
+        return function(*args, **kwargs)
+
+    return cast(F, run)
+
+
+def check_fields(record: Any) -> None:
+    """Check the fields of a dataclass against their annotations; for its `__post_init__`.
+
+    Raises:
+        ParameterError: as `checked`.
+    """
+    hints = _hints(type(record))
+    for field in fields(record):
+        check(type(record).__name__, field.name, getattr(record, field.name), hints[field.name])
+
+
+def check(called: str, name: str, value: Any, hint: Any) -> None:
+    """Check one value; `called` is the function or class whose parameter it is.
+
+    Raises:
+        ParameterError: it is not what the annotation says.
+    """
+    if fault := _fault(value, hint):
+        raise ParameterError(f"{called}: {name}={shown_value(value)}: {fault}.")
+
+
+def shown_value(value: Any) -> str:
+    """A value for a message: its repr, cut; of a tensor its dtype and shape."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    try:
+        text = repr(value)
+    except Exception:  # another one's __repr__, or an int of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+
+@functools.cache
+def _hints(of: Any) -> dict[str, Any]:
+    return get_type_hints(of, include_extras=True)
+
+
+def _fault(value: Any, hint: Any) -> str:
+    """What is wrong with a value, in words; "" where nothing is."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    faults = [_fault_of_one(value, option) for option in options]
+    if "" in faults:
+        if isinstance(value, str | os.PathLike) and any(option in (Path, os.PathLike) for option in options):
+            return path_fault(os.fsdecode(value))
+        return ""
+    inside = [
+        fault for fault in faults if fault and not fault.startswith("it must be ")
+    ]  # of a fitting type: says more
+    return inside[0] if inside else f"it must be {described(hint)}"
+
+
+def _fault_of_one(value: Any, hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    wrong = f"it must be {described(hint)}"
+    if hint in (Any, object, inspect.Parameter.empty) or isinstance(hint, TypeVar):
+        return ""
+    if hint in (None, type(None)):
+        return "" if value is None else wrong
+    if origin is Annotated:
+        return _fault_of_one(value, args[0]) and wrong or ("" if _in_range(value, args[1:]) else wrong)
+    if origin in (Union, types.UnionType):
+        return _fault(value, hint)
+    if origin is Literal:
+        return "" if any(value == x and type(value) is type(x) for x in args) else wrong
+    if hint is int:
+        return _fault_of_int(value)
+    if hint is float:
+        return "" if _is_number(value) else wrong
+    if hint is Path:
+        return "" if isinstance(value, os.PathLike) else wrong
+    kind = origin or hint
+    if kind in (list, tuple, set, frozenset, Sequence, Collection, Iterable, Iterator):
+        return _fault_of_items(value, kind, args, wrong)
+    if kind in (dict, Mapping):
+        return "" if isinstance(value, kind) else wrong
+    if kind is Callable:
+        return "" if callable(value) else wrong
+    if not isinstance(kind, type):
+        return ""
+    if getattr(kind, "_is_protocol", False):
+        return "" if _has_all(value, kind) else wrong
+    return "" if isinstance(value, kind) else wrong
+
+
+def _fault_of_int(value: Any) -> str:
+    try:
+        number = (
+            None if isinstance(value, bool) or isinstance(value, torch.Tensor) and value.ndim else operator.index(value)
+        )
+    except (TypeError, RuntimeError):
+        number = None
+    if number is None:
+        return f"it must be {_NAMES[int]}"
+    return "" if abs(number) <= _LARGEST else "it must be a whole number below 2^63"
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool | str | bytes | torch.Tensor) or not hasattr(value, "__float__"):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _fault_of_items(value: Any, kind: Any, args: tuple, wrong: str) -> str:
+    if isinstance(value, str | bytes | Mapping):
+        return wrong
+    fits = isinstance(value, Sequence) if kind in (list, tuple, Sequence) else isinstance(value, kind)
+    if not fits:
+        return wrong
+    if kind is tuple and args and args[-1] is not ...:
+        return "" if len(value) == len(args) else wrong
+    if not args or not isinstance(value, Sequence | set | frozenset):
+        return ""  # what can be read only once is left to the function
+    faulty = next((item for item in value if _fault(item, args[0])), None) if args[0] is not Any else None
+    return "" if faulty is None else f"it holds {shown_value(faulty)}; each must be {described(args[0])}"
+
+
+def _in_range(value: Any, limits: Iterable[Any]) -> bool:
+    for limit in limits:
+        if type(limit) in _RANGES:
+            attribute, holds, _ = _RANGES[type(limit)]
+            if not holds(value, getattr(limit, attribute)):
+                return False
+    return True
+
+
+def _has_all(value: Any, protocol: type) -> bool:
+    """Whether a value has all that a Protocol names; a property is not asked for its value."""
+    names = [name for name in (*protocol.__annotations__, *vars(protocol)) if not name.startswith("_")]
+    return not isinstance(value, type) and all(hasattr(type(value), name) or hasattr(value, name) for name in names)
+
+
+def described(hint: Any) -> str:
+    """An annotation in words: "a whole number >= 1", "a text or None"."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits = [f"{_RANGES[type(x)][2]} {getattr(x, _RANGES[type(x)][0])}" for x in args[1:] if type(x) in _RANGES]
+        return " ".join([described(args[0]), " and ".join(limits)]).strip()
+    if origin in (Union, types.UnionType):
+        if str in args and Path in args:
+            args = (Path, *(x for x in args if x not in (str, Path)))
+        return " or ".join(dict.fromkeys(map(described, args)))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if hint in (None, type(None)):
+        return "None"
+    if hint in _NAMES:
+        return _NAMES[hint]
+    if hint in (Path, os.PathLike):
+        return "a path"
+    if hint is torch.Tensor:
+        return "a tensor"
+    kind = origin or hint
+    if kind is Callable:
+        return "a function"
+    if kind in (dict, Mapping):
+        return "a dict"
+    if kind in (list, tuple, set, frozenset, Sequence, Collection, Iterable, Iterator):
+        return "a list" + (f", each {described(args[0])}" if args and args[0] is not Any else "")
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "one of " + ", ".join(str(member) for member in kind)
+    name = getattr(kind, "__name__", str(kind))
+    return f"{'an' if name[0] in 'AEIOUaeiou' or name.startswith('RWKV') else 'a'} {name}"
