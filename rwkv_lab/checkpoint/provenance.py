@@ -52,7 +52,10 @@ def provenance_path(out: Path) -> Path:
     return out.with_name(out.name + ".json")
 
 
-def text_beside(made: Provenance, output: FileFacts, findings: Sequence[Findings]) -> str:
-    """What that file holds: the provenance, and what the output turned out to be."""
+def text_beside(
+    made: Provenance, output: FileFacts, findings: Sequence[Findings], effect: Mapping[str, int] | None = None
+) -> str:
+    """What that file holds: the provenance, and what the output turned out to be; of a merge also its effect."""
     facts = {"name": output.path.name, "bytes": output.bytes, "fingerprint": output.fingerprint}
-    return as_text(made | {"output": facts, "nonfinite": [str(f) for f in findings]})
+    found = {"output": facts, "nonfinite": [str(f) for f in findings]}
+    return as_text(made | found | ({} if effect is None else {"effect": dict(effect)}))

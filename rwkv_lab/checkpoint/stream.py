@@ -31,7 +31,8 @@ WORKERS = min(2, cores())  # one computes or scans while the other writes
 class OutTensor:
     """A tensor of the output: the bytes of `source` as they are, or the values that `compute` yields.
 
-    `compute()` yields flat tensors, in order, whose values are rounded to `dtype` here, once.
+    `compute()` yields flat tensors, in order, whose values are rounded to `dtype` here, once. `watch(start, values,
+    rounded)` is shown every piece of it, flat, before and after rounding; of bytes that are copied both are the same.
     """
 
     name: str
@@ -39,6 +40,7 @@ class OutTensor:
     dtype: torch.dtype
     source: TensorInfo | None = None
     compute: Callable[[], Iterable[torch.Tensor]] | None = None
+    watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -164,6 +166,9 @@ def _copy(t: OutTensor, source: TensorInfo, fd: int, offset: int, look: bool, wo
         crc = crc32(block, crc)
         if look and not dirty:
             dirty = not all_finite(block, t.dtype)
+        if t.watch is not None:
+            values = torch.frombuffer(block, dtype=t.dtype)
+            t.watch(start // t.dtype.itemsize, values, values)
         with work.writing:
             _write(fd, block, offset + start)
         work.advance(len(block))
@@ -185,7 +190,10 @@ def _compute(
     crc, start, findings = 0, 0, Findings(t.name)
     for values in compute():
         for piece in values.split(BLOCK // t.dtype.itemsize):
-            block = round_to(piece, t.dtype).contiguous().view(torch.uint8).numpy().data
+            rounded = round_to(piece, t.dtype).contiguous()
+            block = rounded.view(torch.uint8).numpy().data
+            if t.watch is not None:
+                t.watch(start // t.dtype.itemsize, piece, rounded)
             if not all_finite(block, t.dtype):
                 findings = _add(findings, _count(t.name, [piece], t.dtype))
             crc = crc32(block, crc)

@@ -10,7 +10,7 @@ from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.merge.adapter_set import AdapterSet
-from rwkv_lab.merge.changed_tensors import ChangedTensor, from_tuned
+from rwkv_lab.merge.changed_tensors import ChangedTensor, Computed, from_tuned
 from rwkv_lab.names import is_block_matrix
 from rwkv_lab.peft.adapter import Target
 from rwkv_lab.peft.quantised import quantised_and_back
@@ -76,11 +76,11 @@ def _changed(
 ) -> ChangedTensor:
     multiple = _row_multiple(info, [target for target, _ in steps], quant)
 
-    def compute() -> Iterator[torch.Tensor]:
+    def compute() -> Iterator[Computed]:
         ready = [target.prepared(weight, precision) for target, weight in steps]
         first = 0
         for rows in _row_blocks(info, multiple):
-            values = rows.to(precision)  # [rows, in]
+            before = values = rows.to(precision)  # [rows, in]
             if unmerge:
                 for target in reversed(ready):
                     values = _restored(name, target, values, first)
@@ -92,7 +92,7 @@ def _changed(
             if not ready:
                 values = quantised_and_back(values, quant)
             first += len(values)
-            yield values.flatten()
+            yield values.flatten(), before.flatten()
 
     source = "base + tuned" if steps else "base"
     return ChangedTensor(name, action, source, info.shape, info.dtype, compute=compute)

@@ -7,6 +7,9 @@ import torch
 
 from rwkv_lab.checkpoint import TensorInfo
 
+# Values in the precision of the merge, and the base's at their place in any dtype; None where it has none.
+Computed = tuple[torch.Tensor, torch.Tensor | None]
+
 
 @dataclass(frozen=True)
 class ChangedTensor:
@@ -16,7 +19,7 @@ class ChangedTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype  # unless the caller asks for another
     copy: TensorInfo | None = None  # the tensor whose bytes the output takes, or …
-    compute: Callable[[], Iterator[torch.Tensor]] | None = None  # … its values, flat and in order, in the precision
+    compute: Callable[[], Iterator[Computed]] | None = None  # … its values, flat and in order
 
 
 def from_tuned(
@@ -32,14 +35,20 @@ def from_tuned(
         return ChangedTensor(name, "overlay" if base else "add", "tuned", shape, tuned.dtype, copy=tuned)
     if base is None:
         return ChangedTensor(
-            name, "add", "tuned", shape, tuned.dtype, compute=lambda: (t.to(precision) * alpha for t in tuned.blocks())
+            name,
+            "add",
+            "tuned",
+            shape,
+            tuned.dtype,
+            compute=lambda: ((t.to(precision) * alpha, None) for t in tuned.blocks()),
         )
 
-    def blend() -> Iterator[torch.Tensor]:
+    def blend() -> Iterator[Computed]:
         # Blocks of both have equally many elements only if their dtypes are of one size; a tensor is cut by the wider
         # one.
         for b, t in in_step([base, tuned]):
-            yield torch.lerp(b.to(precision), t.to(precision), alpha)
+            before = b.to(precision)
+            yield torch.lerp(before, t.to(precision), alpha), before
 
     return ChangedTensor(name, "blend", "base + tuned", shape, base.dtype, compute=blend)
 

@@ -10,6 +10,7 @@ import torch
 from rwkv_lab.checkpoint import FileFacts, Layout
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.checks import Check
+from rwkv_lab.merge.effect import MergeEffect, Meter
 from rwkv_lab.merge.inputs import InputFile, MergeInputs
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
 from rwkv_lab.progress import human_bytes
@@ -49,6 +50,7 @@ class MergePlan:
     contains: Sequence[Mapping[str, Any]] = field(default=(), repr=False)  # adapters, as of `contained_adapters`
     files: MergeInputs = field(kw_only=True, repr=False, compare=False)
     tensors: Sequence[OutTensor] = field(kw_only=True, repr=False, compare=False)  # as the rows; they read `files`
+    meters: Sequence[Meter] = field(kw_only=True, repr=False, compare=False)  # what the tensors are watched by
 
     @property
     def method(self) -> str:
@@ -76,6 +78,12 @@ class MergeResult:
     outputs: tuple[FileFacts, ...] = ()  # the checkpoint and its provenance; empty after a dry run
     checks: tuple[Check, ...] = ()  # made while streaming; empty after a dry run
     seconds: dict[str, float] = field(default_factory=dict)  # "plan", "hash", "merge"
+    effect: MergeEffect = MergeEffect()  # measured while streaming; empty after a dry run
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The plan's, and what the merge did and did not do."""
+        return (*self.plan.notes, *self.effect.notes())
 
     @property
     def base(self) -> Path:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ from rwkv_lab.checkpoint.write import file_kind
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.adapter_set import ANY
 from rwkv_lab.merge.changed_tensors import ChangedTensor
+from rwkv_lab.merge.effect import Meter
 from rwkv_lab.merge.families import family_of, method_of
 from rwkv_lab.merge.family import Changes
 from rwkv_lab.merge.input_checks import check_base, check_dtypes, notes_on_names, refuse_same_file
@@ -53,7 +55,7 @@ def plan_merge(
     selected = selected_names([c.name for c in changes.tensors], spec.include, spec.exclude)
     applied = [] if changes.without_effect else [c for c in changes.tensors if c.name in selected]
     description = family.describe(inputs, changes, applied)
-    rows, tensors = _output(inputs.base.info if changes.keeps_base else {}, applied, spec.output_dtype)
+    rows, tensors, meters = _output(inputs.base.info if changes.keeps_base else {}, applied, spec.output_dtype)
     # Hashing whole files waits until they are written; all fingerprints of a kind are of one length.
     facts = inputs.facts("records")
     blank = [FileFacts(f.path, f.bytes, f"{options.hash}:{'0' * 64}") for f in facts]
@@ -77,6 +79,7 @@ def plan_merge(
         contains=tuple(description.contains),
         files=inputs,
         tensors=tensors,
+        meters=meters,
     )
 
 
@@ -118,20 +121,28 @@ def selected_names(names: Sequence[str], include: Sequence[str] | None, exclude:
 
 def _output(
     kept: Mapping[str, TensorInfo], applied: Sequence[ChangedTensor], dtype: torch.dtype | None
-) -> tuple[list[PlanRow], list[OutTensor]]:
-    """The output's tensors: what is kept of the base in its order, then new ones."""
+) -> tuple[list[PlanRow], list[OutTensor], list[Meter]]:
+    """The output's tensors: what is kept of the base in its order, then new ones; and what measures them."""
     changes = {c.name: c for c in applied}
     copies = {n: ChangedTensor(n, "copy", "base", info.shape, info.dtype, copy=info) for n, info in kept.items()}
-    rows, tensors = [], []
+    rows, tensors, meters = [], [], []
     for change in (copies | changes).values():
         wanted = dtype or change.dtype
-        action, compute = change.action, change.compute
-        if change.copy is not None and wanted != change.dtype:
-            action, compute = ("cast" if action == "copy" else action), change.copy.blocks
-        tensor = OutTensor(change.name, change.shape, wanted, source=change.copy, compute=compute)
+        cast = change.copy is not None and wanted != change.dtype
+        action = "cast" if cast and change.action == "copy" else change.action
+        tensor = OutTensor(change.name, change.shape, wanted, source=change.copy)
+        target, copied = action not in ("copy", "cast", "layer"), change.copy is not None and not cast
+        count = tensor.nbytes // wanted.itemsize
+        meter = Meter(change.name, count, wanted, kept.get(change.name), copied, target)
+        compute = change.copy.blocks if cast else None
+        if change.compute is not None:
+            compute = meter.watched(change.compute)
+        measured = target or cast and wanted == torch.float16
+        if measured:
+            meters.append(meter)
         rows.append(PlanRow(change.name, action, change.source, change.shape, wanted, tensor.nbytes))
-        tensors.append(tensor)
-    return rows, tensors
+        tensors.append(replace(tensor, compute=compute, watch=meter.see if measured else None))
+    return rows, tensors, meters
 
 
 def _memory_needed(inputs: Sequence[Checkpoint], changes: Changes) -> int:

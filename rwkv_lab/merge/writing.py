@@ -13,6 +13,7 @@ from rwkv_lab.checkpoint.stream import Findings
 from rwkv_lab.checkpoint.write import file_kind, write_stream
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.merge.effect import effect_of
 from rwkv_lab.merge.inputs import InputFile
 from rwkv_lab.merge.output_checks import check_merge_output
 from rwkv_lab.merge.plan import MergePlan, MergeResult
@@ -54,9 +55,12 @@ def write_merge(plan: MergePlan, options: MergeOptions | None = None) -> MergeRe
         )
         start = time.perf_counter()
         findings, outputs = _write(plan, made, options)
-    checks = _streaming_checks(plan, options, findings, outputs[0])
+    effect = effect_of(plan.meters)
+    for note in effect.notes():
+        log.warning("%s: %s", plan.out.name, note)
+    checks = (*_streaming_checks(plan, options, findings, outputs[0]), *effect.checks())
     seconds = {"hash": hashing, "merge": time.perf_counter() - start}
-    return MergeResult(plan, recipe, inputs, outputs, checks, seconds)
+    return MergeResult(plan, recipe, inputs, outputs, checks, seconds, effect)
 
 
 def _fingerprints(plan: MergePlan) -> tuple[tuple[InputFile, ...], float]:
@@ -92,7 +96,7 @@ def describe_output(
 ) -> tuple[FileFacts, FileFacts]:
     """Write the provenance beside the output; facts of both files."""
     facts, note = file_facts(plan.out), provenance_path(plan.out)
-    text = text_beside(made, facts, findings)
+    text = text_beside(made, facts, findings, effect_of(plan.meters).record())
     write_text(note, text, overwrite)
     data = text.encode()
     return facts, FileFacts(note, len(data), f"sha256:{sha256(data).hexdigest()}")

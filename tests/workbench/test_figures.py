@@ -5,10 +5,12 @@ import io
 import matplotlib
 import numpy as np
 import pytest
+import torch
 
 from rwkv_lab import plotting
 from rwkv_lab.analysis.deltas import BINS, Delta
 from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.merge.effect import MergeEffect, TensorEffect
 from rwkv_lab.workbench.inspect import figures as inspect_figures
 from rwkv_lab.workbench.merge import figures
 
@@ -40,6 +42,19 @@ def test_zero_nan_and_new_tensors_are_told_apart_from_small_ones():
     image = figure.axes[0].get_images()[0].get_array()
     assert image.mask.tolist() == [[True, False], [True, True]]
     assert "+" in text_of(figure).split("\n") and "emb.weight 0.25" in text_of(figure)
+
+
+def test_the_map_of_what_arrived_marks_what_did_not_change():
+    bf16 = torch.bfloat16
+    tensors = [
+        TensorEffect("blocks.0.att.key.weight", bf16, 9, 9, 2.0, 1.0, True),
+        TensorEffect("blocks.1.att.key.weight", bf16, 9, 0, 2.0, 0.0, False),
+        TensorEffect("emb.weight", bf16, 9, None, None, None, True),
+    ]
+    text = text_of(figures.arrived(MergeEffect(tuple(tensors)), 2, "lora into base"))
+    assert "2 of 3 targets changed; 25.0% of the asked-for change arrived" in text and "×" in text
+    assert "emb.weight 1" in text
+    plotting.png(figures.arrived(MergeEffect(()), 2, ""))
 
 
 def test_histogram_counts_every_weight_that_moved():

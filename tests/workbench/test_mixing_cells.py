@@ -7,7 +7,7 @@ import pytest
 
 from rwkv_lab.analysis import behaviour
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
-from rwkv_lab.errors import ParameterError
+from rwkv_lab.errors import ParameterError, RwkvLabError
 from rwkv_lab.workbench import panel as panels
 from rwkv_lab.workbench import start
 from rwkv_lab.workbench.parameters import read_parameters
@@ -45,6 +45,18 @@ def test_a_stack_runs_and_says_how_deep_it_is(models, tmp_path):
     with open_checkpoint(tmp_path / "report" / "merged.pth") as ck:
         assert ck.layout.n_layer == 3
     assert "never trained to follow each other" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_merge_without_effect_fails_its_check_and_says_so_in_result_and_report(models, tmp_path):
+    with open_checkpoint(models[0]) as ck:
+        write_checkpoint(tmp_path / "same.safetensors", {name: ck[name] for name in ck})
+    with pytest.raises(RwkvLabError):
+        done(tmp_path, base=models[0], tuned=str(tmp_path / "same.safetensors"), method="slerp")
+    result = json.loads((tmp_path / "report" / "result.json").read_text())
+    assert result["metrics"]["targets_changed"] == 0 < result["metrics"]["targets"]
+    effect = next(c for c in result["checks"] if c["name"].startswith("the merge has an effect"))
+    assert effect["passed"] is False and any("The output is the base" in n for n in result["metrics"]["notes"])
+    assert "The output is the base" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_the_report_names_the_role_of_each_input(models, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from rwkv_lab.checkpoint import Checkpoint, Layout
 from rwkv_lab.checkpoint.layout import UNUSED_IN_LAYER_0
 from rwkv_lab.errors import LayoutError, ParameterError
-from rwkv_lab.merge.changed_tensors import ChangedTensor, in_step
+from rwkv_lab.merge.changed_tensors import ChangedTensor, Computed, in_step
 from rwkv_lab.merge.contained_adapters import after_changes
 from rwkv_lab.merge.families.mixing_proof import MixingProof
 from rwkv_lab.merge.family import Changes, Description, Family, refuse_option
@@ -145,12 +145,12 @@ def _mixed(
                 b = wide.pop(0) if first else torch.zeros_like(wide[0])
                 yield b, [wide.pop(0) if t is not None else b for t in others]
 
-    def compute() -> Iterator[torch.Tensor]:
+    def compute() -> Iterator[Computed]:
         found, start = _looked(method, blocks, values), 0
         for b, pieces in blocks():
             if method.signature.draws:
                 found["draws"] = partial(draws, name=name, start=start, count=len(b))
-            yield method.function(b, pieces, **values, **found)
+            yield method.function(b, pieces, **values, **found), b
             start += len(b)
 
     return ChangedTensor(name, "mix", "base + tuned", like.shape, like.dtype, compute=compute)

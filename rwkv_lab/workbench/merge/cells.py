@@ -81,6 +81,16 @@ def carry_out(run: Run, plan: MergePlan) -> MergeResult | None:
     result = write_merge(plan)
     run.record.seconds |= {"merge": result.seconds["merge"]}
     run.record.inputs, run.record.outputs = list(result.inputs), list(result.outputs)
+    effect, found = result.effect, result.effect.notes()
+    run.record.metrics |= {
+        "targets": len(effect.tensors),
+        "targets_changed": len(effect.tensors) - len(effect.unchanged),
+        "change_asked_for": effect.wanted,
+        "change_that_arrived": effect.reached,
+        "notes": list(result.notes),
+    }
+    run.page.facts += [("effect", note) for note in found] or [("effect", _effect(result))]
+    print(*found or [_effect(result)], sep="\n")
     run.page.headline = f"{result.out.name}, {human_bytes(result.outputs[0].bytes)}: {_what(plan)}."
     rows = [(str(f.path), f.bytes, f.fingerprint) for f in result.outputs]
     display(Table("Written", ("file", "bytes", "fingerprint"), rows))
@@ -110,6 +120,10 @@ def show_what_moved(run: Run, result: MergeResult | None) -> None:
         figure = figures.delta_histogram(moved, subtitle)
         caption = "Weights by the absolute value of their change; the axis is logarithmic, the bins double in width."
         run.show_figure("deltas", "Histogram of the changes", caption, figure)
+    if result.effect.tensors:
+        figure = figures.arrived(result.effect, result.plan.layout.n_layer, subtitle)
+        caption = "Of tensors that are copied all of the change arrives; of unchanged ones nothing."
+        run.show_figure("effect", "How much of the asked-for change arrived", caption, figure)
     rows = [(d.name, "new" if d.new else d.relative, d.rms, d.largest) for d in moved]
     note = "relative: ‖merged − base‖ / ‖base‖; rms and largest are of the entries of merged − base."
     run.page.tables.append(Table("How far each tensor moved", ("tensor", "relative", "rms", "largest"), rows, note))
@@ -176,6 +190,15 @@ def _facts(made: MergePlan) -> list[tuple[str, object]]:
         ("memory", f"{human_bytes(made.memory_needed)} at most; {human_bytes(made.memory_free)} are free"),
         *(("to know", note) for note in made.notes),
     ]
+
+
+def _effect(result: MergeResult) -> str:
+    """What the merge did, in a sentence."""
+    effect, count = result.effect, len(result.effect.tensors)
+    if not count:
+        return "No value was to change."
+    share = f"; {effect.share:.2%} of the asked-for change arrived" if effect.wanted else ""
+    return f"{count - len(effect.unchanged)} of {count} targets changed{share}."
 
 
 def _what(made: MergePlan) -> str:

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from rwkv_lab.analysis.deltas import BINS, Delta
+from rwkv_lab.merge.effect import MergeEffect
 from rwkv_lab.plotting import BLUE, GREY, layer_map, quiet, single
 
 
@@ -33,6 +34,22 @@ def moved_per_layer(changes: Sequence[Delta], n_layer: int, subtitle: str) -> Fi
         "relative Frobenius norm, + is new",
         {"+": marked},
     )
+
+
+def arrived(effect: MergeEffect, n_layer: int, subtitle: str) -> Figure:
+    """Layer × matrix map of how much of the asked-for change reached the output's dtype; × marks unchanged tensors.
+
+    Args:
+        effect: of the tensors that were to change.
+        subtitle: base, tuned and method.
+    """
+    changed = len(effect.tensors) - len(effect.unchanged)
+    title = f"{changed} of {len(effect.tensors)} targets changed"
+    if effect.wanted:
+        title += f"; {effect.share:.1%} of the asked-for change arrived"
+    shares = {t.name: t.share if t.changed else 0.0 for t in effect.tensors}
+    marks = {"×": {t.name for t in effect.unchanged}}
+    return layer_map(shares, n_layer, title, subtitle, "share of ‖Δ‖ that reached the output, × is unchanged", marks)
 
 
 def delta_histogram(changes: Sequence[Delta], subtitle: str) -> Figure:

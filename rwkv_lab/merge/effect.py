@@ -1,0 +1,274 @@
+"""What a merge did, measured while its output is written: which tensors changed, and how much of the change arrived.
+
+The change that was asked for is Δ = what was computed, before it is rounded to the output's dtype, minus the base. What
+arrived is the output minus the base as the output's dtype holds it. Of what arrived, the part along Δ counts: rounding
+moves values up and down, and what it adds across Δ is what was not asked for.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rwkv_lab.checkpoint import TensorInfo
+from rwkv_lab.checkpoint.numerics import round_to
+from rwkv_lab.checks import Check
+
+_PIECE = 1 << 16  # elements measured at a time: a few of them in float32 stay in a core's cache
+ENOUGH = 0.9  # of the change: where less arrives, a note says so
+_NORMAL = torch.finfo(torch.float16).smallest_normal
+_HALF = 0.5  # of the change: less is no effect as it was asked for
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class TensorEffect:
+    """One tensor that a merge was to change. A tensor that the base does not have is compared with zeros."""
+
+    name: str
+    dtype: torch.dtype  # in the output
+    values: int
+    moved: int | None  # of the values, how many are not the base's; None of a copy, where the first one decides
+    wanted: float | None  # ‖Δ‖ that was asked for; None of a copy, all of which arrives
+    reached: float | None  # ⟨output - base, Δ⟩ / ‖Δ‖, what of it arrived
+    changed: bool  # whether any value differs from the base's
+
+    @property
+    def share(self) -> float:
+        """How much of the change arrived, 0 to 1; 1 where none was asked for."""
+        if not self.wanted or self.reached is None:
+            return 1.0
+        return min(max(self.reached / self.wanted, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Small:
+    """Values of one tensor below the normal range of float16, some of whose digits it does not hold."""
+
+    name: str
+    rounded: int  # how many are not what they were
+    zero: int  # of those, how many became 0
+
+
+@dataclass(frozen=True)
+class MergeEffect:
+    """Of all tensors that a merge was to change, in the order of the output."""
+
+    tensors: tuple[TensorEffect, ...] = ()
+    small: tuple[Small, ...] = ()  # of all tensors of the output
+
+    @property
+    def unchanged(self) -> tuple[TensorEffect, ...]:
+        return tuple(t for t in self.tensors if not t.changed)
+
+    @property
+    def wanted(self) -> float:
+        """‖Δ‖ over all tensors whose values were computed."""
+        return math.sqrt(math.fsum((t.wanted or 0.0) ** 2 for t in self.tensors))
+
+    @property
+    def reached(self) -> float:
+        """What of it arrived, as of `TensorEffect`."""
+        total = self.wanted
+        return math.fsum((t.wanted or 0.0) * (t.reached or 0.0) for t in self.tensors) / total if total else 0.0
+
+    @property
+    def share(self) -> float:
+        """How much of the change arrived, 0 to 1; 1 where none was asked for."""
+        return min(max(self.reached / self.wanted, 0.0), 1.0) if self.wanted else 1.0
+
+    @property
+    def worst_dtype(self) -> str:
+        """The dtype, in short, in which most of the change is lost."""
+        lost: dict[torch.dtype, float] = {}
+        for t in self.tensors:
+            lost[t.dtype] = lost.get(t.dtype, 0.0) + (1 - t.share) * (t.wanted or 0.0) ** 2
+        worst = max(lost, key=lambda dtype: lost[dtype]) if lost else torch.float32
+        return _SHORT.get(worst, str(worst).removeprefix("torch."))
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the result and the report."""
+        notes, still, count = [], self.unchanged, len(self.tensors)
+        lost = [t for t in still if t.wanted]
+        if still:
+            only = " The output is the base." if len(still) == count else ""
+            why = f"; of {len(lost)} the change is below {_SHORT[lost[0].dtype]}'s resolution" if lost else ""
+            why = why or "; nothing is added to them"
+            notes.append(f"{len(still)} of {count} targets are unchanged (first {still[0].name}){why}.{only}")
+        if self.share < ENOUGH:
+            name = self.worst_dtype
+            wider = "precision='float64' and a wider dtype keep" if name in ("fp32", "fp64") else "dtype='fp32' keeps"
+            notes.append(
+                f"{_percent(1 - self.share)} of the change is below {name}'s resolution (norm {self.reached:.3g} of "
+                f"{self.wanted:.3g} arrived); {wider} it."
+            )
+        if self.small:
+            rounded, zero = (sum(getattr(t, what) for t in self.small) for what in ("rounded", "zero"))
+            notes.append(
+                f"{rounded:,} values in {len(self.small)} tensors (first {self.small[0].name}) are smaller than fp16's "
+                f"normal range, {_NORMAL:.3g}, and lost digits; {zero:,} of them became 0. dtype='bf16' keeps them."
+            )
+        return tuple(notes)
+
+    def record(self) -> dict[str, int]:
+        """Counts, for what is written beside an output; norms may differ in the last digit between processors."""
+        return {"targets": len(self.tensors), "changed": len(self.tensors) - len(self.unchanged)}
+
+    def checks(self) -> tuple[Check, ...]:
+        """Whether the merge had an effect; none where nothing was to change."""
+        if not self.tensors:
+            return ()
+        changed = len(self.tensors) - len(self.unchanged)
+        name = f"the merge has an effect: targets that changed, of {len(self.tensors)}"
+        checks = [Check(name, changed, "at least 1", changed > 0)]
+        if self.wanted:
+            share, name = self.share, "share of the asked-for change that reached the output's dtype"
+            checks.append(Check(name, round(share, 4), f"at least {_HALF:g}", share >= _HALF))
+        return tuple(checks)
+
+
+def _percent(share: float) -> str:
+    """In whole per cent; never 100 % where something is left, nor 0 % where something is lost."""
+    whole = round(100 * share)
+    return f"{share:.2%}".replace("%", " %") if whole in (0, 100) and 0 < share < 1 else f"{whole} %"
+
+
+class Meter:
+    """Measures one tensor while it is written.
+
+    Args:
+        base: the base's tensor of that name; None where it has none.
+        copied: the output takes the bytes of another file: only whether they are the base's is found out then.
+        target: whether the merge was to change it; of others only small values are counted.
+    """
+
+    def __init__(
+        self, name: str, values: int, dtype: torch.dtype, base: TensorInfo | None, copied: bool, target: bool = True
+    ):
+        self.name, self.values, self.dtype, self.base, self.target = name, values, dtype, base, target
+        self.stops_early = copied and base is not None
+        self.same_dtype = base is not None and base.dtype == dtype
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew: a plan may be carried out more than once."""
+        self.moved, self.wanted, self.along = 0, 0.0, 0.0
+        self.rounded = self.zero = 0
+        self._before: torch.Tensor | None = None
+        self._whole: torch.Tensor | None = None
+
+    def watched(
+        self, compute: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor | None]]]
+    ) -> Callable[[], Iterator[torch.Tensor]]:
+        """`compute`, which yields (values, the base's values or None), as the writer takes it: values alone.
+
+        The writer shows each piece to `see` before it asks for the next.
+        """
+
+        def values() -> Iterator[torch.Tensor]:
+            self.reset()
+            start = 0
+            for after, before in compute():
+                self._before, self._first = before, start
+                start += len(after)
+                yield after
+
+        return values
+
+    def see(self, start: int, values: torch.Tensor, rounded: torch.Tensor) -> None:
+        """Take in values of the output.
+
+        Args:
+            start: place of the first in the tensor.
+            values: flat, as they were computed.
+            rounded: flat, as they are written.
+        """
+        if start == 0 and self._before is None:
+            self.reset()
+        if self.dtype == torch.float16 and values.dtype != torch.float16:
+            lost = (rounded.abs() < _NORMAL) & (rounded.to(values.dtype) != values)
+            self.rounded += _count(lost)
+            self.zero += _count(lost & (rounded == 0))
+        if not self.target or self.stops_early and self.moved:
+            return
+        before = self._base_at(start, len(values))
+        for i in range(0, len(values), _PIECE):
+            part = slice(i, i + _PIECE)
+            self._add(None if before is None else before[part], values[part], rounded[part])
+
+    def result(self) -> TensorEffect:
+        """What was found."""
+        if self.stops_early:
+            return TensorEffect(self.name, self.dtype, self.values, None, None, None, self.moved > 0)
+        wanted = math.sqrt(self.wanted)
+        reached = self.along / wanted if wanted else 0.0
+        return TensorEffect(self.name, self.dtype, self.values, self.moved, wanted, reached, self.moved > 0)
+
+    def _base_at(self, start: int, count: int) -> torch.Tensor | None:
+        if self._before is not None:
+            inside = start - self._first
+            return self._before[inside : inside + count]
+        if self.base is None:
+            return None
+        if self.base.stride is not None:
+            self._whole = self.base.read().flatten() if self._whole is None else self._whole
+            return self._whole[start : start + count]
+        size = self.base.dtype.itemsize
+        data = bytearray(count * size)
+        self.base.file.read_into(memoryview(data), self.base.offset + start * size)
+        return torch.frombuffer(data, dtype=self.base.dtype)
+
+    def _add(self, before: torch.Tensor | None, values: torch.Tensor, rounded: torch.Tensor) -> None:
+        wide = values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32
+        delta, change, differs = (buffer[: len(values)] for buffer in _scratch(wide))
+        change.copy_(rounded)
+        if before is None:
+            delta.copy_(values)
+        else:
+            torch.sub(values.to(wide), before.to(wide), out=delta)
+            change.sub_((before if self.same_dtype else round_to(before, rounded.dtype)).to(wide))
+        np.not_equal(change.numpy(), 0, out=differs.numpy())
+        moved, wanted, along = _count(differs), float(delta.dot(delta)), float(delta.dot(change))
+        if not math.isfinite(wanted + along):  # NaN, Inf, or squares too large for float32
+            moved, wanted, along = _of_odd_values(before, delta.double(), change.double(), rounded)
+        self.moved += moved
+        self.wanted += wanted
+        self.along += along
+
+
+_local = threading.local()
+
+
+def _scratch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two buffers of floats and one of truth values, of this thread: fresh ones cost as much as the arithmetic."""
+    buffers = vars(_local).setdefault("buffers", {})
+    if dtype not in buffers:
+        buffers[dtype] = (*torch.empty(2, _PIECE, dtype=dtype), torch.empty(_PIECE, dtype=torch.bool))
+    return buffers[dtype]
+
+
+def _of_odd_values(
+    before: torch.Tensor | None, delta: torch.Tensor, change: torch.Tensor, rounded: torch.Tensor
+) -> tuple[int, float, float]:
+    """As `_add`; NaN and Inf count as moved unless the base has the same there, and add nothing to the norms."""
+    finite = delta.isfinite() & change.isfinite()
+    odd = ~finite
+    if before is not None:
+        stored = before.to(rounded.dtype)
+        odd &= ~((stored == rounded) | (stored.isnan() & rounded.isnan()))
+    delta, change = delta[finite], change[finite]
+    moved = _count(change != 0) + _count(odd)
+    return moved, float(delta.dot(delta)), float(delta.dot(change))
+
+
+def _count(true: torch.Tensor) -> int:
+    return int(np.count_nonzero(true.numpy()))  # of torch's own, ten times as slow
+
+
+def effect_of(meters: Sequence[Meter]) -> MergeEffect:
+    """What they found."""
+    small = tuple(Small(meter.name, meter.rounded, meter.zero) for meter in meters if meter.rounded)
+    return MergeEffect(tuple(meter.result() for meter in meters if meter.target), small)
