@@ -28,7 +28,7 @@ from rwkv_lab.checkpoint import write_text
 from rwkv_lab.dtypes import in_short
 from rwkv_lab.errors import DeviceError, NumericsError, ParameterError, RwkvLabError
 from rwkv_lab.model.device import parse_device
-from rwkv_lab.resources import checkout_folder
+from rwkv_lab.resources import reports_folder
 from rwkv_lab.wkv import backends
 
 JOBS = {
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--folder", type=Path, help="for models that are made here; by default a temporary one, removed at the end"
     )
-    common.add_argument("--report", type=Path, default=(checkout_folder() or Path.cwd()) / "reports" / "bench")
+    common.add_argument("--report", type=Path, default=reports_folder() / "bench")
     for job, help in {**JOBS, "all": "all of these"}.items():
         one = jobs.add_parser(job, help=help, parents=[common])
         one.add_argument("--quick", action="store_true", help="fewer shapes, lengths, batches and rounds")

@@ -1,9 +1,11 @@
 """Runs a notebook as papermill does, showing what its cells print while they run:
 
     python -m rwkv_lab.workbench.batch notebooks/train.ipynb reports/train/run.ipynb -p steps 100
+    python -m rwkv_lab.workbench.batch --again reports/train    the run whose report lies there, with its parameters
 
-The arguments are papermill's. The kernel is reached through sockets in a folder of its own instead of TCP ports, so
-nothing of the run goes over the network, and ipykernel has nothing to warn of.
+The arguments are papermill's; the folder of the executed notebook is made where it is not there. The kernel is reached
+through sockets in a folder of its own instead of TCP ports, so nothing of the run goes over the network, and ipykernel
+has nothing to warn of.
 """
 
 import sys
@@ -12,11 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 from jupyter_client.manager import AsyncKernelManager
 from papermill.cli import papermill
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
+
+from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.workbench.again import recorded_arguments
 
 
 class _Kernel(AsyncKernelManager):
@@ -54,11 +60,36 @@ class Engine(NBClientEngine):
 def main(words: Sequence[str] | None = None) -> None:
     """Run a notebook; ends the process, with papermill's exit code."""
     papermill_engines.register(None, Engine)
+    # What the cells print takes the place of a bar that counts cells.
+    given = ["--no-progress-bar", "--log-level", "WARNING", *_arguments(sys.argv[1:] if words is None else words)]
     try:
-        # What the cells print takes the place of a bar that counts cells.
-        papermill(["--no-progress-bar", "--log-level", "WARNING", *(sys.argv[1:] if words is None else words)])
+        with papermill.make_context("papermill", given) as context:
+            output = context.params["output_path"]
+            if output and "://" not in output:
+                Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
+            papermill.invoke(context)
+    except click.exceptions.Exit as e:  # after --help and the like
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except OSError as e:
+        sys.exit(f"{type(e).__name__}: {e}")
     except PapermillExecutionError as e:
         sys.exit(f"{e.ename}: {e.evalue}")  # the traceback is in the notebook
+
+
+def _arguments(words: Sequence[str]) -> list[str]:
+    """papermill's arguments; those of an earlier run where its folder is given."""
+    if "--again" not in words:
+        return list(words)
+    at = list(words).index("--again")
+    if at + 1 == len(words):
+        sys.exit("--again needs the folder that a report lies in.")
+    try:
+        return [*recorded_arguments(Path(words[at + 1])), *words[:at], *words[at + 2 :]]
+    except RwkvLabError as e:
+        sys.exit(f"{type(e).__name__}: {e}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class Picture:
     title: str
     caption: str  # how to read it, one or two sentences
     png: bytes
+    name: str  # of its file, without .png
 
 
 @dataclass
@@ -34,17 +35,18 @@ class Page:
 
     notebook: str
     headline: str = ""  # what was made, of what, in one sentence
+    summary: str = ""  # the numbers that matter most, in one sentence
     facts: list[tuple[str, object]] = field(default_factory=list)  # recipe, plan, dimensions
     pictures: list[Picture] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
 
 
-def write_report(path: Path, page: Page, record: Record, command: str) -> None:
+def write_report(path: Path, page: Page, record: Record, can_repeat: bool) -> None:
     """Write `report.html`, whole or not at all.
 
     Args:
-        command: the shell command that repeats the run, "" where the parameters were refused.
+        can_repeat: whether the parameters were right, so that the report says how to repeat the run.
     Raises:
         OutputError: the folder cannot be written to.
     """
@@ -61,10 +63,11 @@ def write_report(path: Path, page: Page, record: Record, command: str) -> None:
     text = environment.get_template("report.html.jinja").render(
         page=page,
         record=record,
-        verdict=_verdict(record),
+        verdict=verdict(record),
+        in_words=verdict_in_words(record),
         checks=[(c, isinstance(c, Check)) for c in record.checks],
         files=[(getattr(f, "role", "read"), f) for f in record.inputs] + [("written", f) for f in record.outputs],
-        command=command,
+        can_repeat=can_repeat,
         versions=versions(),
         when=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
@@ -90,7 +93,26 @@ def _paths_in(record: Record) -> set[str]:
     return found | {str(Path(v).parent) for v in found if len(Path(v).parts) > 2}
 
 
-def _verdict(record: Record) -> str:
+def verdict(record: Record) -> str:
+    """PASS or FAIL; DONE where a run had nothing to check."""
     if record.status == "failed":
         return "FAIL"
     return "FAIL" if record.failed_checks else "PASS" if record.checks else "DONE"
+
+
+def verdict_in_words(record: Record) -> str:
+    """The verdict as a sentence, with the number of checks."""
+    measured = [check for check in record.checks if isinstance(check, Check)]
+    failed, others = len(record.failed_checks), len(record.checks) - len(measured)
+    if record.status == "failed" and not failed:
+        return "The run did not end: what stopped it stands below."
+    if not measured:
+        return "Nothing was checked." if not others else f"Nothing could be checked: {others} checks do not apply here."
+    beside = f"; {others} {'does' if others == 1 else 'do'} not apply here" if others else ""
+    if failed:
+        return f"{failed} of {len(measured)} checks failed, first: {record.failed_checks[0].name}{beside}."
+    return f"{'All' if len(measured) > 1 else 'The'} {_count(len(measured), 'check')} passed{beside}."
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}s" if number > 1 else what

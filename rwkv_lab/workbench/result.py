@@ -5,6 +5,7 @@ import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ import torch
 from rwkv_lab.checkpoint import FileFacts, write_text
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.version import __version__
+from rwkv_lab.workbench.process import is_running, this_process
+
+RESULT = "result.json"
+KEPT = "report.json"  # the result of the run that report.html shows, where result.json is of a later one
 
 
 @dataclass
@@ -31,6 +36,10 @@ class Record:
     metrics: dict[str, object] = field(default_factory=dict)
     figures: list[Path] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    report: Path | None = None  # report.html of this run, once it has ended
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    process: Mapping[str, object] = field(default_factory=this_process)
 
     @property
     def failed_checks(self) -> list[Check]:
@@ -51,6 +60,10 @@ class Record:
             "figures": self.figures,
             "versions": versions(),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "notes": self.notes,
+            "report": self.report,
+            "started": self.started,
+            **self.process,
         }
         return {name: _plain(value) for name, value in content.items()}
 
@@ -60,11 +73,36 @@ class Record:
         Raises:
             OutputError: the folder cannot be written to.
         """
-        path = self.folder / "result.json"
-        text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        # Text from a file may hold lone surrogates, which UTF-8 cannot carry.
-        write_text(path, text.encode("utf-8", "replace").decode() + "\n", overwrite=True)
+        path = self.folder / RESULT
+        write_json(path, self.as_dict())
         return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a file by this content, whole or not at all.
+
+    Raises:
+        OutputError: as `write_text`.
+    """
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    # Text from a file may hold lone surrogates, which UTF-8 cannot carry.
+    write_text(path, text.encode("utf-8", "replace").decode() + "\n", overwrite=True)
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """The content of a `result.json`; None where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and isinstance(content.get("status"), str) else None
+
+
+def status_of(result: Mapping[str, Any]) -> str:
+    """The status of a run: "running", "ok", "failed", or "interrupted" where its process is gone."""
+    if result["status"] == "running" and is_running(result) is False:
+        return "interrupted"
+    return result["status"]
 
 
 def versions() -> dict[str, str]:

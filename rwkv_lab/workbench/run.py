@@ -1,8 +1,6 @@
 """One run of a notebook: its parameters, its folder, `result.json` and `report.html`, from first cell to last."""
 
-import json
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -12,12 +10,15 @@ from typing import Any
 
 from rwkv_lab.errors import OutputError, ParameterError
 from rwkv_lab.progress import frontend_present
-from rwkv_lab.resources import checkout_folder
+from rwkv_lab.resources import reports_folder
+from rwkv_lab.workbench.again import command
 from rwkv_lab.workbench.parameters import Parameters, read_parameters, train_demo
 from rwkv_lab.workbench.registry import parameters_of
-from rwkv_lab.workbench.report import Page, Picture, write_report
+from rwkv_lab.workbench.report import Page, Picture, verdict, verdict_in_words
+from rwkv_lab.workbench.report_folder import begin, close, note_on_earlier_run
 from rwkv_lab.workbench.result import Record
 from rwkv_lab.workbench.tables import Table
+from rwkv_lab.workbench.terminal import say
 
 
 class Run:
@@ -49,8 +50,7 @@ class Run:
         self._start = time.perf_counter()
         self.page = Page(notebook=self.notebook)
         self.record = Record(self.folder, self.notebook, parameters)
-        (self.folder / "report.html").unlink(missing_ok=True)  # of an earlier run: it would pass for this one's
-        self.record.write()
+        begin(self.record)
 
     def configure(self, **values: Any) -> None:
         """Change parameters, all or none.
@@ -93,43 +93,29 @@ class Run:
         return self.config.overwrite or not self.config.out
 
     def show_figure(self, name: str, title: str, caption: str, figure: Any) -> None:
-        """Save a matplotlib Figure as `<name>.png` in the report folder, put it into the report, and display it."""
+        """Display a matplotlib Figure and put it into the report; at its end the run writes it as `<name>.png`."""
         from IPython.core.display import Image
         from IPython.display import display
 
         from rwkv_lab.plotting import png  # matplotlib takes a second that validation need not wait for
 
-        picture = Picture(title, caption, png(figure))
-        path = self.folder / f"{name}.png"
-        path.write_bytes(picture.png)
+        picture = Picture(title, caption, png(figure), name)
         self.page.pictures.append(picture)
-        self.record.figures.append(path)
         display(Image(picture.png, width=900))
 
     def command(self) -> str:
-        """The shell command that repeats this run with papermill."""
-        words = ["papermill", f"notebooks/{self.notebook}.ipynb", str(self.folder / "run.ipynb")]
-        for name, field in self.model.model_fields.items():
-            value = getattr(self.config, name)
-            if name == "report":
-                words += ["-r", name, str(self.folder)]
-            elif value == field.default:
-                continue
-            elif isinstance(value, str):
-                words += ["-r", name, value]  # -p would turn a name like 12e4 into a number
-            elif isinstance(value, (list, dict)):
-                words += ["-y", json.dumps({name: value}, ensure_ascii=False)]
-            else:
-                words += ["-p", name, str(value)]
-        return shlex.join(words)
+        """The shell command that repeats this run."""
+        own = {str(f.path.absolute()) for f in self.record.outputs}
+        return command(self.notebook, self.config.model_dump(), self.folder, getattr(self.config, "out", None) in own)
 
     def fail(self, error: BaseException) -> None:
-        """Record that the run failed, and write the report of it."""
+        """Record that the run failed, and write the report of it; the report of an earlier run that went well stays."""
         self.record.status, self.record.error = "failed", error
         self._end()
+        say(f"FAIL    {type(error).__name__}\nreport  {self.record.report}")
 
     def finish(self, must_pass: bool) -> None:
-        """Write `result.json` and `report.html` for good, and print where they are.
+        """Write `result.json` and `report.html` for good; print the verdict, where they are, and what was found.
 
         Args:
             must_pass: a check that failed makes the run fail. False where finding faults is the job.
@@ -141,16 +127,19 @@ class Run:
             advice = "Do not use the output; " if self.record.outputs else ""
             raise OutputError(
                 f"{len(failed)} of {len(self.record.checks)} checks failed, first: {failed[0]}.\n"
-                f"{advice}{self.folder / 'report.html'} has all checks."
+                f"{advice}the report has all checks."
             )
         self.record.status, self.record.error = "ok", None
         self._end()
-        print(f"report  {self.folder / 'report.html'}\nresult  {self.folder / 'result.json'}\nagain   {self.command()}")
+        found = f"\nfound   {self.page.summary}" if self.page.summary else ""
+        say(f"{verdict(self.record):7} {verdict_in_words(self.record)}{found}\nreport  {self.record.report}")
+        print(f"result  {self.folder / 'result.json'}\nagain   {self.command()}")
 
     def _end(self) -> None:
         self.record.seconds["total"] = time.perf_counter() - self._start
-        write_report(self.folder / "report.html", self.page, self.record, self.command() if self._config else "")
-        self.record.write()
+        if self.page.summary:
+            self.record.metrics["summary"] = self.page.summary
+        close(self.record, self.page, can_repeat=self._config is not None)
 
     def after_cell(self, result: Any) -> None:
         """Called by IPython after every cell: one that raised while the run was on makes the run fail."""
@@ -185,8 +174,13 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
     """
     wanted = namespace.get("report")
     given = {name: namespace[name] for name in parameters_of(notebook).model_fields if name in namespace}
-    run = Run(notebook, _report_folder(notebook, wanted if isinstance(wanted, str) else ""), given)
+    folder = _report_folder(notebook, wanted if isinstance(wanted, str) else "")
+    earlier = note_on_earlier_run(folder)
+    run = Run(notebook, folder, given)
     _join_kernel(run)
+    if earlier:
+        say(earlier)
+        run.record.notes.append(earlier)
     try:
         config = read_parameters(run.model, namespace, names_are_all=not frontend_present())
         run._config = config = config.changed(report=str(run.folder))
@@ -202,8 +196,7 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
 
 
 def _report_folder(notebook: str, wanted: str) -> Path:
-    home = checkout_folder() or Path.cwd()
-    folder = Path(wanted).expanduser().absolute() if wanted.strip() else home / "reports" / notebook
+    folder = Path(wanted).expanduser().absolute() if wanted.strip() else reports_folder() / notebook
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"the report folder {folder} is a file; name another one")
     try:

@@ -26,8 +26,9 @@ def page() -> str:
     content = Page(
         "merge",
         headline=EVIL,
+        summary=EVIL,
         facts=[(EVIL, EVIL)],
-        pictures=[Picture(EVIL, EVIL, b"\x89PNG")],
+        pictures=[Picture(EVIL, EVIL, b"\x89PNG", "x")],
         samples=[Sample(EVIL, {EVIL: EVIL})],
         tables=[Table(EVIL, (EVIL, "n"), [(EVIL, 3)], EVIL)],
     )
@@ -35,7 +36,7 @@ def page() -> str:
 
 
 def render(page, tmp_path) -> str:
-    write_report(tmp_path / "report.html", *page, command="papermill -r base '/home/ada lovelace/models/base one.pth'")
+    write_report(tmp_path / "report.html", *page, can_repeat=True)
     return (tmp_path / "report.html").read_text()
 
 

@@ -9,10 +9,12 @@ import pytest
 from rwkv_lab.checkpoint import FileFacts
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import OutputError, ParameterError
+from rwkv_lab.resources import notebooks_folder
 from rwkv_lab.workbench import start
 
 KEYS = (
-    "notebook status error parameters inputs outputs checks metrics figures versions seconds"  # as promised to scripts
+    "notebook status error parameters inputs outputs checks metrics figures versions seconds notes report started host "
+    "pid process_started boot"  # as promised to scripts
 )
 
 
@@ -91,14 +93,15 @@ def test_starting_again_forgets_the_earlier_pass(run):
     run.begin_again()
     found = result(run.folder)
     assert (found["status"], found["checks"], found["parameters"]["scan"]) == ("running", [], "changed")
-    assert not (run.folder / "report.html").exists()
+    assert (run.folder / "report.html").exists()  # of a run that went well: it stays until another one does
 
 
 def test_the_command_repeats_the_run(tmp_path, demo_folder):
     files = {"base": str(demo_folder / "demo-base.pth"), "tuned": str(demo_folder / "demo-state.pth")}
     given = {**files, "report": str(tmp_path / "it's"), "include": ["b*'\"é"], "dry_run": True, "alpha": 0.5}
     words = shlex.split(start("merge", given).command())
-    assert words[:2] == ["papermill", "notebooks/merge.ipynb"]
+    assert words[1:3] == ["-m", "rwkv_lab.workbench.batch"] and words[4] == str(tmp_path / "it's" / "run.ipynb")
+    assert words[3] == str(notebooks_folder() / "merge.ipynb")
     assert words[words.index("-y") + 1] == '{"include": ["b*\'\\"é"]}'
     assert words[words.index("dry_run") - 1 :][:3] == ["-p", "dry_run", "True"]
     assert words[words.index("alpha") - 1 :][:3] == ["-p", "alpha", "0.5"]

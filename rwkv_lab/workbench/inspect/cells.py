@@ -72,6 +72,7 @@ def measure(run: Run) -> dict[str, Statistics]:
     run.page.tables.append(table)
     nan, inf = sum(s.nan for s in found.values()), sum(s.inf for s in found.values())
     run.record.metrics |= {"nan": nan, "inf": inf}
+    run.page.summary = f"{len(found):,} tensors; {nan + inf:,} values are NaN or Inf."
     called = {"nan": "NaN", "inf": "Inf"}
     for what, count in (("nan", nan), ("inf", inf)):
         first = next((name for name, s in found.items() if getattr(s, what)), "")

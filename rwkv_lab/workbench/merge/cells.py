@@ -38,6 +38,7 @@ def plan(run: Run) -> MergePlan:
     with run.timed("plan"):
         made = preview(run)
     run.record.inputs = list(made.inputs)
+    run.record.notes += made.notes
     run.record.metrics |= {
         "method": made.method,
         "tensors": len(made.rows),
@@ -138,8 +139,8 @@ def compare_models(run: Run, result: MergeResult | None) -> Behaviour | None:
         behaviour = compare_behaviour(result)
     run.page.samples = behaviour.samples
     if behaviour.bits:
-        run.record.metrics |= {"bits_per_byte": behaviour.bits, "summary": behaviour.summary}
-        run.page.facts.append(("held-out text", behaviour.summary))
+        run.record.metrics["bits_per_byte"] = behaviour.bits
+        run.page.summary = behaviour.summary
         print(behaviour.summary)
         figure = bits_bars(behaviour.bits, f"{_what(result.plan)}; {describe_texts()}")
         caption = "Bits the model needs for each byte of text that it was not trained on; lower is better."

@@ -103,7 +103,7 @@ def carry_out(run: Run, plan: TrainPlan) -> TrainResult | None:
         f"{spec.kind} on {spec.data}: {result.bits_before:.3f} to {result.bits_after:.3f} bits per byte of "
         f"held-out text, {abs(fewer):.1%} {'fewer' if fewer >= 0 else 'more'}."
     )
-    run.record.metrics["summary"] = run.page.headline
+    run.page.summary = run.page.headline
     rows = [(str(f.path), f.bytes, f.fingerprint) for f in result.outputs]
     display(Table("Written", ("file", "bytes", "fingerprint"), rows))
     return result
