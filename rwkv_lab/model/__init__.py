@@ -9,8 +9,9 @@ from rwkv_lab.model.dual import RWKV_Dual, RWKVMode, init_state_with_past
 from rwkv_lab.model.evaluate import bits_per_byte
 from rwkv_lab.model.generation import GenerationStream, generate, generate_stream
 from rwkv_lab.model.sampling import row_seed
-from rwkv_lab.model.state import RWKVState, load_state, save_state
+from rwkv_lab.model.state import RWKVState
 from rwkv_lab.model.state_cache import StateCache
+from rwkv_lab.model.state_file import load_state, save_state
 from rwkv_lab.model.tokenizer import ByteTokenizer, WorldTokenizer, load_tokenizer
 from rwkv_lab.model.weight_only import agreement_of_logits, quantise_weights
 

@@ -262,7 +262,8 @@ class RWKV_Dual(nn.Module):
             wkv.append(S)
         # Under autocast norms come out in float32; a state has the model's dtype all the same.
         att_shift, ffn_shift = (torch.stack(z, 1).to(self.emb.weight.dtype) for z in (att_shift, ffn_shift))
-        return x, RWKVState(torch.stack(wkv, 1), att_shift, ffn_shift, self.layout.version), v_first
+        layout = self.layout
+        return x, RWKVState(torch.stack(wkv, 1), att_shift, ffn_shift, layout.version, layout.vocab_size), v_first
 
     def _logits(self, x):
         """x `[...,C]` before ln_out -> logits `[...,V]`."""

@@ -27,7 +27,7 @@ def initial_state(model: Model, tuned: str | Path | None) -> RWKVState:
     else:
         wkv = generation_of(layout).first_wkv(layout, weight.device).to(model.state_dtype)
     shift = weight.new_zeros(1, layout.n_layer, layout.n_embd)
-    return RWKVState(wkv[None], shift, shift, layout.version)
+    return RWKVState(wkv[None], shift, shift, layout.version, layout.vocab_size)
 
 
 def add_time_state(model: Model) -> None:

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from rwkv_lab.checkpoint import Layout, open_checkpoint, write_checkpoint
-from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.checkpoint import Layout
+from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.registry import generation_of
 
 
@@ -20,17 +18,19 @@ class RWKVState:
         RWKV-4 has no matrices: `[B,L,3,A]` = (a, b, p), where a e^p and b e^p are the sums of e^key v and of e^key.
     att_shift, ffn_shift: the last token's input of each layer's time mix and channel mix, after its LayerNorm,
         `[B,L,C]` in the model's dtype.
-    version: generation of the model that made it, such as "6.0"; "" where that is not known. Shapes do not tell.
+    version, vocab_size: generation of the model that made it, such as "6.0", and how many tokens it knows; "" and 0
+        where that is not known. Shapes do not tell.
     """
 
     wkv: torch.Tensor
     att_shift: torch.Tensor
     ffn_shift: torch.Tensor
     version: str = ""
+    vocab_size: int = 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The parts by name; the batch is the first dimension of each."""
-        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "version"}
+        return {part.name: getattr(self, part.name) for part in fields(self)[:3]}
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RWKVState":
         return replace(self, **{name: change(part) for name, part in self.tensors().items()})
@@ -101,6 +101,10 @@ def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.
         )
     if state.version not in ("", layout.version):
         raise ParameterError(f"The state is of RWKV-{state.version}, the model is RWKV-{layout.version}.")
+    if state.vocab_size not in (0, layout.vocab_size):
+        raise ParameterError(
+            f"The state is of a model with {state.vocab_size} tokens, this one has {layout.vocab_size}: it is another."
+        )
     for name, shape in state_shapes(layout).items():
         part = getattr(state, name)
         if not isinstance(part, torch.Tensor) or not part.is_floating_point() or part.layout != torch.strided:
@@ -122,54 +126,3 @@ def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.
         raise ParameterError(
             f"The state is of a model in {state.att_shift.dtype}, this one is in {dtype}: state.to(dtype={dtype})."
         )
-
-
-# ---------------------------------------------------------------------- on disk
-
-_MARK = "rwkv_lab state 1"
-
-
-def _owner(layout: Layout) -> dict[str, str]:
-    """What a state belongs to, as it is written into its file."""
-    names = ("version", "n_layer", "n_embd", "dim_att", "n_head", "head_size")
-    return {name: str(getattr(layout, name)) for name in names}
-
-
-def save_state(path: str | Path, state: RWKVState, model: Any) -> None:
-    """Write a state to a `.safetensors`, with the generation and dimensions of the model that it belongs to.
-
-    Raises:
-        OutputError: the file is there already, or cannot be written.
-        ParameterError: a state of another model, or another suffix.
-    """
-    check_state(state, model.layout, state.batch_size, model.emb.weight.dtype, model.get_device())
-    if Path(path).suffix != ".safetensors":
-        raise ParameterError(f"{path}: a state is written to a .safetensors.")
-    write_checkpoint(path, state.tensors(), metadata={"format": _MARK, **_owner(model.layout)})
-
-
-def load_state(path: str | Path, model: Any) -> RWKVState:
-    """The state in a file that `save_state` wrote, in the model's dtype and on its device.
-
-    Raises:
-        LayoutError: no state, or the state of a model of another generation or other dimensions.
-        CorruptFileError: see `open_checkpoint`.
-    """
-    with open_checkpoint(path) as ck:
-        if ck.metadata.get("format") != _MARK:
-            raise LayoutError(
-                f"{path} is no state that save_state wrote ({ck.kind}).\n"
-                "A tuned initial state (time_state) goes into create_state(tuned=...) or load_state_file."
-            )
-        for name, expected in _owner(model.layout).items():
-            if ck.metadata.get(name) != expected:
-                raise LayoutError(
-                    f"{path} is a state of another model: its {name} is {ck.metadata.get(name)}, here {expected}."
-                )
-        shapes = state_shapes(model.layout)
-        for name, shape in shapes.items():
-            if name not in ck or tuple(ck.info[name].shape[1:]) != shape:
-                found = list(ck.info[name].shape) if name in ck else "missing"
-                raise LayoutError(f"{path}: {name} is {found}; the model needs {['B', *shape]}.")
-        state = RWKVState(**{name: ck[name] for name in shapes}, version=model.layout.version)
-    return state.to(model.get_device(), model.emb.weight.dtype)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from random_rwkv7 import add_random_time_state, make_model, make_tokens
 
-from rwkv_lab.checkpoint import write_checkpoint
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.errors import LayoutError, OutputError, ParameterError
-from rwkv_lab.model import RWKVMode, StateCache, load_state, save_state
+from rwkv_lab.model import RWKV_Dual, RWKVMode, StateCache, load_state, save_state
 
 PARTS = ("wkv", "att_shift", "ffn_shift")
 
@@ -95,6 +95,59 @@ def test_state_files_of_other_models_are_refused(tmp_path):
         load_state(tmp_path / "m.safetensors", model)
     with pytest.raises(ParameterError, match=".safetensors"):
         save_state(tmp_path / "s.pth", state_after(model), model)
+
+
+def test_a_state_is_written_over_where_that_is_asked_for(tmp_path):
+    model = make_model()
+    save_state(tmp_path / "s.safetensors", model.create_state(), model)
+    save_state(tmp_path / "s.safetensors", state_after(model), model, overwrite=True)
+    assert same(load_state(tmp_path / "s.safetensors", model), state_after(model))
+
+
+def test_a_state_file_belongs_to_its_weights(tmp_path, caplog):
+    model, other, path = make_model(), make_model(seed=1), tmp_path / "s.safetensors"
+    state = state_after(model)
+    save_state(path, state, model)
+    with pytest.raises(LayoutError, match="other weights.*\n.*other_weights=True"):
+        load_state(path, other)
+    assert same(load_state(path, other, other_weights=True), state)
+    other.load_state_dict(model.state_dict())
+    add_random_time_state(other)
+    assert same(load_state(path, other), state)
+    with torch.no_grad():
+        other.blocks[1].ffn.value.weight += 1e-3  # as a LoRA would
+    with pytest.raises(LayoutError, match="other weights"):
+        load_state(path, other)
+    with pytest.raises(LayoutError, match="vocab_size is 257, here 300"):
+        load_state(path, make_model(vocab_size=300))
+    with open_checkpoint(path) as ck:  # as it was written before
+        old = {k: v for k, v in ck.metadata.items() if not k.startswith("weights") and k != "vocab_size"}
+    write_checkpoint(tmp_path / "old.safetensors", state.tensors(), old)
+    assert same(load_state(tmp_path / "old.safetensors", other), state) and "older version" in caplog.text
+
+
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("into", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_state_goes_into_its_model_in_another_dtype(tmp_path, of, into):
+    write_checkpoint(tmp_path / "m.safetensors", {n: t.to(of) for n, t in make_model().state_dict().items()})
+    for made, read in ((of, into), (into, of)):
+        model, path = (
+            RWKV_Dual.from_pretrained(tmp_path / "m.safetensors", dtype=made),
+            tmp_path / f"{made}.safetensors",
+        )
+        save_state(path, model.create_state(), model, overwrite=True)
+        load_state(path, RWKV_Dual.from_pretrained(tmp_path / "m.safetensors", dtype=read))
+
+
+def test_a_state_of_another_vocabulary_is_refused():
+    model, tokens = make_model(), torch.tensor([[1, 2]])
+    other = make_model(vocab_size=300)
+    with torch.no_grad():
+        states = [other.create_state(), other.prefill(tokens)[1], other.prefill(tokens[:, :1])[1]]
+    other.requires_grad_(True)
+    for state in [*states, other(tokens)[1], other.create_state().to(torch.device("cpu")).clone().rows([0])]:
+        with pytest.raises(ParameterError, match="300 tokens, this one has 257"):
+            model(tokens, state)
 
 
 def test_a_tuned_state_file_goes_in_by_itself(tmp_path):

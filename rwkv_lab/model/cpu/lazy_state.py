@@ -30,16 +30,16 @@ class LazyState(RWKVState):
         return inside[name]
 
     def __reduce__(self) -> tuple:  # for copies and files
-        return RWKVState, (self.wkv, self.att_shift, self.ffn_shift, self.version)
+        return RWKVState, (self.wkv, self.att_shift, self.ffn_shift, self.version, self.vocab_size)
 
 
-def lazy_state(memory: Memory, made_for: tuple, version: str) -> LazyState:
+def lazy_state(memory: Memory, made_for: tuple, version: str, vocab_size: int) -> LazyState:
     """A state whose parts are those of `memory`: wkv `[B,L,H,K,V]` (RWKV-4: `[B,L,3,A]`), att_shift, ffn_shift.
 
     made_for: what decides whether it fits a call; see `memory_of`.
     """
     state = object.__new__(LazyState)
-    state.__dict__.update(memory=memory, made_for=made_for, version=version)
+    state.__dict__.update(memory=memory, made_for=made_for, version=version, vocab_size=vocab_size)
     return state
 
 

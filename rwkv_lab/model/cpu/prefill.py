@@ -38,7 +38,8 @@ def run(model: Any, tokens: Tensor, state: RWKVState) -> tuple[Tensor, RWKVState
             own = prefill.scratch("x", piece.numel(), x.shape[2])
             prefill.over(piece.contiguous(), own, att, ffn, wkv)
             rows.copy_(own.view(rows.shape))
-    return x, RWKVState(torch.stack(wkv, 1), torch.stack(att, 1), torch.stack(ffn, 1), state.version)
+    parts = (torch.stack(part, 1) for part in (wkv, att, ffn))
+    return x, RWKVState(*parts, model.layout.version, model.layout.vocab_size)
 
 
 @torch.no_grad()

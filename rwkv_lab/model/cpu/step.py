@@ -90,7 +90,7 @@ def run(
         call = abi.Call(ctypes.addressof(ids), B, *where, *new, answer.address, threads)
         step(ctypes.byref(table.model), ctypes.byref(call))
         logits += answer.tensors()
-        state = lazy_state(after, made_for, layout.version)
+        state = lazy_state(after, made_for, layout.version, layout.vocab_size)
     if fits and not fits.result():
         forget(model)
         return model.forward(tokens, given)
