@@ -4,8 +4,7 @@ import torch
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.train import load_corpus
-from rwkv_lab.train.examples import Examples
+from rwkv_lab.train import Examples, TokenCorpus, load_corpus
 
 _LONGEST = 16  # bytes of a token, as a mean over a text
 
@@ -17,8 +16,10 @@ def held_out_text(data: str) -> bytes:
         ParameterError: see `load_corpus`.
     """
     corpus = load_corpus(data)
+    if isinstance(corpus, TokenCorpus):
+        raise ParameterError(f"data={data!r} holds tokens; what is read here is text. Name a text or records.")
     if isinstance(corpus, Examples):
-        return b"\n".join(example.prompt + example.response for example in corpus.held_out)
+        return b"\n".join(example.text for example in corpus.held_out)
     return corpus.held_out
 
 

@@ -5,11 +5,13 @@ from rwkv_lab.train.batches import held_out_bits, in_batches
 from rwkv_lab.train.compare import Compared, compare_methods, compared_kinds
 from rwkv_lab.train.data import CORPORA, Corpus, load_corpus
 from rwkv_lab.train.demo import demo_base, demo_folder, demo_state
-from rwkv_lab.train.examples import Example, Examples, load_examples
+from rwkv_lab.train.examples import Example, Examples
+from rwkv_lab.train.material import Fit
 from rwkv_lab.train.models import open_trained
 from rwkv_lab.train.planning import TrainPlan, make_plan, plan_training
 from rwkv_lab.train.resume import resume_path
 from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
+from rwkv_lab.train.token_files import TokenCorpus
 from rwkv_lab.train.trainer import Continuation, TrainResult, run_training, train
 from rwkv_lab.train.verify import measure_again, verify_training
 
@@ -21,6 +23,8 @@ __all__ = [
     "Corpus",
     "Example",
     "Examples",
+    "Fit",
+    "TokenCorpus",
     "TrainOptions",
     "TrainPlan",
     "TrainResult",
@@ -33,7 +37,6 @@ __all__ = [
     "held_out_bits",
     "in_batches",
     "load_corpus",
-    "load_examples",
     "make_plan",
     "measure_again",
     "open_trained",

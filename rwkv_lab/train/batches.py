@@ -1,16 +1,17 @@
 """Tokens in batches: windows out of long texts, or one example a row; and how a model predicts what was held out."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.train.data import Corpus
-from rwkv_lab.train.examples import Example, Examples
+from rwkv_lab.train.examples import Examples
+from rwkv_lab.train.material import Material, Row, Tokenizer, tokenise
+from rwkv_lab.train.token_files import TokenCorpus
 
 SKIP = -100  # a target that does not count, as torch's cross entropy spells it
 _TOKENS_AT_ONCE = 4096  # bounds the memory of measuring
@@ -18,23 +19,19 @@ _TOKENS_AT_ONCE = 4096  # bounds the memory of measuring
 Batch = tuple[torch.Tensor, torch.Tensor]  # tokens [B,T], and the token that follows each, or SKIP
 
 
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer of `rwkv_lab.model`."""
-
-    @property
-    def end_of_text(self) -> int | None: ...
-    def encode(self, text: str | bytes) -> list[int]: ...
-    def decode_bytes(self, ids: list[int]) -> bytes: ...
-
-
 class Windows:
     """Windows of `ctx_len` tokens drawn at random from a text; what is held out is cut into such windows in order.
+
+    Args:
+        train, held_out: `[N]`, whole numbers of any dtype; they may be mapped from a file.
 
     Raises:
         ParameterError: a text of `ctx_len` tokens or less, or nothing held out.
     """
 
-    def __init__(self, name: str, train: list[int], held_out: list[int], held_out_bytes: int, ctx_len: int, seed: int):
+    def __init__(
+        self, name: str, train: np.ndarray, held_out: np.ndarray, held_out_bytes: int, ctx_len: int, seed: int
+    ):
         if len(train) <= ctx_len:
             raise ParameterError(
                 f"{name} has {len(train)} tokens to train on; with ctx_len={ctx_len} a window takes {ctx_len + 1}.\n"
@@ -42,14 +39,15 @@ class Windows:
             )
         if len(held_out) < 2:
             raise ParameterError(f"{name} leaves {len(held_out)} tokens to hold out; 2 at least are needed.")
-        self.train, self._held_out, self.ctx_len = torch.tensor(train), torch.tensor(held_out), ctx_len
+        self.train, self._held_out, self.ctx_len = train, torch.from_numpy(np.array(held_out, dtype=np.int64)), ctx_len
         self.held_out_bytes = held_out_bytes
         self._generator = torch.Generator().manual_seed(seed)
 
     def draw(self, count: int) -> Batch:
         """The next `count` windows."""
         start = torch.randint(len(self.train) - self.ctx_len, (count, 1), generator=self._generator)
-        window = self.train[start + torch.arange(self.ctx_len + 1)]  # [count, ctx_len + 1]
+        places = (start + torch.arange(self.ctx_len + 1)).numpy()  # [count, ctx_len + 1]
+        window = torch.from_numpy(np.asarray(self.train[places], dtype=np.int64))
         return window[:, :-1], window[:, 1:]
 
     def position(self) -> dict[str, torch.Tensor]:
@@ -72,16 +70,10 @@ class Windows:
 
 
 class Rows:
-    """One example a row, cut off after `ctx_len` tokens, padded on the right; every example once before any twice.
+    """One example a row, padded on the right; every example once before any twice."""
 
-    Raises:
-        ParameterError: a prompt as long as the context.
-    """
-
-    def __init__(self, examples: Examples, tokenizer: Tokenizer, ctx_len: int, seed: int):
-        self._train = [_row(e, tokenizer, ctx_len, examples.name) for e in examples.train]
-        self._held_out = [_row(e, tokenizer, ctx_len, examples.name) for e in examples.held_out]
-        self.held_out_bytes = sum(row.learned_bytes for row in self._held_out)
+    def __init__(self, train: Sequence[Row], held_out: Sequence[Row], held_out_bytes: int, seed: int):
+        self._train, self._held_out, self.held_out_bytes = train, held_out, held_out_bytes
         self._generator = torch.Generator().manual_seed(seed)
         self._order, self._next = torch.empty(0, dtype=torch.int64), 0
 
@@ -91,7 +83,7 @@ class Rows:
         while len(rows) < count:
             if self._next == len(self._order):
                 self._order, self._next = torch.randperm(len(self._train), generator=self._generator), 0
-            rows.append(self._train[self._order[self._next]])
+            rows.append(self._train[int(self._order[self._next])])
             self._next += 1
         return _padded(rows)
 
@@ -109,64 +101,45 @@ class Rows:
         self._order, self._next = order, following
 
     def held_out(self) -> Iterator[Batch]:
-        rows = sorted(self._held_out, key=lambda row: len(row.tokens))
-        widest = len(rows[-1].tokens)
+        rows = sorted(self._held_out, key=len)
+        widest = len(rows[-1])
         count = max(1, _TOKENS_AT_ONCE // widest)
         for start in range(0, len(rows), count):
             yield _padded(rows[start : start + count])
 
 
-@dataclass(frozen=True)
-class _Row:
-    tokens: list[int]
-    first: int  # index of the first token that is learned, at least 1
-    learned_bytes: int
-
-
-def _row(example: Example, tokenizer: Tokenizer, ctx_len: int, name: str) -> _Row:
-    prompt, response = tokenizer.encode(example.prompt), tokenizer.encode(example.response)
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    first = max(len(prompt), 1)  # nothing comes before the first token of all, so it cannot be learned
-    tokens = [*prompt, *response, *end][: ctx_len + 1]
-    if len(tokens) <= first:
-        raise ParameterError(
-            f"{name}, line {example.line}: the prompt has {len(prompt)} tokens, the response {len(response)}; with "
-            f"ctx_len={ctx_len} nothing of it is left to learn."
-        )
-    learned = [t for t in tokens[first:] if t != tokenizer.end_of_text]
-    return _Row(tokens, first, len(tokenizer.decode_bytes(learned)))
-
-
-def _padded(rows: list[_Row]) -> Batch:
-    T = max(len(row.tokens) for row in rows) - 1
+def _padded(rows: list[Row]) -> Batch:
+    T = max(map(len, rows)) - 1
     tokens, targets = torch.zeros(len(rows), T, dtype=torch.int64), torch.full((len(rows), T), SKIP)
     for i, row in enumerate(rows):
-        ids = torch.tensor(row.tokens)
+        ids, learned = torch.from_numpy(row.tokens), torch.from_numpy(row.learned)
         tokens[i, : len(ids) - 1] = ids[:-1]
-        targets[i, row.first - 1 : len(ids) - 1] = ids[row.first :]
+        targets[i, : len(ids) - 1] = torch.where(learned[1:], ids[1:], SKIP)
     return tokens, targets
 
 
-def in_batches(corpus: Corpus | Examples, tokenizer: Tokenizer, ctx_len: int, seed: int) -> Windows | Rows:
-    """A corpus as tokens of a model. Examples without any prompt are texts: joined, and cut into windows.
+def batches_of(material: Material, seed: int) -> Windows | Rows:
+    """Batches of what was made tokens.
 
     Raises:
-        ParameterError: too little text for a context, or a prompt as long as the context.
+        ParameterError: too little text for a context.
     """
-    if isinstance(corpus, Examples):
-        if any(e.prompt for e in (*corpus.train, *corpus.held_out)):
-            return Rows(corpus, tokenizer, ctx_len, seed)
-        train, held_out = (_joined(part, tokenizer) for part in (corpus.train, corpus.held_out))
-    else:
-        train, held_out = tokenizer.encode(corpus.train), tokenizer.encode(corpus.held_out)
-    predicted = [t for t in held_out[1:] if t != tokenizer.end_of_text]
-    return Windows(corpus.name, train, held_out, len(tokenizer.decode_bytes(predicted)), ctx_len, seed)
+    train, held_out = material.train, material.held_out
+    if isinstance(train, np.ndarray) and isinstance(held_out, np.ndarray):
+        return Windows(material.name, train, held_out, material.held_out_bytes, material.ctx_len, seed)
+    assert isinstance(train, list) and isinstance(held_out, list)
+    return Rows(train, held_out, material.held_out_bytes, seed)
 
 
-def _joined(examples: tuple[Example, ...], tokenizer: Tokenizer) -> list[int]:
-    """Texts one after the other, each with the end of text after it, or an empty line where there is no such token."""
-    end = tokenizer.encode(b"\n\n") if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    return [token for e in examples for token in (*tokenizer.encode(e.response), *end)]
+def in_batches(
+    corpus: Corpus | Examples | TokenCorpus, tokenizer: Tokenizer, ctx_len: int, seed: int, long: str | None = None
+) -> Windows | Rows:
+    """A corpus as tokens of a model, in batches.
+
+    Raises:
+        ParameterError: as `tokenise` and `batches_of`.
+    """
+    return batches_of(tokenise(corpus, tokenizer, ctx_len, long), seed)
 
 
 def nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,9 @@
 * "english": the reference texts of Python's `help()`, `pydoc_data.topics`. Topics repeat each other, so every longer
   paragraph is kept once; the rest is cut at paragraph ends into pieces of about 2,000 bytes, the unit of the split.
 * "python": the source files of the standard library, without tests and data tables. A file is held out as a whole.
-* a `.jsonl`, or a `.json` with an object on its first line: see `rwkv_lab.train.examples`. Other `.json` is refused.
-* a folder: its texts (`.txt`, `.md`, `.rst`, `.py`) and those below it. A file is held out as a whole.
-* any other file, read as bytes. The last tenth is held out.
+* a file: text, records or tokens, which its bytes decide (`rwkv_lab.train.sources`). The last tenth of a text is held
+  out; of records (`rwkv_lab.train.records`) one in ten; of tokens (`rwkv_lab.train.token_files`) the last tenth.
+* a folder: its data files and those below it (`rwkv_lab.train.folder`). A text is held out as a whole.
 
 The hash is SHA-256 of the piece's name (`topic/number`, or the file's path below the library): one in ten is held out.
 Both parts are in the order of that hash, so neither depends on the order in which a folder lists its files.
@@ -13,17 +13,21 @@ Both parts are in the order of that hash, so neither depends on the order in whi
 
 import hashlib
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.train.examples import Examples, begins_with_object, load_examples
+from rwkv_lab.train.examples import RECORDS, Example, Examples, read_examples, split_examples
+from rwkv_lab.train.folder import Folder, open_folder
+from rwkv_lab.train.records import RecordReader
+from rwkv_lab.train.sources import TEXT, Source, open_source
+from rwkv_lab.train.token_files import TokenCorpus, is_pair, read_tokens, split_tokens
 
 CORPORA = ("english", "python")
 _PIECE = 2000  # characters of English per piece
 _LONG = 60  # characters; shorter paragraphs ("Example:") repeat as they do in any text
 _MAX_HELD_OUT = 64 * 1024  # bytes; scoring more would take longer than it tells
-_TEXTS = (".txt", ".md", ".rst", ".py")
 _NOT_CODE = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "site-packages"}
 
 
@@ -35,14 +39,21 @@ class Corpus:
     train: bytes
     held_out: bytes
     split: str  # in words, for reports
+    notes: tuple[str, ...] = ()  # how it was stored and what was skipped, a sentence each
 
 
-def load_corpus(data: str) -> Corpus | Examples:
+def load_corpus(data: str, ignore: Sequence[str] = (), template: str = "world") -> Corpus | Examples | TokenCorpus:
     """The corpus of a name in `CORPORA`, of a file or of a folder.
 
+    Args:
+        ignore: names of fields of records, or patterns of them, that need not be used.
+        template: of conversations in records; see `rwkv_lab.train.records.read_template`.
+
     Raises:
-        ParameterError: neither a name nor a path, what cannot be read, a folder of fewer than two texts, a file of less
-            than 10,000 bytes, a line of a `.jsonl` that is no example, a `.json` that has no example a line.
+        ParameterError: neither a name nor a path, what cannot be read, binary of no known kind, a folder of fewer than
+            two texts or of several sorts, a text of less than 10,000 bytes, a record that is no example, a field of
+            records that would not be used.
+        CorruptFileError: compressed, tokens or Parquet that are broken.
     """
     if data == "english":
         return _split_by_hash(
@@ -51,47 +62,89 @@ def load_corpus(data: str) -> Corpus | Examples:
     if data == "python":
         return _split_by_hash(data, _library_files(), "files of the standard library, one in ten held out as a whole")
     try:
-        return _of_files(Path(data))
+        return _of_files(Path(data), RecordReader(ignore, template))
     except OSError as e:
         raise ParameterError(f"{e.filename or data} cannot be read: {e.strerror or e}.") from e
 
 
-def data_path(data: str) -> Path | None:
-    """The file or folder that `data` names; None where it is one of `CORPORA`."""
-    return None if data in CORPORA else Path(data)
+def data_files(data: str) -> list[Path]:
+    """The file, the files of a pair, or the folder that `data` names; none where it is one of `CORPORA`."""
+    if data in CORPORA:
+        return []
+    path = Path(data)
+    pair = [path.with_suffix(".bin"), path.with_suffix(".idx")] if path.suffix in (".bin", ".idx") else []
+    pair = pair or [path.with_name(path.name + suffix) for suffix in (".bin", ".idx")]
+    return [p for p in dict.fromkeys((path, *pair)) if p.exists()]
 
 
-def _of_files(path: Path) -> Corpus | Examples:
+def _of_files(path: Path, reader: RecordReader) -> Corpus | Examples | TokenCorpus:
     if path.is_dir():
-        texts = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.suffix in _TEXTS and p.is_file()}
-        pieces = {name: p.read_bytes() for name, p in texts.items()}
-        if len(pieces) < 2:
-            raise ParameterError(f"{path} has {len(pieces)} files in {', '.join(_TEXTS)}; two are needed at least.")
-        return _split_by_hash(path.name, pieces, "files of the folder, one in ten held out as a whole")
+        return _of_folder(open_folder(path), reader)
+    if not path.is_file() and is_pair(path):
+        path = path.with_name(path.name + ".idx")
     if not path.is_file():
         raise ParameterError(f"data={str(path)!r} is neither one of {', '.join(CORPORA)} nor a file or folder.")
-    if path.suffix.lower() == ".json" and not begins_with_object(path):
-        raise ParameterError(
-            f"{path} is JSON, and its first line is no object; its braces would be trained on.\n"
-            'Write JSONL: one object a line, {"text": …} or {"prompt": …, "response": …}.'
-        )
-    if path.suffix.lower() in (".jsonl", ".json"):
-        return load_examples(path)
-    text = path.read_bytes()
+    source = open_source(path)
+    notes = (f"{path.name} was read as {source.described}.",) if source.kind != TEXT or source.notes else ()
+    if source.kind == TEXT:
+        return _of_text(source, notes)
+    if source.kind in RECORDS:
+        examples = read_examples(source, reader.example)
+        reader.refuse_unused(str(path))
+        unit = "rows" if source.kind == "Parquet" else "records" if source.kind == "JSON array" else "lines"
+        return split_examples(str(path), examples, (*notes, *reader.notes()), f"{unit} of the file")
+    return split_tokens(path.name, [read_tokens(source)], notes)
+
+
+def _of_text(source: Source, notes: tuple[str, ...]) -> Corpus:
+    path, text = source.path, source.content
     if len(text) < 10_000:
         raise ParameterError(f"{path} has {len(text)} bytes; at least 10,000 are needed to train and to hold some out.")
-    cut = len(text) * 9 // 10
-    return Corpus(path.name, text[:cut], text[cut:][:_MAX_HELD_OUT], "the last tenth of the file held out")
+    cut = _character(text, len(text) * 9 // 10)
+    return Corpus(path.name, text[:cut], _at_most(text[cut:]), "the last tenth of the file held out", notes)
 
 
-def _split_by_hash(name: str, pieces: dict[str, bytes], split: str) -> Corpus:
+def _of_folder(folder: Folder, reader: RecordReader) -> Corpus | Examples | TokenCorpus:
+    path, sources, notes = folder.path, folder.sources, folder.notes()
+    if folder.are_texts:
+        if len(sources) < 2:
+            hint = f"\n{notes[0]}" if notes else ""
+            raise ParameterError(f"{path} has {len(sources)} files of text; two are needed at least.{hint}")
+        pieces = {name: source.content for name, source in sources.items()}
+        return _split_by_hash(path.name, pieces, "files of the folder, one in ten held out as a whole", notes)
+    notes += (f"{len(sources):,} files were read: {', '.join([*sources][:10])}{', …' if len(sources) > 10 else ''}.",)
+    if all(source.kind in RECORDS for source in sources.values()):
+        examples: list[Example] = []
+        for source in sources.values():
+            examples += read_examples(source, reader.example)
+        reader.refuse_unused(str(path))
+        return split_examples(str(path), examples, (*notes, *reader.notes()), "records of the folder")
+    return split_tokens(path.name, [read_tokens(source) for source in sources.values()], notes)
+
+
+def _character(text: bytes, at: int) -> int:
+    """The first place from `at` on where a character of UTF-8 begins."""
+    while at < len(text) and text[at] & 0xC0 == 0x80:
+        at += 1
+    return at
+
+
+def _at_most(text: bytes) -> bytes:
+    """The beginning of a text, in whole characters, that is measured."""
+    end = _MAX_HELD_OUT
+    while 0 < end < len(text) and text[end] & 0xC0 == 0x80:
+        end -= 1
+    return text[:end]
+
+
+def _split_by_hash(name: str, pieces: dict[str, bytes], split: str, notes: tuple[str, ...] = ()) -> Corpus:
     by_hash = sorted((hashlib.sha256(key.encode()).digest(), key) for key in pieces)
     held = {key for digest, key in by_hash if _held_out(digest)} or {by_hash[0][1]}  # a few pieces may all have missed
     if len(held) == len(pieces):
         held = {by_hash[0][1]}
     train = b"\n".join(pieces[key] for _, key in by_hash if key not in held)
     held_out = b"\n".join(pieces[key] for _, key in by_hash if key in held)
-    return Corpus(name, train, held_out[:_MAX_HELD_OUT], split)
+    return Corpus(name, train, _at_most(held_out), split, notes)
 
 
 def _held_out(digest: bytes) -> bool:

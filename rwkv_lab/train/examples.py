@@ -1,22 +1,43 @@
-"""JSONL: one example a line, `{"text": …}`, or `{"prompt": …, "response": …}` of which the response is learned."""
+"""Examples: what is learned, and what is read before it; out of files of records, some of them held out."""
 
 import hashlib
+import io
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.train import tables
+from rwkv_lab.train.sources import ARRAY, PARQUET, TABLE, Source
 
-_KEYS = {"text", "prompt", "response"}
+RECORDS = ("JSON lines", ARRAY, TABLE, PARQUET)  # kinds of files that hold records
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, which may be empty, and what is learned to follow it."""
+    """What is read and what is learned, in turn: a prompt, which may be empty, and the response to it; in a
+    conversation what follows, and the next response."""
 
-    prompt: bytes
-    response: bytes
-    line: int  # in its file, from 1
+    turns: tuple[tuple[bytes, bytes], ...]  # (not learned, learned)
+    line: int  # line or row in its file, from 1
+    place: str = field(default="", compare=False)  # file and line, for messages
+
+    @property
+    def prompt(self) -> bytes:
+        """What is read before the first of what is learned."""
+        return self.turns[0][0]
+
+    @property
+    def response(self) -> bytes:
+        """All that is learned."""
+        return b"".join(learned for _, learned in self.turns)
+
+    @property
+    def text(self) -> bytes:
+        """All of it, as a model reads it."""
+        return b"".join(read + learned for read, learned in self.turns)
 
 
 @dataclass(frozen=True)
@@ -27,59 +48,110 @@ class Examples:
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
     split: str  # in words, for reports
+    notes: tuple[str, ...] = ()  # what was ignored and skipped, a sentence each
+
+    @property
+    def are_texts(self) -> bool:
+        """Whether none of them has a prompt."""
+        return not any(read for e in (*self.train, *self.held_out) for read, _ in e.turns)
 
 
-def load_examples(path: Path) -> Examples:
-    """Read a JSONL file. One line in ten is held out, by the hash of its text: the same lines stay together wherever
-    they stand.
+def read_examples(source: Source, example: Callable[[Any, int, str], Example]) -> list[Example]:
+    """The examples in a file of records, in its order.
+
+    Args:
+        example: makes one of a record, its line, and file and line in words.
 
     Raises:
-        ParameterError: a line that is no such object, with its number, or too few lines.
+        ParameterError: a record that is none, with its line.
+        CorruptFileError: broken Parquet.
+    """
+    path, what = source.path, "row" if source.kind == PARQUET else "line"
+    return [example(record, n, f"{path}, {what} {n}") for n, record in records(source)]
+
+
+def split_examples(
+    name: str, examples: Sequence[Example], notes: Sequence[str] = (), unit: str = "lines of the file"
+) -> Examples:
+    """One in ten is held out, by the hash of its text: equal ones stay together wherever they stand.
+
+    Raises:
+        ParameterError: fewer than two that differ.
     """
     by_hash: dict[bytes, list[Example]] = {}
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                example = _example(line, f"{path}, line {number}", number)
-                key = hashlib.sha256(example.prompt + b"\0" + example.response).digest()
-                by_hash.setdefault(key, []).append(example)
+    for example in examples:
+        parts = [part for turn in example.turns for part in turn]
+        by_hash.setdefault(hashlib.sha256(b"\0".join(parts)).digest(), []).append(example)
     if len(by_hash) < 2:
-        raise ParameterError(f"{path} has {len(by_hash)} different examples; two at least: to train, and to hold out.")
+        raise ParameterError(f"{name} has {len(by_hash)} different examples; two at least: to train, and to hold out.")
     held = {key for key in by_hash if int.from_bytes(key[-8:]) % 10 == 0}
     if not held or len(held) == len(by_hash):
         held = {min(by_hash)}
     train = [e for key, same in by_hash.items() if key not in held for e in same]
     held_out = [e for key, same in by_hash.items() if key in held for e in same[:1]]
-    return Examples(path.name, tuple(train), tuple(held_out), "lines of the file, one in ten held out")
+    return Examples(Path(name).name, tuple(train), tuple(held_out), f"{unit}, one in ten held out", tuple(notes))
 
 
-def begins_with_object(path: Path) -> bool:
-    """Whether the first line that is not empty is a whole JSON object."""
-    with open(path, "rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-    try:
-        return isinstance(json.loads(first), dict)
-    except (ValueError, RecursionError):
-        return False
+def records(source: Source) -> Iterator[tuple[int, Any]]:
+    """What stands in a file of records, each with its line, or its row in Parquet, from 1.
+
+    Raises:
+        ParameterError: what is no record, with its line.
+        CorruptFileError: broken Parquet.
+    """
+    if source.kind == PARQUET:
+        return tables.parquet_rows(source.path, source.content)
+    if source.kind == TABLE:
+        return tables.csv_rows(source.path, source.content)
+    return _array(source) if source.kind == ARRAY else _lines(source)
 
 
-def _example(line: bytes, where: str, number: int) -> Example:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise ParameterError(f"{where}: this is no JSON ({e}).\nEach line must be one whole object.") from None
-    if not isinstance(found, dict) or not _KEYS & set(found):
-        raise ParameterError(f'{where}: it must be an object with "text", or with "prompt" and "response".')
-    if "text" in found and ("prompt" in found or "response" in found):
-        raise ParameterError(f'{where} has "text" beside "prompt" or "response"; only one of the two can be meant.')
-    for name in ("text",) if "text" in found else ("prompt", "response"):
-        if not isinstance(found.get(name), str):
-            missing = "is missing" if name not in found else "is no text"
-            raise ParameterError(f'{where}: "{name}" {missing}; a prompt goes with a response, both are texts.')
-    learned = found["text"] if "text" in found else found["response"]
-    if not learned:
-        raise ParameterError(f"{where}: there is nothing to learn, the text to be learned is empty.")
-    try:
-        return Example(found.get("prompt", "").encode(), learned.encode(), number)
-    except UnicodeEncodeError:
-        raise ParameterError(f"{where}: it holds half a surrogate pair, which is no text.") from None
+def _lines(source: Source) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(io.BytesIO(source.content), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as e:
+                raise ParameterError(
+                    f"{source.path}, line {number}: this is no JSON ({e}).\n"
+                    'Each line must be one whole object: {"text": …} or {"prompt": …, "response": …}.'
+                ) from None
+
+
+def _array(source: Source) -> Iterator[tuple[int, Any]]:
+    """The elements of a JSON array, each with the line that it begins in."""
+    text, decoder = source.content.decode(), json.JSONDecoder(object_pairs_hook=_object)
+    at, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        at = _next(text, at)
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]" and not text[at + 1 :].strip():
+            return
+        try:
+            value, at = decoder.raw_decode(text, at)
+            following = _next(text, at)
+            if text[following : following + 1] not in (",", "]"):
+                raise ValueError("a comma or ] is expected after it")
+        except (ValueError, RecursionError) as e:
+            raise ParameterError(
+                f"{source.path}, line {line}: this is no JSON ({e}).\n"
+                'Write one object a line, {"text": …} or {"prompt": …, "response": …}, or an array of such objects.'
+            ) from None
+        yield line, value
+        at = following + (text[following] == ",")
+
+
+def _next(text: str, at: int) -> int:
+    """Where the next character stands that is no blank."""
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no name stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in [n for n, _ in pairs[:i]])
+        raise ValueError(f"the field {twice!r} stands twice")
+    return found

@@ -18,7 +18,7 @@ def make_model(spec: TrainSpec) -> RWKV_Dual:
         RwkvLabError: as `Kind.make_model`.
     """
     with _own_draws(spec.seed, torch.device(spec.device)):
-        return KINDS[spec.kind].make_model(spec)
+        return _with_tokenizer(KINDS[spec.kind].make_model(spec), spec)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -32,7 +32,13 @@ def open_trained(spec: TrainSpec, out: str | Path) -> RWKV_Dual:
     Raises:
         RwkvLabError: of the files.
     """
-    return KINDS[spec.kind].open(spec, Path(out))
+    return _with_tokenizer(KINDS[spec.kind].open(spec, Path(out)), spec)
+
+
+def _with_tokenizer(model: RWKV_Dual, spec: TrainSpec) -> RWKV_Dual:
+    if spec.tokenizer:
+        model.tokenizer = spec.tokenizer
+    return model
 
 
 @contextmanager

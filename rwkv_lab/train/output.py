@@ -8,7 +8,7 @@ from rwkv_lab.checkpoint.atomic import check_target, refuse_inputs
 from rwkv_lab.checkpoint.write import file_kind
 from rwkv_lab.errors import OutputError
 from rwkv_lab.peft.hf_layout import check_folder
-from rwkv_lab.train.data import data_path
+from rwkv_lab.train.data import data_files
 from rwkv_lab.train.log import check_log_folder, log_files
 from rwkv_lab.train.resume import resume_path
 from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
@@ -27,9 +27,8 @@ def check_destinations(spec: TrainSpec, out: Path, options: TrainOptions) -> Non
     if spec.base:
         with open_checkpoint(spec.base) as ck:
             sources += [file.path for file in ck.files]
-    text = data_path(spec.effective("data"))
-    if text is not None and text.exists():
-        sources.append(text)
+    texts = data_files(spec.effective("data"))
+    sources += texts
     is_file = bool(out.suffix) or not KINDS[spec.kind].may_be_folder
     if is_file:
         file_kind(out)
@@ -42,8 +41,9 @@ def check_destinations(spec: TrainSpec, out: Path, options: TrainOptions) -> Non
     check_target(out, options.overwrite)
     if not is_file:
         _refuse_around(out, sources)
-        if text is not None and text.is_dir() and out.resolve().is_relative_to(text.resolve()):
-            raise OutputError(f"{out} lies in {text}, whose texts are trained on; choose a folder outside of it")
+        around = next((t for t in texts if t.is_dir() and out.resolve().is_relative_to(t.resolve())), None)
+        if around is not None:
+            raise OutputError(f"{out} lies in {around}, whose texts are trained on; choose a folder outside of it")
         check_folder(out)
     if options.log_folder:
         check_log_folder(Path(options.log_folder))

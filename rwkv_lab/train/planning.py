@@ -1,4 +1,6 @@
-"""What a training would do, from the headers of the base alone: what is trained, and about how much memory it takes."""
+"""What a training would do: what is trained and about how much memory it takes, from the headers of the base alone; and
+what of the data would be trained on, which is read whole for that.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,11 +10,16 @@ from typing import Any
 
 from rwkv_lab.checkpoint import Layout, expected_tensors, open_checkpoint
 from rwkv_lab.checkpoint.unchanged import FileState, file_states
-from rwkv_lab.errors import LayoutError
+from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.model.rwkv7 import fresh_layout
+from rwkv_lab.model.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 from rwkv_lab.names import is_block_matrix
-from rwkv_lab.train.kinds.whole import FRESH_VOCABULARY
+from rwkv_lab.train.data import CORPORA, Corpus, load_corpus
+from rwkv_lab.train.examples import Examples
+from rwkv_lab.train.kinds.whole import fresh_vocabulary
+from rwkv_lab.train.material import Fit, Material, tokenise
 from rwkv_lab.train.spec import KINDS, Planned, ResolvedSpec, TrainSpec
+from rwkv_lab.train.token_files import TokenCorpus
 
 # Numbers kept for the backward pass, per token and channel of one layer: counted in RWKV-7 with the chunked operator.
 _KEPT_PER_CHANNEL = 66
@@ -32,6 +39,18 @@ class TrainPlan:
     gradients_bytes: int
     optimiser_bytes: int
     activations_bytes: int  # about; of one batch
+    corpus: Corpus | Examples | TokenCorpus | None = None  # None of those that come with Python, which are read later
+    material: Material | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing about the data, a sentence each."""
+        return () if self.material is None else self.material.notes
+
+    @property
+    def fit(self) -> Fit | None:
+        """What ctx_len does to examples; None where windows are drawn from a text."""
+        return None if self.material is None else self.material.fit
 
     @property
     def count(self) -> int:
@@ -47,7 +66,7 @@ class TrainPlan:
 
 
 def plan_training(kind: str, base: str | Path | None = None, **options: Any) -> TrainPlan:
-    """The plan of `train` with these arguments; only headers are read.
+    """The plan of `train` with these arguments; of the base only headers are read.
 
     Args:
         options: those of `TrainSpec`, which are keywords of `train`.
@@ -60,10 +79,11 @@ def plan_training(kind: str, base: str | Path | None = None, **options: Any) -> 
 
 
 def make_plan(spec: TrainSpec) -> TrainPlan:
-    """The plan of a training; only headers are read.
+    """The plan of a training; of the base only headers are read, of the data all.
 
     Raises:
-        ParameterError: targets that match nothing, a rank larger than a layer.
+        ParameterError: targets that match nothing, a rank larger than a layer, data that cannot be used, a vocabulary
+            whose tokenizer has to be given.
         LayoutError: a base that is no whole model.
         CorruptFileError, UnsafeFileError: of the base.
     """
@@ -79,6 +99,7 @@ def make_plan(spec: TrainSpec) -> TrainPlan:
     weights = (sum(frozen.values()) - packed + kept) * size + packed * _BITS.get(spec.quant, 0) / 8
     wide = max(size, 4)  # of what is added to the model
     gradients = kept * size + new * wide
+    corpus, material = _read(resolved, layout)
     return TrainPlan(
         spec=resolved,
         base_files=files,
@@ -89,7 +110,33 @@ def make_plan(spec: TrainSpec) -> TrainPlan:
         gradients_bytes=gradients,
         optimiser_bytes=2 * gradients,
         activations_bytes=_activations(resolved, layout) * (2 if size == 2 or spec.autocast else size),
+        corpus=corpus,
+        material=material,
     )
+
+
+def _read(spec: ResolvedSpec, layout: Layout) -> tuple[Corpus | Examples | TokenCorpus | None, Material | None]:
+    """The data and their tokens; nothing is read of the corpora that come with Python, of which nothing can be cut."""
+    if spec.data in CORPORA:
+        if spec.long not in (None, "split"):
+            raise ParameterError(f"long={spec.long!r} is for examples, and {spec.data} is text: leave it out.")
+        return None, None
+    corpus, vocabulary = load_corpus(spec.data, spec.ignore, spec.template), layout.vocab_size
+    tokenizer = load_tokenizer(spec.tokenizer, vocabulary) if spec.tokenizer else named_tokenizer(vocabulary)
+    return corpus, tokenise(corpus, tokenizer, spec.ctx_len, spec.long)
+
+
+def named_tokenizer(vocab_size: int) -> Tokenizer:
+    """The tokenizer that the size of a vocabulary tells.
+
+    Raises:
+        ParameterError: it tells none; says what to pass.
+    """
+    try:
+        return tokenizer_for(vocab_size)
+    except ParameterError as e:
+        what = str(e).splitlines()[0]
+        raise ParameterError(f"{what}\nPass tokenizer='world', 'bytes' or the path of a tokenizer.json.") from None
 
 
 def _activations(spec: ResolvedSpec, layout: Layout) -> int:
@@ -103,7 +150,7 @@ def _activations(spec: ResolvedSpec, layout: Layout) -> int:
 def _described(spec: TrainSpec) -> tuple[Layout, Mapping[str, tuple[int, ...]], tuple[FileState, ...]]:
     """(layout, shapes by name, files) of the base or of a fresh model."""
     if not spec.base:
-        layout = fresh_layout(spec.n_embd, spec.n_layer, FRESH_VOCABULARY, spec.head_size)
+        layout = fresh_layout(spec.n_embd, spec.n_layer, fresh_vocabulary(spec), spec.head_size)
         return layout, expected_tensors(layout)[0], ()
     with open_checkpoint(spec.base) as ck:
         if ck.kind != "model" or ck.layout is None:

@@ -184,7 +184,17 @@ class TrainSpec(Spec):
         "state", description="pretrain, full, state, lora, pissa or miss: what is trained"
     )
     base: PathOrEmpty = Field("", description="the model to start from; empty: a fresh one, for pretrain only")
-    data: Text | None = Field(None, description="english, python, or the path of a text, a folder of texts or a .jsonl")
+    data: Text | None = Field(
+        None, description="english, python, or the path of texts, records or tokens, or of a folder"
+    )
+    tokenizer: PathOrEmpty = Field(
+        "", description="world, bytes, or the path of a vocabulary or tokenizer.json; empty: by the vocabulary's size"
+    )
+    template: Text = Field("world", description="of conversations: world, or the path of a JSON file with one")
+    ignore: Names = Field([], description="fields of records that are not trained on, or patterns of them")
+    long: Literal["split", "cut", "drop", "error"] | None = Field(
+        None, description="examples of more than ctx_len tokens: split, cut, drop or error; None: cut, texts are split"
+    )
     steps: Positive | None = Field(None, description="updates; None: the kind's own number")
     batch_size: Positive | None = Field(None, description="texts per batch; None: the kind's own")
     ctx_len: Positive | None = Field(None, description="tokens per text; None: the kind's own")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from rwkv_lab.checkpoint import FileFacts, file_facts
@@ -17,22 +18,25 @@ from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.paths import to_path
 from rwkv_lab.peft import count_parameters
-from rwkv_lab.train.batches import Rows, Windows, in_batches
+from rwkv_lab.train.batches import batches_of
 from rwkv_lab.train.data import Corpus, load_corpus
 from rwkv_lab.train.examples import Examples
 from rwkv_lab.train.fitting import Fitting
 from rwkv_lab.train.log import write_log
+from rwkv_lab.train.material import Fit, Material, tokenise
 from rwkv_lab.train.models import make_model, trained_parameters
 from rwkv_lab.train.output import check_destinations
 from rwkv_lab.train.planning import TrainPlan, make_plan
 from rwkv_lab.train.processes import Processes, put
 from rwkv_lab.train.resume import resume_path
 from rwkv_lab.train.spec import KINDS, ResolvedSpec, TrainOptions, TrainSpec
+from rwkv_lab.train.token_files import TokenCorpus
 
 log = logging.getLogger(__name__)
 
 _PROMPTS = {"english": ("The ", "If the value of "), "python": ("def ", "import ")}
 _SAMPLE_LENGTH = 120  # tokens
+_TOKENS_AT_ONCE = 1 << 24  # of a mapped file, while its fingerprint is taken
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class TrainResult:
     resumed_at: int = 0  # steps that an earlier run had done
     seconds: dict[str, float] = field(default_factory=dict)  # "data", "before", "training", "after", "total"
     tokens_per_second: float = 0.0
+    notes: list[str] = field(default_factory=list)  # on the data: what was cut, ignored or skipped, a sentence each
+    fit: Fit | None = None  # what ctx_len did to examples; None where windows were drawn from a text
 
 
 def train(
@@ -73,6 +79,10 @@ def train(
     data: str | None = None,
     base: str | Path | None = None,
     *,
+    tokenizer: str | Path | None = None,
+    template: str | Path = "world",
+    ignore: Sequence[str] = (),
+    long: str | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     ctx_len: int | None = None,
@@ -113,6 +123,12 @@ def train(
             sequence starts from; "lora", "pissa" and "miss" train adapters (`rwkv_lab.peft`).
         out: `.pth` or `.safetensors`: the whole model, the states alone or the adapter; for adapters also a folder.
         data: "english", "python" or the path of a file or folder; see `rwkv_lab.train.data` for how each is split.
+        tokenizer: "world", "bytes" or the path of a vocabulary or a tokenizer.json, where the size of the vocabulary
+            does not tell. A fresh model has its vocabulary.
+        template: how conversations are written: "world", or the path of a JSON file; see `rwkv_lab.train.records`.
+        ignore: fields of records that are not trained on, or patterns of them; others with content are refused.
+        long: what becomes of examples of more than `ctx_len` tokens: "split" into pieces, "cut" off (None), "drop", or
+            "error". Of texts nothing is cut.
         steps: updates, each of `accumulate` batches of `batch_size` sequences of `ctx_len` tokens. `batch_size` is that
             of all processes together.
         lr: the highest learning rate, after `warmup` steps; states want a large one (1), models a small one.
@@ -183,6 +199,8 @@ def run_training(plan: TrainPlan, out: str | Path, options: TrainOptions) -> Tra
         stopped_early=stopped_early,
         resumed_at=fitting.resumed_at,
         seconds=clock.laps,
+        notes=list(training.material.notes),
+        fit=training.material.fit,
     )
     tokens = (course.step - fitting.resumed_at) * plan.spec.batch_size * plan.spec.accumulate * plan.spec.ctx_len
     result.tokens_per_second = tokens / clock.laps["training"]
@@ -199,8 +217,8 @@ class _Training:
     options: TrainOptions
     processes: Processes
     inputs: list[FileFacts]
-    corpus: Corpus | Examples
-    material: Windows | Rows
+    corpus: Corpus | Examples | TokenCorpus
+    material: Material
     model: RWKV_Dual
     settings: dict[str, object]
     fitting: Fitting
@@ -223,15 +241,18 @@ def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
         )
     check_destinations(spec, out, options)
     refuse_changed(plan.base_files)
-    corpus = load_corpus(spec.data)
+    corpus = load_corpus(spec.data) if plan.corpus is None else plan.corpus
     inputs = [file_facts(spec.base)] if spec.base else []
     model = make_model(spec)
     KINDS[spec.kind].check_savable(model, out)
-    material = in_batches(corpus, model.tokenizer, spec.ctx_len, spec.seed)
+    material = plan.material or tokenise(corpus, model.tokenizer, spec.ctx_len, spec.long)
+    for note in material.notes:
+        log.warning("%s", note) if material.fit and note == str(material.fit) and material.fit.lost else log.info(note)
+    batches = batches_of(material, spec.seed)
     model.gradient_checkpointing = spec.gradient_checkpointing
     settings = _settings(spec, corpus, inputs) | KINDS[spec.kind].recorded(model)
     run, trained = processes.wrap(model), trained_parameters(model)
-    fitting = Fitting(run, trained, material, spec, options, resume_path(out), settings, processes)
+    fitting = Fitting(run, trained, batches, spec, options, resume_path(out), settings, processes)
     return _Training(spec, out, options, processes, inputs, corpus, material, model, settings, fitting)
 
 
@@ -265,6 +286,7 @@ def _write(training: _Training, result: TrainResult) -> None:
         if training.options.log_folder:
             keep = ("bits_before", "bits_after", "held_out_bytes", "trained", "frozen", "stopped_early", "resumed_at")
             summary = {"settings": training.settings} | {name: getattr(result, name) for name in keep}
+            summary |= {"notes": result.notes} if result.notes else {}
             write_log(Path(training.options.log_folder), training.fitting.course.log, summary)
         resume_path(out).unlink(missing_ok=True)
         bits = f"{result.bits_before:.3f} -> {result.bits_after:.3f}"
@@ -272,7 +294,9 @@ def _write(training: _Training, result: TrainResult) -> None:
     processes.wait()
 
 
-def _settings(spec: ResolvedSpec, corpus: Corpus | Examples, inputs: Sequence[FileFacts]) -> dict[str, object]:
+def _settings(
+    spec: ResolvedSpec, corpus: Corpus | Examples | TokenCorpus, inputs: Sequence[FileFacts]
+) -> dict[str, object]:
     """What decides the result, in terms of JSON: travels in the output, and must be the same to resume."""
     defaults = KINDS[spec.kind].defaults
     settings: dict[str, object] = {
@@ -299,17 +323,30 @@ def _settings(spec: ResolvedSpec, corpus: Corpus | Examples, inputs: Sequence[Fi
     if not inputs:
         settings |= {"n_embd": spec.n_embd, "n_layer": spec.n_layer, "head_size": spec.head_size}
     settings["text"] = _fingerprint(corpus)
+    settings |= {"tokenizer": _fingerprint_of(spec.tokenizer)} if spec.tokenizer else {}
+    settings |= {"long": spec.long} if spec.long else {}
     settings |= {"eval_every": spec.eval_every, "patience": spec.patience} if spec.eval_every else {}
     return settings | ({"base": inputs[0].fingerprint} if inputs else {})
 
 
-def _fingerprint(corpus: Corpus | Examples) -> str:
+def _fingerprint(corpus: Corpus | Examples | TokenCorpus) -> str:
     digest = hashlib.sha256()
     for part in (corpus.train, corpus.held_out):
-        texts = [part] if isinstance(part, bytes) else [text for e in part for text in (e.prompt, e.response)]
+        if isinstance(part, np.ndarray):
+            digest.update(len(part).to_bytes(8, "little") + part.dtype.str.encode())
+            for start in range(0, len(part), _TOKENS_AT_ONCE):
+                digest.update(part[start : start + _TOKENS_AT_ONCE].tobytes())
+            continue
+        texts = [part] if isinstance(part, bytes) else [text for e in part for turn in e.turns for text in turn]
         for text in texts:
             digest.update(len(text).to_bytes(8, "little") + text)
     return digest.hexdigest()[:16]
+
+
+def _fingerprint_of(tokenizer: str) -> str:
+    """A tokenizer's name; of a file its hash, whatever it is called."""
+    path = Path(tokenizer)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else tokenizer
 
 
 def _whole_again(spec: TrainSpec, values: dict[str, torch.Tensor]) -> RWKV_Dual:

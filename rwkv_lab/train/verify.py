@@ -54,9 +54,9 @@ def measure_again(spec: TrainSpec, out: str | Path) -> float:
         RwkvLabError: the output or the base cannot be opened, or there is no such text.
     """
     data, ctx_len = spec.effective("data"), spec.effective("ctx_len")
-    model, corpus = open_trained(spec, out), load_corpus(data)
+    model, corpus = open_trained(spec, out), load_corpus(data, spec.ignore, spec.template)
     device, autocast = model.get_device(), spec.autocast_dtype
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         if isinstance(corpus, Corpus):
             return bits_per_byte(model, corpus.held_out, ctx_len)
-        return held_out_bits(model, in_batches(corpus, model.tokenizer, ctx_len, spec.seed), device)
+        return held_out_bits(model, in_batches(corpus, model.tokenizer, ctx_len, spec.seed, spec.long), device)

@@ -69,13 +69,18 @@ def test_texts_of_jsonl_are_joined(small, tmp_path):
 
 
 def test_json_is_never_used_as_training_text(tmp_path):
+    """By its bytes; and what is called JSON and is none is refused, since it may be damaged."""
     lines = [{"text": f"text number {i}"} for i in range(500)]
     expected = load_corpus(jsonl(tmp_path / "a.jsonl", *lines))
-    for name in ("a.JSONL", "a.json", "b.Json"):
+    for name in ("a.JSONL", "a.json", "b.Json", "a.txt", "a"):
         assert load_corpus(jsonl(tmp_path / name, *lines)).train == expected.train
-    for i, text in enumerate((json.dumps(lines), json.dumps(lines, indent=1), "[\n", "", "the cat\n" * 2000)):
+    for i, text in enumerate((json.dumps(lines), json.dumps(lines, indent=1), "\n" + json.dumps(lines))):
+        (tmp_path / f"{i}.txt").write_text(text)
+        found = load_corpus(str(tmp_path / f"{i}.txt"))
+        assert {e.response for e in found.train} == {e.response for e in expected.train}
+    for i, text in enumerate(("[\n", "the cat\n" * 2000, '{\n"text": "a"\n}')):
         (tmp_path / f"{i}.json").write_text(text)
-        with pytest.raises(ParameterError, match="one object a line"):
+        with pytest.raises(ParameterError, match="line [12]: this is no JSON"):
             load_corpus(str(tmp_path / f"{i}.json"))
 
 

@@ -80,7 +80,7 @@ def test_refusals_come_before_any_work(base, tmp_path):
         (dict(kind="state", out=free), ParameterError, "base="),
         (dict(kind="pretrain", out=free, steps=0), ParameterError, "steps=0"),
         (dict(kind="pretrain", out=free, lr=-1.0), ParameterError, "lr=-1"),
-        (dict(kind="pretrain", out=free, dtype="fp32"), ParameterError, "float32"),
+        (dict(kind="pretrain", out=free, dtype="fp8"), ParameterError, "bfloat16"),
         (dict(kind="pretrain", out=free, data="no such thing"), ParameterError, "english, python"),
         (dict(kind="pretrain", out=tmp_path / "m.bin"), ParameterError, ".pth"),
         (dict(kind="pretrain", out=base.out), OutputError, "exists"),

@@ -9,9 +9,23 @@ import torch
 from rwkv_lab.checkpoint import Layout, write_checkpoint
 from rwkv_lab.checkpoint.layout import UNUSED_IN_LAYER_0
 from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.model.tokenizer import WorldTokenizer, load_tokenizer
 from rwkv_lab.train.spec import Defaults, Kind, Planned, TrainSpec, register
 
-FRESH_VOCABULARY = 257  # bytes, and the end of a text
+_BYTES = 257  # and the end of a text
+_WORLD = 65536  # as all World models have it, a few more than there are tokens
+
+
+def fresh_vocabulary(spec: TrainSpec) -> int:
+    """The size of a fresh model's vocabulary: that of the tokenizer.
+
+    Raises:
+        RwkvLabError: of the tokenizer.
+    """
+    if spec.tokenizer in ("", "bytes"):
+        return _BYTES
+    tokenizer = load_tokenizer(spec.tokenizer)
+    return _WORLD if isinstance(tokenizer, WorldTokenizer) else tokenizer.vocab_size
 
 
 class WholeModel(Kind):
@@ -26,7 +40,7 @@ class WholeModel(Kind):
         if spec.base:
             model = RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
         else:
-            model = RWKV_Dual(spec.n_embd, spec.n_layer, vocab_size=FRESH_VOCABULARY, head_size=spec.head_size)
+            model = RWKV_Dual(spec.n_embd, spec.n_layer, vocab_size=fresh_vocabulary(spec), head_size=spec.head_size)
             model = model.to(torch.device(spec.device), spec.torch_dtype)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in UNUSED_IN_LAYER_0)

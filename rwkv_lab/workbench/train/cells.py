@@ -14,6 +14,7 @@ from rwkv_lab.train import (
     Compared,
     Corpus,
     Examples,
+    TokenCorpus,
     TrainPlan,
     TrainResult,
     compare_methods,
@@ -48,6 +49,7 @@ def plan(run: Run) -> TrainPlan:
         "parameters_frozen": made.frozen,
         "memory_needed": made.memory_bytes,
         "memory_free": memory_free(),
+        **({"notes": list(made.notes)} if made.notes else {}),
     }
     run.page.headline = f"The plan to train ({run.config.kind}) on {run.config.data}: nothing was trained."
     run.page.facts, run.page.tables = _facts(run, made), [_trained_table(made)]
@@ -98,6 +100,17 @@ def carry_out(run: Run, plan: TrainPlan) -> TrainResult | None:
         "stopped_early": result.stopped_early,
         "tokens_per_second": result.tokens_per_second,
     }
+    if result.notes:
+        run.record.metrics["notes"] = result.notes
+    if fit := result.fit:
+        run.record.metrics |= {
+            "examples": fit.examples,
+            "examples_longer_than_ctx_len": fit.longer,
+            "examples_without_their_end": fit.lost_ends,
+            "tokens": fit.tokens,
+            "tokens_lost": fit.lost,
+            "ctx_len_that_cuts_none": fit.needed,
+        }
     fewer = 1 - result.bits_after / result.bits_before
     run.page.headline = (
         f"{spec.kind} on {spec.data}: {result.bits_before:.3f} to {result.bits_after:.3f} bits per byte of "
@@ -204,7 +217,7 @@ def _live_loss(steps: int) -> Callable | None:
 
 def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
     spec = made.spec
-    corpus = load_corpus(spec.effective("data"))
+    corpus = load_corpus(spec.data) if made.corpus is None else made.corpus
     total = made.count + made.frozen
     described = "none: a fresh model"
     if spec.base:
@@ -227,6 +240,7 @@ def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
             f"one batch {human_bytes(made.activations_bytes)}; {human_bytes(memory_free())} are free",
         ),
         ("output", run.output_path("trained.pth").name),
+        *(("to know", note) for note in made.notes),
     ]
     if spec.quant != "none":
         facts.insert(4, ("frozen matrices", spec.quant))
@@ -238,9 +252,11 @@ def _trained_table(made: TrainPlan) -> Table:
     return Table("What is trained, tensor by tensor", ("tensor", "shape", "trained parameters"), rows)
 
 
-def _size(corpus: Corpus | Examples, part: str) -> str:
-    found = getattr(corpus, part)
-    return human_bytes(len(found)) if isinstance(found, bytes) else f"{len(found):,} examples"
+def _size(corpus: Corpus | Examples | TokenCorpus, part: str) -> str:
+    size = len(getattr(corpus, part))
+    if isinstance(corpus, Corpus):
+        return human_bytes(size)
+    return f"{size:,} {'tokens' if isinstance(corpus, TokenCorpus) else 'examples'}"
 
 
 STEPS = (

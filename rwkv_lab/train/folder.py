@@ -1,0 +1,128 @@
+"""A folder as training data: which of its files are data, and why the others are not."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rwkv_lab.errors import CorruptFileError, ParameterError
+from rwkv_lab.train.examples import RECORDS, records
+from rwkv_lab.train.names import is_record
+from rwkv_lab.train.sources import LINES, TEXT, Source, is_json, open_source
+
+_CARDS = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|code_of_conduct)\b.*", re.I)
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json"}
+_SUMS = re.compile(r"(md5|sha\d*)sums?(\.txt)?|checksums?(\.txt)?|.*\.(md5|sha1|sha256|sha512|crc32)", re.I)
+_SUM_LINES = re.compile(rb"(?:\\?[0-9a-fA-F]{32,128} [ *]\S[^\n]*\n?)+")
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The data files of a folder, all of one sort, in the order of their names."""
+
+    path: Path
+    sources: dict[str, Source]  # by path below the folder
+    skipped: dict[str, str]  # path below the folder -> why
+
+    @property
+    def are_texts(self) -> bool:
+        return all(source.kind == TEXT for source in self.sources.values())
+
+    def notes(self) -> tuple[str, ...]:
+        """What was skipped, in a sentence."""
+        if not self.skipped:
+            return ()
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            by_reason.setdefault(reason, []).append(name)
+        listed = "; ".join(f"{_some(names)} ({reason})" for reason, names in by_reason.items())
+        return (f"{len(self.skipped):,} of {len(self.skipped) + len(self.sources):,} files were skipped: {listed}.",)
+
+
+def open_folder(path: Path) -> Folder:
+    """The data files in a folder and those below it.
+
+    Raises:
+        ParameterError: texts beside records or tokens, of which only one sort can be meant; no data at all.
+    """
+    sources: dict[str, Source] = {}
+    skipped: dict[str, str] = {}
+    for name, file in _files(path):
+        reason = _no_data(name, file)
+        if not reason:
+            try:
+                source = open_source(file)
+                reason = _no_records(source) if source.kind in RECORDS else ""
+            except (ParameterError, CorruptFileError) as e:
+                reason = _short(e, file)
+            else:
+                if not reason:
+                    name = source.path.relative_to(path).as_posix()  # of a pair of .bin and .idx: the .idx
+                    sources[name] = source
+                    continue
+        skipped[name] = reason
+    return Folder(path, _of_one_sort(path, sources, skipped), skipped)
+
+
+def _files(path: Path) -> Iterator[tuple[str, Path]]:
+    found = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if not p.is_dir()}
+    return iter(sorted(found.items()))
+
+
+def _no_data(name: str, file: Path) -> str:
+    """Why a file is no data, as far as its name tells; "" if it may be."""
+    if any(part.startswith(".") for part in Path(name).parts) or "__pycache__" in Path(name).parts:
+        return "hidden"
+    if not file.is_file():
+        return "no file, or a link that leads nowhere"
+    if _CARDS.fullmatch(file.name):
+        return "a card, licence or the like"
+    if file.name in _METADATA:
+        return "describes the data"
+    if _SUMS.fullmatch(file.name):
+        return "checksums"
+    return ""
+
+
+def _no_records(source: Source) -> str:
+    """Why JSON or a table is no data, such as a file of settings; "" for records, and for what is broken: reading it
+    tells where."""
+    try:
+        _, first = next(records(source), (0, None))
+    except (ParameterError, CorruptFileError):
+        whole = source.kind == LINES and is_json(source.content)
+        return "one JSON object, no records" if whole else ""
+    return "" if isinstance(first, dict) and is_record(first) else f"a {source.kind} without known fields"
+
+
+def _short(error: Exception, file: Path) -> str:
+    """The first sentence of a refusal, without the path that stands before it."""
+    return str(error).splitlines()[0].removeprefix(str(file)).removeprefix(" is ").strip(" :.")[:120]
+
+
+def _of_one_sort(path: Path, sources: dict[str, Source], skipped: dict[str, str]) -> dict[str, Source]:
+    """The sources without checksums, and without empty files where records are meant; refuses mixtures."""
+    for name, source in list(sources.items()):
+        if source.kind == TEXT and _SUM_LINES.fullmatch(source.content):
+            skipped[name] = "checksums"
+            del sources[name]
+    sorts: dict[str, list[str]] = {}
+    for name, source in sources.items():
+        if source.kind != TEXT or source.content.strip():
+            sort = "text" if source.kind == TEXT else "records" if source.kind in RECORDS else "tokens"
+            sorts.setdefault(sort, []).append(name)
+    if len(sorts) > 1:
+        listed = ", ".join(f"{len(names):,} of {sort} ({_some(names, 2)})" for sort, names in sorted(sorts.items()))
+        raise ParameterError(
+            f"{path} mixes files {listed}; only one sort can be meant.\nPut each sort into a folder of its own."
+        )
+    if sorts and "text" not in sorts:
+        for name in [n for n, source in sources.items() if source.kind == TEXT]:
+            skipped[name] = "empty"
+            del sources[name]
+    return sources
+
+
+def _some(names: list[str], shown: int = _SHOWN) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
