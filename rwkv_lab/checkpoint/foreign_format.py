@@ -101,6 +101,21 @@ def stated(facts: "Facts") -> Place:
         raise CorruptFileError(f"{RESCALED} is recorded as {every!r}; a number of layers is expected.") from e
 
 
+GROUP_NORM_EPS = "group_norm_eps"  # as it is recorded in config.json
+
+
+def recorded_eps(facts: "Facts", head_size: int) -> float | None:
+    """What rwkv_lab records.
+
+    Raises:
+        CorruptFileError: a record that is no positive number.
+    """
+    eps = facts.config.get(GROUP_NORM_EPS)
+    if eps is not None and (not isinstance(eps, int | float) or not 0 < eps < 1):
+        raise CorruptFileError(f"{GROUP_NORM_EPS} is recorded as {eps!r}; a number between 0 and 1 is expected.")
+    return eps
+
+
 def _allowed(layout: Layout) -> str:
     return ""
 
@@ -135,6 +150,7 @@ class ForeignFormat:
         config: `(layout, dtype)` -> config.json of a folder.
         stated: what the facts state that tensors do not.
         refused: `layout` -> why its readers cannot take such a model; "" if they can.
+        group_norm_eps: of `att.ln_x` by the facts and the head size; None where they do not state it.
         notes: `layout` -> what its readers do otherwise than the checkpoint means, in words.
         dtype: the only one that its readers take; None for any.
     """
@@ -152,6 +168,7 @@ class ForeignFormat:
     config: Callable[[Layout, torch.dtype], dict[str, Any]] | None = None
     stated: Callable[[Facts], Place] = stated
     refused: Callable[[Layout], str] = _allowed
+    group_norm_eps: Callable[[Facts, int], float | None] = recorded_eps
     notes: Callable[[Layout], Sequence[str]] = _nothing
     dtype: torch.dtype | None = None
 

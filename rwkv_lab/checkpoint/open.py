@@ -136,6 +136,13 @@ class Checkpoint:
         return self.identity.layout
 
     @property
+    def group_norm_eps(self) -> float | None:
+        """Of `att.ln_x`, where a configuration states it."""
+        if self.foreign_format is None or self.layout is None:
+            return None
+        return self.foreign_format.group_norm_eps(Facts(self.config, self.metadata), self.layout.head_size)
+
+    @property
     def reason(self) -> str:
         return self.identity.reason
 

@@ -1,6 +1,6 @@
 """What a conversion will do, tensor by tensor, from headers alone; and what it did."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +9,9 @@ import torch
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout
 from rwkv_lab.checkpoint.foreign_format import ForeignFormat
-from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.checkpoint.unchanged import FileState, refuse_changed, refuse_changed_header
 from rwkv_lab.checks import Check
+from rwkv_lab.convert.containers import Container, Content
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
 from rwkv_lab.progress import human_bytes
 
@@ -46,7 +46,7 @@ class ConvertPlan:
     layout: Layout | None  # of a model; None of states and adapters
     kind: str  # of the source: "model", "state", …
     format: ForeignFormat | None  # None: BlinkDL's own names
-    container: str  # "folder", "safetensors", "pth", …
+    container: Container
     source: FileFacts
     rows: tuple[ConvertRow, ...]  # in the order of the output
     dropped: tuple[Dropped, ...]
@@ -55,10 +55,9 @@ class ConvertPlan:
     memory_needed: int  # bytes of anonymous memory, an upper bound
     memory_free: int  # bytes that the machine has available
     notes: tuple[str, ...]  # what the conversion means for who reads the output, in words
-    others: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # files of a folder that hold no tensors
     checkpoint: Checkpoint = field(kw_only=True, repr=False, compare=False)
     states: tuple[FileState, ...] = field(kw_only=True, repr=False, compare=False)  # of its files
-    tensors: Sequence[OutTensor] = field(kw_only=True, repr=False, compare=False)  # as the rows
+    content: Content = field(kw_only=True, repr=False, compare=False)  # its tensors are as the rows
 
     @contextmanager
     def source_opened(self) -> Iterator[None]:

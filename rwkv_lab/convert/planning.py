@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,13 @@ import torch
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, tensors_of
 from rwkv_lab.checkpoint.dimensions import Shape
-from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.foreign_format import RESCALED, ForeignFormat, Place, PlacedRow, placed_rows
 from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
 from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
 from rwkv_lab.checkpoint.unchanged import file_states
-from rwkv_lab.checkpoint.write import SINGLE, shard_files, shard_index
+from rwkv_lab.convert.containers import CONTAINERS, Container, Content
 from rwkv_lab.convert.plan import ConvertPlan, ConvertRow, Dropped
 from rwkv_lab.convert.spec import SIZES, ConvertOptions, ConvertSpec
 from rwkv_lab.convert.targets import PLAIN, format_for
@@ -27,7 +26,7 @@ from rwkv_lab.errors import LayoutError, OutputError, ParameterError
 from rwkv_lab.paths import to_path
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-FILE_SUFFIXES = {"pth": (".pth",), "safetensors": (".safetensors", ".st")}  # by container
+_FILES = (".pth", ".safetensors", ".st", ".gguf", ".bin")  # no folder is called so
 
 Tensors = list[tuple[ConvertRow, OutTensor]]
 
@@ -56,17 +55,18 @@ def _plan(ck: Checkpoint, spec: ConvertSpec, out: Path, options: ConvertOptions)
     layout = _layout_of(ck, spec)
     known = format_for(spec.to, layout) if layout else None
     spec = _completed(spec, known, layout)
-    container = spec.to if known is None else known.container
+    container = CONTAINERS[spec.to if known is None else known.container]
     _check_out(out, container, ck, options)
     content, dropped, notes, others = _plain(ck, spec.output_dtype), [], [], {}
     if known is not None and layout is not None:
         content, dropped = _by_table(ck, spec, known, layout)
         notes = list(known.notes(layout))
-        if container == "folder":
+        if container.is_folder:
             others = _others(known, layout, spec, [tensor for _, tensor in content])
     _refuse_collisions(content)
-    tensors, source = [tensor for _, tensor in content], file_facts(ck)
-    size = _size(container, tensors, others, spec.max_shard_size, made_from(spec, ck, source))
+    source, written = file_facts(ck), [tensor for _, tensor in content]
+    output = Content(written, made_from(spec, ck, source), others, spec.max_shard_size, layout)
+    size = container.size(output)
     memory = _memory_needed(ck, content)
     disk_free, memory_free = check_free_space(out, size, memory, "the conversion")
     return ConvertPlan(
@@ -85,10 +85,9 @@ def _plan(ck: Checkpoint, spec: ConvertSpec, out: Path, options: ConvertOptions)
         memory_needed=memory,
         memory_free=memory_free,
         notes=(*notes, *_left_behind(ck)),
-        others=others,
         checkpoint=ck,
         states=file_states(ck),
-        tensors=tensors,
+        content=output,
     )
 
 
@@ -99,6 +98,9 @@ def _left_behind(ck: Checkpoint) -> list[str]:
         notes.append(
             f"{len(ck.others)} entries that are no tensors stay behind: {', '.join(map(str, ck.others))[:80]}."
         )
+    eps = ck.group_norm_eps
+    if eps is not None and abs(eps - 64e-5) > 1e-9:
+        notes.append(f"The source states group_norm_eps={eps:.3g}, not 0.00064; only its config.json records that.")
     return notes
 
 
@@ -159,14 +161,14 @@ def _completed(spec: ConvertSpec, known: ForeignFormat | None, layout: Layout | 
     return spec.changed(dtype=name)
 
 
-def _check_out(out: Path, container: str, ck: Checkpoint, options: ConvertOptions) -> None:
+def _check_out(out: Path, container: Container, ck: Checkpoint, options: ConvertOptions) -> None:
     """Refuse an output of the wrong kind, or one that may not be written.
 
     Raises:
         OutputError, ParameterError: says why.
     """
-    if container == "folder":
-        if out.suffix in (".pth", ".safetensors", ".st", ".gguf", ".bin"):
+    if container.is_folder:
+        if out.suffix in _FILES:
             raise ParameterError(f"out={str(out)!r}: a folder is written; name it without {out.suffix}")
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out} is a file; name a folder")
@@ -174,11 +176,10 @@ def _check_out(out: Path, container: str, ck: Checkpoint, options: ConvertOption
         if any(source.is_relative_to(out.resolve()) for source in sources):
             raise OutputError(f"{out} holds the source {ck.path}; inputs are never written to")
     else:
-        suffixes = FILE_SUFFIXES[container]
-        if out.suffix not in suffixes:
-            raise ParameterError(f"out={str(out)!r}: its name must end in {' or '.join(suffixes)}")
+        if out.suffix not in container.suffixes:
+            raise ParameterError(f"out={str(out)!r}: its name must end in {' or '.join(container.suffixes)}")
         if out.is_dir():
-            raise OutputError(f"{out} is a folder; name a file in it, such as {out / ('model' + suffixes[0])}")
+            raise OutputError(f"{out} is a folder; name a file in it, such as {out / ('m' + container.suffixes[0])}")
     check_output(out, [ck], options.allowed_dir, options.overwrite)
 
 
@@ -261,21 +262,10 @@ def _others(known: ForeignFormat, layout: Layout, spec: ConvertSpec, tensors: Se
         for t in tensors:
             bytes_of[t.dtype] += t.nbytes
         config = known.config(layout, bytes_of.most_common(1)[0][0])
-        config |= {RESCALED: spec.rescale} if spec.rescale else {}
+        if spec.rescale:
+            config |= {RESCALED: spec.rescale, "rescale_every": spec.rescale}
         others["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return others
-
-
-def _size(
-    container: str, tensors: Sequence[OutTensor], others: Mapping[str, bytes], limit: int, notes: dict[str, str]
-) -> int:
-    """Bytes of the output, exactly."""
-    if container != "folder":
-        return file_layout(container, tensors, notes).size
-    shards = shard_files(tensors, limit)
-    size = sum(file_layout("safetensors", shard, notes).size for shard in shards.values())
-    index = b"" if list(shards) == [SINGLE] else shard_index(shards)
-    return size + len(index) + sum(map(len, others.values()))
 
 
 def _memory_needed(ck: Checkpoint, content: Tensors) -> int:

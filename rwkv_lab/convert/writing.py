@@ -2,20 +2,17 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
 
 from rwkv_lab.checkpoint import file_facts
-from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
 from rwkv_lab.checkpoint.stream import Findings, OutTensor
-from rwkv_lab.checkpoint.write import shard_files, write_folder, write_stream
 from rwkv_lab.checks import Check
 from rwkv_lab.convert.plan import ConvertPlan, ConvertResult, Rounding
-from rwkv_lab.convert.planning import made_from
 from rwkv_lab.convert.verify import verify_convert
 from rwkv_lab.progress import human_bytes
 
@@ -38,14 +35,16 @@ def write_convert(plan: ConvertPlan) -> ConvertResult:
         log.info("%s: %d tensors, %s", plan.spec.to, len(plan.rows), human_bytes(plan.output_bytes))
         start = time.perf_counter()
         rounding: dict[str, Rounding] = {}
-        findings = _write(plan, [_counted(t, rounding) for t in plan.tensors])
+        content = replace(plan.content, tensors=[_counted(t, rounding) for t in plan.content.tensors])
+        refuse = not plan.spec.allow_nonfinite
+        findings = plan.container.write(plan.out, content, plan.options.overwrite, refuse)
         seconds = {"write": time.perf_counter() - start}
     written = file_facts(plan.out)
     result = ConvertResult(
         plan,
         (written,),
         _checks(plan, findings),
-        tuple(rounding[t.name] for t in plan.tensors if t.name in rounding),
+        tuple(rounding[t.name] for t in plan.content.tensors if t.name in rounding),
         seconds,
     )
     if not plan.options.verify:
@@ -53,16 +52,6 @@ def write_convert(plan: ConvertPlan) -> ConvertResult:
     start = time.perf_counter()
     checks = tuple(verify_convert(result))
     return replace(result, checks=(*result.checks, *checks), seconds=seconds | {"verify": time.perf_counter() - start})
-
-
-def _write(plan: ConvertPlan, tensors: Sequence[OutTensor]) -> list[Findings]:
-    notes = made_from(plan.spec, plan.checkpoint, plan.source)
-    overwrite, refuse = plan.options.overwrite, not plan.spec.allow_nonfinite
-    if plan.container == "folder":
-        shards = shard_files(tensors, plan.spec.max_shard_size)
-        return write_folder(plan.out, shards, notes, plan.others, overwrite, lambda t: True, refuse)
-    layout = file_layout(plan.container, tensors, notes)
-    return write_stream(plan.out, tensors, layout, overwrite, lambda t: True, refuse)
 
 
 def _counted(t: OutTensor, rounding: dict[str, Rounding]) -> OutTensor:

@@ -115,7 +115,8 @@ class RWKV_Dual(nn.Module):
             path: `.pth`, `.safetensors`, or a folder that `save_pretrained` wrote. Any dtype inside.
             dtype: of the parameters. The WKV state and `time_state` are float32 in any case (float64 for float64).
                 In float16, models of RWKV-4 to 6 halve their residual stream every six layers (see `Block`).
-            group_norm_eps: of `att.ln_x` in RWKV-5 to 7; None for 64e-5. No file records it, implementations differ.
+            group_norm_eps: of `att.ln_x` in RWKV-5 to 7; None for what a folder's config.json states, else 64e-5. No
+                .pth records it, implementations differ.
             fallback: device to go on with, after a warning, when `device` fails: now or in a later call of the model,
                 which is then moved there. None raises DeviceError.
 
@@ -129,9 +130,10 @@ class RWKV_Dual(nn.Module):
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise ParameterError(f"dtype={dtype}: models run in float64, float32, bfloat16 or float16.")
         device = parse_device(device)
-        with open_model(path) as (layout, tensors):
+        with open_model(path) as (layout, tensors, stated_eps):
             model = cls.__new__(cls)
-            model._build(layout, 1024, mode, GROUP_NORM_EPS if group_norm_eps is None else group_norm_eps, tensors)
+            eps = next((e for e in (group_norm_eps, stated_eps) if e is not None), GROUP_NORM_EPS)
+            model._build(layout, 1024, mode, eps, tensors)
             model.to(dtype)
             if any(name.endswith(".time_state") for name in tensors):
                 model.add_time_state()

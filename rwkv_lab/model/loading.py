@@ -12,8 +12,8 @@ from rwkv_lab.errors import LayoutError, NumericsError
 
 
 @contextmanager
-def open_model(path: str | Path) -> Iterator[tuple[Layout, dict[str, TensorInfo]]]:
-    """Layout of a whole model, and `{name: TensorInfo}` of its tensors.
+def open_model(path: str | Path) -> Iterator[tuple[Layout, dict[str, TensorInfo], float | None]]:
+    """Layout of a whole model, `{name: TensorInfo}` of its tensors, and the eps of `att.ln_x` where a folder states it.
 
     Raises:
         LayoutError: not a whole model.
@@ -25,7 +25,7 @@ def open_model(path: str | Path) -> Iterator[tuple[Layout, dict[str, TensorInfo]
             )
         if ck.kind != "model" or ck.layout is None:
             raise LayoutError(f"{path} is no whole model ({ck.kind}): {ck.reason}.")
-        yield ck.layout, dict(ck.info)
+        yield ck.layout, dict(ck.info), ck.group_norm_eps
 
 
 def fill(module: nn.Module, tensors: Mapping[str, TensorInfo], path: str | Path) -> None:

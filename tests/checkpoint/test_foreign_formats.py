@@ -7,6 +7,7 @@ import torch
 from models import LAYOUTS, random_model, same
 from reading import record_reads
 
+from rwkv_lab import RWKV_Dual
 from rwkv_lab.checkpoint import expected_tensors, open_checkpoint, write_checkpoint
 from rwkv_lab.checkpoint.foreign_format import (
     FOREIGN_FORMATS,
@@ -125,3 +126,27 @@ def test_formats_are_registered_once(changed):
     given = {"name": known.name, "described": "x", "target": known.target, "versions": ("7.0",)} | changed
     with pytest.raises(ParameterError, match="fla"):
         register_foreign_format(ForeignFormat(**given, rows=(Row("a", "b"),), recognise=lambda names, facts: False))
+
+
+@pytest.mark.parametrize(
+    ("config", "eps"),
+    [
+        ({}, None),
+        ({"norm_eps": 1e-5}, 4e-5),
+        ({"norm_eps": 1e-5, "group_norm_eps": 64e-5}, 64e-5),
+    ],
+)
+def test_the_eps_of_a_folder(config, eps, tmp_path):
+    write_checkpoint(tmp_path / "model.safetensors", in_their_names("fla-rwkv7", "7.0")[1])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with open_checkpoint(tmp_path) as ck:
+        assert ck.group_norm_eps == pytest.approx(eps) if eps else ck.group_norm_eps is None
+    norm = RWKV_Dual.from_pretrained(tmp_path).blocks[0].att.ln_x
+    assert norm.eps == pytest.approx(eps or 64e-5)
+
+
+def test_an_eps_that_is_none(tmp_path):
+    write_checkpoint(tmp_path / "model.safetensors", in_their_names("fla-rwkv7", "7.0")[1])
+    (tmp_path / "config.json").write_text(json.dumps({"group_norm_eps": "small"}))
+    with open_checkpoint(tmp_path) as ck, pytest.raises(CorruptFileError, match="'small'"):
+        ck.group_norm_eps  # noqa: B018

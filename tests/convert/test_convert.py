@@ -10,7 +10,7 @@ from reading import record_reads
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.checkpoint.foreign_format import FOREIGN_FORMATS
 from rwkv_lab.convert import convert, plan_convert, target_names, to_huggingface, to_pth, to_safetensors, write_convert
-from rwkv_lab.convert.planning import FILE_SUFFIXES
+from rwkv_lab.convert.containers import CONTAINERS
 from rwkv_lab.convert.spec import ConvertSpec
 from rwkv_lab.convert.targets import PLAIN
 from rwkv_lab.errors import LayoutError, NumericsError, OutputError, ParameterError
@@ -21,8 +21,8 @@ CONTAINER = {f.target: f.container for f in FOREIGN_FORMATS.values()}
 
 
 def out_for(target, folder, name="out"):
-    container = CONTAINER.get(target, target)
-    return folder / (name if container == "folder" else name + FILE_SUFFIXES[container][0])
+    container = CONTAINERS[CONTAINER.get(target, target)]
+    return folder / (name if container.is_folder else name + container.suffixes[0])
 
 
 def source(folder, version, **kwargs):

@@ -12,11 +12,13 @@ import torch
 from rwkv_lab.checkpoint.dimensions import Layout
 from rwkv_lab.checkpoint.foreign_format import (
     FLAT,
+    GROUP_NORM_EPS,
     TRANSPOSED,
     Facts,
     ForeignFormat,
     Row,
     Transform,
+    recorded_eps,
     register_foreign_format,
 )
 
@@ -97,6 +99,7 @@ def _config(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         "v_low_rank_dim": ranks.get("v", 32),  # one layer has no v; the class still asks for a number
         "gate_low_rank_dim": ranks["g"],
         "norm_eps": 1e-5,
+        GROUP_NORM_EPS: 64e-5,  # of the norm over heads in BlinkDL's code, at any head size
         "norm_bias": True,
         "hidden_act": "sqrelu",
         "fuse_norm": False,  # the fused norm adds 1e-6 under the root, the checkpoint's formula does not
@@ -108,6 +111,12 @@ def _config(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         "pad_token_id": 0,
         "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def _group_norm_eps(facts: Facts, head_size: int) -> float | None:
+    """Their rule, unless the folder records what the weights were trained with."""
+    recorded, norm_eps = recorded_eps(facts, head_size), facts.config.get("norm_eps")
+    return head_size * float(norm_eps) if recorded is None and isinstance(norm_eps, int | float) else recorded
 
 
 def _notes(layout: Layout) -> list[str]:
@@ -136,6 +145,7 @@ register_foreign_format(
             **{f"blocks.0.att.{name}": UNUSED for name in ("v0", "v1", "v2")},
             "blocks.{i}.att.time_state": "its readers start from zeros: pass a state as past_key_values",
         },
+        group_norm_eps=_group_norm_eps,
         notes=_notes,
         older=OLDER,
         config=_config,

@@ -1,0 +1,154 @@
+"""What is written is read by the programs that it is written for: transformers and rwkv7-hf give our logits."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from random_models import make_layout, make_tokens, random_tensors, relative_rms, write_model
+
+from rwkv_lab import RWKV_Dual
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
+from rwkv_lab.convert import convert, to_huggingface, to_pth
+
+LIMIT = 2e-5  # relative RMS in float32: two implementations of the same formulas
+TOKENS = make_tokens(2, 37)
+
+
+def our_logits(path, eps=None):
+    return RWKV_Dual.from_pretrained(path, group_norm_eps=eps).requires_grad_(False)(TOKENS)[0]
+
+
+def continued(model, prompt, count):
+    """Greedy, by us."""
+    ids = prompt.clone()
+    for _ in range(count):
+        ids = torch.cat([ids, model(ids)[0][:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def rwkv7_hf():
+    pytest.importorskip("rwkv7_hf", reason="the PyPI package rwkv7-hf is not installed")
+    from rwkv7_hf.modeling_rwkv7 import RWKV7ForCausalLM
+
+    return RWKV7ForCausalLM
+
+
+def loaded(reader, folder):
+    model, info = reader.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about itself
+class TestRwkv4InTransformers:
+    @pytest.fixture(scope="class", params=[2, 13])
+    def pair(self, request, tmp_path_factory):
+        """(the model as we read it, as transformers reads it)"""
+        RwkvForCausalLM = pytest.importorskip("transformers", reason="transformers is not installed").RwkvForCausalLM
+        folder = tmp_path_factory.mktemp("rwkv4")
+        path = write_model(folder / "m.pth", make_layout("4.0", n_layer=request.param))
+        return path, loaded(RwkvForCausalLM, to_huggingface(path, folder / "out").out), folder
+
+    def test_logits(self, pair):
+        path, theirs, _ = pair
+        assert relative_rms(theirs(TOKENS).logits, our_logits(path)) < LIMIT
+
+    def test_generate(self, pair):
+        path, theirs, _ = pair
+        ours = RWKV_Dual.from_pretrained(path).requires_grad_(False)
+        found = theirs.generate(TOKENS[:1, :5], max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert torch.equal(found, continued(ours, TOKENS[:1, :5], 8))
+
+    def test_one_token_after_the_other(self, pair):
+        path, theirs, _ = pair
+        expected, out = our_logits(path), theirs(TOKENS[:1, :10], use_cache=True)
+        for t in range(10, 14):
+            out = theirs(TOKENS[:1, t : t + 1], state=out.state, use_cache=True)
+            assert relative_rms(out.logits[0, 0], expected[0, t]) < LIMIT
+
+    def test_what_transformers_saves_opens_again(self, pair):
+        path, theirs, folder = pair
+        theirs(TOKENS)  # in evaluation, which halves weights where the configuration says so
+        theirs.save_pretrained(folder / "saved")
+        to_pth(folder / "saved", folder / "saved.pth", overwrite=True)
+        saved, source = (torch.load(f, weights_only=True) for f in (folder / "saved.pth", path))
+        assert set(saved) == set(source) and all(torch.equal(saved[n], source[n]) for n in source)
+
+
+@pytest.mark.filterwarnings("ignore")
+class TestRwkv7InRwkv7Hf:
+    SIZES = (
+        {"head_size": 64},
+        {"head_size": 64, "n_head": 1},
+        {"head_size": 64, "n_layer": 1},
+        {"head_size": 64, "n_head": 3, "n_embd": 64, "n_layer": 3},  # attention wider than the model
+        {"head_size": 32},
+        {"head_size": 128},
+    )
+
+    @pytest.fixture(scope="class", params=SIZES, ids=str)
+    def pair(self, request, tmp_path_factory, rwkv7_hf):
+        folder, layout = tmp_path_factory.mktemp("rwkv7"), make_layout("7.0", **request.param)
+        path = write_model(folder / "m.pth", layout)
+        result = to_huggingface(path, folder / "out")
+        return path, loaded(rwkv7_hf, result.out), result
+
+    def test_logits(self, pair):
+        path, theirs, result = pair
+        eps = result.plan.layout.head_size * 1e-5  # their rule
+        assert relative_rms(theirs(TOKENS).logits, our_logits(path, eps)) < LIMIT
+        assert bool(result.notes) == (result.plan.layout.head_size != 64)
+
+    def test_generate(self, pair):
+        path, theirs, result = pair
+        ours = RWKV_Dual.from_pretrained(path, group_norm_eps=result.plan.layout.head_size * 1e-5).requires_grad_(False)
+        found = theirs.generate(TOKENS[:1, :5], max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert torch.equal(found, continued(ours, TOKENS[:1, :5], 8))
+
+    def test_the_configuration_is_complete(self, pair):
+        _, theirs, result = pair
+        layout, config = result.plan.layout, json.loads((result.out / "config.json").read_text())
+        assert theirs.config.num_heads == config["num_heads"] == config["num_attention_heads"] == layout.n_head
+        assert theirs.config.head_dim == layout.head_size and theirs.config.intermediate_size == layout.dim_ffn
+        assert (theirs.config.bos_token_id, theirs.config.eos_token_id, theirs.config.pad_token_id) == (0, 0, 0)
+        ranks = [config[f"{name}_low_rank_dim"] for name in ("decay", "a", "gate")]
+        assert ranks == [layout.ranks[name] for name in "wag"]
+        assert config["dtype"] == "float32" and config["norm_eps"] == 1e-5 and not config["tie_word_embeddings"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layer_0_may_have_the_tensors_that_nothing_reads(tmp_path, rwkv7_hf):
+    layout = make_layout("7.0", head_size=64)
+    tensors = random_tensors(layout)
+    for name in ("v0", "v1", "v2"):
+        tensors[f"blocks.0.att.{name}"] = torch.randn_like(tensors[f"blocks.1.att.{name}"])
+    write_checkpoint(tmp_path / "m.pth", tensors)
+    result = convert(tmp_path / "m.pth", "fla", tmp_path / "out")
+    assert sorted(d.name[-2:] for d in result.dropped) == ["v0", "v1", "v2"]
+    theirs = loaded(rwkv7_hf, tmp_path / "out")
+    assert relative_rms(theirs(TOKENS).logits, our_logits(tmp_path / "m.pth")) < LIMIT
+
+
+def test_what_rwkv7_hf_converts_is_the_same(tmp_path, rwkv7_hf):
+    path = write_model(tmp_path / "m.pth", make_layout("7.0", head_size=64, dim_ffn=128))
+    words = ["--input", str(path), "--output", str(tmp_path / "theirs"), "--precision", "fp32"]
+    subprocess.run([sys.executable, "-m", "rwkv7_hf.cli", "convert", *words], check=True, capture_output=True)
+    ours = to_huggingface(path, tmp_path / "ours").out
+    with open_checkpoint(tmp_path / "theirs") as a, open_checkpoint(ours) as b:
+        assert set(a.names_in_file.items()) == set(b.names_in_file.items())
+        assert all(torch.equal(a[n], b[n]) for n in b)
+        differ = {k for k in a.config.keys() & b.config.keys() if a.config[k] != b.config[k]}
+    assert differ <= {"transformers_version", "bos_token_id"}, differ  # they say 1, which is a byte
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_folders_load_as_our_models(tmp_path):
+    for version in ("4.0", "7.0"):
+        path = write_model(tmp_path / "m.pth", make_layout(version, head_size=64))
+        folder = to_huggingface(path, tmp_path / version).out
+        assert torch.equal(our_logits(folder), our_logits(path))
+        with open_checkpoint(folder) as ck:
+            assert ck.config["vocab_size"] == 70
