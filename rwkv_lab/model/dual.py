@@ -76,6 +76,7 @@ class RWKV_Dual(nn.Module):
             raise ParameterError(f"ctx_len={ctx_len} must be at least 1.")
         layout = rwkv7.fresh_layout(n_embd, n_layer, vocab_size, head_size)
         self._build(layout, ctx_len, mode, GROUP_NORM_EPS, names=())
+        self.float()  # whatever dtype is torch's default
         self.to_empty(device="cpu")
         rwkv7.initialise(self)
 

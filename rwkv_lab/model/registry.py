@@ -43,7 +43,7 @@ def _matrix_per_head(layout: Layout) -> tuple[int, ...]:
 
 
 def _zeros(layout: Layout, device: torch.device) -> torch.Tensor:
-    return torch.zeros(layout.n_layer, *_matrix_per_head(layout), device=device)
+    return torch.zeros(layout.n_layer, *_matrix_per_head(layout), dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -161,12 +161,14 @@ def _initialise_time_mix(att, layer: int, n_layer: int) -> None:
     C, A = att.receptance.weight.shape[1], att.receptance.weight.shape[0]
     depth = layer / max(n_layer - 1, 1)  # 0 in the first layer, 1 in the last
     left = 1 - layer / n_layer  # 1 in the first layer, almost 0 in the last
-    channel = torch.arange(C) / C
+    channel = _numbers(C) / C
     for name, power in dict(x_r=0.2, x_w=0.9, x_k=0.7, x_v=0.7, x_a=0.9, x_g=0.2).items():
         getattr(att, name)[:] = 1 - channel ** (power * left)
 
-    line = torch.arange(A) / max(A - 1, 1)  # 0..1 over all channels
-    zigzag = torch.linspace(-1, 1, att.head_size).repeat(att.n_head)  # -1..1 over the channels of every head
+    line = _numbers(A) / max(A - 1, 1)  # 0..1 over all channels
+    zigzag = torch.linspace(-1, 1, att.head_size, dtype=torch.float32, device="cpu").repeat(
+        att.n_head
+    )  # -1..1 over the channels of every head
     zigzag = zigzag * zigzag.abs()
     att.w0[:] = -5.5 + 6 * line ** (1 + depth**0.3) + 2.5 * zigzag  # slow channels and fast ones in every head
     att.a0[:] = -0.19 + 0.3 * zigzag + 0.4 * (line - 0.5)
@@ -189,9 +191,13 @@ def _initialise_time_mix(att, layer: int, n_layer: int) -> None:
 
 def _initialise_channel_mix(ffn, layer: int, n_layer: int) -> None:
     C = ffn.key.weight.shape[1]
-    ffn.x_k[:] = 1 - (torch.arange(C) / C) ** ((1 - layer / n_layer) ** 4)
+    ffn.x_k[:] = 1 - (_numbers(C) / C) ** ((1 - layer / n_layer) ** 4)
     nn.init.uniform_(ffn.key.weight, -0.5 / C**0.5, 0.5 / C**0.5)
     nn.init.zeros_(ffn.value.weight)
+
+
+def _numbers(n: int) -> torch.Tensor:
+    return torch.arange(n, dtype=torch.float32, device="cpu")
 
 
 _SLOTS = {  # place in the table of kernels/cpu/step7.cpp: parameter, or module whose parameters go there

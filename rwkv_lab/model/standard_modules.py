@@ -11,13 +11,24 @@ from torch import nn
 T = TypeVar("T", bound=type[nn.Module])
 
 _TORCH = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.ModuleList)
-_standard: dict[type[nn.Module], object] = {cls: cls.forward for cls in _TORCH}  # class -> its forward
+_standard: set[type[nn.Module]] = set(_TORCH)
+_methods: list[tuple[type[nn.Module], object, object]] = []  # a class that compiled code stands for, how it is called
 
 
 def standard(cls: T) -> T:
     """Class decorator: models of this package are made of this class. Subclasses are not meant."""
-    _standard[cls] = cls.forward
+    _standard.add(cls)
+    return watched(cls)
+
+
+def watched(cls: T) -> T:
+    """Class decorator: compiled code computes what this class does, until one of its methods is exchanged."""
+    _methods.append((cls, cls.forward, cls.__call__))
     return cls
+
+
+for _cls in _TORCH:
+    watched(_cls)
 
 
 def is_standard(module: nn.Module) -> bool:
@@ -40,7 +51,10 @@ def replaced_module(model: nn.Module) -> str | None:
 
 
 def patched_class() -> str | None:
-    """The name of a class above whose `forward` is not the one that it was defined with; None if there is none."""
-    if [cls.forward for cls in _standard] == [*_standard.values()]:  # the usual case, asked for every token
+    """The name of a class above whose `forward` or `__call__` is not the one that it was defined with; None if there is
+    none."""
+    if [
+        (cls, cls.forward, cls.__call__) for cls, _, _ in _methods
+    ] == _methods:  # the usual case, asked for every token
         return None
-    return next(cls.__name__ for cls, forward in _standard.items() if cls.forward is not forward)
+    return next(cls.__name__ for cls, *methods in _methods if [cls.forward, cls.__call__] != methods)

@@ -122,7 +122,10 @@ def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.
             )
         if part.device != device:
             raise ParameterError(f"The state is on {part.device}, the model on {device}: state.to({str(device)!r}).")
-    if state.att_shift.dtype != dtype and not torch.is_autocast_enabled(device.type):
-        raise ParameterError(
-            f"The state is of a model in {state.att_shift.dtype}, this one is in {dtype}: state.to(dtype={dtype})."
-        )
+    if torch.is_autocast_enabled(device.type):
+        return
+    for name in ("att_shift", "ffn_shift"):
+        if (found := getattr(state, name).dtype) != dtype:
+            raise ParameterError(
+                f"The state is of a model in {found} (its {name}), this one is in {dtype}: state.to(dtype={dtype})."
+            )

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model.standard_modules import replaced_module
+from rwkv_lab.model.standard_modules import replaced_module, watched
 from rwkv_lab.torch_private import hooks_of
 
 SCHEMES = {"int8": 8, "int4": 4}
@@ -45,9 +45,10 @@ class _Packed(nn.Module):
         self.bits, (self.rows, self.columns) = bits, weight.shape
         padded = -(-self.columns // _PADDING[bits]) * _PADDING[bits]
         codes = torch.empty(
-            self.rows, padded if bits == 8 else padded // 4, dtype=torch.int8 if bits == 8 else torch.int16
+            *(self.rows, padded if bits == 8 else padded // 4),
+            **{"dtype": torch.int8 if bits == 8 else torch.int16, "device": "cpu"},
         )
-        scales = torch.empty(self.rows, padded // GROUPS[bits], dtype=torch.bfloat16)
+        scales = torch.empty(self.rows, padded // GROUPS[bits], dtype=torch.bfloat16, device="cpu")
         step = max(_AT_ONCE // padded, 1)
         for at in range(0, self.rows, step):
             part = F.pad(weight.detach()[at : at + step].float(), (0, padded - self.columns))
@@ -55,7 +56,7 @@ class _Packed(nn.Module):
             codes[at : at + step] = numbers.to(torch.int8) if bits == 8 else _into_nibbles(numbers)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales.view(torch.int16))
-        self.register_buffer("_like", torch.tensor(torch.nan))
+        self.register_buffer("_like", torch.tensor(torch.nan, dtype=torch.float32, device="cpu"))
 
     @property
     def weight(self) -> torch.Tensor:
@@ -75,6 +76,8 @@ class _Packed(nn.Module):
 
     def is_whole(self) -> bool:
         """Whether codes and scales are those of a `[rows,columns]` in `bits` bits."""
+        if self.bits not in GROUPS:
+            return False
         padded = -(-self.columns // _PADDING[self.bits]) * _PADDING[self.bits]
         codes = (torch.int8, (self.rows, padded)) if self.bits == 8 else (torch.int16, (self.rows, padded // 4))
         scales = torch.int16, (self.rows, padded // GROUPS[self.bits])
@@ -84,6 +87,7 @@ class _Packed(nn.Module):
         return f"{self.rows}, {self.columns}, bits={self.bits}"
 
 
+@watched
 class PackedLinear(_Packed):
     """In place of an `nn.Linear` without bias."""
 
@@ -93,6 +97,7 @@ class PackedLinear(_Packed):
         return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
+@watched
 class PackedEmbedding(_Packed):
     """In place of an `nn.Embedding`."""
 
@@ -134,7 +139,9 @@ def quantise_weights(model: Any, scheme: str = "int8", in_place: bool = False) -
             )
     found = [(name, m) for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)]
     if not in_place:
-        model = copy.deepcopy(model, {id(m.weight): nn.Parameter(torch.empty(0)) for _, m in found})
+        model = copy.deepcopy(
+            model, {id(m.weight): nn.Parameter(torch.empty(0, dtype=torch.float32)) for _, m in found}
+        )
     for name, module in found:
         kind = PackedLinear if isinstance(module, nn.Linear) else PackedEmbedding
         packed = kind(module.weight, SCHEMES[scheme])

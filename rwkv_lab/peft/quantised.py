@@ -46,7 +46,7 @@ def quantize_nf4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[to
     """
     _check_block_size(block_size)
     flat = weight.detach().reshape(-1)
-    levels = torch.tensor(NF4_LEVELS, device=flat.device)
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=flat.device)
     between = (levels[1:] + levels[:-1]) / 2
     codes, scales = [], []
     step = max(_AT_ONCE // block_size, 1) * block_size
@@ -80,7 +80,7 @@ def dequantize_nf4(
             f"{codes.numel()} bytes and {absmax.numel()} scales do not make {list(shape)}: "
             f"{(n + 1) // 2} and {-(-n // block_size)} would, in blocks of {block_size}."
         )
-    levels = torch.tensor(NF4_LEVELS, device=codes.device)
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=codes.device)
     # The two levels of each byte, moved as one number of 64 bits.
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.int64).view(-1)  # [256]
     out = torch.empty(n, dtype=dtype, device=codes.device)

@@ -83,7 +83,7 @@ def wkv4(
 
 def empty_wkv4_state(B: int, A: int, device: torch.device | str | None = None) -> torch.Tensor:
     """The state of WKV4 before the first token, `[B,3,A]` float32: a = b = 0, p so low that e^p is 0."""
-    state = torch.zeros(B, 3, A, device=device)
+    state = torch.zeros(B, 3, A, dtype=torch.float32, device=device)
     state[:, 2] = _EMPTY
     return state
 
@@ -226,4 +226,4 @@ def _or_zeros(state, v):
     if state is not None:
         return state
     B, _, H, N = v.shape
-    return torch.zeros(B, H, N, N, device=v.device)
+    return torch.zeros(B, H, N, N, dtype=torch.float32, device=v.device)

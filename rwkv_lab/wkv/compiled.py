@@ -10,7 +10,7 @@ from rwkv_lab.errors import KernelError
 from rwkv_lab.torch_private import takes_tangents
 from rwkv_lab.wkv import operators
 from rwkv_lab.wkv.choice import problem, unfit
-from rwkv_lab.wkv.cpu import DTYPES
+from rwkv_lab.wkv.pointers import DTYPES
 
 
 def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

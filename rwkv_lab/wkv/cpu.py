@@ -1,4 +1,4 @@
-"""Calls into the compiled kernels of `kernels/cpu`: checks nothing, allocates the outputs, hands over pointers.
+"""Calls into the compiled kernels of `kernels/cpu`: checks shapes and memory, allocates the outputs, passes addresses.
 
 Inputs may be float32, bfloat16 or float16, each on its own; the state is float32 with any strides. Sums are made in
 float32. The state comes back as `[B,H,V,K]` with keys outermost in memory, as the kernels have it.
@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_lab.errors import KernelError
 from rwkv_lab.machine import proc
 from rwkv_lab.wkv.loader import cpu_library
+from rwkv_lab.wkv.pointers import DTYPES, address, new, strided_address
 
 CHUNK = 32  # tokens between two kept states; the same number stands in the sources
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SOURCES = {"wkv4": "wkv4", "wkv5": "wkv6", "wkv6": "wkv6", "wkv7": "wkv7"}
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -37,19 +38,15 @@ def wkv4_forward(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y `[B,T,A]`, final state `[B,3,A]`, and, to go backward, states along time `[B,chunks,3,A]` (else empty)."""
-    B, T, A = v.shape
+    B, T, A = _sizes(v, 3)
     w, u, k, v, state = (x.contiguous() for x in (w, u, k, v, state))
-    y, final = torch.empty_like(v), torch.empty_like(state)
-    kept = state.new_empty((B, -(-T // CHUNK), 3, A) if keep else 0)
+    y, final = new(v.shape, v.dtype), new((B, 3, A), torch.float32)
+    kept = new((B, -(-T // CHUNK), 3, A) if keep else (0,), torch.float32)
     _function("wkv4_forward")(
-        *_addresses(w, u, k, v),
-        _dtypes(w, u, k, v),
-        *_addresses(state, y, final),
-        _address(kept),
-        B,
-        T,
-        A,
-        _threads(v, 32),
+        *_inputs((w, (A,)), (u, (A,)), (k, v.shape), (v, v.shape)),
+        *_floats((state, (B, 3, A))),
+        *(address(y, v.shape, v.dtype), *_floats((final, (B, 3, A))), _kept(kept)),
+        *(B, T, A, _threads(v, 32)),
     )
     return y, final, kept
 
@@ -58,16 +55,18 @@ def wkv4_backward(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, kept: Tensor, dy: Tensor, d_final: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of w, u, k, v and the state; d_final may be None."""
-    B, T, A = v.shape
+    B, T, A = _sizes(v, 3)
     w, u, k, v, dy = (x.contiguous() for x in (w, u, k, v, dy))
     d_final = None if d_final is None else d_final.contiguous()
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    dw, du, d_state = (kept.new_empty(shape) for shape in ((B, A), (B, A), (B, 3, A)))
+    dk, dv = new(v.shape, k.dtype), new(v.shape, v.dtype)
+    dw, du, d_state = (new(shape, torch.float32) for shape in ((B, A), (B, A), (B, 3, A)))
     _function("wkv4_backward")(
-        *_addresses(w, u, k, v),
-        _dtypes(w, u, k, v),
-        *(dy.data_ptr(), _address(d_final)),
-        *_addresses(kept, dk, dv, dw, du, d_state),
+        *_inputs((w, (A,)), (u, (A,)), (k, v.shape), (v, v.shape)),
+        address(dy, v.shape, v.dtype),
+        *([None] if d_final is None else _floats((d_final, (B, 3, A)))),
+        *_floats((kept, (B, -(-T // CHUNK), 3, A))),
+        *(address(dk, v.shape, k.dtype), address(dv, v.shape, v.dtype)),
+        *_floats((dw, (B, A)), (du, (B, A)), (d_state, (B, 3, A))),
         *(B, T, A, _threads(v, 32)),
     )
     return dw.sum(0).to(w.dtype), du.sum(0).to(u.dtype), dk, dv, d_state
@@ -80,15 +79,14 @@ def wkv6_forward(
 
     w is `[B,T,H,N]`, or `[H,N]` for WKV5.
     """
-    B, T, H, N = v.shape
+    B, T, H, N = _sizes(v, 4)
     r, w, k, v, u = (x.contiguous() for x in (r, w, k, v, u))
-    y, final = torch.empty_like(v), state.new_empty(B, H, N, N)
-    kept = state.new_empty((B, H, -(-T // CHUNK), N, N) if keep else 0)
+    y, final = new(v.shape, v.dtype), new((B, H, N, N), torch.float32)
+    kept = new((B, H, -(-T // CHUNK), N, N) if keep else (0,), torch.float32)
     _function("wkv6_forward")(
-        *_addresses(r, w, k, v, u),
-        _dtypes(r, w, k, v, u),
-        *(state.data_ptr(), *state.stride()),
-        *(y.data_ptr(), final.data_ptr(), _address(kept)),
+        *_inputs_of_6(r, w, k, v, u),
+        *_strided(state, (B, H, N, N)),
+        *(address(y, v.shape, v.dtype), *_floats((final, (B, H, N, N))), _kept(kept)),
         *(B, T, H, N, w.ndim == 4, _threads(v, N)),
     )
     return y, final.mT, kept
@@ -98,18 +96,21 @@ def wkv6_backward(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, kept: Tensor, dy: Tensor, d_final: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, w, k, v, u and the state; d_final may be None."""
-    B, T, H, N = v.shape
+    B, T, H, N = _sizes(v, 4)
     r, w, k, v, u, dy = (x.contiguous() for x in (r, w, k, v, u, dy))
     per_token = w.ndim == 4
-    dr, dk, dv = (torch.empty_like(x) for x in (r, k, v))
-    dw = torch.empty_like(w) if per_token else kept.new_empty(B, H, N)
-    du, d_state = kept.new_empty(B, H, N), kept.new_empty(B, H, N, N)
+    dr, dk, dv = (new(v.shape, x.dtype) for x in (r, k, v))
+    dw = new(v.shape, w.dtype) if per_token else new((B, H, N), torch.float32)
+    du, d_state = new((B, H, N), torch.float32), new((B, H, N, N), torch.float32)
     _function("wkv6_backward")(
-        *_addresses(r, w, k, v, u),
-        _dtypes(r, w, k, v, u),
-        dy.data_ptr(),
-        *(_address(d_final), *(d_final.stride() if d_final is not None else (0, 0, 0, 0))),
-        *_addresses(kept, dr, dw, dk, dv, dw, du, d_state),
+        *_inputs_of_6(r, w, k, v, u),
+        *(address(dy, v.shape, v.dtype), *_strided(d_final, (B, H, N, N))),
+        *_floats((kept, (B, H, -(-T // CHUNK), N, N))),
+        address(dr, v.shape, r.dtype),
+        address(dw, v.shape, w.dtype) if per_token else None,
+        *(address(dk, v.shape, k.dtype), address(dv, v.shape, v.dtype)),
+        *([None] if per_token else _floats((dw, (B, H, N)))),
+        *_floats((du, (B, H, N)), (d_state, (B, H, N, N))),
         *(B, T, H, N, per_token, _threads(v, N)),
     )
     return dr, dw if per_token else dw.sum(0).to(w.dtype), dk, dv, du.sum(0).to(u.dtype), d_state
@@ -120,16 +121,15 @@ def wkv7_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y `[B,T,H,N]`, final state `[B,H,V,K]`, and, to go backward (else empty), states along time `[B,H,chunks,K,V]`
     and the readings S a `[B,T,H,N]`."""
-    B, T, H, N = v.shape
-    r, w, k, v, a, b = (x.contiguous() for x in (r, w, k, v, a, b))
-    y, final = torch.empty_like(v), state.new_empty(B, H, N, N)
-    kept = state.new_empty((B, H, -(-T // CHUNK), N, N) if keep else 0)
-    readings = state.new_empty(v.shape if keep else 0)
+    B, T, H, N = _sizes(v, 4)
+    inputs = tuple(x.contiguous() for x in (r, w, k, v, a, b))
+    y, final = new(v.shape, v.dtype), new((B, H, N, N), torch.float32)
+    kept = new((B, H, -(-T // CHUNK), N, N) if keep else (0,), torch.float32)
+    readings = new(v.shape if keep else (0,), torch.float32)
     _function("wkv7_forward")(
-        *_addresses(r, w, k, v, a, b),
-        _dtypes(r, w, k, v, a, b),
-        *(state.data_ptr(), *state.stride()),
-        *(y.data_ptr(), final.data_ptr(), _address(kept), _address(readings)),
+        *_inputs(*((x, v.shape) for x in inputs)),
+        *_strided(state, (B, H, N, N)),
+        *(address(y, v.shape, v.dtype), *_floats((final, (B, H, N, N))), _kept(kept), _kept(readings)),
         *(B, T, H, N, _threads(v, N)),
     )
     return y, final.mT, kept, readings
@@ -148,18 +148,19 @@ def wkv7_backward(
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, w, k, v, a, b and the state; d_final may be None."""
-    B, T, H, N = v.shape
-    r, w, k, v, a, b, dy = (x.contiguous() for x in (r, w, k, v, a, b, dy))
-    dr, dw, dk, dv, da, db = (torch.empty_like(x) for x in (r, w, k, v, a, b))
-    d_state = kept.new_empty(B, H, N, N)
+    B, T, H, N = _sizes(v, 4)
+    inputs, dy = tuple(x.contiguous() for x in (r, w, k, v, a, b)), dy.contiguous()
+    gradients = tuple(new(v.shape, x.dtype) for x in inputs)
+    d_state = new((B, H, N, N), torch.float32)
     _function("wkv7_backward")(
-        *_addresses(r, w, k, v, a, b),
-        _dtypes(r, w, k, v, a, b),
-        dy.data_ptr(),
-        *(_address(d_final), *(d_final.stride() if d_final is not None else (0, 0, 0, 0))),
-        *_addresses(kept, readings, dr, dw, dk, dv, da, db, d_state),
+        *_inputs(*((x, v.shape) for x in inputs)),
+        *(address(dy, v.shape, v.dtype), *_strided(d_final, (B, H, N, N))),
+        *_floats((kept, (B, H, -(-T // CHUNK), N, N)), (readings, v.shape)),
+        *(address(x, v.shape, of.dtype) for x, of in zip(gradients, inputs, strict=True)),
+        *_floats((d_state, (B, H, N, N))),
         *(B, T, H, N, _threads(v, N)),
     )
+    dr, dw, dk, dv, da, db = gradients
     return dr, dw, dk, dv, da, db, d_state
 
 
@@ -197,19 +198,38 @@ def _gomp_parallel() -> ctypes.c_void_p:
     return ctypes.c_void_p()
 
 
-def _addresses(*tensors) -> list[int]:
-    return [x.data_ptr() for x in tensors]
+def _sizes(v, n: int) -> tuple[int, ...]:
+    if v.ndim != n or 0 in v.shape:
+        raise KernelError(f"v has shape {list(v.shape)}; it must have {n} dimensions with nothing empty.")
+    return tuple(v.shape)
 
 
-def _address(tensor) -> int | None:
-    return tensor.data_ptr() if tensor is not None and tensor.numel() else None
-
-
-def _dtypes(*tensors) -> int:
+def _inputs(*inputs) -> list[int]:
+    """Addresses of the (tensor, shape) given, and their dtypes in one number, two bits each, the first one's lowest."""
     word = 0
-    for x in reversed(tensors):
-        word = word << 2 | DTYPES[x.dtype]
-    return word
+    for x, _ in reversed(inputs):
+        word = word << 2 | DTYPES.get(x.dtype, 3)
+    return [*(address(x, shape) for x, shape in inputs), word]
+
+
+def _inputs_of_6(r, w, k, v, u) -> list[int]:
+    heads = v.shape[2:]
+    return _inputs((r, v.shape), (w, v.shape if w.ndim == 4 else heads), (k, v.shape), (v, v.shape), (u, heads))
+
+
+def _floats(*tensors) -> list[int]:
+    """Addresses of the (tensor, shape) given, which are float32."""
+    return [address(x, shape, torch.float32) for x, shape in tensors]
+
+
+def _strided(state, shape) -> tuple:
+    """Address and strides of a state, float32; it may be None."""
+    return (None, 0, 0, 0, 0) if state is None else (strided_address(state, shape, torch.float32), *state.stride())
+
+
+def _kept(x) -> int | None:
+    """The address of what was made here, None where it is empty."""
+    return address(x, x.shape, torch.float32) if x.numel() else None
 
 
 def _threads(v, width: int) -> int:

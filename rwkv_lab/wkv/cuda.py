@@ -198,7 +198,7 @@ def _laid_out(x):
 
 
 def _or_zeros(x, shape, like):
-    return torch.zeros(shape, device=like.device) if x is None else _laid_out(x.float())
+    return torch.zeros(shape, dtype=torch.float32, device=like.device) if x is None else _laid_out(x.float())
 
 
 def _as(dtypes, *tensors):

@@ -47,10 +47,8 @@ def threads(request):
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Memory for outputs and scratch comes full of NaN; what a kernel forgets to write shows."""
-    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
-    nan = float("nan")
-    monkeypatch.setattr(torch, "empty_like", lambda x: empty_like(x).fill_(nan))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape: new_empty(x, *shape).fill_(nan))
+    new, nan = cpu.new, float("nan")
+    monkeypatch.setattr(cpu, "new", lambda shape, dtype: new(shape, dtype).fill_(nan))
 
 
 def make(name, *size, dtype=torch.float32) -> dict[str, torch.Tensor]:
@@ -136,18 +134,14 @@ def test_inputs_in_any_memory_order_and_none_changed(name):
 def test_nothing_is_written_beside_the_outputs(name, monkeypatch):
     """Every output lies between two guards."""
     guards = []
-    new = torch.empty
 
-    def guarded(x, *shape):
-        shape = (
-            torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape) if shape else x.shape
-        )
-        block = new(shape.numel() + 64, dtype=x.dtype).fill_(7.0)
+    def guarded(shape, dtype):
+        shape = torch.Size(shape)
+        block = torch.full((shape.numel() + 64,), 7.0, dtype=dtype)
         guards.append((block[:32], block[-32:]))
         return block[32:-32].view(shape)
 
-    monkeypatch.setattr(torch, "empty_like", guarded)
-    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
+    monkeypatch.setattr(cpu, "new", guarded)
     for dtype in ROUNDED:
         run(name, make(name, 2, 35, 1, 40, dtype=dtype), "cpu")
     assert len(guards) > 12 and all((guard == 7).all() for pair in guards for guard in pair)

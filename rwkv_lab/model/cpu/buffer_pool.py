@@ -9,10 +9,13 @@ import math
 
 import torch
 
+from rwkv_lab.wkv.pointers import address, new
+
 _LINE = 64  # bytes: where parts begin
 _KEPT = 4  # blocks of one size that lie ready at most: a token's state is made while the one before is still there
+_SIZES = 4  # sizes of which blocks lie ready, the last ones used: states and logits of two models
 
-_free: dict[int, list[tuple[torch.Tensor, int]]] = {}  # bytes -> blocks and their addresses
+_free: dict[int, list[tuple[torch.Tensor, int]]] = {}  # bytes -> blocks and their addresses; last used last
 
 
 class Memory:
@@ -33,8 +36,8 @@ class Memory:
         try:
             self._block, self.address = _free[self._nbytes].pop()
         except (KeyError, IndexError):
-            self._block = torch.empty(self._nbytes, dtype=torch.uint8, device="cpu")
-            self.address = self._block.data_ptr()
+            self._block = new((self._nbytes,), torch.uint8)
+            self.address = address(self._block, (self._nbytes,), torch.uint8)
 
     def tensors(self) -> list[torch.Tensor]:
         """Its parts, with the shapes and dtypes asked for."""
@@ -47,6 +50,9 @@ class Memory:
         ]
 
     def __del__(self, free: dict = _free) -> None:  # the name `_free` may be gone by then
-        blocks = free.setdefault(self._nbytes, [])
+        blocks = free.pop(self._nbytes, [])
         if len(blocks) < _KEPT:
             blocks.append((self._block, self.address))
+        free[self._nbytes] = blocks
+        for size in [*free][:-_SIZES]:
+            free.pop(size, None)

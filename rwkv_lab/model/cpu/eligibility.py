@@ -10,10 +10,11 @@ takes a call only where PyTorch's modules would compute the same. What decides:
   a parameter, but none for `p.data = …`, `share_memory()`, a hook on one Linear, or an attribute. So every call
   compares the model with what was examined, in a few passes over C functions.
 
-Addresses come first: compiled code gets none that was not compared, or taken from the tensor, in the very call that
-uses it, so that it reads no memory that was given back in between. The rest of the comparison takes a third of a
-millisecond where a token's weights have just thrown everything else out of the caches: there a second thread makes it
-while the token is computed, and where something has changed the call is made again (`Eligibility.compare_meanwhile`).
+Memory comes first: every call compares the address and the size of each tensor's storage and holds the storages until
+it is done, so that compiled code reads no memory that was resized or given back in between. The rest of the comparison
+takes a third of a millisecond where a token's weights have just thrown everything else out of the caches: there a
+second thread makes it while the token is computed, and where something has changed the call is made again
+(`Eligibility.compare_meanwhile`).
 """
 
 import logging
@@ -22,7 +23,7 @@ import os
 from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,7 +31,7 @@ from torch import nn
 
 from rwkv_lab import torch_private
 from rwkv_lab.checkpoint import tensors_of
-from rwkv_lab.errors import KernelError
+from rwkv_lab.errors import KernelError, ParameterError
 from rwkv_lab.model.block import halves_after
 from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.lazy_state import is_lazy
@@ -39,39 +40,49 @@ from rwkv_lab.model.standard_modules import is_standard, patched_class
 from rwkv_lab.model.state import RWKVState
 from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
 from rwkv_lab.wkv.choice import chosen_backend
+from rwkv_lab.wkv.pointers import address, missing_memory
 
 log = logging.getLogger(__name__)
 
-PACKED = (PackedLinear, PackedEmbedding)
+PACKED: dict[type, type] = {PackedLinear: nn.Linear, PackedEmbedding: nn.Embedding}  # -> in whose place it stands
 _PATHS = {"prefill": "Prefill", "step": "Decoding"}
 # Attributes of modules that decide what they compute.
-_OPTIONS = ("eps", "max_norm", "n_head", "head_size", "layer", "halves", "bits", "rows", "columns")
+_OPTIONS = ("eps", "max_norm", "normalized_shape", "n_head", "head_size", "layer", "halves", "bits", "rows", "columns")
 
-_address, _numel = torch.Tensor.data_ptr, torch.Tensor.numel
-_is_contiguous, _requires_grad = torch.Tensor.is_contiguous, operator.attrgetter("requires_grad")
+_address, _storage, _nbytes = torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.UntypedStorage.nbytes
+_shape, _dtype, _requires_grad = (operator.attrgetter(x) for x in ("shape", "dtype", "requires_grad"))
+_is_contiguous, _is_neg = torch.Tensor.is_contiguous, torch.Tensor.is_neg
 
 
-def eligible(model: Any, path: str, tokens: object = None, state: RWKVState | None = None) -> "Eligibility | None":
+class Permit(NamedTuple):
+    """That a path may compute a call: what was found in the model, and its memory, which stays while this is held."""
+
+    found: "Eligibility"
+    storages: list
+
+
+def eligible(model: Any, path: str, tokens: object = None, state: RWKVState | None = None) -> Permit | None:
     """What a path, "prefill" or "step", may read to compute this call; None where PyTorch computes it.
 
     The log has one line for each reason why it does.
 
     Raises:
         KernelError: the step cannot be compiled, and `use_backend("cpu")` demands it.
+        ParameterError: a weight has no values: PyTorch would compute with whatever lies in memory.
     """
     if torch.compiler.is_compiling():
         return None  # nothing below is for tracing
     level = logging.INFO
     try:
-        found, why = _decide(model, path, tokens, state)
+        permit, why = _decide(model, path, tokens, state)
     except KernelError as error:
         if path == "step" and chosen_backend() == "cpu":
             raise
-        found, why, level = None, str(error).rstrip("."), logging.WARNING
-    if found is None and (path, why) not in _told:
+        permit, why, level = None, str(error).rstrip("."), logging.WARNING
+    if permit is None and (path, why) not in _told:
         _told.add((path, why))
         log.log(level, "%s runs through PyTorch: %s.", _PATHS[path], why)
-    return found
+    return permit
 
 
 def fallback_reason(model: Any, path: str, tokens: object = None, state: RWKVState | None = None) -> str:
@@ -85,25 +96,29 @@ def fallback_reason(model: Any, path: str, tokens: object = None, state: RWKVSta
 _told: set[tuple[str, str]] = set()  # (path, reason) that the log has
 
 
-def _decide(model: Any, path: str, tokens, state) -> tuple["Eligibility | None", str]:
+def _decide(model: Any, path: str, tokens, state) -> tuple[Permit | None, str]:
     """(What the path may read, ""), or (None, why not). Raises KernelError where only its compilation is wrong."""
     if why := _fault_of_call(tokens, state):
         return None, why
     found = _examined.get(model)
     meanwhile = path == "step" and found is not None and found.meanwhile
-    if found is None or not found.is_in_place() or not (meanwhile or found.holds(model)):
+    storages = None if found is None or model.layout is not found.layout else found.memory()
+    if found is None or storages is None or not (meanwhile or found.holds(model)):
         weight = getattr(model.ln_out, "weight", None)  # on a GPU that is all there is to examine
         if weight is not None and (weight.device.type != "cpu" or weight.dtype not in abi.DTYPES):
             return None, f"the model is in {weight.dtype} on {weight.device.type}"
         found = _examine(model)
+        storages = found.memory()
     if not (meanwhile and found.meanwhile):
         if why := found.faults[path] or found.fault_of_moment(torch.is_grad_enabled()):
             return None, why
+    if storages is None:
+        return None, "another thread is changing the model"
     if path == "prefill":
         abi.prefill_library()
     else:
         found.step = abi.step_library(found.source).step
-    return found, ""
+    return Permit(found, storages), ""
 
 
 _examined: WeakKeyDictionary[nn.Module, "Eligibility"] = WeakKeyDictionary()
@@ -152,6 +167,8 @@ def _fault_of_call(tokens, state) -> str:
         return f"tokens are a {type(tokens).__name__}"
     if state is None or is_lazy(state) or not isinstance(state, RWKVState):
         return ""
+    if state.wkv.dtype != torch.float32:
+        return f"the state's wkv is {state.wkv.dtype}"
     for name, x in state.tensors().items():
         if type(x) not in (torch.Tensor, nn.Parameter):
             return f"the state's {name} is a {type(x).__name__}"
@@ -180,32 +197,48 @@ class Eligibility:
         self.source = form.step if form else ""
         self.step: Any = None
         self.table: Any = None
-        self.modules: list[Any] = list(model.modules())
-        self.types, self.inside = list(map(type, self.modules)), list(map(vars, self.modules))
+        # Without the model itself, which would not be given back while this is kept for it.
+        _, *modules = model.modules()
+        self.modules: list[Any] = modules
+        self.types, self.inside = [type(model), *map(type, modules)], [vars(model), *map(vars, modules)]
         self.sizes = list(map(len, self.inside))
-        self.hooks = [hooks for m in self.modules for hooks in torch_private.hooks_of(m)]
+        self.hooks = [hooks for m in (model, *modules) for hooks in torch_private.hooks_of(m)]
         self.captured = [m for m in self.modules if hasattr(m, "receivers")]
         names = [tuple(x for x in _OPTIONS if x in d) for d in self.inside]
         self._getters = [(operator.itemgetter(*n), d) for n, d in zip(names, self.inside, strict=True) if n]
         self._options = self._options_now()
-        children = [d for m in self.modules if (d := torch_private.children_of(m))]
-        stored = [d for m in self.modules for d in (torch_private.parameters_of(m), torch_private.buffers_of(m)) if d]
+        children = [d for m in (model, *modules) if (d := torch_private.children_of(m))]
+        parts = (torch_private.parameters_of, torch_private.buffers_of)
+        stored = [d for m in (model, *modules) for part in parts if (d := part(m))]
         # All is kept alive, so that what is found at the same place later is the same.
         self._trees: list[tuple[list[dict], list]] = [
             (ds, [x for d in ds for x in d.values()]) for ds in (children, stored)
         ]
         fault = _fault_of_modules(model)
-        self.tensors = [] if fault else [x for x in self._trees[1][1] if x is not None]
-        self.lasting = bool(fault) or not (fault := _fault_of_tensors(model))
-        if self.lasting:
-            self._addresses = array("Q", map(_address, self.tensors))
-            self._numbers = list(map(_numel, self.tensors))
+        self.tensors: list[Any] = [] if fault else [x for x in self._trees[1][1] if x is not None]
+        self.lasting = bool(fault) or not (fault := _fault_of_tensors(model, refuse=not any(self.hooks)))
+        if not self.lasting:
+            self.tensors = []
+        self._addresses = array("Q", [address(x, x.shape, x.dtype) for x in self.tensors])
+        self._places = dict(zip(map(id, self.tensors), self._addresses, strict=True))
+        self._nbytes = list(map(_nbytes, map(_storage, self.tensors)))
+        self._kinds = self._kinds_now()
         self._large = sum(x.nbytes for x in self.tensors) > _LARGE
-        packed = any(isinstance(m, PACKED) for m in self.modules)
+        packed = any(type(m) in PACKED for m in self.modules)
         self.faults = {
             "prefill": fault or ("its weights are in 8 or 4 bits" if packed else ""),
             "step": fault or ("" if self.norm_eps() else "its norms differ in eps"),
         }
+
+    def address_of(self, x: torch.Tensor) -> int:
+        """Where one of the tensors begins, as it is compared in every call.
+
+        Raises:
+            KernelError: it is none of those that were examined.
+        """
+        if id(x) not in self._places:
+            raise KernelError("A weight for compiled code is none of the model's parameters.")
+        return self._places[id(x)]
 
     def norm_eps(self) -> tuple[float, float] | None:
         """What all LayerNorms and what all GroupNorms add to the variance, 0 where there is none; None where norms of
@@ -218,12 +251,18 @@ class Eligibility:
 
     # Some hundred tensors are looked at for every token: `map` over C functions takes a third of a loop's time.
 
-    def is_in_place(self) -> bool:
-        """Whether all tensors have the memory that they had."""
+    def memory(self) -> list | None:
+        """The storages of all tensors, which stay as long as the list does; None where one has other memory than it
+        had."""
         try:
-            return array("Q", map(_address, self.tensors)) == self._addresses
-        except RuntimeError:  # a tensor has no memory any more
-            return False
+            storages = list(map(_storage, self.tensors))  # held first: nothing new comes to lie where they are
+            same = list(map(_nbytes, storages)) == self._nbytes
+            return storages if same and array("Q", map(_address, self.tensors)) == self._addresses else None
+        except (RuntimeError, NotImplementedError):  # a tensor has no memory any more
+            return None
+
+    def _kinds_now(self) -> list:
+        return [[*map(of, self.tensors)] for of in (type, _shape, _dtype)]
 
     def holds(self, model: Any) -> bool:
         """Whether all modules and tensors are those that were examined, and tensors that are in place are as large."""
@@ -233,14 +272,20 @@ class Eligibility:
                 if len(now) != len(were) or not all(map(operator.is_, now, were)):
                     return False
             return (
-                list(map(_numel, self.tensors)) == self._numbers
+                self._kinds_now() == self._kinds
                 and all(map(_is_contiguous, self.tensors))
-                and list(map(type, self.modules)) == self.types
+                and not any(map(_is_neg, self.tensors))
+                and [type(model), *map(type, self.modules)] == self.types
                 and list(map(len, self.inside)) == self.sizes
                 and self._options_now() == self._options
                 and model.layout is self.layout
             )
-        except KeyError:  # an option was deleted
+        except (
+            KeyError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ):  # an option was deleted, or is none that can be compared
             return False
 
     def fault_of_moment(self, grad: bool) -> str:
@@ -257,7 +302,12 @@ class Eligibility:
         """
         if self.meanwhile:
             grad = torch.is_grad_enabled()  # of this thread
-            return _second_thread.submit(lambda: self.holds(model) and not self.fault_of_moment(grad))
+            try:
+                return _second_thread.submit(lambda: self.holds(model) and not self.fault_of_moment(grad))
+            except RuntimeError:  # Python is ending and begins no new thread
+                now: Future[bool] = Future()
+                now.set_result(self.holds(model) and not self.fault_of_moment(grad))
+                return now
         self.meanwhile = self._large
         return None
 
@@ -281,25 +331,59 @@ def _fault_of_modules(model: Any) -> str:
     layout, generation = model.layout, generation_of(model.layout)
     if generation.compiled is None:
         return f"RWKV-{layout.version} has no compiled form"
+    types = _types_of_blocks(layout)
     for name, module in model.named_modules():
         where, kind = name or "the model", type(module)
         if not is_standard(module) and kind not in PACKED:
             return f"{where} is a {kind.__name__}"
+        meant = _meant(name, types)
+        if name and PACKED.get(kind, kind) is not meant:
+            return f"{where} is a {kind.__name__}, not a {getattr(meant, '__name__', meant)}"
+        stored = (torch_private.parameters_of, torch_private.buffers_of, torch_private.children_of)
+        if hidden := next((x for part in stored for x in part(module) if x in vars(module)), ""):
+            return f"{where} has an attribute that hides its {hidden}"
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm) and type(module.eps) not in (float, int):
+            return f"{where} has an eps that is a {type(module.eps).__name__}"
+        if kind is nn.LayerNorm and module.normalized_shape != (layout.n_embd,):
+            return f"{where} norms over {module.normalized_shape}"
         methods = (x for x, value in vars(module).items() if callable(value) and callable(getattr(kind, x, None)))
         if own := next(methods, ""):
             return f"{where} has a {own} of its own"
     for layer, block in enumerate(model.blocks):
         belongs = {"layer": layer, "n_head": layout.n_head, "head_size": layout.head_size}
         belongs["halves"] = generation.halves_float16 and halves_after(layer)
-        for module in (block, block.att, block.ffn):
+        for module in (block, *block.children()):
             wrong = next((x for x in belongs if vars(module).get(x, belongs[x]) != belongs[x]), None)
             if wrong:
                 return f"blocks.{layer} has {wrong}={vars(module)[wrong]}, not {belongs[wrong]}"
     return ""
 
 
-def _fault_of_tensors(model: Any) -> str:
-    """Which tensor no compiled path can read as it is stored, in words; "" where all can be read."""
+_TOP = {"emb": nn.Embedding, "blocks": nn.ModuleList, "ln_out": nn.LayerNorm, "head": nn.Linear}
+
+
+def _types_of_blocks(layout: Any) -> list[dict[str, type]]:
+    """The classes of the modules in a first and in any other layer, by name, as its generation makes them."""
+    with torch.device("meta"):
+        blocks = [generation_of(layout).make_block(layout, layer, 1e-5, ()) for layer in range(min(layout.n_layer, 2))]
+    return [{name: type(module) for name, module in block.named_modules()} for block in blocks]
+
+
+def _meant(name: str, types: list[dict[str, type]]) -> type | None:
+    """The class that a module of that name has; None where there should be none."""
+    top, _, rest = name.partition(".")
+    layer, _, inside = rest.partition(".")
+    if top != "blocks" or not layer:
+        return _TOP.get(name)
+    return types[min(int(layer), len(types) - 1)].get(inside) if layer.isdecimal() else None
+
+
+def _fault_of_tensors(model: Any, refuse: bool) -> str:
+    """Which tensor no compiled path can read as it is stored, in words; "" where all can be read.
+
+    Raises:
+        ParameterError: where `refuse`, one that has no values, which no path can compute with.
+    """
     dtype, shapes = model.ln_out.weight.dtype, {}
     for name, module in model.named_modules():
         packed = type(module) in PACKED
@@ -309,7 +393,10 @@ def _fault_of_tensors(model: Any) -> str:
                 continue
             if type(x) is not (torch.Tensor if packed else nn.Parameter):
                 return f"{where} is a {type(x).__name__}"
-            if x.device.type != "cpu" or x.layout != torch.strided or not x.is_contiguous() or x.is_neg():
+            missing = missing_memory(x) if x.device.type == "cpu" and x.layout == torch.strided else ""
+            if refuse and (missing or x.device.type == "meta"):
+                raise ParameterError(f"{where} {missing or 'is on the meta device and has no values'}; load it again.")
+            if missing or x.device.type != "cpu" or x.layout != torch.strided or not x.is_contiguous() or x.is_neg():
                 return f"{where} is not contiguous on the CPU"
             if not packed and last != "time_state" and x.dtype != dtype:
                 return f"{where} is {x.dtype}, ln_out is {dtype}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.registry import compiled_form
 from rwkv_lab.model.state import RWKVState
+from rwkv_lab.wkv.pointers import address, new, strided_address
 
 _BLOCK = 512  # rows (batch times tokens) at once: enough to pay for reading a layer's weights, few enough for the cache
 
@@ -46,12 +47,15 @@ def run(model: Any, tokens: Tensor, state: RWKVState) -> tuple[Tensor, RWKVState
 def logits(model: Any, x: Tensor) -> Tensor:
     """x `[...,C]` before ln_out -> logits `[...,V]` in the model's dtype."""
     C, V = x.shape[-1], model.layout.vocab_size
-    flat, out = x.reshape(-1, C), model.emb.weight.new_empty(*x.shape[:-1], V)
+    flat, out = x.reshape(-1, C), new((*x.shape[:-1], V), model.emb.weight.dtype)
     prefill = Pass(model)
     for rows, y in zip(flat.split(_BLOCK), out.view(-1, V).split(_BLOCK), strict=True):
         rows = rows.float().contiguous()
         packed = prefill.packed("head", len(rows), C)
-        prefill.call("norm_out", rows, *prefill.norm(model.ln_out), len(rows), C, packed, prefill.pairs)
+        prefill.call(
+            *("norm_out", prefill.floats(rows, len(rows), C), *prefill.norm(model.ln_out, C), len(rows), C),
+            *(prefill.floats(packed), prefill.pairs),
+        )
         prefill.multiply(len(rows), (packed, model.head.weight, y))
     return out
 
@@ -68,7 +72,7 @@ class Pass:
 
     def __init__(self, model: Any):
         self.model, self.library, self.threads = model, abi.prefill_library(), torch.get_num_threads()
-        self.dtype = abi.DTYPES[model.emb.weight.dtype]
+        self.torch_dtype, self.dtype = model.emb.weight.dtype, abi.DTYPES[model.emb.weight.dtype]
         self.pairs = int(model.emb.weight.dtype == torch.bfloat16 and self.library.has_pairs())
         self._scratch: dict[tuple, Tensor] = {}
 
@@ -76,10 +80,19 @@ class Pass:
 
     def call(self, name: str, *arguments: Any) -> None:
         """A function of the library; its last argument is the number of threads."""
-        getattr(self.library, name)(*map(_argument, arguments), self.threads)
+        getattr(self.library, name)(*arguments, self.threads)
 
-    def norm(self, norm: nn.LayerNorm | nn.GroupNorm) -> tuple:
-        return norm.weight, norm.bias, norm.eps, self.dtype
+    def floats(self, x: Tensor | None, *shape: int) -> int | None:
+        """The address of float32 of that shape, or of whatever shape it has; None for None."""
+        return None if x is None else address(x, shape or x.shape, torch.float32)
+
+    def weights(self, x: Tensor | None, n: int) -> int | None:
+        """The address of n numbers of a parameter, in the model's dtype; None for None."""
+        return None if x is None else address(x.view(n), (n,), self.torch_dtype)
+
+    def norm(self, norm: nn.LayerNorm | nn.GroupNorm, n: int) -> tuple:
+        """What a function takes of a norm over n channels."""
+        return self.weights(norm.weight, n), self.weights(norm.bias, n), norm.eps, self.dtype
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         """float32 of that shape, without values; the same memory for the same name and shape."""
@@ -89,7 +102,11 @@ class Pass:
 
     def packed(self, name: str, rows: int, k: int) -> Tensor:
         """A scratch buffer for rows of k, packed for a product."""
-        return self.scratch(f"packed {name}", self.library.packed_floats(rows, k, self.pairs))
+        return self.scratch(f"packed {name}", self.packed_size(rows, k))
+
+    def packed_size(self, rows: int, k: int) -> int:
+        """Floats that rows of k take, packed."""
+        return self.library.packed_floats(rows, k, self.pairs)
 
     def multiply(self, rows: int, *products: tuple, add: bool = False) -> None:
         """y = x W, or y += x W, for each (x packed, W, y `[rows,n]`); all at once."""
@@ -98,7 +115,8 @@ class Pass:
             transposed = isinstance(weight, Transposed)
             weight = weight.weight if transposed else weight
             k, n = weight.shape if transposed else weight.shape[::-1]
-            p.x, p.w, p.y = x.data_ptr(), weight.data_ptr(), y.data_ptr()
+            p.x, p.w = self.floats(x, self.packed_size(rows, k)), address(weight, weight.shape, self.torch_dtype)
+            p.y = strided_address(y, (rows, n), (torch.float32, self.torch_dtype))
             p.rows, p.k, p.n, p.w_dtype = rows, k, n, abi.DTYPES[weight.dtype]
             p.w_stride_n, p.w_stride_k = (1, n) if transposed else (k, 1)
             p.y_dtype, p.y_stride, p.add = abi.DTYPES[y.dtype], y.stride(0), add
@@ -109,7 +127,8 @@ class Pass:
         wanted, found = (abi.Packing * len(inputs))(), []
         for one, (name, y, activation) in zip(wanted, inputs, strict=True):
             found.append(self.packed(name, rows, y.shape[1]))
-            one.y, one.packed = y.data_ptr(), found[-1].data_ptr()
+            one.y = strided_address(y, (rows, y.shape[1]), torch.float32)
+            one.packed = self.floats(found[-1])
             one.stride, one.k, one.activation = y.stride(0), y.shape[1], activation
         self.call("activate", wanted, len(inputs), rows, self.pairs)
         return found
@@ -129,13 +148,15 @@ class Pass:
     ) -> tuple[list[Tensor], Tensor]:
         """The mixtures of a token and the one before, packed, and the new shift."""
         (B, T), (rows, C) = shape, x.shape
-        shift, new = shift.contiguous(), shift.new_empty(B, C)
+        shift, after = shift.contiguous(), new((B, C), self.torch_dtype)
         packed = [self.packed(name, rows, C) for name in names]
         self.call(
-            *("mix_in", x, *self.norm(ln), rows, T, C, shift, new, len(mu), _addresses(mu)),
-            *(int(of_present), extra, _addresses(packed), self.pairs),
+            *("mix_in", self.floats(x, rows, C), *self.norm(ln, C), rows, T, C),
+            *(address(z, (B, C), self.torch_dtype) for z in (shift, after)),
+            *(len(mu), _array([self.weights(one, C) for one in mu]), int(of_present)),
+            *(self.floats(extra, len(mu), rows, C), _array([self.floats(one) for one in packed]), self.pairs),
         )
-        return packed, new
+        return packed, after
 
     def heads_out(
         self,
@@ -147,12 +168,14 @@ class Pass:
         bonus: Sequence[Tensor | None] = (None,) * 4,
     ) -> None:
         """The norm over the heads of y, the bonus and the gate, through the output matrix into x."""
-        rows, A = len(x), att.n_head * att.head_size
+        rows, A, y = len(x), att.n_head * att.head_size, y.contiguous()
         packed = self.packed("out", rows, A)
-        weight, bias, eps, dtype = self.norm(att.ln_x)
+        weight, bias, eps, dtype = self.norm(att.ln_x, A)
+        r, k, v, r_k = bonus
         self.call(
-            *("heads_out", y.contiguous(), weight, bias, eps, *bonus, gate, int(silu), dtype, rows),
-            *(att.n_head, att.head_size, packed, self.pairs),
+            *("heads_out", self.floats(y.view(rows, A), rows, A), weight, bias, eps),
+            *(*(self.floats(z, rows, A) for z in (r, k, v)), self.weights(r_k, A), self.floats(gate, rows, A)),
+            *(int(silu), dtype, rows, att.n_head, att.head_size, self.floats(packed), self.pairs),
         )
         self.multiply(rows, (packed, att.output.weight, x), add=True)
 
@@ -161,7 +184,11 @@ class Pass:
     def over(self, tokens: Tensor, x: Tensor, att: list[Tensor], ffn: list[Tensor], wkv: list[Tensor]) -> None:
         """Fill x `[B*T,C]` from tokens `[B,T]`; the lists of states, one entry per layer, are brought up to date."""
         model, form, v_first = self.model, compiled_form(self.model.layout), None
-        self.call("embed", tokens, model.emb.weight, *self.norm(model.blocks[0].ln0), *x.shape, x)
+        (rows, C), emb = x.shape, model.emb.weight
+        self.call(
+            *("embed", address(tokens, tokens.shape, torch.int64), address(emb, (len(emb), C), self.torch_dtype)),
+            *(*self.norm(model.blocks[0].ln0, C), rows, C, self.floats(x, rows, C)),
+        )
         for layer, block in enumerate(model.blocks):
             att[layer], wkv[layer], v_first = form.time_mix(
                 self, block, x, tokens.shape, att[layer], wkv[layer], v_first
@@ -170,14 +197,8 @@ class Pass:
 
 
 def _float32(*shape: int) -> Tensor:
-    """Without values; whatever dtype and device are the default."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+    return new(shape, torch.float32)
 
 
-def _argument(value):
-    """A tensor as its address; everything else as it is."""
-    return value.data_ptr() if isinstance(value, Tensor) else value
-
-
-def _addresses(tensors) -> ctypes.Array:
-    return (abi.POINTER * len(tensors))(*(t.data_ptr() for t in tensors))
+def _array(addresses) -> ctypes.Array:
+    return (abi.POINTER * len(addresses))(*addresses)

@@ -22,7 +22,8 @@ def time_mix(
     p.multiply(rows, (xk, att.key.weight, k), (xv, att.value.weight, v), (xr, att.receptance.weight, r))
     y, wkv = wkv4(-torch.exp(att.time_decay.float()), att.time_first, k.view(*shape, A), v.view(*shape, A), wkv)
     packed = p.packed("out", rows, A)
-    p.call("gate4", r, y.contiguous(), rows, A, packed, p.pairs)
+    y = y.contiguous().view(rows, A)
+    p.call("gate4", p.floats(r, rows, A), p.floats(y, rows, A), rows, A, p.floats(packed), p.pairs)
     p.multiply(rows, (packed, att.output.weight, x), add=True)
     return shift, wkv, v_first
 
@@ -44,5 +45,5 @@ def gated_channel_mix(
     p.multiply(rows, (xk, ffn.key.weight, hidden), (xr, ffn.receptance.weight, r))
     (packed,) = p.activate(rows, ("ffn", hidden, abi.RELU_SQUARE))
     p.multiply(rows, (packed, ffn.value.weight, y))
-    p.call("add_gated", x, r, y, rows, C)
+    p.call("add_gated", *(p.floats(z, rows, C) for z in (x, r, y)), rows, C)
     return shift

@@ -9,10 +9,11 @@ from torch import nn
 from rwkv_lab.model.block import RESCALE_EVERY
 from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.buffer_pool import Memory
-from rwkv_lab.model.cpu.eligibility import PACKED, Eligibility, forget
+from rwkv_lab.model.cpu.eligibility import PACKED, Eligibility, Permit, forget
 from rwkv_lab.model.cpu.lazy_state import lazy_state, memory_of
 from rwkv_lab.model.registry import compiled_form, generation_of
 from rwkv_lab.model.state import RWKVState, check_state, state_shapes
+from rwkv_lab.wkv.pointers import strided_address
 
 _ABSENT = abi.Tensor(None, None, 0, 0, 0, 1)
 
@@ -21,8 +22,8 @@ class Table:
     """A model as the step reads it. Nothing is computed from the weights, so values may change in place at any time."""
 
     def __init__(self, model: Any, found: Eligibility):
-        layout, form = model.layout, compiled_form(model.layout)
-        self.dtype = model.ln_out.weight.dtype
+        layout, form, self._address_of = found.layout, compiled_form(found.layout), found.address_of
+        self.vocab_size, self.dtype = layout.vocab_size, model.ln_out.weight.dtype
         rows = [row for m in (model.emb, model.blocks[0].ln0, model.ln_out, model.head) for row in self._of_module(m)]
         for layer, block in enumerate(model.blocks):
             for name in form.slots.values():
@@ -37,6 +38,7 @@ class Table:
             *(layout.vocab_size, layout.n_head, layout.head_size, norm_eps, head_norm_eps),
             *(form.number, RESCALE_EVERY if rescale else 0),
         )
+        del self._address_of  # which holds this table
         self.state, self.shift = state_shapes(layout)["wkv"], (layout.n_layer, layout.n_embd)
 
     def _of_slot(self, block, name: str, transposed: bool) -> list[abi.Tensor]:
@@ -48,7 +50,7 @@ class Table:
 
     def _of_module(self, module) -> list[abi.Tensor]:
         if type(module) in PACKED:
-            codes, scales = module.codes.data_ptr(), module.scales.data_ptr()
+            codes, scales = self._address_of(module.codes), self._address_of(module.scales)
             return [abi.Tensor(codes, scales, abi.QUANTISED[module.bits], module.rows, module.columns, 0)]
         if isinstance(module, nn.LayerNorm | nn.GroupNorm):
             return [self._of_parameter(module.weight), self._of_parameter(module.bias)]
@@ -56,21 +58,20 @@ class Table:
 
     def _of_parameter(self, x, transposed: bool = False) -> abi.Tensor:
         rows, columns = (x.shape[:-1].numel(), x.shape[-1]) if transposed or x.ndim == 2 else (1, x.numel())
-        return abi.Tensor(x.data_ptr(), None, abi.DTYPES[x.dtype], rows, columns, int(transposed))
+        return abi.Tensor(self._address_of(x), None, abi.DTYPES[x.dtype], rows, columns, int(transposed))
 
 
-def run(
-    model: Any, found: Eligibility, tokens: torch.Tensor, given: RWKVState | None
-) -> tuple[torch.Tensor, RWKVState]:
+def run(model: Any, permit: Permit, tokens: torch.Tensor, given: RWKVState | None) -> tuple[torch.Tensor, RWKVState]:
     """Take tokens `[B,T]` through an eligible model one by one: logits `[B,T,V]`, and the new state.
 
     Raises:
         ParameterError: a state that does not fit.
     """
+    found = permit.found  # the permit itself holds the weights' memory until this returns
     if found.table is None:
         found.table = Table(model, found)
     table: Table = found.table
-    layout, dtype, (B, T) = model.layout, table.dtype, tokens.shape
+    layout, dtype, (B, T) = found.layout, table.dtype, tokens.shape
     made_for, wkv_shape, shift_shape = (layout, B, dtype), (B, *table.state), (B, *table.shift)
     step, threads, logits = found.step, torch.get_num_threads(), []
     fits = found.compare_meanwhile(model)
@@ -82,9 +83,9 @@ def run(
         else:
             check_state(state, layout, B, dtype, tokens.device)
             before = state.wkv.float(), _rows(state.att_shift, dtype), _rows(state.ffn_shift, dtype)
-            where = _places_of_tensors(*before)
+            where = _places_of_tensors(before, wkv_shape, shift_shape, dtype)
         after = Memory((wkv_shape, torch.float32), (shift_shape, dtype), (shift_shape, dtype))
-        answer = Memory(((B, 1, layout.vocab_size), dtype))
+        answer = Memory(((B, 1, table.vocab_size), dtype))
         new = (after.address + offset for offset in after.offsets)
         ids = (abi.INT64 * B)(*column)
         call = abi.Call(ctypes.addressof(ids), B, *where, *new, answer.address, threads)
@@ -110,9 +111,11 @@ def _places(memory: Memory, wkv_shape: tuple[int, ...], shift_shape: tuple[int, 
     return wkv, strides, att, ffn, rows, rows
 
 
-def _places_of_tensors(wkv, att, ffn) -> tuple:
+def _places_of_tensors(parts, wkv_shape: tuple[int, ...], shift_shape: tuple[int, ...], dtype: torch.dtype) -> tuple:
+    wkv, att, ffn = parts
     strides = wkv.stride() if wkv.ndim == 5 else (*wkv.stride(), 0)
-    return wkv.data_ptr(), strides, att.data_ptr(), ffn.data_ptr(), att.stride()[:2], ffn.stride()[:2]
+    shifts = (strided_address(x, shift_shape, dtype) for x in (att, ffn))
+    return strided_address(wkv, wkv_shape, torch.float32), strides, *shifts, att.stride()[:2], ffn.stride()[:2]
 
 
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,7 @@ from rwkv_lab.errors import KernelError
 from rwkv_lab.model import RWKVMode, capture, init_state_with_past
 from rwkv_lab.model.cpu import prefill
 from rwkv_lab.model.cpu.eligibility import fallback_reason
-from rwkv_lab.wkv import use_backend
+from rwkv_lab.wkv import cpu, pointers, use_backend
 from rwkv_lab.wkv.loader import cpu_library
 
 
@@ -24,14 +24,14 @@ def compiled():
 @pytest.fixture
 def poisoned(monkeypatch):
     """All memory that the pass takes for itself is full of NaN at first, and counted."""
-    taken, empty, new_empty = [], torch.empty, torch.Tensor.new_empty
+    taken, new = [], pointers.new
 
-    def nan(tensor):
-        taken.append(tensor.numel())
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+    def nan(shape, dtype):
+        taken.append(shape)
+        return new(shape, dtype).fill_(torch.nan)
 
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: nan(empty(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: nan(new_empty(*a, **k)))
+    monkeypatch.setattr(prefill, "new", nan)
+    monkeypatch.setattr(cpu, "new", nan)
     return taken
 
 

@@ -1,0 +1,57 @@
+"""The one place where compiled code gets addresses from: each is taken from a tensor that is checked there and then.
+
+What a kernel reads or writes is decided by sizes that are passed beside the addresses. So a tensor's dtype, device,
+shape, strides, and the memory that is really behind it have to be what those sizes say: a storage may be smaller than
+its tensors say, since `untyped_storage().resize_` does not ask them.
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from rwkv_lab.errors import KernelError, ParameterError
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype in kernels/cpu/simd.h
+
+
+def address(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[torch.dtype] = (*DTYPES,)) -> int:
+    """Where a contiguous tensor of that shape and of one of these dtypes begins.
+
+    Raises:
+        KernelError: it is another tensor.
+        ParameterError: its memory was resized or freed.
+    """
+    if not x.is_contiguous():
+        raise KernelError(f"A tensor of shape {list(x.shape)} for compiled code is not contiguous.")
+    return strided_address(x, shape, dtypes)
+
+
+def strided_address(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[torch.dtype]) -> int:
+    """As `address`, of a tensor with any strides, which are passed on beside the address."""
+    wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
+    if x.layout is not torch.strided or x.device.type != "cpu" or x.is_neg():
+        raise KernelError(f"A tensor for compiled code is a {type(x).__name__}, {x.layout}, on {x.device}.")
+    if x.dtype not in wanted or x.shape != tuple(shape):
+        raise KernelError(
+            f"A tensor for compiled code is {x.dtype} {list(x.shape)}, not {', '.join(map(str, wanted))} {list(shape)}."
+        )
+    if missing := missing_memory(x):
+        raise ParameterError(f"A tensor of shape {list(x.shape)} {missing}.")
+    return x.data_ptr()
+
+
+def missing_memory(x: Tensor) -> str:
+    """What is wrong with the memory behind a tensor, to go behind its name; "" where it holds all its numbers."""
+    if not x.numel():
+        return ""
+    reach = x.storage_offset() + 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    there = x.untyped_storage().nbytes()
+    if reach * x.itemsize <= there:
+        return ""
+    return f"needs {reach * x.itemsize} bytes, its memory has {there}: it was resized or freed"
+
+
+def new(shape: Collection[int], dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU without values, whatever dtype and device are the default."""
+    return torch.empty(tuple(shape), dtype=dtype, device="cpu")
