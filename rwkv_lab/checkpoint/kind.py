@@ -22,7 +22,7 @@ ADAPTER_NOTE = "rwkv_lab.adapter"  # what rwkv_lab writes into the metadata of a
 # Adapters by a name that only they have. The order matters: PiSSA's init file also carries "lora".
 _ADAPTER_MARKS = [
     ("pissa-init", r"\.init_lora_[AB]$"),
-    ("lora", r"\.lora_[AB](\.weight|\.default\.weight)?$"),
+    ("lora", r"\.lora_([AB]|down|up)(\.[^.]+){0,2}$"),
     ("miss", r"\.(miss_block|disha|bone|bone_block)(\.default)?$"),
 ]
 

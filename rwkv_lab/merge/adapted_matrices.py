@@ -12,7 +12,7 @@ from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.merge.adapter_set import AdapterSet
 from rwkv_lab.merge.changed_tensors import ChangedTensor, Computed, from_tuned
 from rwkv_lab.names import is_block_matrix
-from rwkv_lab.peft.adapter import Target
+from rwkv_lab.peft.adapter import Target, Values
 from rwkv_lab.peft.quantised import quantised_and_back
 
 _PIECES = 96  # of a block's bytes that one thread holds at most: a dozen matrices of float64 from 16-bit weights, twice
@@ -24,17 +24,21 @@ def adapted_tensors(base: Checkpoint, adapters: AdapterSet, precision: torch.dty
     Raises:
         ParameterError: whole tensors that are to be taken out again.
     """
-    pairs = [(a, w) for a, w in zip(adapters.adapters, adapters.weights, strict=True) if w]
-    whole = {n: (v, w) for a, w in pairs for n, v in a.full.items()}
+    n_layer = base.layout.n_layer if base.layout else 0
+    steps: dict[str, list[tuple[Target, float]]] = {}
+    whole: dict[str, tuple[Values, float]] = {}
+    for i, adapter in enumerate(adapters.adapters):
+        for x, target in adapter.targets.items():
+            if weight := adapters.weight(i, f"{x}.weight", n_layer):
+                steps.setdefault(f"{x}.weight", []).append((target, weight))
+        for name, values in adapter.full.items():
+            if weight := adapters.weight(i, name, n_layer):
+                whole[name] = values, weight
     if adapters.unmerge and whole:
         raise ParameterError(
             f"{next(iter(whole))} stands whole in an adapter; what it replaced cannot be had from the merged file.\n"
             "Take the base that it was merged into."
         )
-    steps: dict[str, list[tuple[Target, float]]] = {}
-    for adapter, weight in pairs:
-        for x, target in adapter.targets.items():
-            steps.setdefault(f"{x}.weight", []).append((target, weight))
     quant = "none" if adapters.unmerge else adapters.quant
     action = "unmerge" if adapters.unmerge else adapters.method
     out = []
@@ -42,7 +46,7 @@ def adapted_tensors(base: Checkpoint, adapters: AdapterSet, precision: torch.dty
         packed = quant != "none" and name not in whole and is_block_matrix(name, info.shape)
         if name in steps:
             out.append(_changed(name, info, steps[name], quant, adapters.unmerge, precision, action))
-        elif packed and pairs:
+        elif packed and (steps or whole):
             out.append(_changed(name, info, [], quant, False, precision, "quantise"))
     return out + [from_tuned(n, base.info.get(n), cast(TensorInfo, v), w, precision) for n, (v, w) in whole.items()]
 

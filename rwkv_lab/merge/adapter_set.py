@@ -1,16 +1,20 @@
 """Adapters that are merged together: read from open files, with what was given for each, and checked side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.merge.inputs import value_of
+from rwkv_lab.merge.method_parameters import Parameter, Takes, check_values
+from rwkv_lab.merge.settings import GRADIENT, REST, check_setting, value_for, with_default
 from rwkv_lab.merge.spec import MergeSpec
 from rwkv_lab.peft.adapter import Adapter, refuse_overlap
 from rwkv_lab.peft.files import read_adapter
 
 ANY = "adapters"  # the method of adapters of several kinds
+WEIGHTS = Parameter("weights", float, Takes("factor on what an adapter adds; one per adapter", each="tuned"), 1.0)
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,19 @@ class AdapterSet:
 
     adapters: tuple[Adapter, ...]
     init: tuple[Checkpoint | None, ...]  # one per adapter: of PiSSA, what it started from
-    weights: tuple[float, ...]  # factor on what each adds
+    weights: tuple[Any, ...]  # factor on what each adds: a number, or a setting that differs by tensor
     quant: str  # how training stored the base: "none", "int8" or "nf4"
     unmerge: bool  # they are taken out of a base that contains them
+
+    def weight(self, i: int, name: str, n_layer: int) -> float:
+        """The factor on what the i-th adapter adds to the tensor `name`.
+
+        Raises:
+            ParameterError: none is given for it, or no number.
+        """
+        setting = self.weights[i]
+        where = f" for {name}" if isinstance(setting, Mapping) else ""
+        return check_values(WEIGHTS, value_for(setting, name, n_layer), 1, where)[0]
 
     @property
     def method(self) -> str:
@@ -45,6 +59,7 @@ def read_adapters(tuned: Sequence[Checkpoint], init: Sequence[Checkpoint | None]
         alphas.append(alpha if isinstance(spec.alpha, list) else None)
         if alpha == 0:  # nothing of it: any alpha will do, where one is needed
             states_it = ck.kind != "lora" or ck.adapter_config is not None or ck.metadata.get("rwkv_lab.adapter")
+            states_it = states_it or any(name.endswith(".alpha") for name in ck.info)
             alpha = None if states_it else 1.0
         use_rslora, bat, residual = (
             value_of(spec.parameters.get(name), i) for name in ("use_rslora", "bat", "residual_base")
@@ -59,10 +74,53 @@ def read_adapters(tuned: Sequence[Checkpoint], init: Sequence[Checkpoint | None]
     return AdapterSet(
         tuple(adapters),
         tuple(init),
-        tuple(w * (alpha != 0) for w, alpha in zip(weights, alphas, strict=True)),
+        tuple(0.0 if alpha == 0 else w for w, alpha in zip(weights, alphas, strict=True)),
         _quant(adapters, spec.parameters.get("quant")),
         bool(spec.parameters.get("unmerge")),
     )
+
+
+def weights_of_each(given: Any, count: int) -> list[Any]:
+    """One setting per adapter, with 1 where no pattern of it matches.
+
+    Args:
+        given: a list with one for each, or a mapping for all, whose values may be lists of numbers.
+    Raises:
+        ParameterError: more or fewer than there are adapters, or no number.
+    """
+    if not isinstance(given, list | Mapping) or isinstance(given, list) and len(given) != count:
+        raise ParameterError(
+            f"weights={given!r}: a list of {count} numbers is needed, one per adapter.\n"
+            "One that differs by tensor is a mapping: {'blocks.0.*': 0.5, '*': 1.0}."
+        )
+    each = given if isinstance(given, list) else [_of_one(given, i, count) for i in range(count)]
+    return [with_default(w, 1.0) if isinstance(w, Mapping) else check_values(WEIGHTS, w, 1, "")[0] for w in each]
+
+
+def _of_one(setting: Any, i: int, count: int) -> Any:
+    """The part of a setting for all adapters that is the i-th one's."""
+    if isinstance(setting, Mapping) and GRADIENT not in setting:
+        return {pattern: _of_one(inner, i, count) for pattern, inner in setting.items()}
+    if isinstance(setting, list):
+        if len(setting) != count:
+            raise ParameterError(f"weights has the list {setting!r}; {count} numbers are needed, one per adapter")
+        return setting[i]
+    return setting
+
+
+def check_weights(adapters: AdapterSet, n_layer: int) -> None:
+    """Refuse patterns that match nothing that the adapter changes, and values that are no numbers.
+
+    Raises:
+        ParameterError: with the nearest names.
+    """
+    for i, adapter in enumerate(adapters.adapters):
+        names = [*(f"{x}.weight" for x in adapter.targets), *adapter.full]
+        if isinstance(adapters.weights[i], Mapping):
+            given = {p: s for p, s in adapters.weights[i].items() if p != REST}
+            check_setting("weights", given, names)
+        for name in names:
+            adapters.weight(i, name, n_layer)
 
 
 def _quant(adapters: Sequence[Adapter], given: str | None) -> str:

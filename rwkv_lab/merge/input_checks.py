@@ -63,7 +63,7 @@ def check_dtypes(ck: Checkpoint) -> None:
         LayoutError: names the first.
     """
     for name, t in ck.info.items():
-        if t.dtype not in _FLOATS:
+        if t.dtype not in _FLOATS and not (name.endswith(".alpha") and t.numel == 1):  # which may be a whole number
             raise LayoutError(
                 f"{name} in {ck.path} is {t.dtype}; weights must be bfloat16, float16, float32 or float64"
             )

@@ -83,7 +83,8 @@ def read_adapter(
 
 
 def _check_dtypes(ck: Checkpoint) -> None:
-    odd = next((t for t in ck.info.values() if t.dtype not in _FLOATS), None)
+    numbers = [t for n, t in ck.info.items() if not n.endswith(".alpha")]  # those may be whole numbers
+    odd = next((t for t in numbers if t.dtype not in _FLOATS), None)
     if odd is not None:
         raise LayoutError(f"{ck.path}: {odd.name} is {odd.dtype}; adapters are float64, float32, bfloat16 or float16.")
 

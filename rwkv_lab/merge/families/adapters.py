@@ -15,7 +15,7 @@ from typing import Any
 from rwkv_lab.checkpoint import Checkpoint, Layout
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.adapted_matrices import adapted_tensors, memory_for
-from rwkv_lab.merge.adapter_set import ANY, AdapterSet, read_adapters
+from rwkv_lab.merge.adapter_set import ANY, WEIGHTS, AdapterSet, check_weights, read_adapters, weights_of_each
 from rwkv_lab.merge.changed_tensors import ChangedTensor
 from rwkv_lab.merge.contained_adapters import adapters_in, after_merging
 from rwkv_lab.merge.families.adapters_proof import PROVED, AdaptersProof
@@ -27,12 +27,12 @@ from rwkv_lab.merge.method_parameters import Parameter, Takes, check_value
 from rwkv_lab.merge.spec import MergeSpec
 from rwkv_lab.names import split_block
 from rwkv_lab.patterns import matches_any
+from rwkv_lab.peft.adapter import Adapter
 from rwkv_lab.peft.config import ADAPTER_KINDS
 from rwkv_lab.peft.quantised import QUANTS
 from rwkv_lab.spec import did_you_mean
 
 ALPHA = Parameter("alpha", float, Takes("of a LoRA, whose product is scaled by alpha / r", 0), None)
-WEIGHTS = Parameter("weights", float, Takes("factor on what an adapter adds; one per adapter", each="tuned"), 1.0)
 PARAMETERS = {
     p.name: p
     for p in (
@@ -102,11 +102,7 @@ class Adapters(Family):
                 takes = ", ".join(PARAMETERS)
                 raise ParameterError(f"method {spec.method!r} takes no {name!r}{hint}\nIts parameters: {takes}")
             _check(PARAMETERS[name], given, count, name in _ONE_EACH)
-        weights = spec.weights
-        if weights is not None:
-            if not isinstance(weights, list) or len(weights) != count:
-                raise ParameterError(f"weights={weights!r}: a list of {count} numbers is needed, one per adapter")
-            weights = [check_value(WEIGHTS, w) for w in weights]
+        weights = None if spec.weights is None else weights_of_each(spec.weights, count)
         init_paths(spec.pissa_init, count)
         return spec.changed(alpha=_check(ALPHA, spec.alpha, count, True), weights=weights)
 
@@ -118,10 +114,11 @@ class Adapters(Family):
         adapters = read_adapters(inputs.tuned, inputs.init, spec)
         shapes = {n: t.shape for n, t in inputs.base.info.items()}
         for ck, adapter in zip(inputs.tuned, adapters.adapters, strict=True):
-            _refuse_unmatched(ck, inputs.base)
+            _refuse_unmatched(ck, adapter, inputs.base)
             extra = spec.allow_extra or []
             known = {n: v for n, v in adapter.full.items() if n in shapes or not matches_any(n, extra)}
             replace(adapter, full=known).check(shapes, layout)
+        check_weights(adapters, layout.n_layer)
         resolved = _resolved(spec, adapters)
         return Changes(
             adapted_tensors(inputs.base, adapters, spec.arithmetic),
@@ -186,15 +183,13 @@ def _notes(base: Checkpoint, adapters: AdapterSet) -> tuple[str, ...]:
     if any(a.residual_base for a in adapters.adapters):
         notes.append("PiSSA without its start: right only if the base given is what the SVD left over of the original.")
     if len(adapters.adapters) > 1:
-        order = ", ".join(
-            f"{Path(a.where).name} × {w:g}" for a, w in zip(adapters.adapters, adapters.weights, strict=True)
-        )
+        given = [w if isinstance(w, dict) else f"{w:g}" for w in adapters.weights]
+        order = ", ".join(f"{Path(a.where).name} × {w}" for a, w in zip(adapters.adapters, given, strict=True))
         notes.append(f"Order of the adapters: {order}{', taken out from the last to the first' * adapters.unmerge}.")
     return tuple(notes)
 
 
-def _refuse_unmatched(ck: Checkpoint, base: Checkpoint) -> None:
+def _refuse_unmatched(ck: Checkpoint, adapter: Adapter, base: Checkpoint) -> None:
     """A file which is of no model like the base."""
-    stems = {n.removesuffix(".weight") for n in base.info}
-    unmatched = [n for n in ck.info if not any(n[:i] in stems for i, c in enumerate(n) if c == ".")]
-    refuse_no_match([n for n in unmatched if n not in base.info], ck.info, base)
+    if not any(n in base.info for n in (*(f"{x}.weight" for x in adapter.targets), *adapter.full)):
+        refuse_no_match(list(ck.info), ck.info, base)

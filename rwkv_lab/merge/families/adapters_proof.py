@@ -18,10 +18,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from rwkv_lab.merge.families.mixing_proof import setting_at
 from rwkv_lab.merge.proof import Exact, Proof, ProofInputs, Source
 
 PROVED = ("lora", "pissa", "miss")  # kinds of adapters that are understood here
-_PART = re.compile(r"^(.+?)\.(init_lora_[AB]|lora_[AB]|disha|bone_block|bone|miss_block)(?:\.default)?(?:\.weight)?$")
+_PARTS = "init_lora_[AB]|lora_(?:[AB]|down|up)|disha|bone_block|bone|miss_block|alpha"
+_PART = re.compile(rf"^(.+?)\.({_PARTS})(?:\.(?!weight$)[^.]+)?(?:\.weight)?$")
+_FLAT = re.compile(r"^(?:lora|lycoris)_(?:[a-z0-9]+_)??(blocks)_(\d+)_(att|ffn)_(\w+)$")
 _SINGLE = torch.finfo(torch.float32).eps
 # The published levels of NF4.
 _LEVELS = torch.tensor(
@@ -31,7 +34,7 @@ _LEVELS = torch.tensor(
     dtype=torch.float64,
 )
 
-Parts = dict[str, Tensor]  # of one matrix: "A", "B", "A0", "B0" or "block"
+Parts = dict[str, Tensor]  # of one matrix: "A", "B", "A0", "B0", "alpha" or "block"
 Bounded = tuple[Tensor, Tensor]  # values and the most that each may be off, float64 [out, in]
 
 
@@ -43,7 +46,12 @@ class Understood:
     scale: dict[str, float]  # of LoRA and PiSSA
     variant: str  # of MiSS
     whole: dict[str, Tensor]
-    weight: float
+    weight: Any  # a number, or one that differs by tensor
+    n_layer: int
+
+    def at(self, name: str) -> float:
+        """The weight for one tensor."""
+        return setting_at(self.weight, name, self.n_layer)
 
 
 class AdaptersProof(Proof):
@@ -58,11 +66,10 @@ class AdaptersProof(Proof):
         out: dict[str, Source | None] = {name: (base, name) for name in base}
         if self.inputs.recipe["alpha"] == 0:
             return out
-        used = [a for a in self.adapters if a.weight]
-        names = [n for a in used for n in (*a.layers, *a.whole)]
-        if used and self.quant != "none" and not self.unmerge:
+        names = [n for a in self.adapters for n in (*a.layers, *a.whole) if a.at(n)]
+        if names and self.quant != "none" and not self.unmerge:
             names += [n for n in base if n.startswith("blocks.") and n.endswith(".weight") and base[n].ndim == 2]
-        copied: dict[str, Source] = {n: (a.whole, n) for a in used if a.weight == 1 for n in a.whole}
+        copied: dict[str, Source] = {n: (a.whole, n) for a in self.adapters for n in a.whole if a.at(n) == 1}
         return out | {n: copied.get(n) for n in dict.fromkeys(names) if self.inputs.may_change(n)}
 
     def like(self, name: str) -> Tensor:
@@ -71,12 +78,13 @@ class AdaptersProof(Proof):
 
     def exact(self, name: str) -> Exact:
         base, eps = self.inputs.base, self.inputs.eps
-        whole = next((a for a in self.adapters if name in a.whole and a.weight), None)
+        whole = next((a for a in self.adapters if name in a.whole and a.at(name)), None)
         if whole is not None:
             to = whole.whole[name].double()
             start = base[name].double().reshape(to.shape) if name in base else torch.zeros_like(to)
-            values = start + whole.weight * (to - start)
-            off = 4 * eps * (1 + abs(whole.weight)) * (start.abs() + to.abs())
+            weight = whole.at(name)
+            values = start + weight * (to - start)
+            off = 4 * eps * (1 + abs(weight)) * (start.abs() + to.abs())
         else:
             values, off = self._matrix(base[name], name, eps)
         values, off = values.reshape(-1), off.reshape(-1)
@@ -84,18 +92,18 @@ class AdaptersProof(Proof):
 
     def _matrix(self, weight: Tensor, name: str, eps: float) -> Bounded:
         now = weight.double(), torch.zeros(weight.shape, dtype=torch.float64)
-        steps = [a for a in self.adapters if name in a.layers and a.weight]
+        steps = [a for a in self.adapters if name in a.layers and a.at(name)]
         if self.unmerge:
             for a in reversed(steps):
-                now = _without(now, a, a.layers[name], a.scale.get(name, 0.0), eps)
+                now = _without(now, a, a.layers[name], a.scale.get(name, 0.0), a.at(name), eps)
             return now
         for i, a in enumerate(steps):
-            parts, s = a.layers[name], a.scale.get(name, 0.0) * a.weight
+            parts, s = a.layers[name], a.scale.get(name, 0.0) * a.at(name)
             if "A0" in parts:
                 now = _plus_product(now, parts["A0"], parts["B0"], -s, eps)
             now = _quantised(now, self.quant) if i == 0 else now
             now = (
-                _with_block(now, a, parts, eps)
+                _with_block(now, a, parts, a.at(name), eps)
                 if "block" in parts
                 else _plus_product(now, parts["A"], parts["B"], s, eps)
             )
@@ -115,14 +123,17 @@ def _understood(i: int, inputs: ProofInputs) -> Understood:
             layers[x] |= {f"{half}0": parts[f"{half}0" if f"{half}0" in parts else half] for half in "AB"}
     scale = {x: _scale(x, parts, alpha, given, note, config) for x, parts in layers.items() if "block" not in parts}
     weight = 1.0 if recipe["weights"] is None else recipe["weights"][i]
-    return Understood(layers, scale, _variant(note, config, given, layers), whole, weight)
+    n_layer = 1 + max(int(n.split(".")[1]) for n in inputs.base if n.startswith("blocks."))
+    return Understood(layers, scale, _variant(note, config, given, layers), whole, weight, n_layer)
 
 
 def _scale(x: str, parts: Parts, alpha: float | None, given: Mapping, note: Mapping, config: Mapping | None) -> float:
     """What B A is multiplied with."""
     rank, rs = len(parts["A"]), bool(given.get("use_rslora"))
     a: Any = alpha
-    if note:
+    if "alpha" in parts:
+        a = float(parts["alpha"])
+    elif note:
         rs, a = note["use_rslora"], note["alpha"]
     elif config:
         table = config.get("alpha_pattern") or {}
@@ -145,12 +156,15 @@ def _note(path: Path) -> dict:
 
 
 def _sorted(tensors: Mapping) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    called = {"lora_A": "A", "lora_B": "B", "init_lora_A": "A0", "init_lora_B": "B0"}
+    called = {"lora_A": "A", "lora_B": "B", "init_lora_A": "A0", "init_lora_B": "B0", "alpha": "alpha"}
+    called |= {"lora_down": "A", "lora_up": "B"}
     layers, whole = {}, {}
     for name in tensors:
         part = _PART.match(name)
         if part:
-            layers.setdefault(f"{part[1]}.weight", {})[called.get(part[2], "block")] = tensors[name]
+            flat = _FLAT.match(part[1])
+            layer = ".".join(flat.groups()) if flat else part[1]
+            layers.setdefault(f"{layer}.weight", {})[called.get(part[2], "block")] = tensors[name]
         else:
             whole[name] = tensors[name]
     return layers, whole
@@ -173,8 +187,8 @@ def _plus_product(now: Bounded, A: Tensor, B: Tensor, s: float, eps: float) -> B
     return values + s * (B @ A), off + (len(A) + 4) * eps * size
 
 
-def _with_block(now: Bounded, a: Understood, parts: dict, eps: float) -> Bounded:
-    (values, off), D = now, parts["block"].double() * a.weight
+def _with_block(now: Bounded, a: Understood, parts: dict, weight: float, eps: float) -> Bounded:
+    (values, off), D = now, parts["block"].double() * weight
     if not a.variant.startswith("bat"):
         added = _spread(D, values.shape)
         return values + added, off + 4 * eps * (values.abs() + added.abs())
@@ -186,12 +200,12 @@ def _with_block(now: Bounded, a: Understood, parts: dict, eps: float) -> Bounded
     return _joined(W + times(W, D) + D_at), _joined(e)
 
 
-def _without(now: Bounded, a: Understood, parts: dict, scale: float, eps: float) -> Bounded:
+def _without(now: Bounded, a: Understood, parts: dict, scale: float, weight: float, eps: float) -> Bounded:
     if "block" not in parts:
-        s = scale * a.weight
+        s = scale * weight
         now = _plus_product(now, parts["A"], parts["B"], -s, eps)
         return _plus_product(now, parts["A0"], parts["B0"], s, eps) if "A0" in parts else now
-    (values, off), D = now, parts["block"].double() * a.weight
+    (values, off), D = now, parts["block"].double() * weight
     if not a.variant.startswith("bat"):
         added = _spread(D, values.shape)
         return values - added, off + 4 * eps * (values.abs() + added.abs())

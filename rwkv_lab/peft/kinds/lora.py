@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from rwkv_lab.checkpoint import Checkpoint
+from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.checkpoint.layout import Shape
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values
@@ -20,7 +20,12 @@ from rwkv_lab.peft.config import AdapterKind, Layers, LoraConfig, register
 from rwkv_lab.peft.linear import AdaptedLinear, LoraLinear, lora_scaling
 from rwkv_lab.peft.options import AdapterOptions
 
-_FILE_PART = re.compile(r"^(?P<layer>.+)\.(?P<part>(?:init_)?lora_[AB])(?:\.default)?(?:\.weight)?$")
+_FILE_PART = re.compile(
+    r"^(?P<layer>.+)\.(?P<part>(?:init_)?lora_[AB]|lora_(?:down|up)|alpha)(?:\.(?!weight$)[^.]+)?(?:\.weight)?$"
+)
+_AS_OF_KOHYA = {"lora_down": "lora_A", "lora_up": "lora_B"}
+# kohya's scripts and LyCORIS write dots of a layer's name as underscores, after what they call the network.
+_FLAT = re.compile(r"^(?:lora|lycoris)_(?:[a-z0-9]+_)??blocks_(?P<layer>\d+)_(?P<part>att|ffn)_(?P<name>\w+)$")
 _FOLDER_PART = re.compile(r"^(?P<layer>.+)\.(?P<part>lora_[AB])(?:\.default)?\.weight$")
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # they leave the base as it is
 
@@ -137,7 +142,11 @@ class Lora(AdapterKind):
 
     def file_part(self, name: str) -> tuple[str, str] | None:
         match = _FILE_PART.match(name)
-        return (match["layer"], match["part"]) if match else None
+        if match is None:
+            return None
+        flat = _FLAT.match(match["layer"])
+        layer = f"blocks.{flat['layer']}.{flat['part']}.{flat['name']}" if flat else match["layer"]
+        return layer, _AS_OF_KOHYA.get(match["part"], match["part"])
 
     def check_note(self, note: dict[str, Any]) -> None:
         lora_scaling(note["alpha"], 1)
@@ -149,15 +158,17 @@ class Lora(AdapterKind):
         has_start = _has_start(ck, layers)
         pissa = _is_pissa(ck, note, options, has_start)
         alpha, use_rslora = options.alpha, bool(options.use_rslora)
+        stated = {x: _stated_alpha(ck, parts["alpha"], options) for x, parts in layers.items() if "alpha" in parts}
         if note:
             alpha, use_rslora = note["alpha"], note["use_rslora"]
             options.refuse_other("alpha", options.alpha, alpha, ck.path)
             options.refuse_other("use_rslora", options.use_rslora, use_rslora, ck.path)
-        elif pissa and (alpha is not None or use_rslora):
+        elif not stated and pissa and (alpha is not None or use_rslora):
             raise ParameterError("alpha is not used by PiSSA in RWKV-PEFT's layout: its scale is 1; leave it out.")
-        elif not pissa and alpha is None:
+        elif not pissa and alpha is None and len(stated) < len(layers):
+            where = f" of {next(x for x in layers if x not in stated)}" if stated else ""
             raise ParameterError(
-                f"{ck.path} does not state its alpha, which must be known: pass alpha= (16, 32 and 64 are common).\n"
+                f"{ck.path} does not state its alpha{where}, which must be known: pass alpha= (16, 32, 64, …).\n"
                 "If it is PiSSA, pass pissa_init= or residual_base=True instead."
             )
         targets: dict[str, Target] = {}
@@ -165,7 +176,8 @@ class Lora(AdapterKind):
             A, B = parts["lora_A"], parts["lora_B"]
             rank = A.shape[0] if A.shape else 0
             start = parts.get("init_lora_A"), parts.get("init_lora_B")
-            targets[x] = LoraTarget(A, B, (rank or 1) if alpha is None else alpha, use_rslora, pissa, *start)
+            own = stated.get(x, (rank or 1) if alpha is None else alpha)
+            targets[x] = LoraTarget(A, B, own, use_rslora, pissa, *start)
         return targets, "pissa" if pissa else "lora"
 
     def file_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
@@ -273,6 +285,23 @@ def _has_start(ck: Checkpoint, layers: Layers) -> bool:
     if any(started) and not all(started):
         raise LayoutError(f"{ck.path} has a start for {sum(started)} of its {len(started)} layers only.")
     return any(started)
+
+
+def _stated_alpha(ck: Checkpoint, info: TensorInfo, options: AdapterOptions) -> float:
+    """The alpha that stands beside a pair of halves, as a tensor of one value.
+
+    Raises:
+        LayoutError: no positive number.
+        ParameterError: another alpha was given.
+    """
+    value = float(info.read()) if info.numel == 1 and not info.dtype.is_complex else math.nan
+    if not 0 < value < math.inf:
+        raise LayoutError(f"{ck.path}: {info.name} is {value:g} {list(info.shape)}; an alpha is one positive number.")
+    if options.alpha is not None and options.alpha != value:
+        raise ParameterError(
+            f"alpha={options.alpha!r} was given, {ck.path} states {value:g} in {info.name}; leave it out."
+        )
+    return value
 
 
 def _is_pissa(ck: Checkpoint, note: Mapping[str, Any], options: AdapterOptions, has_start: bool) -> bool:
