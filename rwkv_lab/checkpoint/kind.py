@@ -15,6 +15,7 @@ from rwkv_lab.checkpoint.layout import (
 from rwkv_lab.checkpoint.prefixes import bare_names, removed_prefixes
 from rwkv_lab.checkpoint.tensors import Misfit, compare
 from rwkv_lab.checkpoint.unmerged import split_unmerged
+from rwkv_lab.checkpoint.unusable import nested_hint, unusable
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.names import split_block
 
@@ -29,7 +30,8 @@ _ADAPTER_MARKS = [
 
 @dataclass(frozen=True)
 class Identity:
-    # "model", "unmerged", "partial", "state", "lora", "pissa", "pissa-init", "miss", …, "converted" or "unknown"
+    # "model", "unmerged", "partial", "state", "lora", "pissa", "pissa-init", "miss", …, "unsupported", "converted",
+    # "unusable" or "unknown"
     kind: str
     layout: Layout | None  # for whole models, and partial ones that still show their dimensions
     reason: str  # why there is no layout, or what keeps it from being a whole model; "" for a whole model
@@ -58,6 +60,9 @@ def identify(
     def plain(kind: str, reason: str, *evidence: str) -> Identity:
         return Identity(kind, None, reason, evidence, prefix, None)
 
+    found = unusable(bare, others)
+    if found is not None:
+        return plain("unusable", found.reason, found.evidence)
     if adapter_config is not None:
         peft_type = str(adapter_config.get("peft_type", "")).lower()
         kind = peft_type or "unknown"
@@ -65,9 +70,7 @@ def identify(
             kind = "pissa"
         return plain(kind, "an adapter, not a whole model", f"adapter_config.json: peft_type {peft_type}")
     if not shapes:
-        nested = next((key for key, value in others.items() if isinstance(value, dict)), None)
-        hint = f"; it has {nested!r}, a dict of its own: save that one by itself" if nested else ""
-        return plain("unknown", f"there is no tensor at its top level{hint}")
+        return plain("unknown", f"there is no tensor at its top level{nested_hint(others)}")
     unmerged = _unmerged(bare, prefix)
     if unmerged is not None:
         return unmerged

@@ -17,6 +17,7 @@ from rwkv_lab.checkpoint.layout import Layout
 from rwkv_lab.checkpoint.prefixes import bare_names, removed_prefixes
 from rwkv_lab.checkpoint.source import SourceFile, TensorInfo
 from rwkv_lab.checkpoint.unmerged import Unmerged, split_unmerged
+from rwkv_lab.checkpoint.unusable import split_folder
 from rwkv_lab.errors import CorruptFileError, LayoutError, UnsafeFileError
 from rwkv_lab.paths import to_path
 
@@ -127,7 +128,7 @@ class Checkpoint:
     @property
     def kind(self) -> str:
         """ "model", "unmerged" (a model and its adapter side by side), "partial", "state", "lora", "pissa",
-        "pissa-init", "miss", "converted", "unsupported" or "unknown"."""
+        "pissa-init", "miss", "converted", "unsupported", "unusable" (packed, split or no model) or "unknown"."""
         return self.identity.kind
 
     @property
@@ -201,6 +202,8 @@ def _open_file(ck: Checkpoint, path: Path) -> None:
         raise CorruptFileError(f"there is no file {path}")
     if not path.is_file():
         raise CorruptFileError(f"{path} is neither a file nor a folder")
+    if path.suffix == ".distcp" and (path.parent / ".metadata").is_file():
+        raise LayoutError(split_folder(path.parent))
     file = SourceFile(path)
     ck.files.append(file)
     head = file.read(0, min(file.size, 512))
@@ -261,6 +264,8 @@ def _open_folder(ck: Checkpoint, folder: Path) -> None:
             raise LayoutError(
                 f"{folder} has {weights} and no adapter_config.json, which states its kind. Save or copy it again."
             )
+        if advice := split_folder(folder):
+            raise LayoutError(advice)
         there = sorted(p.name for p in folder.iterdir())[:8]
         raise LayoutError(f"{folder} holds none of {', '.join(names)}.\nIt holds: {', '.join(there) or 'nothing'}")
     if (folder / "config.json").is_file():

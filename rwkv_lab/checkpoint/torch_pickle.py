@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from rwkv_lab.checkpoint.unusable import what_to_do_about
 from rwkv_lab.errors import CorruptFileError, LayoutError, RwkvLabError, UnsafeFileError
 
 STORAGE_DTYPES = {
@@ -139,9 +140,10 @@ def _run(data: bytes, where: str):
                     "Save it as bfloat16, float16 or float32."
                 )
             if arg not in _GLOBALS:
+                asked = arg.replace(" ", ".")
                 raise UnsafeFileError(
-                    f"{where}: its pickle asks for {arg.replace(' ', '.')}, which is not a tensor. Nothing was run.\n"
-                    "Save it again where it comes from, as tensors only: torch.save(model.state_dict(), ...)."
+                    f"{where}: its pickle asks for {asked}, which is not a tensor. Nothing was run.\n"
+                    f"{what_to_do_about(asked)}"
                 )
             stack.append(_Global(arg))
         elif op == "BINPERSID":

@@ -39,6 +39,17 @@ def check_base(base: Checkpoint, allow_extra: Sequence[str]) -> Layout:
     return identity.layout
 
 
+def refuse_unusable(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse what no method can take: packed weights, empty ones, an optimiser's state.
+
+    Raises:
+        LayoutError: what it is, and what to do.
+    """
+    for ck in checkpoints:
+        if ck.kind == "unusable" or not ck.info:
+            raise LayoutError(f"{ck.path}: {ck.reason}.")
+
+
 def refuse_same_file(base: Checkpoint, tuned: Sequence[Checkpoint]) -> None:
     """Refuse one file given twice, under whatever names.
 

@@ -19,7 +19,7 @@ from rwkv_lab.merge.changed_tensors import ChangedTensor
 from rwkv_lab.merge.effect import Meter
 from rwkv_lab.merge.families import family_of, method_of
 from rwkv_lab.merge.family import Changes
-from rwkv_lab.merge.input_checks import check_base, check_dtypes, notes_on_names, refuse_same_file
+from rwkv_lab.merge.input_checks import check_base, check_dtypes, notes_on_names, refuse_same_file, refuse_unusable
 from rwkv_lab.merge.inputs import MergeInputs
 from rwkv_lab.merge.output_checks import check_merge_output
 from rwkv_lab.merge.plan import MergePlan, PlanRow
@@ -45,6 +45,7 @@ def plan_merge(
     path = to_path(out, "out").absolute()
     kind = file_kind(path)
     check_merge_output(path, inputs.checkpoints, options.allowed_dir, options.overwrite)
+    refuse_unusable(inputs.checkpoints)
     refuse_same_file(inputs.base, inputs.tuned)
     layout = check_base(inputs.base, spec.allow_extra or [])
     for ck in (inputs.base, *inputs.tuned):

@@ -181,7 +181,7 @@ def _mix(path: Path, asked: dict, method: str) -> dict[str, object]:
     parameters = {ours: _setting(path, name, scopes, there) for name, (ours, there) in _SHARED[method].items()}
     for name, (ours, there) in _EACH.get(method, {}).items():
         counted = [base, *tuned] if method == "linear" else tuned
-        parameters[ours] = [_setting(path, name, [own.get(m), *scopes], there) for m in counted]
+        parameters[ours] = [_setting(path, name, [own.get(m), *scopes], there, m) for m in counted]
     given = {name: parameters.pop(name) for name in ("alpha", "weights") if name in parameters}
     return {"base": base, "tuned": tuned, **given, "parameters": parameters}
 
@@ -256,14 +256,22 @@ def _check_parameters(path: Path, scope: object, method: str) -> None:
             raise ParameterError(f"{path}: {name}={value!r} is not known for {method!r} here; it takes: {takes}")
 
 
-def _setting(path: Path, name: str, scopes: list, default: object) -> object:
-    """A parameter through its scopes, the narrowest first, in the words of `settings`."""
+def _setting(path: Path, name: str, scopes: list, default: object, model: Path | None = None) -> object:
+    """A parameter through its scopes, the narrowest first, in the words of `settings`.
+
+    Args:
+        model: whose parameter it is, for the message.
+    """
     found = default
     for scope in reversed(scopes):
         if scope and name in scope:
             found = with_default(_translated(path, name, scope[name]), found)
     if found is None or isinstance(found, dict) and REST in found and found[REST] is None:
-        raise ParameterError(f"{path}: {name} is missing" + (" for what no filter fits" if found else ""))
+        where = f" for what no filter fits of {model or 'the merge'}" if found else f" for {model}" if model else ""
+        advice = (
+            f"\nGive it under parameters of that model, or once for all: parameters: {{{name}: …}}." if model else ""
+        )
+        raise ParameterError(f"{path}: {name} is missing{where}{advice}")
     return found
 
 

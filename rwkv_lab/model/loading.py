@@ -23,6 +23,8 @@ def open_model(path: str | Path) -> Iterator[tuple[Layout, dict[str, TensorInfo]
             raise LayoutError(
                 f"{path} holds {ck.reason}.\nMerge it first: rwkv_lab.merge(base, tuned, out) with this file as both."
             )
+        if ck.kind == "unusable":
+            raise LayoutError(f"{path}: {ck.reason}.")
         if ck.kind != "model" or ck.layout is None:
             raise LayoutError(f"{path} is no whole model ({ck.kind}): {ck.reason}.")
         yield ck.layout, dict(ck.info), ck.group_norm_eps

@@ -68,6 +68,8 @@ def read_adapter(
     Raises:
         ParameterError, LayoutError: as `open_adapter`.
     """
+    if ck.kind == "unusable":
+        raise LayoutError(f"{ck.path}: {ck.reason}.")
     options = AdapterOptions(alpha, use_rslora, bat, init is not None, residual_base)
     _check_dtypes(ck)
     adapter = (rwkv_peft_layout if ck.adapter_config is None else hf_layout).read(ck, options)

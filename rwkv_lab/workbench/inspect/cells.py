@@ -108,7 +108,7 @@ def _facts(ck: Checkpoint) -> list[tuple[str, object]]:
         ("dtypes", ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())),
     ]
     if ck.layout and ck.reason:
-        facts.append(("lacks", ck.reason))
+        facts.append(("lacks" if ck.kind == "partial" else "holds", ck.reason))
     if ck.prefixes:
         taken_off = ", ".join(f"{prefix} ({count} names)" for prefix, count in ck.prefixes.items())
         facts.append(("prefixes", f"taken off the names: {taken_off}"))
@@ -132,6 +132,8 @@ def _kind_in_words(ck: Checkpoint) -> str:
         "pissa-init": "the starting point of a PiSSA adapter",
         "miss": "a MiSS adapter",
         "unsupported": "a variant that is not supported",
+        "unmerged": f"a whole {model} model with an adapter beside it, not merged",
+        "unusable": "no model as it is",
         "converted": "a converted file that is not supported",
     }
     return words.get(ck.kind, f"of kind {ck.kind!r}")

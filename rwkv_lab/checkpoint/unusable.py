@@ -1,0 +1,106 @@
+"""Files that hold what became of a model and not a model: what they are, and what to do about it.
+
+Recognised are: weights that DeepSpeed left on its ranks, weights packed in few bits, an optimiser's state, the state of
+a text that a model has read, and an interrupted training of rwkv_lab.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rwkv_lab.checkpoint.dimensions import Shape
+
+_ZERO = "run DeepSpeed's zero_to_fp32.py, which lies in the checkpoint's folder, and give the file that it writes"
+_WHOLE = "Give the original in 16 or 32 bits; where an adapter was trained on this, merge it into that with quant="
+_DISTCP = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth"
+# By a name that nothing else has: what packed it.
+_PACKED = [
+    (r"\.quant_state\.bitsandbytes__|\.(quant_map|nested_absmax)$", "4 bits by bitsandbytes"),
+    (r"\.(SCB|weight_format)$", "8 bits by bitsandbytes"),
+    (r"\.(qweight|qzeros)$", "few bits by GPTQ or AWQ"),
+    (r"\.(W_q|weight_packed)$", "few bits by HQQ or compressed-tensors"),
+    (r"\.packed\.(codes|absmax)$", "few bits by rwkv_lab, as frozen weights in training"),
+]
+_ADAPTERS = [
+    (r"\.(hada_w[12]_[ab]|lokr_w[12](_[ab])?)$", "LoHa or LoKr of LyCORIS"),
+    (r"\.(lora_mid\.weight|dora_scale)$", "a LoCon or DoRA of LyCORIS"),
+    (r"\.(oft_[rR]|oft_blocks|boft_[Rs])(\.|$)", "OFT"),
+    (r"\.(vera_lambda_[bd]|ia3_l)(\.|$)", "VeRA or IA3"),
+    (r"\.lora_embedding_[AB](\.|$)", "a LoRA of an embedding"),
+]
+
+
+@dataclass(frozen=True)
+class Unusable:
+    reason: str  # what it is and what to do
+    evidence: str  # the name that decided
+
+
+def unusable(shapes: Mapping[str, Shape], others: Mapping[str, object]) -> Unusable | None:
+    """What keeps a file of these tensors from being used; None where nothing of the kind is seen.
+
+    Args:
+        others: entries that are no tensors.
+    """
+    empty = [name for name, shape in shapes.items() if shape == (0,)]
+    if empty:
+        here = f"{len(empty)} of its {len(shapes)} tensors are empty, first {empty[0]}: DeepSpeed's ZeRO-3 left their"
+        return Unusable(f"{here} values on its ranks;\n{_ZERO}", empty[0])
+    for pattern, how in _PACKED:
+        if name := _first(pattern, shapes, others):
+            return Unusable(f"its weights are packed in {how} (there is {name}).\n{_WHOLE}", name)
+    for pattern, what in _ADAPTERS:
+        if name := _first(pattern, shapes, others):
+            return Unusable(f"it is {what} (there is {name}), which is not read.\nMerge it where it was trained", name)
+    if {"wkv", "att_shift", "ffn_shift"} <= set(shapes):
+        return Unusable(
+            "it is a saved RWKVState, what a model carries after a text, and no tuned state.\n"
+            "It goes into load_state(path, model); a merge takes a file of blocks.*.att.time_state",
+            "wkv",
+        )
+    course = next((name for name in shapes if name.startswith(("optimiser/", "trained/"))), None)
+    if course:
+        return Unusable("it is an interrupted training of rwkv_lab; train with resume=True to finish it", course)
+    if "param_groups" in others:
+        what = "it is the state of an optimiser, and no model; give the model that was saved with it"
+        return Unusable(what, "param_groups")
+    if {"dp_world_size", "ds_config", "ds_version"} & set(others):
+        return Unusable(f"it is one rank's part of a DeepSpeed checkpoint;\n{_ZERO}", "dp_world_size")
+    return None
+
+
+def _first(pattern: str, *names: Mapping[str, object]) -> str | None:
+    return next((name for some in names for name in map(str, some) if re.search(pattern, name)), None)
+
+
+def nested_hint(others: Mapping[str, object]) -> str:
+    """Where the tensors are, of a file that has none at its top level."""
+    tables = {key: value for key, value in others.items() if isinstance(value, dict)}
+    if not tables:
+        return ""
+    key = max(tables, key=lambda k: sum("." in str(name) for name in tables[k]))  # names of tensors have dots
+    return f"; it has {key!r}, a dict of its own: save that one by itself"
+
+
+def split_folder(folder: Path) -> str:
+    """What to do with a folder whose model is split over the ranks of a training; "" where it is none."""
+    names: Sequence[str] = sorted(str(p.relative_to(folder)) for p in (*folder.glob("*"), *folder.glob("*/*")))
+    if any(re.search(r"(_model_states|_optim_states)\.pt$", name) for name in names):
+        return f"{folder} is a checkpoint of DeepSpeed, split over its ranks;\n{_ZERO}."
+    if any(name.endswith(".distcp") for name in names):
+        return f"{folder} is a checkpoint of FSDP, split over its ranks. Join them:\n{_DISTCP}"
+    return ""
+
+
+def what_to_do_about(name: str) -> str:
+    """Advice on a pickle that asks for `name`, "module.object", beside tensors."""
+    if name.startswith("deepspeed."):
+        return f"It is DeepSpeed's: {_ZERO}."
+    if name.startswith("torch.distributed."):
+        return f"It is one rank's part of a model. Join them: {_DISTCP}"
+    if name.startswith("rwkv_lab.model.state."):
+        return "It is a pickled RWKVState: save one with save_state, and read it with load_state."
+    if name.startswith(("torchao.", "bitsandbytes.", "optimum.", "hqq.")):
+        return f"Its weights are packed in few bits. {_WHOLE}."
+    return "Save it again where it comes from, as tensors only: torch.save(model.state_dict(), ...)."
