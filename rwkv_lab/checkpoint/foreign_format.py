@@ -8,6 +8,7 @@ inverse only views its argument, reading a tensor costs what reading it under it
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -206,6 +207,7 @@ class Presented:
     format: ForeignFormat
     tensors: dict[str, TensorInfo]
     theirs: dict[str, str]  # our name -> the name in the file
+    inverses: dict[str, Callable[[Tensor], Tensor]]  # our name -> our tensor from the one in the file
     ignored: dict[str, str]  # their name -> why it is not read
 
 
@@ -223,23 +225,23 @@ def present(tensors: Mapping[str, TensorInfo], facts: Facts) -> Presented | None
     if known is None:
         return None
     place, rows = known.stated(facts), {row.theirs: row for row in (*known.older, *known.rows)}
-    found = Presented(known, {}, {}, {})
+    found = Presented(known, {}, {}, {}, {})
     for name, info in tensors.items():
         general, layer = general_name(name)
         why = known.ignored.get(name) or known.ignored.get(general)
         if why:
             found.ignored[name] = why
             continue
-        row = rows.get(name) or rows.get(general)
-        made = [info] if row is None else ours_of(row, info, replace(place, layer=layer))
-        for our_name, our_info in zip([name] if row is None else row.names, made, strict=True):
-            our_name = our_name.replace(LAYER, str(layer))
+        row, at = rows.get(name) or rows.get(general), replace(place, layer=layer)
+        made = [info] if row is None else ours_of(row, info, at)
+        for k, our_info in enumerate(made):
+            our_name = name if row is None else row.names[k].replace(LAYER, str(layer))
             if our_name in found.tensors:
                 raise LayoutError(
                     f"{info.file.path}: {found.theirs[our_name]} and {name} both mean {our_name}; only one of them can."
                 )
-            found.tensors[our_name] = replace(our_info, name=our_name)
-            found.theirs[our_name] = name
+            found.tensors[our_name], found.theirs[our_name] = replace(our_info, name=our_name), name
+            found.inverses[our_name] = _same if row is None else partial(_inverse, row, at, k)
     return found
 
 
@@ -252,6 +254,14 @@ def general_name(name: str) -> tuple[str, int]:
     if found is None:
         return name, 0
     return f"{name[: found.start(2)]}{LAYER}{name[found.end(2) :]}", int(found[2])
+
+
+def _same(theirs: Tensor) -> Tensor:
+    return theirs
+
+
+def _inverse(row: Row, at: Place, k: int, theirs: Tensor) -> Tensor:
+    return row.transform.inverse(theirs, at)[k]
 
 
 def ours_of(row: Row, info: TensorInfo, at: Place) -> list[TensorInfo]:
@@ -285,11 +295,8 @@ def _part(row: Row, info: TensorInfo, at: Place, whole: Tensor, part: Tensor, k:
         )
         whole_record = view.offset == info.offset and view.span == info.span
         return view if whole_record else replace(view, crc32=None)
-    compute = lambda values: row.transform.inverse(values, at)[k]  # noqa: E731  # closes over k
-    unit = (1, 1) if row.transform.unit else None
-    return replace(
-        info, shape=shape, dtype=part.dtype, stride=None, crc32=None, storage=None, derived=Derived(info, compute, unit)
-    )
+    derived = Derived(info, partial(_inverse, row, at, k), (1, 1) if row.transform.unit else None)
+    return replace(info, shape=shape, dtype=part.dtype, stride=None, crc32=None, storage=None, derived=derived)
 
 
 def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:

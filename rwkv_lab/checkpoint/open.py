@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +51,9 @@ class Checkpoint:
             None  # whose names its tensors have in the file; `info` has BlinkDL's
         )
         self.names_in_file: dict[str, str] = {}  # name in `info` -> name in the file, where the two may differ
+        self.inverses: dict[
+            str, Callable[[torch.Tensor], torch.Tensor]
+        ] = {}  # name in `info` -> from the one in the file
         self.ignored: dict[str, str] = {}  # name in the file of what a foreign format has and no model needs -> why
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -188,12 +191,8 @@ def _present(ck: Checkpoint) -> None:
     """Give the tensors of a foreign format BlinkDL's names."""
     found = present(ck.info, Facts(ck.config, ck.metadata))
     if found is not None:
-        ck.foreign_format, ck.info, ck.names_in_file, ck.ignored = (
-            found.format,
-            found.tensors,
-            found.theirs,
-            found.ignored,
-        )
+        ck.foreign_format, ck.info, ck.ignored = found.format, found.tensors, found.ignored
+        ck.names_in_file, ck.inverses = found.theirs, found.inverses
 
 
 def _open_file(ck: Checkpoint, path: Path) -> None:

@@ -21,12 +21,15 @@ from rwkv_lab.convert.containers import CONTAINERS, Container, Content
 from rwkv_lab.convert.plan import ConvertPlan, ConvertRow, Dropped
 from rwkv_lab.convert.spec import SIZES, ConvertOptions, ConvertSpec
 from rwkv_lab.convert.targets import PLAIN, format_for
+from rwkv_lab.convert.tokenizer_files import generation_config, model_tokenizer, tokenizer_files
 from rwkv_lab.dtypes import short_name
 from rwkv_lab.errors import LayoutError, OutputError, ParameterError
+from rwkv_lab.model.tokenizer import Tokenizer
 from rwkv_lab.paths import to_path
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _FILES = (".pth", ".safetensors", ".st", ".gguf", ".bin")  # no folder is called so
+_END_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Tensors = list[tuple[ConvertRow, OutTensor]]
 
@@ -57,15 +60,17 @@ def _plan(ck: Checkpoint, spec: ConvertSpec, out: Path, options: ConvertOptions)
     spec = _completed(spec, known, layout)
     container = CONTAINERS[spec.to if known is None else known.container]
     _check_out(out, container, ck, options)
-    content, dropped, notes, others = _plain(ck, spec.output_dtype), [], [], {}
+    content, dropped, notes, others, tokenizer = _plain(ck, spec.output_dtype), [], [], {}, None
     if known is not None and layout is not None:
         content, dropped = _by_table(ck, spec, known, layout)
         notes = list(known.notes(layout))
+        tokenizer, why_none = model_tokenizer(spec.tokenizer, layout.vocab_size)
         if container.is_folder:
-            others = _others(known, layout, spec, [tensor for _, tensor in content])
+            others = _others(known, layout, spec, [tensor for _, tensor in content], tokenizer)
+            notes += [f"No tokenizer is written: pass tokenizer=…. {why_none}"] if tokenizer is None else []
     _refuse_collisions(content)
     source, written = file_facts(ck), [tensor for _, tensor in content]
-    output = Content(written, made_from(spec, ck, source), others, spec.max_shard_size, layout)
+    output = Content(written, made_from(spec, ck, source), others, spec.max_shard_size, layout, tokenizer)
     size = container.size(output)
     memory = _memory_needed(ck, content)
     disk_free, memory_free = check_free_space(out, size, memory, "the conversion")
@@ -254,14 +259,20 @@ def _refuse_collisions(content: Tensors) -> None:
         owner[row.name] = row.sources
 
 
-def _others(known: ForeignFormat, layout: Layout, spec: ConvertSpec, tensors: Sequence[OutTensor]) -> dict[str, bytes]:
+def _others(
+    known: ForeignFormat, layout: Layout, spec: ConvertSpec, tensors: Sequence[OutTensor], tokenizer: Tokenizer | None
+) -> dict[str, bytes]:
     """The files of a folder beside those of tensors."""
-    others: dict[str, bytes] = {}
+    others = generation_config(tokenizer)
+    if tokenizer is not None:
+        others |= tokenizer_files(tokenizer, spec.tokenizer)
     if known.config is not None:
         bytes_of = Counter[torch.dtype]()
         for t in tensors:
             bytes_of[t.dtype] += t.nbytes
         config = known.config(layout, bytes_of.most_common(1)[0][0])
+        if tokenizer is not None and tokenizer.end_of_text is not None:
+            config |= {name: tokenizer.end_of_text for name in _END_IDS if name in config}
         if spec.rescale:
             config |= {RESCALED: spec.rescale, "rescale_every": spec.rescale}
         others["config.json"] = (json.dumps(config, indent=2) + "\n").encode()

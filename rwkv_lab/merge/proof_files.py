@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from rwkv_lab.checkpoint import Checkpoint, open_checkpoint
 from rwkv_lab.merge.proof import Tensors
 
 # What wrappers put before names, and in the middle of them.
@@ -105,7 +106,31 @@ class _Safetensors(Mapping[str, Tensor]):
 
 
 def read(path: Path) -> Tensors:
-    """The tensors of a checkpoint, by the format's own library: mapped or read one by one, never all in memory."""
+    """The tensors of a checkpoint, by the format's own library: mapped or read one by one, never all in memory. Those
+    of a foreign format come under BlinkDL's names, by the inverse of its table."""
+    tensors = _read_as_stored(path)
+    with open_checkpoint(path) as ck:
+        return tensors if ck.foreign_format is None else _ByTable(tensors, ck)
+
+
+class _ByTable(Mapping[str, Tensor]):
+    """Tensors of a foreign format under BlinkDL's names."""
+
+    def __init__(self, tensors: Tensors, ck: Checkpoint):
+        self.tensors, self.inverses = tensors, ck.inverses
+        self.stored = {name: _bare(stored) for name, stored in ck.names_in_file.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.inverses[name](self.tensors[self.stored[name]]).contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def _read_as_stored(path: Path) -> Tensors:
     files = _files_of(path)
     if not is_zip(files[0]):
         return _Safetensors(files)

@@ -33,6 +33,11 @@ class WorldTokenizer(ByteDecoding):
         bytes_of = _read_vocabulary(self._path, _stamp(self._path))
         super().__init__(bytes_of, max(bytes_of) + 1, end_of_text=0)
 
+    @property
+    def path(self) -> Path:
+        """The vocabulary file."""
+        return self._path
+
     def encode(self, text: str | bytes) -> list[int]:
         """Tokens of a text; bytes need not be valid UTF-8."""
         if isinstance(text, str):
