@@ -102,12 +102,17 @@ def _check_inner_shapes(adapter: Adapter) -> None:
             raise LayoutError(f"{adapter.where}: {x} has {fault}.")
 
 
-def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = False) -> None:
+def save_adapter(
+    adapter: Adapter, path: str | Path, overwrite: bool = False, notes: Mapping[str, str] | None = None
+) -> None:
     """Save an adapter, whole or not at all.
 
     A path that ends in `.pth` or `.safetensors` becomes a file in RWKV-PEFT's layout, with a note of what that layout
     does not state and, for PiSSA, what it started from. Any other path becomes a folder of Hugging Face's peft; PiSSA
     is saved there as the LoRA of twice the rank that does the same to the original model.
+
+    Args:
+        notes: short texts that travel in the file beside that note.
 
     Raises:
         ParameterError: an adapter that the layout cannot express.
@@ -116,9 +121,9 @@ def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = False) ->
     path = Path(path)
     if _is_file(path):
         tensors, note = rwkv_peft_layout.written(adapter)
-        write_checkpoint(path, _read(tensors), {rwkv_peft_layout.NOTE: note}, overwrite)
+        write_checkpoint(path, _read(tensors), {rwkv_peft_layout.NOTE: note, **(notes or {})}, overwrite)
     else:
-        hf_layout.write(adapter, path, overwrite)
+        hf_layout.write(adapter, path, overwrite, notes or {})
 
 
 def check_savable(adapter: Adapter, path: str | Path) -> None:

@@ -118,8 +118,11 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def write(adapter: Adapter, folder: Path, overwrite: bool) -> None:
+def write(adapter: Adapter, folder: Path, overwrite: bool, notes: Mapping[str, str]) -> None:
     """Write the folder, whole or not at all.
+
+    Args:
+        notes: short texts for the metadata of its tensors.
 
     Raises:
         ParameterError: as `written`.
@@ -129,7 +132,7 @@ def write(adapter: Adapter, folder: Path, overwrite: bool) -> None:
     check_folder(folder)
     parts, settings = written(adapter)
     tensors = {f"{PREFIX}{name}": values.read() for name, values in parts.items()}
-    notes = {} if adapter.quant is None else {QUANT: adapter.quant}
+    notes = {**notes, **({} if adapter.quant is None else {QUANT: adapter.quant})}
     text = json.dumps(dict(sorted(settings.items())), indent=2) + "\n"
     with atomic_folder(folder, overwrite) as temporary:
         write_checkpoint(temporary / "adapter_model.safetensors", tensors, notes)

@@ -42,7 +42,7 @@ def trained_parts(model: nn.Module, parts: Sequence[str]) -> list[str]:
     names = [name for name, _ in _own_parameters(model)]
     chosen: set[str] = set()
     for part in parts:
-        matched = {name for name in names if _in_part(name, part)}
+        matched = {name for name in names if in_part(name, part)}
         if not matched:
             kinds = f"parameters of this model, and is none of {', '.join(PARTS)}"
             refuse_unmatched("train_parts", [part], names, kinds)
@@ -58,7 +58,8 @@ def _own_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
                 yield f"{prefix}.{name}" if prefix else name, parameter
 
 
-def _in_part(name: str, part: str) -> bool:
+def in_part(name: str, part: str) -> bool:
+    """Whether a part of `train_parts`, or a pattern, means the parameter of that name."""
     if part in ("emb", "head"):
         return name == f"{part}.weight"
     norm = re.search(r"(^|\.)ln\w*\.(weight|bias)$", name)

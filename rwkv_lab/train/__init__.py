@@ -10,9 +10,10 @@ from rwkv_lab.train.material import Fit
 from rwkv_lab.train.models import open_trained
 from rwkv_lab.train.planning import TrainPlan, make_plan, plan_training
 from rwkv_lab.train.resume import resume_path
+from rwkv_lab.train.samples import Continuation
 from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
 from rwkv_lab.train.token_files import TokenCorpus
-from rwkv_lab.train.trainer import Continuation, TrainResult, run_training, train
+from rwkv_lab.train.trainer import TrainResult, run_training, train
 from rwkv_lab.train.verify import measure_again, verify_training
 
 __all__ = [

@@ -46,6 +46,10 @@ def compare_methods(
     ctx_len: int = 128,
     seed: int = 0,
     budget: int | None = None,
+    tokenizer: str | Path | None = None,
+    template: str | Path = "world",
+    ignore: Sequence[str] = (),
+    long: str | None = None,
 ) -> list[Compared]:
     """Tune a model by each method and measure it on held-out text; nothing is kept.
 
@@ -55,6 +59,7 @@ def compare_methods(
     Args:
         methods: of `compared_kinds()`; None for all.
         budget: parameters to train; None for as many as the model's states have.
+        tokenizer, template, ignore, long: of the data, as `train` takes them.
 
     Raises:
         ParameterError: no such method, or a budget below 1.
@@ -76,6 +81,7 @@ def compare_methods(
     if budget < 1:
         raise ParameterError(f"budget={budget}: at least one parameter is to be trained.")
     common = dict(base=base, data=data, steps=steps, batch_size=batch_size, ctx_len=ctx_len, seed=seed)
+    common |= dict(tokenizer=tokenizer, template=template, ignore=ignore, long=long)
     with tempfile.TemporaryDirectory(prefix="rwkv_lab-") as folder:
         return [_tuned_by(method, layout, budget, common, Path(folder)) for method in methods]
 

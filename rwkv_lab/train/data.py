@@ -92,7 +92,7 @@ def _of_files(path: Path, reader: RecordReader) -> Corpus | Examples | TokenCorp
         examples = read_examples(source, reader.example)
         reader.refuse_unused(str(path))
         unit = "rows" if source.kind == "Parquet" else "records" if source.kind == "JSON array" else "lines"
-        return split_examples(str(path), examples, (*notes, *reader.notes()), f"{unit} of the file")
+        return split_examples(str(path), examples, (*notes, *reader.notes()), f"{unit} of the file", reader.stop)
     return split_tokens(path.name, [read_tokens(source)], notes)
 
 
@@ -118,7 +118,7 @@ def _of_folder(folder: Folder, reader: RecordReader) -> Corpus | Examples | Toke
         for source in sources.values():
             examples += read_examples(source, reader.example)
         reader.refuse_unused(str(path))
-        return split_examples(str(path), examples, (*notes, *reader.notes()), "records of the folder")
+        return split_examples(str(path), examples, (*notes, *reader.notes()), "records of the folder", reader.stop)
     return split_tokens(path.name, [read_tokens(source) for source in sources.values()], notes)
 
 

@@ -49,6 +49,7 @@ class Examples:
     held_out: tuple[Example, ...]
     split: str  # in words, for reports
     notes: tuple[str, ...] = ()  # what was ignored and skipped, a sentence each
+    stop: tuple[str, ...] = ()  # what ends an answer, where a chat template wrote them
 
     @property
     def are_texts(self) -> bool:
@@ -71,7 +72,11 @@ def read_examples(source: Source, example: Callable[[Any, int, str], Example]) -
 
 
 def split_examples(
-    name: str, examples: Sequence[Example], notes: Sequence[str] = (), unit: str = "lines of the file"
+    name: str,
+    examples: Sequence[Example],
+    notes: Sequence[str] = (),
+    unit: str = "lines of the file",
+    stop: tuple[str, ...] = (),
 ) -> Examples:
     """One in ten is held out, by the hash of its text: equal ones stay together wherever they stand.
 
@@ -89,7 +94,7 @@ def split_examples(
         held = {min(by_hash)}
     train = [e for key, same in by_hash.items() if key not in held for e in same]
     held_out = [e for key, same in by_hash.items() if key in held for e in same[:1]]
-    return Examples(Path(name).name, tuple(train), tuple(held_out), f"{unit}, one in ten held out", tuple(notes))
+    return Examples(Path(name).name, tuple(train), tuple(held_out), f"{unit}, one in ten held out", tuple(notes), stop)
 
 
 def records(source: Source) -> Iterator[tuple[int, Any]]:

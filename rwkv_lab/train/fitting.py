@@ -31,6 +31,7 @@ class Fitting:
         trained: the parameters that are trained, by name.
         resume_file: where checkpoints go; training continues from it with `options.resume` where it is there.
         settings: what has to be the same for that.
+        done: steps of a finished training that this one continues.
     """
 
     def __init__(
@@ -43,18 +44,22 @@ class Fitting:
         resume_file: Path,
         settings: Mapping[str, object],
         processes: Processes,
+        done: int = 0,
     ):
         self.run, self.trained, self.material, self.spec, self.options = run, trained, material, spec, options
         self.resume_file, self.settings, self.processes = resume_file, settings, processes
         self.device = next(iter(trained.values())).device
         self.autocast = spec.autocast_dtype
-        self.schedule = schedule(spec)
+        self.schedule = schedule(spec, done)
         self.optimiser = make_optimiser(trained, self.schedule, fused=not processes.sharded)
         # float16 holds nothing below 6e-8: gradients are scaled up for the backward pass, and down again after it.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
-        self.course, self.best = Course(), {}
+        self.course, self.best = Course(step=done, before=done), {}
         if options.resume and resume_file.exists():
             self._resume()
+        else:
+            for _ in range(done):  # the batches continue where they ended
+                material.draw(spec.batch_size * spec.accumulate)
         self.resumed_at = self.course.step
 
     def _resume(self) -> None:

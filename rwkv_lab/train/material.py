@@ -154,7 +154,7 @@ def _of_examples(corpus: Examples, tokenizer: Tokenizer, ctx_len: int, long: str
                 f"{corpus.name}: {len(longer):,} of {len(rows):,} examples are longer than ctx_len={ctx_len}; what is "
                 f"left is too little to train on and to hold some out.\nctx_len={needed} would fit all."
             )
-        corpus = split_examples(corpus.name, kept, corpus.notes)  # all that was held out may be gone
+        corpus = split_examples(corpus.name, kept, corpus.notes, stop=corpus.stop)  # all that was held out may be gone
     train, held_out = ([p for e in part for p in pieces_of[id(e)]] for part in (corpus.train, corpus.held_out))
     lost = sum(len(rows[i]) - 1 - sum(len(piece) - 1 for piece in fitted[i]) for i in longer)  # pieces overlap by one
     fit = Fit(

@@ -11,14 +11,22 @@ from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.train.spec import KINDS, TrainSpec
 
 
-def make_model(spec: TrainSpec) -> RWKV_Dual:
+def make_model(spec: TrainSpec, start: str | Path = "") -> RWKV_Dual:
     """The model that is trained, with all frozen that is not. Draws from torch's generators are its seed's alone.
 
+    Args:
+        start: an output of this kind to train further; empty: `spec.start`, or where that is empty a new one.
+
     Raises:
-        RwkvLabError: as `Kind.make_model`.
+        RwkvLabError: as `Kind.make_model` and `Kind.open`.
     """
+    start, kind = start or spec.start, KINDS[spec.kind]
     with _own_draws(spec.seed, torch.device(spec.device)):
-        return _with_tokenizer(KINDS[spec.kind].make_model(spec), spec)
+        if not start:
+            return _with_tokenizer(kind.make_model(spec), spec)
+        model = kind.open(spec, Path(start))
+        kind.mark_trained(model)
+        return _with_tokenizer(model, spec)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -18,6 +18,8 @@ class Schedule:
     """The learning rate rises to `lr` over `warmup` of the steps, and falls on a cosine to `final_lr` times itself.
 
     weight_decay: of large matrices.
+    begin: the first step; of a training that continues a finished one not 0. From there the rate rises over `warmup`
+        steps to where it is on the cosine.
     """
 
     steps: int
@@ -25,12 +27,15 @@ class Schedule:
     lr: float
     final_lr: float
     weight_decay: float
+    begin: int = 0
 
 
-def schedule(spec: TrainSpec) -> Schedule:
+def schedule(spec: TrainSpec, begin: int = 0) -> Schedule:
     """That of a training."""
     kind = KINDS[spec.kind].defaults
-    return Schedule(spec.effective("steps"), spec.warmup_steps, spec.effective("lr"), kind.final_lr, kind.weight_decay)
+    return Schedule(
+        spec.effective("steps"), spec.warmup_steps, spec.effective("lr"), kind.final_lr, kind.weight_decay, begin
+    )
 
 
 def make_optimiser(trained: Mapping[str, torch.Tensor], over: Schedule, fused: bool = True) -> torch.optim.AdamW:
@@ -65,6 +70,8 @@ def set_lr(optimiser: torch.optim.Optimizer, over: Schedule, step: int) -> float
     else:
         wave = 0.5 * (1 + math.cos(math.pi * (step - over.warmup) / (over.steps - over.warmup)))
         share = over.final_lr + (1 - over.final_lr) * wave
+    if over.begin and step - over.begin < over.warmup:
+        share *= (step - over.begin + 1) / over.warmup
     for group in optimiser.param_groups:
         group["lr"] = over.lr * share * group["factor"]
     return over.lr * share

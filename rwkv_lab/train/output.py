@@ -27,6 +27,9 @@ def check_destinations(spec: TrainSpec, out: Path, options: TrainOptions) -> Non
     if spec.base:
         with open_checkpoint(spec.base) as ck:
             sources += [file.path for file in ck.files]
+    if spec.start:
+        with open_checkpoint(spec.start) as ck:
+            sources += [file.path for file in ck.files]
     texts = data_files(spec.effective("data"))
     sources += texts
     is_file = bool(out.suffix) or not KINDS[spec.kind].may_be_folder

@@ -87,16 +87,20 @@ def make_plan(spec: TrainSpec) -> TrainPlan:
         LayoutError: a base that is no whole model.
         CorruptFileError, UnsafeFileError: of the base.
     """
-    resolved = spec.resolved()
+    resolved = (KINDS[spec.kind].started(spec) if spec.start else spec).resolved()
     layout, shapes, files = _described(resolved)
+    if resolved.start:
+        with open_checkpoint(resolved.start) as ck:
+            files += file_states(ck)
     trained = KINDS[spec.kind].planned(resolved, layout, shapes)
     size = spec.torch_dtype.itemsize
     whole = {name for name, shape, values in trained if name in shapes and math.prod(shape) == values}
     frozen = {name: math.prod(shape) for name, shape in shapes.items() if name not in whole}
-    packed = sum(n for name, n in frozen.items() if is_block_matrix(name, shapes[name])) if spec.quant != "none" else 0
+    matrices = [name for name in frozen if resolved.quant != "none" and is_block_matrix(name, shapes[name])]
+    packed = sum(frozen[name] for name in matrices)
     new = sum(values for name, _, values in trained if name not in whole)
     kept = sum(math.prod(shapes[name]) for name in whole)
-    weights = (sum(frozen.values()) - packed + kept) * size + packed * _BITS.get(spec.quant, 0) / 8
+    weights = (sum(frozen.values()) - packed + kept) * size + packed * _BITS.get(resolved.quant, 0) / 8
     wide = max(size, 4)  # of what is added to the model
     gradients = kept * size + new * wide
     corpus, material = _read(resolved, layout)

@@ -86,6 +86,11 @@ class RecordReader:
             "put what matters into the text."
         )
 
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """What ends an answer, where the chat template wrote any."""
+        return (self._template.assistant_end,) if self._templated else ()
+
     def notes(self) -> list[str]:
         """What was ignored and how conversations are written, a sentence each."""
         counts = ", ".join(f"{name} ({count:,})" for name, count in sorted(self._ignored.items()))

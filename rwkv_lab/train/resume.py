@@ -26,6 +26,7 @@ class Course:
     """How far a training has come, in numbers that JSON holds exactly."""
 
     step: int = 0  # steps done
+    before: int = 0  # of these, steps of a finished training that this one continues
     losses: list[float] = field(default_factory=list)  # bits per token of each step
     held_out: list[tuple[int, float]] = field(default_factory=list)  # (steps done, bits per byte)
     best: float | None = None  # of the bits per byte
@@ -68,6 +69,25 @@ def save_course(
         write_checkpoint(path, tensors, metadata={_NOTE: note}, overwrite=True)
 
 
+def settings_of_course(path: Path) -> dict[str, object]:
+    """The settings in a checkpoint of an unfinished training.
+
+    Raises:
+        CorruptFileError, UnsafeFileError: no such checkpoint, or a broken one.
+    """
+    with open_checkpoint(path) as ck:
+        return _note(ck)[0]
+
+
+def _note(ck: Checkpoint) -> tuple[dict[str, object], dict[str, object], object]:
+    """(settings, course, names of tensors) as they were written."""
+    try:
+        note = json.loads(ck.metadata[_NOTE])
+        return dict(note["settings"]), dict(note["course"]), note["tensors"]
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise CorruptFileError(f"{ck.path} is no checkpoint of an unfinished training; remove it.") from None
+
+
 def load_course(
     path: Path,
     settings: Mapping[str, object],
@@ -82,13 +102,13 @@ def load_course(
         CorruptFileError: no such checkpoint, or a broken one.
     """
     with open_checkpoint(path) as ck:
+        then, written, names = _note(ck)
         try:
-            note = json.loads(ck.metadata[_NOTE])
-            then, course, names = dict(note["settings"]), Course(**note["course"]), note["tensors"]
-        except (KeyError, ValueError, TypeError, RecursionError):
+            course = Course(**written)  # pyright: ignore[reportArgumentType]  # checked below
+        except TypeError:
             raise CorruptFileError(f"{path} is no checkpoint of an unfinished training; remove it.") from None
         _refuse_other(path, then, json.loads(json.dumps(settings)))
-        fault = _fault_of_course(course, note["course"], then) or _fault_of_tensors(ck, names, trained)
+        fault = _fault_of_course(course, written, then) or _fault_of_tensors(ck, names, trained)
         if fault:
             raise CorruptFileError(f"{path} is damaged: {fault}. Remove it to begin anew.")
         parts: dict[str, dict[str, torch.Tensor]] = {}
@@ -112,7 +132,7 @@ def load_course(
 
 def _fault_of_course(course: Course, written: Mapping, settings: Mapping) -> str:
     """What is wrong with the numbers; "" if nothing is."""
-    lost = sorted(set(vars(course)) - set(written))
+    lost = sorted(set(vars(course)) - {"before"} - set(written))
     if lost:
         return f"it lacks {lost[0]}"
     steps = settings.get("steps")
@@ -124,8 +144,11 @@ def _fault_of_course(course: Course, written: Mapping, settings: Mapping) -> str
         entries = getattr(course, name)
         if not isinstance(entries, list) or not all(map(right, entries)):
             return f"its {name} cannot be understood"
-    if not len(course.losses) == len(course.log) == course.step:
-        return f"it has {len(course.losses)} losses and {len(course.log)} rows of the log for {course.step} steps"
+    if not _is_count(course.before) or course.before != settings.get("continued", 0):
+        return f"it continues {course.before!r} steps"
+    if not len(course.losses) == len(course.log) == course.step - course.before:
+        rows = f"{len(course.losses)} losses and {len(course.log)} rows of the log"
+        return f"it has {rows} for {course.step - course.before} steps"
     best_fits = _is_number(course.best) if course.held_out else course.best is None
     if not (best_fits and _is_number(course.bits_before) and _is_count(course.worse_since)):
         return "its measurements cannot be understood"
@@ -172,11 +195,15 @@ def _step_device(optimiser: torch.optim.Optimizer, parameter: torch.Tensor) -> t
     return parameter.device if optimiser.defaults["fused"] else torch.device("cpu")
 
 
-def _refuse_other(path: Path, then: dict, now: dict) -> None:
+def other_settings(then: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """What differs between the settings of two trainings, three of them at most; "" if nothing does."""
     other = [name for name in now if then.get(name) != now[name]]
-    if other:
-        pairs = ", ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in other[:3])
+    return ", ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in other[:3])
+
+
+def _refuse_other(path: Path, then: dict, now: dict) -> None:
+    if other := other_settings(then, now):
         raise ParameterError(
-            f"{path.name} is of a training with other settings: {pairs}.\n"
+            f"{path.name} is of a training with other settings: {other}.\n"
             "Pass the same as then, or remove that file to begin anew."
         )

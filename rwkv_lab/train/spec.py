@@ -119,13 +119,30 @@ class Kind(ABC):
         """
         return []
 
+    def started(self, spec: "TrainSpec") -> "TrainSpec":
+        """The spec with what the file `spec.start` states: rank, alpha, targets, …
+
+        Raises:
+            ParameterError: the spec states otherwise, or the file is of another kind.
+            RwkvLabError: of the file.
+        """
+        return spec
+
+    def mark_trained(self, model: RWKV_Dual) -> None:
+        """Freeze all of an opened output (`open`) but what is trained, to train it further.
+
+        Raises:
+            ParameterError: it cannot be trained further.
+        """
+        raise ParameterError(f"What kind={self.name!r} wrote cannot be trained further.")
+
     def recorded(self, model: RWKV_Dual) -> dict[str, str]:
         """What decides the result beside the spec, before the first step: has to be the same to resume."""
         return {}
 
 
 KINDS: dict[str, Kind] = {}  # by name, filled by the modules of `rwkv_lab.train.kinds`
-OF_SOME_KINDS = ("rank", "alpha", "targets", "train_parts", "quant")
+OF_SOME_KINDS = ("start", "rank", "alpha", "targets", "train_parts", "quant")
 
 
 def register(kind: Kind) -> None:
@@ -184,13 +201,16 @@ class TrainSpec(Spec):
         "state", description="pretrain, full, state, lora, pissa or miss: what is trained"
     )
     base: PathOrEmpty = Field("", description="the model to start from; empty: a fresh one, for pretrain only")
+    start: PathOrEmpty = Field("", description="an adapter or a tuned state of that base, to train further")
     data: Text | None = Field(
         None, description="english, python, or the path of texts, records or tokens, or of a folder"
     )
     tokenizer: PathOrEmpty = Field(
         "", description="world, bytes, or the path of a vocabulary or tokenizer.json; empty: by the vocabulary's size"
     )
-    template: Text = Field("world", description="of conversations: world, or the path of a JSON file with one")
+    template: Annotated[Text, BeforeValidator(_path_text)] = Field(
+        "world", description="of conversations: world, or the path of a JSON file with one"
+    )
     ignore: Names = Field([], description="fields of records that are not trained on, or patterns of them")
     long: Literal["split", "cut", "drop", "error"] | None = Field(
         None, description="examples of more than ctx_len tokens: split, cut, drop or error; None: cut, texts are split"
@@ -234,7 +254,7 @@ class TrainSpec(Spec):
         if kind.needs_base and not self.base:
             raise ParameterError(f"base is missing: kind={self.kind!r} tunes a model; pass that model as base=.")
         for name in OF_SOME_KINDS:
-            if name not in kind.takes and getattr(self, name) not in (None, [], "none"):
+            if name not in kind.takes and getattr(self, name) not in (None, [], "none", ""):
                 takers = ", ".join(k.name for k in KINDS.values() if name in k.takes)
                 raise ParameterError(
                     f"{name}={getattr(self, name)!r} goes with {takers}; kind={self.kind!r} takes no {name}."

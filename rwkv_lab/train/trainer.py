@@ -21,6 +21,7 @@ from rwkv_lab.peft import count_parameters
 from rwkv_lab.train.batches import batches_of
 from rwkv_lab.train.data import Corpus, load_corpus
 from rwkv_lab.train.examples import Examples
+from rwkv_lab.train.finished import CONTINUED, NOTE, finished_training, steps_to_continue
 from rwkv_lab.train.fitting import Fitting
 from rwkv_lab.train.log import write_log
 from rwkv_lab.train.material import Fit, Material, tokenise
@@ -29,23 +30,18 @@ from rwkv_lab.train.output import check_destinations
 from rwkv_lab.train.planning import TrainPlan, make_plan
 from rwkv_lab.train.processes import Processes, put
 from rwkv_lab.train.resume import resume_path
+from rwkv_lab.train.samples import Continuation, samples
 from rwkv_lab.train.spec import KINDS, ResolvedSpec, TrainOptions, TrainSpec
 from rwkv_lab.train.token_files import TokenCorpus
 
 log = logging.getLogger(__name__)
 
-_PROMPTS = {"english": ("The ", "If the value of "), "python": ("def ", "import ")}
-_SAMPLE_LENGTH = 120  # tokens
+_CONTINUES = (
+    "{out} was finished after {done} steps and is continued to {steps}: AdamW's moments begin anew, and the learning "
+    "rate rises again over {warmup} steps to where the schedule of {steps} steps has it. One training of {steps} steps "
+    "ends elsewhere."
+)
 _TOKENS_AT_ONCE = 1 << 24  # of a mapped file, while its fingerprint is taken
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """What the model wrote after a prompt, with the same seed, before and after training."""
-
-    prompt: str
-    before: str
-    after: str
 
 
 @dataclass
@@ -59,7 +55,7 @@ class TrainResult:
     bits_after: float
     held_out_bytes: int
     split: str  # how training text and held-out text were told apart
-    samples: list[Continuation]  # none where several processes trained, or where the data are examples
+    samples: list[Continuation]  # none where several processes trained
     trained: int  # parameters that were trained
     frozen: int
     inputs: list[FileFacts]
@@ -67,6 +63,7 @@ class TrainResult:
     held_out: list[tuple[int, float]] = field(default_factory=list)  # (step, bits per byte), every `eval_every` steps
     stopped_early: bool = False
     resumed_at: int = 0  # steps that an earlier run had done
+    continued: int = 0  # of these, steps of a finished training, whose losses are not among `losses`
     seconds: dict[str, float] = field(default_factory=dict)  # "data", "before", "training", "after", "total"
     tokens_per_second: float = 0.0
     notes: list[str] = field(default_factory=list)  # on the data: what was cut, ignored or skipped, a sentence each
@@ -79,6 +76,7 @@ def train(
     data: str | None = None,
     base: str | Path | None = None,
     *,
+    start: str | Path | None = None,
     tokenizer: str | Path | None = None,
     template: str | Path = "world",
     ignore: Sequence[str] = (),
@@ -123,6 +121,8 @@ def train(
             sequence starts from; "lora", "pissa" and "miss" train adapters (`rwkv_lab.peft`).
         out: `.pth` or `.safetensors`: the whole model, the states alone or the adapter; for adapters also a folder.
         data: "english", "python" or the path of a file or folder; see `rwkv_lab.train.data` for how each is split.
+        start: an adapter or a tuned state of `base` to train further. Its file states rank, alpha, targets and how the
+            base was stored; what is given besides must agree.
         tokenizer: "world", "bytes" or the path of a vocabulary or a tokenizer.json, where the size of the vocabulary
             does not tell. A fresh model has its vocabulary.
         template: how conversations are written: "world", or the path of a JSON file; see `rwkv_lab.train.records`.
@@ -144,7 +144,8 @@ def train(
         eval_every: steps between two measurements on held-out text, 0 for none.
         patience: measurements without a new best after which training stops, 0 for never. The output is the best then.
         checkpoint_every: steps between two checkpoints at `resume_path(out)`, 0 for none.
-        resume: continue from that checkpoint if it is there.
+        resume: continue from that checkpoint if it is there; else, where `out` is finished and `steps` are more than it
+            has, from `out` (`rwkv_lab.train.finished`).
         log_folder: where `log.csv` and `log.json` go; None for nowhere.
         parallel: "ddp" or "fsdp", for several processes.
         samples: let the model write something before and after.
@@ -199,7 +200,8 @@ def run_training(plan: TrainPlan, out: str | Path, options: TrainOptions) -> Tra
         stopped_early=stopped_early,
         resumed_at=fitting.resumed_at,
         seconds=clock.laps,
-        notes=list(training.material.notes),
+        notes=training.notes(),
+        continued=course.before,
         fit=training.material.fit,
     )
     tokens = (course.step - fitting.resumed_at) * plan.spec.batch_size * plan.spec.accumulate * plan.spec.ctx_len
@@ -223,13 +225,17 @@ class _Training:
     settings: dict[str, object]
     fitting: Fitting
 
+    def notes(self) -> list[str]:
+        """What is worth knowing about the data and about what was continued, a sentence each."""
+        done, spec = self.fitting.course.before, self.spec
+        words = _CONTINUES.format(out=self.out.name, done=done, steps=spec.steps, warmup=spec.warmup_steps)
+        return [*self.material.notes, *([words] if done else [])]
+
     def samples(self) -> list[tuple[str, str]]:
-        """(prompt, continuation) pairs, as the model is now; none of several processes, or of examples."""
-        corpus = self.corpus
-        if not (self.options.samples and self.processes.size == 1 and isinstance(corpus, Corpus)):
+        """(prompt, continuation) pairs, as the model is now; none of several processes."""
+        if not (self.options.samples and self.processes.size == 1):
             return []
-        prompts = _PROMPTS.get(corpus.name) or (corpus.held_out[:20].decode("utf-8", errors="replace"),)
-        return [(p, self.model.generate_with_streaming(p, _SAMPLE_LENGTH, 1.0, 0.95, self.spec.seed)) for p in prompts]
+        return samples(self.corpus, self.model, self.spec.seed)
 
 
 def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
@@ -239,20 +245,26 @@ def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
         raise ParameterError(
             f"batch_size={spec.batch_size} does not divide among {processes.size} processes; choose a multiple."
         )
-    check_destinations(spec, out, options)
+    finished = finished_training(out, options)
+    check_destinations(spec, out, options.changed(overwrite=True) if finished else options)
     refuse_changed(plan.base_files)
     corpus = load_corpus(spec.data) if plan.corpus is None else plan.corpus
-    inputs = [file_facts(spec.base)] if spec.base else []
-    model = make_model(spec)
+    inputs = [file_facts(path) for path in (spec.base, spec.start) if path]
+    settings = _settings(spec, corpus, inputs)
+    done = steps_to_continue(finished, out, spec.steps, settings, options.overwrite)
+    model = make_model(spec, out if done and not resume_path(out).exists() else "")
     KINDS[spec.kind].check_savable(model, out)
     material = plan.material or tokenise(corpus, model.tokenizer, spec.ctx_len, spec.long)
     for note in material.notes:
         log.warning("%s", note) if material.fit and note == str(material.fit) and material.fit.lost else log.info(note)
     batches = batches_of(material, spec.seed)
     model.gradient_checkpointing = spec.gradient_checkpointing
-    settings = _settings(spec, corpus, inputs) | KINDS[spec.kind].recorded(model)
+    settings |= KINDS[spec.kind].recorded(model) | ({CONTINUED: done} if done else {})
     run, trained = processes.wrap(model), trained_parameters(model)
-    fitting = Fitting(run, trained, batches, spec, options, resume_path(out), settings, processes)
+    if done:
+        options = options.changed(overwrite=True)
+        log.info("%s", _CONTINUES.format(out=out.name, done=done, steps=spec.steps, warmup=spec.warmup_steps))
+    fitting = Fitting(run, trained, batches, spec, options, resume_path(out), settings, processes, done)
     return _Training(spec, out, options, processes, inputs, corpus, material, model, settings, fitting)
 
 
@@ -276,18 +288,20 @@ def _measure_before(training: _Training) -> float:
 def _write(training: _Training, result: TrainResult) -> None:
     """Write output and log by the first process, and remove the resume file. Every process has to call it."""
     spec, out, processes, model = training.spec, training.out, training.processes, training.model
+    course = training.fitting.course
     if processes.sharded:
         values = processes.whole(training.fitting.trained.items())
         model = _whole_again(spec, values) if processes.first else model
     if processes.first:
-        note = {"rwkv_lab.train": json.dumps(training.settings | {"torch": torch.__version__})}
+        done = {} if course.step == spec.steps else {"steps_done": course.step}
+        note = {NOTE: json.dumps(training.settings | done | {"torch": torch.__version__})}
         KINDS[spec.kind].save(model, out, note, training.options.overwrite)
         result.outputs = [file_facts(out)]
         if training.options.log_folder:
             keep = ("bits_before", "bits_after", "held_out_bytes", "trained", "frozen", "stopped_early", "resumed_at")
             summary = {"settings": training.settings} | {name: getattr(result, name) for name in keep}
             summary |= {"notes": result.notes} if result.notes else {}
-            write_log(Path(training.options.log_folder), training.fitting.course.log, summary)
+            write_log(Path(training.options.log_folder), course.log, summary)
         resume_path(out).unlink(missing_ok=True)
         bits = f"{result.bits_before:.3f} -> {result.bits_after:.3f}"
         log.info("%s: %s bits per byte of held-out %s", spec.kind, bits, training.corpus.name)
@@ -325,6 +339,7 @@ def _settings(
     settings["text"] = _fingerprint(corpus)
     settings |= {"tokenizer": _fingerprint_of(spec.tokenizer)} if spec.tokenizer else {}
     settings |= {"long": spec.long} if spec.long else {}
+    settings |= {"started_from": inputs[-1].fingerprint} if spec.start else {}
     settings |= {"eval_every": spec.eval_every, "patience": spec.patience} if spec.eval_every else {}
     return settings | ({"base": inputs[0].fingerprint} if inputs else {})
 

@@ -14,6 +14,7 @@ from rwkv_lab.peft import (
     ADAPTER_KINDS,
     LoraConfig,
     adapter_of,
+    adapter_parameters,
     adapters,
     load_adapter,
     load_model_and_apply_peft,
@@ -25,6 +26,7 @@ from rwkv_lab.peft.files import check_savable
 from rwkv_lab.peft.selection import target_modules, trained_parts
 from rwkv_lab.train.kinds.state import planned_states
 from rwkv_lab.train.spec import Defaults, Kind, Planned, TrainSpec, register
+from rwkv_lab.train.starting import planned_further, with_settings_of
 
 # Of four or five, on the demo model and its Python code, the one that reached fewest bits in 100 steps.
 _COMPARED_LR = {"miss": 1e-2}
@@ -38,16 +40,26 @@ class Adapters(Kind):
 
     def __init__(self, method: str):
         self.name = self.output_kind = method
-        self.takes = frozenset(
-            {"rank", "targets", "train_parts", "quant", *(["alpha"] if ADAPTER_KINDS[method].takes_alpha else [])}
-        )
+        alpha = ["alpha"] if ADAPTER_KINDS[method].takes_alpha else []
+        self.takes = frozenset({"start", "rank", "targets", "train_parts", "quant", *alpha})
         self.compared_lr = _COMPARED_LR.get(method, 2e-2)
 
     def make_model(self, spec: TrainSpec) -> RWKV_Dual:
         base = SimpleNamespace(peft_load_path=spec.base, dtype=spec.torch_dtype, device=torch.device(spec.device))
         return load_model_and_apply_peft(base, adapter_config(spec))
 
+    def started(self, spec: TrainSpec) -> TrainSpec:
+        return with_settings_of(spec, self.name)
+
+    def mark_trained(self, model: RWKV_Dual) -> None:
+        """All that `load_adapter` made trainable; in float32 at least, or small updates would be rounded away."""
+        for parameter in adapter_parameters(model).values():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+
     def planned(self, spec: TrainSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[Planned]:
+        if spec.start:
+            return planned_further(spec, layout, shapes)
         states = {name: shape for name, shape, _ in planned_states(layout)} if "time_state" in spec.train_parts else {}
         config, tree = adapter_config(spec), _tree(dict(shapes) | states)
         rows: list[Planned] = []
@@ -60,7 +72,7 @@ class Adapters(Kind):
         return rows
 
     def save(self, model: RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
-        save_adapter(adapter_of(model), out, overwrite)
+        save_adapter(adapter_of(model), out, overwrite, note)
 
     def open(self, spec: TrainSpec, out: Path) -> RWKV_Dual:
         model = RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)

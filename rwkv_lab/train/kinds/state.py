@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rwkv_lab.checkpoint import Layout, write_checkpoint
+from rwkv_lab.checkpoint import Layout, open_checkpoint, write_checkpoint
 from rwkv_lab.checks import Check
+from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.peft import quantise_blocks
-from rwkv_lab.train.spec import Defaults, Kind, Planned, TrainSpec, register
+from rwkv_lab.train.spec import KINDS, Defaults, Kind, Planned, TrainSpec, register
 
 
 class InitialState(Kind):
@@ -17,16 +18,28 @@ class InitialState(Kind):
     name = output_kind = "state"
     # A tuned state counts most near the start of a text, so its windows are shorter. RWKV-LM: from 1 down to 0.01.
     defaults = Defaults("python", steps=400, batch_size=8, ctx_len=128, lr=1.0, final_lr=0.01)
-    takes = frozenset({"quant"})
+    takes = frozenset({"start", "quant"})
     compared_lr = 2.0
 
     def make_model(self, spec: TrainSpec) -> RWKV_Dual:
         model = RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
         model.add_time_state()
         quantise_blocks(model, spec.quant)
+        self.mark_trained(model)
+        return model
+
+    def started(self, spec: TrainSpec) -> TrainSpec:
+        with open_checkpoint(spec.start) as ck:
+            if ck.kind != "state":
+                raise ParameterError(
+                    f"start={spec.start!r} is of kind {ck.kind}, and kind='state' was given.\n"
+                    + (f"Pass kind={ck.kind!r}." if ck.kind in KINDS else "A tuned state is needed.")
+                )
+        return spec
+
+    def mark_trained(self, model: RWKV_Dual) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith(".time_state"))
-        return model
 
     def planned(self, spec: TrainSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[Planned]:
         return planned_states(layout)

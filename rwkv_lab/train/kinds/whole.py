@@ -42,12 +42,15 @@ class WholeModel(Kind):
         else:
             model = RWKV_Dual(spec.n_embd, spec.n_layer, vocab_size=fresh_vocabulary(spec), head_size=spec.head_size)
             model = model.to(torch.device(spec.device), spec.torch_dtype)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in UNUSED_IN_LAYER_0)
+        self.mark_trained(model)
         return model
 
     def planned(self, spec: TrainSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[Planned]:
         return [(name, shape, math.prod(shape)) for name, shape in shapes.items() if name not in UNUSED_IN_LAYER_0]
+
+    def mark_trained(self, model: RWKV_Dual) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in UNUSED_IN_LAYER_0)
 
     def save(self, model: RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
         write_checkpoint(out, model.state_dict(), metadata=note, overwrite=overwrite)

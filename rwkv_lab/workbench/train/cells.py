@@ -49,8 +49,8 @@ def plan(run: Run) -> TrainPlan:
         "parameters_frozen": made.frozen,
         "memory_needed": made.memory_bytes,
         "memory_free": memory_free(),
-        **({"notes": list(made.notes)} if made.notes else {}),
     }
+    run.record.notes = list(made.notes)
     run.page.headline = f"The plan to train ({run.config.kind}) on {run.config.data}: nothing was trained."
     run.page.facts, run.page.tables = _facts(run, made), [_trained_table(made)]
     return made
@@ -95,13 +95,12 @@ def carry_out(run: Run, plan: TrainPlan) -> TrainResult | None:
         "ctx_len": spec.ctx_len,
         "parameters_trained": result.trained,
         "parameters_frozen": result.frozen,
-        "steps_done": len(result.losses),
+        "steps_done": result.continued + len(result.losses),
         "resumed_at": result.resumed_at,
         "stopped_early": result.stopped_early,
         "tokens_per_second": result.tokens_per_second,
     }
-    if result.notes:
-        run.record.metrics["notes"] = result.notes
+    run.record.notes = result.notes
     if fit := result.fit:
         run.record.metrics |= {
             "examples": fit.examples,
@@ -175,7 +174,8 @@ def compare(run: Run, plan: TrainPlan) -> list[Compared] | None:
     spec, data = plan.spec, plan.spec.effective("data")
     with run.timed("compare"):
         base = spec.base or run.output_path("trained.pth")
-        found = compare_methods(base, data, ctx_len=spec.effective("ctx_len"), seed=spec.seed)
+        of_data = {name: getattr(spec, name) for name in ("tokenizer", "template", "ignore", "long")}
+        found = compare_methods(base, data, ctx_len=spec.effective("ctx_len"), seed=spec.seed, **of_data)
     show_compared(run, found, data)
     return found
 

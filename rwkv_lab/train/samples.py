@@ -1,0 +1,48 @@
+"""What a model writes before and after training, after prompts that go with the data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.train.data import Corpus
+from rwkv_lab.train.examples import Examples
+from rwkv_lab.train.token_files import TokenCorpus
+
+_PROMPTS = {"english": ("The ", "If the value of "), "python": ("def ", "import ")}
+_LENGTH = 120  # tokens
+_EXAMPLES = 2  # of those that are held out
+_LONGEST = 1000  # characters of a prompt that is shown
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What the model wrote after a prompt, with the same seed, before and after training."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+def sample_prompts(corpus: Corpus | Examples | TokenCorpus, model: RWKV_Dual) -> tuple[str, ...]:
+    """Prompts for a corpus: of examples those of the first that are held out, else the beginning of held-out text."""
+    if isinstance(corpus, TokenCorpus):
+        return (model.tokenizer.decode(corpus.held_out[:8].tolist()),)
+    if isinstance(corpus, Corpus):
+        return _PROMPTS.get(corpus.name) or (corpus.held_out[:20].decode("utf-8", errors="replace"),)
+    if corpus.are_texts:
+        return (corpus.held_out[0].text[:20].decode("utf-8", errors="replace"),)
+    prompts = [e.prompt.decode() for e in corpus.held_out if 0 < len(e.prompt) <= _LONGEST]
+    return tuple(dict.fromkeys(prompts))[:_EXAMPLES]
+
+
+def samples(corpus: Corpus | Examples | TokenCorpus, model: RWKV_Dual, seed: int) -> list[tuple[str, str]]:
+    """(prompt, continuation) pairs, as the model is now. Answers end where those of the examples do.
+
+    Raises:
+        NumericsError: NaN or infinity in the logits.
+    """
+    stop: Sequence[str] = corpus.stop if isinstance(corpus, Examples) else ()
+    return [
+        (p, model.generate_with_streaming(p, _LENGTH, 1.0, 0.95, seed, stop=stop))
+        for p in sample_prompts(corpus, model)
+    ]
