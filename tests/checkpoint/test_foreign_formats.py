@@ -55,7 +55,7 @@ def test_files_of_a_foreign_format_open_as_models(name, version, tmp_path):
             assert same(torch.cat(list(ck.info[n].blocks(4))), model[n].flatten()), n
 
 
-@pytest.mark.parametrize("name", ["transformers-rwkv4"])
+@pytest.mark.parametrize("name", ["transformers-rwkv4", "world-rwkv5", "world-rwkv6"])
 def test_weights_that_were_halved_are_read_as_they_were(name, tmp_path):
     version = FOREIGN_FORMATS[name].versions[0]
     model, theirs = in_their_names(name, version, Place(rescale_every=1))

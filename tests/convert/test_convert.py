@@ -186,7 +186,7 @@ def test_outputs_do_not_depend_on_the_run(tmp_path):
 
 
 def test_hugging_face_folder_by_generation(tmp_path):
-    for version, kind in (("4.0", "rwkv"), ("7.0", "rwkv7")):
+    for version, kind in (("4.0", "rwkv"), ("5.2", "rwkv5"), ("6.0", "rwkv6"), ("7.0", "rwkv7")):
         path, _ = source(tmp_path, version)
         folder = to_huggingface(path, tmp_path / version).out
         assert json.loads((folder / "config.json").read_text())["model_type"] == kind

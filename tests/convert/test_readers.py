@@ -45,7 +45,8 @@ def loaded(reader, folder):
 @pytest.mark.filterwarnings("ignore")  # of transformers, about itself
 class TestRwkv4InTransformers:
     @pytest.fixture(scope="class", params=[2, 13])
-    def pair(self, request, tmp_path_factory):
+    @classmethod
+    def pair(cls, request, tmp_path_factory):
         """(the model as we read it, as transformers reads it)"""
         RwkvForCausalLM = pytest.importorskip("transformers", reason="transformers is not installed").RwkvForCausalLM
         folder = tmp_path_factory.mktemp("rwkv4")
@@ -90,7 +91,8 @@ class TestRwkv7InRwkv7Hf:
     )
 
     @pytest.fixture(scope="class", params=SIZES, ids=str)
-    def pair(self, request, tmp_path_factory, rwkv7_hf):
+    @classmethod
+    def pair(cls, request, tmp_path_factory, rwkv7_hf):
         folder, layout = tmp_path_factory.mktemp("rwkv7"), make_layout("7.0", **request.param)
         path = write_model(folder / "m.pth", layout)
         result = to_huggingface(path, folder / "out")
@@ -146,9 +148,78 @@ def test_what_rwkv7_hf_converts_is_the_same(tmp_path, rwkv7_hf):
 
 @pytest.mark.filterwarnings("ignore")
 def test_folders_load_as_our_models(tmp_path):
-    for version in ("4.0", "7.0"):
+    for version in ("4.0", "5.2", "6.0", "7.0"):
         path = write_model(tmp_path / "m.pth", make_layout(version, head_size=64))
         folder = to_huggingface(path, tmp_path / version).out
         assert torch.equal(our_logits(folder), our_logits(path))
         with open_checkpoint(folder) as ck:
             assert ck.config["vocab_size"] == 70
+
+
+class TestRwkv6InFla:
+    """fla's own code needs a GPU to run, so its formulas for the mixes are written here once more, from its layout."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def pair(cls, tmp_path_factory):
+        """(the model's tensors, those of the folder)"""
+        from safetensors.torch import load_file
+
+        folder, layout = tmp_path_factory.mktemp("rwkv6"), make_layout("6.0")
+        result = convert(write_model(folder / "m.pth", layout), "fla", folder / "out")
+        return random_tensors(layout), load_file(result.out / "model.safetensors"), result
+
+    def test_the_mixes_are_the_same(self, pair):
+        ours, theirs, result = pair
+        x, delta = torch.randn(2, 3, 32).unbind(0)
+        o, t = "blocks.1.att.", "model.layers.1.attn."
+        inner = torch.tanh((x + delta * ours[o + "time_maa_x"][0]) @ ours[o + "time_maa_w1"]).view(3, 5, -1)
+        mixes = torch.einsum("tnd,ndc->tnc", inner, ours[o + "time_maa_w2"])
+        expected = {z: mixes[:, i] + ours[o + f"time_maa_{z}"].view(-1) for i, z in enumerate("wkvrg")}
+        inner = torch.tanh((x + delta * theirs[t + "x_proj.0.mu"]) @ theirs[t + "x_proj.0.linear.weight"].t())
+        wide = theirs[t + "x_proj.2.weight"].view(32, 5, -1)
+        found = torch.einsum("tnd,cnd->tnc", inner.view(3, 5, -1), wide) + theirs[t + "x_bias"]
+        for i, z in enumerate("rwkvg"):
+            torch.testing.assert_close(found[:, i], expected[z])
+
+    def test_the_decay_is_the_same(self, pair):
+        ours, theirs, _ = pair
+        x, o, t = torch.randn(3, 32), "blocks.0.att.", "model.layers.0.attn.w_proj.linear.lora."
+        expected = (
+            ours[o + "time_decay"].view(-1) + torch.tanh(x @ ours[o + "time_decay_w1"]) @ ours[o + "time_decay_w2"]
+        )
+        found = torch.tanh(x @ theirs[t + "0.weight"].t()) @ theirs[t + "2.weight"].t() + theirs[t + "2.bias"]
+        torch.testing.assert_close(found, expected)
+
+    def test_shapes_and_configuration(self, pair):
+        _, theirs, result = pair
+        config = json.loads((result.out / "config.json").read_text())
+        C, A, H = config["hidden_size"], int(config["hidden_size"] * config["expand_k"]), config["num_heads"]
+        D, DD, F = config["proj_low_rank_dim"], config["gate_low_rank_dim"], config["intermediate_size"]
+        attn, ffn = "model.layers.0.attn.", "model.layers.0.ffn."
+        expected = {
+            "x_proj.0.linear.weight": (5 * D, C), "x_proj.0.mu": (C,), "x_proj.2.weight": (C, 5 * D), "x_bias": (5, C),
+            "w_proj.linear.lora.0.weight": (DD, C), "w_proj.linear.lora.2.weight": (A, DD), "bonus": (H, A // H),
+            "w_proj.linear.lora.2.bias": (A,), "g_norm.weight": (A,), "o_proj.weight": (C, A),
+            **{f"{z}_proj.linear.weight": (A, C) for z in "rkvg"},
+        }  # fmt: skip
+        assert {n: tuple(theirs[attn + n].shape) for n in expected} == expected
+        assert theirs[ffn + "key.linear.weight"].shape == (F, C) and theirs[ffn + "key.mu"].shape == (C,)
+        assert (config["bos_token_id"], config["eos_token_id"], config["group_norm_eps"]) == (0, 0, 64e-5)
+
+
+@pytest.mark.parametrize("version", ["5.2", "6.0"])
+def test_world_folders(version, tmp_path):
+    layout = make_layout(version)
+    result = to_huggingface(write_model(tmp_path / "m.pth", layout), tmp_path / "out")
+    config = json.loads((result.out / "config.json").read_text())
+    assert config["model_type"] == f"rwkv{version[0]}" and config["head_size"] == 16
+    assert config["intermediate_size"] == 52 and config["attention_hidden_size"] == 32
+    names = {row.name for row in result.plan.rows if row.name.startswith("rwkv.blocks.1.attention.time_")}
+    if version == "5.2":
+        assert names == {f"rwkv.blocks.1.attention.time_{n}" for n in
+                         ("decay", "faaaa", "mix_key", "mix_value", "mix_receptance", "mix_gate")}  # fmt: skip
+    else:
+        assert names >= {f"rwkv.blocks.1.attention.time_maa_{z}" for z in ("x", "w", "w1", "w2")}
+    assert all(row.action == "copy" for row in result.plan.rows)
+    assert torch.equal(our_logits(result.out), our_logits(tmp_path / "m.pth"))
