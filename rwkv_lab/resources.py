@@ -1,5 +1,6 @@
 """Where the files lie that are not Python: kernel sources and notebooks, in a checkout and in an installed wheel."""
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -31,6 +32,17 @@ def reports_folder() -> Path:
     if here.resolve() == notebooks_folder().resolve():
         here = checkout_folder() or Path.home()
     return here / "reports"
+
+
+def folder_of_variable(name: str) -> Path | None:
+    """The path in an environment variable, `~` expanded; None where it is empty or not set."""
+    value = os.environ.get(name)
+    return Path(os.path.expanduser(value)) if value else None
+
+
+def user_cache_folder() -> Path:
+    """Where this package keeps what it can make again: `rwkv_lab` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
+    return (folder_of_variable("XDG_CACHE_HOME") or Path(os.path.expanduser("~/.cache"))) / "rwkv_lab"
 
 
 def _shipped(name: str) -> Path:

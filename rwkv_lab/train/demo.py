@@ -5,13 +5,12 @@ Both are trained on the machine that needs them, from text that Python brings al
 
 import fcntl
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rwkv_lab.resources import checkout_folder
+from rwkv_lab.resources import checkout_folder, folder_of_variable, user_cache_folder
 from rwkv_lab.train.trainer import train
 
 log = logging.getLogger(__name__)
@@ -19,12 +18,11 @@ log = logging.getLogger(__name__)
 
 def demo_folder() -> Path:
     """Where the demo files are kept: `$RWKV_LAB_DEMO`, else `demo/` of the checkout, else the user's cache folder."""
-    chosen = os.environ.get("RWKV_LAB_DEMO")
-    if chosen:
-        return Path(chosen)
+    if chosen := folder_of_variable("RWKV_LAB_DEMO"):
+        return chosen
     if checkout := checkout_folder():
         return checkout / "demo"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_lab" / "demo"
+    return user_cache_folder() / "demo"
 
 
 def demo_base() -> Path:

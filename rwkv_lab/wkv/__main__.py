@@ -1,4 +1,4 @@
-"""`python -m rwkv_lab.wkv`: which backends of the WKV operators are there, how they were built, why others are not."""
+"""`python -m rwkv_lab.wkv`: builds all kernels; which backends are there, how they were built, why others are not."""
 
 import time
 
@@ -7,7 +7,7 @@ import torch
 from rwkv_lab.errors import KernelError
 from rwkv_lab.wkv import cuda
 from rwkv_lab.wkv.cpu import SOURCES
-from rwkv_lab.wkv.loader import cache_folder, cpu_build, cpu_library, cuda_build
+from rwkv_lab.wkv.loader import cache_folder, cpu_build, cpu_library, cuda_build, sources
 
 
 def main() -> None:
@@ -20,6 +20,9 @@ def main() -> None:
         for backend in ("cpu", "cuda"):
             for line in state(backend, source):
                 print(f"{backend:<10} {operators}: {line}")
+    for source in (name for name in sources("cpu") if name not in SOURCES.values()):
+        for line in state("cpu", source):
+            print(f"cpu        {source}: {line}")
 
 
 def state(backend: str, source: str) -> list[str]:
@@ -34,7 +37,7 @@ def state(backend: str, source: str) -> list[str]:
     return [
         f"there, {'found in the cache' if known else f'compiled now in {seconds:.1f} s'}: {build.library}",
         f"  from {build.source}",
-        f"  by {build.compiler}: {' '.join(build.command[1:])}",
+        f"  by {build.compiler}{': ' * bool(build.command)}{' '.join(build.command[1:])}",
     ]
 
 

@@ -1,8 +1,10 @@
 """Compiles the sources in `kernels/` on first use and loads what comes out, as plain C functions through ctypes.
 
-A library lies in a cache folder under a name made of everything that it depends on: torch's version, compiler, flags,
-the machine's CPU or the GPU architectures, and the sources. Nothing there is ever changed: a library appears whole, by
-a rename, or not at all, so that processes may race for it and may be killed at any moment.
+A library lies in a cache folder under a name made of everything that it depends on: first torch's version, flags, the
+machine's CPU or the GPU architectures, and the sources; behind that the compiler. Where there is no compiler, as in an
+image that was built in one stage and runs in another, a library whose name begins the same is used. Nothing there is
+ever changed: a library appears whole, by a rename, or not at all, so that processes may race for it and may be killed
+at any moment.
 """
 
 import atexit
@@ -28,7 +30,7 @@ import torch
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.machine import cpu_identity
-from rwkv_lab.resources import kernels_folder
+from rwkv_lab.resources import folder_of_variable, kernels_folder, user_cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,10 @@ _private: list[Path] = []  # this process's own folder, once the cache turned ou
 
 @dataclass(frozen=True)
 class Build:
-    """One library: its source, the command that makes it (without `-o` and the source), and where it is kept."""
+    """One library: its source, the command that makes it (without `-o` and the source), and where it is kept.
+
+    Without a compiler here there is no command, and the library is one that was built before.
+    """
 
     source: Path
     command: tuple[str, ...]
@@ -82,27 +87,43 @@ def failed(kind: str, name: str) -> bool:
     return any(isinstance(found, KernelError) and key[:2] == (kind, name) for key, found in _results.items())
 
 
+def sources(kind: str) -> list[str]:
+    """The names that `cpu_library` takes, for "cpu": every source in `kernels/<kind>` that is a library."""
+    return sorted(path.stem for path in (kernels_folder() / kind).glob({"cpu": "*.cpp", "cuda": "*.cu"}[kind]))
+
+
 def cache_folder() -> Path:
     """Where libraries are kept: `$RWKV_LAB_CACHE`, else `rwkv_lab/` in the user's cache folder; then `kernels/`."""
-    if chosen := os.environ.get("RWKV_LAB_CACHE"):
-        return Path(chosen) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_lab" / "kernels"
+    return (folder_of_variable("RWKV_LAB_CACHE") or user_cache_folder()) / "kernels"
 
 
 def cpu_build(name: str) -> Build:
     """How `cpu_library(name)` is made; compiles nothing.
 
     Raises:
-        KernelError: no compiler, sources missing.
+        KernelError: no compiler, nor a library that was built before for the same; sources missing.
     """
     portable = _portable()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     flags = (_PORTABLE if x86 else ()) if portable else _NATIVE
-    compiler, version = _cpp_compiler()
+    program, *words = _words_of_cxx()
     # Options in CXX are repeated at the end, where they override ours; a wrapper's own words are not repeated.
-    chosen = [word for word in compiler[1:] if word.startswith(("-O", "-f", "-m", "-std="))]
+    chosen = [word for word in words if word.startswith(("-O", "-f", "-m", "-std="))]
     machine = platform.machine() if portable and not chosen else cpu_identity()
-    return _build(f"cpu/{name}.cpp", (*compiler, *_COMMON, *flags, "-pthread", *chosen), version, machine)
+    options = (*words, *_COMMON, *flags, "-pthread", *chosen)
+    source, prefix = _named(f"cpu/{name}.cpp", options, machine)
+    try:
+        compiler, version = _cpp_compiler()
+    except KernelError as error:
+        before = _built_before(prefix)
+        if before is None and program:
+            raise
+        if before is None:
+            raise KernelError(
+                f"{error}\nNor does {prefix.parent} hold a library for these sources, flags, this processor and torch."
+            ) from None
+        return Build(source, (), "a compiler that is not here", before)
+    return Build(source, (compiler, *options), version, _library(prefix, version, compiler))
 
 
 def cuda_build(name: str, architectures: tuple[str, ...] | None = None) -> Build:
@@ -118,7 +139,8 @@ def cuda_build(name: str, architectures: tuple[str, ...] | None = None) -> Build
         architectures = ("{}{}".format(*torch.cuda.get_device_capability()),)
     targets = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in architectures]
     command = (nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", *targets)
-    return _build(f"cuda/{name}.cu", command, version, platform.machine())
+    source, prefix = _named(f"cuda/{name}.cu", command[1:], platform.machine())
+    return Build(source, command, version, _library(prefix, version, nvcc))
 
 
 def _remembered(key: tuple, plan) -> ctypes.CDLL:
@@ -141,29 +163,35 @@ def _portable() -> bool:
     return os.environ.get("RWKV_LAB_PORTABLE", "") not in ("", "0")
 
 
-def _cpp_compiler() -> tuple[tuple[str, ...], str]:
-    """Command and version of the C++ compiler: `$CXX`, arguments and all; without it the first there is."""
-    return _cpp_compiler_of(os.environ.get("CXX"), os.environ.get("PATH"))
+def _words_of_cxx() -> list[str]:
+    """The program and the arguments in `$CXX`; the program is "" where it names none."""
+    chosen = os.environ.get("CXX")
+    try:
+        program, *arguments = shlex.split(chosen or "") or [""]
+    except ValueError:
+        raise KernelError(f"CXX is {chosen!r}, with a quote that is not closed; correct or unset it.") from None
+    return [os.path.expanduser(program), *arguments]
+
+
+def _cpp_compiler() -> tuple[str, str]:
+    """Path and version of the C++ compiler: the one in `$CXX`, without it the first there is."""
+    return _cpp_compiler_of(tuple(_words_of_cxx()), os.environ.get("PATH"))
 
 
 @functools.cache
-def _cpp_compiler_of(chosen: str | None, path: str | None) -> tuple[tuple[str, ...], str]:
-    try:
-        words = shlex.split(chosen or "")
-    except ValueError:
-        raise KernelError(f"CXX is {chosen!r}, with a quote that is not closed; correct or unset it.") from None
-    for command in words[:1] or ("g++", "c++", "clang++"):
+def _cpp_compiler_of(words: tuple[str, ...], path: str | None) -> tuple[str, str]:
+    for command in words[:1] if words[0] else ("g++", "c++", "clang++"):
         if found := shutil.which(command):
-            return (found, *words[1:]), f"{found} {_version_line((found, *words[1:]))}"
-    if words:
+            return found, f"{found} {_version_line((found, *words[1:]))}"
+    if words[0]:
         raise KernelError(f"CXX names {words[0]}, which is no program that can be found; correct or unset it.")
     raise KernelError("No C++ compiler (g++, c++ or clang++) is on the PATH; install g++, or name one in CXX.")
 
 
 def _nvcc() -> tuple[str, str]:
     """Path and version of nvcc, which must be of the CUDA generation that torch was built with."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    places = [str(Path(home) / "bin") for home in homes if home] + [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    homes = [folder_of_variable(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [str(home / "bin") for home in homes if home] + [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
     if nvcc is None:
         raise KernelError("nvcc is neither in CUDA_HOME nor on the PATH; install the CUDA toolkit, or set CUDA_HOME.")
@@ -199,25 +227,42 @@ def _run(command: Sequence[str], failure: str) -> subprocess.CompletedProcess:
     raise KernelError(f"{failure}: {why}.")
 
 
-def _build(source: str, command: tuple[str, ...], compiler: str, machine: str) -> Build:
+def _named(source: str, options: Sequence[str], machine: str) -> tuple[Path, Path]:
+    """The source, and the path with which names of libraries made from it begin: all that can be known without a
+    compiler."""
     path = kernels_folder() / source
     headers = sorted(p for p in path.parent.glob("*.*") if p.suffix in (".h", ".cuh"))
     digest = hashlib.sha256()
-    for part in (torch.__version__, compiler, *command, machine):
+    for part in (torch.__version__, *options, machine):
         digest.update(part.encode() + b"\0")
     try:
         for file in (path, *headers):
             digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     except OSError as error:
         raise KernelError(f"The kernel source {path} cannot be read: {error.strerror}.") from error
-    name = f"{path.parent.name}-{path.stem}-{digest.hexdigest()[:24]}.so"
-    return Build(path, command, compiler, cache_folder() / name)
+    return path, cache_folder() / f"{path.parent.name}-{path.stem}-{digest.hexdigest()[:24]}"
+
+
+def _library(prefix: Path, version: str, compiler: str) -> Path:
+    digest = hashlib.sha256(f"{compiler}\0{version}".encode()).hexdigest()
+    return prefix.with_name(f"{prefix.name}-{digest[:8]}.so")
+
+
+def _built_before(prefix: Path) -> Path | None:
+    """The newest library of that name, whatever compiler made it; None where there is none that is whole."""
+    try:
+        found = sorted(prefix.parent.glob(f"{prefix.name}-*.so"), key=lambda path: path.stat().st_mtime)
+    except OSError:
+        return None
+    return next((path for path in reversed(found) if _is_whole(path)), None)
 
 
 def _load_or_compile(build: Build) -> ctypes.CDLL:
     library = build.library
     if found := _load(library):
         return found
+    if not build.command:
+        raise KernelError(f"{library} was built before, but does not load here, and there is no C++ compiler.")
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with _alone(library):
@@ -280,20 +325,27 @@ def _compile(build: Build, library: Path) -> ctypes.CDLL:
 
 def _load(library: Path) -> ctypes.CDLL | None:
     """The library, or None if it is not there or not what was once written."""
-    try:
-        content = library.read_bytes()
-    except OSError:
-        return None
-    end = len(content) - len(_SEAL) - 32
     # Looked at before it is mapped: a shortened library would end the process with SIGBUS.
-    if end < 0 or content[end:] != _SEAL + hashlib.sha256(memoryview(content)[:end]).digest():
-        log.warning("%s is damaged and will be compiled again.", library)
+    whole = _is_whole(library)
+    if not whole:
+        if whole is not None:
+            log.warning("%s is damaged and will be compiled again.", library)
         return None
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
         log.warning("%s does not load (%s) and will be compiled again.", library, _one_line(error))
         return None
+
+
+def _is_whole(library: Path) -> bool | None:
+    """Whether a library is what was once written; None where it cannot be read."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return None
+    end = len(content) - len(_SEAL) - 32
+    return end >= 0 and content[end:] == _SEAL + hashlib.sha256(memoryview(content)[:end]).digest()
 
 
 def _first_error(output: str, code: int) -> str:

@@ -290,9 +290,41 @@ def test_the_team_of_threads_survives_a_fork_and_several_callers(tmp_path):
     assert finish(start(code, package, tmp_path / "cache"))[0] == "[]"
 
 
-def test_the_state_of_every_backend_is_printed(tmp_path):
+def test_without_a_compiler_what_was_built_for_the_same_is_used(package, tmp_path):
+    """An image that was built in one stage and runs in another, where there is no compiler."""
+    cache, without = tmp_path / "cache", {"PATH": "/nowhere", "CXX": ""}
+    compiler = fake_compiler(tmp_path, "")
+    assert finish(start(LOAD, package, cache, CXX=compiler))[0] == "42"
+    for environment in (without, without | {"CXX": compiler + "-that-stayed-behind"}):
+        assert finish(start(LOAD, package, cache, **environment)) == ("42", "")
+    # Flags that nothing was built with.
+    out, err = finish(start(LOAD, package, cache, **without, RWKV_LAB_PORTABLE="1"))
+    assert out == "" and "No C++ compiler" in err and "hold a library for these sources, flags, this processor" in err
+    assert "CXX names g++" in finish(start(LOAD, package, cache, **without | {"CXX": "g++ -O1"}))[1]
+    (library,) = libraries(cache)
+    library.write_bytes(library.read_bytes()[:-1])
+    assert "Nor does" in finish(start(LOAD, package, cache, **without))[1]
+    finish(start(LOAD, package, cache, CXX=compiler))
+    (package / "rwkv_lab" / "kernels" / "cpu" / "small.cpp").write_text(SMALL.replace("42", "43"))
+    assert "No C++ compiler" in finish(start(LOAD, package, cache, **without))[1]
+
+
+def test_variables_with_the_home_folder_in_them(package, tmp_path):
+    code = (
+        "from rwkv_lab.wkv.loader import cache_folder; from rwkv_lab.resources import folder_of_variable\n"
+        "print(cache_folder(), folder_of_variable('CUDA_HOME'))"
+    )
+    home = {"HOME": str(tmp_path), "CUDA_HOME": "~/cuda"}
+    assert finish(start(code, package, **home, RWKV_LAB_CACHE="~/x"))[0] == f"{tmp_path}/x/kernels {tmp_path}/cuda"
+    found = finish(start(code, package, **home, RWKV_LAB_CACHE="", XDG_CACHE_HOME="~/y"))[0]
+    assert found == f"{tmp_path}/y/rwkv_lab/kernels {tmp_path}/cuda"
+
+
+def test_all_sources_are_built_and_the_state_of_every_backend_is_printed(tmp_path):
     code = "from rwkv_lab.wkv.__main__ import main; main()"
     out, _ = finish(start(code, RWKV_LAB_CACHE=os.environ.get("RWKV_LAB_CACHE", "")))
+    for source in (kernels_folder() / "cpu").glob("*.cpp"):
+        assert f"from {source}" in out
     assert "reference  there" in out and "chunked    there" in out
     assert "cpu        wkv5 and wkv6: there" in out and "-march=native" in out
     out, _ = finish(start(code, cache=tmp_path, PATH="/nowhere", CXX=""))

@@ -384,7 +384,7 @@ def _fault_of_tensors(model: Any, refuse: bool) -> str:
     Raises:
         ParameterError: where `refuse`, one that has no values, which no path can compute with.
     """
-    dtype, shapes = model.ln_out.weight.dtype, {}
+    dtype, shapes = getattr(model.ln_out.weight, "dtype", None), {}
     for name, module in model.named_modules():
         packed = type(module) in PACKED
         for last, x in (torch_private.buffers_of if packed else torch_private.parameters_of)(module).items():

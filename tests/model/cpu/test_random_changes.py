@@ -119,12 +119,13 @@ def trial(seed: int, models) -> str:
     context = rng.choice(list(CONTEXTS)) if rng.random() < 0.4 else "nothing"
     done, undo, refused = [context], None, False
     for _ in range(rng.choice([0, 1, 1, 1, 2])):
-        if state is not None and rng.random() < 0.3:
+        if state is not None and not refused and rng.random() < 0.3:
             change = rng.choice(changes.STATE)
-            state = change(state, rng)
+            with contextlib.suppress(RuntimeError):  # integers are not halved in place
+                state = change(state, rng)
         elif not done[1:]:  # changes of models may not fit on each other
-            change = rng.choice(changes.MODEL + changes.REFUSED)
-            refused = change in changes.REFUSED
+            refused = context == "nothing" and not done[1:] and rng.random() < 0.1
+            change = rng.choice(changes.REFUSED if refused else changes.MODEL)
             with contextlib.suppress(Exception):  # torch allows it not, as for packed modules, which have no weight
                 undo = change(model, rng)
         else:
