@@ -10,7 +10,7 @@ from typing import Any
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.train import tables
-from rwkv_lab.train.sources import ARRAY, PARQUET, TABLE, Source
+from rwkv_lab.train.sources import ARRAY, PARQUET, TABLE, Source, is_json
 
 RECORDS = ("JSON lines", ARRAY, TABLE, PARQUET)  # kinds of files that hold records
 
@@ -117,6 +117,11 @@ def _lines(source: Source) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as e:
+                if is_json(source.content):
+                    raise ParameterError(
+                        f"{source.path}, line {number}: it holds one JSON object over several lines.\n"
+                        "Write the records alone, one object a line or as an array: [{…}, {…}]."
+                    ) from None
                 raise ParameterError(
                     f"{source.path}, line {number}: this is no JSON ({e}).\n"
                     'Each line must be one whole object: {"text": …} or {"prompt": …, "response": …}.'

@@ -14,6 +14,7 @@ _CARDS = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|contr
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json"}
 _SUMS = re.compile(r"(md5|sha\d*)sums?(\.txt)?|checksums?(\.txt)?|.*\.(md5|sha1|sha256|sha512|crc32)", re.I)
 _SUM_LINES = re.compile(rb"(?:\\?[0-9a-fA-F]{32,128} [ *]\S[^\n]*\n?)+")
+_APART = re.compile(r"(^|[^a-z])(test|valid|validation|val|eval|dev)([^a-z]|$)", re.I)
 _SHOWN = 6
 
 
@@ -30,14 +31,19 @@ class Folder:
         return all(source.kind == TEXT for source in self.sources.values())
 
     def notes(self) -> tuple[str, ...]:
-        """What was skipped, in a sentence."""
+        """What was skipped, and what is named as if it were to be kept apart, a sentence each."""
+        apart = [name for name in self.sources if not self.are_texts and _APART.search(name)]
+        words = f"By their names these are for testing, and they are trained on too: {_some(apart)}." if apart else ""
+        return tuple(filter(None, (self._skipped(), words)))
+
+    def _skipped(self) -> str:
         if not self.skipped:
-            return ()
+            return ""
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             by_reason.setdefault(reason, []).append(name)
         listed = "; ".join(f"{_some(names)} ({reason})" for reason, names in by_reason.items())
-        return (f"{len(self.skipped):,} of {len(self.skipped) + len(self.sources):,} files were skipped: {listed}.",)
+        return f"{len(self.skipped):,} of {len(self.skipped) + len(self.sources):,} files were skipped: {listed}."
 
 
 def open_folder(path: Path) -> Folder:

@@ -24,6 +24,7 @@ from rwkv_lab.train.names import CHATS, INPUTS, KNOWN, MEANT, PROMPTS, RESPONSES
 
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, ())
 _SHOWN = 8  # names of fields in a message
+_OF_MESSAGES = ("role", "from", "content", "value")  # these are always used
 
 
 class RecordReader:
@@ -104,11 +105,14 @@ class RecordReader:
             notes.append(f"{self._unanswered:,} conversations end with turns without an answer; these are left out.")
         return notes
 
+    def _is_ignored(self, name: Any) -> bool:
+        return any(fnmatchcase(str(name), pattern) for pattern in self._ignore)
+
     def _without_ignored(self, record: Mapping, place: str) -> dict[str, Any]:
         given: dict[str, Any] = {}
         for name, value in record.items():
             key = plain(name) if isinstance(name, str) and plain(name) in KNOWN else str(name)
-            if any(fnmatchcase(str(name), pattern) for pattern in self._ignore):
+            if self._is_ignored(name):
                 self._ignored[str(name)] += value not in _EMPTY
             elif key in given:
                 raise ParameterError(f"{place} has the field {key!r} twice, in other letters; remove one.")
@@ -155,8 +159,11 @@ class RecordReader:
         self, messages: Sequence[Mapping[str, Any]], tools: Any, place: str
     ) -> tuple[tuple[bytes, bytes], ...]:
         """(not learned, learned) in turn, of a conversation."""
+        inside = Counter(name for m in messages if isinstance(m, Mapping) for name in m if m[name] not in _EMPTY)
+        ignored = {name: n for name, n in inside.items() if self._is_ignored(name) and name not in _OF_MESSAGES}
+        self._ignored.update({f"messages.{name}": n for name, n in ignored.items()})
         try:
-            turns = render_turns(messages, self._template, tools, self._ignore)
+            turns = render_turns(messages, self._template, tools, ignored)
         except ParameterError as e:
             raise ParameterError(f"{place}: {e}") from None
         self._templated += 1
@@ -206,7 +213,8 @@ def _text_of(given: Mapping[str, Any], name: str, place: str) -> str:
     value = given.get(name)
     if not isinstance(value, str):
         missing = "is missing" if value is None else "is no text"
-        raise ParameterError(f'{place}: "{name}" {missing}; a prompt goes with a response, both are texts.')
+        what = "it must be a text" if name == "text" else "a prompt goes with a response, both are texts"
+        raise ParameterError(f'{place}: "{name}" {missing}; {what}.')
     if not value and name == "text":
         raise ParameterError(f"{place}: there is nothing to learn, the text to be learned is empty.")
     return value

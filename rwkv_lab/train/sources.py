@@ -180,6 +180,16 @@ def _as_utf8(path: Path, content: bytes) -> tuple[bytes, str]:
         at = len(bom) + e.start
         if bom or encoding != "utf-8":
             raise ParameterError(f"{path} begins as {encoding}, and byte {at:,} is none; save it as UTF-8.") from None
+        if e.reason == "unexpected end of data":
+            raise ParameterError(
+                f"{path} ends inside a character, at byte {at:,}: it was cut short.\n"
+                f"Copy or download it again, or leave that character out: iconv -c -t utf-8 {path.name} > whole.txt"
+            ) from None
+        if path.suffix == ".bin":
+            raise ParameterError(
+                f"{path} is binary. Tokens in a .bin are described by an .idx, and {path.with_suffix('.idx').name} is "
+                "not beside it.\nPut it there, or save the tokens as .npy."
+            ) from None
         raise ParameterError(
             f"{path} is neither text in UTF-8 or UTF-16 nor data of a known kind: byte {at:,} is {content[at]:#04x}.\n"
             f"If it is text, convert it: iconv -f latin1 -t utf-8 {path.name} > utf8.txt"

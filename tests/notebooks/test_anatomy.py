@@ -1,6 +1,7 @@
 """What every notebook has in common, read from the files without running them."""
 
 import ast
+import re
 from pathlib import Path
 
 import nbformat
@@ -60,7 +61,9 @@ def test_it_begins_with_a_title_and_ends_with_its_report(notebook):
 def test_parameters_validate_themselves_in_the_next_cell(path, notebook):
     tagged = [i for i, c in enumerate(code_cells(notebook)) if "parameters" in c.metadata.get("tags", [])]
     assert tagged == [0]
-    assert f'run = start("{path.stem}", globals())' in code_cells(notebook)[1].source
+    assert re.search(
+        rf'^run = (workbench\.)?start\("{path.stem}", globals\(\)\)$', code_cells(notebook)[1].source, re.M
+    )
 
 
 def test_papermill_reads_the_parameters_as_the_model_has_them(path, capsys):

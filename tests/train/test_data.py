@@ -78,9 +78,10 @@ def test_json_is_never_used_as_training_text(tmp_path):
         (tmp_path / f"{i}.txt").write_text(text)
         found = load_corpus(str(tmp_path / f"{i}.txt"))
         assert {e.response for e in found.train} == {e.response for e in expected.train}
-    for i, text in enumerate(("[\n", "the cat\n" * 2000, '{\n"text": "a"\n}')):
+    none, whole = "line [12]: this is no JSON", "one JSON object over several lines"
+    for i, (text, words) in enumerate((("[\n", none), ("the cat\n" * 2000, none), ('{\n"text": "a"\n}', whole))):
         (tmp_path / f"{i}.json").write_text(text)
-        with pytest.raises(ParameterError, match="line [12]: this is no JSON"):
+        with pytest.raises(ParameterError, match=words):
             load_corpus(str(tmp_path / f"{i}.json"))
 
 

@@ -273,6 +273,7 @@ BINARY = {
     "control characters": b"text\1\2" * 5000,
     "byte 3 is 0xe9": "cafés ".encode("latin1") * 4000,
     "byte 0 is 0x83": "テキスト".encode("shift-jis") * 4000,
+    "ends inside a character": ("ü" * 8000).encode()[:-1],
     "compressed twice": gzip.compress(gzip.compress(LINES)),
     "begins as utf-16-le": b"\xff\xfe" + TEXT.encode("utf-16-le") + b"x",
 }
@@ -283,6 +284,11 @@ BINARY = {
 def test_binary_is_refused_by_what_it_is(words, name, tmp_path):
     with pytest.raises(ParameterError, match=words):
         load_corpus(written(tmp_path / name, BINARY[words]))
+
+
+def test_tokens_without_an_index_say_what_is_lost(tmp_path):
+    with pytest.raises(ParameterError, match="a.idx is not beside it"):
+        load_corpus(written(tmp_path / "a.bin", np.arange(9000, dtype=np.uint16).tobytes()[200:]))
 
 
 def test_a_model_is_no_training_text(small):

@@ -170,6 +170,15 @@ def test_malformed_records_are_named_by_their_line(record, words, tmp_path):
         examples(tmp_path, OTHER, record)
 
 
+def test_fields_inside_messages_are_ignored_by_name_too(tmp_path):
+    message = {"role": "assistant", "content": "b", "weight": 0, "meta": {"a": 1}}
+    records = [{"messages": [{"role": "user", "content": str(i)}, message]} for i in range(3)]
+    with pytest.raises(ParameterError, match="line 1: message 2 .* has 'weight'"):
+        examples(tmp_path, *records)
+    found, notes = examples(tmp_path, *records, ignore=["wei*", "meta"])
+    assert len(found) == 3 and any("messages.meta (3), messages.weight (3)" in note for note in notes)
+
+
 def test_a_field_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "x").write_text('{"text": "a"}\n{"text": "b", "text": "c"}')
     with pytest.raises(ParameterError, match="line 2.*'text' stands twice"):
@@ -195,6 +204,8 @@ def test_a_folder_takes_its_data_and_lists_what_it_skipped(tmp_path):
     for words in ("a card", "checksums", "hidden", "describes the data", "one JSON object", "empty", "PNG image"):
         assert words in skipped
     assert any("sub/0.part, sub/1.part, sub/2.part" in note for note in found.notes)
+    (folder / "sub" / "2.part").rename(folder / "sub" / "test-2.part")
+    assert any("for testing" in note and "sub/test-2.part" in note for note in load_corpus(str(folder)).notes)
     jsonl(folder / "sub" / "3.part", {"text": "a"}, {"txt": "b"})
     with pytest.raises(ParameterError, match="3.part, line 2"):
         load_corpus(str(folder))

@@ -75,6 +75,22 @@ def test_examples_are_trained_on_too(tmp_path, demo_folder):
     assert result_of(run)["status"] == "ok" and "examples" in dict(run.page.facts)["text"]
 
 
+def test_what_the_context_cuts_is_in_plan_result_and_report(tmp_path, demo_folder):
+    data = tmp_path / "sums.txt"
+    lines = [{"question": f"{i}", "answer": "a" * i, "id": i} for i in range(1, 40)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    run = a_run(tmp_path, kind="lora", data=str(data), lr=1e-3, ignore=["id"], long="cut", ctx_len=40)
+    run_all(run)
+    result, report = result_of(run), (run.folder / "report.html").read_text()
+    sentence = next(note for note in result["notes"] if "of 39 examples are longer than ctx_len=40" in note)
+    assert sentence in dict.fromkeys(value for _, value in run.page.facts) and "ctx_len=62 would keep all" in report
+    assert any("id (39)" in note for note in result["notes"])
+    metrics = result["metrics"]
+    assert metrics["examples_longer_than_ctx_len"] == metrics["examples_without_their_end"] > 0
+    assert metrics["ctx_len_that_cuts_none"] == 62 and metrics["tokens_lost"] > 0
+    assert result["status"] == "ok" and len(run.page.samples) >= 1
+
+
 @pytest.mark.parametrize(
     ("values", "error", "words"),
     [

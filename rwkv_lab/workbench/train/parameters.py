@@ -31,6 +31,7 @@ class TrainParameters(Parameters):
     )
 
     base: InputOrEmpty = "demo:base"
+    start: InputOrEmpty = ""
     data: Text = "python"
     out: PathOrEmpty = Field("", description="empty: trained.pth in the report folder, replaced by the next run")
     compare: bool = Field(False, description="then compare all methods at equal parameters: a minute more")
@@ -42,12 +43,12 @@ class TrainParameters(Parameters):
         return TrainSpec.applies(name, values["kind"]) and not (name in _OF_FRESH_MODELS and values["base"])
 
     def check(self) -> None:
-        self._spec(self.base)
+        self._spec(self.base, self.start)
 
-    def _spec(self, base: str) -> TrainSpec:
+    def _spec(self, base: str, start: str) -> TrainSpec:
         # papermill makes an int of `-p lr 1`; what a notebook trains records numbers with a fraction, as it always did.
         fractions = {n: float(v) for n in ("lr", "alpha") if (v := getattr(self, n)) is not None}
-        return TrainSpec.read(values_for(TrainSpec, self) | fractions | {"base": base})
+        return TrainSpec.read(values_for(TrainSpec, self) | fractions | {"base": base, "start": start})
 
     def spec(self) -> TrainSpec:
         """What decides the result; the demo model is trained now if it is meant and not there.
@@ -55,7 +56,8 @@ class TrainParameters(Parameters):
         Raises:
             ParameterError: values that do not go together.
         """
-        return self._spec(str(input_path(self.base)) if self.base else "")
+        base, start = (str(input_path(file)) if file else "" for file in (self.base, self.start))
+        return self._spec(base, start)
 
     def options(self) -> TrainOptions:
         """How the training runs."""
