@@ -34,7 +34,7 @@ class Tuning:
     layout: Layout  # of the base
     method: str  # "state", "overlay" (a full or partial fine-tune), "lora", "pissa" or "miss"
     adapter: Adapter | None  # of the last three
-    quant: str  # how the base was stored in training: "none", "int8" or "nf4"
+    quant: str  # how the base was stored in training: "none", or another of `peft.quantised.QUANTS`
 
     @property
     def replacements(self) -> Mapping[str, Values]:

@@ -13,7 +13,7 @@ from rwkv_lab.merge.adapter_set import AdapterSet
 from rwkv_lab.merge.changed_tensors import ChangedTensor, Computed, from_tuned
 from rwkv_lab.names import is_block_matrix
 from rwkv_lab.peft.adapter import Target, Values
-from rwkv_lab.peft.quantised import quantised_and_back
+from rwkv_lab.peft.quantised import WHOLE_MATRIX, quantised_and_back
 
 _PIECES = 96  # of a block's bytes that one thread holds at most: a dozen matrices of float64 from 16-bit weights, twice
 
@@ -82,6 +82,7 @@ def _changed(
 
     def compute() -> Iterator[Computed]:
         ready = [target.prepared(weight, precision) for target, weight in steps]
+        absmax = _largest(info, ready[:1], multiple, precision) if quant in WHOLE_MATRIX else None
         first = 0
         for rows in _row_blocks(info, multiple):
             before = values = rows.to(precision)  # [rows, in]
@@ -91,15 +92,27 @@ def _changed(
             for i, target in enumerate([] if unmerge else ready):
                 values = target.residual_rows(values, first)
                 if i == 0 and quant != "none":
-                    values = quantised_and_back(values, quant)
+                    values = quantised_and_back(values, quant, absmax)
                 values = target.adapted_rows(values, first)
             if not ready:
-                values = quantised_and_back(values, quant)
+                values = quantised_and_back(values, quant, absmax)
             first += len(values)
             yield values.flatten(), before.flatten()
 
     source = "base + tuned" if steps else "base"
     return ChangedTensor(name, action, source, info.shape, info.dtype, compute=compute)
+
+
+def _largest(info: TensorInfo, ready: Sequence[Target], multiple: int, precision: torch.dtype) -> torch.Tensor:
+    """The largest magnitude in what training froze of a matrix."""
+    largest, first = torch.zeros(()), 0
+    for rows in _row_blocks(info, multiple):
+        values = rows.to(precision)
+        for target in ready:
+            values = target.residual_rows(values, first)
+        largest = torch.maximum(largest, values.float().abs().amax())
+        first += len(rows)
+    return largest
 
 
 def _restored(name: str, target: Target, values: torch.Tensor, first: int) -> torch.Tensor:
@@ -110,8 +123,8 @@ def _restored(name: str, target: Target, values: torch.Tensor, first: int) -> to
 
 
 def _row_multiple(info: TensorInfo, targets: Sequence[Target], quant: str) -> int:
-    """Rows that belong together: of an adapter's tile, and of NF4's blocks of 64 values."""
-    whole_blocks = 64 // math.gcd(info.shape[1], 64) if quant == "nf4" else 1
+    """Rows that belong together: of an adapter's tile, and of blocks of 64 values that share a scale."""
+    whole_blocks = 64 // math.gcd(info.shape[1], 64) if quant in ("nf4", "fp4") else 1
     return math.lcm(whole_blocks, *(t.row_multiple for t in targets))
 
 

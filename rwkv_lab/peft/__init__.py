@@ -37,9 +37,13 @@ _HOME = {
     "MissLinear": "miss",
     "FrozenLinear": "quantised",
     "NF4Linear": "quantised",
+    "dequantize_bnb_int8": "quantised",
+    "dequantize_fp4": "quantised",
     "dequantize_int8": "quantised",
     "dequantize_nf4": "quantised",
     "quantised_and_back": "quantised",
+    "quantize_bnb_int8": "quantised",
+    "quantize_fp4": "quantised",
     "quantize_int8": "quantised",
     "quantize_nf4": "quantised",
 }

@@ -39,7 +39,8 @@ class LoraConfig:
         svd_niter: of PiSSA: power iterations of the randomised SVD; None for the exact one.
         miss_variant: "default", "mini", "bat-hf" or "bat-rwkv-peft"; `rwkv_lab.peft.miss` has the formulas.
         mini_r: of MiSS "mini": columns of its block.
-        quant: "none", "int8" or "nf4": how the frozen matrices of the blocks are stored, adapted ones and others.
+        quant: "none", "int8", "nf4", "fp4" or "bnb-int8": how the frozen matrices of the blocks are stored, adapted
+            and others.
         train_parts: what is trained besides: "emb", "head", "ln" (every norm), "time" (the vectors and low-rank pairs
             of att and ffn), "time_state" (made where the model has none), or patterns of parameter names.
         adapter_dtype: of the adapters' parameters; None for the model's dtype.

@@ -1,11 +1,15 @@
-"""Frozen weights in fewer bits: NF4 in blocks of 64, int8 by rows; and the Linear layer that computes with them.
+"""Frozen weights in fewer bits: NF4 and FP4 in blocks of 64, two kinds of int8; and the Linear layer that computes with
+them.
 
 NF4 ("4-bit NormalFloat", arXiv 2305.14314): the weight is flattened row-major and cut into blocks; each value, divided
 by the largest magnitude of its block, becomes the number of the nearest of 16 levels. Two numbers share a byte, the
-first in its high half. int8: each row divided by its largest magnitude, times 127, rounded. bitsandbytes stores both
-like this.
+first in its high half. FP4 is the same with 15 other levels. int8: each row divided by its largest magnitude, times
+127, rounded. bitsandbytes stores them like this. "bnb-int8" is its `functional.quantize`, and RWKV-PEFT's int8: the
+whole matrix divided by its largest magnitude, each value the nearest of 256 that lie denser near 0 (arXiv 1511.04561).
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -32,9 +36,14 @@ NF4_LEVELS = (
     0.7229568362236023,
     1.0,
 )
+# By code: the sign, then which of eight magnitudes.
+_FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
+FP4_LEVELS = (*_FP4_MAGNITUDES, *(-m for m in _FP4_MAGNITUDES))
 BLOCK_SIZE = 64
 _AT_ONCE = 1 << 20  # values; what a quantiser needs besides its input and output stays near 20 MB
-QUANTS = ("none", "int8", "nf4")
+QUANTS = ("none", "int8", "nf4", "fp4", "bnb-int8")
+BITS = {"int8": 8.0, "nf4": 4 + 32 / 64, "fp4": 4 + 32 / 64, "bnb-int8": 8.0}  # per value, with the scales of blocks
+WHOLE_MATRIX = ("bnb-int8",)  # one scale for all rows
 
 
 def quantize_nf4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,10 +53,36 @@ def quantize_nf4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[to
         NumericsError: NaN or infinity in the weight.
         ParameterError: a block size that is no positive even number.
     """
+    return _quantize_4bit(weight, block_size, _nearest_nf4)
+
+
+def quantize_fp4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `quantize_nf4`, to the levels of FP4.
+
+    Raises:
+        NumericsError, ParameterError: as there.
+    """
+    return _quantize_4bit(weight, block_size, _nearest_fp4)
+
+
+def _nearest_nf4(shares: torch.Tensor) -> torch.Tensor:
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=shares.device)
+    return torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+
+
+def _nearest_fp4(shares: torch.Tensor) -> torch.Tensor:
+    positive = torch.tensor(FP4_LEVELS[:8], dtype=torch.float32, device=shares.device)
+    levels, codes = positive.sort()
+    numbers = torch.bucketize(shares.abs(), (levels[1:] + levels[:-1]) / 2, out_int32=True)
+    found = codes.int().index_select(0, numbers.flatten()).view_as(numbers)
+    return found + 8 * ((shares < 0) & (found > 0))  # the eighth bit of a level is its sign
+
+
+def _quantize_4bit(
+    weight: torch.Tensor, block_size: int, nearest: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check_block_size(block_size)
     flat = weight.detach().reshape(-1)
-    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=flat.device)
-    between = (levels[1:] + levels[:-1]) / 2
     codes, scales = [], []
     step = max(_AT_ONCE // block_size, 1) * block_size
     for piece in flat.split(step):
@@ -55,7 +90,7 @@ def quantize_nf4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[to
         absmax = values.abs().amax(dim=1)
         _refuse_nonfinite(absmax)
         shares = values / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        numbers = torch.bucketize(shares, between, out_int32=True).to(torch.uint8).view(-1, 2)
+        numbers = nearest(shares).to(torch.uint8).view(-1, 2)
         codes.append((numbers[:, 0] << 4 | numbers[:, 1])[: (len(piece) + 1) // 2])
         scales.append(absmax)
     return torch.cat(codes), torch.cat(scales)
@@ -73,6 +108,32 @@ def dequantize_nf4(
     Raises:
         ParameterError: codes or absmax of another number of values than the shape has.
     """
+    return _dequantize_4bit(codes, absmax, shape, dtype, block_size, NF4_LEVELS)
+
+
+def dequantize_fp4(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    block_size: int = BLOCK_SIZE,
+) -> torch.Tensor:
+    """As `dequantize_nf4`, of what `quantize_fp4` left.
+
+    Raises:
+        ParameterError: as there.
+    """
+    return _dequantize_4bit(codes, absmax, shape, dtype, block_size, FP4_LEVELS)
+
+
+def _dequantize_4bit(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    block_size: int,
+    table: tuple[float, ...],
+) -> torch.Tensor:
     _check_block_size(block_size)
     n = torch.Size(shape).numel()
     if codes.numel() != (n + 1) // 2 or absmax.numel() != -(-n // block_size):
@@ -80,7 +141,7 @@ def dequantize_nf4(
             f"{codes.numel()} bytes and {absmax.numel()} scales do not make {list(shape)}: "
             f"{(n + 1) // 2} and {-(-n // block_size)} would, in blocks of {block_size}."
         )
-    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=codes.device)
+    levels = torch.tensor(table, dtype=torch.float32, device=codes.device)
     # The two levels of each byte, moved as one number of 64 bits.
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.int64).view(-1)  # [256]
     out = torch.empty(n, dtype=dtype, device=codes.device)
@@ -113,17 +174,52 @@ def dequantize_int8(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtyp
     return (codes.float() * (absmax.float() / 127)[:, None]).to(dtype)
 
 
-def quantised_and_back(weight: torch.Tensor, quant: str) -> torch.Tensor:
+@cache
+def _dynamic_levels() -> torch.Tensor:
+    """The 256 values of "bnb-int8", in order: of each power of ten from 1e-6 to 1 the middles of 1, 2, 4, … 64 equal
+    steps, both signs, and 0 and 1."""
+    found = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        middles = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        found += [middles, -middles]
+    return torch.cat(found).sort().values
+
+
+def quantize_bnb_int8(weight: torch.Tensor, absmax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes uint8 of the weight's shape, absmax float32 []) as bitsandbytes' `functional.quantize`.
+
+    Args:
+        absmax: the largest magnitude of the matrix, where only some of its rows are given.
+    Raises:
+        NumericsError: NaN or infinity in the weight.
+    """
+    values = weight.detach().float()
+    absmax = (values.abs().amax() if absmax is None else absmax).float()
+    _refuse_nonfinite(absmax)
+    levels = _dynamic_levels().to(values.device)
+    shares = values / absmax.clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8), absmax
+
+
+def dequantize_bnb_int8(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight that `quantize_bnb_int8` left."""
+    levels = _dynamic_levels().to(codes.device)
+    return (levels.index_select(0, codes.flatten().int()).view(codes.shape) * absmax.float()).to(dtype)
+
+
+def quantised_and_back(weight: torch.Tensor, quant: str, absmax: torch.Tensor | None = None) -> torch.Tensor:
     """What remains of a weight [out, in] when it is stored as `quant`: the same shape and dtype.
 
-    Rows may be given apart for "int8", and for "nf4" where they begin a block.
+    Rows may be given apart for "int8", for "nf4" and "fp4" where they begin a block, and for "bnb-int8" with `absmax`,
+    the largest magnitude of the whole matrix.
 
     Raises:
         ParameterError: no such storage.
         NumericsError: NaN or infinity in the weight.
     """
     check_quant(quant)
-    return weight if quant == "none" else PackedWeight(weight, quant).dense()
+    return weight if quant == "none" else PackedWeight(weight, quant, absmax).dense()
 
 
 def check_quant(quant: str) -> None:
@@ -148,12 +244,16 @@ class PackedWeight(nn.Module):
     """A weight stored in fewer bits: buffers `codes` and `absmax`. Its scales stay float32 whatever the model becomes.
 
     Args:
-        quant: "nf4" or "int8".
+        quant: of `QUANTS`, but for "none".
+        absmax: of "bnb-int8", where only some rows are given: the largest magnitude of all.
     """
 
-    def __init__(self, weight: torch.Tensor, quant: str):
+    def __init__(self, weight: torch.Tensor, quant: str, absmax: torch.Tensor | None = None):
         super().__init__()
-        codes, absmax = quantize_nf4(weight) if quant == "nf4" else quantize_int8(weight)
+        if quant == "bnb-int8":
+            codes, absmax = quantize_bnb_int8(weight, absmax)
+        else:
+            codes, absmax = {"nf4": quantize_nf4, "fp4": quantize_fp4, "int8": quantize_int8}[quant](weight)
         self.quant, self.shape, self.dtype = quant, tuple(weight.shape), weight.dtype
         self.codes: torch.Tensor
         self.absmax: torch.Tensor
@@ -162,8 +262,11 @@ class PackedWeight(nn.Module):
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight, in the dtype of the model or another one."""
-        if self.quant == "nf4":
-            return dequantize_nf4(self.codes, self.absmax, self.shape, dtype or self.dtype)
+        if self.quant in ("nf4", "fp4"):
+            back = dequantize_nf4 if self.quant == "nf4" else dequantize_fp4
+            return back(self.codes, self.absmax, self.shape, dtype or self.dtype)
+        if self.quant == "bnb-int8":
+            return dequantize_bnb_int8(self.codes, self.absmax, dtype or self.dtype)
         return dequantize_int8(self.codes, self.absmax, dtype or self.dtype)
 
     def _apply(self, fn, recurse=True):
@@ -233,7 +336,7 @@ class FrozenLinear(nn.Linear):
         """Called where the weight came after the layer: give what is added to it memory on the weight's device."""
 
     def pack(self, quant: str) -> None:
-        """Store the weight as "nf4" or "int8"; "none" leaves it.
+        """Store the weight as one of `QUANTS`; "none" leaves it.
 
         Raises:
             NumericsError: NaN or infinity in the weight.

@@ -14,6 +14,7 @@ from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.model.rwkv7 import fresh_layout
 from rwkv_lab.model.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 from rwkv_lab.names import is_block_matrix
+from rwkv_lab.peft.quantised import BITS
 from rwkv_lab.train.data import CORPORA, Corpus, load_corpus
 from rwkv_lab.train.examples import Examples
 from rwkv_lab.train.kinds.whole import fresh_vocabulary
@@ -23,7 +24,6 @@ from rwkv_lab.train.token_files import TokenCorpus
 
 # Numbers kept for the backward pass, per token and channel of one layer: counted in RWKV-7 with the chunked operator.
 _KEPT_PER_CHANNEL = 66
-_BITS = {"nf4": 4 + 32 / 64, "int8": 8}  # per value; NF4 with a float32 scale per 64
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,7 +100,7 @@ def make_plan(spec: TrainSpec) -> TrainPlan:
     packed = sum(frozen[name] for name in matrices)
     new = sum(values for name, _, values in trained if name not in whole)
     kept = sum(math.prod(shapes[name]) for name in whole)
-    weights = (sum(frozen.values()) - packed + kept) * size + packed * _BITS.get(resolved.quant, 0) / 8
+    weights = (sum(frozen.values()) - packed + kept) * size + packed * BITS.get(resolved.quant, 0) / 8
     wide = max(size, 4)  # of what is added to the model
     gradients = kept * size + new * wide
     corpus, material = _read(resolved, layout)

@@ -28,6 +28,7 @@ from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.model.device import parse_device
 from rwkv_lab.paths import path_fault
+from rwkv_lab.peft.quantised import QUANTS
 from rwkv_lab.spec import Number, OneOf, Patterns, Spec, Text
 
 Planned = tuple[str, tuple[int, ...], int]  # tensor, shape, values that are trained of or for it
@@ -229,7 +230,9 @@ class TrainSpec(Spec):
     train_parts: Names = Field(
         [], examples=[["emb", "head"]], description="trained beside adapters: emb, head, ln, time_state or patterns"
     )
-    quant: Literal["none", "int8", "nf4"] = Field("none", description="of frozen matrices: none, int8 or nf4")
+    quant: Annotated[str, OneOf(lambda: QUANTS)] = Field(
+        "none", description="of frozen matrices: none, int8, nf4, fp4 or bnb-int8"
+    )
     dtype: Annotated[Literal["float32", "float64", "bfloat16"], BeforeValidator(in_long)] = Field(
         "float32", description="of the model: float32, float64, bfloat16"
     )

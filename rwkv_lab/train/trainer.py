@@ -137,7 +137,7 @@ def train(
         alpha: of a LoRA, which is scaled by alpha / rank; None for twice the rank.
         targets: layers to adapt, such as "att.key", or patterns; None for all matrices of the blocks.
         train_parts: what an adapter's training trains besides: "emb", "head", "ln", "time", "time_state", patterns.
-        quant: "none", "int8" or "nf4": how the frozen matrices are stored.
+        quant: of `rwkv_lab.peft.quantised.QUANTS`: how the frozen matrices are stored.
         dtype: "float32", "float64" or "bfloat16", of the model; states, and adapters of a bfloat16 model, are float32.
         autocast: "bfloat16", or on CUDA "float16": compute in it, keep the parameters in float32.
         gradient_checkpointing: keep less for the backward pass and compute it again.

@@ -4,9 +4,13 @@ import torch
 from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
 from rwkv_lab.peft import (
     NF4Linear,
+    dequantize_bnb_int8,
+    dequantize_fp4,
     dequantize_int8,
     dequantize_nf4,
     quantised_and_back,
+    quantize_bnb_int8,
+    quantize_fp4,
     quantize_int8,
     quantize_nf4,
 )
@@ -92,11 +96,67 @@ def test_int8_is_within_half_a_step(shape, dtype):
     assert dequantize_int8(codes, absmax, dtype).dtype == dtype
 
 
-@pytest.mark.parametrize("quant", ["nf4", "int8"])
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
 def test_rows_quantise_alone(quant):
     weight = weight_of((12, 128), torch.bfloat16)
     pieces = [quantised_and_back(weight[i : i + 3], quant) for i in range(0, 12, 3)]
     assert torch.equal(torch.cat(pieces), quantised_and_back(weight, quant))
+
+
+def test_rows_of_one_scale_need_the_matrix_s():
+    weight = weight_of((12, 128), torch.bfloat16)
+    absmax = weight.float().abs().max()
+    pieces = [quantised_and_back(weight[i : i + 5], "bnb-int8", absmax) for i in range(0, 12, 5)]
+    assert torch.equal(torch.cat(pieces), quantised_and_back(weight, "bnb-int8"))
+
+
+FP4 = torch.tensor([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4], dtype=torch.float64)  # by code
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp4_is_the_nearest_level(shape, dtype):
+    weight = weight_of(shape, dtype)
+    back = quantised_and_back(weight, "fp4")
+    flat = weight.flatten().double()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % 64)).view(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True).clamp_min(1e-300)
+    nearest = (blocks.abs()[..., None] / scale[..., None] - FP4).abs().amin(-1) * scale
+    error = (torch.nn.functional.pad(back.flatten().double(), (0, -len(flat) % 64)).view(-1, 64) - blocks).abs()
+    assert bool((error <= nearest + (1e-6 + torch.finfo(dtype).eps) * scale).all())
+    assert back.dtype == dtype
+    once = quantised_and_back(weight.float(), "fp4")
+    assert torch.equal(quantised_and_back(once, "fp4"), once)
+
+
+def test_fp4_as_published():
+    """64 even steps from -1 to 1: what bitsandbytes 0.50.2 makes of them."""
+    codes, absmax = quantize_fp4(torch.linspace(-1, 1, 64))
+    assert codes.tolist() == [
+        *(187, 187, 187, 170, 170, 170, 170, 221, 221, 220, 204, 207, 254, 238, 233, 153),
+        *(17, 22, 102, 103, 116, 68, 69, 85, 85, 34, 34, 34, 34, 51, 51, 51),
+    ]
+    assert absmax.tolist() == [1]
+
+
+def test_bnb_int8_as_published():
+    """Its 256 values are denser near 0, symmetric but for 0 and 1; one scale for the whole matrix."""
+    codes, absmax = quantize_bnb_int8(torch.tensor([[2.0, -2.0, 0.0], [1e-6, 1.0, -0.5]]))
+    assert absmax == 2 and codes[0].tolist() == [255, 0, 127]
+    values = dequantize_bnb_int8(torch.arange(256, dtype=torch.uint8), torch.tensor(1.0)).double()
+    assert values[[0, 1, 126, 127, 128, 254, 255]].tolist() == pytest.approx(
+        [-0.99296875, -0.97890625, -5.5e-7, 0, 5.5e-7, 0.99296875, 1]
+    )
+    assert torch.equal(values[128:255], -values[:127].flip(0)) and bool((values.diff() > 0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bnb_int8_is_the_nearest_value(dtype):
+    weight = weight_of((40, 33), dtype)
+    values = dequantize_bnb_int8(torch.arange(256, dtype=torch.uint8), weight.float().abs().max()).double()
+    nearest = (weight.double().flatten()[:, None] - values).abs().amin(1)
+    error = (quantised_and_back(weight, "bnb-int8").double() - weight.double()).abs().flatten()
+    assert bool((error <= nearest + 2 * torch.finfo(dtype).eps * weight.double().abs().max()).all())
 
 
 def test_a_layer_of_its_own():
@@ -118,7 +178,7 @@ def test_a_layer_of_its_own():
 def test_what_cannot_be_quantised(value):
     weight = torch.zeros(3, 64)
     weight[1, 5] = value
-    for quantise in (quantize_nf4, quantize_int8):
+    for quantise in (quantize_nf4, quantize_fp4, quantize_int8, quantize_bnb_int8):
         with pytest.raises(NumericsError, match="NaN or infinity"):
             quantise(weight)
     with pytest.raises(ParameterError, match="nf4"):
@@ -149,6 +209,24 @@ def test_bitsandbytes(shape, dtype):
     assert torch.equal(dequantize_nf4(found, scales, shape, dtype), functional.dequantize_4bit(data, state))
     with pytest.raises(LayoutError, match="fp4"):
         nf4_from_bitsandbytes(*functional.quantize_fp4(weight))
+    data, state = functional.quantize_fp4(weight)
+    codes, absmax = quantize_fp4(weight)
+    assert torch.equal(state.absmax, absmax)
+    ours, theirs = dequantize_fp4(codes, absmax, shape, dtype).double(), functional.dequantize_fp4(data, state).double()
+    if dtype == torch.float32:
+        assert torch.equal(ours, theirs)
+    # Halves hit the middle of two levels: their CPU code takes negative ones down, their CUDA code and ours to 0.
+    share = weight.double() / absmax.repeat_interleave(64)[: weight.numel()].view(shape).clamp_min(1e-30)
+    middles = FP4.sort().values
+    middles = (middles[1:] + middles[:-1]) / 2
+    tie = (share.abs()[..., None] - middles).abs().amin(-1) < 1e-6
+    assert torch.equal(ours[~tie], theirs[~tie]) and tie.double().mean() < 0.01
+    whole = weight.float()  # their functional.quantize is gone since 0.44: one block as large as the matrix is the same
+    code = functional.create_dynamic_map()
+    if whole.numel() <= 4096:
+        data, state = functional.quantize_blockwise(whole, code=code, blocksize=4096)
+        assert torch.equal(quantised_and_back(whole, "bnb-int8"), functional.dequantize_blockwise(data, state))
+    assert torch.equal(dequantize_bnb_int8(torch.arange(256, dtype=torch.uint8), torch.tensor(1.0)), code)
     rows, scales, _ = functional.int8_vectorwise_quant(weight.half())
     codes, absmax = quantize_int8(weight.half())
     assert torch.equal(rows, codes) and torch.equal(scales, absmax)

@@ -34,6 +34,15 @@ _LEVELS = torch.tensor(
     dtype=torch.float64,
 )
 
+_FP4 = [0.0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0]
+# Per power of ten 1, 2, 4, … 64 even steps from a tenth to the whole of it, by their middles.
+_DYNAMIC = [(0.1 + 0.9 * (k + 0.5) / 2**i) * 10 ** (i - 6) for i in range(7) for k in range(2**i)]
+_TABLES = {
+    "nf4": _LEVELS,
+    "fp4": torch.tensor(sorted({s * level for s in (-1, 1) for level in _FP4}), dtype=torch.float64),
+    "bnb-int8": torch.tensor(sorted([0.0, 1.0, *_DYNAMIC, *(-v for v in _DYNAMIC)]), dtype=torch.float64),
+}
+
 Parts = dict[str, Tensor]  # of one matrix: "A", "B", "A0", "B0", "alpha" or "block"
 Bounded = tuple[Tensor, Tensor]  # values and the most that each may be off, float64 [out, in]
 
@@ -255,16 +264,17 @@ def _quantised(now: Bounded, quant: str) -> Bounded:
         near = ((share - share.floor()) - 0.5).abs() <= unsure
         found = share.round() * step
         return found, found.abs() * (off.amax(1, keepdim=True) / top.clamp_min(1e-300) + 4 * _SINGLE) + near * step
+    levels = _TABLES[quant]
     flat, wrong = values.reshape(-1), off.reshape(-1)
-    pad = -len(flat) % 64
-    x, e = (torch.nn.functional.pad(t, (0, pad)).view(-1, 64) for t in (flat, wrong))
+    block = len(flat) if quant == "bnb-int8" else 64  # values that share a scale
+    x, e = (torch.nn.functional.pad(t, (0, -len(flat) % block)).view(-1, block) for t in (flat, wrong))
     top, loose = x.abs().amax(1, keepdim=True).clamp_min(1e-300), e.amax(1, keepdim=True)
     share, unsure = x / top, (e + loose) / top + 8 * _SINGLE
-    middles = (_LEVELS[1:] + _LEVELS[:-1]) / 2
+    middles = (levels[1:] + levels[:-1]) / 2
     code = torch.searchsorted(middles, share)
     edges = torch.nn.functional.pad(middles, (1, 1), value=math.inf)
     near = torch.minimum((share - edges[code]).abs(), (share - edges[code + 1]).abs()) <= unsure
-    widest = float((_LEVELS[1:] - _LEVELS[:-1]).max())
-    found = _LEVELS[code] * top
-    bound = _LEVELS[code].abs() * loose + 4 * _SINGLE * found.abs() + near * widest * top
+    widest = float((levels[1:] - levels[:-1]).max())
+    found = levels[code] * top
+    bound = levels[code].abs() * loose + 4 * _SINGLE * found.abs() + near * widest * top
     return found.reshape(-1)[: len(flat)].view_as(values), bound.reshape(-1)[: len(flat)].view_as(values)
