@@ -53,7 +53,7 @@ def quantize_nf4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[to
         NumericsError: NaN or infinity in the weight.
         ParameterError: a block size that is no positive even number.
     """
-    return _quantize_4bit(weight, block_size, _nearest_nf4)
+    return _to_4bit(weight, block_size, _nearest_nf4)
 
 
 def quantize_fp4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +62,7 @@ def quantize_fp4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[to
     Raises:
         NumericsError, ParameterError: as there.
     """
-    return _quantize_4bit(weight, block_size, _nearest_fp4)
+    return _to_4bit(weight, block_size, _nearest_fp4)
 
 
 def _nearest_nf4(shares: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def _nearest_fp4(shares: torch.Tensor) -> torch.Tensor:
     return found + 8 * ((shares < 0) & (found > 0))  # the eighth bit of a level is its sign
 
 
-def _quantize_4bit(
+def _to_4bit(
     weight: torch.Tensor, block_size: int, nearest: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_block_size(block_size)
@@ -108,7 +108,7 @@ def dequantize_nf4(
     Raises:
         ParameterError: codes or absmax of another number of values than the shape has.
     """
-    return _dequantize_4bit(codes, absmax, shape, dtype, block_size, NF4_LEVELS)
+    return _from_4bit(codes, absmax, shape, dtype, block_size, NF4_LEVELS)
 
 
 def dequantize_fp4(
@@ -123,10 +123,10 @@ def dequantize_fp4(
     Raises:
         ParameterError: as there.
     """
-    return _dequantize_4bit(codes, absmax, shape, dtype, block_size, FP4_LEVELS)
+    return _from_4bit(codes, absmax, shape, dtype, block_size, FP4_LEVELS)
 
 
-def _dequantize_4bit(
+def _from_4bit(
     codes: torch.Tensor,
     absmax: torch.Tensor,
     shape: tuple[int, ...],
