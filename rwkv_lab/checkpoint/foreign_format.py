@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_lab.checkpoint.dimensions import Layout
+from rwkv_lab.checkpoint.dimensions import Layout, Shape
 from rwkv_lab.checkpoint.source import Derived, TensorInfo, dense_stride
 from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
 
@@ -125,6 +125,14 @@ def _nothing(layout: Layout) -> Sequence[str]:
     return ()
 
 
+def _none(layout: Layout) -> Mapping[str, Shape]:
+    return {}
+
+
+def _as_wanted(name: str, shape: Shape, wanted: torch.dtype) -> torch.dtype:
+    return wanted
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a file or folder states beside its tensors."""
@@ -154,6 +162,9 @@ class ForeignFormat:
         group_norm_eps: of `att.ln_x` by the facts and the head size; None where they do not state it.
         notes: `layout` -> what its readers do otherwise than the checkpoint means, in words.
         dtype: the only one that its readers take; None for any.
+        dtype_of: `(name of theirs, shape, wanted dtype)` -> the one that its readers take for this tensor.
+        unread: `layout` -> name and shape of what its readers ask for and make no use of: zeros are written.
+        quantised: names of theirs that may be written in blocks of fewer bits.
     """
 
     name: str
@@ -172,6 +183,9 @@ class ForeignFormat:
     group_norm_eps: Callable[[Facts, int], float | None] = recorded_eps
     notes: Callable[[Layout], Sequence[str]] = _nothing
     dtype: torch.dtype | None = None
+    dtype_of: Callable[[str, Shape, torch.dtype], torch.dtype] = _as_wanted
+    unread: Callable[[Layout], Mapping[str, Shape]] = _none
+    quantised: Collection[str] = ()
 
     @property
     def rescales(self) -> bool:
@@ -285,6 +299,9 @@ def ours_of(row: Row, info: TensorInfo, at: Place) -> list[TensorInfo]:
 
 def _part(row: Row, info: TensorInfo, at: Place, whole: Tensor, part: Tensor, k: int) -> TensorInfo:
     shape = tuple(part.shape)
+    same_order = part is whole or (part._base is whole and part.is_contiguous() and part.numel() == whole.numel())
+    if info.derived is not None and same_order:
+        return replace(info, shape=shape)
     if info.derived is None and (part is whole or part._base is whole):
         stride = None if dense_stride(shape, part.stride()) else part.stride()
         view = replace(

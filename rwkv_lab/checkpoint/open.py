@@ -156,8 +156,8 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a torch zip `.pth`, a `.safetensors`, a Hugging Face folder (one file, or shards with their index) or an
-    adapter folder. Tensors of a foreign format (`rwkv_lab.checkpoint.formats`) come under BlinkDL's names.
+    """Open a torch zip `.pth`, a `.safetensors`, a `.gguf`, a Hugging Face folder (one file, or shards with their
+    index) or an adapter folder. Tensors of a foreign format (`rwkv_lab.checkpoint.formats`) come under BlinkDL's names.
 
     Only headers are read. No pickle is ever run. Prefixes of wrappers (`module.`, `_orig_mod.`, …) are taken off the
     names; `prefixes` has them.
@@ -246,9 +246,7 @@ def _not_a_checkpoint(path: Path, head: bytes, size: int) -> Exception:
             f"{path} is a bare pickle, which can run code when it is read; nothing was run.\n"
             "Save it again with a current torch.save(model.state_dict(), ...) where it comes from."
         )
-    if head.startswith(b"GGUF"):
-        return CorruptFileError(f"{path} is a GGUF file; rwkv_lab reads .pth and .safetensors")
-    return CorruptFileError(f"{path} is neither a torch zip (.pth) nor safetensors; it begins with {head[:8]!r}")
+    return CorruptFileError(f"{path} is neither a torch zip (.pth), safetensors nor GGUF; it begins with {head[:8]!r}")
 
 
 def _open_folder(ck: Checkpoint, folder: Path) -> None:

@@ -91,11 +91,13 @@ class Derived:
         compute: from its values to those of the tensor, of any shape: elements are taken in order. With a `unit`, from
             a flat run of whole units.
         unit: (elements of `of`, elements of the tensor that follow from them alone); None where all are needed.
+        quantised: the type in the file where it has fewer bits per value than `dtype`, such as "Q8_0".
     """
 
     of: "TensorInfo"
     compute: Callable[[torch.Tensor], torch.Tensor]
     unit: tuple[int, int] | None = None
+    quantised: str = ""
 
 
 @dataclass(frozen=True)

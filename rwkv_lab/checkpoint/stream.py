@@ -17,6 +17,7 @@ import torch
 from isal.isal_zlib import crc32
 
 from rwkv_lab.checkpoint.file_layout import FileLayout
+from rwkv_lab.checkpoint.gguf_types import BY_NAME as TENSOR_TYPES
 from rwkv_lab.checkpoint.numerics import all_finite, round_to
 from rwkv_lab.checkpoint.source import BLOCK, TensorInfo
 from rwkv_lab.errors import NumericsError
@@ -33,6 +34,7 @@ class OutTensor:
 
     `compute()` yields flat tensors, in order, whose values are rounded to `dtype` here, once. `watch(start, values,
     rounded)` is shown every piece of it, flat, before and after rounding; of bytes that are copied both are the same.
+    Of a quantised tensor (`shape` of its elements, `dtype` uint8) `compute()` yields the bytes of blocks.
     """
 
     name: str
@@ -41,13 +43,14 @@ class OutTensor:
     source: TensorInfo | None = None
     compute: Callable[[], Iterable[torch.Tensor]] | None = None
     watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
+    quantised: str = ""  # the type of its blocks, "Q8_0"
 
     @property
     def nbytes(self) -> int:
-        n = self.dtype.itemsize
+        n = 1
         for d in self.shape:
             n *= d
-        return n
+        return TENSOR_TYPES[self.quantised].bytes_of(n) if self.quantised else n * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Conversion: any format in, any format out."""
 
-from rwkv_lab.convert.convert import convert, run_convert, to_huggingface, to_pth, to_safetensors
+import rwkv_lab.convert.gguf_file  # noqa: F401  # makes the container known
+from rwkv_lab.convert.convert import convert, run_convert, to_gguf, to_huggingface, to_pth, to_safetensors
 from rwkv_lab.convert.plan import ConvertPlan, ConvertResult, ConvertRow, Dropped, Rounding
 from rwkv_lab.convert.planning import plan_convert
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
@@ -20,6 +21,7 @@ __all__ = [
     "plan_convert",
     "run_convert",
     "target_names",
+    "to_gguf",
     "to_huggingface",
     "to_pth",
     "to_safetensors",

@@ -34,12 +34,14 @@ class Container:
         size: bytes that `write` will write, exactly.
         write: `(path, content, overwrite, refuse)` -> what is wrong with the values. Streams; whole or not at all. With
             `refuse`, NaN, Inf and overflow raise NumericsError.
+        notes: what such an output cannot hold of the content, in words.
     """
 
     name: str
     suffixes: tuple[str, ...]
     size: Callable[[Content], int]
     write: Callable[[Path, Content, bool, bool], list[Findings]]
+    notes: Callable[[Content], Sequence[str]] = lambda content: ()
 
     @property
     def is_folder(self) -> bool:

@@ -40,7 +40,8 @@ def convert(
         source: a model, adapter or state: .pth, .safetensors, or a folder, also of another ecosystem.
         to: "transformers", "fla", "world", … for what reads it, or "safetensors" and "pth" for BlinkDL's own names.
         out: a folder for "transformers", "fla" and "world", a file for the others.
-        dtype: "bf16", "fp16" or "fp32" for every tensor; None keeps each tensor's own.
+        dtype: "bf16", "fp16" or "fp32" for every tensor, of "gguf" also "Q8_0" or "Q4_0" for its matrices; None keeps
+            each tensor's own.
         max_shard_size: of a folder, tensor data per file: "2GB", "500MB" or bytes.
         tokenizer: "world", "bytes" or the path of a vocabulary; "" for what the vocabulary's size tells.
         size: what the model is called, such as "0.4B"; it is checked against the weights.
@@ -88,6 +89,17 @@ def to_huggingface(source: AnyPath, out: AnyPath, **options: object) -> ConvertR
             raise LayoutError(f"{ck.path} is no whole model ({ck.kind}): {ck.reason}.")
         target = hugging_face_target(ck.layout)
     return convert(source, target, out, **options)  # type: ignore[arg-type]
+
+
+def to_gguf(source: AnyPath, out: AnyPath, **options: object) -> ConvertResult:
+    """Write a GGUF file, which llama.cpp and its relatives read; vocabulary and chat template are in it.
+
+    Args:
+        options: as of `convert`; `dtype` may be "F32", "F16", "BF16", "Q8_0" or "Q4_0".
+    Raises:
+        RwkvLabError: as `convert`; LayoutError for a source that is no whole model of RWKV-6 or 7.
+    """
+    return convert(source, "gguf", out, **options)  # type: ignore[arg-type]
 
 
 def to_safetensors(source: AnyPath, out: AnyPath, **options: object) -> ConvertResult:

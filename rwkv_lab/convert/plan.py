@@ -26,6 +26,7 @@ class ConvertRow:
     shape: tuple[int, ...]
     dtype: torch.dtype
     nbytes: int
+    quantised: str = ""  # the type of its blocks, "Q8_0"; dtype is uint8 then
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, tensors_of
 from rwkv_lab.checkpoint.dimensions import Shape
-from rwkv_lab.checkpoint.foreign_format import RESCALED, ForeignFormat, Place, PlacedRow, placed_rows
+from rwkv_lab.checkpoint.foreign_format import RESCALED, ForeignFormat, Place, PlacedRow, general_name, placed_rows
+from rwkv_lab.checkpoint.gguf_types import BY_NAME
 from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
 from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance
 from rwkv_lab.checkpoint.source import BLOCK
@@ -19,6 +21,7 @@ from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
 from rwkv_lab.checkpoint.unchanged import file_states
 from rwkv_lab.convert.containers import CONTAINERS, Container, Content
 from rwkv_lab.convert.plan import ConvertPlan, ConvertRow, Dropped
+from rwkv_lab.convert.quantised import fits, quantised, require_gguf
 from rwkv_lab.convert.spec import SIZES, ConvertOptions, ConvertSpec
 from rwkv_lab.convert.targets import PLAIN, format_for
 from rwkv_lab.convert.tokenizer_files import generation_config, model_tokenizer, tokenizer_files
@@ -30,6 +33,8 @@ from rwkv_lab.paths import to_path
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _FILES = (".pth", ".safetensors", ".st", ".gguf", ".bin")  # no folder is called so
 _END_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+_STREAMED = ("copy", "cast", "quantised")  # actions that take a tensor block by block
 
 Tensors = list[tuple[ConvertRow, OutTensor]]
 
@@ -65,6 +70,7 @@ def _plan(ck: Checkpoint, spec: ConvertSpec, out: Path, options: ConvertOptions)
         content, dropped = _by_table(ck, spec, known, layout)
         notes = list(known.notes(layout))
         tokenizer, why_none = model_tokenizer(spec.tokenizer, layout.vocab_size)
+        notes += _about_quantised(spec, content, known)
         if container.is_folder:
             others = _others(known, layout, spec, [tensor for _, tensor in content], tokenizer)
             notes += [f"No tokenizer is written: pass tokenizer=…. {why_none}"] if tokenizer is None else []
@@ -89,11 +95,24 @@ def _plan(ck: Checkpoint, spec: ConvertSpec, out: Path, options: ConvertOptions)
         disk_free=disk_free,
         memory_needed=memory,
         memory_free=memory_free,
-        notes=(*notes, *_left_behind(ck)),
+        notes=(*notes, *container.notes(output), *_left_behind(ck)),
         checkpoint=ck,
         states=file_states(ck),
         content=output,
     )
+
+
+def _about_quantised(spec: ConvertSpec, content: Tensors, known: ForeignFormat) -> list[str]:
+    """Matrices that were to be quantised and are not, in words."""
+    if not spec.quantised:
+        return []
+    names = {row.name for row, _ in content if general_name(row.name)[0] in known.quantised and not row.quantised}
+    if not names:
+        return []
+    return [
+        f"{len(names)} matrices keep float16: their rows are no multiple of {BY_NAME[spec.quantised].elements} values "
+        f"({', '.join(sorted(names)[:3])})."
+    ]
 
 
 def _left_behind(ck: Checkpoint) -> list[str]:
@@ -103,6 +122,8 @@ def _left_behind(ck: Checkpoint) -> list[str]:
         notes.append(
             f"{len(ck.others)} entries that are no tensors stay behind: {', '.join(map(str, ck.others))[:80]}."
         )
+    kinds = Counter(t.derived.quantised for t in ck.stored.values() if t.derived is not None)
+    notes += [f"{n} tensors of the source are {kind}, dequantised to float32." for kind, n in kinds.items() if kind]
     eps = ck.group_norm_eps
     if eps is not None and abs(eps - 64e-5) > 1e-9:
         notes.append(f"The source states group_norm_eps={eps:.3g}, not 0.00064; only its config.json records that.")
@@ -158,6 +179,12 @@ def _completed(spec: ConvertSpec, known: ForeignFormat | None, layout: Layout | 
         )
     if spec.rescale and (known is None or not known.rescales):
         raise ParameterError(f"rescale={spec.rescale}: to={spec.to!r} has no place for rescaled weights.")
+    if spec.quantised:
+        if known is None or not known.quantised:
+            raise ParameterError(f"dtype={spec.dtype!r}: to={spec.to!r} has no quantised tensors; bf16, fp16 or fp32.")
+        if spec.rescale:
+            raise ParameterError(f"rescale={spec.rescale}: it goes with floats, not with dtype={spec.dtype!r}.")
+        require_gguf(f"dtype={spec.dtype!r}")
     if known is None or known.dtype is None:
         return spec
     name = short_name(known.dtype)
@@ -213,13 +240,30 @@ def _by_table(ck: Checkpoint, spec: ConvertSpec, known: ForeignFormat, layout: L
     for placed in placed_rows(known, left, layout.n_layer):
         at = Place(placed.layer, layout.head_size, spec.rescale)
         infos = [left.pop(name) for name in placed.ours]
-        content.append(_transformed(placed, infos, [shapes[name] for name in placed.ours], at, spec.output_dtype))
+        made = _transformed(placed, infos, [shapes[name] for name in placed.ours], at, spec.output_dtype, known)
+        content.append(_quantised(*made, spec.quantised) if placed.row.theirs in known.quantised else made)
     if left:
         raise LayoutError(
             f"{len(left)} tensors of {ck.path} have no place in {known.described}: {', '.join(list(left)[:5])}.\n"
             "Remove them, or write safetensors or pth."
         )
-    return content, dropped
+    return content + [_zeros(name, shape, known, spec) for name, shape in known.unread(layout).items()], dropped
+
+
+def _zeros(name: str, shape: Shape, known: ForeignFormat, spec: ConvertSpec) -> tuple[ConvertRow, OutTensor]:
+    """A tensor that the format's readers ask for and make no use of."""
+    dtype = known.dtype_of(name, shape, spec.output_dtype or torch.float32)
+    tensor = OutTensor(name, shape, dtype, compute=lambda: [torch.zeros(shape, dtype=dtype).flatten()])
+    return ConvertRow(name, (), "zeros: asked for, not used", shape, dtype, tensor.nbytes), tensor
+
+
+def _quantised(row: ConvertRow, tensor: OutTensor, kind: str) -> tuple[ConvertRow, OutTensor]:
+    """The same in blocks of a type, where it is asked for and rows are whole blocks."""
+    if not kind or not fits(tensor.shape, kind):
+        return row, tensor
+    made = quantised(tensor, kind)
+    action = "quantised" if row.action in _STREAMED else f"{row.action}; quantised"
+    return replace(row, action=action, dtype=made.dtype, nbytes=made.nbytes, quantised=kind), made
 
 
 def _copied(
@@ -232,13 +276,19 @@ def _copied(
 
 
 def _transformed(
-    placed: PlacedRow, infos: list[TensorInfo], shapes: list[Shape], at: Place, dtype: torch.dtype | None
+    placed: PlacedRow,
+    infos: list[TensorInfo],
+    shapes: list[Shape],
+    at: Place,
+    dtype: torch.dtype | None,
+    known: ForeignFormat,
 ) -> tuple[ConvertRow, OutTensor]:
     """A tensor of the format from one or several of ours, in BlinkDL's shapes whatever the source's are."""
     forward = placed.row.transform.forward
     ours = [torch.empty(shape, dtype=info.dtype, device="meta") for shape, info in zip(shapes, infos, strict=True)]
     theirs = forward(ours, at)
-    shape, wanted = tuple(theirs.shape), dtype or theirs.dtype
+    shape = tuple(theirs.shape)
+    wanted = known.dtype_of(placed.theirs, shape, dtype or theirs.dtype)
     if (theirs is ours[0] or theirs._base is ours[0]) and theirs.is_contiguous() and theirs.numel() == ours[0].numel():
         return _copied(placed.theirs, placed.ours, infos[0], shape, wanted)
 
@@ -281,6 +331,6 @@ def _others(
 
 def _memory_needed(ck: Checkpoint, content: Tensors) -> int:
     """Upper bound of the anonymous memory: each thread's blocks, and tensors that are transformed whole."""
-    whole = max((t.nbytes for row, t in content if row.action not in ("copy", "cast")), default=0)
+    whole = max((t.nbytes for row, t in content if row.action not in _STREAMED), default=0)
     gathered = max((t.gathered for t in ck.info.values()), default=0)
     return WORKERS * (48 * BLOCK + 3 * whole + gathered)

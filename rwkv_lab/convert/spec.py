@@ -14,6 +14,7 @@ from rwkv_lab.paths import path_fault
 from rwkv_lab.spec import OneOf, Spec
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+QUANTISED = ("Q8_0", "Q4_0")  # what GGUF files can be written in beside floats
 SIZES = {  # name -> (layers, channels) of the models that are called so
     "169M": [(12, 768)],
     "430M": [(24, 1024)],
@@ -52,6 +53,13 @@ def _bytes(value: Any) -> Any:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
+def _dtype(value: Any) -> Any:
+    """Its short name, in any spelling."""
+    if isinstance(value, str) and value.strip().upper() in QUANTISED:
+        return value.strip().upper()
+    return in_short(value)
+
+
 AbsolutePath = Annotated[Path, BeforeValidator(_path)]
 
 
@@ -60,8 +68,8 @@ class ConvertSpec(Spec):
 
     source: AbsolutePath = Field(description="a model, adapter or state: file or folder, of any format that is read")
     to: Annotated[str, OneOf(target_names)] = Field(description="the format to write")
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, BeforeValidator(in_short)] = Field(
-        None, description="bf16, fp16 or fp32 for every tensor; empty: each keeps its own"
+    dtype: Annotated[Literal["bf16", "fp16", "fp32", "Q8_0", "Q4_0"] | None, BeforeValidator(_dtype)] = Field(
+        None, description="bf16, fp16 or fp32 for every tensor, Q8_0 or Q4_0 of gguf; empty: each keeps its own"
     )
     max_shard_size: Annotated[int, BeforeValidator(_bytes), Field(ge=1)] = Field(
         5 * 10**9, description='of a folder: tensor data per file, "2GB", "500MB" or a number of bytes'
@@ -77,9 +85,14 @@ class ConvertSpec(Spec):
     allow_nonfinite: bool = Field(False, description="record NaN, Inf and overflow instead of refusing them")
 
     @property
+    def quantised(self) -> str:
+        """The type of blocks that matrices are quantised to; "" where they are not."""
+        return self.dtype if self.dtype in QUANTISED else ""
+
+    @property
     def output_dtype(self) -> torch.dtype | None:
-        """The dtype of every tensor of the output; None: each keeps its own."""
-        return None if self.dtype is None else to_dtype(self.dtype)
+        """The dtype of every tensor of the output that is not quantised; None: each keeps its own."""
+        return None if self.dtype is None else to_dtype("fp16" if self.quantised else self.dtype)
 
     def recipe(self) -> dict[str, Any]:
         """Everything but the source, JSON-ready: what the provenance records."""

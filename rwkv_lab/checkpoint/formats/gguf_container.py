@@ -1,0 +1,52 @@
+"""GGUF, the container of llama.cpp and its relatives. Quantised tensors are read as float32, block by block."""
+
+import torch
+from torch import Tensor
+
+from rwkv_lab.checkpoint.format import Format, Header, register
+from rwkv_lab.checkpoint.gguf_header import GgufTensor, read_gguf_header
+from rwkv_lab.checkpoint.gguf_types import MAGIC, TensorType
+from rwkv_lab.checkpoint.source import Derived, SourceFile, TensorInfo
+from rwkv_lab.errors import ParameterError
+
+ARCHITECTURES = ("rwkv6", "rwkv7")
+
+
+def _read(file: SourceFile) -> Header:
+    tensors, values = read_gguf_header(file, ARCHITECTURES)
+    return Header({t.name: _info(t, file) for t in tensors}, metadata=values)
+
+
+def _info(t: GgufTensor, file: SourceFile) -> TensorInfo:
+    if t.type.dtype is not None:
+        return TensorInfo(t.name, t.shape, t.type.dtype, file, t.offset)
+    raw = TensorInfo(t.name, (t.nbytes,), torch.uint8, file, t.offset)
+    unit = (t.type.nbytes, t.type.elements)
+    derived = Derived(raw, lambda values: dequantised(values, t.type), unit, t.type.name)
+    return TensorInfo(t.name, t.shape, torch.float32, file, t.offset, derived=derived)
+
+
+def dequantised(data: Tensor, kind: TensorType) -> Tensor:
+    """Flat float32 values of whole blocks, which are given as flat uint8.
+
+    Raises:
+        ParameterError: the package gguf is not installed.
+    """
+    try:
+        from gguf import GGMLQuantizationType, dequantize
+    except ImportError as e:
+        raise ParameterError(
+            f"{kind.name} tensors of a GGUF file need the package gguf.\nInstall it: pip install 'rwkv_lab[convert]'"
+        ) from e
+    return torch.from_numpy(dequantize(data.numpy(), GGMLQuantizationType(kind.number)).reshape(-1))
+
+
+register(
+    Format(
+        name="gguf",
+        described="a GGUF model",
+        suffixes=(".gguf",),
+        recognise=lambda head, size: head.startswith(MAGIC),
+        read=_read,
+    )
+)

@@ -1,0 +1,64 @@
+"""What the two generations of RWKV that llama.cpp reads have in common in GGUF."""
+
+from collections.abc import Callable, Collection
+
+import torch
+
+from rwkv_lab.checkpoint.dimensions import Layout, Shape
+from rwkv_lab.checkpoint.foreign_format import Facts
+from rwkv_lab.errors import CorruptFileError
+
+NOT_READ = "llama.cpp starts from zeros and reads no state with a model"
+
+
+def whole_number(facts: Facts, key: str, default: int | None = None) -> int:
+    """A number of the header that must be 0 or more.
+
+    Raises:
+        CorruptFileError: it is something else, or missing without a default.
+    """
+    stated = facts.metadata.get(key)
+    if stated is None and default is not None:
+        return default
+    if stated is None or not stated.isdecimal():
+        raise CorruptFileError(f"{key} is {stated or 'missing'} in the header of the GGUF file; a number is expected.")
+    return int(stated)
+
+
+def head_size(facts: Facts, architecture: str) -> int:
+    """N, as the header states it.
+
+    Raises:
+        CorruptFileError: it does not, or 0.
+    """
+    key = f"{architecture}.wkv.head_size"
+    found = whole_number(facts, key)
+    if not found:
+        raise CorruptFileError(f"{key} is 0 in the header of the GGUF file.")
+    return found
+
+
+def group_norm_eps(facts: Facts, head_size: int) -> float:
+    """llama.cpp's, at any head size; it is BlinkDL's."""
+    return 64e-5
+
+
+def refused(layout: Layout) -> str:
+    """Why llama.cpp cannot take such a model."""
+    if layout.dim_att != layout.n_embd:
+        return f"llama.cpp has no attention of another width ({layout.dim_att}) than the channels ({layout.n_embd})"
+    return ""
+
+
+def vectors_in_float32(full: Collection[str]) -> Callable[[str, Shape, torch.dtype], torch.dtype]:
+    """`ForeignFormat.dtype_of`: llama.cpp computes with vectors, and with some tensors more, in float32 only.
+
+    Args:
+        full: those tensors, without layer and ".weight".
+    """
+
+    def dtype_of(name: str, shape: Shape, wanted: torch.dtype) -> torch.dtype:
+        kept = len(shape) == 1 or wanted == torch.float64 or name.split(".")[-2] in full
+        return torch.float32 if kept else wanted
+
+    return dtype_of

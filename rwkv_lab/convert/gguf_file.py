@@ -1,0 +1,30 @@
+"""A GGUF file as a container of conversions."""
+
+from pathlib import Path
+
+from rwkv_lab.checkpoint.file_layout import FileLayout
+from rwkv_lab.checkpoint.gguf_layout import gguf_layout
+from rwkv_lab.checkpoint.stream import Findings
+from rwkv_lab.checkpoint.write import write_stream
+from rwkv_lab.convert.containers import Container, Content, register_container
+from rwkv_lab.convert.gguf_values import VOCABULARIES, header_values
+
+
+def _layout(content: Content) -> FileLayout:
+    assert content.layout is not None, "only models become GGUF files"
+    values = header_values(content.layout, content.tensors, content.tokenizer, content.notes)
+    return gguf_layout(content.tensors, values)
+
+
+def _write(path: Path, content: Content, overwrite: bool, refuse: bool) -> list[Findings]:
+    return write_stream(path, content.tensors, _layout(content), overwrite, lambda t: True, refuse)
+
+
+def _notes(content: Content) -> list[str]:
+    if isinstance(content.tokenizer, VOCABULARIES):
+        return []
+    why = "pass tokenizer=…" if content.tokenizer is None else "GGUF files get that of World, or bytes"
+    return [f"The file has no vocabulary, so its readers take numbers of tokens only: {why}."]
+
+
+register_container(Container("gguf", (".gguf",), lambda content: _layout(content).size, _write, _notes))
