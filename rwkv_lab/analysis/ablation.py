@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rwkv_lab.analysis.texts import STANDARD, AnyCorpus, Reading
 from rwkv_lab.analysis.tuned_model import checked_model, set_tensors, why_not_run
 from rwkv_lab.analysis.tuning import Tuning, tensor_part
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual, bits_per_byte
 from rwkv_lab.names import split_block
+from rwkv_lab.train import Measurement, measure_held_out
 
 CTX_LEN = 256  # tokens of each window
 _WHAT = "which layers' tuning matters"
@@ -28,6 +30,8 @@ class Ablation:
     layers: dict[str, float] = field(default_factory=dict)  # "layer 3" or "outside the layers" -> bits per byte
     parts: dict[str, float] = field(default_factory=dict)  # "att.key" -> bits per byte; empty where there is one only
     checks: list[Check | NotApplicable] = field(default_factory=list)
+    with_tuning: Measurement | None = None  # of all that is held out of the data that was given
+    without: Measurement | None = None  # the same with the base
 
     @property
     def measured(self) -> bool:
@@ -35,27 +39,39 @@ class Ablation:
 
 
 @torch.no_grad()
-def measure_ablation(tuning: Tuning, names: Sequence[str], text: bytes, ctx_len: int = CTX_LEN) -> Ablation:
+def measure_ablation(
+    tuning: Tuning,
+    names: Sequence[str],
+    text: bytes,
+    ctx_len: int = CTX_LEN,
+    reading: Reading = STANDARD,
+    corpus: AnyCorpus | None = None,
+) -> Ablation:
     """Bits per byte with everything, with nothing, and without each layer's and each kind of tensor's tuning.
 
     Args:
         names: the changed tensors to ablate, of `tuning.names()`; the others stay tuned.
         text: nothing that was trained on, such as `rwkv_lab.analysis.texts.held_out_excerpts`.
         ctx_len: tokens of each window, which starts from a fresh state.
+        reading: whose tokenizer is used, and how `corpus` is measured.
+        corpus: what is measured too, whole, with all of the tuning and with none of it.
     """
     if reason := why_not_run(tuning):
         return Ablation(checks=[NotApplicable(_WHAT, reason)])
     model, same = checked_model(tuning)
     checks: list[Check | NotApplicable] = [same]
+    measure = lambda: corpus and measure_held_out(model, corpus, reading.window, most=most)  # noqa: E731
+    most = reading.most_for(sum(info.numel for info in tuning.base.info.values()))
     try:
-        tuned = bits_per_byte(model, text, ctx_len)
+        reading.name_tokenizer(model)
+        tuned, whole = bits_per_byte(model, text, ctx_len), measure()
     except ParameterError as e:  # the vocabulary does not tell its tokenizer
-        return Ablation(checks=[*checks, NotApplicable(_WHAT, str(e))])
+        return Ablation(checks=[*checks, NotApplicable(_WHAT, reading.why_unread(model, e))])
     layers, parts = (_without(model, tuning, groups, text, ctx_len) for groups in (_by_layer(names), _by_part(names)))
     again = bits_per_byte(model, text, ctx_len)
     checks.append(Check("bits per byte with all parts put back, less those at first", again - tuned, 0, again == tuned))
     set_tensors(model, tuning.names(), tuning.before)
-    return Ablation(tuned, bits_per_byte(model, text, ctx_len), layers, parts, checks)
+    return Ablation(tuned, bits_per_byte(model, text, ctx_len), layers, parts, checks, whole, measure())
 
 
 def _without(

@@ -4,33 +4,41 @@ import gc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from rwkv_lab.analysis.texts import fixed_tokens, held_out_text
+from rwkv_lab.analysis.texts import STANDARD, AnyCorpus, Reading, fixed_tokens
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checks import Check, NotApplicable
-from rwkv_lab.errors import LayoutError
+from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.machine import memory_free
 from rwkv_lab.merge import MergeResult
-from rwkv_lab.model import RWKV_Dual, bits_per_byte
+from rwkv_lab.merge.families import family_of
+from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.samples import Sample
-from rwkv_lab.train import CORPORA
+from rwkv_lab.train import (
+    Examples,
+    Measurement,
+    Question,
+    measure_held_out,
+    questions,
+)
 
-HELD_OUT = 4096  # bytes of each text that are scored
-CTX_LEN = 256  # bytes of each window
 _SAMPLE = 100  # tokens
-_PROMPTS = ("The ", "def ")
 _RUNS = "the merged model runs: logits that are NaN or Inf"
+_WITH_STATE = "base + state file"
 _SAME = "the merged model answers as its inputs do when they are loaded one by one"
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What was measured. Empty, with the reason among the checks, where the models cannot be run here."""
+    """What was measured. Empty where the models cannot be run or nothing can be read; `unread` states why."""
 
     bits: dict[str, dict[str, float]] = field(default_factory=dict)  # text -> model -> bits per byte, held out
+    measured: dict[str, Measurement] = field(default_factory=dict)  # text -> that of the base
+    unread: str = ""  # why there are neither bits nor samples, in a sentence
     samples: list[Sample] = field(default_factory=list)
     checks: list[Check | NotApplicable] = field(default_factory=list)
 
@@ -44,25 +52,35 @@ class Behaviour:
             parts.append(f"{text} {base:.3f} to {merged:.3f}, {share if merged != base else 'the same'}")
         return f"Bits per byte of held-out text, base to merged: {'; '.join(parts)}." if parts else ""
 
+    @property
+    def described(self) -> str:
+        """Which bytes and windows the bits per byte are of, for a figure or a report."""
+        return "; ".join(f"{text}: {measured.described}" for text, measured in self.measured.items())
+
 
 @dataclass(frozen=True)
 class _Outputs:
     logits: torch.Tensor  # [64, V] float32, after each of 64 fixed tokens
-    bits: dict[str, float]  # text -> bits per byte; empty unless tokens are bytes
-    samples: list[str]  # one per prompt; empty unless tokens are bytes
+    measured: dict[str, Measurement]  # by text; empty where nothing can be read
+    samples: list[tuple[Question, str]]
+    unread: str = ""
 
 
-def compare_behaviour(result: MergeResult, texts: Mapping[str, bytes] | None = None) -> Behaviour:
-    """Run the base, the merged file, and where there is one, an unmerged counterpart of it, one after the other.
+def compare_behaviour(result: MergeResult, reading: Reading = STANDARD) -> Behaviour:
+    """Run the base, the merged file, and what it was made of where that runs by itself, one after the other.
 
     The counterpart of a merged state is the base with the state file loaded beside it; of a whole fine-tune, that
-    file itself. Both must give the same logits and bits per byte as the merged file, to the last bit.
+    file itself. Both must give the same logits and bits per byte as the merged file, to the last bit. Models that were
+    mixed are measured beside the result.
 
     A merged model that does not load is a check that failed; a base that does not load says nothing of the merge.
 
     Args:
         result: of a merge that wrote its output. Inputs and output are opened again.
-        texts: name -> what is scored, where tokens are bytes; None for the beginnings of what all corpora hold out.
+        reading: what they read and continue.
+
+    Raises:
+        ParameterError, CorruptFileError: of the data; see `load_corpus`.
     """
     needed, free = 4 * sum(math.prod(r.shape) for r in result.plan.rows), memory_free()  # a model in float32
     if needed > free:
@@ -70,19 +88,19 @@ def compare_behaviour(result: MergeResult, texts: Mapping[str, bytes] | None = N
     beyond = _why_not_run(result)
     if beyond:
         return _not_measured(beyond)
-    bytewise = result.plan.layout.vocab_size in (256, 257)
-    if not bytewise:
-        texts = {}
-    elif texts is None:
-        texts = {name: held_out_text(name)[:HELD_OUT] for name in CORPORA}
+    corpora, most = reading.corpora(), reading.most_for(needed // 4)
+    run = lambda path: _outputs(RWKV_Dual.from_pretrained(path), reading, corpora, most)  # noqa: E731
     try:
-        base = _outputs(RWKV_Dual.from_pretrained(result.base), texts)
+        base = run(result.base)
     except LayoutError as e:
         return _not_measured(f"the base does not run here: {e}")
     try:
-        merged = _outputs(RWKV_Dual.from_pretrained(result.out), texts)
+        merged = run(result.out)
     except LayoutError as e:
-        return Behaviour(checks=[Check(_RUNS, str(e), 0, False), NotApplicable(_SAME, "the merged model does not run")])
+        return Behaviour(
+            unread="The merged model does not run.",
+            checks=[Check(_RUNS, str(e), 0, False), NotApplicable(_SAME, "the merged model does not run")],
+        )
     bad = int((~merged.logits.isfinite()).sum())
     if bad and result.recipe["allow_nonfinite"]:
         return _not_measured("values that are NaN or Inf were allowed into it")
@@ -90,17 +108,40 @@ def compare_behaviour(result: MergeResult, texts: Mapping[str, bytes] | None = N
     models = {"base": base, "merged": merged}
     name, why_not = _counterpart(result)
     if name:
-        models[name] = _load_counterpart(result, texts)
+        tuned = RWKV_Dual.from_pretrained(result.base if name == _WITH_STATE else result.tuned[0])
+        if name == _WITH_STATE:
+            tuned.load_state_file(result.tuned[0])
+        models[name] = _outputs(tuned, reading, corpora, most)
         checks += _compare(merged, models[name], name)
     else:
         checks.append(NotApplicable(_SAME, why_not))
+        models |= {name: run(path) for name, path in _mixed(result).items()}
     return Behaviour(
-        bits={text: {model: a.bits[text] for model, a in models.items() if a.bits} for text in base.bits},
-        samples=[
-            Sample(p, {"base": b, "merged": m}) for p, b, m in zip(_PROMPTS, base.samples, merged.samples, strict=False)
-        ],
+        bits={text: {n: m.measured[text].bits for n, m in models.items() if m.measured} for text in base.measured},
+        measured=base.measured,
+        unread=base.unread or merged.unread,
+        samples=_side_by_side(models),
         checks=checks,
     )
+
+
+def _mixed(result: MergeResult) -> dict[str, Path]:
+    """The models that were mixed, by the name of their file; none of other methods, whose tuned files do not run."""
+    if family_of(result.plan.method).kinds:  # what goes into the base is no model, or is in `_counterpart`
+        return {}
+    names = [path.stem for path in result.tuned]
+    numbered = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+    return dict(zip(numbered, result.tuned, strict=True))
+
+
+def _side_by_side(models: Mapping[str, _Outputs]) -> list[Sample]:
+    """What each model wrote after each prompt, after what stands there in the data, where it is a response."""
+    found = []
+    for i, (question, _) in enumerate(models["base"].samples):
+        texts = {name: outputs.samples[i][1] for name, outputs in models.items() if outputs.samples}
+        texts = {name: text for name, text in texts.items() if name != _WITH_STATE}  # the same as merged
+        found.append(Sample(question.prompt, ({"in the data": question.expected} if question.expected else {}) | texts))
+    return found
 
 
 def _why_not_run(result: MergeResult) -> str:
@@ -113,7 +154,8 @@ def _why_not_run(result: MergeResult) -> str:
 
 
 def _not_measured(reason: str) -> Behaviour:
-    return Behaviour(checks=[NotApplicable(_RUNS, reason), NotApplicable(_SAME, reason)])
+    why = f"Not run: {reason}."
+    return Behaviour(unread=why, checks=[NotApplicable(_RUNS, reason), NotApplicable(_SAME, reason)])
 
 
 def _counterpart(result: MergeResult) -> tuple[str, str]:
@@ -126,19 +168,11 @@ def _counterpart(result: MergeResult) -> tuple[str, str]:
     if result.plan.skipped:
         return "", f"include and exclude keep {len(result.plan.skipped)} tensors of the tuned file out"
     if recipe["method"] == "state":
-        return "base + state file", ""
+        return _WITH_STATE, ""
     with open_checkpoint(result.tuned[0]) as tuned:
         if tuned.kind == "model" and set(tuned.info) == {row.name for row in result.plan.rows}:
             return "tuned", ""
     return "", "the tuned file is a part of a model and does not run by itself"
-
-
-def _load_counterpart(result: MergeResult, texts: Mapping[str, bytes]) -> _Outputs:
-    if result.recipe["method"] != "state":
-        return _outputs(RWKV_Dual.from_pretrained(result.tuned[0]), texts)
-    model = RWKV_Dual.from_pretrained(result.base)
-    model.load_state_file(result.tuned[0])
-    return _outputs(model, texts)
 
 
 def _compare(merged: _Outputs, other: _Outputs, name: str) -> list[Check]:
@@ -146,8 +180,8 @@ def _compare(merged: _Outputs, other: _Outputs, name: str) -> list[Check]:
     checks = [
         Check(f"logits of 64 fixed tokens, merged against {name}: largest difference", difference, 0, difference == 0)
     ]
-    for text, bits in merged.bits.items():
-        apart = abs(bits - other.bits[text])
+    for text, measured in merged.measured.items():
+        apart = abs(measured.bits - other.measured[text].bits)
         checks.append(
             Check(f"bits per byte of held-out {text}, merged against {name}: difference", apart, 0, apart == 0)
         )
@@ -155,17 +189,26 @@ def _compare(merged: _Outputs, other: _Outputs, name: str) -> list[Check]:
 
 
 @torch.no_grad()
-def _outputs(model: RWKV_Dual, texts: Mapping[str, bytes]) -> _Outputs:
+def _outputs(model: RWKV_Dual, reading: Reading, corpora: Mapping[str, AnyCorpus], most: int | None) -> _Outputs:
+    """What a model predicts and writes; it is given up afterwards."""
     logits = model.parallel(fixed_tokens(model.layout.vocab_size))[0][0].float()
-    bits, samples = {}, []
-    if texts and bool(logits.isfinite().all()):
-        bits = {text: bits_per_byte(model, held_out, CTX_LEN) for text, held_out in texts.items()}
-        samples = [model.generate_with_streaming(p, _SAMPLE, temperature=0.7, top_p=0.9, seed=0) for p in _PROMPTS]
+    measured: dict[str, Measurement] = {}
+    samples: list[tuple[Question, str]] = []
+    unread = "" if bool(logits.isfinite().all()) else "Its logits are NaN or Inf."
+    if not unread:
+        try:
+            reading.name_tokenizer(model)
+            measured = {n: measure_held_out(model, c, reading.window, most=most) for n, c in corpora.items()}
+            samples = [pair for corpus in corpora.values() for pair in _answers(model, corpus)]
+        except ParameterError as e:
+            measured, samples, unread = {}, [], reading.why_unread(model, e)
     del model
     gc.collect()  # the next model may need that memory
-    return _Outputs(logits, bits, samples)
+    return _Outputs(logits, measured, samples, unread)
 
 
-def describe_texts() -> str:
-    """Which texts the bits per byte are of, for a figure or a report."""
-    return f"first {HELD_OUT:,} bytes held out of each text, windows of {CTX_LEN} bytes, float32"
+def _answers(model: RWKV_Dual, corpus: AnyCorpus) -> list[tuple[Question, str]]:
+    """What the model writes after prompts that go with a corpus; answers end where those of its examples do."""
+    stop = corpus.stop if isinstance(corpus, Examples) else ()
+    write = lambda prompt: model.generate_with_streaming(prompt, _SAMPLE, 0.7, 0.9, seed=0, stop=stop)  # noqa: E731
+    return [(question, write(question.prompt)) for question in questions(corpus, model)]

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from rwkv_lab.analysis.spectra import Spectrum, adapter_spectra, cosine, model_spectra
 from rwkv_lab.analysis.tuning import Tuning, tensor_part
 from rwkv_lab.checks import Check
@@ -27,6 +29,7 @@ class Changes:
     spectra: list[Spectrum]
     others: dict[str, float]  # tensor name -> ‖Δ‖ / ‖W‖; NaN beside zeros
     checks: list[Check] = field(default_factory=list)
+    heads: list[Spectrum] = field(default_factory=list)  # of a tuned state, "blocks.0.state.head 1": the base has zeros
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,21 @@ def measure_changes(tuning: Tuning, names: Sequence[str]) -> Changes:
         apart = max(_apart(tuning, s) for s in spectra)
         name = "‖Δ‖ from singular values, against Δ written out: largest relative difference"
         checks.append(Check(name, float(f"{apart:.1g}"), _AGREE, apart <= _AGREE))
-    return Changes(spectra, others, checks)
+    return Changes(spectra, others, checks, _heads(tuning, names))
+
+
+def _heads(tuning: Tuning, names: Sequence[str]) -> list[Spectrum]:
+    """The heads of a tuned state, where all of its layers are looked at and the base has none."""
+    states = tuning.state_names
+    if not states or not set(states) <= set(names) or any(name in tuning.base.info for name in states):
+        return []
+    state = tuning.state(tuning.after)  # [L,H,V,K]
+    return [
+        Spectrum(f"blocks.{layer}.state.head {head}", (V, K), torch.linalg.svdvals(state[layer, head]), 0.0, 0.0)
+        for L, H, V, K in [tuple(state.shape)]
+        for layer in range(L)
+        for head in range(H)
+    ]
 
 
 def compare_directions(one: Tuning, other: Tuning, names: Sequence[str]) -> Directions:

@@ -54,11 +54,14 @@ def state_heads(tuning: Tuning) -> StateHeads:
 
 
 @torch.no_grad()
-def measure_state_effect(tuning: Tuning, data: str = "python", texts: int = 16, length: int = 128) -> StateEffect:
+def measure_state_effect(
+    tuning: Tuning, data: str = "python", texts: int = 16, length: int = 128, tokenizer: str = ""
+) -> StateEffect:
     """How far the predictions with and without the state are apart by token position, and what the state gains.
 
     Args:
         data: the corpus whose held-out text is read, from `texts` places of it, `length` tokens each.
+        tokenizer: as in `load_tokenizer`; "" where the size of the vocabulary tells.
 
     Raises:
         LayoutError: a tuning without a state for every layer.
@@ -68,6 +71,8 @@ def measure_state_effect(tuning: Tuning, data: str = "python", texts: int = 16, 
     if reason := why_not_run(tuning):
         return StateEffect(checks=[NotApplicable("what the state does along a text", reason)])
     model = tuned_model(tuning)
+    if tokenizer:
+        model.tokenizer = tokenizer
     tokens, source = tokens_to_read(model, texts, length + 1, data)  # [B,T+1]
     tuned = model.create_state()
     without = replace(tuned, wkv=tuning.state(tuning.before).to(tuned.wkv)[None])

@@ -1,12 +1,92 @@
 """Text that models read while they are looked at, none of it trained on."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.train import Examples, TokenCorpus, load_corpus
+from rwkv_lab.model.tokenizer import load_tokenizer
+from rwkv_lab.train import CORPORA, Corpus, Examples, TokenCorpus, load_corpus
+from rwkv_lab.train.held_out import WINDOW
 
+AnyCorpus = Corpus | Examples | TokenCorpus
+
+LARGE = 250_000_000  # parameters, from which on a model takes minutes to read all that is held out
+OF_LARGE = 8192  # bytes that it reads
 _LONGEST = 16  # bytes of a token, as a mean over a text
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What models read and continue.
+
+    data: of what is held out of these; see `load_corpus`.
+    tokenizer: as in `load_tokenizer`; "" where the size of the vocabulary tells.
+    window: tokens after which a model starts from a fresh state.
+    most: bytes of each text that are measured; None for all, of models above `LARGE` parameters for `OF_LARGE`.
+    """
+
+    data: tuple[str, ...] = CORPORA
+    tokenizer: str = ""
+    window: int = WINDOW
+    most: int | None = None
+
+    def corpora(self) -> dict[str, AnyCorpus]:
+        """What is read, by name.
+
+        Raises:
+            ParameterError: two of one name, or as `load_corpus`.
+            CorruptFileError: as `load_corpus`.
+        """
+        names = [name if name in CORPORA else Path(name).name for name in self.data]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ParameterError(f"data has {twice} twice; give one of them, or another name.")
+        return dict(zip(names, map(load_corpus, self.data), strict=True))
+
+    def check(self, vocab_size: int) -> None:
+        """Refuse data and a tokenizer that cannot be read, before any model is.
+
+        Raises:
+            ParameterError, CorruptFileError, UnsafeFileError: as `corpora` and `load_tokenizer`.
+        """
+        self.corpora()
+        if self.tokenizer:
+            load_tokenizer(self.tokenizer, vocab_size)
+
+    def most_for(self, parameters: int) -> int | None:
+        """Bytes of each text that are measured with a model of so many parameters; None for all."""
+        return OF_LARGE if self.most is None and parameters > LARGE else self.most
+
+    def name_tokenizer(self, model: RWKV_Dual) -> None:
+        """Give a model the tokenizer.
+
+        Raises:
+            ParameterError: there is no such one, or it does not fit the vocabulary.
+        """
+        if self.tokenizer:
+            model.tokenizer = self.tokenizer
+
+    def why_unread(self, model: RWKV_Dual, error: ParameterError) -> str:
+        """Why a model cannot read the data, in a sentence."""
+        if not self.tokenizer and not _tells_tokenizer(model):
+            return (
+                f"Not read: a vocabulary of {model.layout.vocab_size:,} tokens does not tell its tokenizer. Give it as "
+                'tokenizer: "world", "bytes" or the path of a vocabulary or tokenizer.json.'
+            )
+        return f"Not read: {str(error).splitlines()[0]}"
+
+
+def _tells_tokenizer(model: RWKV_Dual) -> bool:
+    try:
+        return model.tokenizer is not None
+    except ParameterError:
+        return False
+
+
+STANDARD = Reading()
 
 
 def held_out_text(data: str) -> bytes:

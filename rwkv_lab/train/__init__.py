@@ -6,11 +6,12 @@ from rwkv_lab.train.compare import Compared, compare_methods, compared_kinds
 from rwkv_lab.train.data import CORPORA, Corpus, load_corpus
 from rwkv_lab.train.demo import demo_base, demo_folder, demo_state
 from rwkv_lab.train.examples import Example, Examples
+from rwkv_lab.train.held_out import Measurement, measure_held_out
 from rwkv_lab.train.material import Fit
 from rwkv_lab.train.models import open_trained
 from rwkv_lab.train.planning import TrainPlan, make_plan, plan_training
 from rwkv_lab.train.resume import resume_path
-from rwkv_lab.train.samples import Continuation
+from rwkv_lab.train.samples import Continuation, Question, questions
 from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
 from rwkv_lab.train.token_files import TokenCorpus
 from rwkv_lab.train.trainer import TrainResult, run_training, train
@@ -25,6 +26,8 @@ __all__ = [
     "Example",
     "Examples",
     "Fit",
+    "Measurement",
+    "Question",
     "TokenCorpus",
     "TrainOptions",
     "TrainPlan",
@@ -40,8 +43,10 @@ __all__ = [
     "load_corpus",
     "make_plan",
     "measure_again",
+    "measure_held_out",
     "open_trained",
     "plan_training",
+    "questions",
     "resume_path",
     "run_training",
     "train",

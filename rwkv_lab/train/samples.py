@@ -21,18 +21,33 @@ class Continuation:
     prompt: str
     before: str
     after: str
+    expected: str = ""  # what stands there in the data, where it is the response of an example
 
 
-def sample_prompts(corpus: Corpus | Examples | TokenCorpus, model: RWKV_Dual) -> tuple[str, ...]:
-    """Prompts for a corpus: of examples those of the first that are held out, else the beginning of held-out text."""
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked to continue, and what stands there in the data; "" where it is no response."""
+
+    prompt: str
+    expected: str = ""
+
+
+def questions(corpus: Corpus | Examples | TokenCorpus, model: RWKV_Dual) -> list[Question]:
+    """Prompts for a corpus: of examples those of the first that are held out, else the beginning of held-out text.
+
+    Raises:
+        ParameterError: tokens of a vocabulary whose size does not tell its tokenizer.
+    """
     if isinstance(corpus, TokenCorpus):
-        return (model.tokenizer.decode(corpus.held_out[:8].tolist()),)
+        return [Question(model.tokenizer.decode(corpus.held_out[:8].tolist()))]
     if isinstance(corpus, Corpus):
-        return _PROMPTS.get(corpus.name) or (corpus.held_out[:20].decode("utf-8", errors="replace"),)
+        known = _PROMPTS.get(corpus.name) or (corpus.held_out[:20].decode("utf-8", errors="replace"),)
+        return [Question(prompt) for prompt in known]
     if corpus.are_texts:
-        return (corpus.held_out[0].text[:20].decode("utf-8", errors="replace"),)
-    prompts = [e.prompt.decode() for e in corpus.held_out if 0 < len(e.prompt) <= _LONGEST]
-    return tuple(dict.fromkeys(prompts))[:_EXAMPLES]
+        return [Question(corpus.held_out[0].text[:20].decode("utf-8", errors="replace"))]
+    asked = {e.prompt.decode(): e.turns[0][1] for e in reversed(corpus.held_out) if 0 < len(e.prompt) <= _LONGEST}
+    found = [Question(prompt, answer.decode("utf-8", errors="replace")) for prompt, answer in asked.items()]
+    return found[::-1][:_EXAMPLES]
 
 
 def samples(corpus: Corpus | Examples | TokenCorpus, model: RWKV_Dual, seed: int) -> list[tuple[str, str]]:
@@ -43,6 +58,6 @@ def samples(corpus: Corpus | Examples | TokenCorpus, model: RWKV_Dual, seed: int
     """
     stop: Sequence[str] = corpus.stop if isinstance(corpus, Examples) else ()
     return [
-        (p, model.generate_with_streaming(p, _LENGTH, 1.0, 0.95, seed, stop=stop))
-        for p in sample_prompts(corpus, model)
+        (q.prompt, model.generate_with_streaming(q.prompt, _LENGTH, 1.0, 0.95, seed, stop=stop))
+        for q in questions(corpus, model)
     ]

@@ -30,7 +30,7 @@ from rwkv_lab.train.output import check_destinations
 from rwkv_lab.train.planning import TrainPlan, make_plan
 from rwkv_lab.train.processes import Processes, put
 from rwkv_lab.train.resume import resume_path
-from rwkv_lab.train.samples import Continuation, samples
+from rwkv_lab.train.samples import Continuation, Question, questions, samples
 from rwkv_lab.train.spec import KINDS, ResolvedSpec, TrainOptions, TrainSpec
 from rwkv_lab.train.token_files import TokenCorpus
 
@@ -191,7 +191,10 @@ def run_training(plan: TrainPlan, out: str | Path, options: TrainOptions) -> Tra
         bits_after=bits_after,
         held_out_bytes=training.material.held_out_bytes,
         split=training.corpus.split,
-        samples=[Continuation(p, b, a) for (p, b), (_, a) in zip(course.samples_before, samples, strict=False)],
+        samples=[
+            Continuation(q.prompt, before, after, q.expected)
+            for q, (_, before), (_, after) in zip(training.questions(), course.samples_before, samples, strict=False)
+        ],
         trained=count.trained,
         frozen=count.frozen,
         inputs=training.inputs,
@@ -236,6 +239,10 @@ class _Training:
         if not (self.options.samples and self.processes.size == 1):
             return []
         return samples(self.corpus, self.model, self.spec.seed)
+
+    def questions(self) -> list[Question]:
+        """What `samples` answers."""
+        return questions(self.corpus, self.model)
 
 
 def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:

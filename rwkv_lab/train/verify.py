@@ -6,9 +6,8 @@ import torch
 
 from rwkv_lab.checkpoint import file_facts, open_checkpoint
 from rwkv_lab.checks import Check
-from rwkv_lab.model import bits_per_byte
-from rwkv_lab.train.batches import held_out_bits, in_batches
-from rwkv_lab.train.data import Corpus, load_corpus
+from rwkv_lab.train.data import load_corpus
+from rwkv_lab.train.held_out import measure_held_out
 from rwkv_lab.train.models import open_trained
 from rwkv_lab.train.spec import KINDS, TrainSpec
 from rwkv_lab.train.trainer import TrainResult
@@ -57,6 +56,4 @@ def measure_again(spec: TrainSpec, out: str | Path) -> float:
     model, corpus = open_trained(spec, out), load_corpus(data, spec.ignore, spec.template)
     device, autocast = model.get_device(), spec.autocast_dtype
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        if isinstance(corpus, Corpus):
-            return bits_per_byte(model, corpus.held_out, ctx_len)
-        return held_out_bits(model, in_batches(corpus, model.tokenizer, ctx_len, spec.seed, spec.long), device)
+        return measure_held_out(model, corpus, ctx_len, spec.long).bits

@@ -15,14 +15,15 @@ from rwkv_lab.workbench.result import KEPT, RESULT, read_result
 BATCH = ("-m", "rwkv_lab.workbench.batch")
 
 
-def command(notebook: str, parameters: Mapping[str, Any], folder: Path, replaces: bool) -> str:
+def command(notebook: str, parameters: Mapping[str, Any], folder: Path, cwd: Path, replaces: bool) -> str:
     """The shell command that repeats a run from any folder; its arguments are papermill's.
 
     Args:
         folder: of the report.
+        cwd: the folder that relative paths are seen from.
         replaces: whether the run wrote the output that the parameters name, so that repeating it replaces the file.
     """
-    return shlex.join([sys.executable, *BATCH, *_arguments(notebook, parameters, folder, replaces)])
+    return shlex.join([sys.executable, *BATCH, *_arguments(notebook, parameters, folder, cwd, replaces)])
 
 
 def recorded_arguments(folder: Path) -> list[str]:
@@ -41,11 +42,11 @@ def recorded_arguments(folder: Path) -> list[str]:
     written = {f["path"]: f["bytes"] for f in result.get("outputs", [])}
     out = Path(parameters.get("out") or "")
     replaces = str(out) in written and out.is_file() and out.stat().st_size == written[str(out)]
-    return _arguments(notebook, parameters, folder.absolute(), replaces)
+    return _arguments(notebook, parameters, folder.absolute(), Path(result.get("cwd") or Path.cwd()), replaces)
 
 
-def _arguments(notebook: str, parameters: Mapping[str, Any], folder: Path, replaces: bool) -> list[str]:
-    words = [str(notebooks_folder() / f"{notebook}.ipynb"), str(folder / "run.ipynb")]
+def _arguments(notebook: str, parameters: Mapping[str, Any], folder: Path, cwd: Path, replaces: bool) -> list[str]:
+    words = [str(notebooks_folder() / f"{notebook}.ipynb"), str(folder / "run.ipynb"), "--cwd", str(cwd)]
     given = dict(parameters) | {"report": str(folder)} | ({"overwrite": True} if replaces else {})
     fields = parameters_of(notebook).model_fields
     for name, value in given.items():

@@ -7,16 +7,18 @@ import ast
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
+from rwkv_lab.analysis.texts import Reading
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import path_fault
 from rwkv_lab.spec import Advise, OneOf, Spec, Text, unknown_name
+from rwkv_lab.train.held_out import WINDOW
 from rwkv_lab.wkv import backends
 from rwkv_lab.workbench.words import example, from_words, in_words
 
@@ -94,6 +96,24 @@ class Parameters(Spec):
     def demo_files(self) -> list[str]:
         """The demo files among the inputs."""
         return [value for value in self.model_dump().values() if isinstance(value, str) and value in DEMO]
+
+
+class ReadsText(Parameters):
+    """What notebooks share that measure held-out text; the text itself, `data`, is a parameter of each."""
+
+    tokenizer: str = Field(
+        "", description="world, bytes, or the path of a vocabulary or tokenizer.json; empty: by the vocabulary's size"
+    )
+    window: Annotated[int, Field(ge=1)] = Field(
+        WINDOW, description="tokens of text, each window read from a fresh state; as ctx_len of train"
+    )
+    measure_bytes: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="of held-out text; None: all there are, for models above 250 million parameters 8192"
+    )
+
+    def reading(self, data: Sequence[str]) -> Reading:
+        """What models read and continue."""
+        return Reading(tuple(data), self.tokenizer, self.window, self.measure_bytes)
 
 
 _PLAIN = (str, bytes, int, float, complex, list, dict, tuple, set, type(None))

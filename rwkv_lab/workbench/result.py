@@ -40,6 +40,7 @@ class Record:
     report: Path | None = None  # report.html of this run, once it has ended
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     process: Mapping[str, object] = field(default_factory=this_process)
+    cwd: Path = field(default_factory=Path.cwd)  # from which relative paths among the parameters are seen
 
     @property
     def failed_checks(self) -> list[Check]:
@@ -64,6 +65,7 @@ class Record:
             "report": self.report,
             "started": self.started,
             **self.process,
+            "cwd": self.cwd,
         }
         return {name: _plain(value) for name, value in content.items()}
 

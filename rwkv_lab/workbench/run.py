@@ -106,7 +106,8 @@ class Run:
     def command(self) -> str:
         """The shell command that repeats this run."""
         own = {str(f.path.absolute()) for f in self.record.outputs}
-        return command(self.notebook, self.config.model_dump(), self.folder, getattr(self.config, "out", None) in own)
+        replaces = getattr(self.config, "out", None) in own
+        return command(self.notebook, self.config.model_dump(), self.folder, self.record.cwd, replaces)
 
     def fail(self, error: BaseException) -> None:
         """Record that the run failed, and write the report of it; the report of an earlier run that went well stays."""

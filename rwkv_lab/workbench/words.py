@@ -29,9 +29,11 @@ def from_words(field: FieldInfo, value: object) -> object:
         return list(value) if isinstance(value, tuple) and list in kinds else value
     if not isinstance(value, str):
         return value if str in kinds else [value]
-    if str in kinds and (os.path.exists(os.path.expanduser(value)) or not _COMMA.search(value)):
+    if str in kinds and not _COMMA.search(value):
         return _parsed(value, list, value)  # a list may be given, and need not be
     inside = next(_inside(kind) for kind in _alternatives(field.annotation) if _plain(kind) is list)
+    if inside is str and os.path.exists(os.path.expanduser(value)):
+        return value if str in kinds else [value]
     words = [word.strip() for word in _COMMA.split(value) if word.strip()]
     return _parsed(value, list, [_number(word) if inside in (int, float) else word for word in words])
 

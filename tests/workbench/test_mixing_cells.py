@@ -19,7 +19,6 @@ MERGE = parameters_of("merge")
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setattr(behaviour, "HELD_OUT", 300)
     monkeypatch.setattr(behaviour, "_SAMPLE", 5)
 
 
@@ -33,7 +32,7 @@ def models(demo_folder, tmp_path) -> list[str]:
 
 
 def done(tmp_path, **given) -> dict:
-    run = start("merge", given | {"report": str(tmp_path / "report")})
+    run = start("merge", {"measure_bytes": 300} | given | {"report": str(tmp_path / "report")})
     run_all(run)
     return json.loads((tmp_path / "report" / "result.json").read_text())
 

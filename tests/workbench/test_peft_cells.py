@@ -26,14 +26,14 @@ from rwkv_lab.workbench.peft import figures as peft_figures
 from rwkv_lab.workbench.registry import parameters_of
 from rwkv_lab.workbench.steps import run_all
 
-OF_MATRICES = ["energy_frobenius", "energy_spectral", "spectra", "effective_rank", "ranks"]
-OF_STATES = ["heads", "head_sizes", "state_effect"]
+OF_MATRICES = ["energy_frobenius", "energy_spectral", "spectra", "ranks", "effective_rank"]
+OF_STATES = ["heads", "state_effect"]
 FIGURES = {
     "lora": ["counts", *OF_MATRICES, "ablation"],
-    "lora-besides": ["counts", *OF_MATRICES, *OF_STATES, "ablation"],
+    "lora-besides": ["counts", "head_sizes", *OF_MATRICES, *OF_STATES, "ablation"],
     "pissa-nf4": ["counts", *OF_MATRICES, "ablation"],
     "bat-int8": ["counts", *OF_MATRICES, "ablation"],
-    "state": ["counts", *OF_STATES, "ablation"],
+    "state": ["counts", "head_sizes", "spectra", "ranks", *OF_STATES, "ablation"],
     "model": ["counts", *OF_MATRICES, "ablation"],
     "norms": ["counts", "energy_frobenius", "ablation"],
 }

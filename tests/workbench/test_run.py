@@ -14,7 +14,7 @@ from rwkv_lab.workbench import start
 
 KEYS = (
     "notebook status error parameters inputs outputs checks metrics figures versions seconds notes report started host "
-    "pid process_started boot"  # as promised to scripts
+    "pid process_started boot cwd"  # as promised to scripts
 )
 
 

@@ -1,10 +1,11 @@
 """What the cells of merge.ipynb call, in their order. Each shows its part, and notes it for result and report."""
 
 from collections import Counter
+from dataclasses import asdict
 
 from IPython.display import display
 
-from rwkv_lab.analysis.behaviour import Behaviour, compare_behaviour, describe_texts
+from rwkv_lab.analysis.behaviour import Behaviour, compare_behaviour
 from rwkv_lab.analysis.deltas import deltas
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.merge import (
@@ -64,6 +65,7 @@ def preview(run: Run) -> MergePlan:
     options = run.config.options().changed(overwrite=run.may_overwrite())
     with open_inputs(spec) as inputs:
         made = plan_merge(inputs, spec, run.output_path("merged.pth"), options)
+    run.config.reading(run.config.data).check(made.layout.vocab_size)  # what is not there is refused now
     display(Table("The plan", ("", ""), _facts(made)), plan_table(made))
     return made
 
@@ -136,19 +138,23 @@ def compare_models(run: Run, result: MergeResult | None) -> Behaviour | None:
         print(_DRY)
         return None
     with run.timed("models"):
-        behaviour = compare_behaviour(result)
+        behaviour = compare_behaviour(result, run.config.reading(run.config.data))
     run.page.samples = behaviour.samples
     if behaviour.bits:
         run.record.metrics["bits_per_byte"] = behaviour.bits
         run.page.summary = behaviour.summary
         print(behaviour.summary)
-        figure = bits_bars(behaviour.bits, f"{_what(result.plan)}; {describe_texts()}")
+        run.record.metrics["measured"] = {n: asdict(m) for n, m in behaviour.measured.items()}
+        run.page.facts.append(("held-out text", behaviour.described))
+        figure = bits_bars(behaviour.bits, f"{_what(result.plan)}\n{behaviour.described}")
         caption = "Bits the model needs for each byte of text that it was not trained on; lower is better."
         run.show_figure("bits_per_byte", "Bits per byte of held-out text", caption, figure)
     for sample in behaviour.samples:
         display(Table(f"After the prompt {sample.prompt!r}", list(sample.texts), [list(sample.texts.values())]))
-    if not behaviour.samples:
-        print("No text: these models are not run here, or their tokens are not bytes.")
+    if behaviour.unread:
+        run.page.facts.append(("held-out text", behaviour.unread))
+        run.page.summary = f"{run.page.summary} {behaviour.unread}".strip()
+        print(behaviour.unread)
     return behaviour
 
 

@@ -9,7 +9,8 @@ from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge import MERGE_METHODS, MergeOptions, MergeSpec, check_spec, read_recipe
 from rwkv_lab.merge.families import family_of
 from rwkv_lab.merge.method import OF_SOME_METHODS
-from rwkv_lab.spec import Number
+from rwkv_lab.spec import Number, Text
+from rwkv_lab.train import CORPORA
 from rwkv_lab.workbench.options import takes, values_for
 from rwkv_lab.workbench.parameters import (
     DEMO,
@@ -17,8 +18,8 @@ from rwkv_lab.workbench.parameters import (
     InputPath,
     InputPaths,
     InputsOrEmpty,
-    Parameters,
     PathOrEmpty,
+    ReadsText,
     input_path,
 )
 
@@ -26,9 +27,19 @@ _IN_RECIPES = ("base", "tuned", "method", "alpha", "weights", "pissa_init", "par
 
 
 @takes(MergeSpec, MergeOptions)
-class MergeParameters(Parameters):
+class MergeParameters(ReadsText):
     title: ClassVar[str] = "merge"
-    basic: ClassVar[tuple[str, ...]] = ("base", "tuned", "out", "method", "alpha", "weights", "parameters", "overwrite")
+    basic: ClassVar[tuple[str, ...]] = (
+        "base",
+        "tuned",
+        "out",
+        "method",
+        "alpha",
+        "weights",
+        "parameters",
+        "data",
+        "overwrite",
+    )
 
     base: InputPath = "demo:base"
     tuned: InputPaths = "demo:state"
@@ -37,6 +48,11 @@ class MergeParameters(Parameters):
     weights: list[Number] = Field([], examples=[[0.5, 0.5]])
     pissa_init: InputsOrEmpty = ""
     parameters: dict[str, Any] = Field({}, examples=[{"density": 0.3}])
+    data: list[Text] = Field(
+        list(CORPORA),
+        examples=[["mine.txt"]],
+        description="held-out text that models read and continue: english, python, or paths as in train",
+    )
     recipe: InputOrEmpty = Field("", description="a mergekit recipe (YAML), in place of files, method and its options")
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/merge")
 

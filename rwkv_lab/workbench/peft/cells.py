@@ -1,18 +1,19 @@
 """What the cells of peft.ipynb call, in their order. Each shows its part, and notes it for result and report."""
 
-import math
+from pathlib import Path
 
 from IPython.display import display
 
-from rwkv_lab.analysis.ablation import measure_ablation
+from rwkv_lab.analysis.ablation import CTX_LEN, measure_ablation
 from rwkv_lab.analysis.changes import Changes, compare_directions, count_values, measure_changes
 from rwkv_lab.analysis.state_effects import measure_state_effect, state_heads
-from rwkv_lab.analysis.texts import held_out_excerpts, held_out_text
+from rwkv_lab.analysis.texts import Reading, held_out_excerpts
 from rwkv_lab.analysis.tuning import open_tuning, select_tensors
 from rwkv_lab.checkpoint import file_facts
+from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.names import split_block
 from rwkv_lab.plotting import layer_map
-from rwkv_lab.train import CORPORA
+from rwkv_lab.train import Measurement, load_corpus
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.peft import figures
 from rwkv_lab.workbench.run import Run
@@ -31,10 +32,9 @@ def describe(run: Run) -> list[str]:
             a pattern in `targets` that matches nothing; no such text.
     """
     run.begin_again()
-    if run.config.data not in CORPORA:
-        held_out_text(run.config.data)  # refused now, not when it is read
     with run.timed("open"), open_tuning(*_files(run)) as t:
         run.record.inputs = [file_facts(t.base), file_facts(t.tuned)]
+        _reading(run).check(t.layout.vocab_size)  # refused now, not when it is read
         changed = t.changed_names()
         names = select_tensors(changed, run.config.targets)
         counts = count_values(t, changed)
@@ -53,7 +53,7 @@ def describe(run: Run) -> list[str]:
         if t.adapter and t.adapter.residual_base:
             run.page.facts.append(("PiSSA", "without its start: the base is taken for what the SVD left over"))
         run.record.metrics |= {"kind": t.tuned.kind, "method": t.method, "trained": trained, "frozen": frozen}
-        rows = [(part, *row, row[1] / row[0] if row[0] else math.nan) for part, row in counts.parts.items()]
+        rows = [(part, *row, row[1] / row[0] if row[0] else "new") for part, row in counts.parts.items()]
         table = Table("How much is trained", ("part", "values in the base", "values trained", "share"), rows)
         run.page.tables = [table]
         figure = figures.counts_by_part(counts.parts, _subtitle(run))
@@ -90,6 +90,9 @@ def measure(run: Run, names: list[str]) -> Changes:
         )
         for s in spectra
     ]
+    if not rows and changes.heads:
+        _show_heads_in_numbers(run, changes)
+        return changes
     if not rows:
         print("No matrix of the base is changed: there are no singular values to show.")
         return changes
@@ -103,8 +106,11 @@ def measure(run: Run, names: list[str]) -> Changes:
 def show_energy(run: Run, changes: Changes) -> None:
     """Two heat maps over layers and matrices: how much of each changed, and how far that can move its input."""
     frobenius = {s.name: s.relative for s in changes.spectra} | {n: x for n, x in changes.others.items() if x > 0}
+    if changes.heads:
+        _show_head_sizes(run)
     if not frobenius:
-        print("Nothing that the base has is changed, so that there is nothing to relate to it.")
+        if not changes.heads:
+            print("Nothing that the base has is changed, so that there is nothing to relate to it.")
         return
     layers = 1 + max((inside[0] for n in frobenius if (inside := split_block(n))), default=-1)
     title = "Where does the change sit? ‖Δ‖ / ‖W‖ of every tensor"
@@ -122,7 +128,7 @@ def show_energy(run: Run, changes: Changes) -> None:
 
 def show_spectra(run: Run, changes: Changes) -> None:
     """Singular values by size, effective rank by layer and matrix, and the ranks that keep 90 and 99 %."""
-    spectra = changes.spectra
+    spectra = changes.spectra or changes.heads
     if not spectra:
         print("No matrix of the base is changed: there is no spectrum and no rank to choose.")
         return
@@ -130,14 +136,16 @@ def show_spectra(run: Run, changes: Changes) -> None:
     figure = figures.spectra_by_matrix(spectra, rank, subtitle)
     caption = "A line per layer, the last ones darkest; zeros are left out."
     run.show_figure("spectra", "In how many directions does each matrix change?", caption, figure)
+    figure = figures.ranks_by_matrix(spectra, subtitle)
+    caption = "Bars are means over the layers, lines go from the least to the largest. Of ‖Δ‖²."
+    run.show_figure("ranks", "Which rank would have been enough?", caption, figure)
+    if not changes.spectra:
+        return
     layers = 1 + max((inside[0] for s in spectra if (inside := split_block(s.name))), default=-1)
     title = "How many directions carry the change? Effective rank of Δ"
     figure = layer_map({s.name: s.effective_rank for s in spectra}, layers, title, subtitle, "effective rank")
     caption = "e to the entropy of the singular values' shares: r where r of them are equal."
     run.show_figure("effective_rank", title, caption, figure)
-    figure = figures.ranks_by_matrix(spectra, subtitle)
-    caption = "Bars are means over the layers, lines go from the least to the largest. Of ‖Δ‖²."
-    run.show_figure("ranks", "Which rank would have been enough?", caption, figure)
 
 
 def compare(run: Run, names: list[str]) -> dict[str, float]:
@@ -171,8 +179,40 @@ def compare(run: Run, names: list[str]) -> dict[str, float]:
     return cosines
 
 
+def _show_heads_in_numbers(run: Run, changes: Changes) -> None:
+    """The matrices of a tuned state, which the base has not, in the place of matrices of the base."""
+    rank, columns = run.config.rank, ("head", "shape", "‖Δ‖", "σ₁(Δ)", "effective rank", "for 90 %", "for 99 %")
+    rows = [
+        (
+            s.name.removeprefix("blocks."),
+            " × ".join(map(str, s.shape)),
+            s.frobenius,
+            s.spectral,
+            s.effective_rank,
+            s.rank_for(0.9),
+            s.rank_for(0.99),
+            s.share_of(rank) if s.frobenius else "zeros",
+        )
+        for s in changes.heads
+    ]
+    note = "Every head starts from zeros in the base, so Δ is the tuned state itself. Ranks and shares are of ‖Δ‖²."
+    table = Table("The tuned state, head by head", (*columns, f"kept at rank {rank}"), rows, note)
+    run.page.tables.append(table)
+    display(table)
+
+
+def _show_head_sizes(run: Run) -> None:
+    """How large each head of a tuned state is, and in how many directions it lies."""
+    with open_tuning(*_files(run)) as t:
+        found, name = state_heads(t), t.tuned.path.name
+    caption = "e to the entropy of the singular values' shares: 1 where a head holds a single pair of value and key."
+    title = "Which heads hold the state, and in how many directions?"
+    figure = figures.head_map(found.norms.numpy(), found.effective_ranks.numpy(), found.full_rank, name)
+    run.show_figure("head_sizes", title, caption, figure)
+
+
 def show_heads(run: Run) -> None:
-    """Every head of a tuned state as a picture; how large each is, and in how many directions it lies."""
+    """Every head of a tuned state as a picture."""
     with run.timed("heads"), open_tuning(*_files(run)) as t:
         if not t.state_names:
             print(f"{t.tuned.path.name} holds no tuned state (time_state): there are no heads to show.")
@@ -187,10 +227,6 @@ def show_heads(run: Run) -> None:
     caption = "One scale for all; the colours end at the 99.5th percentile of the absolute values."
     title = "What did tuning write into each head's state?"
     run.show_figure("heads", title, caption, figures.state_heads(found.state.numpy(), subtitle))
-    caption = "e to the entropy of the singular values' shares: 1 where a head holds a single pair of value and key."
-    title = "Which heads hold the state, and in how many directions?"
-    figure = figures.head_map(found.norms.numpy(), found.effective_ranks.numpy(), found.full_rank, subtitle)
-    run.show_figure("head_sizes", title, caption, figure)
 
 
 def show_effect(run: Run) -> None:
@@ -199,7 +235,7 @@ def show_effect(run: Run) -> None:
         if not t.state_names:
             print(f"{t.tuned.path.name} holds no tuned state (time_state): there is no effect to follow.")
             return
-        found, name = measure_state_effect(t, run.config.data, _TEXTS, _TOKENS), t.tuned.path.name
+        found, name = measure_state_effect(t, run.config.data, _TEXTS, _TOKENS, run.config.tokenizer), t.tuned.path.name
     run.record.checks += found.checks
     if not found.measured:
         print(found.checks[-1])
@@ -223,32 +259,56 @@ def show_ablation(run: Run, names: list[str]) -> None:
     """Bits per byte with everything, with nothing, and without each layer's and each kind of matrix's tuning."""
     with run.timed("ablation"), open_tuning(*_files(run)) as t:
         text = held_out_excerpts(run.config.data, _EXCERPTS, _EXCERPT_BYTES)
-        found = measure_ablation(t, names, text)
+        corpus = load_corpus(run.config.data)
+        found = measure_ablation(t, names, text, reading=_reading(run), corpus=corpus)
     run.record.checks += found.checks
-    if not found.measured:
-        print(found.checks[-1])
+    if not found.measured or found.with_tuning is None or found.without is None:
+        _say_unread(run, found.checks[-1])
         return
     tuned, base, without = found.tuned, found.base, (found.layers, found.parts)
-    run.record.metrics["bits_per_byte"] = {
-        "with": tuned,
-        "without": base,
-        "layers": found.layers,
-        "parts": found.parts,
-    }
+    _note_bits(run, found.with_tuning, found.without)
+    run.record.metrics["ablation"] = {"layers": found.layers, "parts": found.parts, "with": tuned, "without": base}
     subtitle = (
-        f"{run.page.facts[1][1]}\n{tuned:.3f} bits per byte with it, {base:.3f} without, "
-        f"of {len(text):,} bytes here and there of what is held out of {run.config.data!r}"
+        f"{run.page.facts[1][1]}\n{run.page.summary}\nBars: of {len(text):,} bytes, excerpts from all over that text, "
+        f"in windows of {CTX_LEN} tokens"
     )
     costs = [{label: bits - tuned for label, bits in group.items()} for group in without]
     figure = figures.ablation_costs(costs, base - tuned, subtitle)
     title = "Which layers' tuning matters?"
     caption = "Tensors are set back to the base's, the others stay tuned. Losses need not add up: layers work together."
     run.show_figure("ablation", title, caption, figure)
-    rows = [("nothing", tuned, 0.0)] + [(n, b, b - tuned) for group in without for n, b in group.items()]
-    columns = ("without", "bits per byte", "more than with all of it")
-    table = Table("Held-out text without parts of the tuning", columns, [*rows, ("all of it", base, base - tuned)])
+    rows = [("nothing", 0.0)] + [(n, b - tuned) for group in without for n, b in group.items()]
+    columns = ("without", "bits per byte more than with all of it")
+    note = f"Of {len(text):,} bytes, excerpts from all over the held-out text."
+    table = Table("Held-out text without parts of the tuning", columns, [*rows, ("all of it", base - tuned)], note)
     run.page.tables.append(table)
     display(table)
+
+
+def _note_bits(run: Run, tuned: Measurement, base: Measurement) -> None:
+    """The two numbers that matter, in result and report."""
+    run.record.metrics["bits_per_byte"] = {"with": tuned.bits, "without": base.bits} | {
+        "bytes": tuned.size,
+        "window": tuned.window,
+    }
+    run.page.summary = (
+        f"{tuned.bits:.3f} bits per byte of held-out {Path(run.config.data).name} with the tuning, {base.bits:.3f} "
+        f"without: {tuned.described}."
+    )
+    run.page.facts.append(("held-out text", run.page.summary))
+    print(run.page.summary)
+
+
+def _say_unread(run: Run, why: Check | NotApplicable) -> None:
+    """Why no text was read, in the report too."""
+    reason = why.reason if isinstance(why, NotApplicable) else str(why)
+    run.page.facts.append(("held-out text", reason))
+    run.page.summary = reason
+    print(reason)
+
+
+def _reading(run: Run) -> Reading:
+    return run.config.reading([run.config.data])
 
 
 def _files(run: Run) -> tuple:

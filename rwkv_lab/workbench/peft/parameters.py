@@ -7,10 +7,10 @@ from pydantic import Field
 from rwkv_lab.analysis.tuning import TuningOptions, check_tuning
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.spec import Number, Patterns, Text
-from rwkv_lab.workbench.parameters import DEMO, InputOrEmpty, InputPath, InputsOrEmpty, Parameters, PathOrEmpty
+from rwkv_lab.workbench.parameters import DEMO, InputOrEmpty, InputPath, InputsOrEmpty, PathOrEmpty, ReadsText
 
 
-class PeftParameters(Parameters):
+class PeftParameters(ReadsText):
     title: ClassVar[str] = "peft"
     basic: ClassVar[tuple[str, ...]] = ("base", "adapter", "second", "rank", "data")
 
@@ -23,7 +23,7 @@ class PeftParameters(Parameters):
         description="what is measured: names or ends such as att.key, or patterns; empty: all",
     )
     rank: Annotated[int, Field(ge=1)] = Field(8, description="how much of each change would a LoRA of this rank keep?")
-    data: Text = Field("python", description="held-out text that is measured: english, python, or a path")
+    data: Text = Field("python", description="held-out text that is read: english, python, or a path as in train")
     alpha: Annotated[Number, Field(gt=0)] | None = Field(None, description="of a LoRA whose file does not state it")
     pissa_init: InputsOrEmpty = Field(
         "", description="of PiSSA: file or folder that it started from; a list of two: second's, too"
