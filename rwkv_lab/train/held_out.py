@@ -66,8 +66,9 @@ def _beginning(corpus: Corpus | Examples | TokenCorpus, most: int) -> Corpus | E
     if most < 2:
         raise ParameterError(f"{most} bytes of held-out text cannot be measured: 2 at least.")
     text = corpus.held_out[:most]
-    # Not in the middle of a character, which some tokenizers refuse.
-    return replace(corpus, held_out=text if len(text) == len(corpus.held_out) else text.decode("utf-8", errors="ignore").encode())
+    if len(text) < len(corpus.held_out):  # not in the middle of a character, which some tokenizers refuse
+        text = text.decode("utf-8", errors="ignore").encode()
+    return replace(corpus, held_out=text)
 
 
 def _fewer(examples: Sequence[Example], most: int) -> tuple[Example, ...]:

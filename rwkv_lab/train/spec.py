@@ -212,7 +212,9 @@ class TrainSpec(Spec):
     template: Annotated[Text, BeforeValidator(_path_text)] = Field(
         "world", description="of conversations: world, or the path of a JSON file with one"
     )
-    ignore: Names = Field([], description="fields of records that are not trained on, or patterns of them")
+    ignore: Names = Field(
+        [], examples=[["id", "source"]], description="fields of records that are not trained on, or patterns of them"
+    )
     long: Literal["split", "cut", "drop", "error"] | None = Field(
         None, description="examples of more than ctx_len tokens: split, cut, drop or error; None: cut, texts are split"
     )

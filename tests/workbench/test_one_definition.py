@@ -21,7 +21,10 @@ SPECS = {"merge": (MergeSpec, MergeOptions), "train": (TrainSpec, TrainOptions)}
 FUNCTIONS = {"merge": merge, "train": train}
 # What a notebook sets itself, and what only a notebook has.
 SET_BY_NOTEBOOK = {"merge": set(), "train": {"log_folder", "samples", "on_step", "parallel"}}
-ONLY_NOTEBOOK = {"merge": {"out", "recipe", "report"}, "train": {"out", "compare", "dry_run", "report"}}
+ONLY_NOTEBOOK = {
+    "merge": {"out", "recipe", "report", "data", "tokenizer", "window", "measure_bytes"},
+    "train": {"out", "compare", "dry_run", "report"},
+}
 OWN_DEFAULTS = {
     "merge": {"base": "demo:base", "tuned": "demo:state"},
     "train": {"base": "demo:base", "data": "python"},

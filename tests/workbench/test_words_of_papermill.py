@@ -44,6 +44,8 @@ LISTS = [
     ("merge", "include", "", []),
     ("merge", "weights", "0.5,1e-4", [0.5, 1e-4]),
     ("merge", "weights", "1", [1.0]),
+    ("train", "ignore", "id,source", ["id", "source"]),
+    ("merge", "data", "mine.txt,english", ["mine.txt", "english"]),
     ("train", "targets", "att.key,ffn.key", ["att.key", "ffn.key"]),
     ("train", "train_parts", "emb", ["emb"]),
     ("peft", "targets", "att.key", ["att.key"]),

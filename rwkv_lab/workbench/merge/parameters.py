@@ -51,7 +51,7 @@ class MergeParameters(ReadsText):
     data: list[Text] = Field(
         list(CORPORA),
         examples=[["mine.txt"]],
-        description="held-out text that models read and continue: english, python, or paths as in train",
+        description="text that models read and continue: english, python, or paths as in train",
     )
     recipe: InputOrEmpty = Field("", description="a mergekit recipe (YAML), in place of files, method and its options")
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/merge")

@@ -7,9 +7,11 @@ from pydantic import Field
 from rwkv_lab.analysis.tuning import TuningOptions, check_tuning
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.spec import Number, Patterns, Text
+from rwkv_lab.workbench.options import takes
 from rwkv_lab.workbench.parameters import DEMO, InputOrEmpty, InputPath, InputsOrEmpty, PathOrEmpty, ReadsText
 
 
+@takes()
 class PeftParameters(ReadsText):
     title: ClassVar[str] = "peft"
     basic: ClassVar[tuple[str, ...]] = ("base", "adapter", "second", "rank", "data")

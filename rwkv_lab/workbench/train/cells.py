@@ -14,6 +14,7 @@ from rwkv_lab.train import (
     Compared,
     Corpus,
     Examples,
+    Measurement,
     TokenCorpus,
     TrainPlan,
     TrainResult,
@@ -113,7 +114,8 @@ def carry_out(run: Run, plan: TrainPlan) -> TrainResult | None:
     fewer = 1 - result.bits_after / result.bits_before
     run.page.headline = (
         f"{spec.kind} on {spec.data}: {result.bits_before:.3f} to {result.bits_after:.3f} bits per byte of "
-        f"held-out text, {abs(fewer):.1%} {'fewer' if fewer >= 0 else 'more'}."
+        f"held-out text, {abs(fewer):.1%} {'fewer' if fewer >= 0 else 'more'}; "
+        f"{Measurement(result.bits_after, result.held_out_bytes, spec.effective('ctx_len')).described}."
     )
     run.page.summary = run.page.headline
     rows = [(str(f.path), f.bytes, f.fingerprint) for f in result.outputs]
@@ -131,7 +133,7 @@ def show_curves(run: Run, plan: TrainPlan, result: TrainResult | None) -> None:
     figure = figures.loss_curve(result.losses, subtitle)
     run.show_figure("loss", "Loss while training", "Of the text that is trained on, one batch per step.", figure)
     bits = {data: {"before": result.bits_before, "after": result.bits_after}}
-    subtitle = f"{result.held_out_bytes:,} bytes never trained on, a fresh state every {spec.ctx_len} tokens"
+    subtitle = Measurement(result.bits_after, result.held_out_bytes, spec.effective("ctx_len")).described
     figure = bits_bars(bits, subtitle)
     caption = "Bits the model needs for each byte of text that it was not trained on; lower is better."
     run.show_figure("held_out", "Bits per byte of held-out text", caption, figure)
@@ -147,7 +149,10 @@ def show_samples(run: Run, result: TrainResult | None) -> None:
     if result is None:
         print(_DRY)
         return
-    run.page.samples = [Sample(s.prompt, {"before": s.before, "after": s.after}) for s in result.samples]
+    run.page.samples = [
+        Sample(s.prompt, ({"in the data": s.expected} if s.expected else {}) | {"before": s.before, "after": s.after})
+        for s in result.samples
+    ]
     for sample in run.page.samples:
         display(Table(f"After the prompt {sample.prompt!r}", list(sample.texts), [list(sample.texts.values())]))
 
