@@ -66,6 +66,16 @@ def test_parameters_validate_themselves_in_the_next_cell(path, notebook):
     )
 
 
+def test_no_cell_assigns_to_a_parameter(notebook, path):
+    """An import of the same name would be validated in the parameter's place."""
+    tree = ast.parse("\n".join(cell.source for cell in code_cells(notebook)[1:]))
+    imported = {
+        a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names
+    }
+    assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    assert not (imported | assigned) & set(parameters_of(path.stem).model_fields)
+
+
 def test_papermill_reads_the_parameters_as_the_model_has_them(path, capsys):
     """Names, order, defaults and help: a line that papermill cannot parse would be missing here."""
     found = papermill.inspect_notebook(str(path))
