@@ -28,6 +28,8 @@ class Layout:
     def __str__(self) -> str:
         heads = f", {self.n_head} heads of {self.head_size}" if self.n_head else ""
         ranks = ", ranks " + " ".join(f"{k} {v}" for k, v in self.ranks.items()) if self.ranks else ""
+        if not self.vocab_size:  # of states alone, which show no more
+            return f"states of RWKV-{self.version}: {self.n_layer} layers{heads}"
         return (
             f"RWKV-{self.version}: {self.n_layer} layers, n_embd {self.n_embd}{heads}, "
             f"dim_ffn {self.dim_ffn}, vocabulary {self.vocab_size}{ranks}"

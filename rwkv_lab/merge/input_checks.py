@@ -20,7 +20,10 @@ def check_base(base: Checkpoint, allow_extra: Sequence[str]) -> Layout:
     """The base must be a whole model, without a name that its generation does not know."""
     identity, misfit = base.identity, base.identity.misfit
     if identity.layout is None or misfit is None:
-        raise LayoutError(f"the base {base.path} is not a whole RWKV model (kind {base.kind!r}): {base.reason}")
+        swapped = "\nGive the model as base, the state as tuned." if base.kind == "state" else ""
+        raise LayoutError(
+            f"the base {base.path} is not a whole RWKV model (kind {base.kind!r}): {base.reason}{swapped}"
+        )
     if misfit.missing:
         more = f" and {len(misfit.missing) - 10} more" if len(misfit.missing) > 10 else ""
         raise LayoutError(
@@ -37,6 +40,29 @@ def check_base(base: Checkpoint, allow_extra: Sequence[str]) -> Layout:
             f"{', '.join(extra[:10])}.\nIf they belong there, name them in allow_extra."
         )
     return identity.layout
+
+
+def layout_of_states(base: Checkpoint, tuned: Sequence[Checkpoint]) -> Layout | None:
+    """What state files show of the model that they belong to, where base and tuned are such files; else None.
+
+    Raises:
+        LayoutError: states of different layers or shapes.
+    """
+    if base.kind != "state" or not tuned or any(ck.kind != "state" for ck in tuned):
+        return None
+    shapes = {name: info.shape for name, info in base.info.items()}
+    for ck in tuned:
+        other = next((n for n in (*shapes, *ck.info) if n not in ck.info or shapes.get(n) != ck.info[n].shape), None)
+        if other is not None:
+            found = [list(c.info[other].shape) if other in c else "none" for c in (base, ck)]
+            raise LayoutError(
+                f"{other} is {found[0]} in {base.path} and {found[1]} in {ck.path}; they are states of other models."
+            )
+    head_sizes = sorted({(shape[0], shape[-1]) for shape in shapes.values() if len(shape) == 3})
+    if len(head_sizes) != 1:
+        raise LayoutError(f"{base.path} holds states that are not all of one shape [heads, size, size].")
+    (heads, size), layers = head_sizes[0], len(shapes)
+    return Layout("5.0 to 7.0", layers, heads * size, heads * size, 0, 0, heads, size)
 
 
 def refuse_unusable(checkpoints: Sequence[Checkpoint]) -> None:

@@ -19,8 +19,16 @@ from rwkv_lab.merge.changed_tensors import ChangedTensor
 from rwkv_lab.merge.effect import Meter
 from rwkv_lab.merge.families import family_of, method_of
 from rwkv_lab.merge.family import Changes
-from rwkv_lab.merge.input_checks import check_base, check_dtypes, notes_on_names, refuse_same_file, refuse_unusable
+from rwkv_lab.merge.input_checks import (
+    check_base,
+    check_dtypes,
+    layout_of_states,
+    notes_on_names,
+    refuse_same_file,
+    refuse_unusable,
+)
 from rwkv_lab.merge.inputs import MergeInputs
+from rwkv_lab.merge.mixing import MIXING
 from rwkv_lab.merge.output_checks import check_merge_output
 from rwkv_lab.merge.plan import MergePlan, PlanRow
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
@@ -47,7 +55,13 @@ def plan_merge(
     check_merge_output(path, inputs.checkpoints, options.allowed_dir, options.overwrite)
     refuse_unusable(inputs.checkpoints)
     refuse_same_file(inputs.base, inputs.tuned)
-    layout = check_base(inputs.base, spec.allow_extra or [])
+    states = layout_of_states(inputs.base, inputs.tuned)
+    if states is not None and spec.method not in MIXING:
+        raise ParameterError(
+            f"base and tuned are states, and method={spec.method!r} puts one into a model.\n"
+            "Mix them with method='linear' and weights, one per state, the base first."
+        )
+    layout = states or check_base(inputs.base, spec.allow_extra or [])
     for ck in (inputs.base, *inputs.tuned):
         check_dtypes(ck)
     spec = with_method(spec, inputs.tuned)

@@ -62,11 +62,14 @@ class Mixing(Family):
         """
         base, tuned, method = inputs.base, inputs.tuned, MIXING[spec.method]
         for ck in tuned:
-            if ck.kind not in ("model", "partial"):
+            if ck.kind not in ("model", "partial", "state"):
                 why = f": {ck.reason}" if ck.reason else ""
                 raise LayoutError(f"{ck.path} is of kind {ck.kind!r}{why}.\nMethod {spec.method!r} mixes whole models.")
+            if base.kind == "state":
+                continue  # `layout_of_states` has compared them
             refuse_other_dimensions(ck, layout)
             check_full_tensors(base, ck, layout, ck.info, spec.allow_extra or [])
+        spec = _with_states_weighed(spec, base, tuned)
         there = dict.fromkeys(n for ck in tuned for n in ck.info if n in base.info or n not in UNUSED_IN_LAYER_0)
         names = [n for n in base.info if n in there] + [n for n in there if n not in base.info]
         settings = {"alpha": spec.alpha, "weights": spec.weights, **spec.parameters}
@@ -80,6 +83,15 @@ class Mixing(Family):
             if name in base.info or values.get("alpha") != 0:
                 tensors.append(_mixed(method, name, base, tuned, values, spec.arithmetic))
         return Changes(tensors, layout, spec, describe=partial(_describe, inputs, layout))
+
+
+def _with_states_weighed(spec: MergeSpec, base: Checkpoint, tuned: Sequence[Checkpoint]) -> MergeSpec:
+    """The spec; where states alone go into a model by "linear", with 0 for the model in weights that leave it out."""
+    states = base.kind != "state" and all(ck.kind == "state" for ck in tuned)
+    weights = spec.weights
+    if states and spec.method == "linear" and isinstance(weights, list) and len(weights) == len(tuned):
+        return spec.changed(weights=[0.0, *weights])
+    return spec
 
 
 def _given(spec: MergeSpec) -> dict[str, Any]:
