@@ -103,7 +103,8 @@ def _of_one(setting: Any, i: int, count: int) -> Any:
         return {pattern: _of_one(inner, i, count) for pattern, inner in setting.items()}
     if isinstance(setting, list):
         if len(setting) != count:
-            raise ParameterError(f"weights has the list {setting!r}; {count} numbers are needed, one per adapter")
+            needed = f"{count} {'number is' if count == 1 else 'numbers are'} needed"
+            raise ParameterError(f"weights has the list {setting!r}; {needed}, one per adapter")
         return setting[i]
     return setting
 

@@ -85,9 +85,8 @@ def check_values(parameter: Parameter, value: Any, tuned: int, where: str) -> An
     if isinstance(value, (list, tuple)):
         if len(value) != wanted:
             who = "the base and each tuned model" if takes.each == "model" else "each tuned model"
-            raise ParameterError(
-                f"{name} has {len(value)} numbers{where}; {wanted} are needed, one for {who}: {takes.help}"
-            )
+            needed = f"{wanted} {'is' if wanted == 1 else 'are'} needed, one for {who}"
+            raise ParameterError(f"{name} has {len(value)} numbers{where}; {needed}")
         return [check_value(parameter, v, where) for v in value]
     one = check_value(parameter, value, where)
     if takes.each == "tuned":

@@ -25,6 +25,7 @@ class Field:
     def __init__(self, name: str, widget: Any, to_widget: Callable = lambda v: v, from_widget: Callable = lambda v: v):
         self.name, self.widget = name, widget
         self._to_widget, self._from_widget = to_widget, from_widget
+        self._placeholder = ""  # with `_WORDS` in the place of the help
 
     @property
     def value(self) -> Any:
@@ -44,11 +45,13 @@ class Field:
         """Show the parameter's help, where this kind of widget can."""
         if isinstance(self.widget, widgets.Checkbox):
             self.widget.description = f"{self.name}: {words}"
+            self.widget.tooltip = words
             return
         shown = getattr(self.widget, "text", self.widget)  # a FileChooser has a text field
         shown.tooltip = words
         if hasattr(shown, "placeholder"):
-            shown.placeholder = shown.placeholder.replace(_WORDS, words)
+            self._placeholder = self._placeholder or shown.placeholder
+            shown.placeholder = self._placeholder.replace(_WORDS, words)
 
 
 def field_for(name: str, info: FieldInfo) -> Field:

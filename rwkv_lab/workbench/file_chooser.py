@@ -46,9 +46,13 @@ class FileChooser(HasTraits):
             style={"description_width": "9rem"},
             layout=widgets.Layout(width="44rem"),
         )
-        self.browse = widgets.ToggleButton(description="Browse", layout=widgets.Layout(width="6rem"))
+        self.browse = widgets.ToggleButton(
+            description="Browse", tooltip="choose from a list of files", layout=widgets.Layout(width="6rem")
+        )
         self.place = widgets.Label()
-        self.list = widgets.Select(rows=10, layout=widgets.Layout(width="36rem"))
+        self.list = widgets.Select(
+            tooltip="a file, or a folder to look into", rows=10, layout=widgets.Layout(width="36rem")
+        )
         self.walk = widgets.VBox([self.place, self.list], layout=widgets.Layout(margin="0 0 0 9.5rem", display="none"))
         self.box = widgets.VBox([widgets.HBox([self.text, self.browse]), self.walk])
         self.text.observe(lambda change: setattr(self, "value", change["new"]), "value")

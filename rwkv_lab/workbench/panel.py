@@ -5,6 +5,7 @@ be done here only. Work runs in the main thread, where Interrupt reaches it.
 """
 
 import html
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ from rwkv_lab.workbench.registry import cells_of
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import run_all
 
+_TOOLTIPS = {"Plan": "show what would happen", "Run": "do all that the cells below do"}
+_MISSING = re.compile(r"(\w+) is missing\b")  # how a message begins where a parameter has not been given yet
+
 
 class Panel:
     """Fields and buttons over one run. Every change is validated at once; a refused one leaves the parameters alone.
@@ -30,16 +34,16 @@ class Panel:
     def __init__(self, run: Run, fields: Sequence[Field], buttons: Mapping[str, Callable[[Run], object]]):
         self.run = run
         self.fields = {f.name: f for f in fields}
-        self.message = widgets.HTML()
+        self.message, self.refusal = widgets.HTML(), ""
         self.output = widgets.Output()
         for field in fields:
-            field.explain(run.model.model_fields[field.name].description or "")
             field.value = getattr(run.config, field.name)
-            field.widget.observe(lambda change: self.apply(), "value")
+            field.widget.observe(lambda change: self._changed(), "value")
         self.hide()
         self.buttons = {}
         for label, work in buttons.items():
             button = widgets.Button(description=label, button_style="primary" if label == "Run" else "")
+            button.tooltip = _TOOLTIPS.get(label, label)
             button.on_click(lambda _, work=work: self.do(work))
             self.buttons[label] = button
         basic = run.model.basic
@@ -59,14 +63,18 @@ class Panel:
         }
 
     def hide(self) -> None:
-        """Show the fields that apply beside the others' values, and no others."""
+        """Show the fields that apply beside the others' values, and no others, with what they stand for if empty."""
         given = {name: field.value for name, field in self.fields.items()}
+        stands_for = self.run.model.stands_for(given)
         for name, field in self.fields.items():
             field.box.layout.display = None if self.run.model.applies(name, given) else "none"
+            words = self.run.model.model_fields[name].description or ""
+            field.explain(f"{words} (here {stands_for[name]})" if name in stands_for else words)
 
     def apply(self) -> bool:
         """Take the fields over into `run.config`, all or none; False, with a message, where they are refused."""
         self.hide()
+        self.refusal = ""
         try:
             self.run.configure(**self.values())
         except RwkvLabError as e:
@@ -74,6 +82,14 @@ class Panel:
             return False
         self.message.value = ""
         return True
+
+    def _changed(self) -> None:
+        """Take a change over; what is still to be given is said as a step that comes next, not as an error."""
+        self.apply()
+        missing = _MISSING.match(self.refusal)
+        if missing:
+            text = html.escape(f"Next, give {missing[1]}: {self.refusal[missing.end() :].lstrip(': ')}")
+            self.message.value = f'<span style="color: var(--jp-ui-font-color2, #666)">{text}</span>'
 
     def do(self, work: Callable[[Run], object]) -> None:
         """What a click does: take the fields over, work, and show the result or the refusal in the panel."""
@@ -92,6 +108,7 @@ class Panel:
             self._enable(True)
 
     def _show_error(self, error: RwkvLabError) -> None:
+        self.refusal = str(error)
         text = html.escape(f"{type(error).__name__}: {error}")
         self.message.value = f'<pre style="color: var(--jp-error-color1, #c00); white-space: pre-wrap">{text}</pre>'
 

@@ -63,6 +63,11 @@ class Parameters(Spec):
         return True
 
     @classmethod
+    def stands_for(cls, values: Mapping[str, Any]) -> Mapping[str, object]:
+        """What None comes to beside these values, not yet validated, by parameter; a panel shows it."""
+        return {}
+
+    @classmethod
     def read(cls, values: Mapping[str, Any], advise: Advise | None = None) -> Self:
         """The parameters with these values; those that are not given keep their defaults.
 

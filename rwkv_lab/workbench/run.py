@@ -155,10 +155,12 @@ class Run:
         return repr(self._table())
 
     def _table(self) -> Table:
-        rows = [
-            (name, _as_literal(getattr(self.config, name)), field.description)
-            for name, field in self.model.model_fields.items()
-        ]
+        values = self.config.model_dump()
+        stands_for = self.model.stands_for(values)
+        rows = []
+        for name, field in self.model.model_fields.items():
+            here = f", here {stands_for[name]}" if values[name] is None and name in stands_for else ""
+            rows.append((name, _as_literal(values[name]) + here, field.description))
         return Table(f"Parameters of this {self.notebook} run", ("parameter", "value", "what it is"), rows)
 
 

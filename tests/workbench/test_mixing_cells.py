@@ -2,8 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+from random_models import make_layout, write_model
+from tuned_files import write_adapter, write_fine_tune
 
 from rwkv_lab.analysis import behaviour
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
@@ -63,6 +66,28 @@ def test_the_report_names_the_role_of_each_input(models, tmp_path):
     text = (tmp_path / "report" / "report.html").read_text()
     roles = re.findall(r"<tr><td>(\w+)</td><td>([\w.]+)</td><td class=.number", text)
     assert roles[:4] == [("base", "base.pth"), ("tuned", "one.pth"), ("tuned", "two.pth"), ("written", "merged.pth")]
+
+
+def test_the_report_has_rank_alpha_and_scale_of_a_merged_adapter(models, tmp_path):
+    write_adapter(tmp_path / "lora.pth", Path(models[0]), lora_r=4, lora_alpha=8)
+    done(tmp_path, base=models[0], tuned=str(tmp_path / "lora.pth"))
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert re.search(r"lora.pth: rank 4, alpha 8, scale 2 \(alpha / rank\), on \d+ matrices", text)
+
+
+def test_the_report_has_no_marks_of_markdown(models, tmp_path, demo_folder):
+    done(tmp_path, base=models[0], tuned=str(demo_folder / "demo-state.pth"))
+    assert "`" not in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_the_report_states_why_nothing_was_read(tmp_path):
+    base = write_model(tmp_path / "base.pth", make_layout("7.0", vocab_size=70))
+    write_fine_tune(tmp_path / "tuned.pth", base)
+    result = done(tmp_path, base=str(base), tuned=str(tmp_path / "tuned.pth"), data=["english"])
+    assert "bits_per_byte" not in result["metrics"] and result["metrics"]["summary"].startswith("Not read: ")
+    assert "does not tell its tokenizer" in (tmp_path / "report" / "report.html").read_text()
+    with pytest.raises(ParameterError, match="do not belong together"):
+        done(tmp_path, base=str(base), tuned=str(tmp_path / "tuned.pth"), tokenizer="world")
 
 
 def test_a_recipe_takes_the_place_of_the_models(models, tmp_path):

@@ -48,6 +48,33 @@ def test_a_refused_value_is_shown_and_leaves_the_parameters_alone(panel, text):
     assert panel.message.value == "" and panel.run.config.alpha == 1
 
 
+def test_a_parameter_that_is_still_to_be_given_is_no_error(panel, demo_folder):
+    panel.fields["base"].widget.text.value = str(demo_folder / "demo-base.pth")
+    assert panel.message.value.count("Next, give tuned") == 1 and "error-color" not in panel.message.value
+    panel.buttons["Run"].click()
+    assert "error-color" in panel.message.value and "ParameterError" in panel.message.value
+    panel.fields["tuned"].widget.text.value = str(demo_folder / "demo-state.pth")
+    assert panel.message.value == ""
+
+
+def test_every_control_has_a_tooltip(panel):
+    shown = [getattr(field.widget, "text", field.widget) for field in panel.fields.values()]
+    choosers = [field.widget.browse for field in panel.fields.values() if hasattr(field.widget, "browse")]
+    assert all(widget.tooltip for widget in [*shown, *choosers, *panel.buttons.values()])
+
+
+def test_what_none_stands_for_is_shown_with_its_number(tmp_path, demo_folder, monkeypatch):
+    monkeypatch.setattr(panels, "frontend_present", lambda: True)
+    run = start("train", {"report": str(tmp_path)})
+    panel = show_panel(run)
+    assert "here 400)" in panel.fields["steps"].widget.placeholder
+    panel.fields["kind"].widget.value = "lora"
+    assert "here 200)" in panel.fields["steps"].widget.placeholder
+    panel.fields["rank"].widget.value = "16"
+    assert "here 32)" in panel.fields["alpha"].widget.placeholder
+    assert "None, here 200" in repr(run)
+
+
 def test_messages_are_escaped(panel):
     panel.fields["base"].widget.text.value = panel.fields["tuned"].widget.text.value = "<b>x"
     assert "<b>" not in panel.message.value and "&lt;b&gt;x" in panel.message.value

@@ -113,7 +113,7 @@ def test_cosines(run, base, tmp_path):
         "blocks.0.att.key.weight": pytest.approx(-1),
         "blocks.1.att.value.weight": pytest.approx(0, abs=1e-6),
     }
-    assert [path.name for path in run.record.figures] == ["counts.png", "cosines.png"] and len(run.record.inputs) == 3
+    assert [picture.name for picture in run.page.pictures] == ["counts", "cosines"] and len(run.record.inputs) == 3
 
 
 def test_tunings_without_a_common_tensor_are_not_compared(run, made, capsys):
@@ -133,7 +133,7 @@ def test_targets_choose_what_is_measured(run, made):
     ]
     assert [f"{s.name}.weight" for s in cells.measure(run, names).spectra] == names
     cells.show_ablation(run, names)
-    assert set(run.record.metrics["bits_per_byte"]["parts"]) == {"att.key", "ffn.key", "ffn.value"}
+    assert set(run.record.metrics["ablation"]["parts"]) == {"att.key", "ffn.key", "ffn.value"}
 
 
 @pytest.mark.parametrize("version", ["4.0", "6.0"])
@@ -262,7 +262,7 @@ def test_what_is_wrong_leaves_nothing_but_word_of_it(run, made, base, tmp_path, 
         ({"alpha": 0}, "greater than 0"),
         ({"adapter": "demo:lora"}, "demo:base, demo:state"),
         ({"base": "/b.pth"}, "adapter is missing"),
-        ({"targets": "att.key"}, "-y"),
+        ({"targets": {}}, "-p targets att.key,ffn.key"),
         ({"adaptor": "x"}, "did you mean adapter?"),
     ],
 )

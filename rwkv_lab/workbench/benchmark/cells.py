@@ -8,7 +8,7 @@ from pathlib import Path
 from IPython.display import display
 
 from rwkv_lab.bench import figures
-from rwkv_lab.bench.comparison import COLUMNS, Floors, Row, cells
+from rwkv_lab.bench.comparison import COLUMNS, OURS, Floors, Row, cells
 from rwkv_lab.bench.growth import measure_growth
 from rwkv_lab.bench.loading import measure_loading
 from rwkv_lab.bench.machine import describe_machine, floors_are_compiled
@@ -83,6 +83,7 @@ def measure_rates(run: Run, measured: Measured) -> None:
     with run.timed("rates"):
         rows, floors = measure_speed(measured.path, measured.path.name, measured.plan)
     _note(run, measured, rows, floors, "Rates")
+    run.page.summary = _summary(rows)
 
 
 def measure_wkv(run: Run, measured: Measured) -> None:
@@ -129,6 +130,17 @@ def show_verdict(run: Run, measured: Measured) -> None:
             run.record.checks.append(NotApplicable(name, row.problem))
     for check in run.record.checks:
         print(check)
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    """Our rates of decoding and prefill in the first dtype, as far as they were measured."""
+    found = []
+    for job in ("decode", "prefill"):
+        ours = next((row for row in rows if row.job == job and row.engine == OURS and row.samples), None)
+        if ours is not None:
+            of = f"{ours.size} {'sequences' if job == 'decode' else 'tokens'}"
+            found.append(f"{job} {ours.median:,.0f} {ours.unit} ({ours.dtype}, {of})")
+    return f"{'; '.join(found)}." if found else "No rate was measured."
 
 
 def _note(run: Run, measured: Measured, rows: Sequence[Row], floors: Floors, title: str) -> None:

@@ -1,6 +1,7 @@
 """What the cells of merge.ipynb call, in their order. Each shows its part, and notes it for result and report."""
 
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict
 
 from IPython.display import display
@@ -17,7 +18,9 @@ from rwkv_lab.merge import (
     verify_merge,
     write_merge,
 )
+from rwkv_lab.merge.adapter_set import ANY, read_adapters
 from rwkv_lab.merge.families import family_of
+from rwkv_lab.merge.inputs import open_tuned
 from rwkv_lab.plotting import bits_bars
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.workbench.merge import figures
@@ -190,7 +193,8 @@ def _facts(made: MergePlan) -> list[tuple[str, object]]:
         *((_ROLES[f.role], f"{f.path.name}, {human_bytes(f.bytes)}") for f in made.inputs),
         ("output", made.out.name),
         ("model", str(made.layout)),
-        ("method", f"{made.method}: {MERGE_METHODS[made.method].help}"),
+        ("method", f"{made.method}: {_help(made)}"),
+        *_adapters(made),
         ("settings", ", ".join(f"{name} {value}" for name, value in options.items())),
         ("tensors", ", ".join(f"{count} {action}" for action, count in actions.most_common())),
         ("size", f"{made.output_bytes:,} bytes; {human_bytes(made.disk_free)} are free on that disk"),
@@ -218,7 +222,35 @@ def _what(made: MergePlan) -> str:
     if family_of(made.method).kinds:  # the method is read off what goes into the base
         return f"{tuned} merged into {base}, method {method.name}{share}"
     with_them = f" and {tuned}" if tuned else ""
-    return f"{base}{with_them}, method {method.name} ({method.help}){share}"
+    return f"{base}{with_them}, method {method.name} ({_help(made)}){share}"
+
+
+def _help(made: MergePlan) -> str:
+    """What the method does, without the marks of Markdown."""
+    return MERGE_METHODS[made.method].help.replace("`", "")
+
+
+def _adapters(made: MergePlan) -> list[tuple[str, str]]:
+    """Rank, alpha and scale of the adapters that are merged, in words; from headers."""
+    if family_of(made.method) is not family_of(ANY):
+        return []
+    found = []
+    with ExitStack() as stack:
+        tuned, init = open_tuned(made.spec, stack)
+        for ck, adapter in zip(tuned, read_adapters(tuned, init, made.spec).adapters, strict=True):
+            is_rs = made.spec.parameters.get("use_rslora") or (ck.adapter_config or {}).get("use_rslora")
+            rows = {(t.rank, t.settings().get("scaling")) for t in adapter.targets.values()}
+            words = [_scaled(rank, scale, bool(is_rs)) for rank, scale in sorted(rows, key=str)]
+            matrices = f"{len(adapter.targets)} matri{'x' if len(adapter.targets) == 1 else 'ces'}"
+            found.append(("adapter", f"{ck.path.name}: {'; '.join(words) or 'no matrices'}, on {matrices}"))
+    return found
+
+
+def _scaled(rank: int, scale: object, is_rs: bool) -> str:
+    if not isinstance(scale, int | float):
+        return f"rank {rank}"
+    alpha = scale * (rank**0.5 if is_rs else rank)
+    return f"rank {rank}, alpha {alpha:g}, scale {scale:g} (alpha / {'√rank' if is_rs else 'rank'})"
 
 
 STEPS = (

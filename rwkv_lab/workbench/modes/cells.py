@@ -91,6 +91,7 @@ def compare(run: Run, subject: Subject) -> list[ModeRow]:
         )
     run.record.metrics["rows"] = [_as_metrics(row) for row in rows]
     run.record.checks += agreement_checks(rows)
+    run.page.summary = _summary(rows)
     errors = ("logits", "state", "limit", "logits apart", "state apart", "limit apart")
     table = Table(
         "Mode × backend × dtype",
@@ -188,6 +189,19 @@ def _subtitle(run: Run, subject: Subject) -> str:
     B, T = subject.tokens.shape
     sequences = "1 sequence" if B == 1 else f"{B} sequences"
     return f"{run.page.facts[0][1]}\n{sequences} of {T} tokens, {subject.source}"
+
+
+def _summary(rows: Sequence[ModeRow]) -> str:
+    """How many runs agree, and by how much the worst is off."""
+    ran = [row for row in rows if not row.problem]
+    if not ran:
+        return "No run could be compared."
+    passed = sum(row.verdict == "PASS" for row in ran)
+    worst = max(ran, key=lambda row: max(row.logits_error, row.state_error) / row.accuracy)
+    error = max(worst.logits_error, worst.state_error)
+    return (
+        f"{passed} of {len(ran)} runs agree; nearest to its limit: {worst.name}, {error:.1e} of {worst.accuracy:.0e}."
+    )
 
 
 def _as_cells(row: ModeRow) -> tuple:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from rwkv_lab.spec import Text
-from rwkv_lab.train import TrainOptions, TrainSpec
+from rwkv_lab.train import KINDS, TrainOptions, TrainSpec
 from rwkv_lab.workbench.options import takes, values_for
 from rwkv_lab.workbench.parameters import InputOrEmpty, Parameters, PathOrEmpty, input_path
 
@@ -41,6 +41,16 @@ class TrainParameters(Parameters):
     @classmethod
     def applies(cls, name: str, values: Mapping[str, Any]) -> bool:
         return TrainSpec.applies(name, values["kind"]) and not (name in _OF_FRESH_MODELS and values["base"])
+
+    @classmethod
+    def stands_for(cls, values: Mapping[str, Any]) -> Mapping[str, object]:
+        kind = KINDS.get(values["kind"])
+        if kind is None:
+            return {}
+        own = {name: getattr(kind.defaults, name) for name in ("steps", "batch_size", "ctx_len", "lr", "rank")}
+        rank, steps = values.get("rank") or own["rank"], values.get("steps") or own["steps"]
+        numbers = isinstance(rank, int) and isinstance(steps, int)  # a field may hold other text
+        return own | ({"alpha": 2 * rank, "warmup": max(1, round(0.05 * steps))} if numbers else {})
 
     def check(self) -> None:
         self._spec(self.base, self.start)
