@@ -1,17 +1,18 @@
 """Adapters that are merged together: read from open files, with what was given for each, and checked side by side."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint
 from rwkv_lab.errors import LayoutError, ParameterError
-from rwkv_lab.merge.inputs import value_of
+from rwkv_lab.merge.inputs import init_paths, value_of
 from rwkv_lab.merge.method_parameters import Parameter, Takes, check_values
 from rwkv_lab.merge.settings import GRADIENT, REST, check_setting, value_for, with_default
-from rwkv_lab.merge.spec import MergeSpec
+from rwkv_lab.merge.spec import SVD, MergeSpec
 from rwkv_lab.peft.adapter import Adapter, refuse_overlap
 from rwkv_lab.peft.files import read_adapter
+from rwkv_lab.peft.pissa_start import check_computable, with_computed_start
 
 ANY = "adapters"  # the method of adapters of several kinds
 WEIGHTS = Parameter("weights", float, Takes("factor on what an adapter adds; one per adapter", each="tuned"), 1.0)
@@ -64,7 +65,10 @@ def read_adapters(tuned: Sequence[Checkpoint], init: Sequence[Checkpoint | None]
         use_rslora, bat, residual = (
             value_of(spec.parameters.get(name), i) for name in ("use_rslora", "bat", "residual_base")
         )
-        adapter = read_adapter(ck, start, alpha, use_rslora, bat, bool(residual))
+        computed = init_paths(spec.pissa_init, len(tuned))[i] == SVD
+        if computed:
+            check_computable(ck)
+        adapter = read_adapter(ck, start, alpha, use_rslora, bat, bool(residual) or computed)
         if spec.method not in (ANY, adapter.method):
             raise ParameterError(f"method={spec.method!r}, and {ck.path} is {adapter.method}; pass method='auto'")
         adapters.append(adapter)
@@ -78,6 +82,16 @@ def read_adapters(tuned: Sequence[Checkpoint], init: Sequence[Checkpoint | None]
         _quant(adapters, spec.parameters.get("quant")),
         bool(spec.parameters.get("unmerge")),
     )
+
+
+def with_computed_starts(adapters: AdapterSet, spec: MergeSpec, base: Checkpoint) -> AdapterSet:
+    """The set; where pissa_init is "svd", with starts that are computed from the base when they are read."""
+    starts = init_paths(spec.pissa_init, len(adapters.adapters))
+    each = [
+        with_computed_start(adapter, base) if start == SVD else adapter
+        for adapter, start in zip(adapters.adapters, starts, strict=True)
+    ]
+    return replace(adapters, adapters=tuple(each))
 
 
 def weights_of_each(given: Any, count: int) -> list[Any]:

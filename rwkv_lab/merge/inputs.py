@@ -10,7 +10,7 @@ from typing import Any
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, file_facts, open_checkpoint
 from rwkv_lab.checkpoint.unchanged import FileState, file_states, refuse_changed, refuse_changed_header
 from rwkv_lab.errors import LayoutError, ParameterError
-from rwkv_lab.merge.spec import MergeSpec
+from rwkv_lab.merge.spec import SVD, MergeSpec
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def open_tuned(spec: MergeSpec, stack: ExitStack) -> tuple[tuple[Checkpoint, ...
     for i, ck in enumerate(tuned):
         if ck.kind == "unmerged":
             ck.keep_adapter(value_of(spec.parameters.get("adapter"), i))
-    init = tuple(None if path is None else stack.enter_context(open_checkpoint(path)) for path in paths)
+    init = tuple(None if path in (None, SVD) else stack.enter_context(open_checkpoint(path)) for path in paths)
     return tuned, init
 
 

@@ -58,7 +58,9 @@ def merge(
             on what is added to the base. 0 gives the base, bit for bit.
         weights: [w_base, w_tuned, …] for "linear", [w_tuned, …] for those that add deltas and for adapters, which are
             taken in the order of the list.
-        pissa_init: of a PiSSA adapter, what it started from: it goes with the original base then.
+        pissa_init: of a PiSSA adapter, what it started from: it goes with the original base then. "svd": computed again
+            from the base by the exact SVD; right only if training began with that, and refused where it is not
+            determined.
         parameters: what else the method takes, by name (`MERGE_METHODS[method].parameters`), such as density and seed,
             or layers for "passthrough", and for adapters use_rslora, bat, residual_base, quant and unmerge. Of a
             mixing method every number may be a setting that differs from tensor to tensor (`settings`), alpha and

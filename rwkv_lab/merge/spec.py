@@ -21,6 +21,8 @@ from rwkv_lab.merge.method import MERGE_METHODS
 from rwkv_lab.paths import path_fault
 from rwkv_lab.spec import Number, OneOf, Patterns, Spec
 
+SVD = Path("svd")  # as pissa_init, and the only path that is not absolute: computed again from the base
+
 
 def _path(value: Any) -> Path:
     if not isinstance(value, str | os.PathLike):
@@ -39,8 +41,8 @@ def _paths(value: Any) -> tuple[Path, ...]:
 
 def _paths_or_none(value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return [None if one is None else _path(one) for one in value]
-    return None if value is None else _path(value)
+        return [_paths_or_none(one) for one in value]
+    return value if value is None or value == SVD else SVD if value == str(SVD) else _path(value)
 
 
 def _patterns(value: Any) -> list | None:
@@ -109,7 +111,7 @@ class MergeSpec(Spec):
     )
     weights: Setting = Field(None, description="linear: base, then each tuned; where deltas are added: each tuned")
     pissa_init: Annotated[Path | list[Path | None] | None, BeforeValidator(_paths_or_none)] = Field(
-        None, description="of a PiSSA adapter: the file or folder that it started from"
+        None, description="of a PiSSA adapter: the file or folder that it started from, or svd"
     )
     parameters: Annotated[dict[str, Any], BeforeValidator(_parameters)] = Field(
         {}, description="what else a method takes: density, seed, layers; of adapters bat, quant, unmerge, …"
@@ -154,7 +156,15 @@ class MergeSpec(Spec):
             "precision": self.precision,
             "allow_extra": self.allow_extra,
             "allow_nonfinite": self.allow_nonfinite,
+            **({"pissa_init": svd} if (svd := self._computed_starts()) else {}),
         }
+
+    def _computed_starts(self) -> str | list[str | None] | None:
+        """ "svd" where starts are computed from the base, a list where only some are; None where none is."""
+        starts = self.pissa_init
+        if isinstance(starts, list):
+            return ["svd" if start == SVD else None for start in starts] if SVD in starts else None
+        return "svd" if starts == SVD else None
 
 
 class ExtractSpec(Spec):

@@ -17,6 +17,7 @@ from rwkv_lab.merge.inputs import init_paths
 from rwkv_lab.merge.plan import MergeResult
 from rwkv_lab.merge.proof import Exact, Proof, ProofInputs, Source
 from rwkv_lab.merge.proof_files import is_zip, model_and_tuned, read
+from rwkv_lab.merge.spec import SVD
 
 _ROWS = 1 << 20  # elements compared at a time
 
@@ -56,7 +57,7 @@ def _proof_inputs(result: MergeResult) -> ProofInputs:
     names = result.recipe["parameters"].get("adapter")
     base, tuned = model_and_tuned(result.base, result.tuned, names)
     return ProofInputs(
-        base, tuned, result.tuned, [None if path is None else read(path) for path in init], result.recipe
+        base, tuned, result.tuned, [None if path in (None, SVD) else read(path) for path in init], result.recipe
     )
 
 

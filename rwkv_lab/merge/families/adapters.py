@@ -15,7 +15,15 @@ from typing import Any
 from rwkv_lab.checkpoint import Checkpoint, Layout
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.adapted_matrices import adapted_tensors, memory_for
-from rwkv_lab.merge.adapter_set import ANY, WEIGHTS, AdapterSet, check_weights, read_adapters, weights_of_each
+from rwkv_lab.merge.adapter_set import (
+    ANY,
+    WEIGHTS,
+    AdapterSet,
+    check_weights,
+    read_adapters,
+    weights_of_each,
+    with_computed_starts,
+)
 from rwkv_lab.merge.changed_tensors import ChangedTensor
 from rwkv_lab.merge.contained_adapters import adapters_in, after_merging
 from rwkv_lab.merge.families.adapters_proof import PROVED, AdaptersProof
@@ -29,6 +37,7 @@ from rwkv_lab.names import split_block
 from rwkv_lab.patterns import matches_any
 from rwkv_lab.peft.adapter import Adapter
 from rwkv_lab.peft.config import ADAPTER_KINDS
+from rwkv_lab.peft.pissa_start import ComputedHalf
 from rwkv_lab.peft.quantised import QUANTS
 from rwkv_lab.spec import did_you_mean
 
@@ -118,6 +127,7 @@ class Adapters(Family):
             extra = spec.allow_extra or []
             known = {n: v for n, v in adapter.full.items() if n in shapes or not matches_any(n, extra)}
             replace(adapter, full=known).check(shapes, layout)
+        adapters = with_computed_starts(adapters, spec, inputs.base)
         check_weights(adapters, layout.n_layer)
         resolved = _resolved(spec, adapters)
         return Changes(
@@ -180,6 +190,13 @@ def _notes(base: Checkpoint, adapters: AdapterSet) -> tuple[str, ...]:
                 f"{Path(adapter.where).name} adapts {len(touched)} of {n_layer} layers: right if it was trained so, "
                 "wrong if it is of a model with fewer layers."
             )
+    if any(
+        isinstance(t.tensors.get("init_lora_A"), ComputedHalf) for a in adapters.adapters for t in a.targets.values()
+    ):
+        notes.append(
+            "What PiSSA started from is computed again by the exact SVD of the base: right if training began with that "
+            "(peft's init_lora_weights='pissa'). A randomised start, RWKV-PEFT's svd_niter, cannot be had again."
+        )
     if any(a.residual_base for a in adapters.adapters):
         notes.append("PiSSA without its start: right only if the base given is what the SVD left over of the original.")
     if len(adapters.adapters) > 1:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -130,10 +131,26 @@ def _understood(i: int, inputs: ProofInputs) -> Understood:
     if init is not None:
         for x, parts in _sorted(init)[0].items():
             layers[x] |= {f"{half}0": parts[f"{half}0" if f"{half}0" in parts else half] for half in "AB"}
+    if _computed(recipe, i):
+        for x, parts in layers.items():
+            parts |= _principal(
+                inputs.base[x], len(parts["A"]), _scale(x, parts | {"A0": parts["A"]}, alpha, given, note, config)
+            )
     scale = {x: _scale(x, parts, alpha, given, note, config) for x, parts in layers.items() if "block" not in parts}
     weight = 1.0 if recipe["weights"] is None else recipe["weights"][i]
     n_layer = 1 + max(int(n.split(".")[1]) for n in inputs.base if n.startswith("blocks."))
     return Understood(layers, scale, _variant(note, config, given, layers), whole, weight, n_layer)
+
+
+def _computed(recipe: Mapping, i: int) -> bool:
+    """Whether the start of the i-th adapter is the base's own principal part."""
+    starts = recipe.get("pissa_init")
+    return (starts[i] if isinstance(starts, list) else starts) == "svd"
+
+
+def _principal(weight: Tensor, rank: int, scale: float) -> Parts:
+    U, S, V = np.linalg.svd(weight.double().numpy(), full_matrices=False)
+    return {"A0": torch.from_numpy(V[:rank]), "B0": torch.from_numpy(U[:, :rank] * S[:rank] / scale)}
 
 
 def _scale(x: str, parts: Parts, alpha: float | None, given: Mapping, note: Mapping, config: Mapping | None) -> float:
