@@ -14,10 +14,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from models import random_lora
 from option_tables import pages, with_tables
 from random_models import make_layout, write_model
 from tuned_files import write_fine_tune, write_state
 
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.merge import MERGE_METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +80,8 @@ def files(tmp_path_factory, demo_folder) -> Path:
     write_state(folder / "T.pth", base)
     write_fine_tune(folder / "T1.pth", base, seed=1)
     write_fine_tune(folder / "T2.pth", base, seed=2)
+    with open_checkpoint(base) as ck:
+        write_checkpoint(folder / "lora.pth", random_lora(ck.layout))
     write_model(folder / "M.pth", make_layout("7.0", vocab_size=260))
     write_tokenizer(folder / "20B_tokenizer.json")
     (folder / "recipe.yml").write_text(RECIPE)

@@ -86,6 +86,7 @@ class Row:
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
 
+STATE_FORMAT = "rwkv_lab.state_format"  # a note in files with a state alone: the name of the format
 RESCALED = "weights_rescaled_every"  # what `Place.rescale_every` is recorded as, in config.json or the metadata
 
 
@@ -155,6 +156,7 @@ class ForeignFormat:
         dropped: a name of ours -> why it is not written. What nothing reads, or the consumer has no place for.
         ignored: a name of theirs -> why it is not read.
         older: rows that only older files have; read, never written.
+        state_rows: of a file with a tuned state alone, for readers that take one.
         container: what holds the tensors: "folder" (safetensors with a config.json), "safetensors", ….
         config: `(layout, dtype)` -> config.json of a folder.
         stated: what the facts state that tensors do not.
@@ -176,6 +178,7 @@ class ForeignFormat:
     dropped: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
     older: tuple[Row, ...] = ()
+    state_rows: tuple[Row, ...] = ()
     container: str = "folder"
     config: Callable[[Layout, torch.dtype], dict[str, Any]] | None = None
     stated: Callable[[Facts], Place] = stated
@@ -235,10 +238,10 @@ def present(tensors: Mapping[str, TensorInfo], facts: Facts) -> Presented | None
         CorruptFileError: a tensor that is too small for what it should hold.
     """
     names = list(tensors)
-    known = next((f for f in reversed(FOREIGN_FORMATS.values()) if f.recognise(names, facts)), None)
+    known = FOREIGN_FORMATS.get(str(facts.metadata.get(STATE_FORMAT))) or _format_of(names, facts)
     if known is None:
         return None
-    place, rows = known.stated(facts), {row.theirs: row for row in (*known.older, *known.rows)}
+    place, rows = known.stated(facts), {row.theirs: row for row in (*known.older, *known.rows, *known.state_rows)}
     found = Presented(known, {}, {}, {}, {})
     for name, info in tensors.items():
         general, layer = general_name(name)
@@ -257,6 +260,19 @@ def present(tensors: Mapping[str, TensorInfo], facts: Facts) -> Presented | None
             found.tensors[our_name], found.theirs[our_name] = replace(our_info, name=our_name), name
             found.inverses[our_name] = _same if row is None else partial(_inverse, row, at, k)
     return found
+
+
+def _format_of(names: list[str], facts: Facts) -> ForeignFormat | None:
+    formats = list(reversed(FOREIGN_FORMATS.values()))
+    return next((f for f in formats if f.recognise(names, facts)), None) or next(
+        (f for f in formats if f.state_rows and _holds_states(f, names)), None
+    )
+
+
+def _holds_states(known: ForeignFormat, names: list[str]) -> bool:
+    """Whether it is a file with nothing but states, under names that tell the format."""
+    theirs = {row.theirs for row in known.state_rows if row.theirs != row.ours}
+    return bool(names) and all(general_name(name)[0] in theirs for name in names)
 
 
 _NUMBER = re.compile(r"(^|\.)(\d{1,4})(\.|$)")

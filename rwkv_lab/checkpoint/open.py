@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import rwkv_lab.checkpoint.formats  # noqa: F401  # makes the formats known
+from rwkv_lab.checkpoint.adapter_names import adapter_format, our_targets, present_adapter
 from rwkv_lab.checkpoint.foreign_format import Facts, ForeignFormat, present
 from rwkv_lab.checkpoint.format import format_of
 from rwkv_lab.checkpoint.kind import Identity, identify
@@ -189,6 +190,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _present(ck: Checkpoint) -> None:
     """Give the tensors of a foreign format BlinkDL's names."""
+    known = adapter_format(ck.info)
+    if known is not None:
+        ck.foreign_format = known
+        ck.info, ck.names_in_file = present_adapter(known, ck.info)
+        if ck.adapter_config is not None:
+            targets = our_targets(known, ck.adapter_config.get("target_modules"))
+            ck.adapter_config = ck.adapter_config | {"target_modules": targets}
+        return
     found = present(ck.info, Facts(ck.config, ck.metadata))
     if found is not None:
         ck.foreign_format, ck.info, ck.ignored = found.format, found.tensors, found.ignored

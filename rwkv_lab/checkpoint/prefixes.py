@@ -48,7 +48,9 @@ def removed_prefixes(bare: dict[str, str]) -> dict[str, int]:
 def _bare(name: str, before: tuple[str, ...]) -> str:
     parts = name.split(".")
     while len(parts) > 1 and parts[0] in before:
-        parts.pop(0)
+        first = parts.pop(0)
+        if first == "base_model" and parts[0] == "model" and len(parts) > 1:
+            parts.pop(0)  # the two are one prefix, also before names that begin with `model.` themselves
     return ".".join([*(part for part in parts[:-1] if part not in _INSIDE), parts[-1]])
 
 

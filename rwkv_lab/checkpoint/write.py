@@ -123,7 +123,7 @@ def write_folder(
                 os.close(fd)
         for name, data in others.items():
             _write_small(temporary / name, data)
-        if list(shards) != [SINGLE]:
+        if len(shards) > 1 or _is_shard(next(iter(shards))):
             _write_small(temporary / f"{SINGLE}.index.json", shard_index(shards))
     return findings
 
@@ -148,6 +148,10 @@ def shard_index(shards: Mapping[str, Sequence[OutTensor]]) -> bytes:
 
 def _shard_name(i: int, count: int) -> str:
     return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _is_shard(name: str) -> bool:
+    return name.startswith("model-")
 
 
 def _write_small(path: Path, data: bytes) -> None:

@@ -91,6 +91,17 @@ def _write_folder(path: Path, content: Content, overwrite: bool, refuse: bool) -
     return write_folder(path, shards, dict(content.notes), content.others, overwrite, _everything, refuse)
 
 
+def _adapter_size(content: Content) -> int:
+    size = file_layout("safetensors", content.tensors, dict(content.notes)).size
+    return size + sum(map(len, content.others.values()))
+
+
+def _write_adapter(path: Path, content: Content, overwrite: bool, refuse: bool) -> list[Findings]:
+    shards = {"adapter_model.safetensors": content.tensors}
+    return write_folder(path, shards, dict(content.notes), content.others, overwrite, _everything, refuse)
+
+
 register_container(_file("pth", (".pth",)))
 register_container(_file("safetensors", (".safetensors", ".st")))
 register_container(Container("folder", (), _folder_size, _write_folder))
+register_container(Container("adapter", (), _adapter_size, _write_adapter))  # as Hugging Face's peft holds one

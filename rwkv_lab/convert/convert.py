@@ -27,6 +27,8 @@ def convert(
     max_shard_size: int | str = 5 * 10**9,
     tokenizer: str = "",
     size: str = "",
+    alpha: float | None = None,
+    generation: str = "",
     rescale: int = 0,
     allow_nonfinite: bool = False,
     allowed_dir: AnyPath | None = None,
@@ -39,12 +41,15 @@ def convert(
     Args:
         source: a model, adapter or state: .pth, .safetensors, or a folder, also of another ecosystem.
         to: "transformers", "fla", "world", … for what reads it, or "safetensors" and "pth" for BlinkDL's own names.
-        out: a folder for "transformers", "fla" and "world", a file for the others.
+        out: a folder for "transformers", "fla" and "world", a file for the others. An adapter becomes a folder of
+            Hugging Face's peft unless `out` ends in .pth or .safetensors; a state becomes a file.
         dtype: "bf16", "fp16" or "fp32" for every tensor, of "gguf" also "Q8_0" or "Q4_0" for its matrices; None keeps
             each tensor's own.
         max_shard_size: of a folder, tensor data per file: "2GB", "500MB" or bytes.
         tokenizer: "world", "bytes" or the path of a vocabulary; "" for what the vocabulary's size tells.
         size: what the model is called, such as "0.4B"; it is checked against the weights.
+        alpha: of a LoRA whose file does not state it.
+        generation: of an adapter whose layers several generations have: "7.0".
         rescale: halve att.output and ffn.value after every so many layers, and record it.
         allow_nonfinite: record NaN, Inf and overflow instead of refusing them.
         allowed_dir: the only folder (with those below it) that the output may go to.

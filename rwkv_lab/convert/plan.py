@@ -46,6 +46,7 @@ class ConvertPlan:
     out: Path
     layout: Layout | None  # of a model; None of states and adapters
     kind: str  # of the source: "model", "state", …
+    as_adapter: bool  # whether the source is taken for what it changes, and not tensor by tensor
     format: ForeignFormat | None  # None: BlinkDL's own names
     container: Container
     source: FileFacts

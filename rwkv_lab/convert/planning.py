@@ -19,24 +19,26 @@ from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
 from rwkv_lab.checkpoint.unchanged import file_states
+from rwkv_lab.convert.adapters import adapter_output, is_adapter
 from rwkv_lab.convert.containers import CONTAINERS, Container, Content
+from rwkv_lab.convert.output import Output, Tensors, copied
 from rwkv_lab.convert.plan import ConvertPlan, ConvertRow, Dropped
 from rwkv_lab.convert.quantised import fits, quantised, require_gguf
 from rwkv_lab.convert.spec import SIZES, ConvertOptions, ConvertSpec
+from rwkv_lab.convert.states import is_state_output, state_output
 from rwkv_lab.convert.targets import PLAIN, format_for
 from rwkv_lab.convert.tokenizer_files import generation_config, model_tokenizer, tokenizer_files
 from rwkv_lab.dtypes import short_name
 from rwkv_lab.errors import LayoutError, OutputError, ParameterError
 from rwkv_lab.model.tokenizer import Tokenizer
 from rwkv_lab.paths import to_path
+from rwkv_lab.peft.rwkv_peft_layout import NOTE
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _FILES = (".pth", ".safetensors", ".st", ".gguf", ".bin")  # no folder is called so
 _END_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _STREAMED = ("copy", "cast", "quantised")  # actions that take a tensor block by block
-
-Tensors = list[tuple[ConvertRow, OutTensor]]
 
 
 def plan_convert(spec: ConvertSpec, out: str | Path, options: ConvertOptions | None = None) -> ConvertPlan:
@@ -60,46 +62,58 @@ def plan_convert(spec: ConvertSpec, out: str | Path, options: ConvertOptions | N
 
 
 def _plan(ck: Checkpoint, spec: ConvertSpec, out: Path, options: ConvertOptions) -> ConvertPlan:
-    layout = _layout_of(ck, spec)
-    known = format_for(spec.to, layout) if layout else None
-    spec = _completed(spec, known, layout)
-    container = CONTAINERS[spec.to if known is None else known.container]
-    _check_out(out, container, ck, options)
-    content, dropped, notes, others, tokenizer = _plain(ck, spec.output_dtype), [], [], {}, None
-    if known is not None and layout is not None:
-        content, dropped = _by_table(ck, spec, known, layout)
-        notes = list(known.notes(layout))
-        tokenizer, why_none = model_tokenizer(spec.tokenizer, layout.vocab_size)
-        notes += _about_quantised(spec, content, known)
-        if container.is_folder:
-            others = _others(known, layout, spec, [tensor for _, tensor in content], tokenizer)
-            notes += [f"No tokenizer is written: pass tokenizer=…. {why_none}"] if tokenizer is None else []
-    _refuse_collisions(content)
-    source, written = file_facts(ck), [tensor for _, tensor in content]
-    output = Content(written, made_from(spec, ck, source), others, spec.max_shard_size, layout, tokenizer)
-    size = container.size(output)
-    memory = _memory_needed(ck, content)
+    output = _output(ck, spec, out)
+    _check_out(out, output.container, ck, options)
+    _refuse_collisions(output.content)
+    source, tensors = file_facts(ck), [tensor for _, tensor in output.content]
+    notes = made_from(output.spec, ck, source) | dict(output.file_notes)
+    content = Content(tensors, notes, output.others, output.spec.max_shard_size, output.layout, output.tokenizer)
+    size, memory = output.container.size(content), _memory_needed(ck, output.content)
     disk_free, memory_free = check_free_space(out, size, memory, "the conversion")
     return ConvertPlan(
-        spec=spec,
+        spec=output.spec,
         options=options,
         out=out,
-        layout=layout,
+        layout=output.layout,
         kind=ck.kind,
-        format=known,
-        container=container,
+        as_adapter=output.as_adapter,
+        format=output.format,
+        container=output.container,
         source=source,
-        rows=tuple(row for row, _ in content),
-        dropped=tuple(dropped),
+        rows=tuple(row for row, _ in output.content),
+        dropped=tuple(output.dropped),
         output_bytes=size,
         disk_free=disk_free,
         memory_needed=memory,
         memory_free=memory_free,
-        notes=(*notes, *container.notes(output), *_left_behind(ck)),
+        notes=(*output.notes, *output.container.notes(content), *_left_behind(ck)),
         checkpoint=ck,
         states=file_states(ck),
-        content=output,
+        content=content,
     )
+
+
+def _output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
+    """What goes into the output, by what the source is."""
+    if is_state_output(ck, spec, out):
+        return state_output(ck, spec)
+    as_it_is = spec.to in PLAIN and out.suffix and ck.adapter_config is None and ck.foreign_format is None
+    if is_adapter(ck) and (not as_it_is or spec.alpha):
+        return adapter_output(ck, spec, out)
+    layout = _layout_of(ck, spec)
+    known = format_for(spec.to, layout) if layout else None
+    spec = _completed(spec, known, layout)
+    container = CONTAINERS[spec.to if known is None else known.container]
+    if known is None or layout is None:
+        kept = {NOTE: ck.metadata[NOTE]} if NOTE in ck.metadata else {}  # of an adapter
+        return Output(spec, container, _plain(ck, spec.output_dtype), layout=layout, file_notes=kept)
+    content, dropped = _by_table(ck, spec, known, layout)
+    notes, others = [*known.notes(layout), *_about_quantised(spec, content, known)], {}
+    tokenizer, why_none = model_tokenizer(spec.tokenizer, layout.vocab_size)
+    if container.is_folder:
+        others = _others(known, layout, spec, [tensor for _, tensor in content], tokenizer)
+        notes += [f"No tokenizer is written: pass tokenizer=…. {why_none}"] if tokenizer is None else []
+    return Output(spec, container, content, known, layout, dropped, notes, others, tokenizer)
 
 
 def _about_quantised(spec: ConvertSpec, content: Tensors, known: ForeignFormat) -> list[str]:
@@ -220,7 +234,7 @@ def _plain(ck: Checkpoint, dtype: torch.dtype | None) -> Tensors:
     content = []
     for name, info in ck.info.items():
         wanted = dtype if dtype and info.dtype.is_floating_point else info.dtype
-        content.append(_copied(name, (name,), info, info.shape, wanted))
+        content.append(copied(name, (name,), info, info.shape, wanted))
     return content
 
 
@@ -266,15 +280,6 @@ def _quantised(row: ConvertRow, tensor: OutTensor, kind: str) -> tuple[ConvertRo
     return replace(row, action=action, dtype=made.dtype, nbytes=made.nbytes, quantised=kind), made
 
 
-def _copied(
-    name: str, sources: tuple[str, ...], info: TensorInfo, shape: Shape, dtype: torch.dtype
-) -> tuple[ConvertRow, OutTensor]:
-    """A tensor whose elements keep their order."""
-    same = dtype == info.dtype
-    tensor = OutTensor(name, shape, dtype, source=info, compute=None if same else info.blocks)
-    return ConvertRow(name, sources, "copy" if same else "cast", shape, dtype, tensor.nbytes), tensor
-
-
 def _transformed(
     placed: PlacedRow,
     infos: list[TensorInfo],
@@ -290,7 +295,7 @@ def _transformed(
     shape = tuple(theirs.shape)
     wanted = known.dtype_of(placed.theirs, shape, dtype or theirs.dtype)
     if (theirs is ours[0] or theirs._base is ours[0]) and theirs.is_contiguous() and theirs.numel() == ours[0].numel():
-        return _copied(placed.theirs, placed.ours, infos[0], shape, wanted)
+        return copied(placed.theirs, placed.ours, infos[0], shape, wanted)
 
     def compute() -> Iterator[torch.Tensor]:
         values = [info.read().reshape(shape) for info, shape in zip(infos, shapes, strict=True)]

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field
 
+from rwkv_lab.checkpoint.generation import GENERATIONS
 from rwkv_lab.convert.targets import target_names
 from rwkv_lab.dtypes import in_short, to_dtype
 from rwkv_lab.paths import path_fault
-from rwkv_lab.spec import OneOf, Spec
+from rwkv_lab.spec import Number, OneOf, Spec
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 QUANTISED = ("Q8_0", "Q4_0")  # what GGUF files can be written in beside floats
@@ -77,6 +78,10 @@ class ConvertSpec(Spec):
     tokenizer: str = Field("", description="world, bytes or a vocabulary file; empty: what the vocabulary size tells")
     size: Annotated[str, OneOf(lambda: ["", *SIZES])] = Field(
         "", description="what the model is called, 0.4B; it is checked against the weights; empty: nothing is checked"
+    )
+    alpha: Annotated[Number, Field(gt=0)] | None = Field(None, description="of a LoRA whose file does not state it")
+    generation: Annotated[str, OneOf(lambda: ["", *GENERATIONS])] = Field(
+        "", description="of an adapter whose layers several have: 6.0, 7.0, …; empty: its layers tell"
     )
     rescale: Annotated[int, Field(ge=0)] = Field(
         0,

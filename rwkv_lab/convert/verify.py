@@ -11,6 +11,7 @@ from rwkv_lab.checkpoint import TensorInfo, open_checkpoint
 from rwkv_lab.checkpoint.gguf_types import BY_NAME
 from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checks import Check
+from rwkv_lab.convert.adapters import verify_adapter
 from rwkv_lab.convert.plan import ConvertResult
 from rwkv_lab.convert.quantised import excess
 from rwkv_lab.errors import ParameterError
@@ -29,6 +30,8 @@ def verify_convert(result: ConvertResult) -> list[Check]:
     plan = result.plan
     if not result.outputs:
         raise ParameterError(f"{plan.out} was not written: this is the result of a dry run")
+    if plan.as_adapter:
+        return verify_adapter(plan)
     dropped = {d.name for d in plan.dropped}
     with plan.source_opened(), open_checkpoint(plan.out) as written:
         source = plan.checkpoint

@@ -121,7 +121,8 @@ class _ByTable(Mapping[str, Tensor]):
         self.stored = {name: _bare(stored) for name, stored in ck.names_in_file.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.inverses[name](self.tensors[self.stored[name]]).contiguous()
+        tensor = self.tensors[self.stored[name]]
+        return self.inverses[name](tensor).contiguous() if name in self.inverses else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)

@@ -139,7 +139,6 @@ def test_refusals(version, options, error, message, tmp_path):
     [
         ({**random_model(), "_strategy": torch.ones(1)}, "converted by ChatRWKV"),
         ({**random_model(), "blocks.0.ffn.s_emb.weight": torch.ones(1)}, "DeepEmbed"),
-        (random_state(), "whole models"),
         ({**random_model(), "blocks.0.att.odd": torch.ones(3)}, "blocks.0.att.odd"),
         ({n: t for n, t in random_model().items() if "head" not in n}, "whole models"),
     ],

@@ -87,6 +87,9 @@ ROWS = (
     Row("blocks.{i}.ffn.value.weight", "model.layers.{i}.ffn.value.weight"),
 )
 
+# A state for `past_key_values`, of one sequence: [H, K, V], where a tuned state is [H, V, K].
+STATE_ROWS = (Row("blocks.{i}.att.time_state", "layers.{i}.recurrent_state", TRANSPOSED),)
+
 
 def _config(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
     return {
@@ -145,6 +148,7 @@ register_foreign_format(
         rows=ROWS,
         recognise=_recognise,
         dropped={"blocks.{i}.att.time_state": "fla starts from zeros: pass a state as past_key_values, transposed"},
+        state_rows=STATE_ROWS,
         config=_config,
         group_norm_eps=_group_norm_eps,
         notes=_notes,

@@ -75,6 +75,8 @@ OLDER = (
         ),
     ),
 )
+# A state for `past_key_values`, of one sequence: [H, K, V], where a tuned state is [H, V, K].
+STATE_ROWS = (Row("blocks.{i}.att.time_state", "layers.{i}.recurrent_state", TRANSPOSED),)
 UNUSED = "layer 0 makes what v0, v1 and v2 would mix in: nothing reads them there"
 _MARK = re.compile(r"model\.layers\.\d+\.attn\.(([wavg]_lora\.lora\.[02]\.(weight|bias))|k_k|k_a|r_k|x_x|x_[rwkvag])")
 
@@ -148,6 +150,7 @@ register_foreign_format(
         group_norm_eps=_group_norm_eps,
         notes=_notes,
         older=OLDER,
+        state_rows=STATE_ROWS,
         config=_config,
     )
 )

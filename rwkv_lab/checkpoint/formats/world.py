@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rwkv_lab.checkpoint.dimensions import Layout
-from rwkv_lab.checkpoint.foreign_format import HALVED, Facts, ForeignFormat, Row, register_foreign_format
+from rwkv_lab.checkpoint.foreign_format import HALVED, TRANSPOSED, Facts, ForeignFormat, Row, register_foreign_format
 
 _BOTH = (
     Row("emb.weight", "rwkv.embeddings.weight"),
@@ -59,6 +59,8 @@ RWKV6_ROWS = (
     Row("blocks.{i}.ffn.time_maa_k", "rwkv.blocks.{i}.feed_forward.time_maa_k"),
     Row("blocks.{i}.ffn.time_maa_r", "rwkv.blocks.{i}.feed_forward.time_maa_r"),
 )
+# The second of the three tensors of a state, [B, H, K, V, L], is these as its layers.
+STATE_ROWS = (Row("blocks.{i}.att.time_state", "layers.{i}.recurrent_state", TRANSPOSED),)
 _STATE = "the modelling code of these repositories starts from zeros: pass a state to the model, transposed"
 
 
@@ -113,6 +115,7 @@ register_foreign_format(
         rows=RWKV5_ROWS,
         recognise=_is_rwkv5,
         dropped={"blocks.{i}.att.time_state": _STATE},
+        state_rows=STATE_ROWS,
         config=_config,
         notes=_notes,
     )
@@ -126,6 +129,7 @@ register_foreign_format(
         rows=RWKV6_ROWS,
         recognise=_is_rwkv6,
         dropped={"blocks.{i}.att.time_state": _STATE},
+        state_rows=STATE_ROWS,
         config=_config,
         notes=_notes,
     )

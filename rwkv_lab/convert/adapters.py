@@ -1,0 +1,153 @@
+"""Adapters between layouts: one file as RWKV-PEFT writes it, or a folder of Hugging Face's peft, under BlinkDL's names
+or those of a foreign format, so that an adapter that was trained in one place merges in the other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rwkv_lab.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from rwkv_lab.checkpoint.adapter_names import their_module
+from rwkv_lab.checkpoint.foreign_format import FOREIGN_FORMATS, ForeignFormat
+from rwkv_lab.checkpoint.layout import possible_versions
+from rwkv_lab.checkpoint.numerics import round_to
+from rwkv_lab.checks import Check
+from rwkv_lab.convert.containers import CONTAINERS
+from rwkv_lab.convert.output import Output, Tensors, computed, copied
+from rwkv_lab.convert.plan import ConvertPlan
+from rwkv_lab.convert.spec import ConvertSpec
+from rwkv_lab.convert.targets import PLAIN
+from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.peft import hf_layout, rwkv_peft_layout
+from rwkv_lab.peft.adapter import Adapter, Target, Values
+from rwkv_lab.peft.config import ADAPTER_KINDS
+from rwkv_lab.peft.files import read_adapter
+
+
+def is_adapter(ck: Checkpoint) -> bool:
+    """Whether it is an adapter of a kind that is known."""
+    return ck.kind in ADAPTER_KINDS
+
+
+def adapter_output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
+    """An adapter as a target's trainers hold it. Its tensors stay in `ck`.
+
+    Raises:
+        ParameterError: something that the file does not state was not given, or the layout cannot express the adapter.
+        LayoutError: it adapts layers that the target does not have, or could be of several generations.
+    """
+    adapter = read_adapter(ck, alpha=spec.alpha)
+    if spec.to in PLAIN and out.suffix:
+        tensors, note = rwkv_peft_layout.written(adapter)
+        content = _content(tensors, {name: name for name in tensors}, spec.output_dtype)
+        note_of = {rwkv_peft_layout.NOTE: note}
+        return Output(spec, CONTAINERS[spec.to], content, as_adapter=True, file_notes=note_of)
+    parts, settings = hf_layout.written(adapter)
+    known = None if spec.to in PLAIN else _format(adapter, spec)
+    names = {name: name if known is None else _their_name(known, name) for name in parts}
+    if known is not None:
+        settings = _their_settings(known, settings)
+    content = _content(parts, {name: hf_layout.PREFIX + theirs for name, theirs in names.items()}, spec.output_dtype)
+    config = (json.dumps(dict(sorted(settings.items())), indent=2) + "\n").encode()
+    quant = {} if adapter.quant is None else {hf_layout.QUANT: adapter.quant}
+    others = {"adapter_config.json": config}
+    return Output(spec, CONTAINERS["adapter"], content, known, others=others, as_adapter=True, file_notes=quant)
+
+
+def _content(tensors: dict[str, Values], names: dict[str, str], dtype: torch.dtype | None) -> Tensors:
+    content = []
+    for name, values in tensors.items():
+        wanted, theirs = dtype or values.dtype, names[name]
+        if isinstance(values, TensorInfo):
+            content.append(copied(theirs, (name,), values, values.shape, wanted))
+        else:
+            content.append(computed(theirs, (name,), values.read, values.shape, wanted, "computed"))
+    return content
+
+
+def _format(adapter: Adapter, spec: ConvertSpec) -> ForeignFormat:
+    """The format of the target that has every layer of the adapter.
+
+    Raises:
+        LayoutError: none has, or several have.
+    """
+    names = [f"{x}.weight" for x in adapter.targets]
+    versions = possible_versions([*names, *adapter.full])[0]
+    if spec.generation:
+        versions &= {spec.generation}
+    fitting = [
+        f
+        for f in FOREIGN_FORMATS.values()
+        if f.target == spec.to and versions & set(f.versions) and all(their_module(f, x) for x in adapter.targets)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        could = ", ".join(version for f in fitting for version in f.versions)
+        raise LayoutError(f"The adapter could be of RWKV-{could}. Pass generation=, the one of its base.")
+    missing = next(iter(adapter.targets))
+    raise LayoutError(
+        f"to={spec.to!r} has no layer for every one that the adapter changes, such as {missing}, in RWKV-"
+        f"{' or '.join(sorted(versions)) or spec.generation}."
+    )
+
+
+def _their_name(known: ForeignFormat, name: str) -> str:
+    """The name there of a part of an adapter, or of a whole tensor.
+
+    Raises:
+        ParameterError: there is none.
+    """
+    end = len(name)
+    while end > 0:
+        end = name.rfind(".", 0, end)
+        theirs = their_module(known, name[:end]) if end > 0 else None
+        if theirs is not None:
+            return theirs + name[end:]
+    whole = next((row.theirs for row in known.rows if row.ours == name), None)
+    if whole is None:
+        raise ParameterError(
+            f"{name} is trained whole, and has no name in {known.described}. Write safetensors or pth instead."
+        )
+    return whole
+
+
+def _their_settings(known: ForeignFormat, settings: dict[str, Any]) -> dict[str, Any]:
+    def pattern(names: dict[str, Any]) -> dict[str, Any]:
+        return {_their_name(known, x.replace("\\", "")).replace(".", r"\."): value for x, value in names.items()}
+
+    changed: dict[str, Any] = {"target_modules": [their_module(known, x) for x in settings["target_modules"]]}
+    changed |= {key: pattern(settings[key]) for key in ("rank_pattern", "alpha_pattern") if settings.get(key)}
+    if settings.get("modules_to_save"):
+        changed["modules_to_save"] = [_their_name(known, f"{m}.weight")[:-7] for m in settings["modules_to_save"]]
+    return settings | changed
+
+
+def verify_adapter(plan: ConvertPlan) -> list[Check]:
+    """Open what was written as an adapter and compare it with the source: the layers that it changes, how each change
+    is scaled, and every tensor."""
+    with plan.source_opened(), open_checkpoint(plan.out) as written:
+        ours, theirs = read_adapter(plan.checkpoint, alpha=plan.spec.alpha), read_adapter(written)
+        layers = set(ours.targets) ^ set(theirs.targets) | set(ours.full) ^ set(theirs.full)
+        both = [x for x in ours.targets if x in theirs.targets]
+        wrong = [x for x in both if not _same_change(ours.targets[x], theirs.targets[x])]
+        wrong += [n for n in ours.full if n in theirs.full and not _same_values(ours.full[n], theirs.full[n])]
+        return [
+            Check("layers that only one of source and output changes", len(layers), 0, not layers),
+            Check(f"changes that differ from the source's, of {len(both) + len(ours.full)}", len(wrong), 0, not wrong),
+        ]
+
+
+def _same_change(ours: Target, theirs: Target) -> bool:
+    """The same tensors up to the output's dtype, scaled the same; or, where parts were computed, the same product."""
+    if {*ours.tensors} == {*theirs.tensors}:
+        same = all(_same_values(values, theirs.tensors[name]) for name, values in ours.tensors.items())
+        return same and ours.settings() == theirs.settings()
+    a, b = ours.factors(), theirs.factors()
+    return a is not None and b is not None and torch.allclose(a[0] @ a[1], b[0] @ b[1], rtol=1e-2, atol=1e-6)
+
+
+def _same_values(ours: Values, theirs: Values) -> bool:
+    found, expected = theirs.read(), round_to(ours.read(), theirs.dtype)
+    return torch.equal(found.flatten().nan_to_num(), expected.flatten().nan_to_num())

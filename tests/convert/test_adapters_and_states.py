@@ -1,0 +1,133 @@
+"""Adapters and tuned states, between BlinkDL's names and those of other ecosystems."""
+
+import json
+
+import pytest
+import torch
+from models import random_lora, random_model, random_state, same
+from random_models import make_layout, make_tokens, random_tensors, relative_rms, write_model
+from safetensors.torch import load_file
+
+from rwkv_lab import RWKV_Dual
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
+from rwkv_lab.convert import convert, to_huggingface, to_pth
+from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.merge import merge
+from rwkv_lab.peft import open_adapter
+
+ALPHA = 8
+
+
+def lora_file(folder, **kwargs):
+    path = folder / "lora.pth"
+    write_checkpoint(path, random_lora(**kwargs), overwrite=True)
+    return path
+
+
+def passed(result):
+    assert result.checks and all(check.passed for check in result.checks), result.checks
+    return result
+
+
+def test_an_adapter_there_and_back(tmp_path):
+    path = lora_file(tmp_path)
+    folder = passed(convert(path, "fla", tmp_path / "fla", alpha=ALPHA, generation="7.0")).out
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) >= {"model.layers.0.attn.k_proj", "model.layers.1.ffn.value"}
+    assert config["lora_alpha"] == ALPHA and "model.layers.0.attn_norm" in config["modules_to_save"]
+    names = set(load_file(folder / "adapter_model.safetensors"))
+    assert "base_model.model.model.layers.0.attn.k_proj.lora_A.weight" in names
+    assert "base_model.model.model.layers.0.attn_norm.weight" in names
+    back = passed(to_pth(folder, tmp_path / "back.pth")).out
+    loaded = torch.load(back, weights_only=True)
+    assert set(loaded) == set(random_lora()) and all(same(loaded[n], t) for n, t in random_lora().items())
+
+
+@pytest.mark.parametrize("target", ["fla", "safetensors"])
+def test_a_converted_adapter_merges_the_same(target, tmp_path):
+    write_checkpoint(tmp_path / "base.pth", random_model())
+    path = lora_file(tmp_path)
+    folder = passed(convert(path, target, tmp_path / "folder", alpha=ALPHA, generation="7.0")).out
+    convert(tmp_path / "base.pth", "fla", tmp_path / "base")
+    expected = torch.load(merge(tmp_path / "base.pth", path, tmp_path / "a.pth", alpha=ALPHA).out, weights_only=True)
+    for i, (base, tuned) in enumerate([("base.pth", folder), ("base", folder), ("base", path)]):
+        alpha = {"alpha": ALPHA} if tuned == path else {}
+        found = torch.load(merge(tmp_path / base, tuned, tmp_path / f"{i}.pth", **alpha).out, weights_only=True)
+        assert set(found) == set(expected) and all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers and peft, about themselves
+def test_peft_loads_a_converted_adapter(tmp_path):
+    """On rwkv7-hf's model: its merged weights are ours, so are the logits."""
+    rwkv7_hf = pytest.importorskip("rwkv7_hf.modeling_rwkv7", reason="rwkv7-hf is not installed")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    layout = make_layout("7.0", head_size=64)
+    base = write_model(tmp_path / "m.pth", layout)
+    path = lora_file(tmp_path, layout=layout, dtype=torch.float32, full=False)
+    theirs = rwkv7_hf.RWKV7ForCausalLM.from_pretrained(to_huggingface(base, tmp_path / "base").out)
+    folder = convert(path, "fla", tmp_path / "adapter", alpha=ALPHA, generation="7.0").out
+    theirs = peft.PeftModel.from_pretrained(theirs, folder).eval()
+    merged = merge(base, path, tmp_path / "merged.pth", alpha=ALPHA).out
+    tokens = make_tokens(1, 9)
+    with torch.no_grad():
+        assert relative_rms(theirs(tokens).logits, RWKV_Dual.from_pretrained(merged)(tokens)[0]) < 2e-5
+    theirs.save_pretrained(tmp_path / "saved")  # and what it saves is the same adapter again
+    with open_adapter(tmp_path / "saved") as saved, open_adapter(path, alpha=ALPHA) as ours:
+        assert set(saved.targets) == set(ours.targets)
+        for x, target in ours.targets.items():
+            assert torch.equal(saved.targets[x].A.read(), target.A.read())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"to": "fla"}, ParameterError, "pass alpha="),
+        ({"to": "fla", "alpha": ALPHA}, LayoutError, "could be of RWKV-.*generation="),
+        ({"to": "transformers", "alpha": ALPHA, "generation": "7.0"}, LayoutError, "has no layer for every one"),
+        ({"to": "fla", "alpha": ALPHA, "generation": "9.0"}, ParameterError, "generation='9.0'"),
+    ],
+)
+def test_what_an_adapter_needs(options, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        convert(lora_file(tmp_path), options.pop("to"), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_there_and_back(tmp_path):
+    write_checkpoint(tmp_path / "state.pth", random_state())
+    result = passed(convert(tmp_path / "state.pth", "fla", tmp_path / "state.safetensors"))
+    stored = load_file(result.out)
+    assert torch.equal(stored["layers.1.recurrent_state"], random_state()["blocks.1.att.time_state"].mT)
+    with open_checkpoint(result.out) as ck:
+        assert ck.kind == "state"
+    back = torch.load(to_pth(result.out, tmp_path / "back.pth").out, weights_only=True)
+    assert all(same(back[n], t) for n, t in random_state().items())
+
+
+def test_who_takes_no_state(tmp_path):
+    write_checkpoint(tmp_path / "state.pth", random_state())
+    with pytest.raises(LayoutError, match="its readers take no tuned state. fla"):
+        convert(tmp_path / "state.pth", "transformers", tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rwkv7_hf_continues_from_a_converted_state(tmp_path):
+    rwkv7_hf = pytest.importorskip("rwkv7_hf.modeling_rwkv7", reason="rwkv7-hf is not installed")
+    from rwkv7_hf.cache_rwkv7 import RWKV7Cache
+
+    layout = make_layout("7.0", head_size=64)
+    tensors = random_tensors(layout, time_state=True)
+    write_checkpoint(tmp_path / "m.pth", tensors)
+    result = to_huggingface(tmp_path / "m.pth", tmp_path / "base")
+    assert {d.name for d in result.dropped} == {f"blocks.{i}.att.time_state" for i in range(2)}
+    state = passed(convert(tmp_path / "m.pth", "fla", tmp_path / "state.safetensors"))
+    assert all("only the state" in d.why for d in state.dropped) and len(state.plan.rows) == 2
+    stored, zeros = load_file(state.out), [torch.zeros(1, layout.n_embd)] * 2
+    cache = RWKV7Cache([stored[f"layers.{i}.recurrent_state"][None] for i in range(2)], zeros, zeros)
+    tokens = make_tokens(1, 9)
+    theirs = rwkv7_hf.RWKV7ForCausalLM.from_pretrained(result.out).eval()
+    with torch.no_grad():
+        found = theirs(tokens, past_key_values=cache, use_cache=True).logits
+        expected = RWKV_Dual.from_pretrained(tmp_path / "m.pth")(tokens)[0]
+        assert relative_rms(found, expected) < 2e-5
+        assert relative_rms(theirs(tokens).logits, expected) > 1e-2  # without it they differ
