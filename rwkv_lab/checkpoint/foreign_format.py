@@ -122,6 +122,10 @@ def _allowed(layout: Layout) -> str:
     return ""
 
 
+def _no_details(names: Collection[str]) -> dict[str, Any]:
+    return {}
+
+
 def _nothing(layout: Layout) -> Sequence[str]:
     return ()
 
@@ -159,6 +163,8 @@ class ForeignFormat:
         state_rows: of a file with a tuned state alone, for readers that take one.
         container: what holds the tensors: "folder" (safetensors with a config.json), "safetensors", ….
         config: `(layout, dtype)` -> config.json of a folder.
+        details: our names that are there -> what of config.json follows from them.
+        code: files of `rwkv_lab/convert/written` that a folder needs to be loaded.
         stated: what the facts state that tensors do not.
         refused: `layout` -> why its readers cannot take such a model; "" if they can.
         group_norm_eps: of `att.ln_x` by the facts and the head size; None where they do not state it.
@@ -181,6 +187,8 @@ class ForeignFormat:
     state_rows: tuple[Row, ...] = ()
     container: str = "folder"
     config: Callable[[Layout, torch.dtype], dict[str, Any]] | None = None
+    details: Callable[[Collection[str]], dict[str, Any]] = _no_details
+    code: tuple[str, ...] = ()
     stated: Callable[[Facts], Place] = stated
     refused: Callable[[Layout], str] = _allowed
     group_norm_eps: Callable[[Facts, int], float | None] = recorded_eps

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ import torch
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, tensors_of
 from rwkv_lab.checkpoint.dimensions import Shape
-from rwkv_lab.checkpoint.foreign_format import RESCALED, ForeignFormat, Place, PlacedRow, general_name, placed_rows
+from rwkv_lab.checkpoint.foreign_format import (
+    GROUP_NORM_EPS,
+    RESCALED,
+    ForeignFormat,
+    Place,
+    PlacedRow,
+    general_name,
+    placed_rows,
+)
 from rwkv_lab.checkpoint.gguf_types import BY_NAME
 from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
 from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance
@@ -111,7 +120,7 @@ def _output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
     notes, others = [*known.notes(layout), *_about_quantised(spec, content, known)], {}
     tokenizer, why_none = model_tokenizer(spec.tokenizer, layout.vocab_size)
     if container.is_folder:
-        others = _others(known, layout, spec, [tensor for _, tensor in content], tokenizer)
+        others = _others(ck, known, layout, spec, [tensor for _, tensor in content], tokenizer)
         notes += [f"No tokenizer is written: pass tokenizer=…. {why_none}"] if tokenizer is None else []
     return Output(spec, container, content, known, layout, dropped, notes, others, tokenizer)
 
@@ -315,19 +324,27 @@ def _refuse_collisions(content: Tensors) -> None:
 
 
 def _others(
-    known: ForeignFormat, layout: Layout, spec: ConvertSpec, tensors: Sequence[OutTensor], tokenizer: Tokenizer | None
+    ck: Checkpoint,
+    known: ForeignFormat,
+    layout: Layout,
+    spec: ConvertSpec,
+    tensors: Sequence[OutTensor],
+    tokenizer: Tokenizer | None,
 ) -> dict[str, bytes]:
     """The files of a folder beside those of tensors."""
-    others = generation_config(tokenizer)
+    written = files("rwkv_lab.convert") / "written"
+    others = generation_config(tokenizer) | {name: (written / name).read_bytes() for name in known.code}
     if tokenizer is not None:
         others |= tokenizer_files(tokenizer, spec.tokenizer)
     if known.config is not None:
         bytes_of = Counter[torch.dtype]()
         for t in tensors:
             bytes_of[t.dtype] += t.nbytes
-        config = known.config(layout, bytes_of.most_common(1)[0][0])
+        config = known.config(layout, bytes_of.most_common(1)[0][0]) | known.details(list(ck.info))
         if tokenizer is not None and tokenizer.end_of_text is not None:
             config |= {name: tokenizer.end_of_text for name in _END_IDS if name in config}
+        if GROUP_NORM_EPS in config and ck.group_norm_eps is not None:
+            config[GROUP_NORM_EPS] = ck.group_norm_eps
         if spec.rescale:
             config |= {RESCALED: spec.rescale, "rescale_every": spec.rescale}
         others["config.json"] = (json.dumps(config, indent=2) + "\n").encode()

@@ -101,9 +101,7 @@ def _of_text(source: Source, notes: tuple[str, ...]) -> Corpus:
     if len(text) < 10_000:
         raise ParameterError(f"{path} has {len(text)} bytes; at least 10,000 are needed to train and to hold some out.")
     cut = _character(text, len(text) * 9 // 10)
-    held_out = text[cut:]
-    notes += _of_the_measured(held_out)
-    return Corpus(path.name, text[:cut], _at_most(held_out), "the last tenth of the file held out", notes)
+    return Corpus(path.name, text[:cut], _at_most(text[cut:]), "the last tenth of the file held out", notes)
 
 
 def _of_folder(folder: Folder, reader: RecordReader) -> Corpus | Examples | TokenCorpus:
@@ -131,14 +129,6 @@ def _character(text: bytes, at: int) -> int:
     return at
 
 
-def _of_the_measured(held_out: bytes) -> tuple[str, ...]:
-    """How much of what is held out is not used, in a sentence; nothing where all is."""
-    if len(held_out) <= _MAX_HELD_OUT:
-        return ()
-    measured = len(_at_most(held_out))
-    return (f"Of the {len(held_out):,} bytes held out, the first {measured:,} are measured; the others are not used.",)
-
-
 def _at_most(text: bytes) -> bytes:
     """The beginning of a text, in whole characters, that is measured."""
     end = _MAX_HELD_OUT
@@ -154,7 +144,7 @@ def _split_by_hash(name: str, pieces: dict[str, bytes], split: str, notes: tuple
         held = {by_hash[0][1]}
     train = b"\n".join(pieces[key] for _, key in by_hash if key not in held)
     held_out = b"\n".join(pieces[key] for _, key in by_hash if key in held)
-    return Corpus(name, train, _at_most(held_out), split, notes + _of_the_measured(held_out))
+    return Corpus(name, train, _at_most(held_out), split, notes)
 
 
 def _held_out(digest: bytes) -> bool:

@@ -24,7 +24,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\x
 _BINARY = {b"PAR1": PARQUET, b"\x93NUMPY": NPY, b"MMIDIDX\0\0": INDEX}
 # What else people have under their hands, for the message only.
 _OTHERS = {
-    b"PK\x03\x04": "a zip archive (such as .pth, .npz, .docx, .xlsx); unpack it",
+    b"PK\x03\x04": "a zip archive (a .pth, .npz, .docx or .zip); unpack it",
     b"%PDF": "a PDF; extract its text",
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",

@@ -1,7 +1,7 @@
 """Text that is tokens already: `.npy`, and pairs of `.bin` and `.idx` as Megatron and RWKV-LM write them (MMIDIDX).
 
-Both are mapped, not read: they may be larger than memory; those of a folder are joined in memory. The end of what they
-hold is held out, from where a document begins.
+Both are mapped, not read: they may be larger than memory. The end of what they hold is held out, from where a document
+begins.
 """
 
 import io
@@ -92,7 +92,7 @@ def split_tokens(name: str, files: list[Tokens], notes: tuple[str, ...] = ()) ->
     Raises:
         ParameterError: no tokens.
     """
-    train, held_out, size = [], [], 0
+    train, held_out = [], []
     for tokens in files:
         if len(tokens.ids) == 0:
             raise ParameterError(f"{tokens.path} has no tokens.")
@@ -100,20 +100,13 @@ def split_tokens(name: str, files: list[Tokens], notes: tuple[str, ...] = ()) ->
         later = tokens.starts[(tokens.starts >= cut) & (tokens.starts < len(tokens.ids))]
         cut = int(later[0]) if len(later) else cut
         train.append(tokens.ids[:cut])
-        size += len(tokens.ids) - cut
         held_out.append(tokens.ids[cut:][: _MAX_HELD_OUT // len(files)])
-    measured = sum(map(len, held_out))
-    if measured < size:
-        notes += (f"Of the {size:,} tokens held out, {measured:,} are measured; the others are not used.",)
     split = f"the last tenth of {'the file' if len(files) == 1 else 'every file'} held out"
     return TokenCorpus(name, tuple(files), _joined(train), _joined(held_out), split, notes)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    if len(parts) == 1:
-        return parts[0]
-    common = np.result_type(*parts)  # a float where uint64 meets signed numbers
-    return np.concatenate(parts, dtype=common if common.kind in "iu" else np.int64, casting="unsafe")
+    return parts[0] if len(parts) == 1 else np.concatenate([part.astype(np.int64) for part in parts])
 
 
 def _npy(source: Source) -> Tokens:

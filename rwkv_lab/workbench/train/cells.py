@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from IPython.display import display
 
@@ -248,14 +247,6 @@ def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
         ("output", run.output_path("trained.pth").name),
         *(("to know", note) for note in made.notes),
     ]
-    if spec.start:
-        facts.insert(2, ("started from", Path(spec.start).name))
-    if spec.applies("rank", spec.kind):
-        rank = spec.effective("rank")
-        alpha = (
-            f", alpha {2 * rank if spec.alpha is None else spec.alpha:g}" if spec.applies("alpha", spec.kind) else ""
-        )
-        facts.insert(3, ("rank", f"{rank}{alpha}"))
     if spec.quant != "none":
         facts.insert(4, ("frozen matrices", spec.quant))
     return facts
