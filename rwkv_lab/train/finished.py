@@ -5,6 +5,7 @@ they ended. The learning rate rises once more over the warm-up, to where the sch
 is not that of one training with as many steps.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from rwkv_lab.train.spec import TrainOptions
 
 NOTE = "rwkv_lab.train"  # what a training writes into the metadata of its output: JSON with its settings
 CONTINUED = "continued"  # the steps of the finished training that was continued
-_MAY_DIFFER = ("steps", "steps_done", "torch", "eval_every", "patience", CONTINUED)
+TRAINING_ID = "training"  # the same for all that adapters and states of one training were trained further to
+_MAY_DIFFER = (TRAINING_ID, "steps", "steps_done", "torch", "eval_every", "patience", CONTINUED)
 _ONLY_IF_GIVEN = ("tokenizer", "long", "started_from")
 
 
@@ -52,6 +54,25 @@ def finished_training(out: Path, options: TrainOptions) -> Finished | None:
     except (RwkvLabError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return None  # not of ours: an output that exists, and is refused as such
     return Finished(steps, settings) if isinstance(steps, int) else None
+
+
+def training_id(settings: Mapping[str, object], earlier: Path | None) -> str:
+    """What tells the training that an output is of: kept where an earlier output is trained further, else a hash of the
+    settings but for the number of steps.
+
+    Raises:
+        CorruptFileError, LayoutError, UnsafeFileError: of the earlier output.
+    """
+    if earlier is not None:
+        with open_checkpoint(earlier) as ck:
+            try:
+                known = json.loads(ck.metadata[NOTE])[TRAINING_ID]
+            except (KeyError, ValueError, TypeError, RecursionError):
+                known = None  # of others, or of an older version
+        if isinstance(known, str):
+            return known
+    own = {name: value for name, value in settings.items() if name not in _MAY_DIFFER}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def steps_to_continue(

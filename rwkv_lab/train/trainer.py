@@ -21,7 +21,7 @@ from rwkv_lab.peft import count_parameters
 from rwkv_lab.train.batches import batches_of
 from rwkv_lab.train.data import Corpus, load_corpus
 from rwkv_lab.train.examples import Examples
-from rwkv_lab.train.finished import CONTINUED, NOTE, finished_training, steps_to_continue
+from rwkv_lab.train.finished import CONTINUED, NOTE, TRAINING_ID, finished_training, steps_to_continue, training_id
 from rwkv_lab.train.fitting import Fitting
 from rwkv_lab.train.log import write_log
 from rwkv_lab.train.material import Fit, Material, tokenise
@@ -268,6 +268,9 @@ def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
     model.gradient_checkpointing = spec.gradient_checkpointing
     settings |= KINDS[spec.kind].recorded(model) | ({CONTINUED: done} if done else {})
     run, trained = processes.wrap(model), trained_parameters(model)
+    if "start" in KINDS[spec.kind].takes:
+        earlier = Path(spec.start) if spec.start else out if done and out.exists() else None
+        settings[TRAINING_ID] = training_id(settings, earlier)
     if done:
         options = options.changed(overwrite=True)
         log.info("%s", _CONTINUES.format(out=out.name, done=done, steps=spec.steps, warmup=spec.warmup_steps))

@@ -163,6 +163,23 @@ def test_what_contradicts_the_adapter_is_refused(settings, tmp_path):
     assert start.read_bytes() == before
 
 
+def id_of(path) -> str:
+    with open_checkpoint(path) as ck:
+        return json.loads(ck.metadata["rwkv_lab.train"])["training"]
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "folder"])
+def test_the_training_id_is_kept_by_what_is_trained_further(name, settings, tmp_path):
+    first = train("lora", tmp_path / name, **settings).out
+    known = id_of(first)
+    train("lora", tmp_path / "again.pth", **settings | {"steps": 4})
+    train("lora", tmp_path / "seed.pth", **settings, seed=1)
+    assert id_of(tmp_path / "again.pth") == known != id_of(tmp_path / "seed.pth")
+    train("lora", tmp_path / "further.pth", start=first, **settings | {"steps": 2, "lr": 1e-4})
+    train("lora", first, **settings | {"steps": 8}, resume=True)
+    assert id_of(tmp_path / "further.pth") == id_of(first) == known
+
+
 def test_another_start_is_another_training(settings, tmp_path):
     for seed in (1, 2):
         train("lora", tmp_path / f"{seed}.pth", **settings, seed=seed)
