@@ -167,6 +167,8 @@ def _counterpart(result: MergeResult) -> tuple[str, str]:
         return "", "the merged values stand in no file that could be loaded instead; their numbers are checked above"
     if result.plan.skipped:
         return "", f"include and exclude keep {len(result.plan.skipped)} tensors of the tuned file out"
+    if any(row.action == "zeros" for row in result.plan.rows):
+        return "", "the tuned file has no states for some layers and is not loaded by itself"
     if recipe["method"] == "state":
         return _WITH_STATE, ""
     with open_checkpoint(result.tuned[0]) as tuned:

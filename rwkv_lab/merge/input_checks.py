@@ -20,15 +20,19 @@ def check_base(base: Checkpoint, allow_extra: Sequence[str]) -> Layout:
     """The base must be a whole model, without a name that its generation does not know."""
     identity, misfit = base.identity, base.identity.misfit
     if identity.layout is None or misfit is None:
-        swapped = "\nGive the model as base, the state as tuned." if base.kind == "state" else ""
+        hints = {
+            "state": "\nGive the model as base, the state as tuned.",
+            "partial": "\nIf it is one shard of several, pass the folder with all of them.",
+        }
         raise LayoutError(
-            f"the base {base.path} is not a whole RWKV model (kind {base.kind!r}): {base.reason}{swapped}"
+            f"the base {base.path} is not a whole RWKV model (kind {base.kind!r}): {base.reason}"
+            f"{hints.get(base.kind, '')}"
         )
     if misfit.missing:
         more = f" and {len(misfit.missing) - 10} more" if len(misfit.missing) > 10 else ""
         raise LayoutError(
             f"the base {base.path} ({identity.layout}) lacks {len(misfit.missing)} tensors: "
-            f"{', '.join(misfit.missing[:10])}{more}"
+            f"{', '.join(misfit.missing[:10])}{more}.\nIf it is one shard of several, pass the folder with all of them."
         )
     if misfit.wrong:
         name, found, expected = misfit.wrong[0]
@@ -132,6 +136,8 @@ def refuse_other_dimensions(tuned: Checkpoint, layout: Layout) -> None:
         )
     for field in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "n_head", "head_size"):
         ours, theirs = getattr(layout, field), getattr(other, field)
+        if field == "n_layer" and theirs < ours and not {"emb.weight", "head.weight"} <= set(tuned):
+            continue  # the lower layers of a model
         if ours != theirs:
             raise LayoutError(
                 f"{field} differs: {tuned.path} has {theirs}, the base has {ours}; they are different models"

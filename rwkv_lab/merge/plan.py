@@ -23,9 +23,10 @@ class PlanRow:
     name: str
     # "copy": the base's bytes; "cast"; "overlay": tuned's tensor; "add": new in the output; "blend"; "mix"; "lora",
     # "pissa", "miss", "adapters": a matrix that was adapted; "unmerge"; "quantise": as training stored it;
+    # "zeros": the state of a layer without one, beside states of others;
     # "layer": a tensor of a layer that was renumbered, or comes from another model
     action: str
-    source: str  # "base", "tuned" or "base + tuned"; of a layer also its name there
+    source: str  # "base", "tuned", "base + tuned" or "zeros"; of a layer also its name there
     shape: tuple[int, ...]
     dtype: torch.dtype  # in the output
     nbytes: int  # in the output
@@ -60,7 +61,7 @@ class MergePlan:
     @property
     def changed(self) -> tuple[PlanRow, ...]:
         """The rows whose values do not simply come from the base."""
-        return tuple(row for row in self.rows if row.action not in ("copy", "cast"))
+        return tuple(row for row in self.rows if row.action not in ("copy", "cast", "zeros"))
 
     def __str__(self) -> str:
         return (

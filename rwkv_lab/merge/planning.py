@@ -30,8 +30,10 @@ from rwkv_lab.merge.input_checks import (
 from rwkv_lab.merge.inputs import MergeInputs
 from rwkv_lab.merge.mixing import MIXING
 from rwkv_lab.merge.output_checks import check_merge_output
+from rwkv_lab.merge.parts import refuse_cut_model, refuse_shard
 from rwkv_lab.merge.plan import MergePlan, PlanRow
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
+from rwkv_lab.merge.states import ZEROS, missing_states, notes_on_states
 from rwkv_lab.paths import to_path
 from rwkv_lab.patterns import is_selected, refuse_unmatched
 
@@ -55,6 +57,8 @@ def plan_merge(
     check_merge_output(path, inputs.checkpoints, options.allowed_dir, options.overwrite)
     refuse_unusable(inputs.checkpoints)
     refuse_same_file(inputs.base, inputs.tuned)
+    for role, ck in inputs.with_roles:
+        refuse_shard(role, ck)
     states = layout_of_states(inputs.base, inputs.tuned)
     if states is not None and spec.method not in MIXING:
         raise ParameterError(
@@ -64,13 +68,17 @@ def plan_merge(
     layout = states or check_base(inputs.base, spec.allow_extra or [])
     for ck in (inputs.base, *inputs.tuned):
         check_dtypes(ck)
+    for ck in inputs.tuned if spec.include is None and states is None else ():
+        refuse_cut_model(ck, layout)
     spec = with_method(spec, inputs.tuned)
     family = family_of(spec.method)
     changes = family.changes(inputs, family.check(spec), layout)
     selected = selected_names([c.name for c in changes.tensors], spec.include, spec.exclude)
     applied = [] if changes.without_effect else [c for c in changes.tensors if c.name in selected]
     description = family.describe(inputs, changes, applied)
-    rows, tensors, meters = _output(inputs.base.info if changes.keeps_base else {}, applied, spec.output_dtype)
+    kept = inputs.base.info if changes.keeps_base else {}
+    zeros = [] if states else missing_states(kept, applied, changes.layout)
+    rows, tensors, meters = _output(kept, [*applied, *zeros], spec.output_dtype)
     # Hashing whole files waits until they are written; all fingerprints of a kind are of one length.
     facts = inputs.facts("records")
     blank = [FileFacts(f.path, f.bytes, f"{options.hash}:{'0' * 64}") for f in facts]
@@ -90,7 +98,11 @@ def plan_merge(
         disk_free=disk_free,
         memory_needed=memory,
         memory_free=memory_free,
-        notes=(*notes_on_names(inputs.checkpoints), *description.notes),
+        notes=(
+            *notes_on_names(inputs.checkpoints),
+            *description.notes,
+            *(() if states else notes_on_states(applied, zeros, changes.layout)),
+        ),
         contains=tuple(description.contains),
         files=inputs,
         tensors=tensors,
@@ -146,7 +158,7 @@ def _output(
         cast = change.copy is not None and wanted != change.dtype
         action = "cast" if cast and change.action == "copy" else change.action
         tensor = OutTensor(change.name, change.shape, wanted, source=change.copy)
-        target, copied = action not in ("copy", "cast", "layer"), change.copy is not None and not cast
+        target, copied = action not in ("copy", "cast", "layer", ZEROS), change.copy is not None and not cast
         count = tensor.nbytes // wanted.itemsize
         meter = Meter(change.name, count, wanted, kept.get(change.name), copied, target)
         compute = change.copy.blocks if cast else None

@@ -5,6 +5,7 @@ arithmetic is written again, in float64, by each method's own proof.
 """
 
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,11 @@ def verify_merge(result: MergeResult) -> list[Check]:
     for name, source in sources.items():
         if name in out:
             found.add(name, out[name], source, proof, recipe["dtype"])
-    missing, extra = [n for n in sources if n not in out], [n for n in out if n not in sources]
+    zeros = _states_of_zeros(sources, proof, result.plan.layout.n_layer)
+    for name in zeros.keys() & set(out):
+        found.add_zeros(out[name], zeros[name], recipe["dtype"])
+    known = [*sources, *zeros]
+    missing, extra = [n for n in known if n not in out], [n for n in out if n not in known]
     checks = [
         Check("tensors missing from the re-opened output", len(missing), 0, not missing),
         Check("tensors in the output that belong there by no rule", len(extra), 0, not extra),
@@ -50,6 +55,18 @@ def verify_merge(result: MergeResult) -> list[Check]:
             bad = archive.testzip()
         checks.append(Check("records of the zip whose checksum is wrong", bad or "none", "none", bad is None))
     return checks
+
+
+def _states_of_zeros(sources: Mapping[str, Source | None], proof: Proof, n_layer: int) -> dict[str, Tensor]:
+    """The states that a merge has to write for layers without one: where it writes any, every layer has one."""
+    states = {n: s for n, s in sources.items() if n.endswith(".att.time_state")}
+    written = [(n, s) for n, s in states.items() if s is None or s[0] is not proof.inputs.base or s[1] != n]
+    if not written:
+        return {}
+    name, source = written[0]
+    like = proof.like(name) if source is None else source[0][source[1]]
+    names = [f"blocks.{i}.att.time_state" for i in range(n_layer)]
+    return {n: torch.zeros_like(like) for n in names if n not in states}
 
 
 def _proof_inputs(result: MergeResult) -> ProofInputs:
@@ -89,6 +106,12 @@ class _Comparison:
             if error > self.worst:
                 self.worst, self.worst_name = error, name
         self.not_finite += int(found.numel() - torch.isfinite(found).sum())
+
+    def add_zeros(self, found: Tensor, zeros: Tensor, dtype: str | None) -> None:
+        wanted = getattr(torch, dtype) if dtype else zeros.dtype
+        self.copied += 1
+        self.copied_wrong += not _same_bits(found, zeros.to(wanted))
+        self.other_shape += found.shape != zeros.shape
 
     def checks(self, allow_nonfinite: bool) -> list[Check]:
         checks = [

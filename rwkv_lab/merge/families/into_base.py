@@ -1,17 +1,20 @@
 """One tuned file into its base: method "state" for a tuned initial state, "overlay" for a full or partial fine-tune."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo
 from rwkv_lab.checkpoint.layout import same_shape
 from rwkv_lab.errors import LayoutError, ParameterError
-from rwkv_lab.merge.changed_tensors import from_tuned
+from rwkv_lab.merge.changed_tensors import ChangedTensor, from_tuned
+from rwkv_lab.merge.contained_adapters import after_changes
 from rwkv_lab.merge.families.into_base_proof import IntoBaseProof
-from rwkv_lab.merge.family import Changes, Family, refuse_option
+from rwkv_lab.merge.family import Changes, Description, Family, refuse_option
 from rwkv_lab.merge.input_checks import check_full_tensors, refuse_other_dimensions
 from rwkv_lab.merge.inputs import MergeInputs
 from rwkv_lab.merge.method import Method
 from rwkv_lab.merge.method_parameters import Parameter, Takes, check_value
+from rwkv_lab.merge.parts import note_on_part
 from rwkv_lab.merge.spec import MergeSpec
 
 ALPHA = Parameter("alpha", float, Takes("share of the way from the base to tuned; 1 copies, bit for bit", 0, 1), 1.0)
@@ -62,11 +65,21 @@ class IntoBase(Family):
             from_tuned(name, inputs.base.info.get(name), info, spec.alpha, spec.arithmetic)
             for name, info in taken.items()
         ]
-        return Changes(tensors, layout, spec, without_effect=spec.alpha == 0)
+        describe = partial(_describe, inputs, spec, layout)
+        return Changes(tensors, layout, spec, without_effect=spec.alpha == 0, describe=describe)
+
+
+def _describe(inputs: MergeInputs, spec: MergeSpec, layout: Layout, applied: Sequence[ChangedTensor]) -> Description:
+    (tuned,) = inputs.tuned
+    part = note_on_part(inputs.base, tuned, layout) if spec.method == "overlay" else ""
+    notes = [part] if part else []
+    if spec.alpha == 0:
+        notes.append(f"alpha is 0: nothing of {tuned.path.name} goes in, the output is the base.")
+    return Description(after_changes(inputs.base, inputs.tuned, applied), notes)
 
 
 def check_states(tuned: Checkpoint, layout: Layout) -> dict[str, TensorInfo]:
-    """The states of all layers, by name. A whole checkpoint may hold them: only its `time_state` is taken.
+    """The states by name, of all layers or some. A whole checkpoint may hold them: only its `time_state` is taken.
 
     Raises:
         LayoutError: the base's generation has no such state, or layers, heads or head sizes do not fit.
@@ -78,20 +91,20 @@ def check_states(tuned: Checkpoint, layout: Layout) -> dict[str, TensorInfo]:
     if not states:
         raise LayoutError(f"{tuned.path} has no tensor named *.time_state; it is of kind {tuned.kind!r}")
     expected = [f"blocks.{i}.att.time_state" for i in range(layout.n_layer)]
-    missing, extra = [n for n in expected if n not in states], [n for n in states if n not in expected]
-    if missing or extra:
+    extra = [n for n in states if n not in expected]
+    if extra:
         raise LayoutError(
             f"{tuned.path} holds states for {len(states)} layers, the base has {layout.n_layer} layers.\n"
-            f"Missing: {', '.join(missing[:3]) or 'none'}. Not in the base: {', '.join(extra[:3]) or 'none'}."
+            f"Not in the base: {', '.join(extra[:3])}."
         )
     wanted = (layout.n_head, layout.head_size, layout.head_size)
-    for name in expected:
-        if not same_shape(states[name].shape, wanted):
+    for name, info in states.items():
+        if not same_shape(info.shape, wanted):
             raise LayoutError(
-                f"{name} in {tuned.path} has shape {list(states[name].shape)}; the base has {layout.n_head} heads of "
+                f"{name} in {tuned.path} has shape {list(info.shape)}; the base has {layout.n_head} heads of "
                 f"{layout.head_size}, so {list(wanted)} is needed"
             )
-    return {name: states[name] for name in expected}
+    return {name: states[name] for name in expected if name in states}
 
 
 def check_fine_tune(base: Checkpoint, tuned: Checkpoint, layout: Layout, allow_extra: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from rwkv_lab.merge.method_parameters import NEEDED, check_values
 from rwkv_lab.merge.mixing import MIXING
 from rwkv_lab.merge.mixing_method import Blocks, MixingMethod, Signature
 from rwkv_lab.merge.mixing_notes import notes_on_mixing
+from rwkv_lab.merge.parts import note_on_part
 from rwkv_lab.merge.random_numbers import draws
 from rwkv_lab.merge.settings import GRADIENT, REST, check_setting, value_for, with_default
 from rwkv_lab.merge.spec import MergeSpec
@@ -115,7 +116,12 @@ def _given(spec: MergeSpec) -> dict[str, Any]:
 
 def _describe(inputs: MergeInputs, layout: Layout, applied: Sequence[ChangedTensor]) -> Description:
     mixed = [c.name for c in applied if c.action == "mix"]
-    return Description(after_changes(inputs.base, inputs.tuned, applied), notes_on_mixing(layout, mixed))
+    parts = [note for ck in inputs.tuned if (note := note_on_part(inputs.base, ck, layout))]
+    same = [c.name for c in applied if c.action == "copy"]
+    if same:
+        parts.append(f"alpha is 0 for {len(same)} of {len(applied)} tensors (first {same[0]}): they are the base's.")
+    notes = (*parts, *notes_on_mixing(layout, mixed))
+    return Description(after_changes(inputs.base, inputs.tuned, applied), notes)
 
 
 def _resolve(signature: Signature, settings: Mapping[str, Any], name: str, n_layer: int, tuned: int) -> dict[str, Any]:
