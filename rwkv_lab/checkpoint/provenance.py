@@ -24,9 +24,10 @@ def provenance(
     inputs: Sequence[FileFacts],
     contains: Sequence[Mapping[str, Any]] = (),
     job: str = "merge",
+    bases: Sequence[Mapping[str, str]] = (),
 ) -> Provenance:
     """Of a merge, or of another job that makes a checkpoint from checkpoints; `contains` as of `contained_adapters`,
-    where there are any adapters."""
+    where there are any adapters; `bases` as of `origin.weights_of`: the base, and those that it was made from."""
     made = {
         "made_by": f"rwkv_lab {__version__}",
         "job": job,
@@ -34,6 +35,7 @@ def provenance(
         "inputs": [{"name": printable(f.path.name), "bytes": f.bytes, "fingerprint": f.fingerprint} for f in inputs],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
+    made |= {"bases": [dict(one) for one in bases]} if bases else {}
     return made | ({"contains": list(contains)} if contains else {})
 
 

@@ -1,9 +1,10 @@
 """Which adapters a checkpoint says that it contains, and what follows: none goes in twice, and what comes out is what
 went in.
 
-An entry is {"name", "fingerprint", "weight"} and how the adapter was merged: {"scaling", "variant", "start", "quant",
-"include", "exclude"}. After models were mixed it is {"name", "fingerprint", "mixed": true}: how much of it is
-in there is unknown.
+An entry is {"name", "fingerprint", "weight"}, how the adapter was merged: {"scaling", "variant", "start", "quant",
+"include", "exclude"}, and what it is known again by in another file: its "content" (`adapter_content`) and, of those
+that rwkv_lab trained, its "training". After models were mixed it has "mixed": true in the place of how it was merged:
+how much of it is in there is unknown.
 """
 
 import json
@@ -11,8 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, file_facts
+from rwkv_lab.checkpoint.origin import origin_of
 from rwkv_lab.checkpoint.provenance import RECORD, printable
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.merge.adapter_content import blank, closeness, content_of, is_same, same_layers
 from rwkv_lab.merge.adapter_set import AdapterSet
 from rwkv_lab.merge.changed_tensors import ChangedTensor
 from rwkv_lab.names import split_block
@@ -44,7 +47,8 @@ def after_changes(base: Checkpoint, tuned: Sequence[Checkpoint], changes: Sequen
     own = adapters_in(base)
     whole = {one["fingerprint"] for one in own} if kept else set()
     others = [one for one in adapters_in(base, *tuned) if one["fingerprint"] not in whole]
-    mixed = [{"name": one.get("name"), "fingerprint": one["fingerprint"], "mixed": True} for one in others]
+    known_by = ("name", "fingerprint", "content", "training")
+    mixed = [{key: one[key] for key in known_by if key in one} | {"mixed": True} for one in others]
     return [*(own if kept else []), *mixed]
 
 
@@ -54,31 +58,61 @@ def after_merging(
     adapters: AdapterSet,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
+    look: bool = False,
 ) -> tuple[list[dict], tuple[str, ...]]:
     """What the output of merging adapters, or taking them out, says that it contains; and notes for the plan.
 
+    Args:
+        look: read the adapters' values. Where the base contains adapters they are read anyway.
     Raises:
         ParameterError: the base contains one of them already, two are the same, or they are to be taken out in another
             way than they went in.
     """
     held = adapters_in(base)
     new = [
-        _entry(ck, adapter, init, weight, adapters.quant, include, exclude)
+        _entry(ck, adapter, init, weight, adapters.quant, include, exclude, look or bool(held))
         for ck, adapter, init, weight in zip(tuned, adapters.adapters, adapters.init, adapters.weights, strict=True)
         if weight
     ]
     _refuse_twice(new)
     if adapters.unmerge:
         return _without(base, held, new)
-    there = {one["fingerprint"] for one in held}
+    notes = []
     for one in new:
-        if one["fingerprint"] in there:
-            raise ParameterError(
-                f"{base.path} contains {one['name']} already, its provenance says so (fingerprint "
-                f"{one['fingerprint'][:20]}…).\nGive the base from before; parameters={{'unmerge': True}} takes the "
-                "adapter out; for more of it, say weights=[2] on the base from before."
-            )
-    return [*held, *new], ()
+        for there in held:
+            how = _same(one, there)
+            if how:
+                raise ParameterError(
+                    f"{base.path} contains {there.get('name')} already, its provenance says so: {how}.\n"
+                    "Give the base from before; parameters={'unmerge': True} takes the adapter out; for more of it, "
+                    "say weights=[2] on the base from before."
+                )
+            near = closeness(_content(one), _content(there))
+            if near:
+                notes.append(
+                    f"{one['name']} changes the layers much as {there.get('name')} does, which the base contains "
+                    f"(cosine {near:.2f}): if it is that adapter trained further, merge it into the base from before."
+                )
+    return [*held, *new], tuple(notes)
+
+
+def _same(one: dict, there: dict) -> str:
+    """Why two entries are one adapter; "" where they are not."""
+    name, other = one["name"], there.get("name")
+    called = "" if name == other else f"{name} and {other} are the same adapter, "
+    if one["fingerprint"] == there["fingerprint"]:
+        return f"{called}fingerprint {one['fingerprint'][:20]}…"
+    if one.get("training") and one.get("training") == there.get("training"):
+        return f"{name} is of the same training as {other}"
+    if is_same(_content(one), _content(there)):
+        layers = same_layers(_content(one), _content(there))
+        return f"{name} has the values of {other} ({layers} of {len(_content(one))} matrices change alike)"
+    return ""
+
+
+def _content(entry: dict) -> dict[str, str]:
+    content = entry.get("content")
+    return content if isinstance(content, dict) else {}
 
 
 def _entry(
@@ -89,8 +123,10 @@ def _entry(
     quant: str,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
+    look: bool,
 ) -> dict[str, Any]:
     settings = [target.settings() for target in adapter.targets.values()]
+    origin = origin_of(ck)
     return {
         # Of the cheap kind always: whatever the caller has the inputs hashed by, an adapter is known again.
         "name": printable(ck.path.name),
@@ -102,6 +138,8 @@ def _entry(
         "quant": quant,
         "include": include,
         "exclude": exclude,
+        "content": content_of(adapter) if look else blank(adapter),
+        **({"training": origin.training} if origin else {}),
     }
 
 
@@ -116,17 +154,19 @@ _HOW = {  # of an entry -> what decides it when it is taken out
 
 
 def _refuse_twice(new: Sequence[dict]) -> None:
-    seen: dict[str, str] = {}
-    for one in new:
-        if one["fingerprint"] in seen:
-            raise ParameterError(
-                f"{seen[one['fingerprint']]} and {one['name']} are the same adapter; for more of it say weights=[2]."
-            )
-        seen[one["fingerprint"]] = one["name"]
+    for i, one in enumerate(new):
+        for earlier in new[:i]:
+            how = _same(one, earlier)
+            if how:
+                raise ParameterError(
+                    f"{earlier['name']} and {one['name']} are the same adapter, which goes in once: {how}.\n"
+                    "Leave one out; for more of it say weights=[2]."
+                )
 
 
 def _without(base: Checkpoint, held: list[dict], new: list[dict]) -> tuple[list[dict], tuple[str, ...]]:
     known, notes = {one["fingerprint"]: one for one in held}, []
+    new = [_as_held(one, held) for one in new]
     for one in new:
         before = known.get(one["fingerprint"])
         if before is None:
@@ -150,6 +190,16 @@ def _without(base: Checkpoint, held: list[dict], new: list[dict]) -> tuple[list[
     out = {one["fingerprint"] for one in new}
     _refuse_another_order(base, held, [one["fingerprint"] for one in new])
     return [one for one in held if one["fingerprint"] not in out], tuple(dict.fromkeys(notes))
+
+
+def _as_held(one: dict, held: list[dict]) -> dict:
+    """An entry under the fingerprint that the base has of the same values, and of what they started from."""
+    if any(one["fingerprint"] == there["fingerprint"] for there in held):
+        return one
+    there = next((there for there in held if is_same(_content(one), _content(there))), None)
+    if there is None:
+        return one
+    return one | {"fingerprint": there["fingerprint"]} | {key: there[key] for key in ("start",) if key in there}
 
 
 def _refuse_another_order(base: Checkpoint, held: list[dict], out: list[str]) -> None:

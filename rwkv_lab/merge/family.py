@@ -29,6 +29,7 @@ class Changes:
     without_effect: bool = False  # the output is the base, whatever `tensors` are
     worker_bytes: int = 0  # memory that each thread of the writer needs beside its blocks
     describe: "Callable[[Sequence[ChangedTensor]], Description] | None" = None  # of the changes that are carried out
+    look: "Callable[[Sequence[ChangedTensor]], Description] | None" = None  # the same right before writing, from values
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ def merge(
     dtype: str | torch.dtype | None = None,
     allowed_dir: AnyPath | None = None,
     overwrite: bool = False,
+    allow_other_base: bool = False,
     dry_run: bool = False,
     allow_extra: Sequence[str] | None = None,
     allow_nonfinite: bool = False,
@@ -71,6 +72,8 @@ def merge(
         dtype: "bf16", "fp16" or "fp32" for every tensor of the output; None keeps each tensor's own.
         allowed_dir: the only folder (with those below it) that the output may go to.
         overwrite: allow `out` to exist; never allows it to be an input.
+        allow_other_base: adapters and states that rwkv_lab trained name their base by its values; merge them into
+            another one all the same.
         dry_run: stop after the plan; nothing is written.
         allow_extra: patterns of tensor names that may be there although the generation does not know them.
         allow_nonfinite: record NaN, Inf and overflow instead of refusing them.

@@ -1,6 +1,6 @@
 """What a merge will do, tensor by tensor, before a byte of tensor data is read; and what it did."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,10 @@ class MergePlan:
     contains: Sequence[Mapping[str, Any]] = field(default=(), repr=False)  # adapters, as of `contained_adapters`
     files: MergeInputs = field(kw_only=True, repr=False, compare=False)
     tensors: Sequence[OutTensor] = field(kw_only=True, repr=False, compare=False)  # as the rows; they read `files`
+    # What the inputs' values say, read right before writing: (what the output contains, as `contains`; notes).
+    look: "Callable[[], tuple[Sequence[Mapping[str, Any]], Sequence[str]]]" = field(
+        kw_only=True, repr=False, compare=False
+    )
     meters: Sequence[Meter] = field(kw_only=True, repr=False, compare=False)  # what the tensors are watched by
 
     @property
@@ -80,11 +84,12 @@ class MergeResult:
     checks: tuple[Check, ...] = ()  # made while streaming; empty after a dry run
     seconds: dict[str, float] = field(default_factory=dict)  # "plan", "hash", "merge"
     effect: MergeEffect = MergeEffect()  # measured while streaming; empty after a dry run
+    seen: tuple[str, ...] = ()  # notes on the inputs' values; empty after a dry run
 
     @property
     def notes(self) -> tuple[str, ...]:
         """The plan's, and what the merge did and did not do."""
-        return (*self.plan.notes, *self.effect.notes())
+        return (*self.plan.notes, *self.seen, *self.effect.notes())
 
     @property
     def base(self) -> Path:

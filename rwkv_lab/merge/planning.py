@@ -3,11 +3,13 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, TensorInfo
 from rwkv_lab.checkpoint.file_layout import file_layout
+from rwkv_lab.checkpoint.origin import BLANK
 from rwkv_lab.checkpoint.output_checks import check_free_space
 from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance
 from rwkv_lab.checkpoint.source import BLOCK
@@ -18,7 +20,7 @@ from rwkv_lab.merge.adapter_set import ANY
 from rwkv_lab.merge.changed_tensors import ChangedTensor
 from rwkv_lab.merge.effect import Meter
 from rwkv_lab.merge.families import family_of, method_of
-from rwkv_lab.merge.family import Changes
+from rwkv_lab.merge.family import Changes, Description
 from rwkv_lab.merge.input_checks import (
     check_base,
     check_dtypes,
@@ -29,6 +31,7 @@ from rwkv_lab.merge.input_checks import (
 )
 from rwkv_lab.merge.inputs import MergeInputs
 from rwkv_lab.merge.mixing import MIXING
+from rwkv_lab.merge.origins import lineage, notes_on_origins
 from rwkv_lab.merge.output_checks import check_merge_output
 from rwkv_lab.merge.parts import refuse_cut_model, refuse_shard
 from rwkv_lab.merge.plan import MergePlan, PlanRow
@@ -82,7 +85,7 @@ def plan_merge(
     # Hashing whole files waits until they are written; all fingerprints of a kind are of one length.
     facts = inputs.facts("records")
     blank = [FileFacts(f.path, f.bytes, f"{options.hash}:{'0' * 64}") for f in facts]
-    made = provenance(changes.spec.recipe(), blank, description.contains)
+    made = provenance(changes.spec.recipe(), blank, description.contains, bases=lineage(inputs.base, BLANK))
     size = file_layout(kind, tensors, {RECORD: as_text(made)}).size
     memory = _memory_needed([inputs.base, *inputs.tuned], changes)
     disk_free, memory_free = check_free_space(path, size, memory, "the merge")
@@ -100,6 +103,7 @@ def plan_merge(
         memory_free=memory_free,
         notes=(
             *notes_on_names(inputs.checkpoints),
+            *(notes_on_origins(inputs, options.allow_other_base) if applied and not states else ()),
             *description.notes,
             *(() if states else notes_on_states(applied, zeros, changes.layout)),
         ),
@@ -107,7 +111,14 @@ def plan_merge(
         files=inputs,
         tensors=tensors,
         meters=meters,
+        look=partial(_look, changes, applied, description),
     )
+
+
+def _look(changes: Changes, applied: Sequence[ChangedTensor], planned: Description) -> tuple[Sequence, Sequence[str]]:
+    """What the output contains, and notes that the plan did not have."""
+    found = planned if changes.look is None else changes.look(applied)
+    return found.contains, [note for note in found.notes if note not in planned.notes]
 
 
 def with_method(spec: MergeSpec, tuned: Sequence[Checkpoint]) -> MergeSpec:

@@ -209,5 +209,8 @@ class MergeOptions(Spec):
     scan: Literal["all", "changed"] = Field("all", description="where to look for NaN and Inf: all or changed")
     allowed_dir: AbsolutePath | None = Field(None, description="the only folder that the output may go to; empty: any")
     overwrite: bool = Field(False, description="replace the output if it is there; never an input")
+    allow_other_base: bool = Field(
+        False, description="merge adapters and states that say they were trained on another base"
+    )
     dry_run: bool = Field(False, description="stop after the plan")
     hash: Literal["records", "sha256"] = Field("records", description="records: free; sha256: reads the inputs whole")

@@ -7,6 +7,7 @@ from hashlib import sha256
 from rwkv_lab.checkpoint import FileFacts, file_facts, write_text
 from rwkv_lab.checkpoint.atomic import one_writer
 from rwkv_lab.checkpoint.file_layout import file_layout
+from rwkv_lab.checkpoint.origin import weights_of
 from rwkv_lab.checkpoint.output_checks import check_free_space
 from rwkv_lab.checkpoint.provenance import RECORD, Provenance, as_text, provenance, provenance_path, text_beside
 from rwkv_lab.checkpoint.stream import Findings
@@ -15,6 +16,7 @@ from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.effect import effect_of
 from rwkv_lab.merge.inputs import InputFile
+from rwkv_lab.merge.origins import lineage
 from rwkv_lab.merge.output_checks import check_merge_output
 from rwkv_lab.merge.plan import MergePlan, MergeResult
 from rwkv_lab.merge.spec import MergeOptions
@@ -45,7 +47,11 @@ def write_merge(plan: MergePlan, options: MergeOptions | None = None) -> MergeRe
         check_merge_output(plan.out, plan.files.checkpoints, options.allowed_dir, options.overwrite)
         check_free_space(plan.out, plan.output_bytes, plan.memory_needed, "the merge")
         inputs, hashing = _fingerprints(plan)
-        made = provenance(recipe, inputs, plan.contains)
+        contains, seen = plan.look()
+        for note in seen:
+            log.warning("%s: %s", plan.out.name, note)
+        base = plan.files.base
+        made = provenance(recipe, inputs, contains, bases=lineage(base, weights_of(base)))
         log.info(
             "%s: %d of %d tensors change, output %s",
             plan.method,
@@ -60,7 +66,7 @@ def write_merge(plan: MergePlan, options: MergeOptions | None = None) -> MergeRe
         log.warning("%s: %s", plan.out.name, note)
     checks = (*_streaming_checks(plan, options, findings, outputs[0]), *effect.checks())
     seconds = {"hash": hashing, "merge": time.perf_counter() - start}
-    return MergeResult(plan, recipe, inputs, outputs, checks, seconds, effect)
+    return MergeResult(plan, recipe, inputs, outputs, checks, seconds, effect, tuple(seen))
 
 
 def _fingerprints(plan: MergePlan) -> tuple[tuple[InputFile, ...], float]:

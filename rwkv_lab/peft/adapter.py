@@ -121,6 +121,7 @@ class Adapter:
     path: Path | None = None  # None for one in memory
     layout: str = "memory"  # "rwkv-peft", "hf" or "memory"
     quant: str | None = None  # how the frozen base was stored in training; None where the file does not state it
+    origin: str | None = None  # which base it was trained on, as of `checkpoint.origin`; None where it is not stated
     named_targets: tuple[str, ...] = ()  # layers that the file lists as adapted: names or their ends
     opened: tuple[Checkpoint, ...] = field(default=(), repr=False)
 

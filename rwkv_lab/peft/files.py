@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.checkpoint import Checkpoint, file_facts, open_checkpoint, write_checkpoint
+from rwkv_lab.checkpoint.origin import ORIGIN
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.peft import hf_layout, rwkv_peft_layout
 from rwkv_lab.peft.adapter import Adapter
@@ -121,7 +122,8 @@ def save_adapter(
     path = Path(path)
     if _is_file(path):
         tensors, note = rwkv_peft_layout.written(adapter)
-        write_checkpoint(path, _read(tensors), {rwkv_peft_layout.NOTE: note, **(notes or {})}, overwrite)
+        notes = {rwkv_peft_layout.NOTE: note, **_origin(adapter), **(notes or {})}
+        write_checkpoint(path, _read(tensors), notes, overwrite)
     else:
         hf_layout.write(adapter, path, overwrite, notes or {})
 
@@ -146,7 +148,11 @@ def save_pissa_init(adapter: Adapter, path: str | Path, overwrite: bool = False)
         ParameterError: no PiSSA, or one without its start.
         OutputError: as `save_adapter`.
     """
-    write_checkpoint(path, _read(rwkv_peft_layout.written_init(adapter)), overwrite=overwrite)
+    write_checkpoint(path, _read(rwkv_peft_layout.written_init(adapter)), _origin(adapter), overwrite)
+
+
+def _origin(adapter: Adapter) -> dict[str, str]:
+    return {} if adapter.origin is None else {ORIGIN: adapter.origin}
 
 
 def _read(tensors: Mapping) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo, write_checkpoint
 from rwkv_lab.checkpoint.atomic import atomic_folder, check_target
+from rwkv_lab.checkpoint.origin import ORIGIN
 from rwkv_lab.checkpoint.prefixes import bare_names
 from rwkv_lab.errors import CorruptFileError, LayoutError, OutputError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, Values
@@ -39,7 +40,8 @@ def read(ck: Checkpoint, options: AdapterOptions) -> Adapter:
     kind = _kind(ck, config)
     layers, full = _sorted(ck, kind)
     targets, method = kind.read_folder(ck, config, layers, options)
-    return Adapter(method, targets, full, layout="hf", quant=_quant(ck), named_targets=_named_targets(ck, config))
+    origin, named = ck.metadata.get(ORIGIN), _named_targets(ck, config)
+    return Adapter(method, targets, full, layout="hf", quant=_quant(ck), origin=origin, named_targets=named)
 
 
 def _kind(ck: Checkpoint, config: Mapping[str, Any]) -> AdapterKind:
@@ -132,7 +134,8 @@ def write(adapter: Adapter, folder: Path, overwrite: bool, notes: Mapping[str, s
     check_folder(folder)
     parts, settings = written(adapter)
     tensors = {f"{PREFIX}{name}": values.read() for name, values in parts.items()}
-    notes = {**notes, **({} if adapter.quant is None else {QUANT: adapter.quant})}
+    own = {QUANT: adapter.quant, ORIGIN: adapter.origin}
+    notes = {**{name: text for name, text in own.items() if text is not None}, **notes}
     text = json.dumps(dict(sorted(settings.items())), indent=2) + "\n"
     with atomic_folder(folder, overwrite) as temporary:
         write_checkpoint(temporary / "adapter_model.safetensors", tensors, notes)

@@ -13,6 +13,7 @@ from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.checkpoint.kind import ADAPTER_NOTE
+from rwkv_lab.checkpoint.origin import ORIGIN
 from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, Values
 from rwkv_lab.peft.config import ADAPTER_KINDS, AdapterKind
@@ -37,7 +38,7 @@ def read(ck: Checkpoint, options: AdapterOptions) -> Adapter:
         raise LayoutError(f"{ck.path} holds {names} together; an adapter is one of them.")
     (method, layers), *_ = by_kind.items()
     targets, method = ADAPTER_KINDS[method].read_file(ck, layers, note, options)
-    return Adapter(method, targets, full, layout="rwkv-peft", quant=note.get("quant"))
+    return Adapter(method, targets, full, layout="rwkv-peft", quant=note.get("quant"), origin=ck.metadata.get(ORIGIN))
 
 
 def _sorted(ck: Checkpoint) -> tuple[dict[str, Parts], dict[str, TensorInfo]]:

@@ -26,7 +26,7 @@ from rwkv_lab.train.fitting import Fitting
 from rwkv_lab.train.log import write_log
 from rwkv_lab.train.material import Fit, Material, tokenise
 from rwkv_lab.train.models import make_model, trained_parameters
-from rwkv_lab.train.output import check_destinations
+from rwkv_lab.train.output import check_destinations, origin_note
 from rwkv_lab.train.planning import TrainPlan, make_plan
 from rwkv_lab.train.processes import Processes, put
 from rwkv_lab.train.resume import resume_path
@@ -226,6 +226,7 @@ class _Training:
     material: Material
     model: RWKV_Dual
     settings: dict[str, object]
+    origin: dict[str, str]  # for the output's metadata
     fitting: Fitting
 
     def notes(self) -> list[str]:
@@ -275,7 +276,8 @@ def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
         options = options.changed(overwrite=True)
         log.info("%s", _CONTINUES.format(out=out.name, done=done, steps=spec.steps, warmup=spec.warmup_steps))
     fitting = Fitting(run, trained, batches, spec, options, resume_path(out), settings, processes, done)
-    return _Training(spec, out, options, processes, inputs, corpus, material, model, settings, fitting)
+    origin = origin_note(spec, settings)
+    return _Training(spec, out, options, processes, inputs, corpus, material, model, settings, origin, fitting)
 
 
 def _measure_before(training: _Training) -> float:
@@ -305,7 +307,7 @@ def _write(training: _Training, result: TrainResult) -> None:
     if processes.first:
         done = {} if course.step == spec.steps else {"steps_done": course.step}
         note = {NOTE: json.dumps(training.settings | done | {"torch": torch.__version__})}
-        KINDS[spec.kind].save(model, out, note, training.options.overwrite)
+        KINDS[spec.kind].save(model, out, note | training.origin, training.options.overwrite)
         result.outputs = [file_facts(out)]
         if training.options.log_folder:
             keep = ("bits_before", "bits_after", "held_out_bytes", "trained", "frozen", "stopped_early", "resumed_at")

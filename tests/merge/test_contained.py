@@ -139,4 +139,4 @@ def test_a_note_where_an_adapter_leaves_layers_alone(held, tmp_path):
     lora = {n: t for n, t in random_lora(full=False).items() if n.startswith("blocks.0.")}
     torch.save(lora, tmp_path / "shallow.pth")
     assert any("shallow.pth adapts 1 of 2 layers" in n for n in held("base", ["shallow"], "m", dry_run=True).plan.notes)
-    assert not held("base", "a", "m", dry_run=True).plan.notes
+    assert not any("layers" in n for n in held("base", "a", "m", dry_run=True).plan.notes)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, Layout
+from rwkv_lab.checkpoint.layout import possible_versions
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.adapted_matrices import adapted_tensors, memory_for
 from rwkv_lab.merge.adapter_set import (
@@ -32,6 +33,7 @@ from rwkv_lab.merge.input_checks import refuse_no_match
 from rwkv_lab.merge.inputs import MergeInputs, init_paths
 from rwkv_lab.merge.method import Method
 from rwkv_lab.merge.method_parameters import Parameter, Takes, check_value
+from rwkv_lab.merge.pissa_as_lora import notes_on_products
 from rwkv_lab.merge.spec import MergeSpec
 from rwkv_lab.names import split_block
 from rwkv_lab.patterns import matches_any
@@ -137,6 +139,7 @@ class Adapters(Family):
             without_effect=spec.alpha == 0,
             worker_bytes=memory_for(inputs.base, adapters, spec.arithmetic),
             describe=partial(_describe, inputs, adapters, resolved),
+            look=partial(_look, inputs, adapters, resolved, spec.method != "lora"),
         )
 
 
@@ -162,12 +165,24 @@ def _resolved(spec: MergeSpec, adapters: AdapterSet) -> MergeSpec:
 
 
 def _describe(
-    inputs: MergeInputs, adapters: AdapterSet, spec: MergeSpec, applied: Sequence[ChangedTensor]
+    inputs: MergeInputs, adapters: AdapterSet, spec: MergeSpec, applied: Sequence[ChangedTensor], look: bool = False
 ) -> Description:
     contains, notes = adapters_in(inputs.base), ()
     if applied:
-        contains, notes = after_merging(inputs.base, inputs.tuned, adapters, spec.include, spec.exclude)
+        contains, notes = after_merging(inputs.base, inputs.tuned, adapters, spec.include, spec.exclude, look)
     return Description(contains, (*notes, *_notes(inputs.base, adapters)))
+
+
+def _look(
+    inputs: MergeInputs, adapters: AdapterSet, spec: MergeSpec, ask: bool, applied: Sequence[ChangedTensor]
+) -> Description:
+    """As `_describe`, from values too. `ask`: a PiSSA that is given as a LoRA is refused."""
+    described = _describe(inputs, adapters, spec, applied, look=True)
+    notes = list(described.notes)
+    for adapter, weight in zip(adapters.adapters, adapters.weights, strict=True):
+        if ask and weight and applied and not adapters.unmerge:
+            notes += notes_on_products(adapter, inputs.base)
+    return Description(described.contains, notes)
 
 
 def _notes(base: Checkpoint, adapters: AdapterSet) -> tuple[str, ...]:
@@ -199,6 +214,17 @@ def _notes(base: Checkpoint, adapters: AdapterSet) -> tuple[str, ...]:
         )
     if any(a.residual_base for a in adapters.adapters):
         notes.append("PiSSA without its start: right only if the base given is what the SVD left over of the original.")
+    for adapter, weight in zip(adapters.adapters, adapters.weights, strict=True):
+        if not weight:
+            notes.append(f"{Path(adapter.where).name} adds nothing: its alpha or its weight is 0.")
+        versions = possible_versions([f"{x}.weight" for x in adapter.targets])[0]
+        others = sorted(v for v in versions if base.layout and v != base.layout.version)
+        attention = all(".att." in x for x in adapter.targets)
+        if attention and others and not adapter.full and adapter.origin is None:
+            notes.append(
+                f"{Path(adapter.where).name} adapts attention alone ({len(adapter.targets)} matrices), with names that "
+                f"RWKV-{', '.join(others)} have too: nothing in it says that it is of this base's generation."
+            )
     if len(adapters.adapters) > 1:
         given = [w if isinstance(w, dict) else f"{w:g}" for w in adapters.weights]
         order = ", ".join(f"{Path(a.where).name} × {w}" for a, w in zip(adapters.adapters, given, strict=True))

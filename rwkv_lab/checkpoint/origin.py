@@ -1,0 +1,81 @@
+"""Which base a tuned file belongs to, as rwkv_lab notes it in adapters, states and fine-tunes that it trains.
+
+A base is known again by its values, whatever file they lie in: the first values of every tensor, rounded to each of
+three dtypes and hashed. A cast rounds values to what the original rounds to as well, so that one of the hashes at least
+is the same; a fine-tune has others in all of them.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+from rwkv_lab.checkpoint.open import Checkpoint
+from rwkv_lab.checkpoint.source import TensorInfo
+
+ORIGIN = "rwkv_lab.origin"  # its name in a file's metadata
+_ROUNDED_TO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_VALUES = 512  # of each tensor
+
+Weights = Mapping[str, str]  # dtype that values were rounded to -> hash
+BLANK: Weights = dict.fromkeys(_ROUNDED_TO, "0" * 64)  # as long as any
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tuned file comes from."""
+
+    base: str  # name of the base's file
+    weights: Weights  # of the base, as of `weights_of`
+    dtype: str  # that the base was held in while it was trained on
+    quant: str  # how its matrices were stored: "none", "int8", "nf4", …
+    training: str  # the same for every output of one training, however many steps it took
+
+    def text(self) -> str:
+        """As it stands in a file's metadata."""
+        return json.dumps(asdict(self))
+
+
+def origin_of(ck: Checkpoint) -> Origin | None:
+    """What a file states; None of files by others, or where it cannot be understood."""
+    try:
+        found = json.loads(ck.metadata[ORIGIN])
+        origin = Origin(**{name: found[name] for name in Origin.__dataclass_fields__})
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return None
+    texts = (origin.base, origin.dtype, origin.quant, origin.training)
+    if not isinstance(origin.weights, dict) or not all(isinstance(text, str) for text in texts):
+        return None
+    return origin
+
+
+@torch.no_grad()
+def weights_of(ck: Checkpoint) -> dict[str, str]:
+    """What a whole model is known again by. Read are the first values of every tensor; states (`time_state`) are left
+    out, since a model with one has the same weights."""
+    hashes = {name: hashlib.sha256() for name in _ROUNDED_TO}
+    for info in sorted(ck.info.values(), key=lambda t: t.name):
+        if info.name.endswith(".time_state"):
+            continue
+        values = _first_values(info)
+        head = f"{info.name} {[size for size in info.shape if size != 1]};".encode()
+        for name, dtype in _ROUNDED_TO.items():
+            hashes[name].update(head + values.to(dtype).view(torch.uint8).numpy().tobytes())
+    return {name: one.hexdigest() for name, one in hashes.items()}
+
+
+def same_weights(a: Weights, b: Weights) -> bool:
+    """Whether two models have the same values, up to a cast."""
+    return any(a[name] == b.get(name) for name in a)
+
+
+def _first_values(info: TensorInfo) -> torch.Tensor:
+    if info.stride is not None:
+        return info.read().flatten()[:_VALUES].float()
+    count = min(_VALUES, info.numel)
+    if not count:
+        return torch.empty(0)
+    data = bytearray(info.file.read(info.offset, count * info.dtype.itemsize))
+    return torch.frombuffer(data, dtype=info.dtype).float()
