@@ -41,6 +41,11 @@ def same_layers(a: Content, b: Content) -> int:
     return sum(cosine > _PARALLEL for cosine in _cosines(a, b))
 
 
+def without_change(content: Content) -> int:
+    """How many matrices an adapter names and does not change."""
+    return sum(text == _BLANK for text in content.values())
+
+
 def is_same(new: Content, held: Content) -> bool:
     """Whether most of what an adapter changes is changed alike by the other one."""
     return 2 * same_layers(new, held) > len(new)

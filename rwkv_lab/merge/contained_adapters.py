@@ -15,7 +15,7 @@ from rwkv_lab.checkpoint import Checkpoint, file_facts
 from rwkv_lab.checkpoint.origin import origin_of
 from rwkv_lab.checkpoint.provenance import RECORD, printable
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.merge.adapter_content import blank, closeness, content_of, is_same, same_layers
+from rwkv_lab.merge.adapter_content import blank, closeness, content_of, is_same, same_layers, without_change
 from rwkv_lab.merge.adapter_set import AdapterSet
 from rwkv_lab.merge.changed_tensors import ChangedTensor
 from rwkv_lab.names import split_block
@@ -79,6 +79,9 @@ def after_merging(
         return _without(base, held, new)
     notes = []
     for one in new:
+        still = without_change(_content(one)) if look else 0
+        if still:
+            notes.append(f"{one['name']} adds nothing to {still} of {len(_content(one))} matrices: it has zeros there.")
         for there in held:
             how = _same(one, there)
             if how:

@@ -20,6 +20,7 @@ from rwkv_lab.checks import Check
 _PIECE = 1 << 16  # elements measured at a time: a few of them in float32 stay in a core's cache
 ENOUGH = 0.9  # of the change: where less arrives, a note says so
 _NORMAL = torch.finfo(torch.float16).smallest_normal
+_ROUNDING = 4  # units of the arithmetic's precision, relative to the base's values
 _HALF = 0.5  # of the change: less is no effect as it was asked for
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
@@ -34,7 +35,7 @@ class TensorEffect:
     moved: int | None  # of the values, how many are not the base's; None of a copy, where the first one decides
     wanted: float | None  # ‖Δ‖ that was asked for; None of a copy, all of which arrives
     reached: float | None  # ⟨output - base, Δ⟩ / ‖Δ‖, what of it arrived
-    changed: bool  # whether any value differs from the base's
+    changed: bool  # whether any value differs from the base's by more than the arithmetic's own rounding
 
     @property
     def share(self) -> float:
@@ -155,7 +156,7 @@ class Meter:
 
     def reset(self) -> None:
         """Begin anew: a plan may be carried out more than once."""
-        self.moved, self.wanted, self.along = 0, 0.0, 0.0
+        self.moved, self.wanted, self.along, self.size, self.eps = 0, 0.0, 0.0, 0.0, 0.0
         self.rounded = self.zero = 0
         self._before: torch.Tensor | None = None
         self._whole: torch.Tensor | None = None
@@ -203,9 +204,13 @@ class Meter:
         """What was found."""
         if self.stops_early:
             return TensorEffect(self.name, self.dtype, self.values, None, None, None, self.moved > 0)
+        # As large as what adding and taking away the same leaves, of the values that moved or of all: nothing is meant.
+        count = self.moved or self.values
+        noise = (_ROUNDING * self.eps) ** 2 * self.size / max(self.values, 1)
+        if self.wanted == 0 or math.isfinite(noise) and self.wanted / max(count, 1) <= noise:
+            return TensorEffect(self.name, self.dtype, self.values, self.moved, 0.0, 0.0, False)
         wanted = math.sqrt(self.wanted)
-        reached = self.along / wanted if wanted else 0.0
-        return TensorEffect(self.name, self.dtype, self.values, self.moved, wanted, reached, self.moved > 0)
+        return TensorEffect(self.name, self.dtype, self.values, self.moved, wanted, self.along / wanted, self.moved > 0)
 
     def _base_at(self, start: int, count: int) -> torch.Tensor | None:
         if self._before is not None:
@@ -229,6 +234,7 @@ class Meter:
             delta.copy_(values)
         else:
             torch.sub(values.to(wide), before.to(wide), out=delta)
+            self.size, self.eps = self.size + float(before.to(wide).dot(before.to(wide))), torch.finfo(wide).eps
             change.sub_((before if self.same_dtype else round_to(before, rounded.dtype)).to(wide))
         np.not_equal(change.numpy(), 0, out=differs.numpy())
         moved, wanted, along = _count(differs), float(delta.dot(delta)), float(delta.dot(change))

@@ -13,7 +13,10 @@ from rwkv_lab.checks import Check
 from rwkv_lab.merge.effect import MergeEffect, Meter
 from rwkv_lab.merge.inputs import InputFile, MergeInputs
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
+from rwkv_lab.merge.states import ZEROS
 from rwkv_lab.progress import human_bytes
+
+UNCHANGED = ("copy", "cast", ZEROS)  # actions on tensors whose values come from the base, or from nowhere
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class MergePlan:
     @property
     def changed(self) -> tuple[PlanRow, ...]:
         """The rows whose values do not simply come from the base."""
-        return tuple(row for row in self.rows if row.action not in ("copy", "cast", "zeros"))
+        return tuple(row for row in self.rows if row.action not in UNCHANGED)
 
     def __str__(self) -> str:
         return (

@@ -34,9 +34,9 @@ from rwkv_lab.merge.mixing import MIXING
 from rwkv_lab.merge.origins import lineage, notes_on_origins
 from rwkv_lab.merge.output_checks import check_merge_output
 from rwkv_lab.merge.parts import refuse_cut_model, refuse_shard
-from rwkv_lab.merge.plan import MergePlan, PlanRow
+from rwkv_lab.merge.plan import UNCHANGED, MergePlan, PlanRow
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
-from rwkv_lab.merge.states import ZEROS, missing_states, notes_on_states
+from rwkv_lab.merge.states import missing_states, notes_on_states
 from rwkv_lab.paths import to_path
 from rwkv_lab.patterns import is_selected, refuse_unmatched
 
@@ -106,6 +106,7 @@ def plan_merge(
             *(notes_on_origins(inputs, options.allow_other_base) if applied and not states else ()),
             *description.notes,
             *(() if states else notes_on_states(applied, zeros, changes.layout)),
+            *(() if any(row.action not in UNCHANGED for row in rows) else (_nothing(inputs, len(rows)),)),
         ),
         contains=tuple(description.contains),
         files=inputs,
@@ -113,6 +114,11 @@ def plan_merge(
         meters=meters,
         look=partial(_look, changes, applied, description),
     )
+
+
+def _nothing(inputs: MergeInputs, count: int) -> str:
+    names = ", ".join(ck.path.name for ck in inputs.tuned[:3]) or "other models"
+    return f"0 of {count} tensors are to change: nothing of {names} goes in, and the output is the base."
 
 
 def _look(changes: Changes, applied: Sequence[ChangedTensor], planned: Description) -> tuple[Sequence, Sequence[str]]:
@@ -169,7 +175,7 @@ def _output(
         cast = change.copy is not None and wanted != change.dtype
         action = "cast" if cast and change.action == "copy" else change.action
         tensor = OutTensor(change.name, change.shape, wanted, source=change.copy)
-        target, copied = action not in ("copy", "cast", "layer", ZEROS), change.copy is not None and not cast
+        target, copied = action not in (*UNCHANGED, "layer"), change.copy is not None and not cast
         count = tensor.nbytes // wanted.itemsize
         meter = Meter(change.name, count, wanted, kept.get(change.name), copied, target)
         compute = change.copy.blocks if cast else None

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from models import MATRICES, SEVEN, random_lora, random_model, random_state
+from tuned_files import write_adapter
 
 from rwkv_lab import merge
 from rwkv_lab.checkpoint import write_checkpoint
@@ -181,6 +182,59 @@ def test_overflow_and_what_is_not_finite_do_not_spoil_the_norms(run):
     assert effect_check(result).passed or effect_check(result).value == 0
     huge = {KEY: torch.full_like(base[KEY], 1e25)}  # its square is no float32
     assert run(base, huge, alpha=0.5).effect.wanted == pytest.approx(0.5e25 * base[KEY].numel() ** 0.5, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_an_adapter_that_was_not_trained_has_no_effect(dtype, precision, tmp_path):
+    """PiSSA takes away what it adds, up to the rounding of the arithmetic."""
+    torch.save(random_model(dtype=dtype), tmp_path / "base.pth")
+    for method in ("lora", "pissa", "miss"):
+        adapter = write_adapter(tmp_path / f"{method}.pth", tmp_path / "base.pth", size=0.0, method=method, lora_r=3)
+        result = merge(tmp_path / "base.pth", adapter, tmp_path / "o.pth", precision=precision, overwrite=True)
+        assert effect_check(result).value == 0, result.effect
+        assert not result.effect.notes()[0].count("resolution")
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_an_adapter_of_zeros_on_a_quantised_base_is_told_from_the_rounding(quant, run):
+    """Every matrix is rounded as in training, which is a change, and not the adapter's."""
+    lora = random_lora(full=False)
+    zeros = lora | {n: t * 0 for n, t in lora.items() if "att" in n}
+    result = run(random_model(), zeros, alpha=4, parameters={"quant": quant})
+    assert any(n == "tuned0.pth adds nothing to 6 of 10 matrices: it has zeros there." for n in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "given"),
+    [
+        (random_model(seed=1), {"alpha": 0}),
+        (random_model(seed=1), {"method": "slerp", "alpha": 0}),
+        (random_state(), {"alpha": 0}),
+        (random_lora(), {"alpha": 0}),
+        (random_lora(), {"alpha": [0]}),
+        (random_lora(), {"alpha": 4, "weights": [0]}),
+        (random_model(), {"method": "passthrough", "parameters": {"layers": ["base[0:2]"]}}),
+    ],
+    ids=["overlay", "slerp", "state", "lora", "list", "weight", "layers"],
+)
+def test_a_plan_that_changes_nothing_says_so(tuned, given, run):
+    result = run(random_model(), tuned, **given)
+    count = len(random_model())
+    assert any(n.startswith(f"0 of {count} tensors are to change") for n in result.plan.notes), result.plan.notes
+    assert all(c.passed for c in (*result.checks, *verify_merge(result))) and not result.effect.tensors
+
+
+def test_an_alpha_or_a_weight_of_zero_among_others_is_named(run):
+    loras = [random_lora(full=False), random_lora(full=False, seed=5)]
+    for given in ({"alpha": [0, 4]}, {"alpha": 4, "weights": [0, 1]}):
+        assert any(n.startswith("tuned0.pth adds nothing") for n in run(random_model(), loras, **given).plan.notes)
+    models = [random_model(seed=1), random_model(seed=2)]
+    notes = run(random_model(), models, method="linear", weights=[1, 0, 1]).plan.notes
+    assert "tuned0.pth has weight 0: nothing of it goes in." in notes
+    setting = {"alpha": {"blocks.0": 0, "*": 0.5}}
+    notes = run(random_model(), models[0], method="slerp", parameters=setting).plan.notes
+    assert any(n.startswith("alpha is 0 for ") and "they are the base's" in n for n in notes)
 
 
 def test_nothing_is_measured_where_nothing_was_asked_for(run):

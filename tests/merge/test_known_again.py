@@ -109,7 +109,7 @@ def test_others_go_in_and_are_counted(merged):
             merge(result.out, merged / f"{name}.pth", merged / "p.pth", alpha=4)
 
 
-def test_another_epoch_of_a_foreign_training_is_noted(merged):
+def test_another_epoch_of_a_training_elsewhere_is_noted(merged):
     g = torch.Generator().manual_seed(9)
     torch.save({n: t + 0.08 * torch.randn(t.shape, generator=g) for n, t in LORA.items()}, merged / "later.pth")
     result = merge(merged / "m.pth", merged / "later.pth", merged / "o.pth", alpha=4)

@@ -57,7 +57,7 @@ def test_a_merge_without_effect_fails_its_check_and_says_so_in_result_and_report
     result = json.loads((tmp_path / "report" / "result.json").read_text())
     assert result["metrics"]["targets_changed"] == 0 < result["metrics"]["targets"]
     effect = next(c for c in result["checks"] if c["name"].startswith("the merge has an effect"))
-    assert effect["passed"] is False and any("The output is the base" in n for n in result["metrics"]["notes"])
+    assert effect["passed"] is False and any("The output is the base" in n for n in result["notes"])
     assert "The output is the base" in (tmp_path / "report" / "report.html").read_text()
 
 

@@ -72,10 +72,7 @@ class IntoBase(Family):
 def _describe(inputs: MergeInputs, spec: MergeSpec, layout: Layout, applied: Sequence[ChangedTensor]) -> Description:
     (tuned,) = inputs.tuned
     part = note_on_part(inputs.base, tuned, layout) if spec.method == "overlay" else ""
-    notes = [part] if part else []
-    if spec.alpha == 0:
-        notes.append(f"alpha is 0: nothing of {tuned.path.name} goes in, the output is the base.")
-    return Description(after_changes(inputs.base, inputs.tuned, applied), notes)
+    return Description(after_changes(inputs.base, inputs.tuned, applied), [part] if part else [])
 
 
 def check_states(tuned: Checkpoint, layout: Layout) -> dict[str, TensorInfo]:

@@ -83,7 +83,7 @@ class Mixing(Family):
             _try(method, values, len(tuned))
             if name in base.info or values.get("alpha") != 0:
                 tensors.append(_mixed(method, name, base, tuned, values, spec.arithmetic))
-        return Changes(tensors, layout, spec, describe=partial(_describe, inputs, layout))
+        return Changes(tensors, layout, spec, describe=partial(_describe, inputs, layout, spec.weights))
 
 
 def _with_states_weighed(spec: MergeSpec, base: Checkpoint, tuned: Sequence[Checkpoint]) -> MergeSpec:
@@ -114,12 +114,15 @@ def _given(spec: MergeSpec) -> dict[str, Any]:
     return values
 
 
-def _describe(inputs: MergeInputs, layout: Layout, applied: Sequence[ChangedTensor]) -> Description:
+def _describe(inputs: MergeInputs, layout: Layout, weights: Any, applied: Sequence[ChangedTensor]) -> Description:
     mixed = [c.name for c in applied if c.action == "mix"]
     parts = [note for ck in inputs.tuned if (note := note_on_part(inputs.base, ck, layout))]
     same = [c.name for c in applied if c.action == "copy"]
     if same:
         parts.append(f"alpha is 0 for {len(same)} of {len(applied)} tensors (first {same[0]}): they are the base's.")
+    shares = weights[-len(inputs.tuned) :] if isinstance(weights, list) else []
+    idle = [ck.path.name for ck, share in zip(inputs.tuned, shares, strict=False) if share == 0]
+    parts += [f"{name} has weight 0: nothing of it goes in." for name in idle]
     notes = (*parts, *notes_on_mixing(layout, mixed))
     return Description(after_changes(inputs.base, inputs.tuned, applied), notes)
 

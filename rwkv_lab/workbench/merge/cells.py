@@ -87,13 +87,13 @@ def carry_out(run: Run, plan: MergePlan) -> MergeResult | None:
     result = write_merge(plan)
     run.record.seconds |= {"merge": result.seconds["merge"]}
     run.record.inputs, run.record.outputs = list(result.inputs), list(result.outputs)
-    effect, found = result.effect, result.effect.notes()
+    effect, found = result.effect, [*result.seen, *result.effect.notes()]
+    run.record.notes += found
     run.record.metrics |= {
         "targets": len(effect.tensors),
         "targets_changed": len(effect.tensors) - len(effect.unchanged),
         "change_asked_for": effect.wanted,
         "change_that_arrived": effect.reached,
-        "notes": list(result.notes),
     }
     run.page.facts += [("effect", note) for note in found] or [("effect", _effect(result))]
     print(*found or [_effect(result)], sep="\n")
