@@ -159,6 +159,7 @@ class Meter:
         self.moved, self.wanted, self.along, self.size, self.eps = 0, 0.0, 0.0, 0.0, 0.0
         self.rounded = self.zero = 0
         self._before: torch.Tensor | None = None
+        self._first = 0  # place of its first value in the tensor
         self._whole: torch.Tensor | None = None
 
     def watched(

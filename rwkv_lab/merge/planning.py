@@ -178,7 +178,7 @@ def _output(
         target, copied = action not in (*UNCHANGED, "layer"), change.copy is not None and not cast
         count = tensor.nbytes // wanted.itemsize
         meter = Meter(change.name, count, wanted, kept.get(change.name), copied, target)
-        compute = change.copy.blocks if cast else None
+        compute = change.copy.blocks if change.copy is not None and cast else None
         if change.compute is not None:
             compute = meter.watched(change.compute)
         measured = target or cast and wanted == torch.float16
