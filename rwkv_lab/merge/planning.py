@@ -82,6 +82,10 @@ def plan_merge(
     kept = inputs.base.info if changes.keeps_base else {}
     zeros = [] if states else missing_states(kept, applied, changes.layout)
     rows, tensors, meters = _output(kept, [*applied, *zeros], spec.output_dtype)
+    any_change = any(row.action not in UNCHANGED for row in rows)
+    origins = [*notes_on_names(inputs.checkpoints)]
+    origins += notes_on_origins(inputs, options.allow_other_base) if applied and not states else []
+    on_states = [] if states else notes_on_states(applied, zeros, changes.layout)
     # Hashing whole files waits until they are written; all fingerprints of a kind are of one length.
     facts = inputs.facts("records")
     blank = [FileFacts(f.path, f.bytes, f"{options.hash}:{'0' * 64}") for f in facts]
@@ -101,13 +105,7 @@ def plan_merge(
         disk_free=disk_free,
         memory_needed=memory,
         memory_free=memory_free,
-        notes=(
-            *notes_on_names(inputs.checkpoints),
-            *(notes_on_origins(inputs, options.allow_other_base) if applied and not states else ()),
-            *description.notes,
-            *(() if states else notes_on_states(applied, zeros, changes.layout)),
-            *(() if any(row.action not in UNCHANGED for row in rows) else (_nothing(inputs, len(rows)),)),
-        ),
+        notes=(*origins, *description.notes, *on_states, *([] if any_change else [_nothing(inputs, len(rows))])),
         contains=tuple(description.contains),
         files=inputs,
         tensors=tensors,

@@ -61,7 +61,7 @@ def _states_of_zeros(sources: Mapping[str, Source | None], proof: Proof, n_layer
     """The states that a merge has to write for layers without one: where it writes any, every layer has one."""
     states = {n: s for n, s in sources.items() if n.endswith(".att.time_state")}
     written = [(n, s) for n, s in states.items() if s is None or s[0] is not proof.inputs.base or s[1] != n]
-    if not written:
+    if not written or len(states) == len(sources):  # the output is a state, and no model
         return {}
     name, source = written[0]
     like = proof.like(name) if source is None else source[0][source[1]]

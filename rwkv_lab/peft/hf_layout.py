@@ -134,8 +134,8 @@ def write(adapter: Adapter, folder: Path, overwrite: bool, notes: Mapping[str, s
     check_folder(folder)
     parts, settings = written(adapter)
     tensors = {f"{PREFIX}{name}": values.read() for name, values in parts.items()}
-    own = {QUANT: adapter.quant, ORIGIN: adapter.origin}
-    notes = {**{name: text for name, text in own.items() if text is not None}, **notes}
+    origin = {} if adapter.origin is None else {ORIGIN: adapter.origin}
+    notes = {**origin, **notes, **({} if adapter.quant is None else {QUANT: adapter.quant})}
     text = json.dumps(dict(sorted(settings.items())), indent=2) + "\n"
     with atomic_folder(folder, overwrite) as temporary:
         write_checkpoint(temporary / "adapter_model.safetensors", tensors, notes)
