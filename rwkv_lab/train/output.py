@@ -1,20 +1,18 @@
 """Where the result of a training may go: never onto or around what it is made of, nor onto what is not ours."""
 
-import json
 import os
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checkpoint.atomic import check_target, refuse_inputs
-from rwkv_lab.checkpoint.origin import ORIGIN, Origin, origin_of, weights_of
+from rwkv_lab.checkpoint.origin import ORIGIN, Origin, weights_of
 from rwkv_lab.checkpoint.provenance import printable
 from rwkv_lab.checkpoint.write import file_kind
 from rwkv_lab.errors import OutputError
 from rwkv_lab.peft.hf_layout import check_folder
 from rwkv_lab.train.data import data_files
-from rwkv_lab.train.finished import CONTINUED
+from rwkv_lab.train.finished import TRAINING_ID
 from rwkv_lab.train.log import check_log_folder, log_files
 from rwkv_lab.train.resume import resume_path
 from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
@@ -64,24 +62,16 @@ def _refuse_around(folder: Path, sources: list[Path]) -> None:
             raise OutputError(f"{folder} holds the input {source}, which would go with it; choose another folder")
 
 
-_OF_ITS_LENGTH = ("steps", "warmup", "eval_every", "patience", CONTINUED)  # settings that differ within one training
-
-
 def origin_note(spec: TrainSpec, settings: Mapping[str, object]) -> dict[str, str]:
     """What an output says of where it comes from, for its metadata: its base by values, and its training; {} of a fresh
     model.
 
     Args:
-        settings: what decides the result; those but its length are the training.
+        settings: what decides the result, with the training's id where it has one.
     """
     if not spec.base:
         return {}
-    lasting = {name: value for name, value in settings.items() if name not in _OF_ITS_LENGTH}
-    training = sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:16]
-    if spec.start:  # what is trained further is the same adapter still
-        with open_checkpoint(spec.start) as ck:
-            earlier = origin_of(ck)
-        training = earlier.training if earlier else training
+    training = str(settings.get(TRAINING_ID, ""))
     with open_checkpoint(spec.base) as ck:
         origin = Origin(printable(ck.path.name), weights_of(ck), str(spec.dtype), str(spec.quant), training)
     return {ORIGIN: origin.text()}
