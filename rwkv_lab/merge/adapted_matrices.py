@@ -39,6 +39,12 @@ def adapted_tensors(base: Checkpoint, adapters: AdapterSet, precision: torch.dty
             f"{next(iter(whole))} stands whole in an adapter; what it replaced cannot be had from the merged file.\n"
             "Take the base that it was merged into."
         )
+    lost = next((n for n, of in steps.items() for target, _ in of if not target.can_be_undone), None)
+    if adapters.unmerge and lost:
+        raise ParameterError(
+            f"{lost}: a DoRA sets the length of every row, and what it was is in no file any more.\n"
+            "Take the base that it was merged into."
+        )
     quant = "none" if adapters.unmerge else adapters.quant
     action = "unmerge" if adapters.unmerge else adapters.method
     out = []

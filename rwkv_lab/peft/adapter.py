@@ -82,6 +82,11 @@ class Target(ABC):
         return False
 
     @property
+    def can_be_undone(self) -> bool:
+        """Whether a merged weight still has what this took away."""
+        return True
+
+    @property
     def needs_residual(self) -> bool:
         """Whether it goes with a base from which its start was taken out already."""
         return False

@@ -23,7 +23,7 @@ from rwkv_lab.merge.families.mixing_proof import setting_at
 from rwkv_lab.merge.proof import Exact, Proof, ProofInputs, Source
 
 PROVED = ("lora", "pissa", "miss")  # kinds of adapters that are understood here
-_PARTS = "init_lora_[AB]|lora_(?:[AB]|down|up)|disha|bone_block|bone|miss_block|alpha"
+_PARTS = "init_lora_[AB]|lora_(?:[AB]|down|up|magnitude_vector)|disha|bone_block|bone|miss_block|alpha"
 _PART = re.compile(rf"^(.+?)\.({_PARTS})(?:\.(?!weight$)[^.]+)?(?:\.weight)?$")
 _FLAT = re.compile(r"^(?:lora|lycoris)_(?:[a-z0-9]+_)??(blocks)_(\d+)_(att|ffn)_(\w+)$")
 _SINGLE = torch.finfo(torch.float32).eps
@@ -112,6 +112,10 @@ class AdaptersProof(Proof):
             if "A0" in parts:
                 now = _plus_product(now, parts["A0"], parts["B0"], -s, eps)
             now = _quantised(now, self.quant) if i == 0 else now
+            if "m" in parts:
+                changed = _plus_product(now, parts["A"], parts["B"], a.scale.get(name, 0.0), eps)
+                now = _with_lengths(now, changed, parts["m"], a.at(name), eps)
+                continue
             now = (
                 _with_block(now, a, parts, a.at(name), eps)
                 if "block" in parts
@@ -183,6 +187,7 @@ def _note(path: Path) -> dict:
 
 def _sorted(tensors: Mapping) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     called = {"lora_A": "A", "lora_B": "B", "init_lora_A": "A0", "init_lora_B": "B0", "alpha": "alpha"}
+    called |= {"lora_magnitude_vector": "m"}
     called |= {"lora_down": "A", "lora_up": "B"}
     layers, whole = {}, {}
     for name in tensors:
@@ -205,6 +210,18 @@ def _variant(note: dict, config: dict | None, given: dict, layers: dict) -> str:
         return "bat-hf"
     three = next(parts["block"] for parts in layers.values()).ndim == 3
     return f"bat-{given['bat']}" if three else "plain"
+
+
+def _with_lengths(before: Bounded, changed: Bounded, m: Tensor, weight: float, eps: float) -> Bounded:
+    """DoRA: the rows of `changed` brought to the lengths m; with a weight, so much of the way there."""
+    (start, loose), (values, off), m = before, changed, m.double().reshape(-1, 1)
+    norm = values.square().sum(1, keepdim=True).sqrt()
+    wrong = off.square().sum(1, keepdim=True).sqrt() + (values.shape[1] + 4) * eps * norm
+    found = values * (m / norm)
+    bound = (m / norm).abs() * off + found.abs() * (wrong / norm + 8 * eps)
+    out = start + weight * (found - start)
+    bound = abs(weight) * bound + abs(1 - weight) * loose + 4 * eps * (start.abs() + found.abs()) * (weight != 1)
+    return out, bound
 
 
 def _plus_product(now: Bounded, A: Tensor, B: Tensor, s: float, eps: float) -> Bounded:

@@ -21,12 +21,15 @@ from rwkv_lab.peft.linear import AdaptedLinear, LoraLinear, lora_scaling
 from rwkv_lab.peft.options import AdapterOptions
 
 _FILE_PART = re.compile(
-    r"^(?P<layer>.+)\.(?P<part>(?:init_)?lora_[AB]|lora_(?:down|up)|alpha)(?:\.(?!weight$)[^.]+)?(?:\.weight)?$"
+    r"^(?P<layer>.+)\.(?P<part>(?:init_)?lora_[AB]|lora_(?:down|up|magnitude_vector)|alpha)(?:\.(?!weight$)[^.]+)?(?:\.weight)?$"
 )
 _AS_OF_KOHYA = {"lora_down": "lora_A", "lora_up": "lora_B"}
 # kohya's scripts and LyCORIS write dots of a layer's name as underscores, after what they call the network.
 _FLAT = re.compile(r"^(?:lora|lycoris)_(?:[a-z0-9]+_)??blocks_(?P<layer>\d+)_(?P<part>att|ffn)_(?P<name>\w+)$")
-_FOLDER_PART = re.compile(r"^(?P<layer>.+)\.(?P<part>lora_[AB])(?:\.default)?\.weight$")
+_FOLDER_PART = re.compile(
+    r"^(?P<layer>.+)\.(?P<part>lora_[AB](?=.*\.weight$)|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$"
+)
+_MAGNITUDE = "lora_magnitude_vector"
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # they leave the base as it is
 
 
@@ -41,6 +44,12 @@ class LoraTarget(Target):
     pissa: bool = False
     init_A: Values | None = None  # [r, in]; without them, PiSSA goes with what the SVD left over of the base
     init_B: Values | None = None  # [out, r]
+    magnitude: Values | None = None  # [out], of DoRA (arXiv 2402.09353): the length of each row of the merged weight
+    share: float = 1.0  # of DoRA: how much of the change is made
+
+    @property
+    def can_be_undone(self) -> bool:
+        return self.magnitude is None
 
     @property
     def rank(self) -> int:
@@ -61,6 +70,7 @@ class LoraTarget(Target):
     @property
     def tensors(self) -> dict[str, Values]:
         parts = {"lora_A": self.A, "lora_B": self.B, "init_lora_A": self.init_A, "init_lora_B": self.init_B}
+        parts[_MAGNITUDE] = self.magnitude
         return {name: values for name, values in parts.items() if values is not None}
 
     def settings(self) -> dict[str, float | str]:
@@ -76,6 +86,8 @@ class LoraTarget(Target):
                 return f"{found}; [r, in] and [out, r] are needed, with r of at least 1"
             if A.shape[0] > min(shape):
                 return f"rank {A.shape[0]}, which is larger than the layer"
+        if self.magnitude is not None and tuple(self.magnitude.shape) != tuple(shape[:1]):
+            return f"{_MAGNITUDE} {list(self.magnitude.shape)}; one value per row is needed"
         return ""
 
     def inner_misfit(self) -> str:
@@ -88,7 +100,12 @@ class LoraTarget(Target):
         return self._plus(weight, self.init_A, self.init_B, first_row, -self.scaling)
 
     def adapted_rows(self, residual: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-        return self._plus(residual, self.A, self.B, first_row, self.scaling)
+        changed = self._plus(residual, self.A, self.B, first_row, self.scaling)
+        if self.magnitude is None:
+            return changed
+        lengths = self.magnitude.read()[first_row : first_row + len(residual)].to(residual)
+        changed = changed * (lengths / torch.linalg.vector_norm(changed, dim=1))[:, None]
+        return changed if self.share == 1 else torch.lerp(residual, changed, self.share)
 
     def restored_rows(self, merged: torch.Tensor, first_row: int = 0) -> torch.Tensor:
         residual = self._plus(merged, self.A, self.B, first_row, -self.scaling)
@@ -102,12 +119,18 @@ class LoraTarget(Target):
         return torch.addmm(weight, rows.to(weight), A.read().to(weight), alpha=factor)
 
     def prepared(self, weight: float, dtype: torch.dtype) -> Self:
+        if self.magnitude is not None:
+            parts = {"A": self.A, "B": self.B, "magnitude": self.magnitude}
+            return replace(self, share=weight, **{n: in_memory(values, 1, dtype) for n, values in parts.items()})
         halves = {"A": in_memory(self.A, 1, dtype), "B": in_memory(self.B, weight, dtype)}
         if self.init_A is not None and self.init_B is not None:
             halves |= {"init_A": in_memory(self.init_A, 1, dtype), "init_B": in_memory(self.init_B, weight, dtype)}
         return replace(self, **halves)
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """As of `Target`: the change of DoRA has none."""
+        if self.magnitude is not None:
+            return None
         left, right = self.scaling * self.B.read().double(), self.A.read().double()  # [out,r], [r,in]
         if self.init_A is not None and self.init_B is not None:
             left = torch.cat([left, -self.scaling * self.init_B.read().double()], 1)  # [out,2r]
@@ -121,6 +144,7 @@ class Lora(AdapterKind):
     takes_alpha = True
     peft_types, stems = ("LORA",), ("lora",)
     folder_settings = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"})
+    folder_settings |= {"use_dora"}
     idle_settings = frozenset({"lora_dropout", "qalora_group_size", "eva_config"})
 
     def check(self, config: LoraConfig) -> None:
@@ -135,6 +159,8 @@ class Lora(AdapterKind):
 
     def trained_layer(self, linear: nn.Linear, target: LoraTarget) -> LoraLinear:
         t = target
+        if t.magnitude is not None:
+            raise ParameterError("it is DoRA, which is merged here and not run or trained; merge it first")
         layer = LoraLinear.from_linear(linear, t.rank, t.alpha, use_rslora=t.use_rslora, adapter_dtype=t.A.dtype)
         return with_values(layer, target)
 
@@ -177,7 +203,7 @@ class Lora(AdapterKind):
             rank = A.shape[0] if A.shape else 0
             start = parts.get("init_lora_A"), parts.get("init_lora_B")
             own = stated.get(x, (rank or 1) if alpha is None else alpha)
-            targets[x] = LoraTarget(A, B, own, use_rslora, pissa, *start)
+            targets[x] = LoraTarget(A, B, own, use_rslora, pissa, *start, magnitude=parts.get(_MAGNITUDE))
         return targets, "pissa" if pissa else "lora"
 
     def file_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
@@ -219,11 +245,17 @@ class Lora(AdapterKind):
                     f"{ck.path}: {x}.lora_A is {list(A.shape)}, adapter_config.json states rank {rank!r}."
                 )
             alpha = _number(ck, "lora_alpha", _of_layer(ck, config, "alpha_pattern", called, config.get("lora_alpha")))
-            targets[x] = LoraTarget(A, parts["lora_B"], alpha, use_rslora, pissa)
+            if bool(config.get("use_dora")) != (_MAGNITUDE in parts):
+                states = "states use_dora" if config.get("use_dora") else "does not state use_dora"
+                there = "there" if _MAGNITUDE in parts else "not there"
+                raise LayoutError(f"{ck.path} {states}, and {x}.{_MAGNITUDE} is {there}: save or download it again.")
+            targets[x] = LoraTarget(A, parts["lora_B"], alpha, use_rslora, pissa, magnitude=parts.get(_MAGNITUDE))
         return targets, "pissa" if pissa else "lora"
 
     def folder_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
         targets = {x: _as_plain_lora(t) for x, t in lora_targets(adapter).items()}
+        if any(t.magnitude is not None for t in targets.values()):
+            raise ParameterError(f"{adapter.where} is DoRA, which is merged here and not saved; keep its folder.")
         ranks, alphas = {x: t.rank for x, t in targets.items()}, {x: t.alpha for x, t in targets.items()}
         r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
         if len({t.use_rslora for t in targets.values()}) > 1:
