@@ -58,7 +58,7 @@ test: $(TESTS_READY) $(MERGEKIT)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lab: $(READY)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --KernelManager.transport=ipc notebooks
 
 lint: $(TESTS_READY)
 	$(BIN)/ruff check .
