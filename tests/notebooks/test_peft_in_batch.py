@@ -16,14 +16,16 @@ def test_peft_on_its_defaults(batch, demo_folder):
         "counts",
         "heads",
         "head_sizes",
+        "spectra",
+        "ranks",
         "state_effect",
         "ablation",
     }
     report = (run.folder / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 5 and str(run.folder.parent) not in report
+    assert report.count("data:image/png;base64,") == 7 and str(run.folder.parent) not in report
     verdicts = run.output_of("cells.show_verdict").splitlines()
     assert len(verdicts) == len(result["checks"]) and all(line.startswith("PASS  ") for line in verdicts)
-    assert "there are no singular values" in run.output_of("cells.measure")
+    assert "The tuned state, head by head" in report and ">nan<" not in report
 
 
 def test_a_lora_beside_a_second_one_from_another_folder(batch, demo_folder, tmp_path):
@@ -36,7 +38,7 @@ def test_a_lora_beside_a_second_one_from_another_folder(batch, demo_folder, tmp_
     metrics = run.result["metrics"]
     assert metrics["kind"] == "lora" and len(metrics["matrices"]) == 2 * 6 and len(metrics["cosines"]) == 2 * 6
     assert all(0 < m["share_of_rank_2"] < 1 and m["rank_99"] <= 4 for m in metrics["matrices"].values())
-    assert set(metrics["bits_per_byte"]["layers"]) == {"layer 0", "layer 1"}
+    assert set(metrics["ablation"]["layers"]) == {"layer 0", "layer 1"}
     assert len(run.result["figures"]) == 8 and "no tuned state" in run.output_of("cells.show_heads")
 
 
@@ -47,5 +49,5 @@ def test_a_fully_tuned_model(batch, demo_folder, tmp_path):
     assert run.code == 0, run.log
     metrics = run.result["metrics"]
     assert (metrics["kind"], metrics["frozen"]) == ("model", 0) and {"emb", "head"} <= set(metrics["matrices"])
-    assert {"emb", "head", "ln", "att.key"} <= set(metrics["bits_per_byte"]["parts"])
+    assert {"emb", "head", "ln", "att.key"} <= set(metrics["ablation"]["parts"])
     assert len(run.result["figures"]) == 7

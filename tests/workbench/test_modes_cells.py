@@ -156,7 +156,7 @@ def test_too_few_tokens_say_nothing_about_growth(run, tmp_path):
         ({"batch": 0}, "greater than or equal to 1"),
         ({"dtypes": []}, "at least 1"),
         ({"dtypes": ["int8"]}, "'float64'"),
-        ({"dtypes": "float32"}, '-y \'{"dtypes"'),
+        ({"dtypes": {}}, "-p dtypes float64,float32"),
         ({"backends": ["fast"]}, "reference, chunked"),
         ({"model": ""}, "empty"),
     ],
