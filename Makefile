@@ -1,5 +1,6 @@
 # make demo   trains the demo model, tunes a state, merges it; ends with what changed and the path of a report
 # make test   runs all tests
+# make consumers  adds llama.cpp, built from source (some minutes), for the tests that compare with it
 # make lab    opens JupyterLab on the notebooks
 # make lint   ruff on Python and notebooks; pyright against the number of findings that are left
 # make bench  measures models, kernels, loading and merging beside others (about 12 GB of disk, most of an hour)
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 RUN := $(BIN)/python -m rwkv_lab.workbench.batch --cwd .
 DEMO := reports/demo
 
-.PHONY: demo test lab lint bench clean
+.PHONY: demo test consumers lab lint bench clean
 
 # What notebooks need; nothing of the tests.
 $(READY): pyproject.toml constraints.txt
@@ -56,6 +57,10 @@ $(MERGEKIT): $(TESTS_READY)
 
 test: $(TESTS_READY) $(MERGEKIT)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
+consumers: $(TESTS_READY)
+	@echo "building llama.cpp into .venv (once)"
+	@$(PIP) llama-cpp-python
 
 lab: $(READY)
 	$(BIN)/jupyter lab --KernelManager.transport=ipc notebooks

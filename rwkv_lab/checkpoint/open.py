@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -139,6 +140,11 @@ class Checkpoint:
     def layout(self) -> Layout | None:
         """Generation and dimensions; None where this is not a model; `reason` then states why."""
         return self.identity.layout
+
+    @property
+    def quantised(self) -> Counter[str]:
+        """How many tensors are quantised in the file, by type ("Q8_0"); they are read as float32."""
+        return Counter(t.derived.quantised for t in self.stored.values() if t.derived and t.derived.quantised)
 
     @property
     def group_norm_eps(self) -> float | None:

@@ -145,8 +145,7 @@ def _left_behind(ck: Checkpoint) -> list[str]:
         notes.append(
             f"{len(ck.others)} entries that are no tensors stay behind: {', '.join(map(str, ck.others))[:80]}."
         )
-    kinds = Counter(t.derived.quantised for t in ck.stored.values() if t.derived is not None)
-    notes += [f"{n} tensors of the source are {kind}, dequantised to float32." for kind, n in kinds.items() if kind]
+    notes += [f"{n} tensors of the source are {kind}, dequantised to float32." for kind, n in ck.quantised.items()]
     eps = ck.group_norm_eps
     if eps is not None and abs(eps - 64e-5) > 1e-9:
         notes.append(f"The source states group_norm_eps={eps:.3g}, not 0.00064; only its config.json records that.")

@@ -181,8 +181,14 @@ def refuse_no_match(unmatched: list[str], all_names: Mapping[str, TensorInfo], b
 
 
 def notes_on_names(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
-    """Which prefixes of wrappers were taken off the names; of an adapter folder they are what peft always writes."""
-    return tuple(
+    """Which prefixes of wrappers were taken off the names; of an adapter folder they are what peft always writes. Also
+    which tensors are quantised."""
+    quantised = tuple(
+        f"{ck.path.name}: {n} of its tensors are {kind}, dequantised to float32."
+        for ck in checkpoints
+        for kind, n in ck.quantised.items()
+    )
+    return quantised + tuple(
         f"{ck.path.name}: the prefix {prefix} was taken off {count} of its {len(ck)} names."
         for ck in checkpoints
         if ck.adapter_config is None

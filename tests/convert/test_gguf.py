@@ -6,10 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from models import random_model, same
+from models import random_model, random_state, same
 
+from rwkv_lab import RWKV_Dual, merge
 from rwkv_lab.checkpoint import Layout, open_checkpoint, write_checkpoint
+from rwkv_lab.checkpoint.gguf_types import BY_NAME
 from rwkv_lab.convert import convert, to_gguf, to_pth
+from rwkv_lab.convert.quantised import _blocks
 from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
 from rwkv_lab.model.tokenizer import load_tokenizer
 
@@ -128,13 +131,46 @@ def test_what_is_read_back_is_what_the_package_gguf_reads(kind, version, tmp_pat
         assert same(back["emb.weight"], m["emb.weight"].to(narrow).float())
 
 
+def _rows(name):
+    """float32 values in which a way of quantising can go wrong."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(4096, 32, generator=g)
+    halves = torch.arange(256 * 31).view(256, 31) % 253 / 2 - 63
+    rows = {
+        "random": values,
+        "ties between levels": torch.cat([torch.full((256, 1), 127.0), halves], 1),
+        "just below ties": torch.nextafter(torch.arange(-127, 128).repeat(32, 1).T.float() + 0.5, torch.zeros(())),
+        "largest twice, of both signs": values.sign() * values.abs().clamp(max=0.5),
+        "few bits": values.bfloat16().float(),
+        "zeros": torch.zeros(4, 32),
+        "negative zeros": -torch.zeros(4, 32),
+        "tiny": values * 1e-9,
+        "large": values * 1e5,
+    }
+    return rows[name].contiguous()
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_blocks_are_those_of_the_package_gguf(kind, tmp_path):
-    path, m = source(tmp_path, "7.0", torch.bfloat16)
-    reader = gguf.GGUFReader(to_gguf(path, tmp_path / "m.gguf", dtype=kind).out)
-    (found,) = [t for t in reader.tensors if t.name == "blk.1.channel_mix_key.weight"]
-    expected = gguf.quantize(m["blocks.1.ffn.key.weight"].float().numpy(), GGUF_TYPE[kind])
-    assert np.array_equal(found.data, expected)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "random",
+        "ties between levels",
+        "just below ties",
+        "largest twice, of both signs",
+        "few bits",
+        "zeros",
+        "negative zeros",
+        "tiny",
+        "large",
+    ],
+)
+def test_blocks_are_those_of_the_package_gguf(name, kind):
+    rows = _rows(name)
+    made = torch.cat(list(_blocks(name, [rows.flatten()], BY_NAME[kind]))).view(len(rows), -1)
+    with np.errstate(all="ignore"):
+        expected = torch.from_numpy(gguf.quantize(rows.numpy(), GGUF_TYPE[kind]))
+    assert same(made, expected)
 
 
 def test_dimensions_and_provenance(tmp_path):
@@ -192,7 +228,6 @@ def test_rescaled_weights_are_halved_in_the_file_and_read_as_they_were(tmp_path)
 
 
 def test_the_world_vocabulary(tmp_path):
-    pytest.importorskip("pyrwkv_tokenizer")
     layout = Layout("7.0", 1, 32, 32, 32, 65536, 1, 32, {"w": 1, "a": 1, "g": 1})
     path, _ = source(tmp_path, "7.0", torch.bfloat16, layout)
     _, _, fields = read(to_gguf(path, tmp_path / "m.gguf", verify=False).out)
@@ -222,6 +257,13 @@ def test_bytes_as_vocabulary_and_none(tmp_path):
         to_gguf(path, tmp_path / "named.gguf", tokenizer="world")
 
 
+def test_head_sizes_that_llama_cpp_computes_wrongly_are_named(tmp_path):
+    for heads, expected in ((4, True), (1, False)):
+        layout = Layout("7.0", 1, 64, 64, 64, 257, heads, 64 // heads, {"w": 1, "a": 1, "g": 1})
+        result = to_gguf(source(tmp_path, "7.0", layout=layout)[0], tmp_path / f"{heads}.gguf")
+        assert any("AVX-512" in note and "16 channels" in note for note in result.notes) == expected
+
+
 def test_rows_that_are_no_blocks_keep_sixteen_bits(tmp_path):
     layout = Layout("7.0", 1, 32, 32, 80, 257, 2, 16, {"w": 4, "a": 3, "g": 5})
     path, _ = source(tmp_path, "7.0", layout=layout)
@@ -234,9 +276,29 @@ def test_rows_that_are_no_blocks_keep_sixteen_bits(tmp_path):
 def test_quantised_sources_say_so(tmp_path):
     path, _ = source(tmp_path, "7.0")
     to_gguf(path, tmp_path / "m.gguf", dtype="Q8_0")
+    with open_checkpoint(tmp_path / "m.gguf") as ck:
+        assert ck.quantised == {"Q8_0": 14}
     result = convert(tmp_path / "m.gguf", "fla", tmp_path / "folder", dtype="bf16")
     assert any("14 tensors of the source are Q8_0, dequantised to float32" in note for note in result.notes)
     assert all(check.passed for check in result.checks)
+
+
+def test_a_gguf_file_is_merged_and_run_as_any_other(tmp_path):
+    path, _ = source(tmp_path, "7.0")
+    to_gguf(path, tmp_path / "f.gguf", dtype="F32")
+    to_gguf(path, tmp_path / "q.gguf", dtype="Q8_0")
+    write_checkpoint(tmp_path / "state.pth", random_state(LAYOUTS["7.0"]))
+    for base in ("source.pth", "f.gguf"):
+        merge(tmp_path / base, tmp_path / "state.pth", tmp_path / (base + ".safetensors"))
+    outputs = [tmp_path / f"{base}.safetensors" for base in ("source.pth", "f.gguf")]
+    with open_checkpoint(outputs[0]) as a, open_checkpoint(outputs[1]) as b:
+        assert set(a) == set(b) and all(same(a[n], b[n].reshape(a[n].shape)) for n in a)
+    result = merge(tmp_path / "q.gguf", tmp_path / "state.pth", tmp_path / "q.safetensors")
+    assert any("14 of its tensors are Q8_0, dequantised to float32" in note for note in result.plan.notes)
+    ids = torch.arange(20)[None]
+    exact, quantised = (RWKV_Dual.from_pretrained(tmp_path / name)(ids)[0] for name in ("source.pth", "q.gguf"))
+    assert torch.equal(exact, RWKV_Dual.from_pretrained(tmp_path / "f.gguf")(ids)[0])
+    assert exact.shape == quantised.shape
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e30])

@@ -83,6 +83,15 @@ def _unread(layout: Layout) -> dict[str, Shape]:
     return {f"blk.0.time_mix_{name}.weight": shape for name, shape in names.items()}
 
 
+def _notes(layout: Layout) -> list[str]:
+    if layout.head_size % 64 == 0:
+        return []
+    return [
+        "llama.cpp (seen in llama-cpp-python 0.3.36) is wrong for RWKV-7 on processors with AVX-512 where a head has "
+        f"{layout.head_size} channels: it takes 64 at a time and loses the rest. The file is right."
+    ]
+
+
 def _recognise(names: Sequence[str], facts: Facts) -> bool:
     return any(name.startswith("blk.") and name.endswith(".time_mix_k_k.weight") for name in names)
 
@@ -105,6 +114,7 @@ register_foreign_format(
         stated=lambda facts: Place(head_size=head_size(facts, "rwkv7")),
         group_norm_eps=group_norm_eps,
         refused=refused,
+        notes=_notes,
         quantised=QUANTISED,
         dtype_of=vectors_in_float32(FULL),
     )

@@ -109,6 +109,9 @@ def _facts(ck: Checkpoint) -> list[tuple[str, object]]:
     ]
     if ck.layout and ck.reason:
         facts.append(("lacks" if ck.kind == "partial" else "holds", ck.reason))
+    if ck.quantised:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in ck.quantised.items())
+        facts.append(("quantised", f"{kinds}; read as float32"))
     if ck.prefixes:
         taken_off = ", ".join(f"{prefix} ({count} names)" for prefix, count in ck.prefixes.items())
         facts.append(("prefixes", f"taken off the names: {taken_off}"))
