@@ -39,8 +39,8 @@ def run(model: Any, tokens: Tensor, state: RWKVState) -> tuple[Tensor, RWKVState
             own = prefill.scratch("x", piece.numel(), x.shape[2])
             prefill.over(piece.contiguous(), own, att, ffn, wkv)
             rows.copy_(own.view(rows.shape))
-    parts = (torch.stack(part, 1) for part in (wkv, att, ffn))
-    return x, RWKVState(*parts, model.layout.version, model.layout.vocab_size)
+    layout, (S, a, f) = model.layout, (torch.stack(part, 1) for part in (wkv, att, ffn))
+    return x, RWKVState(S, a, f, layout.version, layout.vocab_size)
 
 
 @torch.no_grad()
