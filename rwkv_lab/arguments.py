@@ -24,6 +24,8 @@ from rwkv_lab.paths import path_fault
 
 F = TypeVar("F", bound=Callable)
 
+Size = Annotated[int, Ge(1), Le(2**31)]  # of a dimension of a tensor
+
 _LARGEST = 2**63 - 1  # what torch and files can count to
 _SHOWN = 60  # characters of a value in a message
 _NAMES = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text", bytes: "bytes"}
@@ -46,6 +48,8 @@ def checked(function: F) -> F:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # torch.compile cannot look into this
+            return function(*args, **kwargs)
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
@@ -94,6 +98,24 @@ def shown_value(value: Any) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
+def whole_numbers(values: Iterable[int], name: str) -> list[int]:
+    """Whole numbers of any iterable, tensor or array of one dimension as a list.
+
+    Raises:
+        ParameterError: it is something else; `name` is what the caller calls it.
+    """
+    wrong = f"{name}={shown_value(values)}: it must be a list of whole numbers."
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise ParameterError(wrong)
+    try:
+        numbers = list(getattr(values, "tolist", lambda: values)())  # a tensor's or an array's
+        if any(isinstance(x, bool) for x in numbers):
+            raise ParameterError(wrong)
+        return [operator.index(x) for x in numbers]
+    except (TypeError, RuntimeError) as e:
+        raise ParameterError(wrong) from e
+
+
 @functools.cache
 def _hints(of: Any) -> dict[str, Any]:
     return get_type_hints(of, include_extras=True)
@@ -106,7 +128,7 @@ def _fault(value: Any, hint: Any) -> str:
     if "" in faults:
         if isinstance(value, str | os.PathLike) and any(option in (Path, os.PathLike) for option in options):
             return path_fault(os.fsdecode(value))
-        return ""
+        return _fault_of_device(value) if torch.device in options and value is not None else ""
     inside = [
         fault for fault in faults if fault and not fault.startswith("it must be ")
     ]  # of a fitting type: says more
@@ -136,7 +158,11 @@ def _fault_of_one(value: Any, hint: Any) -> str:
     if kind in (list, tuple, set, frozenset, Sequence, Collection, Iterable, Iterator):
         return _fault_of_items(value, kind, args, wrong)
     if kind in (dict, Mapping):
-        return "" if isinstance(value, kind) else wrong
+        if not isinstance(value, kind):
+            return wrong
+        return next(filter(None, (_fault_of_entry(k, value[k], args) for k in (value if args else ()))), "")
+    if hint is bytes:
+        return "" if isinstance(value, bytes | bytearray) else wrong
     if kind is Callable:
         return "" if callable(value) else wrong
     if not isinstance(kind, type):
@@ -144,6 +170,14 @@ def _fault_of_one(value: Any, hint: Any) -> str:
     if getattr(kind, "_is_protocol", False):
         return "" if _has_all(value, kind) else wrong
     return "" if isinstance(value, kind) else wrong
+
+
+def _fault_of_device(value: Any) -> str:
+    try:
+        torch.device(value)
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        return 'there is no such device; there are "cpu", "cuda", "cuda:1" and the like'
+    return ""
 
 
 def _fault_of_int(value: Any) -> str:
@@ -168,17 +202,27 @@ def _is_number(value: Any) -> bool:
 
 
 def _fault_of_items(value: Any, kind: Any, args: tuple, wrong: str) -> str:
-    if isinstance(value, str | bytes | Mapping):
+    if isinstance(value, str | bytes) or isinstance(value, Mapping) and kind not in (Collection, Iterable):
         return wrong
     fits = isinstance(value, Sequence) if kind in (list, tuple, Sequence) else isinstance(value, kind)
     if not fits:
         return wrong
     if kind is tuple and args and args[-1] is not ...:
         return "" if len(value) == len(args) else wrong
-    if not args or not isinstance(value, Sequence | set | frozenset):
+    if not args or not isinstance(value, Sequence | set | frozenset | Mapping | torch.Tensor):
         return ""  # what can be read only once is left to the function
+    if isinstance(value, torch.Tensor):
+        return "" if args[0] in (int, Any) else wrong
     faulty = next((item for item in value if _fault(item, args[0])), None) if args[0] is not Any else None
     return "" if faulty is None else f"it holds {shown_value(faulty)}; each must be {described(args[0])}"
+
+
+def _fault_of_entry(key: Any, value: Any, args: tuple) -> str:
+    if _fault(key, args[0]):
+        return f"it holds {shown_value(key)}; each name must be {described(args[0])}"
+    if _fault(value, args[1]):
+        return f"{key} is {shown_value(value)}; it must be {described(args[1])}"
+    return ""
 
 
 def _in_range(value: Any, limits: Iterable[Any]) -> bool:

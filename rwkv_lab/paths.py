@@ -2,6 +2,7 @@
 
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from rwkv_lab.errors import ParameterError
@@ -34,3 +35,17 @@ def path_fault(text: str) -> str:
     if re.match(r"(https?|hf|s3|gs)://", text):
         return "it is an address; download it first, then give the file"
     return ""
+
+
+def missing_file(path: Path) -> ParameterError:
+    """The error for a path at which there is nothing: with the nearest names in its folder, or the folder that there
+    is."""
+    folder = next(parent for parent in (*path.absolute().parents, Path()) if parent.is_dir())
+    if folder != path.absolute().parent:
+        return ParameterError(f"there is no file {path}: of its folders there is only {folder}")
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        names = []
+    near = get_close_matches(path.name, names, n=3)
+    return ParameterError(f"there is no file {path}" + (f"; did you mean {', '.join(near)}?" if near else ""))

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint.open import Checkpoint, open_checkpoint
 from rwkv_lab.errors import ParameterError
 
@@ -17,6 +18,7 @@ class FileFacts:
     fingerprint: str  # "records:…", or "sha256:…" of all bytes
 
 
+@checked
 def file_facts(source: str | Path | Checkpoint, hash: str = "records") -> FileFacts:
     """Size and fingerprint of a checkpoint.
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 import rwkv_lab.checkpoint.generations  # noqa: F401  # makes the generations known
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint.dimensions import Layout, Shape, same_shape
 from rwkv_lab.checkpoint.generation import ATT, GENERATIONS, SHARED_NAMES, Generation, Shapes, generations
 from rwkv_lab.errors import LayoutError
@@ -65,6 +66,7 @@ def possible_versions(names: list[str]) -> tuple[frozenset[str], tuple[str, ...]
     return versions, tuple(evidence)
 
 
+@checked
 def detect_layout(shapes: Mapping[str, Shape]) -> Layout:
     """Generation and dimensions from `{name: shape}`, names without wrapper prefix.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import rwkv_lab.checkpoint.formats  # noqa: F401  # makes the formats known
+from rwkv_lab.arguments import shown_value
 from rwkv_lab.checkpoint.adapter_names import adapter_format, our_targets, present_adapter
 from rwkv_lab.checkpoint.foreign_format import Facts, ForeignFormat, present
 from rwkv_lab.checkpoint.format import format_of
@@ -21,7 +22,8 @@ from rwkv_lab.checkpoint.source import SourceFile, TensorInfo
 from rwkv_lab.checkpoint.unmerged import Unmerged, split_unmerged
 from rwkv_lab.checkpoint.unusable import split_folder
 from rwkv_lab.errors import CorruptFileError, LayoutError, UnsafeFileError
-from rwkv_lab.paths import to_path
+from rwkv_lab.paths import missing_file, to_path
+from rwkv_lab.spec import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,14 @@ class Checkpoint:
         self.ignored: dict[str, str] = {}  # name in the file of what a foreign format has and no model needs -> why
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The tensor, dense and row-major, read now. KeyError where there is none of that name."""
+        """The tensor, dense and row-major, read now.
+
+        Raises:
+            LayoutError: none of that name.
+        """
+        if not isinstance(name, str) or name not in self.info:
+            near = did_you_mean(name, self.info) if isinstance(name, str) else ""
+            raise LayoutError(f"{self.path} holds no tensor {shown_value(name)}{near}.")
         return self.info[name].read()
 
     def __contains__(self, name: str) -> bool:
@@ -112,7 +121,8 @@ class Checkpoint:
 
     def _unmerged(self) -> Unmerged:
         parts = split_unmerged(self.info)
-        assert parts is not None, f"{self.path} is of kind {self.kind}"
+        if parts is None:
+            raise LayoutError(f"{self.path} has no frozen part and adapters to tell apart: it is of kind {self.kind}.")
         return parts
 
     def _keep(self, part: str, names: dict[str, str]) -> None:
@@ -170,11 +180,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     names; `prefixes` has them.
 
     Raises:
-        CorruptFileError: missing, truncated, or not a checkpoint.
+        CorruptFileError: truncated, or not a checkpoint.
         UnsafeFileError: a pickle that would run code, or an index that leads out of its folder.
         LayoutError: a folder without a checkpoint, an index that disagrees with its shards, or two names that are the
             same without prefixes.
-        ParameterError: no path.
+        ParameterError: no path, or nothing there; names what is near.
     """
     path = to_path(path, "checkpoint")
     ck = Checkpoint(path)
@@ -213,7 +223,7 @@ def _present(ck: Checkpoint) -> None:
 def _open_file(ck: Checkpoint, path: Path) -> None:
     """Add the tensors of one file to `ck`."""
     if not path.exists():
-        raise CorruptFileError(f"there is no file {path}")
+        raise missing_file(path)
     if not path.is_file():
         raise CorruptFileError(f"{path} is neither a file nor a folder")
     if path.suffix == ".distcp" and (path.parent / ".metadata").is_file():

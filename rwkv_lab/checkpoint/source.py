@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from isal.isal_zlib import crc32
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import CorruptFileError
 
 _READ_MAX = 1 << 30  # bytes of one call; macOS refuses 2 GiB
@@ -148,6 +149,7 @@ class TensorInfo:
         last = sum((d - 1) * s for d, s in zip(self.shape, self.stride, strict=True))
         return (last + 1) * self.dtype.itemsize
 
+    @checked
     def check(self, crc: int) -> None:
         """Refuse bytes whose checksum is not the recorded one. Nothing happens where none is recorded.
 

@@ -3,10 +3,12 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint.generation import GENERATIONS
 from rwkv_lab.checkpoint.layout import Layout, Shape, same_shape
 
 
+@checked
 def expected_tensors(layout: Layout) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """(required, optional) tensors of a model, `{name: shape}` in the shapes of BlinkDL's own files."""
     C, V = layout.n_embd, layout.vocab_size
@@ -25,6 +27,7 @@ def expected_tensors(layout: Layout) -> tuple[dict[str, Shape], dict[str, Shape]
     return required, optional
 
 
+@checked
 def tensors_of(layout: Layout, names: Collection[str]) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """As `expected_tensors`, of a model that has these names where files name a tensor in two ways."""
     required, optional = expected_tensors(layout)
@@ -44,6 +47,7 @@ class Misfit:
     wrong: tuple[tuple[str, Shape, Shape], ...]  # (name, shape found, shape expected)
 
 
+@checked
 def compare(layout: Layout, shapes: Mapping[str, Shape]) -> Misfit:
     """What is missing, extra or of another shape in `{name: shape}`, for a whole model of that layout."""
     required, optional = tensors_of(layout, shapes)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint.atomic import atomic_file, atomic_folder
 from rwkv_lab.checkpoint.file_layout import FileLayout, file_layout
 from rwkv_lab.checkpoint.stream import Findings, OutFile, OutTensor, stream
@@ -49,6 +50,7 @@ def write_stream(
         return findings
 
 
+@checked
 def write_checkpoint(
     path: str | Path,
     tensors: Mapping[str, torch.Tensor],
@@ -174,6 +176,7 @@ def split_shards(tensors: Sequence[OutTensor], limit: int) -> list[list[OutTenso
     return shards
 
 
+@checked
 def write_text(path: Path, text: str, overwrite: bool) -> None:
     """Write a small text file, whole or not at all.
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.convert.plan import ConvertResult
 from rwkv_lab.convert.planning import plan_convert
@@ -67,6 +68,7 @@ def convert(
     return run_convert(spec, out, ConvertOptions.read({name: given[name] for name in ConvertOptions.model_fields}))
 
 
+@checked
 def run_convert(spec: ConvertSpec, out: AnyPath, options: ConvertOptions | None = None) -> ConvertResult:
     """As `convert`, of a spec.
 

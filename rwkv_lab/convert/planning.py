@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, tensors_of
 from rwkv_lab.checkpoint.dimensions import Shape
 from rwkv_lab.checkpoint.foreign_format import (
@@ -50,6 +51,7 @@ _END_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _STREAMED = ("copy", "cast", "quantised")  # actions that take a tensor block by block
 
 
+@checked
 def plan_convert(spec: ConvertSpec, out: str | Path, options: ConvertOptions | None = None) -> ConvertPlan:
     """Work out what a conversion with this spec will do. Read are headers and, for the fingerprint, the first 4 KiB of
     tensors that carry no checksum. The source stays open in the plan.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import TensorInfo, open_checkpoint
 from rwkv_lab.checkpoint.gguf_types import BY_NAME
 from rwkv_lab.checkpoint.numerics import round_to
@@ -19,6 +20,7 @@ from rwkv_lab.errors import ParameterError
 _PIECE = 1 << 18  # elements compared at a time
 
 
+@checked
 def verify_convert(result: ConvertResult) -> list[Check]:
     """Compare the output of a conversion with its source, tensor by tensor, bit for bit after the one rounding that a
     dtype asks for.

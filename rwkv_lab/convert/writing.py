@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import file_facts
 from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
@@ -19,6 +20,7 @@ from rwkv_lab.progress import human_bytes
 log = logging.getLogger(__name__)
 
 
+@checked
 def write_convert(plan: ConvertPlan) -> ConvertResult:
     """Carry out a plan, and unless its options say otherwise compare the output with the source.
 

@@ -7,6 +7,7 @@ from os.path import samefile
 from pathlib import Path
 from typing import Any
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, file_facts, open_checkpoint
 from rwkv_lab.checkpoint.unchanged import FileState, file_states, refuse_changed, refuse_changed_header
 from rwkv_lab.errors import LayoutError, ParameterError
@@ -81,6 +82,7 @@ def merged_in_itself(spec: MergeSpec) -> MergeSpec:
         return spec.changed(tuned=(spec.base,)) if base.kind == "unmerged" else spec
 
 
+@checked
 def open_inputs(spec: MergeSpec) -> MergeInputs:
     """Open the base, the tuned files and, of PiSSA adapters, what they started from. Only headers are read.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.merge.families import family_of
 from rwkv_lab.merge.inputs import merged_in_itself, open_inputs, open_tuned
 from rwkv_lab.merge.plan import MergeResult
@@ -90,6 +91,7 @@ def merge(
     return run_merge(spec, out, MergeOptions.read({name: given[name] for name in MergeOptions.model_fields}))
 
 
+@checked
 def run_merge(spec: MergeSpec, out: AnyPath, options: MergeOptions | None = None) -> MergeResult:
     """As `merge`, of a spec: open, plan, write.
 
@@ -105,6 +107,7 @@ def run_merge(spec: MergeSpec, out: AnyPath, options: MergeOptions | None = None
     return replace(result, seconds={"plan": planned - start, **result.seconds})
 
 
+@checked
 def check_spec(spec: MergeSpec) -> None:
     """Refuse what a spec and the headers of its tuned files can tell, before a base is there.
 

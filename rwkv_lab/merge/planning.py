@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, TensorInfo
 from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.origin import BLANK
@@ -41,6 +42,7 @@ from rwkv_lab.paths import to_path
 from rwkv_lab.patterns import is_selected, refuse_unmatched
 
 
+@checked
 def plan_merge(
     inputs: MergeInputs, spec: MergeSpec, out: str | os.PathLike[str], options: MergeOptions | None = None
 ) -> MergePlan:

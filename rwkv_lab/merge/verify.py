@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.families import MERGE_METHODS
@@ -23,6 +24,7 @@ from rwkv_lab.merge.spec import SVD
 _ROWS = 1 << 20  # elements compared at a time
 
 
+@checked
 def verify_merge(result: MergeResult) -> list[Check]:
     """Compare the output of a merge with an independent recomputation, tensor by tensor.
 

@@ -4,6 +4,7 @@ import logging
 import time
 from hashlib import sha256
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import FileFacts, file_facts, write_text
 from rwkv_lab.checkpoint.atomic import one_writer
 from rwkv_lab.checkpoint.file_layout import file_layout
@@ -25,6 +26,7 @@ from rwkv_lab.progress import human_bytes
 log = logging.getLogger(__name__)
 
 
+@checked
 def write_merge(plan: MergePlan, options: MergeOptions | None = None) -> MergeResult:
     """Carry out a plan. Its inputs are opened again if they were closed; `out` appears whole or not at all.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rwkv_lab.arguments import checked, whole_numbers
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.patterns import matches, matches_any
 
@@ -53,9 +54,10 @@ class Captured(Mapping):
         self._pieces.setdefault(name, []).append(tensor.detach())
 
 
+@checked
 @contextmanager
 def capture(
-    model: Any, names: Collection[str] | None = None, layers: Collection[int] | None = None
+    model: nn.Module, names: Collection[str] | None = None, layers: Collection[int] | None = None
 ) -> Iterator[Captured]:
     """Collect tensors from inside a model while the block runs; they are detached and stay on their device.
 
@@ -83,7 +85,11 @@ def capture(
     Raises:
         ParameterError: a layer that the model does not have; after the block, a pattern that matched nothing.
     """
-    n_layer = len(model.blocks)
+    blocks: Any = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ParameterError(f"capture needs an RWKV_Dual; a {type(model).__name__} has no blocks.")
+    n_layer = len(blocks)
+    layers = None if layers is None else whole_numbers(layers, "layers")
     wrong = next((i for i in layers or () if not 0 <= i < n_layer), None)
     if wrong is not None:
         raise ParameterError(f"There is no layer {wrong}: the model has layers 0 to {n_layer - 1}.")
@@ -91,7 +97,7 @@ def capture(
     wanted = [
         (prefix, module)
         for layer in (range(n_layer) if layers is None else sorted(set(layers)))
-        for prefix, module in model.blocks[layer].named_modules(prefix=f"blocks.{layer}")
+        for prefix, module in blocks[layer].named_modules(prefix=f"blocks.{layer}")
         if isinstance(module, Capturable)
     ]
 

@@ -102,6 +102,7 @@ def chat_template(template: str | ChatTemplate) -> ChatTemplate:
     raise ParameterError(f"template={template!r}: it is one of {', '.join(TEMPLATES)}, or a ChatTemplate{hint}.")
 
 
+@checked
 def render_turns(
     messages: Sequence[Mapping[str, Any]],
     template: str | ChatTemplate = "world",

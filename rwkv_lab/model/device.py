@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from rwkv_lab.arguments import shown_value
 from rwkv_lab.errors import DeviceError, ParameterError
 
 F = TypeVar("F", bound=Callable)
@@ -19,7 +20,7 @@ _POSSIBLE = (RuntimeError, AssertionError, MemoryError)
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
-def parse_device(device: str | torch.device) -> torch.device:
+def parse_device(device: str | torch.device | int) -> torch.device:
     """A torch.device from its name.
 
     Raises:
@@ -27,8 +28,10 @@ def parse_device(device: str | torch.device) -> torch.device:
     """
     try:
         return torch.device(device)
-    except (RuntimeError, TypeError) as e:
-        raise ParameterError(f'There is no device {device!r}; there are "cpu", "cuda", "cuda:1" and the like.') from e
+    except (RuntimeError, TypeError, ValueError, OverflowError) as e:
+        raise ParameterError(
+            f'There is no device {shown_value(device)}; there are "cpu", "cuda", "cuda:1" and the like.'
+        ) from e
 
 
 @contextmanager

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from rwkv_lab.arguments import Size, check, checked
 from rwkv_lab.checkpoint import write_checkpoint
+from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import DeviceError, ParameterError
 from rwkv_lab.model import rwkv7
 from rwkv_lab.model.block import GROUP_NORM_EPS
@@ -21,7 +24,7 @@ from rwkv_lab.model.initial_state import add_time_state, initial_state, take_tim
 from rwkv_lab.model.inputs import check_tokens
 from rwkv_lab.model.loading import fill, model_file, open_model
 from rwkv_lab.model.prompts import Prompt
-from rwkv_lab.model.protocol import Tokens
+from rwkv_lab.model.protocol import Model, Tokens
 from rwkv_lab.model.ragged import read_ragged
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.sampling import Convention, Seed
@@ -63,17 +66,16 @@ class RWKV_Dual(nn.Module):
         ParameterError: sizes that do not go together.
     """
 
+    @checked
     def __init__(
         self,
-        n_embd: int,
-        n_layer: int,
-        vocab_size: int,
-        ctx_len: int = 1024,
-        mode: RWKVMode = RWKVMode.TRANSFORMER,
-        head_size: int = 64,
+        n_embd: Annotated[int, Ge(1), Le(2**20)],
+        n_layer: Annotated[int, Ge(1), Le(9999)],
+        vocab_size: Annotated[int, Ge(2), Le(2**24)],
+        ctx_len: Annotated[int, Ge(1)] = 1024,
+        mode: RWKVMode | str = RWKVMode.TRANSFORMER,
+        head_size: Annotated[int, Ge(1), Le(2**20)] = 64,
     ):
-        if ctx_len < 1:
-            raise ParameterError(f"ctx_len={ctx_len} must be at least 1.")
         layout = rwkv7.fresh_layout(n_embd, n_layer, vocab_size, head_size)
         self._build(layout, ctx_len, mode, GROUP_NORM_EPS, names=())
         self.float()  # whatever dtype is torch's default
@@ -99,14 +101,15 @@ class RWKV_Dual(nn.Module):
             self.head = nn.Linear(layout.n_embd, layout.vocab_size, bias=False)
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        mode: RWKVMode = RWKVMode.TRANSFORMER,
-        group_norm_eps: float | None = None,
-        fallback: str | torch.device | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        device: str | torch.device | int = "cpu",
+        mode: RWKVMode | str = RWKVMode.TRANSFORMER,
+        group_norm_eps: Annotated[float, Gt(0)] | None = None,
+        fallback: str | torch.device | int | None = None,
     ) -> "RWKV_Dual":
         """Load a checkpoint of RWKV-4, 5.0, 5.1, 5.2, 6 or 7; generation and dimensions come from its tensors.
 
@@ -114,7 +117,8 @@ class RWKV_Dual(nn.Module):
 
         Args:
             path: `.pth`, `.safetensors`, or a folder that `save_pretrained` wrote. Any dtype inside.
-            dtype: of the parameters. The WKV state and `time_state` are float32 in any case (float64 for float64).
+            dtype: of the parameters, torch's own or by name: float64, float32, bfloat16, float16 (or fp64, bf16, …).
+                The WKV state and `time_state` are float32 in any case (float64 for float64).
                 In float16, models of RWKV-4 to 6 halve their residual stream every six layers (see `Block`).
             group_norm_eps: of `att.ln_x` in RWKV-5 to 7; None for what a folder's config.json states, else 64e-5. No
                 .pth records it, implementations differ.
@@ -128,9 +132,7 @@ class RWKV_Dual(nn.Module):
             NumericsError: a value that float16 cannot hold.
             ParameterError: no such device or mode, or a dtype that is no floating one.
         """
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise ParameterError(f"dtype={dtype}: models run in float64, float32, bfloat16 or float16.")
-        device = parse_device(device)
+        dtype, device = to_dtype(dtype), parse_device(device)
         with open_model(path) as (layout, tensors, stated_eps):
             model = cls.__new__(cls)
             eps = next((e for e in (group_norm_eps, stated_eps) if e is not None), GROUP_NORM_EPS)
@@ -153,6 +155,7 @@ class RWKV_Dual(nn.Module):
             self.to_empty(device=device)
             fill(self, tensors, path)
 
+    @checked
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `<folder>/model.safetensors` (the folder is made if need be) and return its path.
 
@@ -276,7 +279,8 @@ class RWKV_Dual(nn.Module):
 
     # ------------------------------------------------------------------ states
 
-    def create_state(self, batch_size: int = 1, tuned: str | Path | None = None) -> RWKVState:
+    @checked
+    def create_state(self, batch_size: Size = 1, tuned: str | Path | None = None) -> RWKVState:
         """The state before the first token: `time_state` where the model has one, else zeros.
 
         Gradients reach `time_state` through it.
@@ -307,6 +311,7 @@ class RWKV_Dual(nn.Module):
         """
         add_time_state(self)
 
+    @checked
     def load_state_file(self, path: str | Path) -> None:
         """Take the tuned initial states of a state file (or of a whole model that has them) as this model's own.
 
@@ -348,10 +353,12 @@ class RWKV_Dual(nn.Module):
     def tokenizer(self, which: str | Path) -> None:
         self._tokenizer = load_tokenizer(which, self.layout.vocab_size)
 
+    @checked
     def batch_decode(self, list_of_ids: Iterable[Iterable[int]]) -> list[str]:
         """The text of each list of token ids."""
         return [self.tokenizer.decode(ids) for ids in list_of_ids]
 
+    @checked
     def generate_with_streaming(
         self,
         prompt: Prompt,
@@ -419,4 +426,5 @@ def init_state_with_past(model: RWKV_Dual, tokens: Tokens, lengths: Iterable[int
 
     `lengths` as in `RWKV_Dual.prefill`, for rows that are padded on the right.
     """
+    check("init_state_with_past", "model", model, Model)
     return model.prefill(tokens, lengths=lengths)[1]

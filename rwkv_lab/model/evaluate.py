@@ -1,10 +1,13 @@
 """How well a model predicts a text."""
 
 import math
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch.nn import functional as F
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.protocol import Model
 from rwkv_lab.model.state import RWKVState
@@ -12,8 +15,9 @@ from rwkv_lab.model.state import RWKVState
 _TOKENS_AT_ONCE = 4096  # bounds memory: logits and layers of this many tokens
 
 
+@checked
 @torch.no_grad()
-def bits_per_byte(model: Model, data: bytes, ctx_len: int, state: RWKVState | None = None) -> float:
+def bits_per_byte(model: Model, data: bytes, ctx_len: Annotated[int, Ge(1)], state: RWKVState | None = None) -> float:
     """Mean number of bits the model needs for a byte of `data`, given the bytes before it in its window.
 
     The data is cut into windows of `ctx_len` tokens, and every window starts afresh from `state`. A window is shown the
@@ -29,8 +33,9 @@ def bits_per_byte(model: Model, data: bytes, ctx_len: int, state: RWKVState | No
         ParameterError: too little data, or a vocabulary whose tokenizer has to be named first.
     """
     ids = model.tokenizer.encode(data)
-    if len(ids) < 2 or ctx_len < 1:
-        raise ParameterError(f"bits_per_byte needs 2 tokens or more and ctx_len >= 1; given {len(ids)} and {ctx_len}.")
+    if len(ids) < 2:
+        raise ParameterError(f"bits_per_byte needs 2 tokens or more; the data has {len(ids)}.")
+    ctx_len = min(ctx_len, len(ids))
     n_bytes = len(data) - len(model.tokenizer.decode_bytes(ids[:1]))
     tokens = torch.tensor(ids)
     start = model.create_state() if state is None else state

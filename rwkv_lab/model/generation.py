@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Ge
 
-from rwkv_lab.arguments import checked
+from rwkv_lab.arguments import checked, whole_numbers
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.prompts import Prompt, prompt_ids, prompt_list, start
 from rwkv_lab.model.protocol import Model
@@ -15,7 +15,6 @@ from rwkv_lab.model.sampling import Convention, Sampling, Seed, row_seed, sample
 from rwkv_lab.model.state import RWKVState
 from rwkv_lab.model.state_cache import StateCache
 from rwkv_lab.model.stopping import StopText, stop_texts
-from rwkv_lab.model.tokenizer.decoding import whole_numbers
 
 StopReason = Literal["", "stop", "stop token", "end of text", "max_new_tokens", "stopped"]
 

@@ -22,7 +22,7 @@ def check_tokens(model: Model, tokens: Any) -> torch.Tensor:
     else:
         try:
             ids = torch.as_tensor(tokens, device=device)
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as e:
             raise ParameterError(f"tokens must be integers of shape [B,T]; pad rows of unequal length ({e}).") from e
     if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int64, torch.int32):
         raise ParameterError(

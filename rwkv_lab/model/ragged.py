@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from rwkv_lab.arguments import shown_value, whole_numbers
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.state import RWKVState, join
 
@@ -28,7 +29,12 @@ def read_ragged(
         ParameterError: not B numbers from 1 to T.
     """
     B, T = tokens.shape
-    lengths = [int(n) for n in lengths]
+    if isinstance(lengths, torch.Tensor) and (lengths.ndim != 1 or lengths.dtype == torch.bool):
+        raise ParameterError(
+            f"lengths={shown_value(lengths)}: it must be {B} numbers, how many tokens of each row count.\n"
+            "Of a mask of tokens that count they are mask.sum(1)."
+        )
+    lengths = whole_numbers(lengths, "lengths")
     if len(lengths) != B or not all(1 <= n <= T for n in lengths):
         raise ParameterError(f"lengths={lengths}: tokens of shape {[B, T]} need {B} numbers from 1 to {T}.")
     rows, start, last, states = list(range(B)), 0, {}, {}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from annotated_types import Ge, Le
 
-from rwkv_lab.arguments import check_fields
+from rwkv_lab.arguments import check_fields, checked
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model.tokenizer import Tokenizer
 
@@ -67,7 +67,8 @@ class Sampling:
             counts[token] = counts.get(token, 0) + 1
 
 
-def row_seed(seed: int, row: int) -> int:
+@checked
+def row_seed(seed: int, row: Annotated[int, Ge(0)]) -> int:
     """The seed by which prompt `row` of a batch draws: `seed` itself for the first, unrelated ones for the others."""
     if row == 0:
         return seed
@@ -105,7 +106,9 @@ def _standard(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, t
         logits, tokens = logits.topk(sampling.top_k)
     else:
         logits, tokens = logits.sort(descending=True, stable=True)
-    probs = ((logits - logits[0]).double() / sampling.temperature).softmax(-1)  # finite at any temperature above 0
+    probs = ((logits - logits[0]).double() / float(sampling.temperature)).softmax(
+        -1
+    )  # finite at any temperature above 0
     probs[probs.cumsum(-1) - probs >= sampling.top_p] = 0  # keeps at least the likeliest
     return tokens, probs
 

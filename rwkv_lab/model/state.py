@@ -1,11 +1,13 @@
 """What a model remembers between two calls."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 
+from rwkv_lab.arguments import Size, checked, whole_numbers
 from rwkv_lab.checkpoint import Layout
+from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.registry import generation_of
 
@@ -52,8 +54,10 @@ class RWKVState:
         """The same numbers, cut off from the graph that computed them."""
         return self._map(torch.Tensor.detach)
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "RWKVState":
+    @checked
+    def to(self, device: str | torch.device | int | None = None, dtype: torch.dtype | str | None = None) -> "RWKVState":
         """The same state on another device, or for a model of another dtype: of that dtype are the shifts alone."""
+        dtype = None if dtype is None else to_dtype(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         parts = {
             name: part.to(device=device, dtype=None if dtype is None else dtype if name.endswith("shift") else wide)
@@ -61,7 +65,8 @@ class RWKVState:
         }
         return replace(self, **parts)
 
-    def expand(self, batch_size: int) -> "RWKVState":
+    @checked
+    def expand(self, batch_size: Size) -> "RWKVState":
         """The state of one sequence (B = 1) for `batch_size` sequences, without copying it.
 
         Raises:
@@ -71,9 +76,16 @@ class RWKVState:
             raise ParameterError(f"A state of {self.batch_size} sequences cannot become one of {batch_size}.")
         return self._map(lambda x: x.expand(batch_size, *x.shape[1:]))
 
-    def rows(self, rows: Sequence[int]) -> "RWKVState":
-        """The state of some of its sequences, in the order given; a copy."""
-        return self._map(lambda x: x[list(rows)])
+    def rows(self, rows: Iterable[int]) -> "RWKVState":
+        """The state of some of its sequences, in the order given; a copy.
+
+        Raises:
+            ParameterError: no such sequence.
+        """
+        rows = whole_numbers(rows, "rows")
+        if wrong := [row for row in rows if not -self.batch_size <= row < self.batch_size]:
+            raise ParameterError(f"There is no sequence {wrong[0]}: the state is of {self.batch_size}, from 0.")
+        return self._map(lambda x: x[rows])
 
 
 def join(states: Sequence[RWKVState]) -> RWKVState:

@@ -3,10 +3,13 @@
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Annotated
 from weakref import ref
 
 import torch
+from annotated_types import Ge
 
+from rwkv_lab.arguments import check, checked, whole_numbers
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.protocol import Model
 from rwkv_lab.model.state import RWKVState
@@ -24,9 +27,8 @@ class StateCache:
         max_bytes: of states, logits and tokens together; a state that is larger alone is not kept.
     """
 
-    def __init__(self, max_bytes: int):
-        if max_bytes < 1:
-            raise ParameterError(f"A state cache of {max_bytes} bytes can hold nothing.")
+    @checked
+    def __init__(self, max_bytes: Annotated[int, Ge(1)]):
         self.max_bytes, self.nbytes = max_bytes, 0
         self._entries: OrderedDict[bytes, tuple[RWKVState, torch.Tensor]] = OrderedDict()  # last used last
         self._model = None
@@ -44,8 +46,10 @@ class StateCache:
 
         Both are copied. Raises ParameterError for another model than the first.
         """
+        check("StateCache.put", "state", state, RWKVState)
+        check("StateCache.put", "logits", logits, torch.Tensor)
         self._serve(model)
-        key = array("I", tokens).tobytes()
+        key = _key(tokens)
         size = state.nbytes + logits.nbytes + len(key)
         if size > self.max_bytes:
             return
@@ -61,7 +65,7 @@ class StateCache:
         None where nothing fits. Raises ParameterError for another model than the first.
         """
         self._serve(model)
-        key = array("I", tokens).tobytes()
+        key = _key(tokens)
         for length in sorted({len(k) for k in self._entries if len(k) <= len(key)}, reverse=True):
             found = self._entries.get(key[:length])
             if found is not None:
@@ -77,6 +81,14 @@ class StateCache:
 
     def _serve(self, model: Model) -> None:
         if self._model is None:
+            check("StateCache", "model", model, Model)
             self._model = ref(model)
         elif self._model() is not model:
             raise ParameterError("This state cache holds states of another model; use one cache per model.")
+
+
+def _key(tokens: Sequence[int]) -> bytes:
+    try:
+        return array("I", whole_numbers(tokens, "tokens")).tobytes()
+    except OverflowError as e:
+        raise ParameterError("tokens holds a number that is no token of any vocabulary.") from e

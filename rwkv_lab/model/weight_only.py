@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.standard_modules import replaced_module, watched
 from rwkv_lab.torch_private import hooks_of
@@ -106,6 +107,7 @@ class PackedEmbedding(_Packed):
         return self.dequantised(tokens).to(self._like.dtype)
 
 
+@checked
 def quantise_weights(model: Any, scheme: str = "int8", in_place: bool = False) -> Any:
     """A model whose large matrices (embedding, head, and every Linear of the layers) are rounded to 8 or 4 bits.
 
@@ -208,6 +210,7 @@ class LogitsAgreement:
         return f"KL {self.kl:.2e} (worst {self.kl_worst:.1e}), top-1 {self.top1:.1%}, logits {self.error:.1e} apart"
 
 
+@checked
 @torch.no_grad()
 def agreement_of_logits(found: torch.Tensor, expected: torch.Tensor) -> LogitsAgreement:
     """Compare logits `[...,V]` with those of the original model on the same tokens.

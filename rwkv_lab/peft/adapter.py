@@ -12,6 +12,7 @@ from typing import Protocol, Self
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, Layout, expected_tensors
 from rwkv_lab.checkpoint.layout import Shape, possible_versions, same_shape
 from rwkv_lab.errors import LayoutError
@@ -155,6 +156,7 @@ class Adapter:
         parts = {f"{x}.{part}": v for x, target in self.targets.items() for part, v in target.tensors.items()}
         return parts | dict(self.full)
 
+    @checked
     def check(self, shapes: Mapping[str, Shape], base: Layout) -> None:
         """Refuse a base that this adapter does not belong to.
 
@@ -195,6 +197,7 @@ class Adapter:
             )
 
 
+@checked
 def refuse_overlap(adapters: Iterable[Adapter]) -> None:
     """Refuse adapters that carry the same whole tensor: only one of them could be meant.
 

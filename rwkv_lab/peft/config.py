@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.peft.adapter import Adapter, Target, Values
@@ -211,6 +212,7 @@ class AdapterKind(ABC):
 ADAPTER_KINDS: dict[str, AdapterKind] = {}  # by method, filled by the modules of `rwkv_lab.peft.kinds`
 
 
+@checked
 def register(kind: AdapterKind) -> None:
     """Make a kind of adapter known.
 

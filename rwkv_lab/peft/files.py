@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, file_facts, open_checkpoint, write_checkpoint
 from rwkv_lab.checkpoint.origin import ORIGIN
 from rwkv_lab.errors import LayoutError
@@ -22,6 +23,7 @@ from rwkv_lab.peft.options import AdapterOptions
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@checked
 def open_adapter(
     path: str | Path,
     alpha: float | None = None,
@@ -103,6 +105,7 @@ def _check_inner_shapes(adapter: Adapter) -> None:
             raise LayoutError(f"{adapter.where}: {x} has {fault}.")
 
 
+@checked
 def save_adapter(
     adapter: Adapter, path: str | Path, overwrite: bool = False, notes: Mapping[str, str] | None = None
 ) -> None:
@@ -141,6 +144,7 @@ def _is_file(path: Path) -> bool:
     return path.suffix in (".pth", ".safetensors")
 
 
+@checked
 def save_pissa_init(adapter: Adapter, path: str | Path, overwrite: bool = False) -> None:
     """Save what a PiSSA adapter started from as RWKV-PEFT's `init_pissa.pth`, which its own merging asks for.
 

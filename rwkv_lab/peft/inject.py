@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rwkv_lab.arguments import Size, checked
 from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model import RWKV_Dual, RWKVMode
@@ -18,6 +19,7 @@ from rwkv_lab.peft.quantised import FrozenLinear, NF4Linear, PackedWeight, check
 from rwkv_lab.peft.selection import target_modules, trained_parts
 
 
+@checked
 def load_model_and_apply_peft(config: object, lora_config: LoraConfig) -> RWKV_Dual:
     """Load a base model, freeze it, and give it adapters that are trained.
 
@@ -48,6 +50,7 @@ def load_model_and_apply_peft(config: object, lora_config: LoraConfig) -> RWKV_D
     return model
 
 
+@checked
 def apply_peft(model: RWKV_Dual, lora_config: LoraConfig) -> None:
     """Freeze a model and give it adapters, in place. New values are drawn from torch's generator.
 
@@ -75,7 +78,8 @@ def apply_peft(model: RWKV_Dual, lora_config: LoraConfig) -> None:
     _train_only(model, besides)
 
 
-def planned_parameters(name: str, out_features: int, in_features: int, lora_config: LoraConfig) -> int:
+@checked
+def planned_parameters(name: str, out_features: Size, in_features: Size, lora_config: LoraConfig) -> int:
     """How many parameters an adapter of a layer would have, before anything is changed or read.
 
     Raises:
@@ -131,6 +135,7 @@ def quantise_blocks(model: nn.Module, quant: str, trained: Sequence[str] = ()) -
         _replace(model, name, layer)
 
 
+@checked
 def mark_only_lora_as_trainable(model: nn.Module, train_parts: Sequence[str] = ()) -> list[str]:
     """Freeze everything but the adapters (of any kind) and `train_parts`, which are those of `LoraConfig`.
 
@@ -152,11 +157,13 @@ def _train_only(model: nn.Module, besides: Sequence[str]) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+@checked
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted layers by full name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
+@checked
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by full name."""
     return {f"{name}.{part}": p for name, layer in adapters(model).items() for part, p in layer.adapter().items()}
@@ -182,6 +189,7 @@ class ParameterCount:
         )
 
 
+@checked
 def count_parameters(model: nn.Module) -> ParameterCount:
     """How many parameters are trained and frozen."""
     adapting = set(map(id, adapter_parameters(model).values()))
@@ -193,6 +201,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(inside, sum(p.numel() for p in trained) - inside, frozen)
 
 
+@checked
 def print_model_param(model: nn.Module) -> None:
     """Print what is trained, tensor by tensor, and how much is trained and frozen in all."""
     for name, parameter in model.named_parameters():
@@ -201,6 +210,7 @@ def print_model_param(model: nn.Module) -> None:
     print(count_parameters(model))
 
 
+@checked
 @torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The plain model that computes what this adapted one does: names of a checkpoint, adapters worked into weights.
@@ -219,6 +229,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return out
 
 
+@checked
 @torch.no_grad()
 def load_adapter(model: RWKV_Dual, adapter: Adapter, quant: str | None = None) -> None:
     """Put an adapter's values into a plain model, in place: as it was trained, ready to run or to be trained on.
@@ -254,6 +265,7 @@ def load_adapter(model: RWKV_Dual, adapter: Adapter, quant: str | None = None) -
     _train_only(model, list(adapter.full))
 
 
+@checked
 def adapter_of(model: nn.Module) -> Adapter:
     """What was trained in an adapted model, ready to be saved: its adapters, and what is trained besides them.
 

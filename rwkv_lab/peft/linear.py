@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rwkv_lab.arguments import Size, checked
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.peft.quantised import FrozenLinear
 
@@ -86,10 +87,11 @@ class LoraLinear(AdaptedLinear):
 
     adapter_names = ("lora_A", "lora_B")
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        in_features: Size,
+        out_features: Size,
         r: int = 8,
         lora_alpha: float = 32.0,
         lora_dropout: float = 0.0,
@@ -139,10 +141,11 @@ class PissaLinear(LoraLinear):
             be merged into the original model.
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        in_features: Size,
+        out_features: Size,
         r: int = 8,
         lora_alpha: float | None = None,
         use_rslora: bool = False,

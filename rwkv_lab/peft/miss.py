@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rwkv_lab.arguments import Size, checked
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.peft.linear import AdaptedLinear, check_dropout, check_rank
 
@@ -78,10 +79,11 @@ class MissLinear(AdaptedLinear):
 
     adapter_names = ("miss_block",)
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        in_features: Size,
+        out_features: Size,
         r: int = 8,
         variant: str = "default",
         mini_r: int = 1,

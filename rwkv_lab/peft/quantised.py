@@ -8,7 +8,7 @@ first in its high half. FP4 is the same with 15 other levels. int8: each row div
 whole matrix divided by its largest magnitude, each value the nearest of 256 that lie denser near 0 (arXiv 1511.04561).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Self
 
@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rwkv_lab.arguments import Size, checked, shown_value
+from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import NumericsError, ParameterError
 
 NF4_LEVELS = (
@@ -46,6 +48,7 @@ BITS = {"int8": 8.0, "nf4": 4 + 32 / 64, "fp4": 4 + 32 / 64, "bnb-int8": 8.0}  #
 WHOLE_MATRIX = ("bnb-int8",)  # one scale for all rows
 
 
+@checked
 def quantize_nf4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes uint8 [ceil(n/2)], absmax float32 [ceil(n/block_size)]) of a weight of n values, of any shape.
 
@@ -82,6 +85,7 @@ def _to_4bit(
     weight: torch.Tensor, block_size: int, nearest: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_block_size(block_size)
+    _check_weight(weight)
     flat = weight.detach().reshape(-1)
     codes, scales = [], []
     step = max(_AT_ONCE // block_size, 1) * block_size
@@ -96,11 +100,12 @@ def _to_4bit(
     return torch.cat(codes), torch.cat(scales)
 
 
+@checked
 def dequantize_nf4(
     codes: torch.Tensor,
     absmax: torch.Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
+    shape: Sequence[Size],
+    dtype: torch.dtype | str = torch.float32,
     block_size: int = BLOCK_SIZE,
 ) -> torch.Tensor:
     """The weight `[shape]` that `quantize_nf4` left: level times absmax in float32, rounded to `dtype` once.
@@ -135,7 +140,11 @@ def _from_4bit(
     table: tuple[float, ...],
 ) -> torch.Tensor:
     _check_block_size(block_size)
-    n = torch.Size(shape).numel()
+    n, dtype = torch.Size(shape).numel(), to_dtype(dtype)
+    if codes.dtype != torch.uint8 or not absmax.is_floating_point():
+        raise ParameterError(
+            f"codes are {shown_value(codes)}, absmax {shown_value(absmax)}; uint8 and float32 belong here"
+        )
     if codes.numel() != (n + 1) // 2 or absmax.numel() != -(-n // block_size):
         raise ParameterError(
             f"{codes.numel()} bytes and {absmax.numel()} scales do not make {list(shape)}: "
@@ -156,12 +165,20 @@ def _from_4bit(
     return out.view(shape)
 
 
+def _check_weight(weight: torch.Tensor, ndim: int | None = None) -> None:
+    if not weight.is_floating_point() or weight.numel() == 0 or ndim not in (None, weight.ndim):
+        shape = "" if ndim is None else " [out,in]"
+        raise ParameterError(f"weight={shown_value(weight)}: it must be a floating-point tensor{shape} with values.")
+
+
+@checked
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes int8 [out, in], absmax float32 [out]) of a weight [out, in].
 
     Raises:
         NumericsError: NaN or infinity in the weight.
     """
+    _check_weight(weight, 2)
     values = weight.detach().float()
     absmax = values.abs().amax(dim=1)
     _refuse_nonfinite(absmax)
@@ -169,9 +186,20 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (values * steps[:, None]).round_().clamp_(-127, 127).to(torch.int8), absmax
 
 
-def dequantize_int8(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The weight [out, in] that `quantize_int8` left."""
-    return (codes.float() * (absmax.float() / 127)[:, None]).to(dtype)
+@checked
+def dequantize_int8(
+    codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype | str = torch.float32
+) -> torch.Tensor:
+    """The weight [out, in] that `quantize_int8` left.
+
+    Raises:
+        ParameterError: codes and absmax that do not belong together.
+    """
+    if codes.dtype != torch.int8 or codes.ndim != 2 or absmax.shape != codes.shape[:1]:
+        raise ParameterError(
+            f"codes are {shown_value(codes)}, absmax {shown_value(absmax)}; they must be int8 [out,in] and [out]."
+        )
+    return (codes.float() * (absmax.float() / 127)[:, None]).to(to_dtype(dtype))
 
 
 @cache
@@ -208,6 +236,7 @@ def dequantize_bnb_int8(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.
     return (levels.index_select(0, codes.flatten().int()).view(codes.shape) * absmax.float()).to(dtype)
 
 
+@checked
 def quantised_and_back(weight: torch.Tensor, quant: str, absmax: torch.Tensor | None = None) -> torch.Tensor:
     """What remains of a weight [out, in] when it is stored as `quant`: the same shape and dtype.
 
@@ -231,8 +260,8 @@ def check_quant(quant: str) -> None:
 
 
 def _check_block_size(block_size: int) -> None:
-    if block_size < 2 or block_size % 2:
-        raise ParameterError(f"block_size={block_size}: two values share a byte, so it must be even and at least 2.")
+    if not 2 <= block_size <= 2**31 or block_size % 2:
+        raise ParameterError(f"block_size={block_size}: two values share a byte, so it must be even, from 2 to 2^31.")
 
 
 def _refuse_nonfinite(absmax: torch.Tensor) -> None:
@@ -303,8 +332,8 @@ class FrozenLinear(nn.Linear):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        in_features: Size,
+        out_features: Size,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -313,6 +342,7 @@ class FrozenLinear(nn.Linear):
         self.packed = None
 
     @classmethod
+    @checked
     def from_linear(cls, linear: nn.Linear, *args: Any, **kwargs: Any) -> Self:
         """The same layer as one of this class, which shares its weight.
 
@@ -362,10 +392,11 @@ class FrozenLinear(nn.Linear):
 class NF4Linear(FrozenLinear):
     """A frozen Linear of 4.5 bits a weight; `NF4Linear.from_linear(layer)` makes one of an existing layer."""
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        in_features: Size,
+        out_features: Size,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):

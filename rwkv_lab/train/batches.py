@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.train.data import Corpus
 from rwkv_lab.train.examples import Examples
@@ -131,6 +132,7 @@ def batches_of(material: Material, seed: int) -> Windows | Rows:
     return Rows(train, held_out, material.held_out_bytes, seed)
 
 
+@checked
 def in_batches(
     corpus: Corpus | Examples | TokenCorpus, tokenizer: Tokenizer, ctx_len: int, seed: int, long: str | None = None
 ) -> Windows | Rows:
@@ -148,6 +150,7 @@ def nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=SKIP, reduction="sum")
 
 
+@checked
 @torch.no_grad()
 def held_out_bits(run: Callable, material: Windows | Rows, device: torch.device) -> float:
     """Bits per byte of what is held out, a fresh state for every window or example.

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Layout, expected_tensors, open_checkpoint
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.peft import LoraConfig, planned_parameters
@@ -36,6 +37,7 @@ def compared_kinds() -> tuple[str, ...]:
     return tuple(kind.name for kind in sorted(kinds, key=lambda kind: "rank" not in kind.takes))
 
 
+@checked
 def compare_methods(
     base: str | Path,
     data: str = "python",

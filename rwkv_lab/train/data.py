@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.train.examples import RECORDS, Example, Examples, read_examples, split_examples
 from rwkv_lab.train.folder import Folder, open_folder
@@ -42,6 +43,7 @@ class Corpus:
     notes: tuple[str, ...] = ()  # how it was stored and what was skipped, a sentence each
 
 
+@checked
 def load_corpus(data: str, ignore: Sequence[str] = (), template: str = "world") -> Corpus | Examples | TokenCorpus:
     """The corpus of a name in `CORPORA`, of a file or of a folder.
 

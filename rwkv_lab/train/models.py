@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.train.spec import KINDS, TrainSpec
 
@@ -34,6 +35,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+@checked
 def open_trained(spec: TrainSpec, out: str | Path) -> RWKV_Dual:
     """The model that a training ended with, from its output and base alone.
 

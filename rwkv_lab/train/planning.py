@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Layout, expected_tensors, open_checkpoint
 from rwkv_lab.checkpoint.unchanged import FileState, file_states
 from rwkv_lab.errors import LayoutError, ParameterError
@@ -78,6 +79,7 @@ def plan_training(kind: str, base: str | Path | None = None, **options: Any) -> 
     return make_plan(TrainSpec.read({"kind": kind, "base": base, **options}))
 
 
+@checked
 def make_plan(spec: TrainSpec) -> TrainPlan:
     """The plan of a training; of the base only headers are read, of the data all.
 

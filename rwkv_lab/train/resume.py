@@ -13,6 +13,7 @@ from typing import TypeGuard
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.train.processes import Processes, put
@@ -37,6 +38,7 @@ class Course:
     samples_before: list[tuple[str, str]] = field(default_factory=list)  # (prompt, continuation)
 
 
+@checked
 def resume_path(out: Path) -> Path:
     """Where the checkpoint of an unfinished training towards `out` is kept."""
     return out.with_name(f"{out.name}.resume.safetensors")

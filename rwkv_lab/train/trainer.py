@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import FileFacts, file_facts
 from rwkv_lab.checkpoint.unchanged import refuse_changed
 from rwkv_lab.errors import NumericsError, ParameterError
@@ -159,6 +160,7 @@ def train(
     return run_training(make_plan(spec), out, options)
 
 
+@checked
 def run_training(plan: TrainPlan, out: str | Path, options: TrainOptions) -> TrainResult:
     """Train as planned, and write the result to `out`.
 

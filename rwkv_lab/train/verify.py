@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import file_facts, open_checkpoint
 from rwkv_lab.checks import Check
 from rwkv_lab.train.data import load_corpus
@@ -16,6 +17,7 @@ from rwkv_lab.train.trainer import TrainResult
 _SAME_BITS = 1e-6
 
 
+@checked
 def verify_training(spec: TrainSpec, result: TrainResult) -> list[Check]:
     """Open what was written, measure it again on held-out text, and compare the inputs with what they were.
 
@@ -46,6 +48,7 @@ def verify_training(spec: TrainSpec, result: TrainResult) -> list[Check]:
     ]
 
 
+@checked
 def measure_again(spec: TrainSpec, out: str | Path) -> float:
     """Bits per byte of held-out text of a trained output, as training measures it at its end.
 

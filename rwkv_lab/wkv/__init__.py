@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from rwkv_lab.arguments import Size, checked, shown_value
 from rwkv_lab.errors import KernelError, ParameterError
 from rwkv_lab.wkv import compiled
 from rwkv_lab.wkv.choice import available, chosen_backend, fastest, use_backend
@@ -81,7 +82,8 @@ def wkv4(
     return _run("wkv4", backend, T, v.dtype, w, u, k, v, state)
 
 
-def empty_wkv4_state(B: int, A: int, device: torch.device | str | None = None) -> torch.Tensor:
+@checked
+def empty_wkv4_state(B: Size, A: Size, device: torch.device | str | None = None) -> torch.Tensor:
     """The state of WKV4 before the first token, `[B,3,A]` float32: a = b = 0, p so low that e^p is 0."""
     state = torch.zeros(B, 3, A, dtype=torch.float32, device=device)
     state[:, 2] = _EMPTY
@@ -171,8 +173,10 @@ def _run(name, backend, T, dtype, *inputs):
         backend = chosen_backend()
     if backend == "auto":
         backend = fastest(name, device, double, width) or ("reference" if T < _SHORT[name] else "chunked")
-    if backend not in _FORMS[name]:
-        raise KernelError(f"There is no wkv backend {backend!r}.\nUse one of: auto, {', '.join(_FORMS[name])}.")
+    if not isinstance(backend, str) or backend not in _FORMS[name]:
+        raise KernelError(
+            f"There is no wkv backend {shown_value(backend)}.\nUse one of: auto, {', '.join(_FORMS[name])}."
+        )
     if backend in _COMPILED:
         compiled.check(name, backend, device, double, width)
         return _FORMS[name][backend](*inputs)

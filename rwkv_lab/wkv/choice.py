@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import KernelError
 from rwkv_lab.torch_private import constant_while_tracing, takes_tangents
 from rwkv_lab.wkv import cuda
@@ -16,6 +17,7 @@ _chosen = "auto"  # a plain global: torch.compile follows it; threads of one pro
 _told: set[str] = set()
 
 
+@checked
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Inside the block, operators that are called with backend="auto" use this one, whatever the length."""

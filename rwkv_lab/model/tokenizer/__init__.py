@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.model.tokenizer.decoding import utf8
 from rwkv_lab.model.tokenizer.json_file import ByteLevelTokenizer, TextTokenizer, json_tokenizer
@@ -16,6 +17,7 @@ _NEOX = (50277, 50304)  # GPT-NeoX's 20B vocabulary, bare and padded
 _PADDING = 1024  # embeddings are padded to round numbers: World by 6 rows, 20B by up to 27, others to multiples of 512
 
 
+@checked
 def load_tokenizer(which: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """A tokenizer by its name, or from a file.
 

@@ -1,10 +1,9 @@
 """From tokens to text where a token stands for bytes: whole texts, or token by token in whole characters."""
 
 import codecs
-import operator
 from collections.abc import Iterable, Mapping
 
-from rwkv_lab.arguments import shown_value
+from rwkv_lab.arguments import whole_numbers
 from rwkv_lab.errors import ParameterError
 
 
@@ -58,24 +57,6 @@ def checked(ids: Iterable[int], vocab_size: int) -> list[int]:
     if wrong is not None:
         raise ParameterError(f"Token {wrong} is outside the vocabulary of {vocab_size} tokens.")
     return ids
-
-
-def whole_numbers(values: Iterable[int], name: str) -> list[int]:
-    """Whole numbers of any iterable, tensor or array of one dimension as a list.
-
-    Raises:
-        ParameterError: it is something else; `name` is what the caller calls it.
-    """
-    wrong = f"{name}={shown_value(values)}: it must be a list of whole numbers."
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise ParameterError(wrong)
-    try:
-        numbers = list(getattr(values, "tolist", lambda: values)())  # a tensor's or an array's
-        if any(isinstance(x, bool) for x in numbers):
-            raise ParameterError(wrong)
-        return [operator.index(x) for x in numbers]
-    except (TypeError, RuntimeError) as e:
-        raise ParameterError(wrong) from e
 
 
 def utf8(text: str) -> bytes:

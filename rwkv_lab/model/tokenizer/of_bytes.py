@@ -1,5 +1,6 @@
 """Bytes as tokens: for the demo model and others of 256 or 257 tokens."""
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.tokenizer.decoding import ByteDecoding, utf8
 
@@ -14,6 +15,7 @@ class ByteTokenizer(ByteDecoding):
         ParameterError: another vocab_size.
     """
 
+    @checked
     def __init__(self, vocab_size: int):
         if vocab_size not in (256, 257):
             raise ParameterError(f"Bytes make a vocabulary of 256 or 257 tokens; the model has {vocab_size}.")
@@ -21,6 +23,7 @@ class ByteTokenizer(ByteDecoding):
         bytes_of = {byte + self._first: bytes([byte]) for byte in range(256)}
         super().__init__(bytes_of, vocab_size, end_of_text=0 if vocab_size == 257 else None)
 
+    @checked
     def encode(self, text: str | bytes) -> list[int]:
         """Tokens of a text; bytes need not be valid UTF-8."""
         return [byte + self._first for byte in (utf8(text) if isinstance(text, str) else text)]

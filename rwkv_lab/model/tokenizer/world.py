@@ -10,6 +10,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import CorruptFileError, ParameterError, UnsafeFileError
 from rwkv_lab.model.tokenizer.decoding import ByteDecoding, utf8
 
@@ -28,6 +29,7 @@ class WorldTokenizer(ByteDecoding):
         ParameterError: pyrwkv-tokenizer is not installed.
     """
 
+    @checked
     def __init__(self, path: Path | None = None):
         self._path = _packaged() if path is None else path
         bytes_of = _read_vocabulary(self._path, _stamp(self._path))
@@ -38,6 +40,7 @@ class WorldTokenizer(ByteDecoding):
         """The vocabulary file."""
         return self._path
 
+    @checked
     def encode(self, text: str | bytes) -> list[int]:
         """Tokens of a text; bytes need not be valid UTF-8."""
         if isinstance(text, str):

@@ -1,0 +1,154 @@
+"""Wrong values for every argument of every public function: nothing but errors of our tree, or a right answer.
+
+`public_calls.py` has a valid call of each; here one argument at a time is exchanged for what it cannot be.
+"""
+
+import contextlib
+import inspect
+import io
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from public_calls import INTERNAL, World, calls, public
+
+from rwkv_lab.arguments import check, checked
+from rwkv_lab.errors import ParameterError, RwkvLabError
+from rwkv_lab.model import RWKV_Dual
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def valid(world) -> dict:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return {call.name: call for call in calls(world)}
+
+
+def wrong_values(folder: Path) -> dict[str, object]:
+    return {
+        "None": None,
+        "object": object(),
+        "negative": -1,
+        "zero": 0,
+        "nan": math.nan,
+        "infinity": math.inf,
+        "large": 2**62,
+        "larger": 2**70,
+        "True": True,
+        "no text": "",
+        "text": "x",
+        "zero byte": "a\0b",
+        "address": "https://x/y.pth",
+        "bytes": b"x\xff",
+        "empty list": [],
+        "list": [object()],
+        "empty dict": {},
+        "dict": {"x": 1},
+        "whole numbers": torch.tensor([[1, 2]]),
+        "complex": torch.zeros(3, 2, dtype=torch.complex64),
+        "empty tensor": torch.zeros(0),
+        "module": math,
+        "folder": folder,
+        "folder as text": str(folder),
+        "missing": str(folder / "nothing.pth"),
+    }
+
+
+def parameters(function) -> list[inspect.Parameter]:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p for p in inspect.signature(function).parameters.values() if p.kind not in variadic]
+
+
+def outcome(function, arguments: dict) -> BaseException | None:
+    """What a call raises; a context manager is entered too."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = function(**arguments)
+            if hasattr(result, "gen"):
+                with result:
+                    pass
+    except Exception as e:
+        return e
+    return None
+
+
+NAMES = [name for name, found in public() if name not in INTERNAL]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_values_end_in_errors_of_our_tree(name, valid, world):
+    found = []
+    for call in (c for c in valid.values() if c.name.split(".")[0] == name):
+        for parameter in parameters(call.function):
+            for kind, value in wrong_values(world.folder).items():
+                e = outcome(call.function, {**call.arguments, parameter.name: value})
+                if e is not None and not isinstance(e, RwkvLabError):
+                    found.append(f"{call.name}({parameter.name}={kind}): {type(e).__name__}: {str(e)[:100]}")
+                elif e is not None and len(str(e).splitlines()) > 3:
+                    found.append(f"{call.name}({parameter.name}={kind}): more than three lines: {e}")
+    assert not found, "\n".join(found)
+
+
+def test_every_public_function_has_a_valid_call(valid):
+    for call in valid.values():
+        needed = [p.name for p in parameters(call.function) if p.default is p.empty]
+        assert not set(needed) - set(call.arguments), f"public_calls.py: state a valid call of {call.name}"
+        e = outcome(call.function, call.arguments)
+        assert e is None or isinstance(e, RwkvLabError), f"{call.name}: {e!r}"
+
+
+@pytest.mark.parametrize(
+    ("hint", "fine", "wrong", "words"),
+    [
+        (int, [1, torch.tensor(3)], [1.0, True, "1", None, 2**70], "whole number"),
+        (float, [1, 2.5], [math.nan, math.inf, "1", True, 1j], "finite number"),
+        (str | Path, ["a", Path("a")], ["", "a\0", 3, "https://x"], "path|address"),
+        (list[str], [["a"], ("a",), []], ["a", [1], {"a": 1}, None], "list"),
+        (dict[str, int], [{"a": 1}, {}], [{"a": "b"}, {1: 1}, [1]], "dict|each name|must be a whole"),
+        (bool | None, [True, None], [1, "True"], "True or False or None"),
+        (torch.device | str, ["cpu", torch.device("cpu")], ["", "gpu", 1.0], "device"),
+    ],
+)
+def test_what_an_annotation_takes(hint, fine, wrong, words):
+    for value in fine:
+        check("f", "x", value, hint)
+    for value in wrong:
+        with pytest.raises(ParameterError, match=f"f: x=.*({words})"):
+            check("f", "x", value, hint)
+
+
+def test_a_call_without_an_argument_has_pythons_own_message():
+    @checked
+    def f(x: int) -> int:
+        return x
+
+    with pytest.raises(TypeError, match="missing 1 required"):
+        f()
+    assert f(3) == 3
+
+
+def test_a_missing_file_is_named_with_what_is_near(world):
+    with pytest.raises(ParameterError, match=r"no file .*bsae.pth; did you mean base.pth\?"):
+        RWKV_Dual.from_pretrained(world.folder / "bsae.pth")
+    with pytest.raises(ParameterError, match="of its folders there is only .*world"):
+        RWKV_Dual.from_pretrained(world.folder / "a/b/c.pth")
+
+
+def test_a_mask_given_for_lengths_is_explained(world):
+    with pytest.raises(ParameterError, match=r"mask.sum\(1\)"):
+        world.model.prefill(world.tokens, lengths=torch.ones(1, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["bf16", "bfloat16", "fp16", "float16", "fp32", "float32", "torch.float32"])
+def test_dtypes_by_name(name, world):
+    model = RWKV_Dual.from_pretrained(world.base, dtype=name)
+    assert str(model.emb.weight.dtype)[6:8] == {"b": "bf", "f": "fl", "t": "fl"}[name[0]]
+    assert world.state.to(dtype=name).att_shift.dtype == model.emb.weight.dtype
