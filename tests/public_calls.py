@@ -171,7 +171,7 @@ def calls(world: World) -> list[Call]:
         "write_text": {"path": w.folder / "there.txt", "text": "x", "overwrite": True},
         "TensorInfo.check": {"crc": 0},
         "Adapter.check": {"shapes": w.shapes, "base": "base.pth"},
-        "LoraLinear.from_linear": {"linear": w.linear, "r": 2, "alpha": 2.0},
+        "LoraLinear.from_linear": {"linear": w.linear, "r": 2},
         "LoraLinear.pack": {"quant": "none"},
         "refuse_overlap": {"adapters": [w.adapter]},
         "open_adapter": {"path": w.adapter_file},

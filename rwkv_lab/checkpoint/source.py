@@ -14,7 +14,7 @@ import torch
 from isal.isal_zlib import crc32
 
 from rwkv_lab.arguments import checked
-from rwkv_lab.errors import CorruptFileError
+from rwkv_lab.errors import CorruptFileError, ParameterError
 
 _READ_MAX = 1 << 30  # bytes of one call; macOS refuses 2 GiB
 BLOCK = 1 << 20  # bytes; smaller ones cost more calls than they save, larger ones leave the caches
@@ -39,6 +39,7 @@ class SourceFile:
             raise CorruptFileError(f"cannot open {self.path}: {e.strerror}") from e
 
     def read(self, offset: int, nbytes: int) -> bytes:
+        self._refuse_closed()
         data = os.pread(self.fd, min(nbytes, _READ_MAX), offset)
         if len(data) < nbytes:  # a signal or a network disk may cut one read short; the end of the file cuts all
             buffer = bytearray(nbytes)
@@ -48,6 +49,7 @@ class SourceFile:
         return data
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
+        self._refuse_closed()
         done = 0
         while done < len(buffer):
             n = self._read_some(buffer[done : done + _READ_MAX], offset + done)
@@ -56,6 +58,10 @@ class SourceFile:
                     f"{self.path} ends at byte {offset + done}, {len(buffer) - done} bytes early; it looks truncated"
                 )
             done += n
+
+    def _refuse_closed(self) -> None:
+        if self.closed:
+            raise ParameterError(f"{self.path} was closed: read it inside the `with` block, or open it again")
 
     def _read_some(self, buffer: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):
