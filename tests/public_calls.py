@@ -75,9 +75,9 @@ class World:
         write_checkpoint(folder / "there.pth", random_state())
         write_checkpoint(folder / "model.pth", random_model())
         (folder / "there.safetensors").write_bytes(b"")
+        (folder / "there.gguf").write_bytes(b"")
         (folder / "there").mkdir()
         (folder / "text.txt").write_text("the cat sat on the mat; " * 600)
-        (folder / "lines.jsonl").write_text("".join(f'{{"text": "the cat {i}"}}\n' for i in range(20)))
         self.adapted = make_model(n_embd=32, n_layer=1, head_size=16)
         apply_peft(self.adapted, LoraConfig(lora_r=2))
         self.adapter_file = folder / "adapter.pth"
@@ -193,6 +193,10 @@ def calls(world: World) -> list[Call]:
         "quantise_blocks": {"model": w.adapted, "quant": "none"},
         **{f"{name}Linear": {"in_features": 64, "out_features": 64} for name in ("Lora", "Pissa", "Miss", "NF4")},
         "dequantize_int8": {"codes": eight[0], "absmax": eight[1]},
+        "dequantize_fp4": {"codes": quantised[0], "absmax": quantised[1], "shape": (32, 32)},
+        "dequantize_bnb_int8": dict(zip(("codes", "absmax"), peft.quantize_bnb_int8(torch.ones(4, 4)), strict=True)),
+        "quantize_fp4": {"weight": torch.randn(32, 32)},
+        "quantize_bnb_int8": {"weight": torch.randn(32, 32)},
         "dequantize_nf4": {"codes": quantised[0], "absmax": quantised[1], "shape": (32, 32)},
         "quantised_and_back": {"weight": torch.randn(32, 32), "quant": "nf4"},
         "quantize_int8": {"weight": torch.randn(32, 32)},
@@ -211,7 +215,6 @@ def calls(world: World) -> list[Call]:
         "held_out_bits": {"run": w.model, "material": None, "device": torch.device("cpu")},
         "in_batches": {"corpus": corpus, "tokenizer": load_tokenizer("bytes", 257), "ctx_len": 4, "seed": 0},
         "load_corpus": {"data": str(w.folder / "text.txt")},
-        "load_examples": {"path": w.folder / "lines.jsonl"},
         "make_plan": {"spec": train_spec},
         "measure_again": {"spec": train_spec, "out": w.folder / "trained.pth"},
         "open_trained": {"spec": train_spec, "out": w.folder / "trained.pth"},
@@ -223,6 +226,9 @@ def calls(world: World) -> list[Call]:
         "convert": {"source": w.base, "to": "safetensors", "out": w.folder / "there.safetensors"},
         "plan_convert": {"spec": convert_spec, "out": w.folder / "there.safetensors"},
         "run_convert": {"spec": convert_spec, "out": w.folder / "there.safetensors"},
+        "to_gguf": {"source": w.base, "out": w.folder / "there.gguf"},
+        "questions": {"model": w.model, "corpus": corpus},
+        "measure_held_out": {"model": w.model, "corpus": corpus},
         "to_huggingface": {"source": w.base, "out": w.folder / "there"},
         "to_pth": {"source": w.base, "out": there},
         "to_safetensors": {"source": w.base, "out": w.folder / "there.safetensors"},

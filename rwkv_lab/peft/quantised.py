@@ -8,6 +8,7 @@ first in its high half. FP4 is the same with 15 other levels. int8: each row div
 whole matrix divided by its largest magnitude, each value the nearest of 256 that lie denser near 0 (arXiv 1511.04561).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Self
@@ -59,6 +60,7 @@ def quantize_nf4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[to
     return _to_4bit(weight, block_size, _nearest_nf4)
 
 
+@checked
 def quantize_fp4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[torch.Tensor, torch.Tensor]:
     """As `quantize_nf4`, to the levels of FP4.
 
@@ -116,11 +118,12 @@ def dequantize_nf4(
     return _from_4bit(codes, absmax, shape, dtype, block_size, NF4_LEVELS)
 
 
+@checked
 def dequantize_fp4(
     codes: torch.Tensor,
     absmax: torch.Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
+    shape: Sequence[Size],
+    dtype: torch.dtype | str = torch.float32,
     block_size: int = BLOCK_SIZE,
 ) -> torch.Tensor:
     """As `dequantize_nf4`, of what `quantize_fp4` left.
@@ -134,13 +137,13 @@ def dequantize_fp4(
 def _from_4bit(
     codes: torch.Tensor,
     absmax: torch.Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
+    shape: Sequence[int],
+    dtype: torch.dtype | str,
     block_size: int,
     table: tuple[float, ...],
 ) -> torch.Tensor:
     _check_block_size(block_size)
-    n, dtype = torch.Size(shape).numel(), to_dtype(dtype)
+    n, dtype = math.prod(shape), to_dtype(dtype)
     if codes.dtype != torch.uint8 or not absmax.is_floating_point():
         raise ParameterError(
             f"codes are {shown_value(codes)}, absmax {shown_value(absmax)}; uint8 and float32 belong here"
@@ -162,7 +165,7 @@ def _from_4bit(
         values = F.pad(values, (0, -len(values) % block_size)).view(-1, block_size)  # [blocks, block_size]
         values *= absmax[start // block_size : -(-end // block_size)]
         out[start:end] = values.view(-1)[: end - start]
-    return out.view(shape)
+    return out.view(*shape)
 
 
 def _check_weight(weight: torch.Tensor, ndim: int | None = None) -> None:
@@ -214,6 +217,7 @@ def _dynamic_levels() -> torch.Tensor:
     return torch.cat(found).sort().values
 
 
+@checked
 def quantize_bnb_int8(weight: torch.Tensor, absmax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes uint8 of the weight's shape, absmax float32 []) as bitsandbytes' `functional.quantize`.
 
@@ -222,6 +226,9 @@ def quantize_bnb_int8(weight: torch.Tensor, absmax: torch.Tensor | None = None) 
     Raises:
         NumericsError: NaN or infinity in the weight.
     """
+    _check_weight(weight)
+    if absmax is not None and (absmax.numel() != 1 or not absmax.is_floating_point()):
+        raise ParameterError(f"absmax={shown_value(absmax)}: it must be one floating-point number.")
     values = weight.detach().float()
     absmax = (values.abs().amax() if absmax is None else absmax).float()
     _refuse_nonfinite(absmax)
@@ -230,10 +237,21 @@ def quantize_bnb_int8(weight: torch.Tensor, absmax: torch.Tensor | None = None) 
     return torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8), absmax
 
 
-def dequantize_bnb_int8(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The weight that `quantize_bnb_int8` left."""
+@checked
+def dequantize_bnb_int8(
+    codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype | str = torch.float32
+) -> torch.Tensor:
+    """The weight that `quantize_bnb_int8` left.
+
+    Raises:
+        ParameterError: codes and absmax that do not belong together.
+    """
+    if codes.dtype != torch.uint8 or absmax.numel() != 1:
+        raise ParameterError(
+            f"codes are {shown_value(codes)}, absmax {shown_value(absmax)}; they must be uint8 and one."
+        )
     levels = _dynamic_levels().to(codes.device)
-    return (levels.index_select(0, codes.flatten().int()).view(codes.shape) * absmax.float()).to(dtype)
+    return (levels.index_select(0, codes.flatten().int()).view(codes.shape) * absmax.float()).to(to_dtype(dtype))
 
 
 @checked

@@ -6,6 +6,7 @@ The same model, data, window and bytes give the same number everywhere.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual, bits_per_byte
 from rwkv_lab.train.batches import held_out_bits, in_batches
@@ -30,6 +31,7 @@ class Measurement:
         return f"{self.size:,} bytes in windows of {self.window:,} tokens, each from a fresh state"
 
 
+@checked
 def measure_held_out(
     model: RWKV_Dual,
     corpus: Corpus | Examples | TokenCorpus,

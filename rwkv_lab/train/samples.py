@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.train.data import Corpus
 from rwkv_lab.train.examples import Examples
@@ -32,6 +33,7 @@ class Question:
     expected: str = ""
 
 
+@checked
 def questions(corpus: Corpus | Examples | TokenCorpus, model: RWKV_Dual) -> list[Question]:
     """Prompts for a corpus: of examples those of the first that are held out, else the beginning of held-out text.
 

@@ -184,7 +184,7 @@ def test_a_file_that_is_no_recipe(text, files):
 def test_files_that_are_not_there_and_options_given_twice(files):
     with pytest.raises(CorruptFileError, match="cannot read the recipe"):
         merge_recipe(files / "no.yml", files / "o.pth")
-    with pytest.raises(CorruptFileError, match="no file .*none.pth"):
+    with pytest.raises(ParameterError, match="no file .*none.pth"):
         merge_recipe(written(files, LINEAR.replace("one.pth", "none.pth")), files / "o.pth")
     with pytest.raises(ParameterError, match="method is in the recipe"):
         merge_recipe(written(files, LINEAR), files / "o.pth", method="slerp")

@@ -17,7 +17,7 @@ REFUSALS = {
     "alpha out of range": (["-p", "alpha", "1.5"], "ParameterError", "alpha=1.5"),
     "empty base": (["-r", "base", ""], "ParameterError", "base=''"),
     "weights": (["-y", '{"weights": [0.5]}'], "ParameterError", "takes no weights"),
-    "missing file": (["-r", "base", "{tmp}/none.pth", "-r", "tuned", "{state}"], "CorruptFileError", "none.pth"),
+    "missing file": (["-r", "base", "{tmp}/none.pth", "-r", "tuned", "{state}"], "ParameterError", "none.pth"),
     "garbage": (["-r", "base", "{tmp}/garbage.pth", "-r", "tuned", "{state}"], "CorruptFileError", "garbage.pth"),
 }
 

@@ -179,7 +179,7 @@ def nan_in(path, name):
 @pytest.mark.parametrize(
     ("case", "error", "words"),
     [
-        ("missing", "CorruptFileError", "none.pth"),
+        ("missing", "ParameterError", "no file"),
         ("garbage", "CorruptFileError", "garbage.pth"),
         ("the base itself", "ParameterError", "same file"),
         ("a copy of the base", "ParameterError", "changes nothing"),
