@@ -84,8 +84,9 @@ def test_wrappers_as_the_programs_themselves_name_them(tmp_path):
     with open_checkpoint(tmp_path / "wrapped.pth") as ck:
         assert ck.kind == "model" and sum(ck.prefixes.values()) == len(ck)
         assert all(same(ck[n], t) for n, t in tensors.items())
-    found, notes = merged(tmp_path / "wrapped.pth", saved(tmp_path / "t.pth", tensors), tmp_path / "o.pth")
-    assert all(same(found[n], t) for n, t in tensors.items()) and len(notes) >= 2
+    tuned = {n: t + 1 for n, t in tensors.items()}
+    found, notes = merged(tmp_path / "wrapped.pth", saved(tmp_path / "t.pth", tuned), tmp_path / "o.pth")
+    assert all(same(found[n], t) for n, t in tuned.items()) and len(notes) >= 2
 
 
 def test_a_name_that_arises_twice_is_refused_with_both(tmp_path):
