@@ -294,7 +294,7 @@ def test_targets_by_pattern(adapted):
         ({"lora_alpha": 0}, "positive"),
         ({"lora_alpha": float("nan")}, "positive"),
         ({"lora_dropout": 1.0}, "below 1"),
-        ({"quant": "fp4"}, "nf4"),
+        ({"quant": "fp5"}, "nf4"),
         ({"method": "pissa", "lora_dropout": 0.1}, "dropout 0"),
         ({"method": "miss", "miss_variant": "bat"}, "two meanings"),
         ({"method": "miss", "miss_variant": "col"}, "mini"),
