@@ -22,6 +22,7 @@ LAYERS = (
     {
         "dtypes",
         "arguments",
+        "command_line",
         "errors",
         "progress",
         "checks",

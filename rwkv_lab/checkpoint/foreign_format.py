@@ -96,7 +96,7 @@ def stated(facts: "Facts") -> Place:
     Raises:
         CorruptFileError: a record that is no number of layers.
     """
-    every = facts.config.get(RESCALED, facts.metadata.get(RESCALED, 0))
+    every = facts.rescaled or 0
     try:
         return Place(rescale_every=max(int(every), 0))
     except (TypeError, ValueError) as e:
@@ -144,6 +144,11 @@ class Facts:
 
     config: Mapping[str, Any] = field(default_factory=dict)  # config.json of a folder
     metadata: Mapping[str, Any] = field(default_factory=dict)  # of the header
+
+    @property
+    def rescaled(self) -> Any:
+        """What rwkv_lab records of rescaled weights; None where it records nothing."""
+        return self.config.get(RESCALED, self.metadata.get(RESCALED))
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ import torch
 import rwkv_lab.checkpoint.formats  # noqa: F401  # makes the formats known
 from rwkv_lab.arguments import shown_value
 from rwkv_lab.checkpoint.adapter_names import adapter_format, our_targets, present_adapter
-from rwkv_lab.checkpoint.foreign_format import Facts, ForeignFormat, present
+from rwkv_lab.checkpoint.foreign_format import RESCALED, Facts, ForeignFormat, present
 from rwkv_lab.checkpoint.format import format_of
 from rwkv_lab.checkpoint.kind import Identity, identify
 from rwkv_lab.checkpoint.layout import Layout
 from rwkv_lab.checkpoint.prefixes import bare_names, removed_prefixes
+from rwkv_lab.checkpoint.rescaled import looks_rescaled
 from rwkv_lab.checkpoint.source import SourceFile, TensorInfo
 from rwkv_lab.checkpoint.unmerged import Unmerged, split_unmerged
 from rwkv_lab.checkpoint.unusable import split_folder
@@ -58,6 +59,7 @@ class Checkpoint:
         self.inverses: dict[
             str, Callable[[torch.Tensor], torch.Tensor]
         ] = {}  # name in `info` -> from the one in the file
+        self.notes: list[str] = []  # what was found out about it that a reader should know, in words
         self.ignored: dict[str, str] = {}  # name in the file of what a foreign format has and no model needs -> why
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -214,7 +216,17 @@ def _present(ck: Checkpoint) -> None:
             targets = our_targets(known, ck.adapter_config.get("target_modules"))
             ck.adapter_config = ck.adapter_config | {"target_modules": targets}
         return
-    found = present(ck.info, Facts(ck.config, ck.metadata))
+    facts = Facts(ck.config, ck.metadata)
+    found = present(ck.info, facts)
+    every = ck.config.get("rescale_every")
+    if found is not None and found.format.rescales and facts.rescaled is None and isinstance(every, int) and every > 0:
+        if looks_rescaled(found.tensors, every):
+            found = present(ck.info, Facts(ck.config | {RESCALED: every}, ck.metadata))
+            ck.notes.append(
+                f"att.output and ffn.value lie halved after every {every} layers, as transformers' class leaves them "
+                "in evaluation; they are read as they were before."
+            )
+            log.warning("%s: %s", ck.path, ck.notes[-1])
     if found is not None:
         ck.foreign_format, ck.info, ck.ignored = found.format, found.tensors, found.ignored
         ck.names_in_file, ck.inverses = found.theirs, found.inverses

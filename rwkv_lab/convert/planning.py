@@ -142,7 +142,7 @@ def _about_quantised(spec: ConvertSpec, content: Tensors, known: ForeignFormat) 
 
 def _left_behind(ck: Checkpoint) -> list[str]:
     """What the source holds and a conversion does not take along, in words."""
-    notes = [f"{name} of the source is not read: {why}." for name, why in ck.ignored.items()]
+    notes = [*ck.notes, *(f"{name} of the source is not read: {why}." for name, why in ck.ignored.items())]
     if ck.others:
         notes.append(
             f"{len(ck.others)} entries that are no tensors stay behind: {', '.join(map(str, ck.others))[:80]}."

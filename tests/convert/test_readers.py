@@ -80,6 +80,25 @@ class TestRwkv4InTransformers:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("n_layer", [7, 13])
+def test_weights_that_transformers_has_halved_are_read_as_they_were(n_layer, tmp_path):
+    RwkvForCausalLM = pytest.importorskip("transformers", reason="transformers is not installed").RwkvForCausalLM
+    path = write_model(tmp_path / "m.pth", make_layout("4.0", n_layer=n_layer))
+    folder = to_huggingface(path, tmp_path / "out").out
+    theirs = RwkvForCausalLM.from_pretrained(folder, rescale_every=6)
+    theirs.save_pretrained(tmp_path / "before")
+    theirs.eval()(TOKENS)
+    theirs.save_pretrained(tmp_path / "after")
+    source = torch.load(path, weights_only=True)
+    for name, halved in (("before", False), ("after", True)):
+        result = to_pth(tmp_path / name, tmp_path / f"{name}.pth")
+        assert any("halved after every 6 layers" in note for note in result.notes) == halved
+        found = torch.load(result.out, weights_only=True)
+        assert all(torch.equal(found[n], source[n]) for n in source)
+    assert relative_rms(our_logits(tmp_path / "after"), our_logits(path)) == 0
+
+
+@pytest.mark.filterwarnings("ignore")
 class TestRwkv7InRwkv7Hf:
     SIZES = (
         {"head_size": 64},
