@@ -47,5 +47,7 @@ def missing_file(path: Path) -> ParameterError:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError:
         names = []
+    if path.name in names:
+        return ParameterError(f"there is no file {path}: it is a link to nothing")
     near = get_close_matches(path.name, names, n=3)
     return ParameterError(f"there is no file {path}" + (f"; did you mean {', '.join(near)}?" if near else ""))

@@ -209,5 +209,5 @@ def test_a_cache_serves_one_model():
     put(cache, model, [1])
     with pytest.raises(ParameterError, match="another model"):
         cache.longest_prefix(make_model(), [1])
-    with pytest.raises(ParameterError, match="0 bytes"):
+    with pytest.raises(ParameterError, match="max_bytes=0"):
         StateCache(0)
