@@ -177,7 +177,18 @@ struct Product {
     int64_t w_dtype, w_stride_n, w_stride_k;
     int64_t y_dtype, y_stride;
     int64_t add;  // to what y holds, which is float32 then
+    int64_t x_bytes, w_bytes, y_bytes;
 };
+
+inline int64_t packed_floats_of(int64_t rows, int64_t k, bool pairs) { return (rows + TILE - 1) / TILE * TILE * units_of(k, pairs); }
+
+inline bool fits(const Product &p, bool pairs) {
+    return p.rows > 0 && p.k > 0 && p.n > 0 && is_dtype(p.w_dtype) && is_dtype(p.y_dtype) && (!pairs || p.w_dtype == BFLOAT16) &&
+           (!p.add || p.y_dtype == FLOAT32) && (p.w_stride_k == 1 || p.w_stride_n == 1) && p.y_stride >= p.n &&
+           holds({const_cast<float *>(p.x), p.x_bytes}, 4, {packed_floats_of(p.rows, p.k, pairs)}) &&
+           reaches({const_cast<void *>(p.w), p.w_bytes}, size_of(p.w_dtype), {p.n, p.k}, {p.w_stride_n, p.w_stride_k}) &&
+           reaches({p.y, p.y_bytes}, size_of(p.y_dtype), {p.rows, p.n}, {p.y_stride, 1});
+}
 
 // Rows of tiles begin .. end-1 and columns first .. first+columns-1 of a product.
 template <bool PAIRS>

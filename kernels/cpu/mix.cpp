@@ -110,6 +110,32 @@ struct Scratch {  // some padded rows
 
 enum Activation { NONE = 0, TANH = 1, SIGMOID = 2, RELU_SQUARE = 3 };
 
+// Vectors of parameters of n numbers each; those that are not there count as fitting.
+bool parameters(std::initializer_list<Span> spans, int64_t dtype, int64_t n) {
+    if (!is_dtype(dtype) || n < 1) return false;
+    for (const Span &x : spans)
+        if (x.data && !holds(x, size_of(dtype), {n})) return false;
+    return true;
+}
+
+// float32 [rows,n] each; those that are not there count as fitting.
+bool floats(std::initializer_list<Span> spans, int64_t rows, int64_t n) {
+    if (rows < 1 || n < 1) return false;
+    for (const Span &x : spans)
+        if (x.data && !holds(x, 4, {rows, n})) return false;
+    return true;
+}
+
+bool there(std::initializer_list<Span> spans) {
+    for (const Span &x : spans)
+        if (!x.data) return false;
+    return true;
+}
+
+bool packed_fits(const Span &packed, int64_t rows, int64_t k, int64_t pairs) {
+    return rows > 0 && k > 0 && there({packed}) && holds(packed, 4, {packed_floats_of(rows, k, pairs)});
+}
+
 template <class Function>
 INLINE void map(float *x, int64_t n, Function f) {
     for (int64_t i = 0; i < n; i += LANES) store(x + i, f(load(x + i)));
@@ -121,51 +147,77 @@ extern "C" {
 
 // Whether 16-bit models are multiplied in pairs of bfloat16 here, and floats that `rows` rows of k take, packed.
 int64_t has_pairs() { return HAS_PAIRS; }
-int64_t packed_floats(int64_t rows, int64_t k, int64_t pairs) { return (rows + TILE - 1) / TILE * TILE * units_of(k, pairs); }
+int64_t packed_floats(int64_t rows, int64_t k, int64_t pairs) { return packed_floats_of(rows, k, pairs); }
 
-void multiply_all(const Product *products, int64_t count, int64_t pairs, int64_t threads) {
-    multiply(products, int(count), pairs, int(threads));
+int64_t multiply_all(Span products, int64_t count, int64_t pairs, int64_t threads) {
+    if (count < 1 || !holds(products, sizeof(Product), {count})) return MISFIT;
+    for (int64_t i = 0; i < count; i++)
+        if (!fits(products.as<Product>()[i], pairs)) return MISFIT;
+    multiply(products.as<Product>(), int(count), pairs, int(threads));
+    return FITS;
 }
 
-// x[i] = LayerNorm(embedding[tokens[i]]).
-void embed(const int64_t *tokens, const void *embedding, const void *weight, const void *bias, double eps, int64_t dtype,
-           int64_t rows, int64_t C, float *x, int64_t threads) {
-    const Norm norm(weight, bias, eps, dtype, C);
+// x[i] = LayerNorm(embedding[tokens[i]]), embedding[V,C].
+int64_t embed(Span tokens, Span embedding, Span weight, Span bias, double eps, int64_t dtype, int64_t rows, int64_t V, int64_t C,
+              Span x, int64_t threads) {
+    if (!there({tokens, embedding, weight, bias, x}) || !parameters({weight, bias}, dtype, C) || !floats({x}, rows, C) ||
+        !holds(tokens, 8, {rows}) || !holds(embedding, size_of(dtype), {V, C}))
+        return MISFIT;
+    const int64_t *ids = tokens.as<int64_t>();
+    const std::vector<int64_t> token(ids, ids + rows);  // what was compared stays so, whoever writes into them meanwhile
+    for (int64_t id : token)
+        if (id < 0 || id >= V) return MISFIT;
+    const Norm norm(weight.data, bias.data, eps, dtype, C);
     over_tiles(rows, int(threads), [&](int64_t, int64_t first, int count) {
         Scratch scratch(1, C);
         for (int64_t i = first; i < first + count; i++) {
-            load_row(scratch[0], {embedding, int(dtype)}, tokens[i] * C, int(C), padded(C));
+            load_row(scratch[0], {embedding.data, int(dtype), V * C}, token[size_t(i)] * C, int(C), padded(C));
             norm(scratch[0]);
-            store_row({x, FLOAT32}, i * C, scratch[0], int(C));
+            store_row({x.data, FLOAT32, rows * C}, i * C, scratch[0], int(C));
         }
     });
+    return FITS;
 }
 
 // LayerNorm of x[rows,C], packed: what the head reads.
-void norm_out(const float *x, const void *weight, const void *bias, double eps, int64_t dtype, int64_t rows, int64_t C,
-              float *packed, int64_t pairs, int64_t threads) {
-    const Norm norm(weight, bias, eps, dtype, C);
+int64_t norm_out(Span x, Span weight, Span bias, double eps, int64_t dtype, int64_t rows, int64_t C, Span packed, int64_t pairs,
+                 int64_t threads) {
+    if (!there({x, weight, bias}) || !floats({x}, rows, C) || !parameters({weight, bias}, dtype, C) ||
+        !packed_fits(packed, rows, C, pairs))
+        return MISFIT;
+    const Norm norm(weight.data, bias.data, eps, dtype, C);
     over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
         Tile out(C);
         for (int i = 0; i < count; i++) {
-            load_row(out.row(i), {x, FLOAT32}, (first + i) * C, int(C), padded(C));
+            load_row(out.row(i), {x.data, FLOAT32, rows * C}, (first + i) * C, int(C), padded(C));
             norm(out.row(i));
         }
-        out.pack(packed, tile, count, pairs);
+        out.pack(packed.as(), tile, count, pairs);
     });
+    return FITS;
 }
 
 // LayerNorm, token shift, and n mixtures of a token z and the one before it p, packed: z + (p - z) share. x[B*T,C].
 //
 // share = mu[j], or 1 - mu[j] where `of_present`; plus extra[j,B*T,C] where given. shift[B,C] is before the first token of
-// each sequence, new_shift[B,C] is after its last.
-void mix_in(const float *x, const void *weight, const void *bias, double eps, int64_t dtype, int64_t rows, int64_t T,
-            int64_t C, const void *shift, void *new_shift, int64_t n, const void *const *mu, int64_t of_present,
-            const float *extra, float *const *packed, int64_t pairs, int64_t threads) {
-    const Norm norm(weight, bias, eps, dtype, C);
+// each sequence, new_shift[B,C] is after its last. mu and packed hold n spans.
+int64_t mix_in(Span x, Span weight, Span bias, double eps, int64_t dtype, int64_t rows, int64_t T, int64_t C, Span shift,
+               Span new_shift, int64_t n, Span mu, int64_t of_present, Span extra, Span packed, int64_t pairs, int64_t threads) {
+    if (!there({x, weight, bias, shift, new_shift}) || n < 1 || T < 1 || rows % T || !floats({x}, rows, C) ||
+        !parameters({weight, bias}, dtype, C) || !holds(shift, size_of(dtype), {rows / T, C}) ||
+        !holds(new_shift, size_of(dtype), {rows / T, C}) || (extra.data && !holds(extra, 4, {n, rows, C})) ||
+        !holds(mu, sizeof(Span), {n}) || !holds(packed, sizeof(Span), {n}))
+        return MISFIT;
+    for (int64_t j = 0; j < n; j++)
+        if (!there({mu.as<Span>()[j]}) || !parameters({mu.as<Span>()[j]}, dtype, C) ||
+            !packed_fits(packed.as<Span>()[j], rows, C, pairs))
+            return MISFIT;
+    const Input before_all{shift.data, int(dtype), rows / T * C}, more{extra.data, FLOAT32, n * rows * C};
+    const Output after_all{new_shift.data, int(dtype), rows / T * C};
+    const Norm norm(weight.data, bias.data, eps, dtype, C);
     std::vector<std::unique_ptr<Parameter>> shares;
     for (int64_t j = 0; j < n; j++) {
-        shares.push_back(std::make_unique<Parameter>(mu[j], dtype, C));
+        shares.push_back(std::make_unique<Parameter>(mu.as<Span>()[j].data, dtype, C));
         if (of_present) map(shares.back()->values.get(), padded(C), [](Vec m) { return 1.0f - m; });
     }
     over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
@@ -173,7 +225,7 @@ void mix_in(const float *x, const void *weight, const void *bias, double eps, in
         Tile out(C);
         std::vector<uint16_t> half(size_t(padded(C)));
         for (int i = first % T ? -1 : 0; i < count; i++) {  // row -1 is the token before this tile
-            z.take(i + 1, x + (first + i) * C, C);
+            z.take(i + 1, x.as() + (first + i) * C, C);
             norm.rounded(z[i + 1], half.data());
         }
         for (int i = 0; i < count; i++) {
@@ -181,39 +233,48 @@ void mix_in(const float *x, const void *weight, const void *bias, double eps, in
             if (t)
                 memcpy(before[i], z[i], sizeof(float) * size_t(padded(C)));
             else
-                load_row(before[i], {shift, int(dtype)}, b * C, int(C), padded(C));
-            if (t == T - 1) store_row({new_shift, int(dtype)}, b * C, z[i + 1], int(C));
+                load_row(before[i], before_all, b * C, int(C), padded(C));
+            if (t == T - 1) store_row(after_all, b * C, z[i + 1], int(C));
         }
         for (int64_t j = 0; j < n; j++) {
             const Parameter &share = *shares[size_t(j)];
             for (int i = 0; i < count; i++) {
                 const float *now = z[i + 1], *then = before[i];
                 float *to = out.row(i);
-                if (!extra) {
+                if (!extra.data) {
                     for (int64_t c = 0; c < C; c += LANES)
                         store(to + c, load(now + c) + (load(then + c) - load(now + c)) * share[c]);
                     continue;
                 }
-                load_row(to, {extra, FLOAT32}, (j * rows + first + i) * C, int(C), padded(C));
+                load_row(to, more, (j * rows + first + i) * C, int(C), padded(C));
                 for (int64_t c = 0; c < C; c += LANES)
                     store(to + c, load(now + c) + (load(then + c) - load(now + c)) * (share[c] + load(to + c)));
             }
-            out.pack(packed[j], tile, count, pairs);
+            out.pack(packed.as<Span>()[j].as(), tile, count, pairs);
         }
     });
+    return FITS;
 }
 
 struct Packing {
     const float *y;  // rows `stride` floats from one to the next
     float *packed;
     int64_t stride, k, activation;
+    int64_t y_bytes, packed_bytes;
 };
 
 // Activations of y[rows,k], packed; several at once.
-void activate(const Packing *packings, int64_t n, int64_t rows, int64_t pairs, int64_t threads) {
+int64_t activate(Span packings, int64_t n, int64_t rows, int64_t pairs, int64_t threads) {
+    if (n < 1 || !holds(packings, sizeof(Packing), {n})) return MISFIT;
+    for (int64_t j = 0; j < n; j++) {
+        const Packing &l = packings.as<Packing>()[j];
+        if (!packed_fits({l.packed, l.packed_bytes}, rows, l.k, pairs) ||
+            !reaches({const_cast<float *>(l.y), l.y_bytes}, 4, {rows, l.k}, {l.stride, 1}))
+            return MISFIT;
+    }
     over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
         for (int64_t j = 0; j < n; j++) {
-            const Packing &l = packings[j];
+            const Packing &l = packings.as<Packing>()[j];
             Tile out(l.k);
             for (int i = 0; i < count; i++) {
                 float *row = out.row(i);
@@ -226,16 +287,22 @@ void activate(const Packing *packings, int64_t n, int64_t rows, int64_t pairs, i
             out.pack(l.packed, tile, count, pairs);
         }
     });
+    return FITS;
 }
 
 // RWKV-7, between the products and the WKV operator; all [rows,A]. From k, v, wx, ax (before w0 and a0 are added) and vx
 // (null in layer 0): k and v as the operator takes them, in place; wx becomes the log-decay, ax its b; a is new.
-void gates7(float *k, float *v, float *wx, float *ax, const float *vx, const float *v_first, float *a, const void *w0,
-            const void *a0, const void *v0, const void *k_k, const void *k_a, int64_t dtype, int64_t rows, int64_t H,
-            int64_t N, int64_t threads) {
-    const int64_t A = H * N;
-    const Parameter w_0(w0, dtype, A), a_0(a0, dtype, A), v_0(vx ? v0 : nullptr, dtype, A), kk(k_k, dtype, A),
-        ka(k_a, dtype, A);
+int64_t gates7(Span k_span, Span v_span, Span wx_span, Span ax_span, Span vx_span, Span v_first_span, Span a_span, Span w0,
+               Span a0, Span v0, Span k_k, Span k_a, int64_t dtype, int64_t rows, int64_t H, int64_t N, int64_t threads) {
+    const int64_t A = product_of({H, N});
+    float *k = k_span.as(), *v = v_span.as(), *wx = wx_span.as(), *ax = ax_span.as(), *a = a_span.as();
+    const float *vx = vx_span.as(), *v_first = v_first_span.as();
+    if (!there({k_span, v_span, wx_span, ax_span, a_span, w0, a0, k_k, k_a}) || (vx && !there({v_first_span, v0})) ||
+        !floats({k_span, v_span, wx_span, ax_span, vx_span, v_first_span, a_span}, rows, A) ||
+        !parameters({w0, a0, v0, k_k, k_a}, dtype, A))
+        return MISFIT;
+    const Parameter w_0(w0.data, dtype, A), a_0(a0.data, dtype, A), v_0(vx ? v0.data : nullptr, dtype, A), kk(k_k.data, dtype, A),
+        ka(k_a.data, dtype, A);
     over_tiles(rows, int(threads), [&](int64_t, int64_t first, int count) {
         Scratch scratch(8, A);
         float *scale = scratch[6], *read = scratch[7];
@@ -271,11 +338,14 @@ void gates7(float *k, float *v, float *wx, float *ax, const float *vx, const flo
             store_row({a, FLOAT32}, at, read, int(A));
         }
     });
+    return FITS;
 }
 
 // RWKV-6: the log-decay -exp(time_decay + x), in place; x[rows,A].
-void decays6(float *x, const void *time_decay, int64_t dtype, int64_t rows, int64_t A, int64_t threads) {
-    const Parameter base(time_decay, dtype, A);
+int64_t decays6(Span x_span, Span time_decay, int64_t dtype, int64_t rows, int64_t A, int64_t threads) {
+    if (!there({x_span, time_decay}) || !floats({x_span}, rows, A) || !parameters({time_decay}, dtype, A)) return MISFIT;
+    float *x = x_span.as();
+    const Parameter base(time_decay.data, dtype, A);
     over_tiles(rows, int(threads), [&](int64_t, int64_t first, int count) {
         Scratch scratch(1, A);
         for (int64_t at = first * A; at < (first + count) * A; at += A) {
@@ -284,15 +354,20 @@ void decays6(float *x, const void *time_decay, int64_t dtype, int64_t rows, int6
             store_row({x, FLOAT32}, at, row, int(A));
         }
     });
+    return FITS;
 }
 
 // Behind the WKV operator of RWKV-5 to 7: norm over heads, the bonus of RWKV-7 (r_k null elsewhere), the gate (null in 5.0;
 // through silu where asked), packed. All [rows,A].
-void heads_out(const float *y, const void *weight, const void *bias, double eps, const float *r, const float *k,
-               const float *v, const void *r_k, const float *gate, int64_t silu, int64_t dtype, int64_t rows, int64_t H,
-               int64_t N, float *packed, int64_t pairs, int64_t threads) {
-    const int64_t A = H * N;
-    const Parameter w(weight, dtype, A), b(bias, dtype, A), rk(r_k, dtype, A);
+int64_t heads_out(Span y_span, Span weight, Span bias, double eps, Span r_span, Span k_span, Span v_span, Span r_k, Span gate_span,
+                  int64_t silu, int64_t dtype, int64_t rows, int64_t H, int64_t N, Span packed, int64_t pairs, int64_t threads) {
+    const int64_t A = product_of({H, N});
+    const float *y = y_span.as(), *r = r_span.as(), *k = k_span.as(), *v = v_span.as(), *gate = gate_span.as();
+    if (!there({y_span, weight, bias}) || (r_k.data && !there({r_span, k_span, v_span})) ||
+        !floats({y_span, r_span, k_span, v_span, gate_span}, rows, A) || !parameters({weight, bias, r_k}, dtype, A) ||
+        !packed_fits(packed, rows, A, pairs))
+        return MISFIT;
+    const Parameter w(weight.data, dtype, A), b(bias.data, dtype, A), rk(r_k.data, dtype, A);
     over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
         Scratch scratch(8, A);
         Tile out(A);
@@ -307,7 +382,7 @@ void heads_out(const float *y, const void *weight, const void *bias, double eps,
                 scale, H, N, [&](int64_t c) { return load(x + c) * load(x + c); },
                 [&](float s) { return 1.0f / std::sqrt(s / float(N) + float(eps)); });
             for (int64_t c = 0; c < A; c += LANES) store(to + c, load(x + c) * load(scale + c) * w[c] + b[c]);
-            if (r_k) {
+            if (r_k.data) {
                 float *receptance = scratch.take(1, r + at, A);
                 const float *key = scratch.take(2, k + at, A), *value = scratch.take(3, v + at, A);
                 for (int64_t c = 0; c < A; c += LANES) store(receptance + c, load(receptance + c) * load(key + c) * rk[c]);
@@ -322,12 +397,15 @@ void heads_out(const float *y, const void *weight, const void *bias, double eps,
                 }
             }
         }
-        out.pack(packed, tile, count, pairs);
+        out.pack(packed.as(), tile, count, pairs);
     });
+    return FITS;
 }
 
 // RWKV-4: sigmoid(r) y of [rows,A], packed.
-void gate4(const float *r, const float *y, int64_t rows, int64_t A, float *packed, int64_t pairs, int64_t threads) {
+int64_t gate4(Span r_span, Span y_span, int64_t rows, int64_t A, Span packed, int64_t pairs, int64_t threads) {
+    if (!there({r_span, y_span}) || !floats({r_span, y_span}, rows, A) || !packed_fits(packed, rows, A, pairs)) return MISFIT;
+    const float *r = r_span.as(), *y = y_span.as();
     over_tiles(rows, int(threads), [&](int64_t tile, int64_t first, int count) {
         Scratch scratch(2, A);
         Tile out(A);
@@ -335,12 +413,16 @@ void gate4(const float *r, const float *y, int64_t rows, int64_t A, float *packe
             const float *gate = scratch.take(0, r + (first + i) * A, A), *x = scratch.take(1, y + (first + i) * A, A);
             for (int64_t c = 0; c < A; c += LANES) store(out.row(i) + c, sigmoid(load(gate + c)) * load(x + c));
         }
-        out.pack(packed, tile, count, pairs);
+        out.pack(packed.as(), tile, count, pairs);
     });
+    return FITS;
 }
 
 // The channel mix of RWKV-4 to 6: x += sigmoid(r) y, all [rows,C].
-void add_gated(float *x, const float *r, const float *y, int64_t rows, int64_t C, int64_t threads) {
+int64_t add_gated(Span x_span, Span r_span, Span y_span, int64_t rows, int64_t C, int64_t threads) {
+    if (!there({x_span, r_span, y_span}) || !floats({x_span, r_span, y_span}, rows, C)) return MISFIT;
+    float *x = x_span.as();
+    const float *r = r_span.as(), *y = y_span.as();
     over_tiles(rows, int(threads), [&](int64_t, int64_t first, int count) {
         Scratch scratch(3, C);
         for (int64_t at = first * C; at < (first + count) * C; at += C) {
@@ -350,6 +432,7 @@ void add_gated(float *x, const float *r, const float *y, int64_t rows, int64_t C
             store_row({x, FLOAT32}, at, sum, int(C));
         }
     });
+    return FITS;
 }
 
 }  // extern "C"

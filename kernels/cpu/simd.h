@@ -7,6 +7,8 @@
 #include <cstring>
 #include <memory>
 
+#include "spans.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -207,20 +209,30 @@ inline void transpose(float *to, int64_t to_stride, const float *from, int64_t f
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
-// A tensor whose last axis is contiguous, and the dtype of its elements.
+inline int64_t size_of(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+inline bool is_dtype(int64_t dtype) { return dtype == FLOAT32 || dtype == BFLOAT16 || dtype == FLOAT16; }
+
+// A tensor whose last axis is contiguous, the dtype of its elements, and how many there are.
 struct Input {
     const void *data;
     int dtype;
+    int64_t count = INT64_MAX;
 };
 
 struct Output {
     void *data;
     int dtype;
+    int64_t count = INT64_MAX;
 };
 
 // The two bits of tensor i in a word that holds the dtypes of several, the first one's lowest.
-INLINE Input input(const void *data, int64_t dtypes, int i) { return {data, int(dtypes >> (2 * i) & 3)}; }
-INLINE Output output(void *data, int64_t dtypes, int i) { return {data, int(dtypes >> (2 * i) & 3)}; }
+INLINE int dtype_of(int64_t dtypes, int i) { return int(dtypes >> (2 * i) & 3); }
+INLINE Input input(const Span &x, int64_t dtypes, int i) {
+    return {x.data, dtype_of(dtypes, i), x.bytes / size_of(dtype_of(dtypes, i))};
+}
+INLINE Output output(const Span &x, int64_t dtypes, int i) {
+    return {x.data, dtype_of(dtypes, i), x.bytes / size_of(dtype_of(dtypes, i))};
+}
 
 INLINE float half_to_float(uint16_t half) {
     uint32_t magnitude = half & 0x7fffu, sign = uint32_t(half & 0x8000u) << 16, bits;
@@ -302,6 +314,7 @@ inline __attribute__((noinline)) void load_half_row(float *to, Input in, int64_t
 // A copy even where they are float32 already: large tensors begin at the same place of a page, so that rows of six of them,
 // used where they lie, fall into one set of the cache and push each other out.
 INLINE void load_row(float *to, Input in, int64_t offset, int n, int width) {
+    check_access(offset, n, in.count);
     if (in.dtype == FLOAT32) {
         const float *from = static_cast<const float *>(in.data) + offset;
         int i = 0;
@@ -314,6 +327,7 @@ INLINE void load_row(float *to, Input in, int64_t offset, int n, int width) {
 }
 
 inline __attribute__((noinline)) void store_row(Output out, int64_t offset, const float *from, int n) {
+    check_access(offset, n, out.count);
     if (out.dtype == FLOAT32) {
         memcpy(static_cast<float *>(out.data) + offset, from, size_t(n) * sizeof(float));
         return;

@@ -18,6 +18,7 @@ struct Model {
     float norm_eps, head_norm_eps;
     int32_t generation;
     int32_t rescale;  // layers after which x is halved; 0 for never
+    int64_t n_tensors;
 };
 
 // States before and after. wkv before: strides of [B,L,H,V,K]; after: [B,L,H,K,V]. RWKV-4: [B,L,3,A] both.
@@ -32,9 +33,51 @@ struct Call {
     float *new_wkv;
     void *new_att_shift, *new_ffn_shift, *logits;
     int64_t threads;
+    // Bytes behind each.
+    int64_t tokens_bytes, wkv_bytes, att_bytes, ffn_bytes, new_wkv_bytes, new_att_bytes, new_ffn_bytes, logits_bytes;
 };
 
 enum { EMB, LN0, LN_OUT = 3, HEAD = 5, LAYERS };  // what comes before the layers' tensors
+
+// Whether a call's tokens and states, whose WKV state is `per_layer` numbers per sequence and layer, fit the model, as what
+// stands before the layers does.
+inline bool fits(const Model &m, const Call &c, int64_t per_layer, int64_t tensors_per_layer, bool matrices) {
+    if (m.L < 1 || m.C < 1 || m.A < 1 || m.F < 1 || m.V < 1 || c.B < 1 || c.threads < 1 || !is_dtype(m.dtype)) return false;
+    if (matrices && (m.H < 1 || m.N < 1 || int64_t(m.H) * m.N != m.A)) return false;
+    if (m.n_tensors != LAYERS + m.L * tensors_per_layer) return false;
+    for (int i = LN0; i < HEAD; i++)
+        if (!m.tensors[i].is(1, m.C)) return false;
+    if (!m.tensors[EMB].is(m.V, m.C) || !m.tensors[HEAD].is(m.V, m.C) || m.tensors[HEAD].transposed) return false;
+    const int64_t size = size_of(m.dtype), *s = c.wkv_strides;
+    const Span wkv{const_cast<float *>(c.wkv), c.wkv_bytes}, tokens{const_cast<int64_t *>(c.tokens), c.tokens_bytes};
+    const Span att{const_cast<void *>(c.att_shift), c.att_bytes}, ffn{const_cast<void *>(c.ffn_shift), c.ffn_bytes};
+    if (!holds(tokens, 8, {c.B})) return false;
+    for (int64_t b = 0; b < c.B; b++)
+        if (c.tokens[b] < 0 || c.tokens[b] >= m.V) return false;
+    return (matrices ? reaches(wkv, 4, {c.B, m.L, m.H, m.N, m.N}, {s[0], s[1], s[2], s[3], s[4]})
+                     : s[3] == 1 && reaches(wkv, 4, {c.B, m.L, 3, m.A}, {s[0], s[1], s[2], s[3]})) &&
+           reaches(att, size, {c.B, m.L, m.C}, {c.att_strides[0], c.att_strides[1], 1}) &&
+           reaches(ffn, size, {c.B, m.L, m.C}, {c.ffn_strides[0], c.ffn_strides[1], 1}) &&
+           holds({c.new_wkv, c.new_wkv_bytes}, 4, {c.B, m.L, per_layer}) &&
+           holds({c.new_att_shift, c.new_att_bytes}, size, {c.B, m.L, m.C}) &&
+           holds({c.new_ffn_shift, c.new_ffn_bytes}, size, {c.B, m.L, m.C}) && holds({c.logits, c.logits_bytes}, size, {c.B, m.V});
+}
+
+// What a tensor of a layer has to be; `optional` ones may be missing.
+struct Shape {
+    int at;
+    int64_t rows, columns;
+    bool optional = false;
+};
+
+// Whether the tensors of a layer have these shapes. Vectors have the model's dtype.
+inline bool have_shapes(const Model &m, const Tensor *t, std::initializer_list<Shape> shapes) {
+    for (const Shape &s : shapes) {
+        if (s.optional && !t[s.at].data) continue;
+        if (!t[s.at].is(s.rows, s.columns) || ((s.rows == 1 || t[s.at].transposed) && t[s.at].format != m.dtype)) return false;
+    }
+    return true;
+}
 
 // Memory of one call, handed out in pieces whose rows have zeros behind their end. The thread that calls keeps it.
 class Scratch {

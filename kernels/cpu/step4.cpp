@@ -63,11 +63,25 @@ void step(const Model &m, const Call &c) {
     head<D>(m, c, x, now);
 }
 
+bool fit(const Model &m, const Call &c) {
+    const int64_t C = m.C, A = m.A, F = m.F;
+    if (!fits(m, c, 3 * A, PER_LAYER, false)) return false;
+    for (int layer = 0; layer < m.L; layer++)
+        if (!have_shapes(m, m.tensors + LAYERS + layer * PER_LAYER,
+                         {{LN1, 1, C}, {LN1 + 1, 1, C}, {LN2, 1, C}, {LN2 + 1, 1, C}, {DECAY, 1, A}, {FIRST, 1, A}, {MIX_K, 1, C},
+                          {MIX_V, 1, C}, {MIX_R, 1, C}, {KEY, A, C}, {VALUE, A, C}, {RECEPTANCE, A, C}, {OUTPUT, C, A},
+                          {FFN_MIX_K, 1, C}, {FFN_MIX_R, 1, C}, {FFN_KEY, F, C}, {FFN_RECEPTANCE, C, C}, {FFN_VALUE, C, F}}))
+            return false;
+    return true;
+}
+
 }  // namespace
 
 // One token of B sequences: logits [B,V] and the new state.
-extern "C" void step(const Model *model, const Call *call) {
+extern "C" int64_t step(const Model *model, const Call *call) {
+    if (!fit(*model, *call)) return MISFIT;
     if (model->dtype == FLOAT32) step<FLOAT32>(*model, *call);
     if (model->dtype == BFLOAT16) step<BFLOAT16>(*model, *call);
     if (model->dtype == FLOAT16) step<FLOAT16>(*model, *call);
+    return FITS;
 }

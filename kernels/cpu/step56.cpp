@@ -87,7 +87,7 @@ void step(const Model &m, const Call &c) {
 
     each_sequence(B, threads, [&](int64_t b) { embed<D>(m, c, b, x.row(b)); });
     for (int layer = 0; layer < m.L; layer++, t += six ? int(PER_LAYER_6) : int(PER_LAYER_5)) {
-        static const Tensor nothing{nullptr, nullptr, FLOAT32, 0, 0, 1};
+        static const Tensor nothing{nullptr, nullptr, FLOAT32, 0, 0, 1, 0, 0};
         if constexpr (GENERATION == 6) {
             each_sequence(B, threads, [&](int64_t b) {
                 norm_and_shift<D>(m, c, layer, b, true, t + LN1, x.row(b), now.row(b), before.row(b));
@@ -146,12 +146,47 @@ void step_of(const Model &m, const Call &c) {
     if (m.dtype == FLOAT16) step<FLOAT16, GENERATION>(m, c);
 }
 
+bool fit(const Model &m, const Call &c) {
+    const int64_t C = m.C, A = m.A, F = m.F, H = m.H;
+    const bool six = m.generation == 6;
+    const int per_layer = six ? int(PER_LAYER_6) : int(PER_LAYER_5);
+    if (!fits(m, c, A * m.N, per_layer, true)) return false;
+    const Tensor *first = m.tensors + LAYERS;
+    for (int layer = 0; layer < m.L; layer++) {
+        const Tensor *t = m.tensors + LAYERS + layer * per_layer;
+        if (!have_shapes(m, t,
+                         {{LN1, 1, C}, {LN1 + 1, 1, C}, {LN2, 1, C}, {LN2 + 1, 1, C}, {RECEPTANCE, A, C}, {KEY, A, C}, {VALUE, A, C},
+                          {GATE, A, C, !six}, {OUTPUT, C, A}, {LN_X, 1, A}, {LN_X + 1, 1, A}, {FFN_MIX_K, 1, C}, {FFN_MIX_R, 1, C},
+                          {FFN_KEY, F, C}, {FFN_RECEPTANCE, C, C}, {FFN_VALUE, C, F}}))
+            return false;
+        // One number per channel, or one per head.
+        const int64_t decays = int64_t(t[DECAY].rows) * t[DECAY].columns == A ? A : H;
+        const int bonus = t[BONUS].data ? BONUS : LOG_BONUS;
+        if ((six && decays != A) || !have_shapes(m, t, {{DECAY, 1, decays}, {bonus, 1, decays}})) return false;
+        if (!six) {
+            if (!have_shapes(m, t, {{MIX_K, 1, C}, {MIX_V, 1, C}, {MIX_R, 1, C}, {MIX_G, 1, C, !t[GATE].data}})) return false;
+            continue;
+        }
+        const int64_t wide = t[MAA_W1].columns, rank = t[DECAY_W1].columns;
+        if (wide % 5 || wide != first[MAA_W1].columns || rank != first[DECAY_W1].columns) return false;
+        if (!have_shapes(m, t,
+                         {{MAA_X, 1, C}, {MAA_W, 1, C}, {MAA_K, 1, C}, {MAA_V, 1, C}, {MAA_R, 1, C}, {MAA_G, 1, C},
+                          {MAA_W1, C, wide}, {MAA_W2, wide, C}, {DECAY_W1, C, rank}, {DECAY_W2, rank, A}}))
+            return false;
+        for (int i : {MAA_W1, MAA_W2, DECAY_W1, DECAY_W2})
+            if (!t[i].transposed) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 // One token of B sequences: logits [B,V] and the new state.
-extern "C" void step(const Model *model, const Call *call) {
+extern "C" int64_t step(const Model *model, const Call *call) {
+    if (!fit(*model, *call)) return MISFIT;
     if (model->generation == 6)
         step_of<6>(*model, *call);
     else
         step_of<5>(*model, *call);
+    return FITS;
 }

@@ -161,11 +161,34 @@ void step(const Model &m, const Call &c) {
     head<D>(m, c, x, now);
 }
 
+bool fit(const Model &m, const Call &c) {
+    const int64_t C = m.C, A = m.A, F = m.F;
+    if (!fits(m, c, A * m.N, PER_LAYER, true)) return false;
+    for (int layer = 0; layer < m.L; layer++) {
+        const Tensor *t = m.tensors + LAYERS + layer * PER_LAYER;
+        const bool first = layer == 0;
+        if (!have_shapes(m, t,
+                         {{LN1, 1, C}, {LN1 + 1, 1, C}, {LN2, 1, C}, {LN2 + 1, 1, C}, {X_R, 1, C}, {X_W, 1, C}, {X_K, 1, C},
+                          {X_V, 1, C}, {X_A, 1, C}, {X_G, 1, C}, {W0, 1, A}, {W1, C, t[W1].columns}, {W2, t[W1].columns, A},
+                          {A0, 1, A}, {A1, C, t[A1].columns}, {A2, t[A1].columns, A}, {V0, 1, A, first},
+                          {V1, C, t[V1].columns, first}, {V2, t[V1].columns, A, first}, {G1, C, t[G1].columns},
+                          {G2, t[G1].columns, A}, {K_K, 1, A}, {K_A, 1, A}, {R_K, 1, A}, {RECEPTANCE, A, C}, {KEY, A, C},
+                          {VALUE, A, C}, {OUTPUT, C, A}, {LN_X, 1, A}, {LN_X + 1, 1, A}, {FFN_X_K, 1, C}, {FFN_KEY, F, C},
+                          {FFN_VALUE, C, F}}))
+            return false;
+        for (int i : {W1, W2, A1, A2, G1, G2, V1, V2})
+            if (t[i].data && !t[i].transposed) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 // One token of B sequences: logits [B,V] and the new state.
-extern "C" void step(const Model *model, const Call *call) {
+extern "C" int64_t step(const Model *model, const Call *call) {
+    if (!fit(*model, *call)) return MISFIT;
     if (model->dtype == FLOAT32) step<FLOAT32>(*model, *call);
     if (model->dtype == BFLOAT16) step<BFLOAT16>(*model, *call);
     if (model->dtype == FLOAT16) step<FLOAT16>(*model, *call);
+    return FITS;
 }

@@ -19,6 +19,7 @@ struct Tensor {
     const void *data;
     const uint16_t *scales;
     int32_t format, rows, columns, transposed;
+    int64_t bytes, scales_bytes;  // behind `data` and `scales`
 
     int outputs() const { return transposed ? columns : rows; }
     int inputs() const { return transposed ? rows : columns; }
@@ -27,6 +28,18 @@ struct Tensor {
         if (format == INT8) return n + n / GROUP8 * 2;
         if (format == INT4) return n / 2 + n / GROUP4 * 2;
         return std::max<int64_t>(n, 1) * (format == FLOAT32 ? 4 : 2);
+    }
+
+    // Whether it is a [r,c], or has r c numbers in a row, and there is memory for all of it.
+    bool is(int64_t r, int64_t c) const {
+        if (r < 1 || c < 1 || !data || rows < 1 || columns < 1) return false;
+        if ((rows != r || columns != c) && (r != 1 || int64_t(rows) * columns != c)) return false;
+        const int64_t all = int64_t(rows) * columns;
+        if (format == FLOAT32 || format == BFLOAT16 || format == FLOAT16) return bytes >= all * (format == FLOAT32 ? 4 : 2);
+        if (transposed || !scales) return false;
+        const int64_t groups8 = rows * ((int64_t(columns) + GROUP8 - 1) / GROUP8), lines = rows * ((int64_t(columns) + LINE4 - 1) / LINE4);
+        if (format == INT8) return bytes >= groups8 * GROUP8 && scales_bytes >= 2 * groups8;
+        return format == INT4 && bytes >= lines * 64 && scales_bytes >= lines * 8;
     }
 };
 

@@ -193,35 +193,52 @@ void for_channels(const Sizes &size, int threads, Task &&task) {
     parallel_with_torch(int(size.B * runs), threads, [&](int i) { task(i / runs, i % runs * W); });
 }
 
+bool fit(const Sizes &s, int64_t dtypes, const Span &w, const Span &u, const Span &k, const Span &v) {
+    for (int i = 0; i < 4; i++)
+        if (!is_dtype(dtype_of(dtypes, i))) return false;
+    auto size = [&](int i) { return size_of(dtype_of(dtypes, i)); };
+    return s.B > 0 && s.T > 0 && s.A > 0 && holds(w, size(0), {s.A}) && holds(u, size(1), {s.A}) &&
+           holds(k, size(2), {s.B, s.T, s.A}) && holds(v, size(3), {s.B, s.T, s.A});
+}
+
 }  // namespace
 
 // w, u `[A]`, k, v `[B,T,A]`, all contiguous; their dtypes in two bits each, w's lowest; y has v's dtype. state, final_state
 // `[B,3,A]` float32 contiguous; kept: see `Forward`.
-extern "C" void wkv4_forward(const void *w, const void *u, const void *k, const void *v, int64_t dtypes, const float *state,
-                             void *y, float *final_state, float *kept, int64_t B, int64_t T, int64_t A, int threads) {
+extern "C" int64_t wkv4_forward(Span w, Span u, Span k, Span v, int64_t dtypes, Span state, Span y, Span final_state, Span kept,
+                                int64_t B, int64_t T, int64_t A, int threads) {
     Forward f{{B, T, A},           input(w, dtypes, 0),  input(u, dtypes, 1), input(k, dtypes, 2),
-              input(v, dtypes, 3), state,                output(y, dtypes, 3), final_state,
-              kept};
+              input(v, dtypes, 3), state.as(),           output(y, dtypes, 3), final_state.as(),
+              kept.as()};
+    if (!fit(f.size, dtypes, w, u, k, v) || !holds(y, size_of(dtype_of(dtypes, 3)), {B, T, A}) || !holds(state, 4, {B, 3, A}) ||
+        !holds(final_state, 4, {B, 3, A}) || (f.kept && !holds(kept, 4, {B, f.size.chunks(), 3, A})))
+        return MISFIT;
     for_channels(f.size, threads, [&](int64_t b, int64_t first) { forward_channels(f, b, first); });
+    return FITS;
 }
 
 // Gradients of everything that `wkv4_forward` takes: dk, dv in their input's dtype, dw and du `[B,A]` float32, d_state
 // `[B,3,A]`; dy in y's dtype, d_final `[B,3,A]` contiguous or null.
-extern "C" void wkv4_backward(const void *w, const void *u, const void *k, const void *v, int64_t dtypes, const void *dy,
-                              const float *d_final, const float *kept, void *dk, void *dv, float *dw, float *du,
-                              float *d_state, int64_t B, int64_t T, int64_t A, int threads) {
+extern "C" int64_t wkv4_backward(Span w, Span u, Span k, Span v, int64_t dtypes, Span dy, Span d_final, Span kept, Span dk,
+                                 Span dv, Span dw, Span du, Span d_state, int64_t B, int64_t T, int64_t A, int threads) {
     Backward f{{B, T, A},
                input(w, dtypes, 0),
                input(u, dtypes, 1),
                input(k, dtypes, 2),
                input(v, dtypes, 3),
                input(dy, dtypes, 3),
-               d_final,
-               kept,
+               d_final.as(),
+               kept.as(),
                output(dk, dtypes, 2),
                output(dv, dtypes, 3),
-               dw,
-               du,
-               d_state};
+               dw.as(),
+               du.as(),
+               d_state.as()};
+    const int64_t size_k = size_of(dtype_of(dtypes, 2)), size_v = size_of(dtype_of(dtypes, 3));
+    if (!fit(f.size, dtypes, w, u, k, v) || !holds(dy, size_v, {B, T, A}) || (f.d_final && !holds(d_final, 4, {B, 3, A})) ||
+        !holds(kept, 4, {B, f.size.chunks(), 3, A}) || !holds(dk, size_k, {B, T, A}) || !holds(dv, size_v, {B, T, A}) ||
+        !holds(dw, 4, {B, A}) || !holds(du, 4, {B, A}) || !holds(d_state, 4, {B, 3, A}))
+        return MISFIT;
     for_channels(f.size, threads, [&](int64_t b, int64_t first) { backward_channels(f, b, first); });
+    return FITS;
 }

@@ -279,23 +279,36 @@ void backward_head(const Backward &f, int64_t b, int64_t h) {
     for (int v = 0; v < N; v++) memcpy(f.d_state + (head * N + v) * N, G + v * wide, size_t(N) * sizeof(float));
 }
 
+bool fit(const Sizes &s, int64_t dtypes, const Span &r, const Span &w, const Span &k, const Span &v, const Span &u) {
+    for (int i = 0; i < 5; i++)
+        if (!is_dtype(dtype_of(dtypes, i))) return false;
+    auto size = [&](int i) { return size_of(dtype_of(dtypes, i)); };
+    auto tokens = [&](const Span &x, int i) { return holds(x, size(i), {s.B, s.T, s.H, s.N}); };
+    return s.B > 0 && s.T > 0 && s.H > 0 && s.N > 0 && tokens(r, 0) && tokens(k, 2) && tokens(v, 3) &&
+           (s.per_token ? tokens(w, 1) : holds(w, size(1), {s.H, s.N})) && holds(u, size(4), {s.H, s.N});
+}
+
 }  // namespace
 
 // r, k, v `[B,T,H,N]`, w the same (per_token) or `[H,N]`, u `[H,N]`, all contiguous; dtypes of r, w, k, v, u in two bits each,
 // r's lowest; y has v's dtype. state `[B,H,V,K]` float32 with strides; final_state `[B,H,K,V]`; kept: see `Forward`.
-extern "C" void wkv6_forward(const void *r, const void *w, const void *k, const void *v, const void *u, int64_t dtypes,
-                             const float *state, int64_t sb, int64_t sh, int64_t sv, int64_t sk, void *y, float *final_state,
-                             float *kept, int64_t B, int64_t T, int64_t H, int64_t N, int per_token, int threads) {
+extern "C" int64_t wkv6_forward(Span r, Span w, Span k, Span v, Span u, int64_t dtypes, Span state, int64_t sb, int64_t sh,
+                                int64_t sv, int64_t sk, Span y, Span final_state, Span kept, int64_t B, int64_t T, int64_t H,
+                                int64_t N, int per_token, int threads) {
     Forward f{{B, T, H, int(N), per_token != 0},
               input(r, dtypes, 0),
               input(w, dtypes, 1),
               input(k, dtypes, 2),
               input(v, dtypes, 3),
               input(u, dtypes, 4),
-              {state, sb, sh, sv, sk},
+              {state.as(), sb, sh, sv, sk},
               output(y, dtypes, 3),
-              final_state,
-              kept};
+              final_state.as(),
+              kept.as()};
+    if (!fit(f.size, dtypes, r, w, k, v, u) || !reaches(state, 4, {B, H, N, N}, {sb, sh, sv, sk}) ||
+        !holds(y, size_of(dtype_of(dtypes, 3)), {B, T, H, N}) || !holds(final_state, 4, {B, H, N, N}) ||
+        (f.kept && !holds(kept, 4, {B, H, f.size.chunks(), N, N})))
+        return MISFIT;
     if (N == 32)
         forward_width<32>(f, threads);
     else if (N == 64)
@@ -304,15 +317,15 @@ extern "C" void wkv6_forward(const void *r, const void *w, const void *k, const 
         forward_width<128>(f, threads);
     else
         forward_width<0>(f, threads);
+    return FITS;
 }
 
 // Gradients of everything that `wkv6_forward` takes: dr, dw, dk, dv in their input's dtype, dw_sum (where w is `[H,N]`; dw is
 // not written then) and du `[B,H,N]` float32; dy in y's dtype. d_final: gradient of the final state `[B,H,V,K]` with strides,
 // or null; d_state `[B,H,V,K]` contiguous.
-extern "C" void wkv6_backward(const void *r, const void *w, const void *k, const void *v, const void *u, int64_t dtypes,
-                              const void *dy, const float *d_final, int64_t sb, int64_t sh, int64_t sv, int64_t sk,
-                              const float *kept, void *dr, void *dw, void *dk, void *dv, float *dw_sum, float *du,
-                              float *d_state, int64_t B, int64_t T, int64_t H, int64_t N, int per_token, int threads) {
+extern "C" int64_t wkv6_backward(Span r, Span w, Span k, Span v, Span u, int64_t dtypes, Span dy, Span d_final, int64_t sb,
+                                 int64_t sh, int64_t sv, int64_t sk, Span kept, Span dr, Span dw, Span dk, Span dv, Span dw_sum,
+                                 Span du, Span d_state, int64_t B, int64_t T, int64_t H, int64_t N, int per_token, int threads) {
     Backward f{{B, T, H, int(N), per_token != 0},
                input(r, dtypes, 0),
                input(w, dtypes, 1),
@@ -320,15 +333,21 @@ extern "C" void wkv6_backward(const void *r, const void *w, const void *k, const
                input(v, dtypes, 3),
                input(u, dtypes, 4),
                input(dy, dtypes, 3),
-               {d_final, sb, sh, sv, sk},
-               kept,
+               {d_final.as(), sb, sh, sv, sk},
+               kept.as(),
                output(dr, dtypes, 0),
                output(dw, dtypes, 1),
                output(dk, dtypes, 2),
                output(dv, dtypes, 3),
-               dw_sum,
-               du,
-               d_state};
+               dw_sum.as(),
+               du.as(),
+               d_state.as()};
+    auto tokens = [&](const Span &x, int i) { return holds(x, size_of(dtype_of(dtypes, i)), {B, T, H, N}); };
+    if (!fit(f.size, dtypes, r, w, k, v, u) || !tokens(dy, 3) ||
+        (f.d_final.data && !reaches(d_final, 4, {B, H, N, N}, {sb, sh, sv, sk})) ||
+        !holds(kept, 4, {B, H, f.size.chunks(), N, N}) || !tokens(dr, 0) || !tokens(dk, 2) || !tokens(dv, 3) ||
+        !(per_token ? tokens(dw, 1) : holds(dw_sum, 4, {B, H, N})) || !holds(du, 4, {B, H, N}) || !holds(d_state, 4, {B, H, N, N}))
+        return MISFIT;
     parallel_with_torch(int(B * H), threads, [&](int i) {
         if (N == 32)
             backward_head<32>(f, i / H, i % H);
@@ -339,4 +358,5 @@ extern "C" void wkv6_backward(const void *r, const void *w, const void *k, const
         else
             backward_head<0>(f, i / H, i % H);
     });
+    return FITS;
 }

@@ -338,14 +338,22 @@ void backward_head(const Backward &f, int64_t b, int64_t h) {
     for (int v = 0; v < N; v++) memcpy(f.d_state + (head * N + v) * N, G + v * wide, size_t(N) * sizeof(float));
 }
 
+bool fit(const Sizes &s, int64_t dtypes, std::initializer_list<Span> inputs) {
+    int i = 0;
+    for (const Span &x : inputs) {
+        const int dtype = dtype_of(dtypes, i++);
+        if (!is_dtype(dtype) || !holds(x, size_of(dtype), {s.B, s.T, s.H, s.N})) return false;
+    }
+    return s.B > 0 && s.T > 0 && s.H > 0 && s.N > 0;
+}
+
 }  // namespace
 
 // r, w, k, v, a, b `[B,T,H,N]` contiguous, their dtypes in two bits each, r's lowest; y has v's dtype. state `[B,H,V,K]`
 // float32 with strides; final_state `[B,H,K,V]`. kept and readings: see `Forward`.
-extern "C" void wkv7_forward(const void *r, const void *w, const void *k, const void *v, const void *a, const void *b,
-                             int64_t dtypes, const float *state, int64_t sb, int64_t sh, int64_t sv, int64_t sk, void *y,
-                             float *final_state, float *kept, float *readings, int64_t B, int64_t T, int64_t H, int64_t N,
-                             int threads) {
+extern "C" int64_t wkv7_forward(Span r, Span w, Span k, Span v, Span a, Span b, int64_t dtypes, Span state, int64_t sb, int64_t sh,
+                                int64_t sv, int64_t sk, Span y, Span final_state, Span kept, Span readings, int64_t B, int64_t T,
+                                int64_t H, int64_t N, int threads) {
     Forward f{{B, T, H, int(N)},
               input(r, dtypes, 0),
               input(w, dtypes, 1),
@@ -353,11 +361,15 @@ extern "C" void wkv7_forward(const void *r, const void *w, const void *k, const 
               input(v, dtypes, 3),
               input(a, dtypes, 4),
               input(b, dtypes, 5),
-              {state, sb, sh, sv, sk},
+              {state.as(), sb, sh, sv, sk},
               output(y, dtypes, 3),
-              final_state,
-              kept,
-              readings};
+              final_state.as(),
+              kept.as(),
+              readings.as()};
+    if (!fit(f.size, dtypes, {r, w, k, v, a, b}) || !reaches(state, 4, {B, H, N, N}, {sb, sh, sv, sk}) ||
+        !holds(y, size_of(dtype_of(dtypes, 3)), {B, T, H, N}) || !holds(final_state, 4, {B, H, N, N}) ||
+        (f.kept && (!holds(kept, 4, {B, H, f.size.chunks(), N, N}) || !holds(readings, 4, {B, T, H, N}))))
+        return MISFIT;
     if (N == 32)
         forward_width<32>(f, threads);
     else if (N == 64)
@@ -366,14 +378,14 @@ extern "C" void wkv7_forward(const void *r, const void *w, const void *k, const 
         forward_width<128>(f, threads);
     else
         forward_width<0>(f, threads);
+    return FITS;
 }
 
 // Gradients of everything that `wkv7_forward` takes, each in its input's dtype; dy in y's. d_final: gradient of the final
 // state `[B,H,V,K]` with strides, or null; d_state `[B,H,V,K]` contiguous.
-extern "C" void wkv7_backward(const void *r, const void *w, const void *k, const void *v, const void *a, const void *b,
-                              int64_t dtypes, const void *dy, const float *d_final, int64_t sb, int64_t sh, int64_t sv,
-                              int64_t sk, const float *kept, const float *readings, void *dr, void *dw, void *dk, void *dv,
-                              void *da, void *db, float *d_state, int64_t B, int64_t T, int64_t H, int64_t N, int threads) {
+extern "C" int64_t wkv7_backward(Span r, Span w, Span k, Span v, Span a, Span b, int64_t dtypes, Span dy, Span d_final, int64_t sb,
+                                 int64_t sh, int64_t sv, int64_t sk, Span kept, Span readings, Span dr, Span dw, Span dk, Span dv,
+                                 Span da, Span db, Span d_state, int64_t B, int64_t T, int64_t H, int64_t N, int threads) {
     Backward f{{B, T, H, int(N)},
                input(r, dtypes, 0),
                input(w, dtypes, 1),
@@ -382,16 +394,21 @@ extern "C" void wkv7_backward(const void *r, const void *w, const void *k, const
                input(a, dtypes, 4),
                input(b, dtypes, 5),
                input(dy, dtypes, 3),
-               {d_final, sb, sh, sv, sk},
-               kept,
-               readings,
+               {d_final.as(), sb, sh, sv, sk},
+               kept.as(),
+               readings.as(),
                output(dr, dtypes, 0),
                output(dw, dtypes, 1),
                output(dk, dtypes, 2),
                output(dv, dtypes, 3),
                output(da, dtypes, 4),
                output(db, dtypes, 5),
-               d_state};
+               d_state.as()};
+    if (!fit(f.size, dtypes, {r, w, k, v, a, b}) || !fit(f.size, dtypes, {dr, dw, dk, dv, da, db}) ||
+        !holds(dy, size_of(dtype_of(dtypes, 3)), {B, T, H, N}) ||
+        (f.d_final.data && !reaches(d_final, 4, {B, H, N, N}, {sb, sh, sv, sk})) ||
+        !holds(kept, 4, {B, H, f.size.chunks(), N, N}) || !holds(readings, 4, {B, T, H, N}) || !holds(d_state, 4, {B, H, N, N}))
+        return MISFIT;
     parallel_with_torch(int(B * H), threads, [&](int i) {
         if (N == 32)
             backward_head<32>(f, i / H, i % H);
@@ -402,4 +419,5 @@ extern "C" void wkv7_backward(const void *r, const void *w, const void *k, const
         else
             backward_head<0>(f, i / H, i % H);
     });
+    return FITS;
 }

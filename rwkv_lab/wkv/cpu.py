@@ -1,4 +1,4 @@
-"""Calls into the compiled kernels of `kernels/cpu`: checks shapes and memory, allocates the outputs, passes addresses.
+"""Calls into the compiled kernels of `kernels/cpu`: checks shapes and memory, allocates the outputs, passes memory.
 
 Inputs may be float32, bfloat16 or float16, each on its own; the state is float32 with any strides. Sums are made in
 float32. The state comes back as `[B,H,V,K]` with keys outermost in memory, as the kernels have it.
@@ -16,22 +16,22 @@ from torch import Tensor
 from rwkv_lab.errors import KernelError
 from rwkv_lab.machine import proc
 from rwkv_lab.wkv.loader import cpu_library
-from rwkv_lab.wkv.pointers import DTYPES, address, new, strided_address
+from rwkv_lab.wkv.pointers import DTYPES, NOTHING, Span, check, new, span, strided_span
 
 CHUNK = 32  # tokens between two kept states; the same number stands in the sources
 SOURCES = {"wkv4": "wkv4", "wkv5": "wkv6", "wkv6": "wkv6", "wkv7": "wkv7"}
 
-_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_STATE = [_POINTER, *[_LONG] * 4]  # with its strides
+_LONG, _INT = ctypes.c_int64, ctypes.c_int
+_STATE = [Span, *[_LONG] * 4]  # with its strides
 _SIGNATURES = {
-    "wkv4_forward": [*[_POINTER] * 4, _LONG, *[_POINTER] * 4, *[_LONG] * 3, _INT],
-    "wkv4_backward": [*[_POINTER] * 4, _LONG, *[_POINTER] * 8, *[_LONG] * 3, _INT],
-    "wkv6_forward": [*[_POINTER] * 5, _LONG, *_STATE, *[_POINTER] * 3, *[_LONG] * 4, _INT, _INT],
-    "wkv6_backward": [*[_POINTER] * 5, _LONG, _POINTER, *_STATE, *[_POINTER] * 8, *[_LONG] * 4, _INT, _INT],
-    "wkv7_forward": [*[_POINTER] * 6, _LONG, *_STATE, *[_POINTER] * 4, *[_LONG] * 4, _INT],
-    "wkv7_backward": [*[_POINTER] * 6, _LONG, _POINTER, *_STATE, *[_POINTER] * 9, *[_LONG] * 4, _INT],
+    "wkv4_forward": [*[Span] * 4, _LONG, *[Span] * 4, *[_LONG] * 3, _INT],
+    "wkv4_backward": [*[Span] * 4, _LONG, *[Span] * 8, *[_LONG] * 3, _INT],
+    "wkv6_forward": [*[Span] * 5, _LONG, *_STATE, *[Span] * 3, *[_LONG] * 4, _INT, _INT],
+    "wkv6_backward": [*[Span] * 5, _LONG, Span, *_STATE, *[Span] * 8, *[_LONG] * 4, _INT, _INT],
+    "wkv7_forward": [*[Span] * 6, _LONG, *_STATE, *[Span] * 4, *[_LONG] * 4, _INT],
+    "wkv7_backward": [*[Span] * 6, _LONG, Span, *_STATE, *[Span] * 9, *[_LONG] * 4, _INT],
 }
-_functions: dict[str, Callable[..., None]] = {}
+_functions: dict[str, Callable[..., int]] = {}
 
 
 def wkv4_forward(
@@ -45,7 +45,7 @@ def wkv4_forward(
     _function("wkv4_forward")(
         *_inputs((w, (A,)), (u, (A,)), (k, v.shape), (v, v.shape)),
         *_floats((state, (B, 3, A))),
-        *(address(y, v.shape, v.dtype), *_floats((final, (B, 3, A))), _kept(kept)),
+        *(span(y, v.shape, v.dtype), *_floats((final, (B, 3, A))), _kept(kept)),
         *(B, T, A, _threads(v, 32)),
     )
     return y, final, kept
@@ -62,10 +62,10 @@ def wkv4_backward(
     dw, du, d_state = (new(shape, torch.float32) for shape in ((B, A), (B, A), (B, 3, A)))
     _function("wkv4_backward")(
         *_inputs((w, (A,)), (u, (A,)), (k, v.shape), (v, v.shape)),
-        address(dy, v.shape, v.dtype),
-        *([None] if d_final is None else _floats((d_final, (B, 3, A)))),
+        span(dy, v.shape, v.dtype),
+        *([NOTHING] if d_final is None else _floats((d_final, (B, 3, A)))),
         *_floats((kept, (B, -(-T // CHUNK), 3, A))),
-        *(address(dk, v.shape, k.dtype), address(dv, v.shape, v.dtype)),
+        *(span(dk, v.shape, k.dtype), span(dv, v.shape, v.dtype)),
         *_floats((dw, (B, A)), (du, (B, A)), (d_state, (B, 3, A))),
         *(B, T, A, _threads(v, 32)),
     )
@@ -86,7 +86,7 @@ def wkv6_forward(
     _function("wkv6_forward")(
         *_inputs_of_6(r, w, k, v, u),
         *_strided(state, (B, H, N, N)),
-        *(address(y, v.shape, v.dtype), *_floats((final, (B, H, N, N))), _kept(kept)),
+        *(span(y, v.shape, v.dtype), *_floats((final, (B, H, N, N))), _kept(kept)),
         *(B, T, H, N, w.ndim == 4, _threads(v, N)),
     )
     return y, final.mT, kept
@@ -104,12 +104,12 @@ def wkv6_backward(
     du, d_state = new((B, H, N), torch.float32), new((B, H, N, N), torch.float32)
     _function("wkv6_backward")(
         *_inputs_of_6(r, w, k, v, u),
-        *(address(dy, v.shape, v.dtype), *_strided(d_final, (B, H, N, N))),
+        *(span(dy, v.shape, v.dtype), *_strided(d_final, (B, H, N, N))),
         *_floats((kept, (B, H, -(-T // CHUNK), N, N))),
-        address(dr, v.shape, r.dtype),
-        address(dw, v.shape, w.dtype) if per_token else None,
-        *(address(dk, v.shape, k.dtype), address(dv, v.shape, v.dtype)),
-        *([None] if per_token else _floats((dw, (B, H, N)))),
+        span(dr, v.shape, r.dtype),
+        span(dw, v.shape, w.dtype) if per_token else NOTHING,
+        *(span(dk, v.shape, k.dtype), span(dv, v.shape, v.dtype)),
+        *([NOTHING] if per_token else _floats((dw, (B, H, N)))),
         *_floats((du, (B, H, N)), (d_state, (B, H, N, N))),
         *(B, T, H, N, per_token, _threads(v, N)),
     )
@@ -129,7 +129,7 @@ def wkv7_forward(
     _function("wkv7_forward")(
         *_inputs(*((x, v.shape) for x in inputs)),
         *_strided(state, (B, H, N, N)),
-        *(address(y, v.shape, v.dtype), *_floats((final, (B, H, N, N))), _kept(kept), _kept(readings)),
+        *(span(y, v.shape, v.dtype), *_floats((final, (B, H, N, N))), _kept(kept), _kept(readings)),
         *(B, T, H, N, _threads(v, N)),
     )
     return y, final.mT, kept, readings
@@ -154,9 +154,9 @@ def wkv7_backward(
     d_state = new((B, H, N, N), torch.float32)
     _function("wkv7_backward")(
         *_inputs(*((x, v.shape) for x in inputs)),
-        *(address(dy, v.shape, v.dtype), *_strided(d_final, (B, H, N, N))),
+        *(span(dy, v.shape, v.dtype), *_strided(d_final, (B, H, N, N))),
         *_floats((kept, (B, H, -(-T // CHUNK), N, N)), (readings, v.shape)),
-        *(address(x, v.shape, of.dtype) for x, of in zip(gradients, inputs, strict=True)),
+        *(span(x, v.shape, of.dtype) for x, of in zip(gradients, inputs, strict=True)),
         *_floats((d_state, (B, H, N, N))),
         *(B, T, H, N, _threads(v, N)),
     )
@@ -168,9 +168,9 @@ def _function(name: str):
     function = _functions.get(name)
     if function is None:
         function = getattr(library_on_torch_threads(name[:4]), name)
-        function.argtypes, function.restype = _SIGNATURES[name], None
+        function.argtypes, function.restype = _SIGNATURES[name], _LONG
         _functions[name] = function
-    return function
+    return lambda *arguments: check(function(*arguments), name)
 
 
 def library_on_torch_threads(name: str) -> ctypes.CDLL:
@@ -204,32 +204,32 @@ def _sizes(v, n: int) -> tuple[int, ...]:
     return tuple(v.shape)
 
 
-def _inputs(*inputs) -> list[int]:
-    """Addresses of the (tensor, shape) given, and their dtypes in one number, two bits each, the first one's lowest."""
+def _inputs(*inputs) -> list:
+    """The memory of the (tensor, shape) given, and their dtypes in one number, two bits each, the first lowest."""
     word = 0
     for x, _ in reversed(inputs):
         word = word << 2 | DTYPES.get(x.dtype, 3)
-    return [*(address(x, shape) for x, shape in inputs), word]
+    return [*(span(x, shape) for x, shape in inputs), word]
 
 
-def _inputs_of_6(r, w, k, v, u) -> list[int]:
+def _inputs_of_6(r, w, k, v, u) -> list:
     heads = v.shape[2:]
     return _inputs((r, v.shape), (w, v.shape if w.ndim == 4 else heads), (k, v.shape), (v, v.shape), (u, heads))
 
 
-def _floats(*tensors) -> list[int]:
-    """Addresses of the (tensor, shape) given, which are float32."""
-    return [address(x, shape, torch.float32) for x, shape in tensors]
+def _floats(*tensors) -> list[Span]:
+    """The memory of the (tensor, shape) given, which are float32."""
+    return [span(x, shape, torch.float32) for x, shape in tensors]
 
 
 def _strided(state, shape) -> tuple:
-    """Address and strides of a state, float32; it may be None."""
-    return (None, 0, 0, 0, 0) if state is None else (strided_address(state, shape, torch.float32), *state.stride())
+    """Memory and strides of a state, float32; it may be None."""
+    return (NOTHING, 0, 0, 0, 0) if state is None else (strided_span(state, shape, torch.float32), *state.stride())
 
 
-def _kept(x) -> int | None:
-    """The address of what was made here, None where it is empty."""
-    return address(x, x.shape, torch.float32) if x.numel() else None
+def _kept(x) -> Span:
+    """The memory of what was made here, none where it is empty."""
+    return span(x, x.shape, torch.float32) if x.numel() else NOTHING
 
 
 def _threads(v, width: int) -> int:

@@ -5,6 +5,7 @@ shape, strides, and the memory that is really behind it have to be what those si
 its tensors say, since `untyped_storage().resize_` does not ask them.
 """
 
+import ctypes
 from collections.abc import Collection
 
 import torch
@@ -15,8 +16,17 @@ from rwkv_lab.errors import KernelError, ParameterError
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype in kernels/cpu/simd.h
 
 
-def address(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[torch.dtype] = (*DTYPES,)) -> int:
-    """Where a contiguous tensor of that shape and of one of these dtypes begins.
+class Span(ctypes.Structure):
+    """Memory as kernels take it: where it begins, and how many bytes are there; `kernels/cpu/spans.h`."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("bytes", ctypes.c_int64)]
+
+
+NOTHING = Span(None, 0)  # for what a call does without
+
+
+def span(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[torch.dtype] = (*DTYPES,)) -> Span:
+    """The memory of a contiguous tensor of that shape and of one of these dtypes.
 
     Raises:
         KernelError: it is another tensor.
@@ -24,11 +34,11 @@ def address(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[
     """
     if not x.is_contiguous():
         raise KernelError(f"A tensor of shape {list(x.shape)} for compiled code is not contiguous.")
-    return strided_address(x, shape, dtypes)
+    return strided_span(x, shape, dtypes)
 
 
-def strided_address(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[torch.dtype]) -> int:
-    """As `address`, of a tensor with any strides, which are passed on beside the address."""
+def strided_span(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[torch.dtype]) -> Span:
+    """As `span`, of a tensor with any strides, which are passed on beside it."""
     wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
     if x.layout is not torch.strided or x.device.type != "cpu" or x.is_neg():
         raise KernelError(f"A tensor for compiled code is a {type(x).__name__}, {x.layout}, on {x.device}.")
@@ -38,7 +48,17 @@ def strided_address(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Col
         )
     if missing := missing_memory(x):
         raise ParameterError(f"A tensor of shape {list(x.shape)} {missing}.")
-    return x.data_ptr()
+    return Span(x.data_ptr(), x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize)
+
+
+def check(code: int, function: str) -> None:
+    """What an entry point of a kernel returned.
+
+    Raises:
+        KernelError: sizes, dtypes and memory that it was given do not go together; it has touched nothing.
+    """
+    if code:
+        raise KernelError(f"{function} was given sizes, dtypes or memory that do not go together.")
 
 
 def missing_memory(x: Tensor) -> str:

@@ -6,15 +6,15 @@ Names are those of the C++ sources; `tests/model/cpu/test_abi.py` compares order
 import ctypes
 from collections.abc import Mapping
 
-import torch
-
 from rwkv_lab.wkv.cpu import library_on_torch_threads
 from rwkv_lab.wkv.loader import cpu_library
+from rwkv_lab.wkv.pointers import DTYPES, Span
+
+__all__ = ["DTYPES"]
 
 POINTER, INT32, INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FLOAT32, BFLOAT16, FLOAT16 in simd.h
 QUANTISED = {8: 3, 4: 4}  # bits per weight -> INT8, INT4 in weights.h
 NONE, TANH, SIGMOID, RELU_SQUARE = range(4)  # Activation in mix.cpp
 
@@ -29,6 +29,8 @@ class Tensor(ctypes.Structure):
         ("rows", INT32),
         ("columns", INT32),
         ("transposed", INT32),
+        ("bytes", INT64),
+        ("scales_bytes", INT64),
     ]
 
 
@@ -42,6 +44,7 @@ class Model(ctypes.Structure):
         ("head_norm_eps", FLOAT),
         ("generation", INT32),
         ("rescale", INT32),
+        ("n_tensors", INT64),
     ]
 
 
@@ -62,6 +65,10 @@ class Call(ctypes.Structure):
         ("new_ffn_shift", POINTER),
         ("logits", POINTER),
         ("threads", INT64),
+        *(
+            (f"{name}_bytes", INT64)
+            for name in ("tokens", "wkv", "att", "ffn", "new_wkv", "new_att", "new_ffn", "logits")
+        ),
     ]
 
 
@@ -71,7 +78,7 @@ class Product(ctypes.Structure):
     _fields_ = [
         *((name, POINTER) for name in ("x", "w", "y")),
         *((name, INT64) for name in ("rows", "k", "n", "w_dtype", "w_stride_n", "w_stride_k")),
-        *((name, INT64) for name in ("y_dtype", "y_stride", "add")),
+        *((name, INT64) for name in ("y_dtype", "y_stride", "add", "x_bytes", "w_bytes", "y_bytes")),
     ]
 
 
@@ -80,31 +87,28 @@ class Packing(ctypes.Structure):
 
     _fields_ = [
         *((name, POINTER) for name in ("y", "packed")),
-        *((name, INT64) for name in ("stride", "k", "activation")),
+        *((name, INT64) for name in ("stride", "k", "activation", "y_bytes", "packed_bytes")),
     ]
 
 
-_NORM = (POINTER, POINTER, DOUBLE, INT64)  # weight, bias, eps, dtype
+_NORM = (Span, Span, DOUBLE, INT64)  # weight, bias, eps, dtype
 
-# Function -> what it returns, and its arguments.
+# Function -> its arguments. All return a number; where they are given memory, 0 says that it fits the sizes.
 PREFILL = {
-    "has_pairs": (INT64, ()),
-    "packed_floats": (INT64, (INT64,) * 3),
-    "multiply_all": (None, (POINTER, *(INT64,) * 3)),
-    "embed": (None, (POINTER, POINTER, *_NORM, INT64, INT64, POINTER, INT64)),
-    "norm_out": (None, (POINTER, *_NORM, INT64, INT64, POINTER, INT64, INT64)),
-    "mix_in": (
-        None,
-        (POINTER, *_NORM, *(INT64,) * 3, POINTER, POINTER, INT64, POINTER, INT64, POINTER, POINTER, INT64, INT64),
-    ),
-    "activate": (None, (POINTER, *(INT64,) * 4)),
-    "gates7": (None, (*(POINTER,) * 12, *(INT64,) * 5)),
-    "decays6": (None, (POINTER, POINTER, *(INT64,) * 4)),
-    "heads_out": (None, (POINTER, *_NORM[:3], *(POINTER,) * 5, *(INT64,) * 5, POINTER, INT64, INT64)),
-    "gate4": (None, (POINTER, POINTER, INT64, INT64, POINTER, INT64, INT64)),
-    "add_gated": (None, (*(POINTER,) * 3, *(INT64,) * 3)),
+    "has_pairs": (),
+    "packed_floats": (INT64,) * 3,
+    "multiply_all": (Span, *(INT64,) * 3),
+    "embed": (Span, Span, *_NORM, *(INT64,) * 3, Span, INT64),
+    "norm_out": (Span, *_NORM, INT64, INT64, Span, INT64, INT64),
+    "mix_in": (Span, *_NORM, *(INT64,) * 3, Span, Span, INT64, Span, INT64, Span, Span, INT64, INT64),
+    "activate": (Span, *(INT64,) * 4),
+    "gates7": (*(Span,) * 12, *(INT64,) * 5),
+    "decays6": (Span, Span, *(INT64,) * 4),
+    "heads_out": (Span, *_NORM[:3], *(Span,) * 5, *(INT64,) * 5, Span, INT64, INT64),
+    "gate4": (Span, Span, INT64, INT64, Span, INT64, INT64),
+    "add_gated": (*(Span,) * 3, *(INT64,) * 3),
 }
-STEP = {"step": (None, (POINTER, POINTER))}
+STEP = {"step": (POINTER, POINTER)}
 
 
 def prefill_library() -> ctypes.CDLL:
@@ -128,9 +132,9 @@ def step_library(source: str) -> ctypes.CDLL:
 def _declared(library: ctypes.CDLL, functions: Mapping[str, tuple]) -> ctypes.CDLL:
     """The library, its functions told their arguments: a wrong number or type of them raises ArgumentError."""
     if library not in _known:
-        for name, (returns, arguments) in functions.items():
+        for name, arguments in functions.items():
             function = getattr(library, name)
-            function.restype, function.argtypes = returns, arguments
+            function.restype, function.argtypes = INT64, arguments
         _known.add(library)
     return library
 

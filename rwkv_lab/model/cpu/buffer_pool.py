@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from rwkv_lab.wkv.pointers import address, new
+from rwkv_lab.wkv.pointers import new, span
 
 _LINE = 64  # bytes: where parts begin
 _KEPT = 4  # blocks of one size that lie ready at most: a token's state is made while the one before is still there
@@ -24,20 +24,22 @@ class Memory:
 
     address: where it begins.
     offsets: where its parts begin, in bytes behind that.
+    sizes: of its parts, in bytes.
     """
 
-    __slots__ = ("_block", "_nbytes", "_parts", "address", "offsets")
+    __slots__ = ("_block", "_nbytes", "_parts", "address", "offsets", "sizes")
 
     def __init__(self, *parts: tuple[tuple[int, ...], torch.dtype]):
-        self._parts, self.offsets, self._nbytes = parts, [], 0
+        self._parts, self.offsets, self.sizes, self._nbytes = parts, [], [], 0
         for shape, dtype in parts:
             self.offsets.append(self._nbytes)
-            self._nbytes += -(-math.prod(shape) * dtype.itemsize // _LINE) * _LINE
+            self.sizes.append(math.prod(shape) * dtype.itemsize)
+            self._nbytes += -(-self.sizes[-1] // _LINE) * _LINE
         try:
             self._block, self.address = _free[self._nbytes].pop()
         except (KeyError, IndexError):
             self._block = new((self._nbytes,), torch.uint8)
-            self.address = address(self._block, (self._nbytes,), torch.uint8)
+            self.address = span(self._block, (self._nbytes,), torch.uint8).data
 
     def tensors(self) -> list[torch.Tensor]:
         """Its parts, with the shapes and dtypes asked for."""

@@ -40,7 +40,7 @@ from rwkv_lab.model.standard_modules import is_standard, patched_class
 from rwkv_lab.model.state import RWKVState
 from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
 from rwkv_lab.wkv.choice import chosen_backend
-from rwkv_lab.wkv.pointers import address, missing_memory
+from rwkv_lab.wkv.pointers import Span, missing_memory, span
 
 log = logging.getLogger(__name__)
 
@@ -219,8 +219,8 @@ class Eligibility:
         self.lasting = bool(fault) or not (fault := _fault_of_tensors(model, refuse=not any(self.hooks)))
         if not self.lasting:
             self.tensors = []
-        self._addresses = array("Q", [address(x, x.shape, x.dtype) for x in self.tensors])
-        self._places = dict(zip(map(id, self.tensors), self._addresses, strict=True))
+        self._places = {id(x): span(x, x.shape, x.dtype) for x in self.tensors}
+        self._addresses = array("Q", [self._places[id(x)].data or 0 for x in self.tensors])
         self._nbytes = list(map(_nbytes, map(_storage, self.tensors)))
         self._kinds = self._kinds_now()
         self._large = sum(x.nbytes for x in self.tensors) > _LARGE
@@ -230,8 +230,8 @@ class Eligibility:
             "step": fault or ("" if self.norm_eps() else "its norms differ in eps"),
         }
 
-    def address_of(self, x: torch.Tensor) -> int:
-        """Where one of the tensors begins, as it is compared in every call.
+    def span_of(self, x: torch.Tensor) -> Span:
+        """The memory of one of the tensors, as it is compared in every call.
 
         Raises:
             KernelError: it is none of those that were examined.

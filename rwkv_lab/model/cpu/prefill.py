@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.registry import compiled_form
 from rwkv_lab.model.state import RWKVState
-from rwkv_lab.wkv.pointers import address, new, strided_address
+from rwkv_lab.wkv.pointers import NOTHING, Span, check, new, span, strided_span
 
 _BLOCK = 512  # rows (batch times tokens) at once: enough to pay for reading a layer's weights, few enough for the cache
 
@@ -80,15 +80,15 @@ class Pass:
 
     def call(self, name: str, *arguments: Any) -> None:
         """A function of the library; its last argument is the number of threads."""
-        getattr(self.library, name)(*arguments, self.threads)
+        check(getattr(self.library, name)(*arguments, self.threads), name)
 
-    def floats(self, x: Tensor | None, *shape: int) -> int | None:
-        """The address of float32 of that shape, or of whatever shape it has; None for None."""
-        return None if x is None else address(x, shape or x.shape, torch.float32)
+    def floats(self, x: Tensor | None, *shape: int) -> Span:
+        """The memory of float32 of that shape, or of whatever shape it has; nothing for None."""
+        return NOTHING if x is None else span(x, shape or x.shape, torch.float32)
 
-    def weights(self, x: Tensor | None, n: int) -> int | None:
-        """The address of n numbers of a parameter, in the model's dtype; None for None."""
-        return None if x is None else address(x.view(n), (n,), self.torch_dtype)
+    def weights(self, x: Tensor | None, n: int) -> Span:
+        """The memory of n numbers of a parameter, in the model's dtype; nothing for None."""
+        return NOTHING if x is None else span(x.view(n), (n,), self.torch_dtype)
 
     def norm(self, norm: nn.LayerNorm | nn.GroupNorm, n: int) -> tuple:
         """What a function takes of a norm over n channels."""
@@ -115,22 +115,24 @@ class Pass:
             transposed = isinstance(weight, Transposed)
             weight = weight.weight if transposed else weight
             k, n = weight.shape if transposed else weight.shape[::-1]
-            p.x, p.w = self.floats(x, self.packed_size(rows, k)), address(weight, weight.shape, self.torch_dtype)
-            p.y = strided_address(y, (rows, n), (torch.float32, self.torch_dtype))
+            packed, matrix = self.floats(x, self.packed_size(rows, k)), span(weight, weight.shape, self.torch_dtype)
+            out = strided_span(y, (rows, n), (torch.float32, self.torch_dtype))
+            p.x, p.w, p.y = packed.data, matrix.data, out.data
+            p.x_bytes, p.w_bytes, p.y_bytes = packed.bytes, matrix.bytes, out.bytes
             p.rows, p.k, p.n, p.w_dtype = rows, k, n, abi.DTYPES[weight.dtype]
             p.w_stride_n, p.w_stride_k = (1, n) if transposed else (k, 1)
             p.y_dtype, p.y_stride, p.add = abi.DTYPES[y.dtype], y.stride(0), add
-        self.call("multiply_all", wanted, len(products), self.pairs)
+        self.call("multiply_all", _of_array(wanted), len(products), self.pairs)
 
     def activate(self, rows: int, *inputs: tuple[str, Tensor, int]) -> list[Tensor]:
         """activation(y) packed, for each (name, y `[rows,k]`, activation)."""
         wanted, found = (abi.Packing * len(inputs))(), []
         for one, (name, y, activation) in zip(wanted, inputs, strict=True):
             found.append(self.packed(name, rows, y.shape[1]))
-            one.y = strided_address(y, (rows, y.shape[1]), torch.float32)
-            one.packed = self.floats(found[-1])
+            given, packed = strided_span(y, (rows, y.shape[1]), torch.float32), self.floats(found[-1])
+            one.y, one.y_bytes, one.packed, one.packed_bytes = given.data, given.bytes, packed.data, packed.bytes
             one.stride, one.k, one.activation = y.stride(0), y.shape[1], activation
-        self.call("activate", wanted, len(inputs), rows, self.pairs)
+        self.call("activate", _of_array(wanted), len(inputs), rows, self.pairs)
         return found
 
     # ------------------------------------------------------------------ parts of layers
@@ -150,11 +152,13 @@ class Pass:
         (B, T), (rows, C) = shape, x.shape
         shift, after = shift.contiguous(), new((B, C), self.torch_dtype)
         packed = [self.packed(name, rows, C) for name in names]
+        shares = (Span * len(mu))(*(self.weights(one, C) for one in mu))
+        outputs = (Span * len(packed))(*(self.floats(one) for one in packed))
         self.call(
             *("mix_in", self.floats(x, rows, C), *self.norm(ln, C), rows, T, C),
-            *(address(z, (B, C), self.torch_dtype) for z in (shift, after)),
-            *(len(mu), _array([self.weights(one, C) for one in mu]), int(of_present)),
-            *(self.floats(extra, len(mu), rows, C), _array([self.floats(one) for one in packed]), self.pairs),
+            *(span(z, (B, C), self.torch_dtype) for z in (shift, after)),
+            *(len(mu), _of_array(shares), int(of_present)),
+            *(self.floats(extra, len(mu), rows, C), _of_array(outputs), self.pairs),
         )
         return packed, after
 
@@ -186,8 +190,8 @@ class Pass:
         model, form, v_first = self.model, compiled_form(self.model.layout), None
         (rows, C), emb = x.shape, model.emb.weight
         self.call(
-            *("embed", address(tokens, tokens.shape, torch.int64), address(emb, (len(emb), C), self.torch_dtype)),
-            *(*self.norm(model.blocks[0].ln0, C), rows, C, self.floats(x, rows, C)),
+            *("embed", span(tokens, tokens.shape, torch.int64), span(emb, (len(emb), C), self.torch_dtype)),
+            *(*self.norm(model.blocks[0].ln0, C), rows, len(emb), C, self.floats(x, rows, C)),
         )
         for layer, block in enumerate(model.blocks):
             att[layer], wkv[layer], v_first = form.time_mix(
@@ -200,5 +204,6 @@ def _float32(*shape: int) -> Tensor:
     return new(shape, torch.float32)
 
 
-def _array(addresses) -> ctypes.Array:
-    return (abi.POINTER * len(addresses))(*addresses)
+def _of_array(array: ctypes.Array) -> Span:
+    """The memory of an array made here, which has to be kept until the call is over."""
+    return Span(ctypes.addressof(array), ctypes.sizeof(array))

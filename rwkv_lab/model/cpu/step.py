@@ -13,16 +13,16 @@ from rwkv_lab.model.cpu.eligibility import PACKED, Eligibility, Permit, forget
 from rwkv_lab.model.cpu.lazy_state import lazy_state, memory_of
 from rwkv_lab.model.registry import compiled_form, generation_of
 from rwkv_lab.model.state import RWKVState, check_state, state_shapes
-from rwkv_lab.wkv.pointers import strided_address
+from rwkv_lab.wkv.pointers import check, strided_span
 
-_ABSENT = abi.Tensor(None, None, 0, 0, 0, 1)
+_ABSENT = abi.Tensor(None, None, 0, 0, 0, 1, 0, 0)
 
 
 class Table:
     """A model as the step reads it. Nothing is computed from the weights, so values may change in place at any time."""
 
     def __init__(self, model: Any, found: Eligibility):
-        layout, form, self._address_of = found.layout, compiled_form(found.layout), found.address_of
+        layout, form, self._span_of = found.layout, compiled_form(found.layout), found.span_of
         self.vocab_size, self.dtype = layout.vocab_size, model.ln_out.weight.dtype
         rows = [row for m in (model.emb, model.blocks[0].ln0, model.ln_out, model.head) for row in self._of_module(m)]
         for layer, block in enumerate(model.blocks):
@@ -36,9 +36,9 @@ class Table:
             ctypes.addressof(self.rows),
             *(abi.DTYPES[self.dtype], layout.n_layer, layout.n_embd, layout.dim_att, layout.dim_ffn),
             *(layout.vocab_size, layout.n_head, layout.head_size, norm_eps, head_norm_eps),
-            *(form.number, RESCALE_EVERY if rescale else 0),
+            *(form.number, RESCALE_EVERY if rescale else 0, len(rows)),
         )
-        del self._address_of  # which holds this table
+        del self._span_of  # which holds this table
         self.state, self.shift = state_shapes(layout)["wkv"], (layout.n_layer, layout.n_embd)
 
     def _of_slot(self, block, name: str, transposed: bool) -> list[abi.Tensor]:
@@ -50,15 +50,17 @@ class Table:
 
     def _of_module(self, module) -> list[abi.Tensor]:
         if type(module) in PACKED:
-            codes, scales = self._address_of(module.codes), self._address_of(module.scales)
-            return [abi.Tensor(codes, scales, abi.QUANTISED[module.bits], module.rows, module.columns, 0)]
+            codes, scales = self._span_of(module.codes), self._span_of(module.scales)
+            sizes = (abi.QUANTISED[module.bits], module.rows, module.columns, 0, codes.bytes, scales.bytes)
+            return [abi.Tensor(codes.data, scales.data, *sizes)]
         if isinstance(module, nn.LayerNorm | nn.GroupNorm):
             return [self._of_parameter(module.weight), self._of_parameter(module.bias)]
         return [self._of_parameter(module.weight)]
 
     def _of_parameter(self, x, transposed: bool = False) -> abi.Tensor:
         rows, columns = (x.shape[:-1].numel(), x.shape[-1]) if transposed or x.ndim == 2 else (1, x.numel())
-        return abi.Tensor(self._address_of(x), None, abi.DTYPES[x.dtype], rows, columns, int(transposed))
+        memory = self._span_of(x)
+        return abi.Tensor(memory.data, None, abi.DTYPES[x.dtype], rows, columns, int(transposed), memory.bytes, 0)
 
 
 def run(model: Any, permit: Permit, tokens: torch.Tensor, given: RWKVState | None) -> tuple[torch.Tensor, RWKVState]:
@@ -79,17 +81,18 @@ def run(model: Any, permit: Permit, tokens: torch.Tensor, given: RWKVState | Non
     for column in zip(*tokens.tolist(), strict=True):
         before = memory_of(state, made_for)
         if before is not None:
-            where = _places(before, wkv_shape, shift_shape)
+            where, sizes = _places(before, wkv_shape, shift_shape), before.sizes
         else:
             check_state(state, layout, B, dtype, tokens.device)
             before = state.wkv.float(), _rows(state.att_shift, dtype), _rows(state.ffn_shift, dtype)
-            where = _places_of_tensors(before, wkv_shape, shift_shape, dtype)
+            where, sizes = _places_of_tensors(before, wkv_shape, shift_shape, dtype)
         after = Memory((wkv_shape, torch.float32), (shift_shape, dtype), (shift_shape, dtype))
         answer = Memory(((B, 1, table.vocab_size), dtype))
         new = (after.address + offset for offset in after.offsets)
         ids = (abi.INT64 * B)(*column)
-        call = abi.Call(ctypes.addressof(ids), B, *where, *new, answer.address, threads)
-        step(ctypes.byref(table.model), ctypes.byref(call))
+        sizes = (ctypes.sizeof(ids), *sizes, *after.sizes, *answer.sizes)
+        call = abi.Call(ctypes.addressof(ids), B, *where, *new, answer.address, threads, *sizes)
+        check(step(ctypes.byref(table.model), ctypes.byref(call)), "The step")
         logits += answer.tensors()
         state = lazy_state(after, made_for, layout.version, layout.vocab_size)
     if fits and not fits.result():
@@ -111,11 +114,16 @@ def _places(memory: Memory, wkv_shape: tuple[int, ...], shift_shape: tuple[int, 
     return wkv, strides, att, ffn, rows, rows
 
 
-def _places_of_tensors(parts, wkv_shape: tuple[int, ...], shift_shape: tuple[int, ...], dtype: torch.dtype) -> tuple:
+def _places_of_tensors(
+    parts, wkv_shape: tuple[int, ...], shift_shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[tuple, list[int]]:
+    """The same of any state, and the bytes behind its parts."""
     wkv, att, ffn = parts
     strides = wkv.stride() if wkv.ndim == 5 else (*wkv.stride(), 0)
-    shifts = (strided_address(x, shift_shape, dtype) for x in (att, ffn))
-    return strided_address(wkv, wkv_shape, torch.float32), strides, *shifts, att.stride()[:2], ffn.stride()[:2]
+    memory = strided_span(wkv, wkv_shape, torch.float32), *(strided_span(x, shift_shape, dtype) for x in (att, ffn))
+    addresses = [one.data for one in memory]
+    where = (addresses[0], strides, *addresses[1:], att.stride()[:2], ffn.stride()[:2])
+    return where, [one.bytes for one in memory]
 
 
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
