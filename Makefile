@@ -4,6 +4,7 @@
 # make lab    opens JupyterLab on the notebooks
 # make lint   ruff on Python and notebooks; pyright against the number of findings that are left
 # make bench  measures models, kernels, loading and merging beside others (about 12 GB of disk, most of an hour)
+# make sanitize  tests compiled code under AddressSanitizer and UBSan, with 2,000 random changes of models (an hour)
 # make clean  removes .venv, the demo model, build folders and compiled kernels; reports stay
 #
 # Each sets up in .venv what it needs.
@@ -21,6 +22,7 @@ RUN := $(BIN)/python -m rwkv_lab.workbench.batch --cwd .
 DEMO := reports/demo
 
 .PHONY: demo test consumers lab lint bench clean
+.PHONY: demo test lab lint bench sanitize clean
 
 # What notebooks need; nothing of the tests.
 $(READY): pyproject.toml constraints.txt
@@ -73,6 +75,9 @@ lint: $(TESTS_READY)
 bench: $(TESTS_READY)
 	$(BIN)/python -m rwkv_lab.bench all
 	$(BIN)/python -m rwkv_lab.bench merge
+
+sanitize: $(TESTS_READY)
+	RWKV_LAB_LOOPS=1000 $(BIN)/python tests/sanitize.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo

@@ -6,6 +6,7 @@ float32. The state comes back as `[B,H,V,K]` with keys outermost in memory, as t
 
 import ctypes
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -180,8 +181,26 @@ def library_on_torch_threads(name: str) -> ctypes.CDLL:
         KernelError: as `cpu_library`.
     """
     library = cpu_library(name)
-    library.use_openmp(_gomp_parallel())
+    if library not in _on_torch_threads:
+        library.use_openmp.argtypes = [ctypes.c_void_p]
+        library.use_openmp(None if _forked else _gomp_parallel())
+        _on_torch_threads.add(library)
     return library
+
+
+_on_torch_threads: set[ctypes.CDLL] = set()
+_forked = False  # torch's threads stayed in the parent, and OpenMP does not begin new ones: it would wait for ever
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    for library in _on_torch_threads:
+        library.use_openmp(None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @functools.cache

@@ -91,7 +91,7 @@ def run(model: Any, permit: Permit, tokens: torch.Tensor, given: RWKVState | Non
         new = (after.address + offset for offset in after.offsets)
         ids = (abi.INT64 * B)(*column)
         sizes = (ctypes.sizeof(ids), *sizes, *after.sizes, *answer.sizes)
-        call = abi.Call(ctypes.addressof(ids), B, *where, *new, answer.address, threads, *sizes)
+        call = abi.Call(ctypes.addressof(ids), B, *where, *new, answer.address + answer.offsets[0], threads, *sizes)
         check(step(ctypes.byref(table.model), ctypes.byref(call)), "The step")
         logits += answer.tensors()
         state = lazy_state(after, made_for, layout.version, layout.vocab_size)
