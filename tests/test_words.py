@@ -117,7 +117,7 @@ AMERICAN = re.compile(
 # Names in the interfaces of torch, transformers, pillow, bitsandbytes, tokenizers, gguf and merge recipes.
 THEIRS = re.compile(
     r"(de)?quantize(_\w+)?|optimize|normaliz(e|er|ers|ed)|Optimizer|is_initialized|synchronize|\w*serialization"
-    r"|set_materialize_grads|modeling_\w+|(another_)?normalized_shape|fill_uninitialized_memory"
+    r"|set_materialize_grads|modeling_\w+|(another_)?normalized_shape|fill_uninitialized_memory|initializer_list"
     r"|GGMLQuantizationType|quantization_version"
 )
 
