@@ -21,8 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 RUN := $(BIN)/python -m rwkv_lab.workbench.batch --cwd .
 DEMO := reports/demo
 
-.PHONY: demo test consumers lab lint bench clean
-.PHONY: demo test lab lint bench sanitize clean
+.PHONY: demo test consumers lab lint bench sanitize clean
 
 # What notebooks need; nothing of the tests.
 $(READY): pyproject.toml constraints.txt
