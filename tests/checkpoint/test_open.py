@@ -160,7 +160,7 @@ def test_a_closed_checkpoint_reads_nothing_from_files_opened_later(tmp_path):
     ck = open_checkpoint(path)
     info = next(iter(ck.info.values()))
     ck.close()
-    with open(path, "rb"), pytest.raises(OSError):
+    with open(path, "rb"), pytest.raises(ParameterError, match="was closed"):
         info.read()
     ck.close()
 
