@@ -25,7 +25,7 @@ def modules_of(known: ForeignFormat) -> dict[str, str]:
 def adapter_format(names: Iterable[str]) -> ForeignFormat | None:
     """The format of an adapter by the layers that it adapts; None where they are of none, or BlinkDL's."""
     layers = {general_name(name[: part.start()])[0] for name in names if (part := _PART.search(name))}
-    if not layers:
+    if not layers or any(layers <= set(modules_of(f).values()) for f in FOREIGN_FORMATS.values()):
         return None
     return next((f for f in reversed(FOREIGN_FORMATS.values()) if layers <= modules_of(f).keys()), None)
 

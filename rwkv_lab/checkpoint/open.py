@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,6 +29,7 @@ from rwkv_lab.spec import did_you_mean
 
 log = logging.getLogger(__name__)
 
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")  # what names of shards end in
 _MAX_JSON = 100_000_000  # bytes of an index or config; 1,000 tensors take 0.1 MB
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -167,7 +169,10 @@ class Checkpoint:
 
     @property
     def reason(self) -> str:
-        return self.identity.reason
+        """Why this is no whole model, "" where it is one."""
+        shard = _SHARD.search(self.path.name) if self.identity.reason else None
+        hint = f"; it is shard {int(shard[1])} of {int(shard[2])}: give the folder that it lies in" if shard else ""
+        return self.identity.reason + hint
 
     @property
     def evidence(self) -> tuple[str, ...]:
@@ -230,6 +235,28 @@ def _present(ck: Checkpoint) -> None:
     if found is not None:
         ck.foreign_format, ck.info, ck.ignored = found.format, found.tensors, found.ignored
         ck.names_in_file, ck.inverses = found.theirs, found.inverses
+        _tie(ck)
+        _compare_with_config(ck)
+
+
+def _tie(ck: Checkpoint) -> None:
+    """Give a model whose configuration ties them the head that its embedding is."""
+    if ck.config.get("tie_word_embeddings") is True and "emb.weight" in ck.info and "head.weight" not in ck.info:
+        ck.info["head.weight"] = replace(ck.info["emb.weight"], name="head.weight")
+        for known in (ck.names_in_file, ck.inverses):
+            known["head.weight"] = known["emb.weight"]
+
+
+def _compare_with_config(ck: Checkpoint) -> None:
+    """Note where a configuration states other dimensions than the tensors have."""
+    if ck.layout is None:
+        return
+    has = {"num_hidden_layers": ck.layout.n_layer, "hidden_size": ck.layout.n_embd, "vocab_size": ck.layout.vocab_size}
+    for name, value in has.items():
+        stated = ck.config.get(name)
+        if stated is not None and stated != value:
+            ck.notes.append(f"config.json states {name} {stated!r}, the tensors have {value}; the tensors count.")
+            log.warning("%s: %s", ck.path, ck.notes[-1])
 
 
 def _open_file(ck: Checkpoint, path: Path) -> None:

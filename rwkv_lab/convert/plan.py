@@ -107,6 +107,7 @@ class ConvertResult:
     outputs: tuple[FileFacts, ...] = ()  # the checkpoint; empty after a dry run
     checks: tuple[Check, ...] = ()
     rounding: tuple[Rounding, ...] = ()  # of tensors that were cast
+    nonfinite: tuple[str, ...] = ()  # tensors of the output with NaN, Inf or overflow, and how many, where allowed
     seconds: dict[str, float] = field(default_factory=dict)  # "plan", "write", "verify"
 
     @property
@@ -124,4 +125,6 @@ class ConvertResult:
         values = sum(r.values for r in self.rounding)
         what = {"rounded": "were rounded", "overflow": "overflowed to infinity", "flushed": "were flushed to zero"}
         seen = [f"{n:,} of {values:,} values {what[name]} in the new dtype." for name, n in totals.items() if n]
+        if self.nonfinite:
+            seen.append(f"{len(self.nonfinite)} tensors hold NaN or Inf: {', '.join(self.nonfinite[:5])}.")
         return (*self.plan.notes, *seen)

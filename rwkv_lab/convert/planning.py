@@ -1,6 +1,7 @@
 """Plans a conversion: every tensor of the output with its source, from headers alone."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -181,6 +182,8 @@ def _layout_of(ck: Checkpoint, spec: ConvertSpec) -> Layout | None:
         raise LayoutError(f"{ck.path} cannot be converted: {ck.reason}.")
     if ck.kind == "model":
         return ck.layout
+    if "it is shard" in ck.reason:
+        raise LayoutError(f"{ck.path} cannot be converted: {ck.reason}.")
     if spec.to not in PLAIN:
         raise LayoutError(
             f"to={spec.to!r} takes whole models; {ck.path} is of kind {ck.kind!r}: {ck.reason}.\n"
@@ -231,12 +234,35 @@ def _check_out(out: Path, container: Container, ck: Checkpoint, options: Convert
         sources = [file.path.resolve() for file in ck.files]
         if any(source.is_relative_to(out.resolve()) for source in sources):
             raise OutputError(f"{out} holds the source {ck.path}; inputs are never written to")
+        _refuse_other_files(out)
     else:
         if out.suffix not in container.suffixes:
             raise ParameterError(f"out={str(out)!r}: its name must end in {' or '.join(container.suffixes)}")
         if out.is_dir():
             raise OutputError(f"{out} is a folder; name a file in it, such as {out / ('m' + container.suffixes[0])}")
     check_output(out, [ck], options.allowed_dir, options.overwrite)
+
+
+# What folders of models and adapters hold.
+_OF_A_MODEL = re.compile(
+    r"(pytorch_)?(adapter_)?model.*|.*config\.json|tokenizer.*|special_tokens_map\.json|.*vocab.*|chat_template\.jinja"
+    r"|README\.md|\w+\.py|\.gitattributes"
+)
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Refuse to replace a folder with anything in it that no conversion writes: all of it would be gone.
+
+    Raises:
+        OutputError: names what is there.
+    """
+    there = list(folder.iterdir()) if folder.is_dir() else []
+    other = sorted(p.name for p in there if p.is_dir() or not _OF_A_MODEL.fullmatch(p.name))
+    if other:
+        raise OutputError(
+            f"{folder} holds more than a model ({', '.join(other[:3])}), which would be gone.\n"
+            "Choose another folder, or move that elsewhere."
+        )
 
 
 def _plain(ck: Checkpoint, dtype: torch.dtype | None) -> Tensors:

@@ -41,13 +41,13 @@ def write_convert(plan: ConvertPlan) -> ConvertResult:
         refuse = not plan.spec.allow_nonfinite
         findings = plan.container.write(plan.out, content, plan.options.overwrite, refuse)
         seconds = {"write": time.perf_counter() - start}
-    written = file_facts(plan.out)
     result = ConvertResult(
-        plan,
-        (written,),
-        _checks(plan, findings),
-        tuple(rounding[t.name] for t in plan.content.tensors if t.name in rounding),
-        seconds,
+        plan=plan,
+        outputs=(file_facts(plan.out),),
+        checks=_checks(plan, findings),
+        rounding=tuple(rounding[t.name] for t in plan.content.tensors if t.name in rounding),
+        nonfinite=tuple(map(str, findings)),
+        seconds=seconds,
     )
     if not plan.options.verify:
         return result

@@ -83,7 +83,7 @@ def test_peft_loads_a_converted_adapter(tmp_path):
     [
         ({"to": "fla"}, ParameterError, "pass alpha="),
         ({"to": "fla", "alpha": ALPHA}, LayoutError, "could be of RWKV-.*generation="),
-        ({"to": "transformers", "alpha": ALPHA, "generation": "7.0"}, LayoutError, "has no layer for every one"),
+        ({"to": "world", "alpha": ALPHA, "generation": "7.0"}, LayoutError, "has no layer for every one"),
         ({"to": "fla", "alpha": ALPHA, "generation": "9.0"}, ParameterError, "generation='9.0'"),
     ],
 )

@@ -194,3 +194,63 @@ def test_hugging_face_folder_by_generation(tmp_path):
 
 def test_targets():
     assert {"transformers", "fla", "safetensors", "pth"} <= set(target_names())
+
+
+def test_one_shard_alone(tmp_path):
+    path, _ = source(tmp_path, "7.0")
+    convert(path, "fla", tmp_path / "out", max_shard_size="3KB")
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    for shard in shards:
+        for target in ("fla", "pth"):
+            with pytest.raises(LayoutError, match="it is shard . of .: give the folder"):
+                convert(shard, target, out_for(target, tmp_path, "again"))
+
+
+def test_a_head_that_is_tied_to_the_embedding(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path, model = source(tmp_path, "7.0")
+    folder = convert(path, "fla", tmp_path / "out").out
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with open_checkpoint(folder) as ck:
+        assert ck.kind == "partial"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    result = to_pth(folder, tmp_path / "back.pth")
+    assert all(check.passed for check in result.checks)
+    back = torch.load(result.out, weights_only=True)
+    assert same(back["head.weight"], model["emb.weight"]) and len(back) == len(model)
+
+
+def test_a_configuration_of_other_dimensions_is_noted(tmp_path):
+    path, _ = source(tmp_path, "7.0")
+    folder = convert(path, "fla", tmp_path / "out").out
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    notes = to_pth(folder, tmp_path / "back.pth").notes
+    assert any("num_hidden_layers 5, the tensors have 2" in note for note in notes)
+
+
+def test_a_folder_with_other_files_is_not_replaced(tmp_path):
+    path, _ = source(tmp_path, "7.0")
+    folder = convert(path, "fla", tmp_path / "out").out
+    convert(path, "fla", folder, overwrite=True)
+    (folder / "thesis.tex").touch()
+    before = snapshot(tmp_path)
+    with pytest.raises(OutputError, match="more than a model .thesis.tex"):
+        convert(path, "fla", folder, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_nan_is_refused_or_recorded(tmp_path):
+    path, model = source(tmp_path, "7.0")
+    model["emb.weight"][0, 0] = float("nan")
+    write_checkpoint(path, model, overwrite=True)
+    for target in ("fla", "pth"):
+        with pytest.raises(NumericsError, match="1 NaN"):
+            convert(path, target, out_for(target, tmp_path))
+        result = convert(path, target, out_for(target, tmp_path), allow_nonfinite=True)
+        assert any("1 tensors hold NaN or Inf" in note for note in result.notes)
+        assert all(check.passed for check in result.checks)
