@@ -15,7 +15,7 @@ _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cp
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # llama.cpp's kinds of tokens
 _CONTEXT = 1 << 20  # RWKV has no limit; llama.cpp wants one, and its own converter states this
 VOCABULARIES = (WorldTokenizer, ByteTokenizer)  # that are byte strings, as llama.cpp's RWKV vocabulary
-_BLANK_LINE = b"\n\n"
+_BLANK_LINE = rb"\n\n"  # as the token is written
 
 
 def header_values(
@@ -73,7 +73,7 @@ def vocabulary(tokenizer: Tokenizer | None, vocab_size: int) -> Values:
         return [("tokenizer.ggml.model", "none")]
     tokens, kinds = [], []
     for i in range(vocab_size):
-        data = tokenizer.decode_bytes([i])
+        data = tokenizer.decode_bytes([i]) if i < tokenizer.vocab_size else b""
         special = (b"<s>", _CONTROL) if i == tokenizer.end_of_text else (b"[PAD%d]" % i, _UNUSED)
         text, kind = (repr(data)[2:-1].encode(), _NORMAL) if data else special
         tokens.append(text)
@@ -86,9 +86,8 @@ def vocabulary(tokenizer: Tokenizer | None, vocab_size: int) -> Values:
     ]
     if tokenizer.end_of_text is not None:
         values += [(f"tokenizer.ggml.{name}_token_id", tokenizer.end_of_text) for name in ("bos", "eos")]
-    turn_ends = tokenizer.encode(_BLANK_LINE)
-    if len(turn_ends) == 1:
-        values.append(("tokenizer.ggml.eot_token_id", turn_ends[0]))
+    if _BLANK_LINE in tokens:
+        values.append(("tokenizer.ggml.eot_token_id", tokens.index(_BLANK_LINE)))
     if isinstance(tokenizer, WorldTokenizer):
         template = files("rwkv_lab.convert") / "written" / "chat_template.jinja"
         values.append(("tokenizer.chat_template", template.read_text("utf-8")))

@@ -2,7 +2,8 @@
 
     python llama_logits.py REQUEST.json ANSWER.npz
 
-The request has the path of the `model`, `ids` and `texts`; the answer logits [T, V] of the ids, and ids of each text.
+The request has the path of the `model`, `ids` and `texts`, and a type to quantise the model to beforehand, into a file
+beside it; the answer has logits [T, V] of the ids, and ids of each text.
 """
 
 import json
@@ -15,6 +16,12 @@ import numpy as np
 def main(request: str, answer: str) -> None:
     with open(request, encoding="utf-8") as file:
         asked = json.load(file)
+    if asked["quantised"]:
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{asked['quantised']}")
+        quantised = asked["model"] + ".quantised"
+        assert llama_cpp.llama_model_quantize(asked["model"].encode(), quantised.encode(), params) == 0
+        asked["model"] = quantised
     model = llama_cpp.Llama(asked["model"], n_ctx=512, n_threads=1, logits_all=True, verbose=False)
     found = {}
     if asked["ids"]:

@@ -1,6 +1,7 @@
 """GGUF files as the package gguf reads them: names, shapes, types, values, dimensions, vocabulary."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -255,6 +256,26 @@ def test_bytes_as_vocabulary_and_none(tmp_path):
     assert any("no vocabulary" in note for note in result.notes)
     with pytest.raises(ParameterError, match="do not belong together"):
         to_gguf(path, tmp_path / "named.gguf", tokenizer="world")
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
+def test_memory_does_not_grow_with_the_tensors(kind, tmp_path):
+    """Peak of a process that writes a model of 200 MB, compares it, and converts it back, by the system's own count."""
+    if sys.platform != "linux":
+        pytest.skip("the system does not tell a process its peak of memory (/proc/self/status)")
+    layout = Layout("7.0", 1, 64, 64, 64, 400_000, 1, 64, {"w": 1, "a": 1, "g": 1})
+    source(tmp_path, "7.0", layout=layout)
+    write_checkpoint(tmp_path / "small.pth", random_model(LAYOUTS["7.0"]))
+    code = (
+        "import os, sys; from rwkv_lab.convert import to_gguf, to_pth; os.chdir(sys.argv[1])\n"
+        "peak = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
+        "to_gguf('small.pth', 'small.gguf', dtype=sys.argv[2]); to_pth('small.gguf', 'warm.pth'); before = peak()\n"
+        "to_gguf('source.pth', 'm.gguf', dtype=sys.argv[2]); to_pth('m.gguf', 'back.pth'); print(peak() - before)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), kind]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert (tmp_path / "source.pth").stat().st_size > 200_000_000
+    assert grown < 80_000  # kB; the largest tensor has 102,400
 
 
 def test_head_sizes_that_llama_cpp_computes_wrongly_are_named(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from random_models import make_layout, make_tokens, relative_rms, write_model
 
 from rwkv_lab import RWKV_Dual
-from rwkv_lab.checkpoint import Layout
+from rwkv_lab.checkpoint import Layout, open_checkpoint
 from rwkv_lab.convert import to_gguf
 from rwkv_lab.model.tokenizer import load_tokenizer
 
@@ -30,9 +30,10 @@ LIMIT = 2e-5  # relative RMS in float32: two implementations of the same formula
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0")
 
 
-def asked(path, folder, ids=(), texts=()) -> dict[str, np.ndarray]:
+def asked(path, folder, ids=(), texts=(), quantised="") -> dict[str, np.ndarray]:
     """What llama.cpp gives."""
-    (folder / "request.json").write_text(json.dumps({"model": str(path), "ids": list(ids), "texts": list(texts)}))
+    request = {"model": str(path), "ids": list(ids), "texts": list(texts), "quantised": quantised}
+    (folder / "request.json").write_text(json.dumps(request))
     script = Path(__file__).parent / "llama_logits.py"
     command = [sys.executable, str(script), str(folder / "request.json"), str(folder / "answer.npz")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -66,6 +67,20 @@ def test_logits_of_fewer_bits(kind, version, tmp_path):
     source = write_model(tmp_path / "m.pth", make_layout(version, vocab_size=257, **SIZES["as usual"]))
     found, by_weights = compared(source, kind, tmp_path)
     assert found < 2 * by_weights
+
+
+@pytest.mark.parametrize("version", ["6.0", "7.0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K_M", "Q5_K_S", "Q6_K", "Q3_K_M", "Q2_K"])
+def test_files_that_llama_cpp_quantised(kind, version, tmp_path):
+    layout = make_layout(version, vocab_size=257, n_head=4, head_size=64, dim_ffn=512)
+    source = write_model(tmp_path / "m.pth", layout)
+    out = to_gguf(source, tmp_path / "m.gguf", dtype="F16").out
+    theirs = asked(out, tmp_path, TOKENS[0].tolist(), quantised=kind)["logits"]
+    path = tmp_path / "m.gguf.quantised"
+    with open_checkpoint(path) as ck:
+        assert ck.kind == "model" and any("_K" in name or name == "Q4_0" for name in ck.quantised), ck.quantised
+    ours = our_logits(path)
+    assert relative_rms(theirs, ours) < 2 * relative_rms(our_logits(source), ours)
 
 
 @pytest.mark.parametrize("version", ["6.0", "7.0"])

@@ -77,7 +77,10 @@ def _library():
 
 @lru_cache(maxsize=1)
 def _packaged() -> Path:
-    return Path(_library().RWKVTokenizer().vocab_filepath)
+    library = _library()
+    beside = Path(library.__file__).with_name("rwkv_vocab_v20230424.txt")
+    # To tell its path the library has to read the file first, into 240 MB.
+    return beside if beside.is_file() else Path(library.RWKVTokenizer().vocab_filepath)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
