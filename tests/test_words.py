@@ -118,7 +118,7 @@ AMERICAN = re.compile(
 THEIRS = re.compile(
     r"(de)?quantize(_\w+)?|optimize|normaliz(e|er|ers|ed)|Optimizer|is_initialized|synchronize|\w*serialization"
     r"|set_materialize_grads|modeling_\w+|(another_)?normalized_shape|fill_uninitialized_memory|initializer_list"
-    r"|GGMLQuantizationType|quantization_version"
+    r"|GGMLQuantizationType|llama_model_quantize\w*|quantization_version"
 )
 
 
