@@ -60,6 +60,15 @@ FLAT = Transform(
 )
 
 
+def stacked(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Tensors of one size in one, each in this shape. For shapes alone, torch.stack would import a large part of torch
+    that nothing else here needs."""
+    out = tensors[0].new_empty((len(tensors), *shape))
+    for k, tensor in enumerate(tensors):
+        out[k] = tensor.reshape(shape)
+    return out
+
+
 def _halvings(at: Place) -> int:
     return at.layer // at.rescale_every if at.rescale_every else 0
 

@@ -243,8 +243,8 @@ def _tie(ck: Checkpoint) -> None:
     """Give a model whose configuration ties them the head that its embedding is."""
     if ck.config.get("tie_word_embeddings") is True and "emb.weight" in ck.info and "head.weight" not in ck.info:
         ck.info["head.weight"] = replace(ck.info["emb.weight"], name="head.weight")
-        for known in (ck.names_in_file, ck.inverses):
-            known["head.weight"] = known["emb.weight"]
+        ck.names_in_file["head.weight"] = ck.names_in_file["emb.weight"]
+        ck.inverses["head.weight"] = ck.inverses["emb.weight"]
 
 
 def _compare_with_config(ck: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 import rwkv_lab.convert.gguf_file  # noqa: F401  # makes the container known
 from rwkv_lab.convert.convert import convert, run_convert, to_gguf, to_huggingface, to_pth, to_safetensors
+from rwkv_lab.convert.logits import compare_logits
 from rwkv_lab.convert.plan import ConvertPlan, ConvertResult, ConvertRow, Dropped, Rounding
 from rwkv_lab.convert.planning import plan_convert
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
@@ -17,6 +18,7 @@ __all__ = [
     "ConvertSpec",
     "Dropped",
     "Rounding",
+    "compare_logits",
     "convert",
     "plan_convert",
     "run_convert",

@@ -21,6 +21,7 @@ from rwkv_lab.checkpoint.foreign_format import (
     Transform,
     recorded_eps,
     register_foreign_format,
+    stacked,
 )
 
 _THEIRS = [3, 0, 1, 2, 4]  # where r, w, k, v, g stand in w, k, v, r, g
@@ -51,7 +52,7 @@ REORDERED_W1 = Transform("its five parts reordered, then transposed", _w1, _w1_b
 REORDERED_W2 = Transform("its five parts reordered, one beside the other, then transposed", _w2, _w2_back)
 STACKED = Transform(
     "five vectors in one tensor [5, C]",
-    lambda ours, at: torch.stack([x.reshape(-1) for x in ours]),
+    lambda ours, at: stacked(ours, (ours[0].numel(),)),
     lambda theirs, at: [x.reshape(1, 1, -1) for x in theirs.unbind(0)],
 )
 ROWS = (

@@ -20,6 +20,7 @@ from rwkv_lab.checkpoint.foreign_format import (
     Transform,
     recorded_eps,
     register_foreign_format,
+    stacked,
 )
 
 ROWS = (
@@ -70,7 +71,7 @@ OLDER = (
         "model.layers.{i}.attn.x_x",
         Transform(
             "six vectors in one tensor [6, …]",
-            lambda ours, at: torch.stack([x.reshape(-1) for x in ours]),
+            lambda ours, at: stacked(ours, (ours[0].numel(),)),
             lambda theirs, at: [x.reshape(1, 1, -1) for x in theirs.unbind(0)],
         ),
     ),

@@ -6,8 +6,6 @@ made from the World repositories have `att.output` and `ffn.value` halved after 
 
 from collections.abc import Sequence
 
-import torch
-
 from rwkv_lab.checkpoint.foreign_format import (
     FLAT,
     HALVED,
@@ -18,12 +16,13 @@ from rwkv_lab.checkpoint.foreign_format import (
     Row,
     Transform,
     register_foreign_format,
+    stacked,
 )
 from rwkv_lab.checkpoint.gguf_facts import NOT_READ, group_norm_eps, refused, vectors_in_float32, whole_number
 
 SHIFTS = Transform(
     "five vectors [1, 1, C] in one tensor [5, 1, 1, C]",
-    lambda ours, at: torch.stack([x.reshape(1, 1, -1) for x in ours]),
+    lambda ours, at: stacked(ours, (1, 1, ours[0].numel())),
     lambda theirs, at: theirs.reshape(5, 1, 1, -1).unbind(0),
 )
 ROWS = (

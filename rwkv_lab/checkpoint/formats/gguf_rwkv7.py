@@ -5,8 +5,6 @@ Low-rank pairs lie transposed there, as weights of linear layers; the six token 
 
 from collections.abc import Sequence
 
-import torch
-
 from rwkv_lab.checkpoint.dimensions import Layout, Shape
 from rwkv_lab.checkpoint.foreign_format import (
     FLAT,
@@ -17,12 +15,13 @@ from rwkv_lab.checkpoint.foreign_format import (
     Row,
     Transform,
     register_foreign_format,
+    stacked,
 )
 from rwkv_lab.checkpoint.gguf_facts import NOT_READ, group_norm_eps, head_size, refused, vectors_in_float32
 
 SHIFTS = Transform(
     "six vectors [1, 1, C] in one tensor [6, 1, 1, C]",
-    lambda ours, at: torch.stack([x.reshape(1, 1, -1) for x in ours]),
+    lambda ours, at: stacked(ours, (1, 1, ours[0].numel())),
     lambda theirs, at: theirs.reshape(6, 1, 1, -1).unbind(0),
 )
 HEADS = Transform(
