@@ -328,10 +328,9 @@ def ours_of(row: Row, info: TensorInfo, at: Place) -> list[TensorInfo]:
         if len(parts) != len(row.names):
             raise ValueError(f"{len(parts)} parts")
     except (RuntimeError, ValueError, IndexError) as e:
-        raise CorruptFileError(
-            f"{info.file.path}: {info.name} has shape {list(info.shape)}; it should hold {', '.join(row.names)} "
-            f"({row.transform.described})."
-        ) from e
+        names = ", ".join(row.names).replace(LAYER, str(at.layer))
+        wanted = f"it should hold {names} ({row.transform.described})"
+        raise CorruptFileError(f"{info.file.path}: {info.name} has shape {list(info.shape)}; {wanted}.") from e
     return [_part(row, info, at, whole, part, k) for k, part in enumerate(parts)]
 
 

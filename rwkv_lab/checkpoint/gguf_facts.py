@@ -31,10 +31,9 @@ def head_size(facts: Facts, architecture: str) -> int:
     Raises:
         CorruptFileError: it does not, or 0.
     """
-    key = f"{architecture}.wkv.head_size"
-    found = whole_number(facts, key)
+    found = whole_number(facts, f"{architecture}.wkv.head_size")
     if not found:
-        raise CorruptFileError(f"{key} is 0 in the header of the GGUF file.")
+        raise CorruptFileError(f"{architecture}.wkv.head_size is 0.")
     return found
 
 

@@ -1,15 +1,22 @@
 """Matrices in blocks of fewer bits, bit for bit those of the package gguf, and compared with what they were made from.
 
-Made here, because torch does it several times as fast, and the package reads them back.
+Made here, by kernels/cpu/gguf_blocks.cpp or in torch, several times as fast; the package reads them back.
 """
 
-from collections.abc import Iterable, Iterator
+import ctypes
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 
 import torch
 
 from rwkv_lab.checkpoint.gguf_types import BY_NAME, TensorType
 from rwkv_lab.checkpoint.stream import OutTensor
-from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.errors import KernelError, NumericsError, ParameterError
+from rwkv_lab.wkv.loader import cpu_library
+from rwkv_lab.wkv.pointers import Span, check, span
+
+log = logging.getLogger(__name__)
 
 # Largest difference between a value and what a block makes of it, in the block's steps: half a step from rounding (a
 # whole one at the end of Q4_0's range that has no level), and the step itself is rounded to float16, times the levels.
@@ -46,10 +53,11 @@ def quantised(t: OutTensor, kind: str) -> OutTensor:
 
 
 def _blocks(name: str, values: Iterable[torch.Tensor], kind: TensorType) -> Iterator[torch.Tensor]:
+    buffer = torch.empty(_PIECE)
     for run in values:
         for piece in run.flatten().split(_PIECE):
-            rows = piece.float().view(-1, kind.elements)
-            steps, levels = _MADE[kind.name](rows)
+            rows = buffer[: len(piece)].copy_(piece).view(-1, kind.elements)
+            steps, levels = _made(rows, kind.name)
             steps = steps.half()
             if not bool(steps.isfinite().all()):
                 largest = float(rows.abs().max())
@@ -86,7 +94,33 @@ def _q4_0(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return steps, levels[:, :16] | levels[:, 16:] << 4
 
 
-_MADE = {"Q8_0": _q8_0, "Q4_0": _q4_0}
+_IN_TORCH = {"Q8_0": _q8_0, "Q4_0": _q4_0}
+_BITS = {"Q8_0": 8, "Q4_0": 4}
+
+
+def _made(rows: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(steps, levels) of rows [n, 32] in float32, by the compiled function where there is one."""
+    compiled, n = _compiled(), len(rows)
+    if compiled is None:
+        return _IN_TORCH[kind](rows)
+    steps, levels = torch.empty(n, 1), torch.empty(n, 4 * _BITS[kind], dtype=torch.uint8)
+    spans = span(rows, (n, 32), torch.float32), span(steps, (n, 1)), span(levels, levels.shape, torch.uint8)
+    check(compiled(*spans, n, _BITS[kind]), "gguf_blocks")
+    return steps, levels
+
+
+@cache
+def _compiled() -> Callable[..., int] | None:
+    try:
+        function = cpu_library("gguf_blocks").gguf_blocks
+    except KernelError as e:
+        log.info("quantising in torch, which is slower: %s", e)
+        return None
+    function.argtypes = (Span, Span, Span, ctypes.c_int64, ctypes.c_int64)
+    function.restype = ctypes.c_int64
+    return function
+
+
 _PIECE = 1 << 17  # values, which stay in the cache as float32
 _BELOW_HALF = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0))  # 0.5 itself would take what is just below a tie
 

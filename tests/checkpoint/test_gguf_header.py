@@ -37,7 +37,9 @@ def whole(*values, tensors=(), data=b"", version=3, n_tensors=None, n_values=Non
     return head + b"\0" * (-len(head) % 32) + data
 
 
+HEADS = value("rwkv7.wkv.head_size", 4, struct.pack("<I", 4))
 D = b"\0" * 128
+SEVEN = [tensor("blk.0.time_mix_k_k.weight"), tensor("blk.3.time_mix_r_k.weight", (33,), offset=128)]
 BIG = 2**63
 CASES = {
     "empty header": (b"GGUF", "claims 4 bytes for its version"),
@@ -80,6 +82,15 @@ CASES = {
     "tensors that overlap": (whole(tensors=[tensor(), tensor("b", offset=64)], data=D * 2), "should begin at byte"),
     "data that is cut off": (whole(tensors=[tensor()], data=D[:-1]), "the file has .*truncated"),
     "data that is missing": (whole(tensors=[tensor()]), "truncated"),
+    "no head size": (whole(tensors=[tensor()], data=D), "wkv.head_size as None"),
+    "a head size of 0": (
+        whole(ARCHITECTURE, value("rwkv7.wkv.head_size", 4, struct.pack("<I", 0)), tensors=[tensor()], data=D),
+        "wkv.head_size as 0",
+    ),
+    "heads that do not fit": (
+        whole(ARCHITECTURE, HEADS, tensors=SEVEN, data=D * 2 + b"\0" * 32),
+        r"r_k.weight has shape \[33\]; it should hold blocks.3.att.r_k",
+    ),
     "bytes behind the data": (whole(tensors=[tensor()], data=D + b"x"), "1 bytes after the last tensor"),
 }
 OTHERS = {
@@ -113,7 +124,7 @@ def test_files_of_another_kind(name, tmp_path):
 
 
 def test_a_file_that_holds_no_model(tmp_path):
-    (tmp_path / "m.gguf").write_bytes(whole(tensors=[tensor()], data=D))
+    (tmp_path / "m.gguf").write_bytes(whole(ARCHITECTURE, HEADS, tensors=[tensor()], data=D))
     with open_checkpoint(tmp_path / "m.gguf") as ck:
         assert ck.kind not in ("model", "state") and ck.format == "gguf"
 

@@ -12,7 +12,7 @@ from models import random_model, random_state, same
 from rwkv_lab import RWKV_Dual, merge
 from rwkv_lab.checkpoint import Layout, open_checkpoint, write_checkpoint
 from rwkv_lab.checkpoint.gguf_types import BY_NAME
-from rwkv_lab.convert import convert, to_gguf, to_pth
+from rwkv_lab.convert import convert, quantised, to_gguf, to_pth
 from rwkv_lab.convert.quantised import _blocks
 from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
 from rwkv_lab.model.tokenizer import load_tokenizer
@@ -166,7 +166,10 @@ def _rows(name):
         "large",
     ],
 )
-def test_blocks_are_those_of_the_package_gguf(name, kind):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_blocks_are_those_of_the_package_gguf(compiled, name, kind, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(quantised, "_compiled", lambda: None)
     rows = _rows(name)
     made = torch.cat(list(_blocks(name, [rows.flatten()], BY_NAME[kind]))).view(len(rows), -1)
     with np.errstate(all="ignore"):
@@ -317,9 +320,9 @@ def test_a_gguf_file_is_merged_and_run_as_any_other(tmp_path):
     result = merge(tmp_path / "q.gguf", tmp_path / "state.pth", tmp_path / "q.safetensors")
     assert any("14 of its tensors are Q8_0, dequantised to float32" in note for note in result.plan.notes)
     ids = torch.arange(20)[None]
-    exact, quantised = (RWKV_Dual.from_pretrained(tmp_path / name)(ids)[0] for name in ("source.pth", "q.gguf"))
+    exact, rounded = (RWKV_Dual.from_pretrained(tmp_path / name)(ids)[0] for name in ("source.pth", "q.gguf"))
     assert torch.equal(exact, RWKV_Dual.from_pretrained(tmp_path / "f.gguf")(ids)[0])
-    assert exact.shape == quantised.shape
+    assert exact.shape == rounded.shape
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e30])
@@ -333,8 +336,6 @@ def test_values_that_no_block_can_hold(bad, tmp_path):
 
 
 def test_wrong_bits_are_found(tmp_path, monkeypatch):
-    from rwkv_lab.convert import quantised
-
     path, _ = source(tmp_path, "7.0")
     right = quantised._blocks
     monkeypatch.setattr(quantised, "_blocks", lambda *args: (b.roll(34) for b in right(*args)))

@@ -7,13 +7,16 @@ from rwkv_lab.checkpoint.format import Format, Header, register
 from rwkv_lab.checkpoint.gguf_header import GgufTensor, read_gguf_header
 from rwkv_lab.checkpoint.gguf_types import MAGIC, TensorType
 from rwkv_lab.checkpoint.source import Derived, SourceFile, TensorInfo
-from rwkv_lab.errors import ParameterError
+from rwkv_lab.errors import CorruptFileError, ParameterError
 
 ARCHITECTURES = ("rwkv6", "rwkv7")
 
 
 def _read(file: SourceFile) -> Header:
     tensors, values = read_gguf_header(file, ARCHITECTURES)
+    head_size = values.get(f"{values['general.architecture']}.wkv.head_size")
+    if head_size is None or not head_size.isdecimal() or int(head_size) == 0:
+        raise CorruptFileError(f"{file.path}: its header states wkv.head_size as {head_size}; a number is expected.")
     return Header({t.name: _info(t, file) for t in tensors}, metadata=values)
 
 
