@@ -55,7 +55,7 @@ import dataclasses
 from rwkv_lab.train import KINDS, compare_methods
 for kind in KINDS.values():
     kind.defaults = dataclasses.replace(kind.defaults, steps=2, batch_size=2, ctx_len=32)
-compare_methods.__kwdefaults__ |= dict(steps=1, batch_size=2, ctx_len=16)
+getattr(compare_methods, "__wrapped__", compare_methods).__kwdefaults__ |= dict(steps=1, batch_size=2, ctx_len=16)
 """
 
 
