@@ -160,7 +160,7 @@ class Facts:
         return self.config.get(RESCALED, self.metadata.get(RESCALED))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ForeignFormat:
     """A foreign format.
 
@@ -211,6 +211,9 @@ class ForeignFormat:
     dtype_of: Callable[[str, Shape, torch.dtype], torch.dtype] = _as_wanted
     unread: Callable[[Layout], Mapping[str, Shape]] = _none
     quantised: Collection[str] = ()
+
+    def __repr__(self) -> str:
+        return f"ForeignFormat({self.name!r})"
 
     @property
     def rescales(self) -> bool:
@@ -285,10 +288,18 @@ def present(tensors: Mapping[str, TensorInfo], facts: Facts) -> Presented | None
 
 
 def _format_of(names: list[str], facts: Facts) -> ForeignFormat | None:
+    """The format of whole models by what only it has; of states, and parts of models, by all of their names."""
     formats = list(reversed(FOREIGN_FORMATS.values()))
-    return next((f for f in formats if f.recognise(names, facts)), None) or next(
-        (f for f in formats if f.state_rows and _holds_states(f, names)), None
-    )
+    whole = next((f for f in formats if f.recognise(names, facts)), None)
+    return whole or next((f for f in formats if _holds_states(f, names) or _holds_a_part(f, names)), None)
+
+
+def _holds_a_part(known: ForeignFormat, names: list[str]) -> bool:
+    """Whether all names are of its table, some of them of layers and none of them BlinkDL's."""
+    theirs = {row.theirs for row in (*known.rows, *known.older)} - {row.ours for row in known.rows}
+    around = {row.theirs for row in known.rows if LAYER not in row.theirs}
+    general = {name if name in around else general_name(name)[0] for name in names}
+    return general <= theirs | around and any(LAYER in name for name in general & theirs)
 
 
 def _holds_states(known: ForeignFormat, names: list[str]) -> bool:

@@ -152,3 +152,18 @@ def test_an_eps_that_is_none(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"group_norm_eps": "small"}))
     with open_checkpoint(tmp_path) as ck, pytest.raises(CorruptFileError, match="'small'"):
         ck.group_norm_eps  # noqa: B018
+
+
+def test_a_part_of_a_model_is_recognised_by_all_of_its_names(tmp_path):
+    model, theirs = in_their_names("fla-rwkv7", "7.0")
+    part = {n: t for n, t in theirs.items() if "attn_norm" in n or "o_proj" in n}
+    write_checkpoint(tmp_path / "part.safetensors", part)
+    with open_checkpoint(tmp_path / "part.safetensors") as ck:
+        assert ck.kind == "partial" and all(same(ck[n], model[n]) for n in ck) and "blocks.1.att.output.weight" in ck
+    for others in ({"model.layers.0.mlp.up_proj.weight": torch.ones(2, 2)}, {"blocks.0.ln1.weight": torch.ones(4)}):
+        write_checkpoint(tmp_path / "part.safetensors", part | others, overwrite=True)
+        with open_checkpoint(tmp_path / "part.safetensors") as ck:
+            assert ck.foreign_format is None
+    write_checkpoint(tmp_path / "part.safetensors", {"lm_head.weight": torch.ones(2, 2)}, overwrite=True)
+    with open_checkpoint(tmp_path / "part.safetensors") as ck:
+        assert ck.foreign_format is None
