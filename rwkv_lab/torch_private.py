@@ -6,7 +6,7 @@ is computed by PyTorch's modules or refused in words, and a test fails and names
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -86,6 +86,17 @@ def intercepted() -> bool:
     )
 
 
+def kept_as_now(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
+    """What tells of the same tensors, given one by one, whether each has the class, dtype, device, shape, strides,
+    `requires_grad` and kind of view that it has now; of others it says False, and may where modes of torch differ.
+    None where this torch has no such thing, or takes other arguments: then each is to be compared on its own."""
+    try:
+        sizes, strides = [[*x.shape] for x in tensors], [[*x.stride()] for x in tensors]
+        return _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    except TypeError:
+        return None
+
+
 def constant_while_tracing(function: F) -> F:
     """Mark a function as `torch.compiler.assume_constant_result` does, without importing the compiler: that doubles the
     time that importing torch takes."""
@@ -104,4 +115,5 @@ _modes, _mode = _part("torch._C:_len_torch_function_stack"), _part("torch._C:_ge
 _DeviceContext = _part("torch.utils._device:DeviceContext")
 _global_hooks = _part("torch.nn.modules.module:_global_forward_hooks")
 _global_pre_hooks = _part("torch.nn.modules.module:_global_forward_pre_hooks")
+_TensorGuards = _part("torch._C:_dynamo.guards.TensorGuards")  # not in PARTS: nothing but time depends on it
 rebuild_tensor = _part("torch._utils:_rebuild_tensor_v2")

@@ -42,6 +42,39 @@ def test_models_are_imported_without_torchs_compiler():
     assert done.stdout.strip() == "False", done.stderr
 
 
+@pytest.mark.parametrize(
+    "change",
+    {
+        "shape": lambda p: p.data.view(3, 8),
+        "strides": lambda p: p.data.t().contiguous().t(),
+        "dtype": lambda p: p.data.view(torch.int32),
+        "negative": lambda p: torch._neg_view(p.data),
+        "device": lambda p: p.data.to("meta"),
+    }.items(),
+    ids=lambda x: x[0],
+)
+def test_changes_of_tensors_are_noticed_in_one_call(change):
+    others, p = [torch.zeros(5, dtype=torch.bfloat16)], torch.nn.Parameter(torch.zeros(4, 6), requires_grad=False)
+    kept = torch_private.kept_as_now([*others, p])
+    assert kept is not None and kept(*others, p)
+    assert not kept(*others, torch.nn.Parameter(change[1](p), requires_grad=False))
+    p.__class__ = type("Own", (torch.nn.Parameter,), {})
+    assert not kept(*others, p)
+
+
+@pytest.mark.parametrize("kept", [lambda tensors: None, lambda tensors: lambda *xs: False])
+def test_without_that_call_each_tensor_is_compared(kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_private, "kept_as_now", kept)
+    model, tokens = load_model(tmp_path, "7.0"), make_tokens(1, 5)
+    for mode in RWKVMode:
+        model.set_mode(mode)
+        logits = [model(tokens)[0] for _ in range(3)]
+        assert torch.equal(logits[0], logits[2]) and not fallback_reason(model, "step")
+    weight = model.blocks[0].ffn.key.weight
+    weight.data = weight.data.view(*weight.shape[::-1])
+    assert "ffn.key.weight" in fallback_reason(model, "step")
+
+
 @pytest.mark.parametrize("gone", ["torch._C:_no_such_function", "torch.no_such_module:name"])
 def test_without_one_of_them_pytorch_computes(gone, tmp_path, monkeypatch):
     model, tokens = load_model(tmp_path, "7.0"), make_tokens(1, 5)

@@ -252,8 +252,9 @@ class RWKV_Dual(nn.Module):
             state = self.create_state(len(tokens))
         else:
             check_state(state, self.layout, len(tokens), self.emb.weight.dtype, self.get_device())
-        if not return_v_first and eligible(self, "prefill", tokens, state):
-            return *prefill.run(self, tokens, state), None
+        permit = eligible(self, "prefill", tokens, state)
+        if permit and not return_v_first:
+            return *prefill.run(self, permit, tokens, state), None
         first: Any = self.blocks[0]
         x = first.ln0(self.emb(tokens))  # [B,T,C]
         v_first, att_shift, ffn_shift, wkv = None, [], [], []
@@ -273,8 +274,8 @@ class RWKV_Dual(nn.Module):
 
     def _logits(self, x):
         """x `[...,C]` before ln_out -> logits `[...,V]`."""
-        if not x.requires_grad and eligible(self, "prefill"):
-            return prefill.logits(self, x)
+        if not x.requires_grad and (permit := eligible(self, "prefill")):
+            return prefill.logits(self, permit, x)
         return self.head(self.ln_out(x))
 
     # ------------------------------------------------------------------ states

@@ -6,6 +6,7 @@ import torch
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.protocol import Model
+from rwkv_lab.wkv.pointers import missing_memory
 
 _FEW = 16  # tokens whose range Python finds faster than torch does
 
@@ -14,7 +15,7 @@ def check_tokens(model: Model, tokens: Any) -> torch.Tensor:
     """Tokens, whatever they were given as, as an integer tensor `[B,T]` on the model's device.
 
     Raises:
-        ParameterError: another shape or dtype, none at all, or one outside the vocabulary.
+        ParameterError: another shape or dtype, none at all, one outside the vocabulary, or memory that was freed.
     """
     device = model.get_device()
     if type(tokens) is torch.Tensor and tokens.device == device:
@@ -30,6 +31,8 @@ def check_tokens(model: Model, tokens: Any) -> torch.Tensor:
         )
     if torch.compiler.is_compiling():
         return ids  # values are not known while torch.compile or torch.export traces
+    if missing := missing_memory(ids):
+        raise ParameterError(f"The tensor of tokens {missing}.")
     if ids.numel() <= _FEW and type(ids) is torch.Tensor:
         numbers = [x for row in ids.tolist() for x in row]
         low, high = min(numbers), max(numbers)

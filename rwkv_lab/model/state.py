@@ -10,6 +10,7 @@ from rwkv_lab.checkpoint import Layout
 from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.registry import generation_of
+from rwkv_lab.wkv.pointers import missing_memory
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.
 
     Raises:
         ParameterError: it is no RWKVState of dense floating-point tensors, or is of another model, of another number of
-            sequences, in another dtype or on another device.
+            sequences, in another dtype or on another device, or its memory was resized or freed.
     """
     if not isinstance(state, RWKVState):
         raise ParameterError(
@@ -132,6 +133,8 @@ def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.
                 f"The state is of {len(part)} sequences, the tokens are of {batch_size}.\n"
                 "state.expand(n) gives one sequence's state to n, state.rows([...]) picks some."
             )
+        if missing := missing_memory(part):
+            raise ParameterError(f"The state's {name} {missing}; take one that is whole.")
         if part.device != device:
             raise ParameterError(f"The state is on {part.device}, the model on {device}: state.to({str(device)!r}).")
     if torch.is_autocast_enabled(device.type):

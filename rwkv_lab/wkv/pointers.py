@@ -34,21 +34,26 @@ def span(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[tor
     """
     if not x.is_contiguous():
         raise KernelError(f"A tensor of shape {list(x.shape)} for compiled code is not contiguous.")
-    return strided_span(x, shape, dtypes)
+    return _span(x, shape, dtypes)
 
 
 def strided_span(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[torch.dtype]) -> Span:
     """As `span`, of a tensor with any strides, which are passed on beside it."""
+    return _span(x, shape, dtypes)
+
+
+def _span(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[torch.dtype]) -> Span:
     wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
-    if x.layout is not torch.strided or x.device.type != "cpu" or x.is_neg():
+    if not x.is_cpu or x.layout is not torch.strided or x.is_neg():
         raise KernelError(f"A tensor for compiled code is a {type(x).__name__}, {x.layout}, on {x.device}.")
     if x.dtype not in wanted or x.shape != tuple(shape):
         raise KernelError(
             f"A tensor for compiled code is {x.dtype} {list(x.shape)}, not {', '.join(map(str, wanted))} {list(shape)}."
         )
-    if missing := missing_memory(x):
-        raise ParameterError(f"A tensor of shape {list(x.shape)} {missing}.")
-    return Span(x.data_ptr(), x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize)
+    there = x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize
+    if _needed(x) > there:
+        raise ParameterError(f"A tensor of shape {list(x.shape)} {missing_memory(x)}.")
+    return Span(x.data_ptr(), there)
 
 
 def check(code: int, function: str) -> None:
@@ -63,13 +68,21 @@ def check(code: int, function: str) -> None:
 
 def missing_memory(x: Tensor) -> str:
     """What is wrong with the memory behind a tensor, to go behind its name; "" where it holds all its numbers."""
-    if not x.numel():
+    if not x.is_cpu or x.layout is not torch.strided:
         return ""
-    reach = x.storage_offset() + 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    there = x.untyped_storage().nbytes()
-    if reach * x.itemsize <= there:
+    try:
+        there, needed = x.untyped_storage().nbytes(), _needed(x)
+    except (RuntimeError, NotImplementedError):  # a tensor of torch.func, which stands for others
         return ""
-    return f"needs {reach * x.itemsize} bytes, its memory has {there}: it was resized or freed"
+    needed += x.storage_offset() * x.itemsize if needed else 0
+    return f"needs {needed} bytes, its memory has {there}: it was resized or freed" if needed > there else ""
+
+
+def _needed(x: Tensor) -> int:
+    """Bytes from a tensor's first number to the end of its last."""
+    if x.is_contiguous() or not x.numel():
+        return x.nbytes
+    return (1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))) * x.itemsize
 
 
 def new(shape: Collection[int], dtype: torch.dtype) -> Tensor:

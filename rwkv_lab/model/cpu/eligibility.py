@@ -20,7 +20,7 @@ second thread makes it while the token is computed, and where something has chan
 import logging
 import operator
 import os
-from array import array
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Any, NamedTuple
@@ -30,21 +30,18 @@ import torch
 from torch import nn
 
 from rwkv_lab import torch_private
-from rwkv_lab.checkpoint import tensors_of
-from rwkv_lab.errors import KernelError, ParameterError
-from rwkv_lab.model.block import halves_after
+from rwkv_lab.errors import KernelError
 from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.lazy_state import is_lazy
+from rwkv_lab.model.cpu.model_faults import PACKED, fault_of_modules, fault_of_tensors, refuse_tensors_without_values
 from rwkv_lab.model.registry import generation_of
-from rwkv_lab.model.standard_modules import is_standard, patched_class
+from rwkv_lab.model.standard_modules import patched_class
 from rwkv_lab.model.state import RWKVState
-from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
 from rwkv_lab.wkv.choice import chosen_backend
-from rwkv_lab.wkv.pointers import Span, missing_memory, span
+from rwkv_lab.wkv.pointers import Span, span
 
 log = logging.getLogger(__name__)
 
-PACKED: dict[type, type] = {PackedLinear: nn.Linear, PackedEmbedding: nn.Embedding}  # -> in whose place it stands
 _PATHS = {"prefill": "Prefill", "step": "Decoding"}
 # Attributes of modules that decide what they compute.
 _OPTIONS = ("eps", "max_norm", "normalized_shape", "n_head", "head_size", "layer", "halves", "bits", "rows", "columns")
@@ -79,6 +76,8 @@ def eligible(model: Any, path: str, tokens: object = None, state: RWKVState | No
         if path == "step" and chosen_backend() == "cpu":
             raise
         permit, why, level = None, str(error).rstrip("."), logging.WARNING
+    if permit is None and tokens is not None:
+        refuse_tensors_without_values(model)
     if permit is None and (path, why) not in _told:
         _told.add((path, why))
         log.log(level, "%s runs through PyTorch: %s.", _PATHS[path], why)
@@ -214,15 +213,16 @@ class Eligibility:
         self._trees: list[tuple[list[dict], list]] = [
             (ds, [x for d in ds for x in d.values()]) for ds in (children, stored)
         ]
-        fault = _fault_of_modules(model)
+        fault = fault_of_modules(model)
         self.tensors: list[Any] = [] if fault else [x for x in self._trees[1][1] if x is not None]
-        self.lasting = bool(fault) or not (fault := _fault_of_tensors(model, refuse=not any(self.hooks)))
+        self.lasting = bool(fault) or not (fault := fault_of_tensors(model))
         if not self.lasting:
             self.tensors = []
         self._places = {id(x): span(x, x.shape, x.dtype) for x in self.tensors}
-        self._addresses = array("Q", [self._places[id(x)].data or 0 for x in self.tensors])
+        self._addresses = [self._places[id(x)].data or 0 for x in self.tensors]
         self._nbytes = list(map(_nbytes, map(_storage, self.tensors)))
         self._kinds = self._kinds_now()
+        self._kept: Callable[..., bool] | None = None
         self._large = sum(x.nbytes for x in self.tensors) > _LARGE
         packed = any(type(m) in PACKED for m in self.modules)
         self.faults = {
@@ -236,9 +236,14 @@ class Eligibility:
         Raises:
             KernelError: it is none of those that were examined.
         """
-        if id(x) not in self._places:
+        known = self.known_span(x)
+        if known is None:
             raise KernelError("A weight for compiled code is none of the model's parameters.")
-        return self._places[id(x)]
+        return known
+
+    def known_span(self, x: torch.Tensor) -> Span | None:
+        """As `span_of`, None where it is none of the tensors."""
+        return self._places.get(id(x))
 
     def norm_eps(self) -> tuple[float, float] | None:
         """What all LayerNorms and what all GroupNorms add to the variance, 0 where there is none; None where norms of
@@ -257,12 +262,23 @@ class Eligibility:
         try:
             storages = list(map(_storage, self.tensors))  # held first: nothing new comes to lie where they are
             same = list(map(_nbytes, storages)) == self._nbytes
-            return storages if same and array("Q", map(_address, self.tensors)) == self._addresses else None
+            return storages if same and list(map(_address, self.tensors)) == self._addresses else None
         except (RuntimeError, NotImplementedError):  # a tensor has no memory any more
             return None
 
     def _kinds_now(self) -> list:
         return [[*map(of, self.tensors)] for of in (type, _shape, _dtype)]
+
+    def _kinds_hold(self) -> bool:
+        """Whether all tensors have the class, shape and dtype that they had, contiguous and no negative views."""
+        if self._kept is not None and self._kept(*self.tensors):
+            return True
+        # First what compares in one call from now on, then the comparison: what holds for that holds for this.
+        kept = torch_private.kept_as_now(self.tensors)
+        same = self._kinds_now() == self._kinds
+        same = same and all(map(_is_contiguous, self.tensors)) and not any(map(_is_neg, self.tensors))
+        self._kept = kept if same else None
+        return same
 
     def holds(self, model: Any) -> bool:
         """Whether all modules and tensors are those that were examined, and tensors that are in place are as large."""
@@ -272,9 +288,7 @@ class Eligibility:
                 if len(now) != len(were) or not all(map(operator.is_, now, were)):
                     return False
             return (
-                self._kinds_now() == self._kinds
-                and all(map(_is_contiguous, self.tensors))
-                and not any(map(_is_neg, self.tensors))
+                self._kinds_hold()
                 and [type(model), *map(type, self.modules)] == self.types
                 and list(map(len, self.inside)) == self.sizes
                 and self._options_now() == self._options
@@ -324,89 +338,3 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def _fault_of_modules(model: Any) -> str:
-    """What is not as this package makes it, in words; "" where all is."""
-    layout, generation = model.layout, generation_of(model.layout)
-    if generation.compiled is None:
-        return f"RWKV-{layout.version} has no compiled form"
-    types = _types_of_blocks(layout)
-    for name, module in model.named_modules():
-        where, kind = name or "the model", type(module)
-        if not is_standard(module) and kind not in PACKED:
-            return f"{where} is a {kind.__name__}"
-        meant = _meant(name, types)
-        if name and PACKED.get(kind, kind) is not meant:
-            return f"{where} is a {kind.__name__}, not a {getattr(meant, '__name__', meant)}"
-        stored = (torch_private.parameters_of, torch_private.buffers_of, torch_private.children_of)
-        if hidden := next((x for part in stored for x in part(module) if x in vars(module)), ""):
-            return f"{where} has an attribute that hides its {hidden}"
-        if isinstance(module, nn.LayerNorm | nn.GroupNorm) and type(module.eps) not in (float, int):
-            return f"{where} has an eps that is a {type(module.eps).__name__}"
-        if kind is nn.LayerNorm and module.normalized_shape != (layout.n_embd,):
-            return f"{where} norms over {module.normalized_shape}"
-        methods = (x for x, value in vars(module).items() if callable(value) and callable(getattr(kind, x, None)))
-        if own := next(methods, ""):
-            return f"{where} has a {own} of its own"
-    for layer, block in enumerate(model.blocks):
-        belongs = {"layer": layer, "n_head": layout.n_head, "head_size": layout.head_size}
-        belongs["halves"] = generation.halves_float16 and halves_after(layer)
-        for module in (block, *block.children()):
-            wrong = next((x for x in belongs if vars(module).get(x, belongs[x]) != belongs[x]), None)
-            if wrong:
-                return f"blocks.{layer} has {wrong}={vars(module)[wrong]}, not {belongs[wrong]}"
-    return ""
-
-
-_TOP = {"emb": nn.Embedding, "blocks": nn.ModuleList, "ln_out": nn.LayerNorm, "head": nn.Linear}
-
-
-def _types_of_blocks(layout: Any) -> list[dict[str, type]]:
-    """The classes of the modules in a first and in any other layer, by name, as its generation makes them."""
-    with torch.device("meta"):
-        blocks = [generation_of(layout).make_block(layout, layer, 1e-5, ()) for layer in range(min(layout.n_layer, 2))]
-    return [{name: type(module) for name, module in block.named_modules()} for block in blocks]
-
-
-def _meant(name: str, types: list[dict[str, type]]) -> type | None:
-    """The class that a module of that name has; None where there should be none."""
-    top, _, rest = name.partition(".")
-    layer, _, inside = rest.partition(".")
-    if top != "blocks" or not layer:
-        return _TOP.get(name)
-    return types[min(int(layer), len(types) - 1)].get(inside) if layer.isdecimal() else None
-
-
-def _fault_of_tensors(model: Any, refuse: bool) -> str:
-    """Which tensor no compiled path can read as it is stored, in words; "" where all can be read.
-
-    Raises:
-        ParameterError: where `refuse`, one that has no values, which no path can compute with.
-    """
-    dtype, shapes = getattr(model.ln_out.weight, "dtype", None), {}
-    for name, module in model.named_modules():
-        packed = type(module) in PACKED
-        for last, x in (torch_private.buffers_of if packed else torch_private.parameters_of)(module).items():
-            where = f"{name}.{last}"
-            if x is None:
-                continue
-            if type(x) is not (torch.Tensor if packed else nn.Parameter):
-                return f"{where} is a {type(x).__name__}"
-            missing = missing_memory(x) if x.device.type == "cpu" and x.layout == torch.strided else ""
-            if refuse and (missing or x.device.type == "meta"):
-                raise ParameterError(f"{where} {missing or 'is on the meta device and has no values'}; load it again.")
-            if missing or x.device.type != "cpu" or x.layout != torch.strided or not x.is_contiguous() or x.is_neg():
-                return f"{where} is not contiguous on the CPU"
-            if not packed and last != "time_state" and x.dtype != dtype:
-                return f"{where} is {x.dtype}, ln_out is {dtype}"
-            if not packed:
-                shapes[where] = tuple(x.shape)
-        if packed and not module.is_whole():
-            return f"{name} is not as it was packed"
-        if packed:
-            shapes[f"{name}.weight"] = module.rows, module.columns
-    required, optional = tensors_of(model.layout, shapes)
-    known = required | optional
-    wrong = next((x for x in (*required, *shapes) if x not in shapes or shapes[x] != known.get(x)), None)
-    return f"{wrong} does not fit {model.layout}" if wrong else ""

@@ -7,7 +7,7 @@ it. Products take the weights as they are stored: no copy is kept.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_lab.model.cpu import abi
+from rwkv_lab.model.cpu.eligibility import Eligibility, Permit
 from rwkv_lab.model.registry import compiled_form
 from rwkv_lab.model.state import RWKVState
 from rwkv_lab.wkv.pointers import NOTHING, Span, check, new, span, strided_span
@@ -23,18 +24,18 @@ _BLOCK = 512  # rows (batch times tokens) at once: enough to pay for reading a l
 
 
 @torch.no_grad()
-def run(model: Any, tokens: Tensor, state: RWKVState) -> tuple[Tensor, RWKVState]:
+def run(model: Any, permit: Permit, tokens: Tensor, state: RWKVState) -> tuple[Tensor, RWKVState]:
     """tokens `[B,T]` through an eligible model -> x `[B,T,C]` float32 before ln_out, and the new state."""
     B, T = tokens.shape
-    prefill = Pass(model)
+    prefill = Pass(model, permit.found)  # the permit itself holds the weights' memory until this returns
     per_pass = max(1, _BLOCK // B)
-    x = _float32(B, T, model.layout.n_embd)
+    x = new((B, T, model.layout.n_embd), torch.float32)
     # [L][B,...] each: what goes from one run of tokens to the next
     att, ffn, wkv = (list(part.unbind(1)) for part in (state.att_shift, state.ffn_shift, state.wkv))
     for start in range(0, T, per_pass):
         piece, rows = tokens[:, start : start + per_pass].long(), x[:, start : start + per_pass]
         if rows.is_contiguous():
-            prefill.over(piece.contiguous(), rows.flatten(0, 1), att, ffn, wkv)
+            prefill.over(piece.contiguous(), prefill.made(rows.flatten(0, 1)), att, ffn, wkv)
         else:
             own = prefill.scratch("x", piece.numel(), x.shape[2])
             prefill.over(piece.contiguous(), own, att, ffn, wkv)
@@ -44,16 +45,16 @@ def run(model: Any, tokens: Tensor, state: RWKVState) -> tuple[Tensor, RWKVState
 
 
 @torch.no_grad()
-def logits(model: Any, x: Tensor) -> Tensor:
+def logits(model: Any, permit: Permit, x: Tensor) -> Tensor:
     """x `[...,C]` before ln_out -> logits `[...,V]` in the model's dtype."""
     C, V = x.shape[-1], model.layout.vocab_size
     flat, out = x.reshape(-1, C), new((*x.shape[:-1], V), model.emb.weight.dtype)
-    prefill = Pass(model)
+    prefill = Pass(model, permit.found)
     for rows, y in zip(flat.split(_BLOCK), out.view(-1, V).split(_BLOCK), strict=True):
         rows = rows.float().contiguous()
         packed = prefill.packed("head", len(rows), C)
         prefill.call(
-            *("norm_out", prefill.floats(rows, len(rows), C), *prefill.norm(model.ln_out, C), len(rows), C),
+            *("norm_out", prefill.floats(rows, len(rows), C), *prefill.norm(model.ln_out), len(rows), C),
             *(prefill.floats(packed), prefill.pairs),
         )
         prefill.multiply(len(rows), (packed, model.head.weight, y))
@@ -70,11 +71,13 @@ class Transposed:
 class Pass:
     """What the layers of one call share: library, threads, and scratch buffers, used by one layer after the other."""
 
-    def __init__(self, model: Any):
-        self.model, self.library, self.threads = model, abi.prefill_library(), torch.get_num_threads()
+    def __init__(self, model: Any, found: Eligibility):
+        self.model, self.found = model, found
+        self.library, self.threads = abi.prefill_library(), torch.get_num_threads()
         self.torch_dtype, self.dtype = model.emb.weight.dtype, abi.DTYPES[model.emb.weight.dtype]
         self.pairs = int(model.emb.weight.dtype == torch.bfloat16 and self.library.has_pairs())
         self._scratch: dict[tuple, Tensor] = {}
+        self._made: dict[int, tuple[Tensor, Span]] = {}  # by id; kept alive, so that no other comes to have it
 
     # ------------------------------------------------------------------ calling
 
@@ -84,20 +87,32 @@ class Pass:
 
     def floats(self, x: Tensor | None, *shape: int) -> Span:
         """The memory of float32 of that shape, or of whatever shape it has; nothing for None."""
-        return NOTHING if x is None else span(x, shape or x.shape, torch.float32)
+        if x is None:
+            return NOTHING
+        made = self._made.get(id(x))
+        return made[1] if made else span(x, shape or x.shape, torch.float32)
 
-    def weights(self, x: Tensor | None, n: int) -> Span:
-        """The memory of n numbers of a parameter, in the model's dtype; nothing for None."""
-        return NOTHING if x is None else span(x.view(n), (n,), self.torch_dtype)
+    def made(self, x: Tensor) -> Tensor:
+        """A float32 tensor that only this pass knows: where it lies is looked up once. How much of it a function uses,
+        the function compares itself."""
+        self._made[id(x)] = x, span(x, x.shape, torch.float32)
+        return x
 
-    def norm(self, norm: nn.LayerNorm | nn.GroupNorm, n: int) -> tuple:
-        """What a function takes of a norm over n channels."""
-        return self.weights(norm.weight, n), self.weights(norm.bias, n), norm.eps, self.dtype
+    def weights(self, x: Tensor | None) -> Span:
+        """The memory of a parameter, which this call has compared, or of a part of one; nothing for None."""
+        if x is None:
+            return NOTHING
+        known = self.found.known_span(x)
+        return span(x, x.shape, self.torch_dtype) if known is None else known
+
+    def norm(self, norm: nn.LayerNorm | nn.GroupNorm) -> tuple:
+        """What a function takes of a norm."""
+        return self.weights(norm.weight), self.weights(norm.bias), norm.eps, self.dtype
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         """float32 of that shape, without values; the same memory for the same name and shape."""
         if (name, shape) not in self._scratch:
-            self._scratch[name, shape] = _float32(*shape)
+            self._scratch[name, shape] = self.made(new(shape, torch.float32))
         return self._scratch[name, shape]
 
     def packed(self, name: str, rows: int, k: int) -> Tensor:
@@ -115,8 +130,8 @@ class Pass:
             transposed = isinstance(weight, Transposed)
             weight = weight.weight if transposed else weight
             k, n = weight.shape if transposed else weight.shape[::-1]
-            packed, matrix = self.floats(x, self.packed_size(rows, k)), span(weight, weight.shape, self.torch_dtype)
-            out = strided_span(y, (rows, n), (torch.float32, self.torch_dtype))
+            packed, matrix = self.floats(x), self.weights(weight)
+            out = self._strided(y, (rows, n), (torch.float32, self.torch_dtype))
             p.x, p.w, p.y = packed.data, matrix.data, out.data
             p.x_bytes, p.w_bytes, p.y_bytes = packed.bytes, matrix.bytes, out.bytes
             p.rows, p.k, p.n, p.w_dtype = rows, k, n, abi.DTYPES[weight.dtype]
@@ -129,11 +144,16 @@ class Pass:
         wanted, found = (abi.Packing * len(inputs))(), []
         for one, (name, y, activation) in zip(wanted, inputs, strict=True):
             found.append(self.packed(name, rows, y.shape[1]))
-            given, packed = strided_span(y, (rows, y.shape[1]), torch.float32), self.floats(found[-1])
+            given, packed = self._strided(y, (rows, y.shape[1]), torch.float32), self.floats(found[-1])
             one.y, one.y_bytes, one.packed, one.packed_bytes = given.data, given.bytes, packed.data, packed.bytes
             one.stride, one.k, one.activation = y.stride(0), y.shape[1], activation
         self.call("activate", _of_array(wanted), len(inputs), rows, self.pairs)
         return found
+
+    def _strided(self, x: Tensor, shape: tuple[int, int], dtypes: torch.dtype | Collection[torch.dtype]) -> Span:
+        """The memory of rows that may lie apart."""
+        made = self._made.get(id(x))
+        return made[1] if made else strided_span(x, shape, dtypes)
 
     # ------------------------------------------------------------------ parts of layers
 
@@ -152,10 +172,10 @@ class Pass:
         (B, T), (rows, C) = shape, x.shape
         shift, after = shift.contiguous(), new((B, C), self.torch_dtype)
         packed = [self.packed(name, rows, C) for name in names]
-        shares = (Span * len(mu))(*(self.weights(one, C) for one in mu))
+        shares = (Span * len(mu))(*(self.weights(one) for one in mu))
         outputs = (Span * len(packed))(*(self.floats(one) for one in packed))
         self.call(
-            *("mix_in", self.floats(x, rows, C), *self.norm(ln, C), rows, T, C),
+            *("mix_in", self.floats(x, rows, C), *self.norm(ln), rows, T, C),
             *(span(z, (B, C), self.torch_dtype) for z in (shift, after)),
             *(len(mu), _of_array(shares), int(of_present)),
             *(self.floats(extra, len(mu), rows, C), _of_array(outputs), self.pairs),
@@ -174,11 +194,11 @@ class Pass:
         """The norm over the heads of y, the bonus and the gate, through the output matrix into x."""
         rows, A, y = len(x), att.n_head * att.head_size, y.contiguous()
         packed = self.packed("out", rows, A)
-        weight, bias, eps, dtype = self.norm(att.ln_x, A)
+        weight, bias, eps, dtype = self.norm(att.ln_x)
         r, k, v, r_k = bonus
         self.call(
             *("heads_out", self.floats(y.view(rows, A), rows, A), weight, bias, eps),
-            *(*(self.floats(z, rows, A) for z in (r, k, v)), self.weights(r_k, A), self.floats(gate, rows, A)),
+            *(*(self.floats(z, rows, A) for z in (r, k, v)), self.weights(r_k), self.floats(gate, rows, A)),
             *(int(silu), dtype, rows, att.n_head, att.head_size, self.floats(packed), self.pairs),
         )
         self.multiply(rows, (packed, att.output.weight, x), add=True)
@@ -190,18 +210,14 @@ class Pass:
         model, form, v_first = self.model, compiled_form(self.model.layout), None
         (rows, C), emb = x.shape, model.emb.weight
         self.call(
-            *("embed", span(tokens, tokens.shape, torch.int64), span(emb, (len(emb), C), self.torch_dtype)),
-            *(*self.norm(model.blocks[0].ln0, C), rows, len(emb), C, self.floats(x, rows, C)),
+            *("embed", span(tokens, tokens.shape, torch.int64), self.weights(emb)),
+            *(*self.norm(model.blocks[0].ln0), rows, len(emb), C, self.floats(x, rows, C)),
         )
         for layer, block in enumerate(model.blocks):
             att[layer], wkv[layer], v_first = form.time_mix(
                 self, block, x, tokens.shape, att[layer], wkv[layer], v_first
             )
             ffn[layer] = form.channel_mix(self, block, x, tokens.shape, ffn[layer])
-
-
-def _float32(*shape: int) -> Tensor:
-    return new(shape, torch.float32)
 
 
 def _of_array(array: ctypes.Array) -> Span:

@@ -33,7 +33,7 @@ def time_mix(
     )
     (low,) = p.activate(rows, ("decay", low, abi.TANH))
     p.multiply(rows, (low, Transposed(att.time_decay_w2), w))
-    p.call("decays6", p.floats(w, rows, A), p.weights(att.time_decay, A), p.dtype, rows, A)
+    p.call("decays6", p.floats(w, rows, A), p.weights(att.time_decay), p.dtype, rows, A)
     y, wkv = wkv6(r.view(heads), w.view(heads), k.view(heads), v.view(heads), att.time_faaaa, wkv)
     p.heads_out(att, x, y, g, silu=True)
     return shift, wkv, v_first

@@ -37,7 +37,7 @@ def time_mix(
     p.multiply(rows, *seconds)
     p.call(
         *("gates7", *(p.floats(z, rows, A) for z in (k, v, w, a, vx, v_first, read))),
-        *(p.weights(z, A) for z in (att.w0, att.a0, None if first else att.v0, att.k_k, att.k_a)),
+        *(p.weights(z) for z in (att.w0, att.a0, None if first else att.v0, att.k_k, att.k_a)),
         *(p.dtype, rows, H, N),
     )
     y, wkv = wkv7(r.view(heads), w.view(heads), k.view(heads), v.view(heads), read.view(heads), a.view(heads), wkv)

@@ -9,8 +9,9 @@ from torch import nn
 from rwkv_lab.model.block import RESCALE_EVERY
 from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.buffer_pool import Memory
-from rwkv_lab.model.cpu.eligibility import PACKED, Eligibility, Permit, forget
+from rwkv_lab.model.cpu.eligibility import Eligibility, Permit, forget
 from rwkv_lab.model.cpu.lazy_state import lazy_state, memory_of
+from rwkv_lab.model.cpu.model_faults import PACKED
 from rwkv_lab.model.registry import compiled_form, generation_of
 from rwkv_lab.model.state import RWKVState, check_state, state_shapes
 from rwkv_lab.wkv.pointers import check, strided_span

@@ -471,6 +471,14 @@ def part_with_other_data(state, rng):
 
 
 @_of(STATE)
+def memory_of_part_cut(state, rng):
+    name, x = _part(state, rng)
+    cut = x.clone()
+    cut.untyped_storage().resize_(rng.choice([0, cut.nbytes - cut.itemsize]))
+    return dataclasses.replace(state, **{name: cut})
+
+
+@_of(STATE)
 def part_on_meta(state, rng):
     name, x = _part(state, rng)
     return dataclasses.replace(state, **{name: x.to("meta")})

@@ -1,5 +1,6 @@
 """Whatever changes what a model computes is computed: the compiled paths fall back to PyTorch, or follow."""
 
+import contextlib
 import dataclasses
 import logging
 import types
@@ -382,3 +383,48 @@ def test_states_of_other_kinds_of_tensors(tmp_path):
             assert relative_rms(model(tokens, other)[0], expected) < APART
     assert "negative" in fallback_reason(model, "step", tokens, dataclasses.replace(state, wkv=imaginary))
     assert "Own" in fallback_reason(model, "step", tokens.as_subclass(Own))
+
+
+def lose_memory(x):
+    x.untyped_storage().resize_(max(x.nbytes - x.itemsize, 0))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of inner tensors without memory
+@pytest.mark.parametrize("mode", list(RWKVMode))
+@pytest.mark.parametrize(
+    "how",
+    ["nothing", "gradients", "counting", "a module of another class", "return_v_first", "packed"],
+)
+def test_weights_without_all_their_memory_are_refused_before_torch_reads_them(tmp_path, mode, how):
+    model, tokens = load_model(tmp_path, "7.0"), make_tokens(1, 3)
+    model.set_mode(mode)
+    for _ in range(3):
+        model(tokens)
+    if how == "packed":
+        quantise_weights(model, "int8", in_place=True)
+    if how == "a module of another class":
+        model.blocks[0].ffn.key.__class__ = type("Own", (nn.Linear,), {})
+    lose_memory(model.blocks[1].ffn.value.codes if how == "packed" else model.blocks[1].ffn.value.weight.data)
+    model.emb.weight.requires_grad_(how == "gradients")
+    options = {"return_v_first": True} if how == "return_v_first" else {}
+    with FlopCounterMode(display=False) if how == "counting" else contextlib.nullcontext():
+        with pytest.raises(ParameterError, match=r"blocks.1.ffn.value.\w+ needs \d+ bytes, its memory has \d+"):
+            model(tokens, **options)
+    model.blocks[1].ffn.value.register_forward_pre_hook(lambda module, given: 1 / 0)  # may fill it
+    with pytest.raises(ZeroDivisionError):
+        model(tokens, **options)
+
+
+@pytest.mark.parametrize("mode", list(RWKVMode))
+@pytest.mark.parametrize("grad", [False, True])
+def test_states_and_tokens_without_all_their_memory_are_refused(tmp_path, mode, grad):
+    model, tokens = load_model(tmp_path, "7.0").requires_grad_(grad), make_tokens(1, 3)
+    model.set_mode(mode)
+    for name in ("wkv", "att_shift", "ffn_shift"):
+        state = model(tokens)[1].detach().clone()
+        lose_memory(getattr(state, name))
+        with pytest.raises(ParameterError, match=f"The state's {name} needs"):
+            model(tokens, state)
+    lose_memory(tokens)
+    with pytest.raises(ParameterError, match="The tensor of tokens needs"):
+        model(tokens)
