@@ -11,6 +11,7 @@ import sys
 
 import llama_cpp
 import numpy as np
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 
 def main(request: str, answer: str) -> None:
@@ -29,6 +30,10 @@ def main(request: str, answer: str) -> None:
         found["logits"] = np.array(model.scores[: len(asked["ids"])])
     for i, text in enumerate(asked["texts"]):
         found[f"text {i}"] = np.array(model.tokenize(text.encode(), add_bos=False, special=False), np.int64)
+    if asked["messages"]:
+        formatter = Jinja2ChatFormatter(model.metadata["tokenizer.chat_template"], eos_token="", bos_token="")
+        found["prompt"] = np.array(formatter(messages=asked["messages"]).prompt)
+        found["ends"] = np.array([model.token_bos(), model.token_eos()])
     np.savez(answer, **found)
 
 

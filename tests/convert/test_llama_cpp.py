@@ -14,6 +14,7 @@ from random_models import make_layout, make_tokens, relative_rms, write_model
 from rwkv_lab import RWKV_Dual
 from rwkv_lab.checkpoint import Layout, open_checkpoint
 from rwkv_lab.convert import to_gguf
+from rwkv_lab.model import render_turns
 from rwkv_lab.model.tokenizer import load_tokenizer
 
 if find_spec("llama_cpp") is None or find_spec("gguf") is None:
@@ -30,9 +31,10 @@ LIMIT = 2e-5  # relative RMS in float32: two implementations of the same formula
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0")
 
 
-def asked(path, folder, ids=(), texts=(), quantised="") -> dict[str, np.ndarray]:
+def asked(path, folder, ids=(), texts=(), quantised="", messages=()) -> dict[str, np.ndarray]:
     """What llama.cpp gives."""
     request = {"model": str(path), "ids": list(ids), "texts": list(texts), "quantised": quantised}
+    request["messages"] = list(messages)
     (folder / "request.json").write_text(json.dumps(request))
     script = Path(__file__).parent / "llama_logits.py"
     command = [sys.executable, str(script), str(folder / "request.json"), str(folder / "answer.npz")]
@@ -154,15 +156,18 @@ TEXTS = [
 ]
 
 
-def test_tokens_of_fifty_texts_in_several_scripts(tmp_path):
+def test_tokens_of_fifty_texts_in_several_scripts_and_the_chat_template(tmp_path):
     world = load_tokenizer("world")
     layout = Layout("7.0", 1, 32, 32, 32, 65536, 1, 32, {"w": 1, "a": 1, "g": 1})
     source = write_model(tmp_path / "m.pth", layout)
     out = to_gguf(source, tmp_path / "m.gguf", dtype="F16", verify=False).out
     assert len(set(TEXTS)) == 50
-    found = asked(out, tmp_path, texts=TEXTS)
+    messages = [{"role": role, "content": f"{role}\n\nsays "} for role in ("system", "user", "assistant", "user")]
+    found = asked(out, tmp_path, texts=TEXTS, messages=messages)
     for i, text in enumerate(TEXTS):
         assert found[f"text {i}"].tolist() == world.encode(text), text
+    assert found["prompt"] == "".join(turn.text for turn in render_turns(messages)) + "Assistant:"
+    assert found["ends"].tolist() == [0, 0]
 
 
 def test_tokens_of_bytes(tmp_path):
