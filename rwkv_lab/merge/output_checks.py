@@ -1,5 +1,6 @@
 """Where the output of a merge may go: a file, and its provenance beside it."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,6 @@ def check_merge_output(out: Path, inputs: Sequence[Checkpoint], allowed_dir: Pat
         OutputError, ParameterError: as `check_output`.
     """
     for path in (out, provenance_path(out)):
-        if path.is_dir():
+        if os.path.isdir(path):  # False of a name that the system refuses, which `check_output` says
             raise OutputError(f"{path} is a folder; name a file in it, such as {path / 'merged.pth'}")
         check_output(path, inputs, allowed_dir, overwrite)

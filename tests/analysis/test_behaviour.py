@@ -133,7 +133,8 @@ def test_a_whole_fine_tune_answers_as_itself(demo_folder, tmp_path, tensors):
 def test_other_vocabularies_are_compared_by_logits_alone(demo_folder, tmp_path, tensors):
     wide = tensors | {n: torch.cat([tensors[n]] * 2) for n in ("emb.weight", "head.weight")}
     write_checkpoint(tmp_path / "base.pth", wide)
-    found = compared(merge(tmp_path / "base.pth", demo_folder / "demo-state.pth", tmp_path / "m.pth"))
+    state = demo_folder / "demo-state.pth"
+    found = compared(merge(tmp_path / "base.pth", state, tmp_path / "m.pth", allow_other_base=True))
     assert "does not tell its tokenizer. Give it as tokenizer" in found.unread
     assert found.bits == {} and found.samples == [] and [c.passed for c in found.checks] == [True, True]
 
@@ -174,7 +175,8 @@ def test_states_for_some_layers_run(demo_folder, tmp_path):
 def test_what_was_allowed_does_not_fail_the_run(demo_folder, tmp_path, tensors):
     base, state = demo_folder / "demo-base.pth", demo_folder / "demo-state.pth"
     write_checkpoint(tmp_path / "base.pth", tensors | {"odd": torch.zeros(3)})
-    found = compared(merge(tmp_path / "base.pth", state, tmp_path / "n.pth", allow_extra=["odd"]))
+    more = {"allow_extra": ["odd"], "allow_other_base": True}
+    found = compared(merge(tmp_path / "base.pth", state, tmp_path / "n.pth", **more))
     assert len(reasons(found)) == 2 and "does not know, such as odd" in reasons(found)[0]
     with open_checkpoint(state) as ck:
         states = {name: ck[name] for name in ck}

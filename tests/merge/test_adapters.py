@@ -194,7 +194,9 @@ def test_pissa_with_rwkv_pefts_own_init_file(base, trained, tmp_path, version):
     write_checkpoint(tmp_path / "left.pth", left)
     more = {"parameters": {"residual_base": True}}
     result = proved(merge(tmp_path / "left.pth", tmp_path / "p.pth", tmp_path / "n.pth", **more))
-    assert relative_rms(logits(result.out), model(TOKENS)[0]) < CLOSE and "left over" in result.plan.notes[0]
+    assert relative_rms(logits(result.out), model(TOKENS)[0]) < CLOSE and any(
+        "left over" in n for n in result.plan.notes
+    )
 
 
 def bare(path, out, endings=("lora_A", "lora_B", "disha")):
@@ -232,7 +234,7 @@ def test_unmerging_restores_the_base(base, trained, tmp_path, version, kind):
     found, before = tensors(result.out), tensors(base(version))
     for name, tensor in before.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
-    assert not result.plan.notes
+    assert all("does not say on which base" in note for note in result.plan.notes)
     low = {n: t.bfloat16() for n, t in before.items()}
     write_checkpoint(tmp_path / "low.pth", low)
     merge(tmp_path / "low.pth", path, tmp_path / "wide.pth", dtype="fp32")
@@ -258,7 +260,7 @@ def test_an_adapter_is_merged_once(base, trained, tmp_path):
     merge(second, tmp_path / "head.pth", tmp_path / "5.pth")
     refused(ParameterError, "already", tmp_path / "5.pth", b, out)
     plan = merge(base(), a, out, parameters={"unmerge": True}, dry_run=True).plan
-    assert "Nothing in the base's provenance" in plan.notes[0]
+    assert any("Nothing in the base's provenance" in note for note in plan.notes)
     merge(base(), a, tmp_path / "6.pth", weights=[0.0])
     merge(tmp_path / "6.pth", a, out)  # nothing of it was in there
 
@@ -269,7 +271,9 @@ def test_several_adapters_with_weights(base, trained, tmp_path):
     )  # fmt: skip
     weights = [0.5, -1.5, 1.0]
     result = proved(merge(base(), [a, b, c], tmp_path / "m.pth", weights=weights))
-    assert result.plan.method == "adapters" and "a.safetensors × 0.5, b.safetensors × -1.5" in result.plan.notes[0]
+    assert result.plan.method == "adapters" and any(
+        "a.safetensors × 0.5, b.safetensors × -1.5" in n for n in result.plan.notes
+    )
     start, expected = tensors(base()), {}
     for path, weight in zip((a, b, c), weights, strict=True):
         merge(base(), path, tmp_path / "one.pth", precision="float64", overwrite=True)

@@ -11,7 +11,7 @@ from models import random_lora, random_model, random_state
 from safetensors.torch import load_file, save_file
 
 from rwkv_lab import merge
-from rwkv_lab.merge import verify, verify_merge
+from rwkv_lab.merge import proof_files, verify_merge
 
 
 def rewrite(path, change) -> None:
@@ -137,7 +137,7 @@ def test_it_reads_safetensors_one_tensor_at_a_time(tmp_path, monkeypatch):
     save_file(random_model(seed=1), tmp_path / "tuned.safetensors")
     result = merge(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "o.safetensors", alpha=0.5)
     alive, most = weakref.WeakSet(), [0]
-    real = verify._Safetensors.__getitem__
+    real = proof_files._Safetensors.__getitem__
 
     def counting(self, name):
         tensor = real(self, name)
@@ -145,7 +145,7 @@ def test_it_reads_safetensors_one_tensor_at_a_time(tmp_path, monkeypatch):
         most[0] = max(most[0], len(alive))
         return tensor
 
-    monkeypatch.setattr(verify._Safetensors, "__getitem__", counting)
+    monkeypatch.setattr(proof_files._Safetensors, "__getitem__", counting)
     gc.collect()
     assert all(c.passed for c in verify_merge(result))
     assert 3 <= most[0] <= 9 < len(random_model())

@@ -68,11 +68,11 @@ def test_a_template_that_is_given():
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("Hello", "messages is a str"),
-        ({"role": "user", "content": "x"}, "messages is a dict"),
-        (None, "messages is a NoneType"),
+        ("Hello", "messages=.*must be a list"),
+        ({"role": "user", "content": "x"}, "messages=.*must be a list"),
+        (None, "messages=None: it must be a list"),
         ([], "messages is empty"),
-        (["Hello"], "message 1 is a str"),
+        (["Hello"], "each must be a dict"),
         ([TALK[0], {"content": "x"}], "message 2 has no role"),
         ([{"role": "usr", "content": "x"}], "'usr'.*did you mean user"),
         ([{"role": "user", "content": ""}], "no text"),

@@ -54,7 +54,7 @@ def test_a_refusal_ends_with_a_code_and_the_message(environment, tmp_path):
         text=True,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr and "TCP" not in done.stderr
-    assert done.stderr.startswith("CorruptFileError: ") and "none.pth" in done.stderr
+    assert done.stderr.startswith("ParameterError: ") and "none.pth" in done.stderr
     assert json.loads((tmp_path / "report" / "result.json").read_text())["status"] == "failed"
 
 

@@ -207,8 +207,8 @@ def test_a_folder_says_how_the_base_was_stored(adapted, tmp_path, name):
     write_checkpoint(weights, tensors, overwrite=True)
     with open_adapter(tmp_path / "nf4") as adapter:
         assert adapter.quant is None  # as others save it
-    write_checkpoint(weights, tensors, {"rwkv_lab.quant": "fp4"}, overwrite=True)
-    with pytest.raises(CorruptFileError, match="'fp4'"):
+    write_checkpoint(weights, tensors, {"rwkv_lab.quant": "fp5"}, overwrite=True)
+    with pytest.raises(CorruptFileError, match="'fp5'"):
         open_adapter(tmp_path / "nf4")
 
 

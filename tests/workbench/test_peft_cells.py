@@ -191,7 +191,7 @@ def nan_in(path, name):
         ("three values", "ParameterError", "a list of two"),
         ("another generation", "LayoutError", "blocks.0.ffn.key of the base is [52, 32]"),
         ("a lack of depth", "LayoutError", "with 1 layers"),
-        ("another depth, a state", "LayoutError", "the base has 3 layers"),
+        ("another depth, a state", "LayoutError", "the model has layers 0 to 2"),
         ("another depth, a model", "LayoutError", "n_layer differs"),
         ("NaN in an adapter", "NumericsError", "NaN or Inf"),
         ("NaN in a state", "NumericsError", "NaN or Inf"),

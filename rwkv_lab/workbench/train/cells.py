@@ -179,7 +179,8 @@ def compare(run: Run, plan: TrainPlan) -> list[Compared] | None:
     spec, data = plan.spec, plan.spec.effective("data")
     with run.timed("compare"):
         base = spec.base or run.output_path("trained.pth")
-        of_data = {name: getattr(spec, name) for name in ("tokenizer", "template", "ignore", "long")}
+        given = {name: getattr(spec, name) for name in ("tokenizer", "template", "ignore", "long")}
+        of_data = {name: value for name, value in given.items() if value}
         found = compare_methods(base, data, ctx_len=spec.effective("ctx_len"), seed=spec.seed, **of_data)
     show_compared(run, found, data)
     return found
