@@ -213,8 +213,8 @@ def _fault_of_items(value: Any, kind: Any, args: tuple, wrong: str) -> str:
         return ""  # what can be read only once is left to the function
     if isinstance(value, torch.Tensor):
         return "" if args[0] in (int, Any) else wrong
-    faulty = next((item for item in value if _fault(item, args[0])), None) if args[0] is not Any else None
-    return "" if faulty is None else f"it holds {shown_value(faulty)}; each must be {described(args[0])}"
+    faulty = [item for item in value if _fault(item, args[0])] if args[0] is not Any else []
+    return f"it holds {shown_value(faulty[0])}; each must be {described(args[0])}" if faulty else ""
 
 
 def _fault_of_entry(key: Any, value: Any, args: tuple) -> str:

@@ -199,7 +199,7 @@ class _Row:
         if seed is None:
             self.generator.seed()
         else:
-            self.generator.manual_seed(row_seed(seed, number))
+            self.generator.manual_seed(int(row_seed(seed, number)))
         self._tokenizer, self._end = model.tokenizer, end
         self._decoder, self._stop = model.tokenizer.stream(), StopText(end.stops)
 

@@ -16,9 +16,9 @@ def stop_texts(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     if isinstance(stop, bytes) or not isinstance(stop, Iterable):
         raise ParameterError(f'stop={stop!r}: it must be a text or texts, such as ["\\n\\n", "User:"].')
     texts = (stop,) if isinstance(stop, str) else tuple(stop)
-    wrong = next((text for text in texts if not isinstance(text, str) or not text), None)
-    if wrong is not None:
-        raise ParameterError(f"stop holds {wrong!r}; each must be a text that is not empty.")
+    wrong = [text for text in texts if not isinstance(text, str) or not text]
+    if wrong:
+        raise ParameterError(f"stop holds {wrong[0]!r}; each must be a text that is not empty.")
     return texts
 
 

@@ -156,3 +156,9 @@ def test_what_makes_no_sense_is_refused():
         == generate(model, "", 5, state=state, logits=logits[0])[0]
     )
     assert StateCache(10**6).nbytes == 0
+
+
+@pytest.mark.parametrize("stop", [[None], iter([None]), ["a", None], [b"a"]])
+def test_a_list_that_holds_something_else_is_refused(stop):
+    with pytest.raises(ParameterError, match="stop"):
+        stop_texts(stop)

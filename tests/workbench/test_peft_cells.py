@@ -250,8 +250,9 @@ def test_what_is_wrong_leaves_nothing_but_word_of_it(run, made, base, tmp_path, 
     assert found["status"] == "failed" and words in found["error"]["message"]
     after = snapshot(tmp_path)
     changed = {name for name in before | after if before.get(name) != after.get(name)}
-    pictures = {"report/counts.png"} if case == "a second of another model" else set()
-    pictures |= {f"report/{name}.png" for name in OF_MATRICES} if pictures else set()
+    second, state = case == "a second of another model", case == "another depth, a state"  # found after the counts
+    pictures = {"report/counts.png"} if second or state else set()
+    pictures |= {f"report/{name}.png" for name in OF_MATRICES} if second else set()
     assert changed <= {"report", "report/result.json", "report/report.html"} | pictures
 
 
