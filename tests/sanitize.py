@@ -18,12 +18,14 @@ TESTS = ("tests/wkv/test_cpu.py", "tests/model/test_weight_only.py", "tests/mode
 
 
 def sanitizer() -> str | None:
-    """The library of AddressSanitizer that g++ links to; None where there is none."""
+    """The libraries that are loaded before all others: AddressSanitizer, which g++ links to, and that of C++, without
+    which it ends the process at torch's first exception. None where there is no AddressSanitizer."""
     if not shutil.which("g++"):
         return None
-    command = ["g++", "-print-file-name=libasan.so"]
-    found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return found if os.path.isabs(found) and os.path.exists(found) else None
+    names = ("libasan.so", "libstdc++.so.6")
+    commands = [["g++", f"-print-file-name={name}"] for name in names]
+    found = [subprocess.run(one, capture_output=True, text=True).stdout.strip() for one in commands]
+    return " ".join(found) if all(os.path.isabs(x) and os.path.exists(x) for x in found) else None
 
 
 def environment(changes: int) -> dict[str, str]:
@@ -31,7 +33,7 @@ def environment(changes: int) -> dict[str, str]:
     return os.environ | {
         "CXX": f"g++ {FLAGS}",
         "LD_PRELOAD": str(sanitizer()),
-        "ASAN_OPTIONS": "detect_leaks=0",
+        "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "RWKV_LAB_CHANGES": str(changes),
         "PYTHONPATH": str(ROOT),
@@ -45,7 +47,12 @@ def main(changes: str = "2000") -> int:
         return 1
     env = environment(int(changes))
     subprocess.run([sys.executable, "-m", "rwkv_lab.wkv"], env=env, cwd=ROOT, check=True)
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], env=env, cwd=ROOT).returncode
+    # What the sanitizers print goes to the terminal, and is not lost with the process.
+    command = [sys.executable, "-m", "pytest", "-v", "--capture=sys", *TESTS]
+    code = subprocess.run(command, env=env, cwd=ROOT).returncode
+    if code < 0 or code > 5:  # pytest's own are 0 to 5
+        print(f"The tests ended in the middle, with code {code}; what was found stands above.")
+    return code
 
 
 if __name__ == "__main__":

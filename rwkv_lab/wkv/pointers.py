@@ -34,15 +34,20 @@ def span(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[tor
     """
     if not x.is_contiguous():
         raise KernelError(f"A tensor of shape {list(x.shape)} for compiled code is not contiguous.")
-    return _span(x, shape, dtypes)
+    return _span(x, shape, dtypes, x.nbytes)
 
 
 def strided_span(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[torch.dtype]) -> Span:
     """As `span`, of a tensor with any strides, which are passed on beside it."""
-    return _span(x, shape, dtypes)
+    return _span(x, shape, dtypes, _needed(x))
 
 
-def _span(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[torch.dtype]) -> Span:
+def span_of_new(x: Tensor) -> Span:
+    """The memory of a tensor that `new` has just made, and that is known nowhere else."""
+    return Span(x.data_ptr(), x.nbytes)
+
+
+def _span(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[torch.dtype], needed: int) -> Span:
     wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
     if not x.is_cpu or x.layout is not torch.strided or x.is_neg():
         raise KernelError(f"A tensor for compiled code is a {type(x).__name__}, {x.layout}, on {x.device}.")
@@ -50,8 +55,10 @@ def _span(x: Tensor, shape: Collection[int], dtypes: torch.dtype | Collection[to
         raise KernelError(
             f"A tensor for compiled code is {x.dtype} {list(x.shape)}, not {', '.join(map(str, wanted))} {list(shape)}."
         )
-    there = x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize
-    if _needed(x) > there:
+    there, offset = x.untyped_storage().nbytes(), x.storage_offset()
+    if offset:
+        there -= offset * x.itemsize
+    if needed > there:
         raise ParameterError(f"A tensor of shape {list(x.shape)} {missing_memory(x)}.")
     return Span(x.data_ptr(), there)
 

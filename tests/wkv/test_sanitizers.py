@@ -23,6 +23,17 @@ for B, T, A in ((1, 1, 1), (2, 33, 37), (3, 5, 64)):
         assert (y - right).norm() <= 1e-2 * right.norm()
 print("all is well")
 """
+THROWN = """
+import torch
+from rwkv_lab.wkv import wkv4
+k = torch.randn(1, 2, 3, requires_grad=True)
+k.register_hook(lambda grad: 1 / 0)  # goes through C++ as an exception
+y, _ = wkv4(-torch.rand(3), torch.randn(3), k, k, backend="cpu")
+try:
+    y.sum().backward()
+except ZeroDivisionError:
+    print("thrown and caught")
+"""
 BEYOND = """
 import ctypes, torch
 from rwkv_lab.wkv.cpu import library_on_torch_threads
@@ -47,6 +58,11 @@ def run(code):
 def test_an_operator_in_a_build_with_sanitizers():
     done = run(WKV4)
     assert done.returncode == 0 and "all is well" in done.stdout, done.stderr[-3000:]
+
+
+def test_exceptions_of_torch_do_not_end_the_process():
+    done = run(THROWN)
+    assert done.returncode == 0 and "thrown and caught" in done.stdout, done.stderr[-3000:]
 
 
 def test_sizes_that_do_not_go_together_are_refused_and_accesses_beyond_are_found():

@@ -18,7 +18,7 @@ from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.eligibility import Eligibility, Permit
 from rwkv_lab.model.registry import compiled_form
 from rwkv_lab.model.state import RWKVState
-from rwkv_lab.wkv.pointers import NOTHING, Span, check, new, span, strided_span
+from rwkv_lab.wkv.pointers import NOTHING, Span, check, new, span, span_of_new, strided_span
 
 _BLOCK = 512  # rows (batch times tokens) at once: enough to pay for reading a layer's weights, few enough for the cache
 
@@ -93,9 +93,9 @@ class Pass:
         return made[1] if made else span(x, shape or x.shape, torch.float32)
 
     def made(self, x: Tensor) -> Tensor:
-        """A float32 tensor that only this pass knows: where it lies is looked up once. How much of it a function uses,
-        the function compares itself."""
-        self._made[id(x)] = x, span(x, x.shape, torch.float32)
+        """A float32 tensor that `new` has made for this pass alone: where it lies is looked up once. How much of it a
+        function uses, the function compares itself."""
+        self._made[id(x)] = x, span_of_new(x)
         return x
 
     def weights(self, x: Tensor | None) -> Span:
@@ -176,7 +176,7 @@ class Pass:
         outputs = (Span * len(packed))(*(self.floats(one) for one in packed))
         self.call(
             *("mix_in", self.floats(x, rows, C), *self.norm(ln), rows, T, C),
-            *(span(z, (B, C), self.torch_dtype) for z in (shift, after)),
+            *(span(shift, (B, C), self.torch_dtype), span_of_new(after)),
             *(len(mu), _of_array(shares), int(of_present)),
             *(self.floats(extra, len(mu), rows, C), _of_array(outputs), self.pairs),
         )
