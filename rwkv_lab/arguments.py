@@ -37,19 +37,24 @@ _RANGES = {
 }
 
 
+@functools.cache
+def _signature(function: Callable) -> inspect.Signature:
+    return inspect.signature(function)
+
+
 def checked(function: F) -> F:
     """Check every argument of a call against its annotation. Without one, or with Any, everything passes.
 
     Raises (the wrapped function):
         ParameterError: an argument that is not what its annotation says. Names the argument and its value.
     """
-    signature = inspect.signature(function)
     called = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # torch.compile cannot look into this
             return function(*args, **kwargs)
+        signature = _signature(function)  # not kept beside: torch.compile cannot look into one
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:

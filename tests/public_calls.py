@@ -233,6 +233,7 @@ def calls(world: World) -> list[Call]:
         "to_pth": {"source": w.base, "out": there},
         "to_safetensors": {"source": w.base, "out": w.folder / "there.safetensors"},
         "verify_convert": {"result": converted},
+        "compare_logits": {"result": converted},
         "write_convert": {"plan": converted.plan},
         **{f"{spec.__name__}.read": {"values": {}} for spec in (MergeSpec, MergeOptions, train.TrainSpec)},
     }

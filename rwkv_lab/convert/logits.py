@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checks import Check
 from rwkv_lab.convert.plan import ConvertResult
 from rwkv_lab.errors import ParameterError
@@ -14,6 +15,7 @@ _EXACT = 2e-5  # relative RMS: the same weights in float32
 _ROUNDINGS = 64  # a rounding of each weight adds up over the layers to no more than so many
 
 
+@checked
 def compare_logits(result: ConvertResult) -> Check:
     """Logits of source and output on a fixed prompt, both read by rwkv_lab and computed in float32, one model after the
     other: relative RMS of the difference. Takes memory for one model in float32.
