@@ -148,7 +148,10 @@ def _fault_of_one(value: Any, hint: Any) -> str:
     if hint in (None, type(None)):
         return "" if value is None else wrong
     if origin is Annotated:
-        return _fault_of_one(value, args[0]) and wrong or ("" if _in_range(value, args[1:]) else wrong)
+        fault = _fault_of_one(value, args[0])
+        if fault:
+            return fault if fault == _TOO_LARGE else wrong
+        return "" if _in_range(value, args[1:]) else wrong
     if origin in (Union, types.UnionType):
         return _fault(value, hint)
     if origin is Literal:
@@ -185,6 +188,9 @@ def _fault_of_device(value: Any) -> str:
     return ""
 
 
+_TOO_LARGE = "it is a whole number of 2^63 or more, too large"  # says more than what it must be
+
+
 def _fault_of_int(value: Any) -> str:
     try:
         number = (
@@ -194,7 +200,7 @@ def _fault_of_int(value: Any) -> str:
         number = None
     if number is None:
         return f"it must be {_NAMES[int]}"
-    return "" if abs(number) <= _LARGEST else "it must be a whole number below 2^63"
+    return "" if abs(number) <= _LARGEST else _TOO_LARGE
 
 
 def _is_number(value: Any) -> bool:

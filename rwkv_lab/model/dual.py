@@ -1,5 +1,6 @@
 """RWKV_Dual: one set of weights, run as a transformer (whole sequences) or as an RNN (token by token)."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
@@ -396,6 +397,8 @@ class RWKV_Dual(nn.Module):
                 to read after a state.
             NumericsError: NaN or infinity in the logits.
         """
+        if streaming_callback is not None:
+            _refuse_other_callback(streaming_callback)
         stream = generate_stream(
             self,
             prompt,
@@ -419,6 +422,15 @@ class RWKV_Dual(nn.Module):
             if streaming_callback is not None and streaming_callback(token, text) is False:
                 stream.stop()
         return stream.text
+
+
+def _refuse_other_callback(callback: Callable) -> None:
+    try:
+        inspect.signature(callback).bind(0, "")
+    except ValueError:  # some of C state no signature
+        return
+    except TypeError as e:
+        raise ParameterError(f"streaming_callback is called with (token, text); this one cannot be: {e}.") from None
 
 
 @torch.no_grad()

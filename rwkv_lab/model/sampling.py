@@ -82,6 +82,7 @@ def sample(
 
     Raises:
         NumericsError: the logits hold NaN or infinity.
+        ParameterError: penalties with which they would.
     """
     logits = logits.float().cpu()  # a generator on the CPU gives the same draws for every device
     if not logits.isfinite().all():
@@ -90,6 +91,11 @@ def sample(
         seen, often = torch.tensor(list(counts)), torch.tensor(list(counts.values()), dtype=torch.float32)
         logits = logits.clone()
         logits[seen] -= sampling.presence_penalty + sampling.frequency_penalty * often
+        if not logits.isfinite().all():
+            raise ParameterError(
+                f"presence_penalty={sampling.presence_penalty}, frequency_penalty={sampling.frequency_penalty}: logits "
+                "overflow float32. Pass values near those of logits, such as 0.2."
+            )
     if sampling.sampling == "standard" and sampling.temperature == 0:
         return int(logits.argmax())
     tokens, probs = candidates(logits, sampling)

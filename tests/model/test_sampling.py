@@ -131,3 +131,10 @@ def test_every_way_to_generate_takes_the_same_options():
     assert options(RWKV_Dual.generate_with_streaming) == stream | {"streaming_callback": None}
     sampling = options(Sampling)
     assert {name: stream[name] for name in sampling} == sampling
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+@pytest.mark.parametrize("value", [-1e39, 1e39])
+def test_penalties_beyond_float32_are_refused(name, value):
+    with pytest.raises(ParameterError, match=f"{name}=.*overflow float32"):
+        sample(torch.zeros(5), Sampling(**{name: value}), torch.Generator(), {2: 1})

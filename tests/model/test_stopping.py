@@ -162,3 +162,9 @@ def test_what_makes_no_sense_is_refused():
 def test_a_list_that_holds_something_else_is_refused(stop):
     with pytest.raises(ParameterError, match="stop"):
         stop_texts(stop)
+
+
+@pytest.mark.parametrize("callback", [lambda: None, lambda token: None, lambda token, text, more: None])
+def test_a_callback_that_cannot_be_called_is_refused_before_anything_is_read(callback):
+    with pytest.raises(ParameterError, match="called with .token, text.; this one cannot be"):
+        make_model().generate_with_streaming("a", max_new_tokens=1, streaming_callback=callback)
