@@ -113,9 +113,12 @@ def _npy(source: Source) -> Tokens:
     path = source.path
     try:
         if source.content:
-            ids = np.load(io.BytesIO(source.content), allow_pickle=False)
+            stream = io.BytesIO(source.content)
+            ids = np.load(stream, allow_pickle=False)
+            left = len(source.content) - stream.tell()
         else:
             ids = np.load(path, mmap_mode="r", allow_pickle=False)
+            left = path.stat().st_size - ids.offset - ids.nbytes
     except (ValueError, EOFError, OSError) as e:
         if "bject" in str(e):
             raise ParameterError(
@@ -123,6 +126,11 @@ def _npy(source: Source) -> Tokens:
                 "Save an array of whole numbers."
             ) from None
         raise CorruptFileError(f"{path} is a broken .npy: {str(e).splitlines()[0][:200]}") from None
+    if left:
+        raise CorruptFileError(
+            f"{path} has {left:,} bytes behind its array: a second array, or what another file left.\n"
+            "Save one array per file."
+        )
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
         raise ParameterError(
             f"{path} is {ids.dtype} {list(ids.shape)}; tokens are whole numbers, [N] or [rows, tokens of each]."

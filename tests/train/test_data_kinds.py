@@ -294,3 +294,14 @@ def test_tokens_without_an_index_say_what_is_lost(tmp_path):
 def test_a_model_is_no_training_text(small):
     with pytest.raises(ParameterError, match="a zip archive"):
         load_corpus(str(small))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_what_lies_behind_an_array_is_not_lost(tmp_path, compressed):
+    buffer = io.BytesIO()
+    np.save(buffer, np.arange(50, dtype=np.uint16))
+    np.save(buffer, np.arange(70, dtype=np.uint16))
+    path = tmp_path / "a.npy"
+    path.write_bytes(gzip.compress(buffer.getvalue()) if compressed else buffer.getvalue())
+    with pytest.raises(CorruptFileError, match="268 bytes behind its array.*\n.*one array per file"):
+        load_corpus(str(path))
