@@ -24,6 +24,7 @@ _PARALLEL = 0.99  # cosine of two sketches of one change; bytes and casts cost l
 _CLOSE = 0.6  # median over layers: a hundred unrelated ones stay below 0.2
 _LEAST = 4  # layers that such a median takes
 _BLANK = base64.b64encode(bytes(_DIRECTIONS)).decode()
+_NOT_FINITE = base64.b64encode(b"\x80" * _DIRECTIONS).decode()  # of the same length; no projection is -128
 
 
 def blank(adapter: Adapter) -> dict[str, str]:
@@ -88,12 +89,16 @@ def _all_signs(size: int, side: int) -> torch.Tensor:
 
 def _as_text(sketch: torch.Tensor) -> str:
     largest = float(sketch.abs().max())
-    if not 0 < largest < float("inf"):
+    if largest == 0:
         return _BLANK
+    if not largest < float("inf"):
+        return _NOT_FINITE
     return base64.b64encode((sketch / largest * 127).round().to(torch.int8).numpy().tobytes()).decode()
 
 
 def _vector(text: object) -> np.ndarray:
+    if text == _NOT_FINITE:
+        return np.zeros(_DIRECTIONS)
     try:
         found = np.frombuffer(base64.b64decode(str(text), validate=True), np.int8).astype(float)
     except ValueError:

@@ -107,7 +107,12 @@ def plan_merge(
         disk_free=disk_free,
         memory_needed=memory,
         memory_free=memory_free,
-        notes=(*origins, *description.notes, *on_states, *([] if any_change else [_nothing(inputs, len(rows))])),
+        notes=(
+            *origins,
+            *description.notes,
+            *on_states,
+            *([] if any_change else [_nothing(inputs, len(rows), changes.keeps_base)]),
+        ),
         contains=tuple(description.contains),
         files=inputs,
         tensors=tensors,
@@ -116,9 +121,10 @@ def plan_merge(
     )
 
 
-def _nothing(inputs: MergeInputs, count: int) -> str:
+def _nothing(inputs: MergeInputs, count: int, keeps_base: bool) -> str:
     names = ", ".join(ck.path.name for ck in inputs.tuned[:3]) or "other models"
-    return f"0 of {count} tensors are to change: nothing of {names} goes in, and the output is the base."
+    same = ", and the output is the base" if keeps_base else ""  # a stack may leave layers out
+    return f"0 of {count} tensors are to change: nothing of {names} goes in{same}."
 
 
 def _look(changes: Changes, applied: Sequence[ChangedTensor], planned: Description) -> tuple[Sequence, Sequence[str]]:

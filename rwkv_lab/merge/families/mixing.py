@@ -70,6 +70,7 @@ class Mixing(Family):
                 continue  # `layout_of_states` has compared them
             refuse_other_dimensions(ck, layout)
             check_full_tensors(base, ck, layout, ck.info, spec.allow_extra or [])
+        _refuse_state_beside_model(base, tuned)
         spec = _with_states_weighed(spec, base, tuned)
         there = dict.fromkeys(n for ck in tuned for n in ck.info if n in base.info or n not in UNUSED_IN_LAYER_0)
         names = [n for n in base.info if n in there] + [n for n in there if n not in base.info]
@@ -84,6 +85,15 @@ class Mixing(Family):
             if name in base.info or values.get("alpha") != 0:
                 tensors.append(_mixed(method, name, base, tuned, values, spec.arithmetic))
         return Changes(tensors, layout, spec, describe=partial(_describe, inputs, layout, spec.weights))
+
+
+def _refuse_state_beside_model(base: Checkpoint, tuned: Sequence[Checkpoint]) -> None:
+    states = [ck for ck in tuned if ck.kind == "state"]
+    if base.kind != "state" and 0 < len(states) < len(tuned):
+        raise LayoutError(
+            f"{states[0].path} is of kind 'state', other tuned files are models.\n"
+            "Mix models with models and states with states; merge a state into the result."
+        )
 
 
 def _with_states_weighed(spec: MergeSpec, base: Checkpoint, tuned: Sequence[Checkpoint]) -> MergeSpec:
@@ -116,7 +126,7 @@ def _given(spec: MergeSpec) -> dict[str, Any]:
 
 def _describe(inputs: MergeInputs, layout: Layout, weights: Any, applied: Sequence[ChangedTensor]) -> Description:
     mixed = [c.name for c in applied if c.action == "mix"]
-    parts = [note for ck in inputs.tuned if (note := note_on_part(inputs.base, ck, layout))]
+    parts = [note for ck in inputs.tuned if ck.kind != "state" and (note := note_on_part(inputs.base, ck, layout))]
     same = [c.name for c in applied if c.action == "copy"]
     if same:
         parts.append(f"alpha is 0 for {len(same)} of {len(applied)} tensors (first {same[0]}): they are the base's.")
