@@ -7,8 +7,9 @@ is the same; a fine-tune has others in all of them.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -55,12 +56,17 @@ def origin_of(ck: Checkpoint) -> Origin | None:
 def weights_of(ck: Checkpoint) -> dict[str, str]:
     """What a whole model is known again by. Read are the first values of every tensor; states (`time_state`) are left
     out, since a model with one has the same weights."""
+    return hashes_of((t.name, t.shape, partial(_first_values, t)) for t in ck.info.values())
+
+
+def hashes_of(tensors: Iterable[tuple[str, Sequence[int], Callable[[], torch.Tensor]]]) -> dict[str, str]:
+    """A hash of (name, shape, what gives its values) of tensors in any order, for each dtype that values are rounded
+    to. Dimensions of one and states (`time_state`) do not count."""
     hashes = {name: hashlib.sha256() for name in _ROUNDED_TO}
-    for info in sorted(ck.info.values(), key=lambda t: t.name):
-        if info.name.endswith(".time_state"):
+    for tensor, shape, values_of in sorted(tensors, key=lambda t: t[0]):
+        if tensor.endswith(".time_state"):
             continue
-        values = _first_values(info)
-        head = f"{info.name} {[size for size in info.shape if size != 1]};".encode()
+        values, head = values_of().float(), f"{tensor} {[size for size in shape if size != 1]};".encode()
         for name, dtype in _ROUNDED_TO.items():
             hashes[name].update(head + values.to(dtype).view(torch.uint8).numpy().tobytes())
     return {name: one.hexdigest() for name, one in hashes.items()}
@@ -72,10 +78,10 @@ def same_weights(a: Weights, b: Weights) -> bool:
 
 
 def _first_values(info: TensorInfo) -> torch.Tensor:
-    if info.stride is not None:
-        return info.read().flatten()[:_VALUES].float()
     count = min(_VALUES, info.numel)
     if not count:
         return torch.empty(0)
+    if not info.plain:
+        return next(iter(info.blocks()))[:count].float()
     data = bytearray(info.file.read(info.offset, count * info.dtype.itemsize))
     return torch.frombuffer(data, dtype=info.dtype).float()

@@ -16,13 +16,13 @@ import torch
 from rwkv_lab.checkpoint import TensorInfo
 from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checks import Check
+from rwkv_lab.dtypes import short_name
 
 _PIECE = 1 << 16  # elements measured at a time: a few of them in float32 stay in a core's cache
 ENOUGH = 0.9  # of the change: where less arrives, a note says so
 _NORMAL = torch.finfo(torch.float16).smallest_normal
 _ROUNDING = 4  # units of the arithmetic's precision, relative to the base's values
 _HALF = 0.5  # of the change: less is no effect as it was asked for
-_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class MergeEffect:
         for t in self.tensors:
             lost[t.dtype] = lost.get(t.dtype, 0.0) + (1 - t.share) * (t.wanted or 0.0) ** 2
         worst = max(lost, key=lambda dtype: lost[dtype]) if lost else torch.float32
-        return _SHORT.get(worst, str(worst).removeprefix("torch."))
+        return short_name(worst)
 
     def notes(self) -> tuple[str, ...]:
         """Sentences for the result and the report."""
@@ -96,7 +96,7 @@ class MergeEffect:
         lost = [t for t in still if t.wanted]
         if still:
             only = " The output is the base." if len(still) == count else ""
-            why = f"; of {len(lost)} the change is below {_SHORT[lost[0].dtype]}'s resolution" if lost else ""
+            why = f"; of {len(lost)} the change is below {short_name(lost[0].dtype)}'s resolution" if lost else ""
             why = why or "; nothing is added to them"
             notes.append(f"{len(still)} of {count} targets are unchanged (first {still[0].name}){why}.{only}")
         if self.share < ENOUGH:
@@ -160,7 +160,8 @@ class Meter:
         self.rounded = self.zero = 0
         self._before: torch.Tensor | None = None
         self._first = 0  # place of its first value in the tensor
-        self._whole: torch.Tensor | None = None
+        self._blocks: Iterator[torch.Tensor] | None = None  # of a base that is not stored as it is read
+        self._left = torch.empty(0, dtype=self.base.dtype if self.base else self.dtype)  # of them, not looked at yet
 
     def watched(
         self, compute: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor | None]]]
@@ -219,13 +220,20 @@ class Meter:
             return self._before[inside : inside + count]
         if self.base is None:
             return None
-        if self.base.stride is not None:
-            self._whole = self.base.read().flatten() if self._whole is None else self._whole
-            return self._whole[start : start + count]
+        if not self.base.plain:
+            return self._next_of_base(count)
         size = self.base.dtype.itemsize
         data = bytearray(count * size)
         self.base.file.read_into(memoryview(data), self.base.offset + start * size)
         return torch.frombuffer(data, dtype=self.base.dtype)
+
+    def _next_of_base(self, count: int) -> torch.Tensor:
+        """The writer goes through a tensor once, in order, and so does this."""
+        self._blocks = self.base.blocks() if self._blocks is None and self.base else self._blocks
+        while self._blocks is not None and len(self._left) < count:
+            self._left = torch.cat([self._left, next(self._blocks)])
+        found, self._left = self._left[:count], self._left[count:]
+        return found
 
     def _add(self, before: torch.Tensor | None, values: torch.Tensor, rounded: torch.Tensor) -> None:
         wide = values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32

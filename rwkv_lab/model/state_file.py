@@ -1,13 +1,14 @@
 """States on disk, with what they belong to: generation, dimensions, vocabulary, and which weights."""
 
-import hashlib
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, Layout, open_checkpoint, write_checkpoint
+from rwkv_lab.checkpoint.origin import hashes_of
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.model.protocol import Model
 from rwkv_lab.model.state import RWKVState, check_state, state_shapes
@@ -16,7 +17,6 @@ log = logging.getLogger("rwkv_lab")
 
 _MARK = "rwkv_lab state 1"
 _PER_TENSOR = 256  # values of each tensor that its fingerprint takes
-_ROUNDED_TO = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @checked
@@ -95,15 +95,11 @@ def weights_fingerprint(model: Model) -> dict[str, str]:
     Two models of one file agree in one of them at least, whatever dtype each was loaded in. Initial states
     (`time_state`) are left out: what follows them can be continued by a model without.
     """
-    hashes = {dtype: hashlib.sha256() for dtype in _ROUNDED_TO}
-    values = []
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.endswith(".time_state"):
-            for one in hashes.values():
-                one.update(f"{name} {[size for size in tensor.shape if size != 1]};".encode())
-            flat = tensor.detach().reshape(-1)
-            values.append(flat[:: max(1, len(flat) // _PER_TENSOR)][: 2 * _PER_TENSOR].float().cpu())
-    together = torch.cat(values)
-    for dtype, one in hashes.items():
-        one.update(together.to(dtype).view(torch.uint8).numpy().tobytes())
-    return {f"weights {str(dtype).removeprefix('torch.')}": one.hexdigest() for dtype, one in hashes.items()}
+    tensors = model.state_dict().items()
+    hashes = hashes_of((name, tensor.shape, partial(_spread, tensor)) for name, tensor in tensors)
+    return {f"weights {name}": one for name, one in hashes.items()}
+
+
+def _spread(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // _PER_TENSOR)][: 2 * _PER_TENSOR].cpu().contiguous()

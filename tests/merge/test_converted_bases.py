@@ -3,8 +3,10 @@
 import pytest
 import torch
 from models import random_lora, random_model, random_state
+from random_models import make_layout, write_model
 
-from rwkv_lab.checkpoint import write_checkpoint
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
+from rwkv_lab.checkpoint.origin import same_weights, weights_of
 from rwkv_lab.convert import convert
 from rwkv_lab.merge import merge, verify_merge
 
@@ -30,3 +32,32 @@ def test_a_folder_is_merged(tuned, options, files):
     assert set(a) == set(b) and all(torch.equal(a[n], b[n]) for n in b)
     checks = verify_merge(of_folder)
     assert all(check.passed for check in checks), checks
+
+
+# What is read of them is computed: dequantised, or doubled again.
+COMPUTED = {
+    "quantised": (make_layout("7.0", head_size=64, n_embd=128, dim_ffn=96), "gguf", "g.gguf", {"dtype": "Q8_0"}),
+    "rescaled": (make_layout("4.0", n_layer=3), "transformers", "folder", {"rescale": 1}),
+}
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_a_base_whose_values_are_computed_is_compared_by_these(case, tmp_path):
+    layout, target, out, options = COMPUTED[case]
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    base = convert(write_model(tmp_path / "m.pth", layout), target, tmp_path / out, **options).out
+    same = convert(base, "pth", tmp_path / "same.pth").out
+    with open_checkpoint(base) as a, open_checkpoint(same) as b:
+        assert same_weights(weights_of(a), weights_of(b))
+        tensors = {name: b[name] for name in b}
+    result = merge(base, same, tmp_path / "o.pth")
+    assert (
+        not any(t.changed for t in result.effect.tensors)
+        and not [c for c in result.checks if "effect" in c.name][0].passed
+    )
+    tensors["blocks.1.att.output.weight"][-1, -1] += 1
+    write_checkpoint(tmp_path / "other.pth", tensors)
+    result = merge(base, tmp_path / "other.pth", tmp_path / "p.pth")
+    assert [t.name for t in result.effect.tensors if t.changed] == ["blocks.1.att.output.weight"]
+    checks = [*result.checks, *verify_merge(result)]
+    assert all(check.passed for check in checks), [str(c) for c in checks]

@@ -294,13 +294,8 @@ class Eligibility:
                 and self._options_now() == self._options
                 and model.layout is self.layout
             )
-        except (
-            KeyError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ):  # an option was deleted, or is none that can be compared
-            return False
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            return False  # an option was deleted, or is none that can be compared
 
     def fault_of_moment(self, grad: bool) -> str:
         """Why a model that is as it was examined needs PyTorch just now; "" where it does not. `grad`: gradients are
