@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rwkv_lab.errors import ParameterError
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 3 only adds files in big-endian order
 ALIGNMENT = 32  # bytes, of every tensor, unless general.alignment says otherwise
@@ -81,3 +83,15 @@ TYPES = {
 }
 BY_NAME = {t.name: t for t in TYPES.values()}
 BY_DTYPE = {t.dtype: t for t in TYPES.values() if t.dtype is not None}
+
+
+def require_gguf(what: str) -> None:
+    """Refuse a job that the package gguf is missing for.
+
+    Raises:
+        ParameterError: it is not installed.
+    """
+    try:
+        import gguf  # noqa: F401
+    except ImportError as e:
+        raise ParameterError(f"{what} needs the package gguf.\nInstall it: pip install 'rwkv_lab[convert]'") from e

@@ -24,7 +24,7 @@ from rwkv_lab.checkpoint.foreign_format import (
     general_name,
     placed_rows,
 )
-from rwkv_lab.checkpoint.gguf_types import BY_NAME
+from rwkv_lab.checkpoint.gguf_types import BY_NAME, require_gguf
 from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
 from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance
 from rwkv_lab.checkpoint.source import BLOCK
@@ -34,7 +34,7 @@ from rwkv_lab.convert.adapters import adapter_output, is_adapter
 from rwkv_lab.convert.containers import CONTAINERS, Container, Content
 from rwkv_lab.convert.output import Output, Tensors, copied
 from rwkv_lab.convert.plan import ConvertPlan, ConvertRow, Dropped
-from rwkv_lab.convert.quantised import fits, quantised, require_gguf
+from rwkv_lab.convert.quantised import fits, quantised
 from rwkv_lab.convert.spec import SIZES, ConvertOptions, ConvertSpec
 from rwkv_lab.convert.states import is_state_output, state_output
 from rwkv_lab.convert.targets import PLAIN, format_for

@@ -12,7 +12,7 @@ import torch
 
 from rwkv_lab.checkpoint.gguf_types import BY_NAME, TensorType
 from rwkv_lab.checkpoint.stream import OutTensor
-from rwkv_lab.errors import KernelError, NumericsError, ParameterError
+from rwkv_lab.errors import KernelError, NumericsError
 from rwkv_lab.wkv.loader import cpu_library
 from rwkv_lab.wkv.pointers import Span, check, span
 
@@ -23,18 +23,6 @@ log = logging.getLogger(__name__)
 STEPS = {"Q8_0": 0.5 + 127 * 2**-11, "Q4_0": 1 + 8 * 2**-11}
 LEVELS = {"Q8_0": 127, "Q4_0": 8}
 _SMALLEST = 2.0**-24  # of float16, in which the step is stored
-
-
-def require_gguf(what: str) -> None:
-    """Refuse a job that the package gguf is missing for.
-
-    Raises:
-        ParameterError: it is not installed.
-    """
-    try:
-        import gguf  # noqa: F401
-    except ImportError as e:
-        raise ParameterError(f"{what} needs the package gguf.\nInstall it: pip install 'rwkv_lab[convert]'") from e
 
 
 def fits(shape: tuple[int, ...], kind: str) -> bool:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rwkv_lab.checkpoint import Checkpoint, open_checkpoint
+from rwkv_lab.checkpoint.gguf_types import MAGIC, require_gguf
 from rwkv_lab.merge.proof import Tensors
 
 # What wrappers put before names, and in the middle of them.
@@ -105,6 +106,34 @@ class _Safetensors(Mapping[str, Tensor]):
         return name in self.home
 
 
+class _Gguf(Mapping[str, Tensor]):
+    """The tensors of a GGUF file, each read, and where it is quantised dequantised, when it is asked for."""
+
+    def __init__(self, path: Path):
+        require_gguf("The proof of a merge with a GGUF file")
+        from gguf import GGUFReader
+
+        self.tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+
+    def __getitem__(self, name: str) -> Tensor:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        found = self.tensors[name]
+        shape = [int(size) for size in reversed(found.shape)]
+        if found.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+            return torch.tensor(found.data).reshape(shape)
+        if found.tensor_type == GGMLQuantizationType.BF16:
+            return torch.tensor(found.data).view(torch.bfloat16).reshape(shape)
+        return torch.tensor(dequantize(found.data, found.tensor_type)).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
 def read(path: Path) -> Tensors:
     """The tensors of a checkpoint, by the format's own library: mapped or read one by one, never all in memory. Those
     of a foreign format come under BlinkDL's names, by the inverse of its table."""
@@ -133,6 +162,8 @@ class _ByTable(Mapping[str, Tensor]):
 
 def _read_as_stored(path: Path) -> Tensors:
     files = _files_of(path)
+    if _begins_with(files[0], MAGIC):
+        return _Gguf(files[0])
     if not is_zip(files[0]):
         return _Safetensors(files)
     found: dict[str, Tensor] = {}
@@ -166,5 +197,9 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def is_zip(path: Path) -> bool:
+    return _begins_with(path, b"PK\3\4")
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
     with open(path, "rb") as f:
-        return f.read(4) == b"PK\3\4"
+        return f.read(len(magic)) == magic

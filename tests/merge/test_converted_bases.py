@@ -36,7 +36,10 @@ def test_a_folder_is_merged(tuned, options, files):
 
 # What is read of them is computed: dequantised, or doubled again.
 COMPUTED = {
-    "quantised": (make_layout("7.0", head_size=64, n_embd=128, dim_ffn=96), "gguf", "g.gguf", {"dtype": "Q8_0"}),
+    **{
+        dtype: (make_layout("7.0", head_size=64, n_embd=128, dim_ffn=96), "gguf", "g.gguf", {"dtype": dtype})
+        for dtype in ("Q8_0", "F16", "BF16", "F32")
+    },
     "rescaled": (make_layout("4.0", n_layer=3), "transformers", "folder", {"rescale": 1}),
 }
 

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from rwkv_lab.checkpoint.format import Format, Header, register
 from rwkv_lab.checkpoint.gguf_header import GgufTensor, read_gguf_header
-from rwkv_lab.checkpoint.gguf_types import MAGIC, TensorType
+from rwkv_lab.checkpoint.gguf_types import MAGIC, TensorType, require_gguf
 from rwkv_lab.checkpoint.source import Derived, SourceFile, TensorInfo
-from rwkv_lab.errors import CorruptFileError, ParameterError
+from rwkv_lab.errors import CorruptFileError
 
 ARCHITECTURES = ("rwkv6", "rwkv7")
 
@@ -35,12 +35,9 @@ def dequantised(data: Tensor, kind: TensorType) -> Tensor:
     Raises:
         ParameterError: the package gguf is not installed.
     """
-    try:
-        from gguf import GGMLQuantizationType, dequantize
-    except ImportError as e:
-        raise ParameterError(
-            f"{kind.name} tensors of a GGUF file need the package gguf.\nInstall it: pip install 'rwkv_lab[convert]'"
-        ) from e
+    require_gguf(f"Reading {kind.name} tensors of a GGUF file")
+    from gguf import GGMLQuantizationType, dequantize
+
     return torch.from_numpy(dequantize(data.numpy(), GGMLQuantizationType(kind.number)).reshape(-1))
 
 
