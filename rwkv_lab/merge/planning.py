@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from rwkv_lab.arguments import checked
-from rwkv_lab.checkpoint import Checkpoint, FileFacts, TensorInfo
+from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo
 from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.origin import BLANK
 from rwkv_lab.checkpoint.output_checks import check_free_space
@@ -60,21 +60,7 @@ def plan_merge(
     path = to_path(out, "out").absolute()
     kind = file_kind(path)
     check_merge_output(path, inputs.checkpoints, options.allowed_dir, options.overwrite)
-    refuse_unusable(inputs.checkpoints)
-    refuse_same_file(inputs.base, inputs.tuned)
-    for role, ck in inputs.with_roles:
-        refuse_shard(role, ck)
-    states = layout_of_states(inputs.base, inputs.tuned)
-    if states is not None and spec.method not in MIXING:
-        raise ParameterError(
-            f"base and tuned are states, and method={spec.method!r} puts one into a model.\n"
-            "Mix them with method='linear' and weights, one per state, the base first."
-        )
-    layout = states or check_base(inputs.base, spec.allow_extra or [])
-    for ck in (inputs.base, *inputs.tuned):
-        check_dtypes(ck)
-    for ck in inputs.tuned if spec.include is None and states is None else ():
-        refuse_cut_model(ck, layout)
+    layout, states = _layout_of_inputs(inputs, spec)
     spec = with_method(spec, inputs.tuned)
     family = family_of(spec.method)
     changes = family.changes(inputs, family.check(spec), layout)
@@ -84,10 +70,11 @@ def plan_merge(
     kept = inputs.base.info if changes.keeps_base else {}
     zeros = [] if states else missing_states(kept, applied, changes.layout)
     rows, tensors, meters = _output(kept, [*applied, *zeros], spec.output_dtype)
-    any_change = any(row.action not in UNCHANGED for row in rows)
-    origins = [*notes_on_names(inputs.checkpoints)]
-    origins += notes_on_origins(inputs, options.allow_other_base) if applied and not states else []
-    on_states = [] if states else notes_on_states(applied, zeros, changes.layout)
+    notes = [*notes_on_names(inputs.checkpoints)]
+    notes += notes_on_origins(inputs, options.allow_other_base) if applied and not states else []
+    notes += [*description.notes, *([] if states else notes_on_states(applied, zeros, changes.layout))]
+    if all(row.action in UNCHANGED for row in rows):
+        notes.append(_nothing(inputs, len(rows), changes.keeps_base))
     # Hashing whole files waits until they are written; all fingerprints of a kind are of one length.
     facts = inputs.facts("records")
     blank = [FileFacts(f.path, f.bytes, f"{options.hash}:{'0' * 64}") for f in facts]
@@ -107,18 +94,37 @@ def plan_merge(
         disk_free=disk_free,
         memory_needed=memory,
         memory_free=memory_free,
-        notes=(
-            *origins,
-            *description.notes,
-            *on_states,
-            *([] if any_change else [_nothing(inputs, len(rows), changes.keeps_base)]),
-        ),
+        notes=tuple(notes),
         contains=tuple(description.contains),
         files=inputs,
         tensors=tensors,
         meters=meters,
         look=partial(_look, changes, applied, description),
     )
+
+
+def _layout_of_inputs(inputs: MergeInputs, spec: MergeSpec) -> tuple[Layout, bool]:
+    """The layout of the base, and whether base and tuned are states; inputs that no method takes are refused.
+
+    Raises:
+        ParameterError, LayoutError: says why.
+    """
+    refuse_unusable(inputs.checkpoints)
+    refuse_same_file(inputs.base, inputs.tuned)
+    for role, ck in inputs.with_roles:
+        refuse_shard(role, ck)
+    of_states = layout_of_states(inputs.base, inputs.tuned)
+    if of_states is not None and spec.method not in MIXING:
+        raise ParameterError(
+            f"base and tuned are states, and method={spec.method!r} puts one into a model.\n"
+            "Mix them with method='linear' and weights, one per state, the base first."
+        )
+    layout = of_states or check_base(inputs.base, spec.allow_extra or [])
+    for ck in (inputs.base, *inputs.tuned):
+        check_dtypes(ck)
+    for ck in inputs.tuned if spec.include is None and of_states is None else ():
+        refuse_cut_model(ck, layout)
+    return layout, of_states is not None
 
 
 def _nothing(inputs: MergeInputs, count: int, keeps_base: bool) -> str:

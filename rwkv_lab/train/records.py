@@ -135,7 +135,7 @@ class RecordReader:
         said = {name: _text_of(given, name, place) for name in (asked, answer)}
         said |= {name: _text_of(given, name, place) for name in (context, system) if name and given[name] not in _EMPTY}
         used |= {*said}
-        if not said[answer]:
+        if not said[answer].strip():
             raise ParameterError(f'{place}: there is nothing to learn, "{answer}" is empty.')
         if asked == "prompt" and len(said) == 2:
             return ((_bytes(said[asked], asked, place), _bytes(said[answer], answer, place)),)

@@ -156,6 +156,7 @@ def says(*turns):
         ({"messages": [{"role": "assistant", "content": "a", "image": "x.png"}]}, "message 1 .* has 'image'"),
         ({"messages": [{"role": "assistant", "content": [{"type": "image_url"}]}]}, "no text"),
         ({"instruction": "a", "output": ""}, '"output" is empty'),
+        ({"instruction": "a", "output": " \n"}, '"output" is empty'),
         ({"instruction": "a", "output": None}, '"output" is missing'),
         ({"instruction": "a", "input": 3, "output": "b"}, '"input" is no text'),
         ({"instruction": "a"}, '"response" is missing'),
