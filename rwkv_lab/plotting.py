@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -41,6 +41,7 @@ def layer_map(
     subtitle: str,
     unit: str,
     marks: Mapping[str, set[str]] | None = None,
+    shares: bool = False,
 ) -> Figure:
     """One coloured cell per tensor `blocks.<layer>.<matrix>`; tensors outside the layers are listed below.
 
@@ -48,6 +49,7 @@ def layer_map(
         values: number by tensor name, on a logarithmic scale; zero and NaN stay grey.
         unit: what the numbers are, for the colour bar.
         marks: text for a cell -> names of the tensors that carry it.
+        shares: numbers are from 0 to 1, on a linear scale of that range.
     """
     cells: dict[str, dict[int, float]] = {}
     outside = {}
@@ -72,8 +74,9 @@ def layer_map(
     figure, axes = single(max(1.0 + 0.24 * len(grid), 1.9), title, f"{subtitle}\ncolour: {unit}")
     axes.set_facecolor("#e4e7eb")
     shown_cells = np.ma.masked_where(~(grid > 0), grid)
-    low, high = _log_scale([*values.values()])
-    image = axes.imshow(shown_cells, aspect="auto", cmap="viridis", norm=LogNorm(low, high), interpolation="none")
+    low, high = (0.0, 1.0) if shares else _log_scale([*values.values()])
+    norm = Normalize(low, high) if shares else LogNorm(low, high)
+    image = axes.imshow(shown_cells, aspect="auto", cmap="viridis", norm=norm, interpolation="none")
     for text, names in (marks or {}).items():
         for name in names:
             inside = split_block(name)
@@ -85,7 +88,7 @@ def layer_map(
     axes.set_xlabel("layer")
     if not shown_cells.count():
         return figure  # nothing has a colour, so there is no scale to explain
-    ticks = LogLocator(subs=(1, 2, 5) if high / low < 30 else (1,))
+    ticks = MaxNLocator(5) if shares else LogLocator(subs=(1, 2, 5) if high / low < 30 else (1,))
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30, ticks=ticks)
     bar.ax.yaxis.set_major_formatter("{x:g}")
     bar.ax.yaxis.set_minor_locator(NullLocator())

@@ -93,3 +93,9 @@ def test_a_figure_is_a_png_of_useful_size():
 
     width, _ = Image.open(io.BytesIO(plotting.png(figures.delta_histogram([delta("a")], "")))).size
     assert width == 1296
+
+
+def test_shares_are_coloured_from_zero_to_one():
+    figure = plotting.layer_map({"blocks.0.a": 0.4, "blocks.1.a": 1.0}, 2, "t", "s", "u", shares=True)
+    assert figure.axes[0].images[0].get_clim() == (0, 1)
+    assert figure.axes[1].get_yscale() == "linear"

@@ -49,7 +49,8 @@ def arrived(effect: MergeEffect, n_layer: int, subtitle: str) -> Figure:
         title += f"; {effect.share:.1%} of the asked-for change arrived"
     shares = {t.name: t.share if t.changed else 0.0 for t in effect.tensors}
     marks = {"×": {t.name for t in effect.unchanged}}
-    return layer_map(shares, n_layer, title, subtitle, "share of ‖Δ‖ that reached the output, × is unchanged", marks)
+    unit = "share of ‖Δ‖ that reached the output, × is unchanged"
+    return layer_map(shares, n_layer, title, subtitle, unit, marks, shares=True)
 
 
 def delta_histogram(changes: Sequence[Delta], subtitle: str) -> Figure:
