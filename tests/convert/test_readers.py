@@ -242,3 +242,9 @@ def test_world_folders(version, tmp_path):
         assert names >= {f"rwkv.blocks.1.attention.time_maa_{z}" for z in ("x", "w", "w1", "w2")}
     assert all(row.action == "copy" for row in result.plan.rows)
     assert torch.equal(our_logits(result.out), our_logits(tmp_path / "m.pth"))
+
+
+def test_the_plan_says_what_transformers_does_to_batches(tmp_path):
+    path = write_model(tmp_path / "m.pth", make_layout("4.0"))
+    notes = convert(path, "transformers", tmp_path / "out", dry_run=True).plan.notes
+    assert any("one text at a time" in note.lower() for note in notes)

@@ -70,6 +70,13 @@ def _refused(layout: Layout) -> str:
     return ""
 
 
+def _notes(layout: Layout) -> list[str]:
+    return [
+        "RwkvForCausalLM (seen in transformers 5.24) mixes up several texts that are continued token by token: it gives "
+        "logits [B, B, V] there. Generate one text at a time."
+    ]
+
+
 register_foreign_format(
     ForeignFormat(
         name="transformers-rwkv4",
@@ -80,5 +87,6 @@ register_foreign_format(
         recognise=_recognise,
         config=_config,
         refused=_refused,
+        notes=_notes,
     )
 )
