@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -75,8 +75,9 @@ def layer_map(
     axes.set_facecolor("#e4e7eb")
     shown_cells = np.ma.masked_where(~(grid > 0), grid)
     low, high = (0.0, 1.0) if shares else _log_scale([*values.values()])
-    norm = Normalize(low, high) if shares else LogNorm(low, high)
+    norm = None if shares else LogNorm(low, high)
     image = axes.imshow(shown_cells, aspect="auto", cmap="viridis", norm=norm, interpolation="none")
+    image.set_clim(low, high)
     for text, names in (marks or {}).items():
         for name in names:
             inside = split_block(name)

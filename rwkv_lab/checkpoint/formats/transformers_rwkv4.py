@@ -72,8 +72,8 @@ def _refused(layout: Layout) -> str:
 
 def _notes(layout: Layout) -> list[str]:
     return [
-        "RwkvForCausalLM (seen in transformers 5.24) mixes up several texts that are continued token by token: it gives "
-        "logits [B, B, V] there. Generate one text at a time."
+        "RwkvForCausalLM (seen in transformers 5.24) mixes up several texts that are continued token by token: it "
+        "gives logits [B, B, V] there. Generate one text at a time."
     ]
 
 
