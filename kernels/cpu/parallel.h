@@ -59,12 +59,15 @@ public:
             return;
         }
         n_threads = std::min(n_threads, 1 + hire(n_threads - 1));
+        const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
+        // From here on no claim succeeds: a worker that is late with the job before may have read its ticket, and would
+        // find a task for it once n_tasks_ is the new one.
+        ticket_.store(uint64_t(job) << 32 | UINT32_MAX, std::memory_order_release);
         function_.store(function, std::memory_order_release);
         context_.store(context, std::memory_order_release);
         n_tasks_.store(n_tasks, std::memory_order_release);
         n_workers_.store(n_threads - 1, std::memory_order_release);
         unfinished_.store(n_tasks, std::memory_order_release);
-        uint32_t job = job_.load(std::memory_order_relaxed) + 1;
         ticket_.store(uint64_t(job) << 32, std::memory_order_release);  // from here on tasks can be claimed
         job_.store(job, std::memory_order_release);
         job_.notify_all();

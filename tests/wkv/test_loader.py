@@ -56,7 +56,12 @@ def start(code, package=None, cache=None, **environment):
 
 
 def finish(process) -> tuple[str, str]:
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()  # one that hangs must not outlive its test
+        process.communicate()
+        raise
     return out.strip(), err.strip()
 
 
@@ -288,6 +293,27 @@ def test_the_team_of_threads_survives_a_fork_and_several_callers(tmp_path):
     package = small_package(tmp_path, counting)
     shutil.copy(kernels_folder() / "cpu" / "parallel.h", package / "rwkv_lab" / "kernels" / "cpu")
     assert finish(start(code, package, tmp_path / "cache"))[0] == "[]"
+
+
+def test_a_worker_that_is_late_takes_no_task_of_the_next_job(tmp_path):
+    """Jobs that grow, one right behind the other, with more threads than cores: half of such runs hung before."""
+    many = (
+        '#include "parallel.h"\n'
+        'extern "C" int wrong_sums(int jobs) {\n'
+        "    int wrong = 0;\n"
+        "    for (int i = 0; i < jobs; i++) {\n"
+        "        const int n = 1 + i % 97;\n"
+        "        std::atomic<int> sum{0};\n"
+        "        rwkv_lab::parallel_for(n, 2 + i % 7, [&](int k) { sum += k; });\n"
+        "        wrong += sum != n * (n - 1) / 2;\n"
+        "    }\n"
+        "    return wrong;\n"
+        "}\n"
+    )
+    package = small_package(tmp_path, many)
+    shutil.copy(kernels_folder() / "cpu" / "parallel.h", package / "rwkv_lab" / "kernels" / "cpu")
+    code = "from rwkv_lab.wkv.loader import cpu_library; print(cpu_library('small').wrong_sums(2_000_000))"
+    assert finish(start(code, package, tmp_path / "cache"))[0] == "0"
 
 
 def test_without_a_compiler_what_was_built_for_the_same_is_used(package, tmp_path):
