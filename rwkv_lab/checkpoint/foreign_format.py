@@ -95,7 +95,7 @@ class Row:
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
 
-STATE_FORMAT = "rwkv_lab.state_format"  # a note in files with a state alone: the name of the format
+FORMAT_NOTE = "rwkv_lab.format"  # in the metadata of files whose names do not tell the format: its name
 RESCALED = "weights_rescaled_every"  # what `Place.rescale_every` is recorded as, in config.json or the metadata
 
 
@@ -149,10 +149,11 @@ def _as_wanted(name: str, shape: Shape, wanted: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a file or folder states beside its tensors."""
+    """What a file or folder states beside the values of its tensors."""
 
     config: Mapping[str, Any] = field(default_factory=dict)  # config.json of a folder
     metadata: Mapping[str, Any] = field(default_factory=dict)  # of the header
+    shapes: Mapping[str, Shape] = field(default_factory=dict)  # of the tensors, under the names in the file
 
     @property
     def rescaled(self) -> Any:
@@ -262,8 +263,8 @@ def present(tensors: Mapping[str, TensorInfo], facts: Facts) -> Presented | None
         LayoutError: two tensors that mean the same one.
         CorruptFileError: a tensor that is too small for what it should hold.
     """
-    names = list(tensors)
-    known = FOREIGN_FORMATS.get(str(facts.metadata.get(STATE_FORMAT))) or _format_of(names, facts)
+    names, facts = list(tensors), replace(facts, shapes={name: info.shape for name, info in tensors.items()})
+    known = FOREIGN_FORMATS.get(str(facts.metadata.get(FORMAT_NOTE))) or _format_of(names, facts)
     if known is None:
         return None
     place, rows = known.stated(facts), {row.theirs: row for row in (*known.older, *known.rows, *known.state_rows)}
@@ -296,7 +297,8 @@ def _format_of(names: list[str], facts: Facts) -> ForeignFormat | None:
 
 def _holds_a_part(known: ForeignFormat, names: list[str]) -> bool:
     """Whether all names are of its table, some of them of layers and none of them BlinkDL's."""
-    theirs = {row.theirs for row in (*known.rows, *known.older)} - {row.ours for row in known.rows}
+    blinkdl = {name for other in FOREIGN_FORMATS.values() for row in other.rows for name in row.names}
+    theirs = {row.theirs for row in (*known.rows, *known.older)} - blinkdl
     around = {row.theirs for row in known.rows if LAYER not in row.theirs}
     general = {name if name in around else general_name(name)[0] for name in names}
     return general <= theirs | around and any(LAYER in name for name in general & theirs)

@@ -16,6 +16,7 @@ from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, tensors_of
 from rwkv_lab.checkpoint.dimensions import Shape
 from rwkv_lab.checkpoint.foreign_format import (
+    FORMAT_NOTE,
     GROUP_NORM_EPS,
     RESCALED,
     ForeignFormat,
@@ -125,7 +126,8 @@ def _output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
     if container.is_folder:
         others = _others(ck, known, layout, spec, [tensor for _, tensor in content], tokenizer)
         notes += [f"No tokenizer is written: pass tokenizer=…. {why_none}"] if tokenizer is None else []
-    return Output(spec, container, content, known, layout, dropped, notes, others, tokenizer)
+    named = {FORMAT_NOTE: known.name} if container.name == "safetensors" else {}
+    return Output(spec, container, content, known, layout, dropped, notes, others, tokenizer, file_notes=named)
 
 
 def _about_quantised(spec: ConvertSpec, content: Tensors, known: ForeignFormat) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.checkpoint import Checkpoint
-from rwkv_lab.checkpoint.foreign_format import FOREIGN_FORMATS, STATE_FORMAT, Place, general_name
+from rwkv_lab.checkpoint.foreign_format import FOREIGN_FORMATS, FORMAT_NOTE, Place, general_name
 from rwkv_lab.convert.containers import CONTAINERS
 from rwkv_lab.convert.output import Output, computed
 from rwkv_lab.convert.plan import Dropped
@@ -46,12 +46,12 @@ def state_output(ck: Checkpoint, spec: ConvertSpec) -> Output:
         row = rows[general]
         theirs, forward = row.theirs.replace("{i}", str(layer)), row.transform.forward
         shape = tuple(forward([torch.empty(info.shape, device="meta")], Place(layer)).shape)
-        dtype = spec.output_dtype or info.dtype
+        dtype = spec.output_dtype or known.dtype or info.dtype
 
         def compute(info=info, forward=forward, layer=layer) -> torch.Tensor:
             return forward([info.read()], Place(layer))
 
         content.append(computed(theirs, (name,), compute, shape, dtype, row.transform.described))
     dropped = [Dropped(name, "only the state is written") for name in ck.info if name not in states]
-    note = {STATE_FORMAT: known.name}
+    note = {FORMAT_NOTE: known.name}
     return Output(spec, CONTAINERS["safetensors"], content, known, dropped=dropped, file_notes=note)
