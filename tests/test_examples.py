@@ -22,6 +22,9 @@ CASES: dict[str, list[tuple[str, list[str]]]] = {
         ("base norms", ["blocks.1.ln2.bias: ‖Δ‖ / ‖W‖ "]),
     ],
     "compare_modes": [("", ["float32, rnn, chunked ", "PASS  float64: state after 64 tokens in one pass"])],
+    "convert_and_compare": [
+        ("", ["blocks.{i}.att.key.weight ", "flushed to zero", "‖Δ‖ / ‖W‖ ", "PASS  logits of source and output"])
+    ],
     "effect_of_a_state": [("", ["layer 1, head 1: norm ", "token 64: predictions "])],
     "find_mismatch": [
         ("base base", ["Both compute the same."]),

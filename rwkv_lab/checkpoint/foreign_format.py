@@ -188,6 +188,8 @@ class ForeignFormat:
         dtype_of: `(name of theirs, shape, wanted dtype)` -> the one that its readers take for this tensor.
         unread: `layout` -> name and shape of what its readers ask for and make no use of: zeros are written.
         quantised: names of theirs that may be written in blocks of fewer bits.
+        read_by: the programs that read it.
+        use: Python that loads it with one of them; `{path}` stands for where it lies. "" where nothing more is known.
     """
 
     name: str
@@ -212,6 +214,8 @@ class ForeignFormat:
     dtype_of: Callable[[str, Shape, torch.dtype], torch.dtype] = _as_wanted
     unread: Callable[[Layout], Mapping[str, Shape]] = _none
     quantised: Collection[str] = ()
+    read_by: str = ""
+    use: str = ""
 
     def __repr__(self) -> str:
         return f"ForeignFormat({self.name!r})"

@@ -8,6 +8,12 @@ from rwkv_lab.checkpoint.dimensions import Layout, Shape
 from rwkv_lab.checkpoint.foreign_format import Facts
 from rwkv_lab.errors import CorruptFileError
 
+READ_BY = "llama.cpp and its relatives"
+USE = """
+from llama_cpp import Llama  # of PyPI llama-cpp-python; with llama.cpp itself: llama-cli -m {path}
+model = Llama("{path}", n_ctx=4096)
+print(model("The capital of France is", max_tokens=32)["choices"][0]["text"])
+"""
 NOT_READ = "llama.cpp starts from zeros and reads no state with a model"
 
 

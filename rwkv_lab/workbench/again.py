@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv_lab.errors import ParameterError
+from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.errors import ParameterError, RwkvLabError
 from rwkv_lab.resources import notebooks_folder
 from rwkv_lab.workbench.registry import notebook_names, parameters_of
 from rwkv_lab.workbench.result import KEPT, RESULT, read_result
@@ -41,8 +42,19 @@ def recorded_arguments(folder: Path) -> list[str]:
     parameters = {name: value for name, value in given.items() if name in parameters_of(notebook).model_fields}
     written = {f["path"]: f["bytes"] for f in result.get("outputs", [])}
     out = Path(parameters.get("out") or "")
-    replaces = str(out) in written and out.is_file() and out.stat().st_size == written[str(out)]
+    replaces = str(out) in written and _size(out) == written[str(out)]
     return _arguments(notebook, parameters, folder.absolute(), Path(result.get("cwd") or Path.cwd()), replaces)
+
+
+def _size(out: Path) -> int | None:
+    """Bytes of the checkpoint there, as results record them; None where there is none."""
+    try:
+        if out.is_file():
+            return out.stat().st_size
+        with open_checkpoint(out) as ck:
+            return ck.bytes
+    except (OSError, RwkvLabError):
+        return None
 
 
 def _arguments(notebook: str, parameters: Mapping[str, Any], folder: Path, cwd: Path, replaces: bool) -> list[str]:

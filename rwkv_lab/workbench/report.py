@@ -40,6 +40,8 @@ class Page:
     pictures: list[Picture] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    code: list[tuple[str, str]] = field(default_factory=list)  # (what it does, lines to copy)
+    attached: dict[str, str] = field(default_factory=dict)  # name of a file beside the report -> its text
 
 
 def write_report(path: Path, page: Page, record: Record, can_repeat: bool) -> None:

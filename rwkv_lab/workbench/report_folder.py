@@ -7,6 +7,7 @@ to them is kept as `report.json`, and the failed run's report, figures and resul
 
 from pathlib import Path
 
+from rwkv_lab.checkpoint import write_text
 from rwkv_lab.errors import OutputError
 from rwkv_lab.resources import reports_folder
 from rwkv_lab.workbench.process import this_process
@@ -68,6 +69,8 @@ def close(record: Record, page: Page, can_repeat: bool) -> None:
         path = folder / f"{picture.name}.png"
         path.write_bytes(picture.png)
         record.figures.append(path)
+    for name, text in page.attached.items():
+        write_text(folder / name, text, overwrite=True)
     record.report = folder / REPORT
     write_report(record.report, page, record, can_repeat)
     if folder == record.folder:

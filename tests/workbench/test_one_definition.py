@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic_core import PydanticUndefined
 
+from rwkv_lab.convert import ConvertOptions, ConvertSpec, convert
 from rwkv_lab.merge import merge
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
 from rwkv_lab.train import TrainOptions, TrainSpec, train
@@ -17,17 +18,23 @@ from rwkv_lab.workbench import start
 from rwkv_lab.workbench.options import values_for
 from rwkv_lab.workbench.registry import parameters_of
 
-SPECS = {"merge": (MergeSpec, MergeOptions), "train": (TrainSpec, TrainOptions)}
-FUNCTIONS = {"merge": merge, "train": train}
+SPECS = {
+    "merge": (MergeSpec, MergeOptions),
+    "train": (TrainSpec, TrainOptions),
+    "convert": (ConvertSpec, ConvertOptions),
+}
+FUNCTIONS = {"merge": merge, "train": train, "convert": convert}
 # What a notebook sets itself, and what only a notebook has.
-SET_BY_NOTEBOOK = {"merge": set(), "train": {"log_folder", "samples", "on_step", "parallel"}}
+SET_BY_NOTEBOOK = {"merge": set(), "train": {"log_folder", "samples", "on_step", "parallel"}, "convert": set()}
 ONLY_NOTEBOOK = {
     "merge": {"out", "recipe", "report", "data", "tokenizer", "window", "measure_bytes"},
     "train": {"out", "compare", "dry_run", "report"},
+    "convert": {"out", "prompt", "report"},
 }
 OWN_DEFAULTS = {
     "merge": {"base": "demo:base", "tuned": "demo:state"},
     "train": {"base": "demo:base", "data": "python"},
+    "convert": {"source": "demo:base", "to": "transformers", "max_shard_size": "5GB"},
 }
 
 
@@ -65,11 +72,12 @@ def test_what_the_notebook_is_given_reaches_the_spec(job, demo_folder):
     given = {
         "merge": {"alpha": 0.5, "dtype": "fp16", "include": ["blocks.0.*"], "precision": "float64", "scan": "changed"},
         "train": {"kind": "lora", "rank": 2, "alpha": 3.0, "targets": ["att.key"], "resume": True, "n_layer": 5},
+        "convert": {"to": "gguf", "dtype": "Q8_0", "alpha": 2.0, "rescale": 6, "generation": "7.0", "verify": False},
     }[job]
     parameters = parameters_of(job).read(given)
     found = dict(parameters.spec()) | dict(parameters.options())
     assert {name: found[name] for name in given} == given
-    assert Path(found["base"]) == demo_folder / "demo-base.pth"
+    assert Path(found["source" if job == "convert" else "base"]) == demo_folder / "demo-base.pth"
 
 
 def test_the_panel_has_a_field_for_each_with_default_and_help(job, demo_folder, tmp_path, monkeypatch):

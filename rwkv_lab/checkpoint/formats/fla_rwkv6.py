@@ -140,6 +140,13 @@ def _notes(layout: Layout) -> list[str]:
     ]
 
 
+_USE = """
+from fla.models import RWKV6ForCausalLM
+from transformers import AutoTokenizer
+model = RWKV6ForCausalLM.from_pretrained("{path}")
+tokenizer = AutoTokenizer.from_pretrained("{path}", trust_remote_code=True)
+"""
+
 register_foreign_format(
     ForeignFormat(
         name="fla-rwkv6",
@@ -151,6 +158,8 @@ register_foreign_format(
         dropped={"blocks.{i}.att.time_state": "fla starts from zeros: pass a state as past_key_values, transposed"},
         state_rows=STATE_ROWS,
         config=_config,
+        read_by="flash-linear-attention",
+        use=_USE,
         group_norm_eps=_group_norm_eps,
         notes=_notes,
     )

@@ -136,6 +136,13 @@ def _recognise(names: Sequence[str], facts: Facts) -> bool:
     return any(_MARK.match(name) for name in names)
 
 
+_USE = """
+from rwkv7_hf.modeling_rwkv7 import RWKV7ForCausalLM  # or from fla.models, on a GPU
+from transformers import AutoTokenizer
+model = RWKV7ForCausalLM.from_pretrained("{path}")
+tokenizer = AutoTokenizer.from_pretrained("{path}", trust_remote_code=True)
+"""
+
 register_foreign_format(
     ForeignFormat(
         name="fla-rwkv7",
@@ -153,5 +160,7 @@ register_foreign_format(
         older=OLDER,
         state_rows=STATE_ROWS,
         config=_config,
+        read_by="rwkv7-hf, flash-linear-attention",
+        use=_USE,
     )
 )

@@ -18,7 +18,15 @@ from rwkv_lab.checkpoint.foreign_format import (
     register_foreign_format,
     stacked,
 )
-from rwkv_lab.checkpoint.gguf_facts import NOT_READ, group_norm_eps, refused, vectors_in_float32, whole_number
+from rwkv_lab.checkpoint.gguf_facts import (
+    NOT_READ,
+    READ_BY,
+    USE,
+    group_norm_eps,
+    refused,
+    vectors_in_float32,
+    whole_number,
+)
 
 SHIFTS = Transform(
     "five vectors [1, 1, C] in one tensor [5, 1, 1, C]",
@@ -94,6 +102,8 @@ register_foreign_format(
         group_norm_eps=group_norm_eps,
         refused=refused,
         quantised=QUANTISED,
+        read_by=READ_BY,
+        use=USE,
         dtype_of=vectors_in_float32(FULL),
     )
 )

@@ -17,7 +17,15 @@ from rwkv_lab.checkpoint.foreign_format import (
     register_foreign_format,
     stacked,
 )
-from rwkv_lab.checkpoint.gguf_facts import NOT_READ, group_norm_eps, head_size, refused, vectors_in_float32
+from rwkv_lab.checkpoint.gguf_facts import (
+    NOT_READ,
+    READ_BY,
+    USE,
+    group_norm_eps,
+    head_size,
+    refused,
+    vectors_in_float32,
+)
 
 SHIFTS = Transform(
     "six vectors [1, 1, C] in one tensor [6, 1, 1, C]",
@@ -115,6 +123,8 @@ register_foreign_format(
         refused=refused,
         notes=_notes,
         quantised=QUANTISED,
+        read_by=READ_BY,
+        use=USE,
         dtype_of=vectors_in_float32(FULL),
     )
 )

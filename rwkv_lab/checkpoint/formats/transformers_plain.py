@@ -116,6 +116,12 @@ def _recognise(major: str) -> Callable[[Sequence[str], Facts], bool]:
     return lambda names, facts: facts.config.get("model_type") == f"rwkv{major}_plain"
 
 
+_USE = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{path}", trust_remote_code=True)
+"""
+
 for _major, _versions, _names in (("5", ("5.0", "5.1", "5.2"), _OF_5), ("6", ("6.0",), _OF_6), ("7", ("7.0",), _OF_7)):
     register_foreign_format(
         ForeignFormat(
@@ -129,5 +135,7 @@ for _major, _versions, _names in (("5", ("5.0", "5.1", "5.2"), _OF_5), ("6", ("6
             config=_config,
             details=_details,
             code=("modeling_rwkv_base.py", f"modeling_rwkv{_major}.py"),
+            read_by="transformers",
+            use=_USE,
         )
     )

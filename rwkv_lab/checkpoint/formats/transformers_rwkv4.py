@@ -77,6 +77,12 @@ def _notes(layout: Layout) -> list[str]:
     ]
 
 
+_USE = """
+from transformers import AutoTokenizer, RwkvForCausalLM
+model = RwkvForCausalLM.from_pretrained("{path}")
+tokenizer = AutoTokenizer.from_pretrained("{path}", trust_remote_code=True)
+"""
+
 register_foreign_format(
     ForeignFormat(
         name="transformers-rwkv4",
@@ -88,5 +94,7 @@ register_foreign_format(
         config=_config,
         refused=_refused,
         notes=_notes,
+        read_by="transformers",
+        use=_USE,
     )
 )

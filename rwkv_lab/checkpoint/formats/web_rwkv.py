@@ -97,6 +97,12 @@ def _notes(layout: Layout) -> Sequence[str]:
     return ["web-rwkv and ai00 read float16 only: values are rounded to it, and counted."]
 
 
+_USE = """
+import web_rwkv_py  # of cryscan/web-rwkv-py; version 0.2 reads RWKV-5 and 6
+model = web_rwkv_py.Model("{path}")
+logits, state = model.run([0], state=None)
+# ai00 reads RWKV-7 too: it takes the file's name in its Config.toml
+"""
 _FORMATS: tuple[tuple[str, str, tuple[Row, ...], Callable[[Iterable[str], Facts], bool]], ...] = (
     ("5", "5.2", RWKV5_ROWS, _is_rwkv5),
     ("6", "6.0", RWKV6_ROWS, _is_rwkv6),
@@ -116,5 +122,7 @@ for _major, _version, _rows, _recognise in _FORMATS:
             refused=_refused,
             notes=_notes,
             dtype=torch.float16,
+            read_by="web-rwkv and ai00",
+            use=_USE,
         )
     )

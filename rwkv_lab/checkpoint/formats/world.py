@@ -106,6 +106,14 @@ def _notes(layout: Layout) -> list[str]:
     return notes
 
 
+def _use(version: str) -> str:
+    return f"""
+from modeling_rwkv{version} import Rwkv{version}ForCausalLM  # of such a repository: its .py files beside your script
+model = Rwkv{version}ForCausalLM.from_pretrained("{{path}}")
+# from rwkv_lab import RWKV_Dual; RWKV_Dual.from_pretrained("{{path}}") needs no other code
+"""
+
+
 register_foreign_format(
     ForeignFormat(
         name="world-rwkv5",
@@ -118,6 +126,8 @@ register_foreign_format(
         state_rows=STATE_ROWS,
         config=_config,
         notes=_notes,
+        read_by="the modelling code of the World repositories",
+        use=_use("5"),
     )
 )
 register_foreign_format(
@@ -132,5 +142,7 @@ register_foreign_format(
         state_rows=STATE_ROWS,
         config=_config,
         notes=_notes,
+        read_by="the modelling code of the World repositories",
+        use=_use("6"),
     )
 )

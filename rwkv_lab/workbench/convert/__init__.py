@@ -1,0 +1,1 @@
+"""convert.ipynb: its parameters and cells."""
