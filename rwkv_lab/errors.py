@@ -41,5 +41,13 @@ class DeviceError(RwkvLabError):
     """A device is not there, failed, or ran out of memory."""
 
 
+class HubError(RwkvLabError):
+    """The Hugging Face Hub refuses, or cannot be reached."""
+
+
+class HubUnreachableError(HubError):
+    """The Hub was not reached, is not to be asked, or cannot answer now: it may later."""
+
+
 class ExportError(RwkvLabError):
     """Root of what goes wrong in an export."""

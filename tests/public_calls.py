@@ -235,6 +235,8 @@ def calls(world: World) -> list[Call]:
         "verify_convert": {"result": converted},
         "compare_logits": {"result": converted},
         "write_convert": {"plan": converted.plan},
+        "download": {"repo_id": "no name", "file": "x.pth"},
+        "push_to_hub": {"path": w.folder / "missing.pth", "model_name": "owner/name"},
         **{f"{spec.__name__}.read": {"values": {}} for spec in (MergeSpec, MergeOptions, train.TrainSpec)},
     }
     instances = {

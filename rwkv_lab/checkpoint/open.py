@@ -31,9 +31,10 @@ log = logging.getLogger(__name__)
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")  # what names of shards end in
 _MAX_JSON = 100_000_000  # bytes of an index or config; 1,000 tensors take 0.1 MB
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLES = ("model.safetensors", "pytorch_model.bin")
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+# Files of a folder that hold tensors or say which do; the first that is there counts.
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class Checkpoint:
@@ -315,13 +316,13 @@ def _not_a_checkpoint(path: Path, head: bytes, size: int) -> Exception:
 
 def _open_folder(ck: Checkpoint, folder: Path) -> None:
     ck.format = "folder"
-    names = _ADAPTERS if (folder / "adapter_config.json").is_file() else (*_INDEXES, *_SINGLES)
-    if names is _ADAPTERS:
+    names = ADAPTERS if (folder / "adapter_config.json").is_file() else (*INDEXES, *SINGLES)
+    if names is ADAPTERS:
         ck.format, ck.adapter_config = "adapter", _read_json(folder / "adapter_config.json")
     found = next((folder / n for n in names if (folder / n).is_file()), None)
     if found is None:
-        weights = next((n for n in _ADAPTERS if (folder / n).is_file()), None)
-        if weights and names is not _ADAPTERS:
+        weights = next((n for n in ADAPTERS if (folder / n).is_file()), None)
+        if weights and names is not ADAPTERS:
             raise LayoutError(
                 f"{folder} has {weights} and no adapter_config.json, which states its kind. Save or copy it again."
             )
@@ -331,7 +332,7 @@ def _open_folder(ck: Checkpoint, folder: Path) -> None:
         raise LayoutError(f"{folder} holds none of {', '.join(names)}.\nIt holds: {', '.join(there) or 'nothing'}")
     if (folder / "config.json").is_file():
         ck.config = _read_json(folder / "config.json")
-    if found.name in _INDEXES:
+    if found.name in INDEXES:
         _open_shards(ck, folder, found)
     else:
         _open_file(ck, found)
@@ -341,13 +342,10 @@ def _open_shards(ck: Checkpoint, folder: Path, index: Path) -> None:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
         raise LayoutError(f"{index} has no weight_map of names to files")
-    homes = [folder.resolve()]
-    if homes[0].parent.name == "snapshots":  # of the Hugging Face cache: its files are links, the one way out to expect
-        homes.append(homes[0].parent.parent / "blobs")
     shards = list(dict.fromkeys(weight_map.values()))
     for shard in shards:
         target = folder / shard
-        if Path(shard).name != shard or not shard.isprintable() or not _stays_in(target, homes):
+        if Path(shard).name != shard or not shard.isprintable() or not _stays_in(folder, target):
             raise UnsafeFileError(f"{index} names the shard {shard!r}, which is outside its folder; nothing was opened")
         if not target.is_file():
             raise LayoutError(f"{index} names the shard {shard}, which is not there; download it too")
@@ -361,11 +359,17 @@ def _open_shards(ck: Checkpoint, folder: Path, index: Path) -> None:
         raise LayoutError(f"{index} does not list {unlisted[0]}, which is in {ck.stored[unlisted[0]].file.path.name}")
 
 
-def _stays_in(target: Path, folders: list[Path]) -> bool:
+def _stays_in(folder: Path, target: Path) -> bool:
+    """Whether a file lies in a folder. In the cache of the Hugging Face Hub files are links, the one way out to expect:
+    from `<cache>/<repository>/snapshots/<commit>/…` to `<cache>/<repository>/blobs` or, by newer versions, to
+    `<cache>/blobs`."""
     try:
-        return target.resolve().parent in folders
+        home, real = folder.resolve(), target.resolve()
     except (OSError, RuntimeError):  # links in a circle
         return False
+    commit = next((place for place in (home, *home.parents) if place.parent.name == "snapshots"), None)
+    stores = [] if commit is None else [commit.parents[1] / "blobs", commit.parents[2] / "blobs"]
+    return real.parent == home or any(real.is_relative_to(store) for store in stores)
 
 
 def _read_json(path: Path) -> dict:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rwkv_lab.checkpoint.fingerprint import FileFacts
+from rwkv_lab.checkpoint.open import Checkpoint
 from rwkv_lab.checkpoint.stream import Findings
 from rwkv_lab.version import __version__
 
@@ -37,6 +38,15 @@ def provenance(
     }
     made |= {"bases": [dict(one) for one in bases]} if bases else {}
     return made | ({"contains": list(contains)} if contains else {})
+
+
+def provenance_of(ck: Checkpoint) -> Provenance | None:
+    """That which a checkpoint carries, None where it has none. It is what the file says: keys may be missing."""
+    try:
+        record = json.loads(ck.metadata[RECORD])
+    except (KeyError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def printable(name: str) -> str:

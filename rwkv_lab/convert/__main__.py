@@ -1,6 +1,7 @@
 """Converts from a command line:
 
     python -m rwkv_lab.convert --source B.pth --to fla --out folder
+    python -m rwkv_lab.convert --repo-id owner/name --file B.pth --to gguf --out B.gguf
 
 The flags are the options of `ConvertSpec` and `ConvertOptions`; `--json` names a file with an object of them, and flags
 have the last word.
@@ -12,6 +13,7 @@ import sys
 
 from rwkv_lab.command_line import add_flags, settings_of
 from rwkv_lab.convert import ConvertOptions, ConvertSpec, convert
+from rwkv_lab.convert.hub import TRANSPORTS
 from rwkv_lab.errors import RwkvLabError
 
 _FIELDS = {**ConvertSpec.model_fields, **ConvertOptions.model_fields}
@@ -24,8 +26,10 @@ def main(words: list[str] | None = None) -> int:
     add_flags(parser, _FIELDS)
     given = vars(parser.parse_args(words))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in TRANSPORTS:  # they log every request with its address, which may be signed
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        result = convert(**settings_of(given, ("source", "to", "out"), [*_FIELDS, "out"]))
+        result = convert(**settings_of(given, ("to", "out"), [*_FIELDS, "out"]))
     except RwkvLabError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ import torch
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.convert.hub_download import find_source
 from rwkv_lab.convert.plan import ConvertResult
 from rwkv_lab.convert.planning import plan_convert
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
@@ -20,10 +21,13 @@ AnyPath = str | os.PathLike[str]
 
 
 def convert(
-    source: AnyPath,
-    to: str,
-    out: AnyPath,
+    source: AnyPath | None = None,
+    to: str = "",
+    out: AnyPath = "",
     *,
+    repo_id: str = "",
+    file: str = "",
+    revision: str = "",
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = 5 * 10**9,
     tokenizer: str = "",
@@ -36,14 +40,22 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
     verify: bool = True,
+    push_to_hub: bool = False,
+    model_name: str = "",
+    private: bool = True,
+    licence: str = "",
 ) -> ConvertResult:
     """Write a checkpoint in another format, streaming; `out` appears whole or not at all.
 
     Args:
-        source: a model, adapter or state: .pth, .safetensors, or a folder, also of another ecosystem.
+        source: a model, adapter or state: .pth, .safetensors, .gguf, or a folder, also of another ecosystem.
+            None where `repo_id` is given.
         to: "transformers", "fla", "world", … for what reads it, or "safetensors" and "pth" for BlinkDL's own names.
         out: a folder for "transformers", "fla" and "world", a file for the others. An adapter becomes a folder of
             Hugging Face's peft unless `out` ends in .pth or .safetensors; a state becomes a file.
+        repo_id: instead of `source`, "owner/name" of a model on the Hugging Face Hub.
+        file: of `repo_id`, the file or folder in it; "" for the repository itself, or the only checkpoint in it.
+        revision: of `repo_id`, a branch, tag or commit; "" for the main branch.
         dtype: "bf16", "fp16" or "fp32" for every tensor, of "gguf" also "Q8_0" or "Q4_0" for its matrices; None keeps
             each tensor's own.
         max_shard_size: of a folder, tensor data per file: "2GB", "500MB" or bytes.
@@ -57,11 +69,16 @@ def convert(
         overwrite: allow `out` to exist; never allows it to be the source.
         dry_run: stop after the plan; nothing is written.
         verify: open the output again and compare every tensor with its source.
+        push_to_hub: upload the output to the Hub as `model_name`, once every check has passed.
+        model_name: "owner/name" there.
+        private: whether a repository that is made for it is private.
+        licence: for the model card, "apache-2.0"; "" states none.
     Returns:
         The plan, and unless `dry_run` what was written and checked.
     Raises:
         ParameterError, LayoutError, OutputError, UnsafeFileError, CorruptFileError: before any tensor data is read.
         NumericsError: NaN, Inf or overflow on the way; nothing is left behind.
+        HubError: the Hub refuses, or cannot be reached. A push that fails leaves the output complete.
     """
     given = dict(locals())
     spec = ConvertSpec.read({name: given[name] for name in ConvertSpec.model_fields})
@@ -83,7 +100,7 @@ def run_convert(spec: ConvertSpec, out: AnyPath, options: ConvertOptions | None 
     return replace(result, seconds={"plan": planned - start, **result.seconds})
 
 
-def to_huggingface(source: AnyPath, out: AnyPath, **options: object) -> ConvertResult:
+def to_huggingface(source: AnyPath | None = None, out: AnyPath = "", **options: object) -> ConvertResult:
     """Write a folder in the layout in which models of this generation are published for Hugging Face's libraries.
 
     Args:
@@ -91,14 +108,16 @@ def to_huggingface(source: AnyPath, out: AnyPath, **options: object) -> ConvertR
     Raises:
         RwkvLabError: as `convert`; LayoutError for a source that is no whole model.
     """
-    with open_checkpoint(to_path(source, "source")) as ck:
+    asked = {name: options[name] for name in ("repo_id", "file", "revision") if name in options}
+    spec = ConvertSpec.read({"source": source, "to": "transformers", **asked})  # which target is not known yet
+    with open_checkpoint(find_source(spec)[0]) as ck:
         if ck.layout is None:
             raise LayoutError(f"{ck.path} is no whole model ({ck.kind}): {ck.reason}.")
         target = hugging_face_target(ck.layout)
     return convert(source, target, out, **options)  # type: ignore[arg-type]
 
 
-def to_gguf(source: AnyPath, out: AnyPath, **options: object) -> ConvertResult:
+def to_gguf(source: AnyPath | None = None, out: AnyPath = "", **options: object) -> ConvertResult:
     """Write a GGUF file, which llama.cpp and its relatives read; vocabulary and chat template are in it.
 
     Args:
@@ -109,7 +128,7 @@ def to_gguf(source: AnyPath, out: AnyPath, **options: object) -> ConvertResult:
     return convert(source, "gguf", out, **options)  # type: ignore[arg-type]
 
 
-def to_safetensors(source: AnyPath, out: AnyPath, **options: object) -> ConvertResult:
+def to_safetensors(source: AnyPath | None = None, out: AnyPath = "", **options: object) -> ConvertResult:
     """Write one `.safetensors` with BlinkDL's names.
 
     Args:
@@ -120,7 +139,7 @@ def to_safetensors(source: AnyPath, out: AnyPath, **options: object) -> ConvertR
     return convert(source, "safetensors", out, **options)  # type: ignore[arg-type]
 
 
-def to_pth(source: AnyPath, out: AnyPath, **options: object) -> ConvertResult:
+def to_pth(source: AnyPath | None = None, out: AnyPath = "", **options: object) -> ConvertResult:
     """Write a `.pth` with BlinkDL's names.
 
     Args:

@@ -1,7 +1,5 @@
 """Whether a converted model says what its source says."""
 
-from pathlib import Path
-
 import torch
 
 from rwkv_lab.arguments import checked
@@ -39,7 +37,7 @@ def load_source(result: ConvertResult) -> RWKV_Dual:
     plan = result.plan
     if not result.outputs or plan.layout is None:
         raise ParameterError(f"{plan.out} is no model that was written: there are no logits to compare.")
-    model, dropped = RWKV_Dual.from_pretrained(Path(plan.spec.source)), {d.name for d in plan.dropped}
+    model, dropped = RWKV_Dual.from_pretrained(plan.checkpoint.path), {d.name for d in plan.dropped}
     for name, values in model.named_parameters():
         if name.endswith(".time_state") and name in dropped:
             values.data.zero_()

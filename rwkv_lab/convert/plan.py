@@ -12,6 +12,7 @@ from rwkv_lab.checkpoint.foreign_format import ForeignFormat
 from rwkv_lab.checkpoint.unchanged import FileState, refuse_changed, refuse_changed_header
 from rwkv_lab.checks import Check
 from rwkv_lab.convert.containers import Container, Content
+from rwkv_lab.convert.hub_push import Pushed
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
 from rwkv_lab.progress import human_bytes
 
@@ -108,7 +109,8 @@ class ConvertResult:
     checks: tuple[Check, ...] = ()
     rounding: tuple[Rounding, ...] = ()  # of tensors that were cast
     nonfinite: tuple[str, ...] = ()  # tensors of the output with NaN, Inf or overflow, and how many, where allowed
-    seconds: dict[str, float] = field(default_factory=dict)  # "plan", "write", "verify"
+    seconds: dict[str, float] = field(default_factory=dict)  # "plan", "write", "verify", "upload"
+    pushed: Pushed | None = None  # what was uploaded to the Hugging Face Hub
 
     @property
     def out(self) -> Path:
@@ -127,4 +129,8 @@ class ConvertResult:
         seen = [f"{n:,} of {values:,} values {what[name]} in the new dtype." for name, n in totals.items() if n]
         if self.nonfinite:
             seen.append(f"{len(self.nonfinite)} tensors hold NaN or Inf: {', '.join(self.nonfinite[:5])}.")
+        if self.pushed is not None:
+            seen += self.pushed.notes
+        elif self.plan.options.push_to_hub and self.outputs:
+            seen.append(f"Nothing was uploaded to {self.plan.options.model_name}: not every check has passed.")
         return (*self.plan.notes, *seen)

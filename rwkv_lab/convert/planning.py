@@ -8,12 +8,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rwkv_lab.arguments import checked
-from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, tensors_of
+from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, file_facts, open_checkpoint, tensors_of
 from rwkv_lab.checkpoint.dimensions import Shape
 from rwkv_lab.checkpoint.foreign_format import (
     FORMAT_NOTE,
@@ -27,12 +26,14 @@ from rwkv_lab.checkpoint.foreign_format import (
 )
 from rwkv_lab.checkpoint.gguf_types import BY_NAME, require_gguf
 from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
-from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
 from rwkv_lab.checkpoint.unchanged import file_states
 from rwkv_lab.convert.adapters import adapter_output, is_adapter
 from rwkv_lab.convert.containers import CONTAINERS, Container, Content
+from rwkv_lab.convert.hub_download import Download, find_source
+from rwkv_lab.convert.hub_push import plan_push
+from rwkv_lab.convert.made_from import made_from
 from rwkv_lab.convert.output import Output, Tensors, copied
 from rwkv_lab.convert.plan import ConvertPlan, ConvertRow, Dropped
 from rwkv_lab.convert.quantised import fits, quantised
@@ -67,19 +68,30 @@ def plan_convert(spec: ConvertSpec, out: str | Path, options: ConvertOptions | N
     """
     options = options or ConvertOptions.read({})
     path = to_path(out, "out").absolute()
+    if spec.repo_id:  # before a download of gigabytes
+        check_output(path, [], options.allowed_dir, options.overwrite)
+    push_notes = plan_push(options)
+    source, downloaded = find_source(spec)
     with ExitStack() as stack:
-        ck = stack.enter_context(open_checkpoint(spec.source))
-        plan = _plan(ck, spec, path, options)
+        ck = stack.enter_context(open_checkpoint(source))
+        plan = _plan(ck, spec, path, options, downloaded, push_notes)
         stack.pop_all()
     return plan
 
 
-def _plan(ck: Checkpoint, spec: ConvertSpec, out: Path, options: ConvertOptions) -> ConvertPlan:
+def _plan(
+    ck: Checkpoint,
+    spec: ConvertSpec,
+    out: Path,
+    options: ConvertOptions,
+    downloaded: Download | None,
+    push_notes: Sequence[str],
+) -> ConvertPlan:
     output = _output(ck, spec, out)
     _check_out(out, output.container, ck, options)
     _refuse_collisions(output.content)
     source, tensors = file_facts(ck), [tensor for _, tensor in output.content]
-    notes = made_from(output.spec, ck, source) | dict(output.file_notes)
+    notes = made_from(output, ck, source, downloaded) | dict(output.file_notes)
     content = Content(tensors, notes, output.others, output.spec.max_shard_size, output.layout, output.tokenizer)
     size, memory = output.container.size(content), _memory_needed(ck, output.content)
     disk_free, memory_free = check_free_space(out, size, memory, "the conversion")
@@ -99,7 +111,13 @@ def _plan(ck: Checkpoint, spec: ConvertSpec, out: Path, options: ConvertOptions)
         disk_free=disk_free,
         memory_needed=memory,
         memory_free=memory_free,
-        notes=(*output.notes, *output.container.notes(content), *_left_behind(ck)),
+        notes=(
+            *(downloaded.notes if downloaded else ()),
+            *output.notes,
+            *output.container.notes(content),
+            *_left_behind(ck),
+            *push_notes,
+        ),
         checkpoint=ck,
         states=file_states(ck),
         content=content,
@@ -155,23 +173,6 @@ def _left_behind(ck: Checkpoint) -> list[str]:
     if eps is not None and abs(eps - 64e-5) > 1e-9:
         notes.append(f"The source states group_norm_eps={eps:.3g}, not 0.00064; only its config.json records that.")
     return notes
-
-
-def made_from(spec: ConvertSpec, ck: Checkpoint, source: FileFacts) -> dict[str, str]:
-    """The notes that travel in the output."""
-    made = provenance(spec.recipe(), [source], job="convert")
-    before = source_record(ck)
-    notes = {RECORD: as_text(made | ({"source": before} if before else {}))}
-    return notes | ({RESCALED: str(spec.rescale)} if spec.rescale else {})
-
-
-def source_record(ck: Checkpoint) -> dict[str, Any] | None:
-    """The provenance that the source carries, None where it has none."""
-    try:
-        record = json.loads(ck.metadata[RECORD])
-    except (KeyError, ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _layout_of(ck: Checkpoint, spec: ConvertSpec) -> Layout | None:

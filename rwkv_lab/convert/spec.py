@@ -3,10 +3,10 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rwkv_lab.checkpoint.generation import GENERATIONS
 from rwkv_lab.convert.targets import target_names
@@ -35,13 +35,43 @@ SIZES = {  # name -> (layers, channels) of the models that are called so
 }
 
 
+_HUB_ADDRESS = re.compile(  # what people copy from the site, or write for other programs
+    r"(?:hf://(?:models/)?|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)([\w.-]+/[\w.-]+)"
+    r"(?:/(?:resolve|blob|tree)/([^/?#]+))?(?:/([^?#]*))?"
+)
+
+
 def _path(value: Any) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise ValueError("it should be a path")
+    if isinstance(value, str) and (found := _HUB_ADDRESS.match(value)):
+        raise ValueError(f"it is an address of the Hugging Face Hub: leave it away and give {_on_the_hub(found)}")
     fault = path_fault(os.fsdecode(value))
     if fault:
         raise ValueError(fault)
     return Path(value).expanduser().absolute()
+
+
+def _on_the_hub(address: re.Match[str]) -> str:
+    """The options that stand for an address."""
+    given = {"repo_id": address[1], "file": address[3], "revision": address[2] if address[2] != "main" else ""}
+    return ", ".join(f"{name}={value!r}" for name, value in given.items() if value)
+
+
+def _repository(text: str) -> str:
+    """A name of a repository, or empty."""
+    if found := _HUB_ADDRESS.match(text):
+        file = f"; the file's is {found[3]!r}" if found[3] else ""
+        raise ValueError(f"it is an address: the name of the repository alone is {found[1]!r}{file}")
+    if text and not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", text):
+        raise ValueError("it should be owner/name, as the Hugging Face Hub has it")
+    return text
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it should be one line of printable characters")
+    return text
 
 
 def _bytes(value: Any) -> Any:
@@ -62,12 +92,24 @@ def _dtype(value: Any) -> Any:
 
 
 AbsolutePath = Annotated[Path, BeforeValidator(_path)]
+RepositoryName = Annotated[str, AfterValidator(_repository)]
+Line = Annotated[str, AfterValidator(_one_line)]
+
+
+_SOURCE = ("source", "repo_id", "file", "revision")
 
 
 class ConvertSpec(Spec):
     """What decides the bytes of a converted checkpoint."""
 
-    source: AbsolutePath = Field(description="a model, adapter or state: file or folder, of any format that is read")
+    source: AbsolutePath | None = Field(
+        None, description="a model, adapter or state: file or folder, of any format that is read; empty: repo_id"
+    )
+    repo_id: RepositoryName = Field("", description="instead of source: owner/name of a model on the Hugging Face Hub")
+    file: Line = Field(
+        "", description="of repo_id: the file or folder in it; empty: the repository itself, or its only checkpoint"
+    )
+    revision: Line = Field("", description="of repo_id: a branch, tag or commit; empty: the main branch")
     to: Annotated[str, OneOf(target_names)] = Field(description="the format to write")
     dtype: Annotated[Literal["bf16", "fp16", "fp32", "Q8_0", "Q4_0"] | None, BeforeValidator(_dtype)] = Field(
         None, description="bf16, fp16 or fp32 for every tensor, Q8_0 or Q4_0 of gguf; empty: each keeps its own"
@@ -89,6 +131,16 @@ class ConvertSpec(Spec):
     )
     allow_nonfinite: bool = Field(False, description="record NaN, Inf and overflow instead of refusing them")
 
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.source is None and not self.repo_id:
+            raise ValueError("source is missing: a file or folder on this disk; or repo_id, a model on the Hub")
+        if self.source is not None and self.repo_id:
+            raise ValueError(f"source={str(self.source)!r} and repo_id={self.repo_id!r}: give one of them")
+        if not self.repo_id and (self.file or self.revision):
+            raise ValueError("file and revision are of a repository: give repo_id, owner/name on the Hub, too")
+        return self
+
     @property
     def quantised(self) -> str:
         """The type of blocks that matrices are quantised to; "" where they are not."""
@@ -101,7 +153,7 @@ class ConvertSpec(Spec):
 
     def recipe(self) -> dict[str, Any]:
         """Everything but the source, JSON-ready: what the provenance records."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name != "source"}
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in _SOURCE}
 
 
 class ConvertOptions(Spec):
@@ -111,3 +163,21 @@ class ConvertOptions(Spec):
     overwrite: bool = Field(False, description="replace the output if it is there; never an input")
     dry_run: bool = Field(False, description="stop after the plan")
     verify: bool = Field(True, description="open the output again and compare every tensor with its source")
+    push_to_hub: bool = Field(False, description="upload the output to the Hugging Face Hub once it has been verified")
+    model_name: RepositoryName = Field(
+        "", description="of push_to_hub: owner/name there; without an owner: your own account"
+    )
+    private: bool = Field(True, description="of push_to_hub: whether a repository that is made is private")
+    licence: Line = Field(
+        "", description="of push_to_hub: for the model card, as the Hub calls it: apache-2.0; empty: it states none"
+    )
+
+    @model_validator(mode="after")
+    def _push(self) -> Self:
+        if self.push_to_hub and not self.model_name:
+            raise ValueError("push_to_hub=True needs model_name, owner/name of the repository")
+        if self.model_name and not self.push_to_hub:
+            raise ValueError(f"model_name={self.model_name!r} is where push_to_hub=True uploads to; it is not set")
+        if self.push_to_hub and not self.verify:
+            raise ValueError("push_to_hub=True with verify=False: only what has been verified is uploaded")
+        return self

@@ -13,6 +13,7 @@ from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
 from rwkv_lab.checkpoint.stream import Findings, OutTensor
 from rwkv_lab.checks import Check
+from rwkv_lab.convert.hub_push import push_to_hub
 from rwkv_lab.convert.plan import ConvertPlan, ConvertResult, Rounding
 from rwkv_lab.convert.verify import verify_convert
 from rwkv_lab.progress import human_bytes
@@ -22,12 +23,14 @@ log = logging.getLogger(__name__)
 
 @checked
 def write_convert(plan: ConvertPlan) -> ConvertResult:
-    """Carry out a plan, and unless its options say otherwise compare the output with the source.
+    """Carry out a plan, and unless its options say otherwise compare the output with the source. With `push_to_hub` it
+    is uploaded after that, if every check has passed.
 
     Raises:
         ParameterError: the source has changed since the plan was made.
         OutputError: `out` cannot be written there, or not any more.
         NumericsError: NaN, Inf or overflow, unless `allow_nonfinite`; nothing is left behind.
+        HubError: the upload failed; the output is complete.
     """
     if plan.options.dry_run:
         return ConvertResult(plan)
@@ -53,7 +56,19 @@ def write_convert(plan: ConvertPlan) -> ConvertResult:
         return result
     start = time.perf_counter()
     checks = tuple(verify_convert(result))
-    return replace(result, checks=(*result.checks, *checks), seconds=seconds | {"verify": time.perf_counter() - start})
+    seconds |= {"verify": time.perf_counter() - start}
+    return _uploaded(replace(result, checks=(*result.checks, *checks), seconds=seconds))
+
+
+def _uploaded(result: ConvertResult) -> ConvertResult:
+    """The result with what became of its upload, where one is asked for and the output is right."""
+    options = result.plan.options
+    if not options.push_to_hub or not all(check.passed for check in result.checks):
+        return result
+    start = time.perf_counter()
+    pushed = push_to_hub(result.out, options.model_name, private=options.private, licence=options.licence)
+    seconds = result.seconds | {"upload": time.perf_counter() - start}
+    return replace(result, pushed=pushed, checks=(*result.checks, *pushed.checks), seconds=seconds)
 
 
 def _counted(t: OutTensor, rounding: dict[str, Rounding]) -> OutTensor:

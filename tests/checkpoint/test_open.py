@@ -241,19 +241,29 @@ def test_an_index_cannot_lead_out_of_its_folder(shard, shards, tmp_path, monkeyp
     assert [p for p in opened if p.endswith((".safetensors", "link"))] == []
 
 
-def test_links_of_the_hugging_face_cache_are_followed(tmp_path):
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
-    blobs.mkdir()
+@pytest.mark.parametrize("inside", [".", "runs/7"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_links_of_the_hugging_face_cache_are_followed(shared, inside, tmp_path):
+    repository = tmp_path / "cache" / "models--owner--name"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "abc" / inside
+    blobs.mkdir(parents=True)
     real = save_shards(tmp_path / "real", random_model(SEVEN), "safetensors")
     snapshot.mkdir(parents=True)
     for file in real.iterdir():
-        (blobs / f"hash-of-{file.name}").write_bytes(file.read_bytes())
-        (snapshot / file.name).symlink_to(f"../../blobs/hash-of-{file.name}")
+        blob = blobs / f"hash-of-{file.name}"
+        if shared:  # blobs of newer versions are links to what all repositories share
+            stored = tmp_path / "cache" / "blobs" / "12" / blob.name
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            stored.write_bytes(file.read_bytes())
+            blob.symlink_to(stored)
+        else:
+            blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blob)
     with open_checkpoint(snapshot) as ck:
         assert ck.kind == "model"
-    (tmp_path / "snapshots").rename(tmp_path / "elsewhere")  # now it is no such cache any more
+    (repository / "snapshots").rename(repository / "elsewhere")  # now it is no such cache any more
     with pytest.raises(UnsafeFileError, match="outside its folder"):
-        open_checkpoint(tmp_path / "elsewhere" / "abc")
+        open_checkpoint(repository / "elsewhere" / "abc" / inside)
 
 
 def test_an_index_that_disagrees_with_its_shards(shards):

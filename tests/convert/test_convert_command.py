@@ -35,7 +35,8 @@ def test_options_of_a_file_and_flags_on_top(source, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--to", "fla"], "source and out must be given"),
+        (["--to", "fla"], "out must be given"),
+        (["--to", "fla", "--out", "x"], "source is missing: a file or folder on this disk; or repo_id"),
         (["--source", "m.pth", "--to", "fla", "--out", "x", "--max-shard-size", "much"], "a size such as"),
         (["--source", "none.pth", "--to", "fla", "--out", "x"], "there is no file"),
         (["--json", "none.json"], "cannot be read as JSON"),
