@@ -5,6 +5,7 @@ with the Hub's after that.
 """
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from rwkv_lab.convert.hub import HubFile, hub_api, refusals_in_words, require_hu
 from rwkv_lab.convert.spec import ConvertSpec
 from rwkv_lab.errors import CorruptFileError, HubError, HubUnreachableError, LayoutError, OutputError, ParameterError
 from rwkv_lab.machine import disk_free
-from rwkv_lab.progress import human_bytes
+from rwkv_lab.progress import Progress, human_bytes
 
 log = logging.getLogger(__name__)
 
@@ -259,6 +260,7 @@ def _fetch_file(repository: Repository, file: HubFile, new: bool) -> Path:
                 file.name,
                 revision=repository.revision or None,  # by its name, so that the cache knows what it stood for
                 local_files_only=bool(repository.unreached),
+                **_progress(file),
             )
         )
     if path.parents[len(PurePosixPath(file.name).parts) - 1].name != repository.commit:
@@ -272,6 +274,31 @@ def _fetch_file(repository: Repository, file: HubFile, new: bool) -> Path:
             "It was damaged on its way and has been removed from the cache; run it again."
         )
     return path
+
+
+def _progress(file: HubFile) -> dict[str, Any]:
+    """The argument by which a download is shown as other work here is. The bar of huggingface_hub may show the address
+    that a file comes from, which may be signed."""
+    from huggingface_hub.utils import tqdm
+
+    if "tqdm_class" not in inspect.signature(hub_api().hf_hub_download).parameters:  # before 1.0
+        return {}
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs | {"disable": True})
+            self.shown = Progress(PurePosixPath(file.name).name, file.bytes)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.shown.advance(int(n or 0))
+            return super().update(n)
+
+        def close(self) -> None:
+            super().close()
+            if hasattr(self, "shown"):
+                self.shown.__exit__()
+
+    return {"tqdm_class": Bar}
 
 
 def _sha256(path: Path) -> str:

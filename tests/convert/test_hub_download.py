@@ -179,6 +179,16 @@ def test_answers_in_words(status, headers, message, hub, model, tmp_path):
     assert len(str(e.value).splitlines()) <= 3 and snapshot(tmp_path) == before
 
 
+def test_a_download_is_shown_by_its_name_alone(hub, model, caplog, capfd, monkeypatch):
+    monkeypatch.setattr("rwkv_lab.progress.LOG_AFTER", 0)
+    hub.add("owner/m", {"folder/m.pth": model})
+    with caplog.at_level("INFO", "rwkv_lab"):
+        download("owner/m")
+    assert caplog.messages[0].startswith("owner/m: downloading ") and caplog.messages[-1].startswith("m.pth: 100 % (")
+    said = "".join(capfd.readouterr())
+    assert "stored" not in said and "Signature" not in said
+
+
 def test_a_connection_that_breaks_off_is_taken_up_again(hub, model):
     hub.add("owner/m", {"m.pth": model})
     hub.fail("GET /stored", after=1000, times=2)

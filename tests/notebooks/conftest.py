@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -43,7 +45,9 @@ def environment(demo_folder) -> dict[str, str]:
 def batch(environment, tmp_path_factory):
     """batch("merge", "-p", "alpha", "nan") -> Batch."""
 
-    def run(notebook: str, *options: str, cwd: Path = ROOT) -> Batch:
+    def run(
+        notebook: str, *options: str, cwd: Path = ROOT, variables: Mapping[str, str] = MappingProxyType({})
+    ) -> Batch:
         folder = tmp_path_factory.mktemp(notebook)
         executed = folder / "run.ipynb"
         command = [
@@ -57,7 +61,7 @@ def batch(environment, tmp_path_factory):
         done = subprocess.run(
             [*command, "-r", "report", str(folder / "report"), *options],
             cwd=cwd,
-            env=environment,
+            env={**environment, **variables},
             capture_output=True,
             text=True,
             timeout=300,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from hub_stand_in import TOKEN, hub_stand_in
 from tuned_files import write_adapter
 
 from rwkv_lab.checkpoint import open_checkpoint
@@ -51,6 +52,25 @@ def test_an_adapter_and_a_state(batch, demo_folder, tmp_path):
     assert run.output_of("cells.compare_models").startswith("A lora does not run by itself")
     run = batch("convert", "-r", "source", "demo:state", "-p", "to", "safetensors")
     assert run.code == 0 and run.result["metrics"]["kind"] == "state", run.log
+
+
+def test_from_the_hub_and_to_it(batch, demo_folder, tmp_path):
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    with hub_stand_in() as hub:
+        hub.add("me/models", {"B.pth": (demo_folder / "demo-base.pth").read_bytes(), "C.pth": b"x"}, private=True)
+        variables = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        given = ["-r", "repo_id", "me/models", "-r", "file", "B.pth", "-p", "push_to_hub", "True"]
+        run = batch("convert", *given, "-r", "model_name", "me/new", "-r", "licence", "mit", variables=variables)
+        assert run.code == 0, run.log
+        assert hub.repos["me/new"].private and b"base_model: me/models" in hub.repos["me/new"].files["README.md"]
+        refused = batch("convert", "-r", "repo_id", "me/models", variables=variables | {"HF_TOKEN": ""})
+    notes = " ".join(run.result["notes"])
+    assert "The source is me/models on the Hugging Face Hub" in notes and "files were uploaded to me/new" in notes
+    assert len(run.result["checks"]) == 10 and all(c["passed"] for c in run.result["checks"])
+    written = "".join(path.read_text() for path in (run.notebook, *run.folder.glob("*.[hj][ts]*")))
+    assert TOKEN not in written + run.log and "X-Signature" not in written + run.log
+    assert refused.code == 1 and refused.result["error"]["class"] == "HubError"
+    assert "no model repository me/models, or it is private" in refused.result["error"]["message"]
 
 
 def test_a_dry_run_stops_after_the_plan(batch):
