@@ -188,7 +188,7 @@ def _fault_of_device(value: Any) -> str:
     return ""
 
 
-_TOO_LARGE = "it is a whole number of 2^63 or more, too large"  # says more than what it must be
+_TOO_LARGE = "it is outside -2^63 to 2^63 - 1, the range of whole numbers"  # says more than what it must be
 
 
 def _fault_of_int(value: Any) -> str:
@@ -200,7 +200,7 @@ def _fault_of_int(value: Any) -> str:
         number = None
     if number is None:
         return f"it must be {_NAMES[int]}"
-    return "" if abs(number) <= _LARGEST else _TOO_LARGE
+    return "" if -_LARGEST - 1 <= number <= _LARGEST else _TOO_LARGE
 
 
 def _is_number(value: Any) -> bool:
@@ -224,8 +224,12 @@ def _fault_of_items(value: Any, kind: Any, args: tuple, wrong: str) -> str:
         return ""  # what can be read only once is left to the function
     if isinstance(value, torch.Tensor):
         return "" if args[0] in (int, Any) else wrong
-    faulty = [item for item in value if _fault(item, args[0])] if args[0] is not Any else []
-    return f"it holds {shown_value(faulty[0])}; each must be {described(args[0])}" if faulty else ""
+    if args[0] is Any:
+        return ""
+    item, fault = next(((item, fault) for item in value if (fault := _fault(item, args[0]))), (None, ""))
+    if not fault:
+        return ""
+    return f"it holds {shown_value(item)}; {fault.replace('it must be', 'each must be', 1)}"
 
 
 def _fault_of_entry(key: Any, value: Any, args: tuple) -> str:
@@ -260,7 +264,8 @@ def described(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         if str in args and Path in args:
             args = (Path, *(x for x in args if x not in (str, Path)))
-        return " or ".join(dict.fromkeys(map(described, args)))
+        words = dict.fromkeys(map(described, args))
+        return " or ".join(sorted(words, key=lambda one: one.startswith("a list")))  # whose items come last of all
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))
     if hint in (None, type(None)):

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.paths import missing_file
 from rwkv_lab.spec import unknown_name
 
 
@@ -56,6 +57,8 @@ def _type_of(annotation: Any) -> Any:
 def _from_json(path: str | None, names: list[str]) -> dict[str, Any]:
     if path is None:
         return {}
+    if not Path(path).is_file():
+        raise missing_file(Path(path))
     try:
         settings = json.loads(Path(path).read_text())
     except (OSError, ValueError) as e:

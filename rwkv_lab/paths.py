@@ -38,16 +38,26 @@ def path_fault(text: str) -> str:
 
 
 def missing_file(path: Path) -> ParameterError:
-    """The error for a path at which there is nothing: with the nearest names in its folder, or the folder that there
-    is."""
+    """The error for a path at which there is nothing, with `what_is_there`."""
+    return ParameterError(f"there is no file {path}{what_is_there(path)}")
+
+
+def what_is_there(path: Path) -> str:
+    """What there is in the place of a file that is missing, to go behind its name: the nearest names in its folder, or
+    the folder that there is; "" where nothing is near."""
+    if path.is_dir():
+        return ": it is a folder"
     folder = next(parent for parent in (*path.absolute().parents, Path()) if parent.is_dir())
     if folder != path.absolute().parent:
-        return ParameterError(f"there is no file {path}: of its folders there is only {folder}")
+        return f": of its folders there is only {folder}"
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError:
         names = []
     if path.name in names:
-        return ParameterError(f"there is no file {path}: it is a link to nothing")
-    near = get_close_matches(path.name, names, n=3)
-    return ParameterError(f"there is no file {path}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        return ": it is a link to nothing"
+    # Without suffixes, which many files share whose names have nothing to do with each other.
+    stems = {name: Path(name).stem.lower() for name in names}
+    near = get_close_matches(path.stem.lower(), dict.fromkeys(stems.values()), n=3)
+    found = sorted((name for name in names if stems[name] in near), key=lambda name: near.index(stems[name]))[:3]
+    return f"; did you mean {', '.join(found)}?" if found else ""

@@ -6,10 +6,13 @@ any run of its dotted parts: `blocks.0`, `att.key` and `blocks.*.att` all match 
 """
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 
 from rwkv_lab.errors import ParameterError
+
+# Ratios of SequenceMatcher: of a whole run and of each of its parts. Below, words share letters by chance.
+_NEAR, _NEAR_PARTS = 0.7, 0.6
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -38,16 +41,33 @@ def refuse_unmatched(what: str, patterns: Iterable[str] | None, names: Sequence[
     """
     for p in patterns or ():
         if not any(matches(n, p) for n in names):
+            near = _near(p, names)
+            examples = dict.fromkeys(names[at] for at in (0, len(names) // 2, -1)) if names else ()
             raise ParameterError(
                 f"{what}: the pattern {p!r} matches none of the {len(names)} {which}.\n"
-                f"There are, for example: {', '.join(_near(p, names))}"
+                + (f"Did you mean {', '.join(near)}?" if near else f"There are, for example: {', '.join(examples)}")
             )
 
 
 def _near(pattern: str, names: Sequence[str]) -> list[str]:
-    """Runs of parts, as many as the pattern has, and whole names that are near it; the first names where none is."""
-    count, runs = pattern.count(".") + 1, []
+    """Runs of parts, as many as the pattern has, of which every part is near the pattern's; the nearest first."""
+    wanted = pattern.split(".")
+    runs: dict[str, float] = {}
     for name in names:
         parts = name.split(".")
-        runs += [".".join(parts[i : i + count]) for i in range(len(parts) - count + 1)]
-    return get_close_matches(pattern, dict.fromkeys([*runs, *names]), n=4, cutoff=0.4) or list(names[:2])
+        for i in range(len(parts) - len(wanted) + 1):
+            run = parts[i : i + len(wanted)]
+            if all(map(_is_near, wanted, run)):
+                runs[".".join(run)] = _ratio(pattern, ".".join(run))
+    return sorted((run for run in runs if runs[run] >= _NEAR), key=lambda run: -runs[run])[:4]
+
+
+def _is_near(wanted: str, part: str) -> bool:
+    """Whether a part of a pattern may be meant to be a part of a name: another number, another case, a few letters."""
+    if fnmatchcase(part, wanted) or wanted.isdecimal() and part.isdecimal():
+        return True
+    return _ratio(wanted, part) >= _NEAR_PARTS
+
+
+def _ratio(one: str, other: str) -> float:
+    return SequenceMatcher(None, one.lower(), other.lower()).ratio()

@@ -32,11 +32,25 @@ def test_exclusion_wins():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "near"), [("att.kye", "att.key"), ("ffn.keys", "ffn.key"), ("q", "blocks.0.att.key.weight")]
+    ("pattern", "near"),
+    [
+        ("att.kye", "att.key"),
+        ("att.kee", "att.key"),
+        ("ffn.keys", "ffn.key"),
+        ("Att.Key", "att.key"),
+        ("blocks.99.*.key", "blocks.0.att.key"),
+        ("block.10", "blocks.10"),
+    ],
 )
 def test_a_pattern_that_matches_nothing_is_refused_with_near_names(pattern, near):
     with pytest.raises(ParameterError) as refused:
         refuse_unmatched("targets", ["att.key", pattern], NAMES, "tensors")
     first, second = str(refused.value).split("\n")
     assert first == f"targets: the pattern {pattern!r} matches none of the 9 tensors."
-    assert near in second.removeprefix("There are, for example: ").split(", ")
+    assert near in second.removeprefix("Did you mean ").removesuffix("?").split(", ")
+
+
+@pytest.mark.parametrize("pattern", ["q", "lora", "q_proj", "*.q_proj.*", "layers.0.attn", "w", "", "[", "transformer"])
+def test_names_that_share_letters_by_chance_are_not_called_near(pattern):
+    with pytest.raises(ParameterError, match="There are, for example: blocks.0.att.key.weight, .*, blocks.10.ffn.key"):
+        refuse_unmatched("targets", [pattern], NAMES, "tensors")

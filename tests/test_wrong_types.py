@@ -7,16 +7,24 @@ import contextlib
 import inspect
 import io
 import math
+import re
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from public_calls import INTERNAL, World, calls, public
+from random_rwkv7 import make_model
 
+from rwkv_lab import merge, open_checkpoint
+from rwkv_lab.analysis.texts import held_out_text
 from rwkv_lab.arguments import check, checked
-from rwkv_lab.errors import ParameterError, RwkvLabError
-from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.convert import convert
+from rwkv_lab.errors import OutputError, ParameterError, RwkvLabError
+from rwkv_lab.merge import merge_recipe
+from rwkv_lab.model import RWKV_Dual, generate, load_state, load_tokenizer
+from rwkv_lab.peft import open_adapter
+from rwkv_lab.train import load_corpus, train
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +160,64 @@ def test_dtypes_by_name(name, world):
     model = RWKV_Dual.from_pretrained(world.base, dtype=name)
     assert str(model.emb.weight.dtype)[6:8] == {"b": "bf", "f": "fl", "t": "fl"}[name[0]]
     assert world.state.to(dtype=name).att_shift.dtype == model.emb.weight.dtype
+
+
+def test_a_file_that_is_missing_is_one_kind_of_error_everywhere(world, tmp_path):
+    (tmp_path / "text.txt").write_text("words " * 2000)
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    out, text, base = tmp_path / "o.pth", str(tmp_path / "text.txt"), str(world.base)
+    training = dict(base=base, steps=1, batch_size=1, ctx_len=8)
+    uses = {
+        "open_checkpoint": open_checkpoint,
+        "from_pretrained": RWKV_Dual.from_pretrained,
+        "merge, base": lambda path: merge(path, world.base, out),
+        "merge, tuned": lambda path: merge(world.base, path, out),
+        "recipe": lambda path: merge_recipe(path, out),
+        "load_state": lambda path: load_state(path, world.model),
+        "create_state": lambda path: world.model.create_state(tuned=path),
+        "load_tokenizer": load_tokenizer,
+        "convert": lambda path: convert(path, "pth", out),
+        "open_adapter": open_adapter,
+        "train, base": lambda path: train("full", out, text, **(training | {"base": path})),
+        "train, data": lambda path: train("full", out, path, **training),
+        "train, data as a path": lambda path: train("full", out, Path(path), **training),
+        "train, tokenizer": lambda path: train("full", out, text, tokenizer=path, **training),
+        "train, template": lambda path: train("full", out, text, template=path, **training),
+        "train, start": lambda path: train("lora", out, text, start=path, **training),
+        "load_corpus": load_corpus,
+        "held_out_text": held_out_text,
+    }
+    cases = {
+        str(tmp_path / "txet.txt"): "here is no file .*txet.txt; did you mean text.txt",
+        str(tmp_path / "no/such.x"): f"here is no file .*such.x: of its folders there is only {tmp_path}",
+        str(tmp_path / "link"): "here is no file .*link: it is a link to nothing",
+        str(tmp_path / "Z.txt"): r"here is no file [^;]*Z.txt(?!; did)",  # the suffix alone is not near
+    }
+    for name, use in uses.items():
+        for path, words in cases.items():
+            with pytest.raises(ParameterError) as refusal:
+                use(path)
+            assert re.search(words, str(refusal.value)), (name, str(refusal.value))
+
+
+def test_a_folder_that_cannot_be_made_is_named(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(OutputError, match="file.* cannot be made"):
+            make_model(n_embd=32, n_layer=1, head_size=16).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(stop=5), "stop=5: it must be a text or None or a list, each a text"),
+        (dict(stop={"a": 1}), "stop=.*it must be a text or texts"),
+        (dict(stop_tokens="x"), "stop_tokens='x': it must be a whole number or a list, each a whole number"),
+        (dict(top_k=10**30), r"top_k=10+: it is outside -2\^63 to 2\^63 - 1"),
+        (dict(top_k=-(10**30)), r"top_k=-10+: it is outside -2\^63 to 2\^63 - 1"),
+        (dict(stop_tokens=[10**30]), r"it holds 10+; it is outside -2\^63"),
+    ],
+)
+def test_what_is_wrong_with_a_value_is_what_the_message_says(world, given, words):
+    with pytest.raises(ParameterError, match=words):
+        generate(world.model, "abc", **given)

@@ -73,7 +73,7 @@ def plan_merge(
     notes = [*notes_on_names(inputs.checkpoints)]
     notes += notes_on_origins(inputs, options.allow_other_base) if applied and not states else []
     notes += [*description.notes, *([] if states else notes_on_states(applied, zeros, changes.layout))]
-    if all(row.action in UNCHANGED for row in rows):
+    if all(row.action in UNCHANGED for row in rows) and (inputs.tuned or changes.keeps_base):
         notes.append(_nothing(inputs, len(rows), changes.keeps_base))
     # Hashing whole files waits until they are written; all fingerprints of a kind are of one length.
     facts = inputs.facts("records")
@@ -129,8 +129,9 @@ def _layout_of_inputs(inputs: MergeInputs, spec: MergeSpec) -> tuple[Layout, boo
 
 def _nothing(inputs: MergeInputs, count: int, keeps_base: bool) -> str:
     names = ", ".join(ck.path.name for ck in inputs.tuned[:3]) or "other models"
-    same = ", and the output is the base" if keeps_base else ""  # a stack may leave layers out
-    return f"0 of {count} tensors are to change: nothing of {names} goes in{same}."
+    if not keeps_base:  # a stack of the base's own layers, some of them left out
+        return f"Nothing of {names} goes in."
+    return f"0 of {count} tensors are to change: nothing of {names} goes in, and the output is the base."
 
 
 def _look(changes: Changes, applied: Sequence[ChangedTensor], planned: Description) -> tuple[Sequence, Sequence[str]]:

@@ -21,7 +21,7 @@ from rwkv_lab.merge.merge import AnyPath, run_merge
 from rwkv_lab.merge.plan import MergeResult
 from rwkv_lab.merge.settings import GRADIENT, REST, with_default
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
-from rwkv_lab.paths import to_path
+from rwkv_lab.paths import missing_file, to_path
 from rwkv_lab.spec import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,8 @@ def _read(recipe: AnyPath) -> dict[str, Any]:
 def _load(path: Path) -> dict:
     import yaml  # here, because only recipes need it
 
+    if not path.is_file():
+        raise missing_file(path)
     try:
         if path.stat().st_size > _MAX:
             raise CorruptFileError(f"{path} has {path.stat().st_size} bytes; a recipe has at most {_MAX}")

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_lab.arguments import Size, check, checked
 from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.dtypes import to_dtype
-from rwkv_lab.errors import DeviceError, ParameterError
+from rwkv_lab.errors import DeviceError, OutputError, ParameterError
 from rwkv_lab.model import rwkv7
 from rwkv_lab.model.block import GROUP_NORM_EPS
 from rwkv_lab.model.cpu import prefill, step
@@ -30,7 +30,7 @@ from rwkv_lab.model.ragged import read_ragged
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.sampling import Convention, Seed
 from rwkv_lab.model.standard_modules import replaced_module, standard
-from rwkv_lab.model.state import RWKVState, check_state
+from rwkv_lab.model.state import RWKVState, check_state, maker
 from rwkv_lab.model.state_cache import StateCache
 from rwkv_lab.model.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 
@@ -169,7 +169,10 @@ class RWKV_Dual(nn.Module):
                 f"This model has {found}, which no checkpoint holds.\n"
                 "Adapters are saved by `save_adapter` and merged by `merge`; rounded weights are made anew each time."
             )
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise OutputError(f"the folder {folder} cannot be made: {e.strerror or e}") from e
         write_checkpoint(model_file(folder), self.state_dict())
         return model_file(folder)
 
@@ -252,7 +255,7 @@ class RWKV_Dual(nn.Module):
         if state is None:
             state = self.create_state(len(tokens))
         else:
-            check_state(state, self.layout, len(tokens), self.emb.weight.dtype, self.get_device())
+            check_state(state, self, len(tokens))
         permit = eligible(self, "prefill", tokens, state)
         if permit and not return_v_first:
             return *prefill.run(self, permit, tokens, state), None
@@ -271,7 +274,8 @@ class RWKV_Dual(nn.Module):
         # Under autocast norms come out in float32; a state has the model's dtype all the same.
         att_shift, ffn_shift = (torch.stack(z, 1).to(self.emb.weight.dtype) for z in (att_shift, ffn_shift))
         layout = self.layout
-        return x, RWKVState(torch.stack(wkv, 1), att_shift, ffn_shift, layout.version, layout.vocab_size), v_first
+        parts = torch.stack(wkv, 1), att_shift, ffn_shift
+        return x, RWKVState(*parts, layout.version, layout.vocab_size, maker(self)), v_first
 
     def _logits(self, x):
         """x `[...,C]` before ln_out -> logits `[...,V]`."""

@@ -9,7 +9,7 @@ from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.loading import read_time_states
 from rwkv_lab.model.protocol import Model
 from rwkv_lab.model.registry import generation_of
-from rwkv_lab.model.state import RWKVState
+from rwkv_lab.model.state import RWKVState, maker
 
 
 def initial_state(model: Model, tuned: str | Path | None) -> RWKVState:
@@ -27,7 +27,7 @@ def initial_state(model: Model, tuned: str | Path | None) -> RWKVState:
     else:
         wkv = generation_of(layout).first_wkv(layout, weight.device).to(model.state_dtype)
     shift = weight.new_zeros(1, layout.n_layer, layout.n_embd)
-    return RWKVState(wkv[None], shift, shift, layout.version, layout.vocab_size)
+    return RWKVState(wkv[None], shift, shift, layout.version, layout.vocab_size, maker(model))
 
 
 def add_time_state(model: Model) -> None:

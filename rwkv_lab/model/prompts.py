@@ -98,7 +98,7 @@ def _with_logits(model, prompts, state, logits) -> tuple[torch.Tensor, RWKVState
     if logits.shape not in ((V,), (1, V), (B, V)):
         raise ParameterError(f"logits have shape {list(logits.shape)}; they must be {[V]} or {[B, V]}.")
     state = state.expand(B)
-    check_state(state, model.layout, B, model.emb.weight.dtype, model.get_device())
+    check_state(state, model, B)
     return logits.detach().expand(B, V), state
 
 

@@ -1,15 +1,20 @@
 """What a model remembers between two calls."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+from weakref import ref
 
 import torch
 
 from rwkv_lab.arguments import Size, checked, whole_numbers
 from rwkv_lab.checkpoint import Layout
+from rwkv_lab.checkpoint.origin import same_weights
 from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.registry import generation_of
+from rwkv_lab.model.weights_fingerprint import weights_fingerprint
 from rwkv_lab.wkv.pointers import missing_memory
 
 
@@ -23,6 +28,8 @@ class RWKVState:
         `[B,L,C]` in the model's dtype.
     version, vocab_size: generation of the model that made it, such as "6.0", and how many tokens it knows; "" and 0
         where that is not known. Shapes do not tell.
+    made_by: a weak reference to the model that made it; models with other weights refuse it. None where that is not
+        known, or does not matter (`for_other_weights`).
     """
 
     wkv: torch.Tensor
@@ -30,6 +37,7 @@ class RWKVState:
     ffn_shift: torch.Tensor
     version: str = ""
     vocab_size: int = 0
+    made_by: ref | None = field(default=None, repr=False, compare=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The parts by name; the batch is the first dimension of each."""
@@ -37,6 +45,15 @@ class RWKVState:
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RWKVState":
         return replace(self, **{name: change(part) for name, part in self.tensors().items()})
+
+    def __copy__(self) -> "RWKVState":
+        return self._map(lambda x: x)
+
+    def __deepcopy__(self, memo: dict) -> "RWKVState":
+        return self._map(lambda x: deepcopy(x, memo))
+
+    def __reduce__(self) -> tuple:  # for files, where no model is
+        return RWKVState, (*self.tensors().values(), self.version, self.vocab_size)
 
     @property
     def batch_size(self) -> int:
@@ -77,6 +94,11 @@ class RWKVState:
             raise ParameterError(f"A state of {self.batch_size} sequences cannot become one of {batch_size}.")
         return self._map(lambda x: x.expand(batch_size, *x.shape[1:]))
 
+    def for_other_weights(self) -> "RWKVState":
+        """The same state for any model of the same generation, dimensions and vocabulary, as after a fine-tuning, a
+        quantisation, or when the model that made it is no longer there."""
+        return replace(self, made_by=None)
+
     def rows(self, rows: Iterable[int]) -> "RWKVState":
         """The state of some of its sequences, in the order given; a copy.
 
@@ -90,9 +112,18 @@ class RWKVState:
 
 
 def join(states: Sequence[RWKVState]) -> RWKVState:
-    """Several states as one batch, in this order; the states of one model."""
+    """Several states as one batch, in this order.
+
+    Raises:
+        ParameterError: the states of models with different weights.
+    """
+    known = next((state for state in states if state.made_by is not None), states[0])
+    model = known.made_by() if known.made_by is not None else None
+    if model is not None:
+        for state in states:
+            refuse_other_weights(state, model)
     parts = [state.tensors() for state in states]
-    return replace(states[0], **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return replace(known, **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def state_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -101,8 +132,13 @@ def state_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     return {"wkv": (layout.n_layer, *generation_of(layout).wkv_shape(layout)), "att_shift": shift, "ffn_shift": shift}
 
 
-def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Whether a state can go into a model with these tokens.
+def maker(model: Any) -> ref | None:
+    """What a state remembers its model by: the same object for every state of a model."""
+    return None if torch.compiler.is_compiling() else ref(model)  # torch.compile cannot make one
+
+
+def check_state(state: RWKVState, model: Any, batch_size: int) -> None:
+    """Whether a state can go into a model with tokens of this many sequences.
 
     Raises:
         ParameterError: it is no RWKVState of dense floating-point tensors, or is of another model, of another number of
@@ -112,6 +148,7 @@ def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.
         raise ParameterError(
             f"A state is an RWKVState, as model.create_state() makes it, not a {type(state).__name__}."
         )
+    layout, dtype, device = model.layout, model.emb.weight.dtype, model.get_device()
     if state.version not in ("", layout.version):
         raise ParameterError(f"The state is of RWKV-{state.version}, the model is RWKV-{layout.version}.")
     if state.vocab_size not in (0, layout.vocab_size):
@@ -137,6 +174,7 @@ def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.
             raise ParameterError(f"The state's {name} {missing}; take one that is whole.")
         if part.device != device:
             raise ParameterError(f"The state is on {part.device}, the model on {device}: state.to({str(device)!r}).")
+    refuse_other_weights(state, model)
     if torch.is_autocast_enabled(device.type):
         return
     for name in ("att_shift", "ffn_shift"):
@@ -144,3 +182,25 @@ def check_state(state: RWKVState, layout: Layout, batch_size: int, dtype: torch.
             raise ParameterError(
                 f"The state is of a model in {found} (its {name}), this one is in {dtype}: state.to(dtype={dtype})."
             )
+
+
+def refuse_other_weights(state: RWKVState, model: Any) -> None:
+    """Weights are compared only where another model made the state, as one that was loaded from the same file.
+
+    Raises:
+        ParameterError: the state was made by a model with other weights, or by one that is no longer there.
+    """
+    if state.made_by is None or torch.compiler.is_compiling():
+        return
+    made_by = state.made_by()
+    if made_by is model:
+        return
+    if made_by is None:
+        why = "The model that made this state is no longer there, so nothing tells whether it had the same weights."
+    elif same_weights(weights_fingerprint(made_by), weights_fingerprint(model)):
+        return
+    else:
+        why = "The state is of a model with other weights, and means nothing to this one."
+    raise ParameterError(
+        f"{why}\nIf they are the same, or differ only by a fine-tuning or a quantisation: state.for_other_weights()."
+    )

@@ -12,7 +12,7 @@ from annotated_types import Ge
 from rwkv_lab.arguments import check, checked, whole_numbers
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.protocol import Model
-from rwkv_lab.model.state import RWKVState
+from rwkv_lab.model.state import RWKVState, refuse_other_weights
 
 _ID_BYTES = array("I").itemsize
 
@@ -44,11 +44,12 @@ class StateCache:
     def put(self, model: Model, tokens: Sequence[int], state: RWKVState, logits: torch.Tensor) -> None:
         """Remember the state of one sequence (B = 1) after these tokens, and the logits `[V]` that follow them.
 
-        Both are copied. Raises ParameterError for another model than the first.
+        Both are copied. Raises ParameterError for another model than the first, or the state of another one.
         """
         check("StateCache.put", "state", state, RWKVState)
         check("StateCache.put", "logits", logits, torch.Tensor)
         self._serve(model)
+        refuse_other_weights(state, model)
         key = _key(tokens)
         size = state.nbytes + logits.nbytes + len(key)
         if size > self.max_bytes:

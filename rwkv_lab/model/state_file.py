@@ -1,22 +1,18 @@
 """States on disk, with what they belong to: generation, dimensions, vocabulary, and which weights."""
 
 import logging
-from functools import partial
 from pathlib import Path
-
-import torch
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, Layout, open_checkpoint, write_checkpoint
-from rwkv_lab.checkpoint.origin import hashes_of
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.model.protocol import Model
 from rwkv_lab.model.state import RWKVState, check_state, state_shapes
+from rwkv_lab.model.weights_fingerprint import weights_fingerprint
 
 log = logging.getLogger("rwkv_lab")
 
 _MARK = "rwkv_lab state 1"
-_PER_TENSOR = 256  # values of each tensor that its fingerprint takes
 
 
 @checked
@@ -28,7 +24,7 @@ def save_state(path: str | Path, state: RWKVState, model: Model, overwrite: bool
         OutputError: the file is there already (unless `overwrite`), or cannot be written.
         ParameterError: a state of another model, or another suffix.
     """
-    check_state(state, model.layout, state.batch_size, model.emb.weight.dtype, model.get_device())
+    check_state(state, model, state.batch_size)
     if Path(path).suffix != ".safetensors":
         raise ParameterError(f"{path}: a state is written to a .safetensors.")
     metadata = {"format": _MARK, **_owner(model.layout), **weights_fingerprint(model)}
@@ -86,20 +82,3 @@ def _check_owner(path: str | Path, ck: Checkpoint, model: Model, other_weights: 
             f"{path} is a state of a model with other weights, and means nothing to this one.\n"
             "If they differ only by a fine-tuning or a quantisation, pass other_weights=True."
         )
-
-
-@torch.no_grad()
-def weights_fingerprint(model: Model) -> dict[str, str]:
-    """Hashes of values spread over all weights, once per dtype that they are rounded to.
-
-    Two models of one file agree in one of them at least, whatever dtype each was loaded in. Initial states
-    (`time_state`) are left out: what follows them can be continued by a model without.
-    """
-    tensors = model.state_dict().items()
-    hashes = hashes_of((name, tensor.shape, partial(_spread, tensor)) for name, tensor in tensors)
-    return {f"weights {name}": one for name, one in hashes.items()}
-
-
-def _spread(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // _PER_TENSOR)][: 2 * _PER_TENSOR].cpu().contiguous()

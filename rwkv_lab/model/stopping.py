@@ -1,6 +1,6 @@
 """Texts that end a generation: found across tokens, and never shown in part."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rwkv_lab.errors import ParameterError
 
@@ -13,7 +13,7 @@ def stop_texts(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     """
     if stop is None:
         return ()
-    if isinstance(stop, bytes) or not isinstance(stop, Iterable):
+    if isinstance(stop, bytes | Mapping) or not isinstance(stop, Iterable):
         raise ParameterError(f'stop={stop!r}: it must be a text or texts, such as ["\\n\\n", "User:"].')
     texts = (stop,) if isinstance(stop, str) else tuple(stop)
     wrong = [text for text in texts if not isinstance(text, str) or not text]

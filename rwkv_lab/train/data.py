@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.paths import what_is_there
 from rwkv_lab.train.examples import RECORDS, Example, Examples, read_examples, split_examples
 from rwkv_lab.train.folder import Folder, open_folder
 from rwkv_lab.train.records import RecordReader
@@ -85,7 +86,10 @@ def _of_files(path: Path, reader: RecordReader) -> Corpus | Examples | TokenCorp
     if not path.is_file() and is_pair(path):
         path = path.with_name(path.name + ".idx")
     if not path.is_file():
-        raise ParameterError(f"data={str(path)!r} is neither one of {', '.join(CORPORA)} nor a file or folder.")
+        raise ParameterError(
+            f"data={str(path)!r} is neither one of {', '.join(CORPORA)} nor a file or folder.\n"
+            f"There is no file {path}{what_is_there(path)}"
+        )
     source = open_source(path)
     notes = (f"{path.name} was read as {source.described}.",) if source.kind != TEXT or source.notes else ()
     if source.kind == TEXT:

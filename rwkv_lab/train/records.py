@@ -19,6 +19,7 @@ from typing import Any
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.chat import TEMPLATES, ChatTemplate, chat_template, render_turns
+from rwkv_lab.paths import what_is_there
 from rwkv_lab.train.examples import Example
 from rwkv_lab.train.names import CHATS, INPUTS, KNOWN, MEANT, PROMPTS, RESPONSES, SYSTEMS, TEXTS, TOOLS, plain
 
@@ -250,8 +251,10 @@ def read_template(which: str) -> ChatTemplate:
         ParameterError: neither a name nor such a file.
     """
     path = Path(which)
-    if which in TEMPLATES or not path.suffix:
+    if which in TEMPLATES or not (path.suffix or path.exists() or path.is_symlink()):
         return chat_template(which)
+    if not path.is_file():
+        raise ParameterError(f"template={which!r}: there is no file {path}{what_is_there(path)}")
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as e:

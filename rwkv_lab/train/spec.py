@@ -159,9 +159,14 @@ def register(kind: Kind) -> None:
     KINDS[kind.name] = kind
 
 
+def _path_given(value: Any) -> Any:
+    """Paths, as Python callers give them, as text."""
+    return os.fsdecode(value) if isinstance(value, os.PathLike) else value
+
+
 def _path_text(value: Any) -> Any:
-    """Paths and None, as Python callers give them, as text."""
-    return "" if value is None else os.fsdecode(value) if isinstance(value, os.PathLike) else value
+    """The same, and None as an empty text."""
+    return "" if value is None else _path_given(value)
 
 
 def _path_or_empty(text: str) -> str:
@@ -203,7 +208,7 @@ class TrainSpec(Spec):
     )
     base: PathOrEmpty = Field("", description="the model to start from; empty: a fresh one, for pretrain only")
     start: PathOrEmpty = Field("", description="an adapter or a tuned state of that base, to train further")
-    data: Text | None = Field(
+    data: Annotated[Text | None, BeforeValidator(_path_given)] = Field(
         None, description="english, python, or the path of texts, records or tokens, or of a folder"
     )
     tokenizer: PathOrEmpty = Field(

@@ -245,7 +245,7 @@ def test_include_and_exclude(run, tmp_path):
     "given", [{"include": "head.weight"}, {"exclude": "head.weight"}, {"exclude": ["haed.weight"]}]
 )
 def test_patterns_that_cannot_be_meant(given, run):
-    with pytest.raises(ParameterError, match="must be a list|There are, for example: head.weight"):
+    with pytest.raises(ParameterError, match="must be a list|Did you mean head.weight"):
         run(random_model(), random_model(seed=1), **given)
 
 

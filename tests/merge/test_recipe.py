@@ -182,8 +182,10 @@ def test_a_file_that_is_no_recipe(text, files):
 
 
 def test_files_that_are_not_there_and_options_given_twice(files):
-    with pytest.raises(CorruptFileError, match="cannot read the recipe"):
+    with pytest.raises(ParameterError, match="no file .*no.yml"):
         merge_recipe(files / "no.yml", files / "o.pth")
+    with pytest.raises(ParameterError, match="no file .*: it is a folder"):
+        read_recipe(files)
     with pytest.raises(ParameterError, match="no file .*none.pth"):
         merge_recipe(written(files, LINEAR.replace("one.pth", "none.pth")), files / "o.pth")
     with pytest.raises(ParameterError, match="method is in the recipe"):

@@ -5,7 +5,7 @@ import torch
 from models import LAYOUTS, random_model, random_state, same
 
 from rwkv_lab import RWKV_Dual, merge, open_checkpoint
-from rwkv_lab.checkpoint import Layout
+from rwkv_lab.checkpoint import Layout, write_checkpoint
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.merge import verify_merge
 
@@ -89,7 +89,7 @@ def test_layer_0_of_6_may_stand_above_and_leaves_its_ln0(stack):
         (["base[0:3]", "tuned[0:2]"], LayoutError, "layer 3 of the output would be a layer 0"),
         (["base[0:4]"], ParameterError, "layers 0 to 2"),
         (["base[2:2]"], ParameterError, "first:after the last"),
-        (["tuned2[0:1]"], ParameterError, "there are 1 tuned"),
+        (["tuned2[0:1]"], ParameterError, "one tuned model is given, called tuned"),
         (["base 0-3"], ParameterError, "not a run of layers"),
         ([], ParameterError, "needs parameters"),
         (None, ParameterError, "needs parameters"),
@@ -116,3 +116,19 @@ def test_models_that_do_not_fit(stack):
     for given, said in [({"alpha": 0.5}, "takes no alpha"), ({"include": ["emb*"]}, "new model")]:
         with pytest.raises(ParameterError, match=said):
             stack(["base[0:3]"], one, **given)
+
+
+def test_a_plan_counts_layers_where_tensors_say_little(tmp_path):
+    base, tuned = tmp_path / "base.pth", tmp_path / "tuned.pth"
+    write_checkpoint(base, random_model())
+    write_checkpoint(tuned, random_model(seed=1))
+
+    def notes(*layers: str, of=tuned) -> tuple[str, ...]:
+        given = {"method": "passthrough", "parameters": {"layers": [*layers]}}
+        return tuple(merge(base, of, tmp_path / "o.pth", dry_run=True, **given).plan.notes)
+
+    assert "The output has 3 layers: 2 from base.pth (2 of its 2), 1 from tuned.pth (1 of its 2)." in notes(
+        "base[0:2]", "tuned[1:2]"
+    )
+    assert "The output has 3 layers: 3 from base.pth (2 of its 2)." in notes("base[0:2]", "base[1:2]", of=[])
+    assert notes("base[0:1]", of=[]) == ("The output has 1 layers: 1 from base.pth (1 of its 2).",)

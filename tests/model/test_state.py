@@ -1,12 +1,30 @@
 """States as things of their own: copied, moved, written, remembered."""
 
+from copy import copy, deepcopy
+from gc import collect
+from pickle import dumps, loads
+from weakref import ref
+
 import pytest
 import torch
 from random_rwkv7 import add_random_time_state, make_model, make_tokens
 
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.errors import LayoutError, OutputError, ParameterError
-from rwkv_lab.model import RWKV_Dual, RWKVMode, StateCache, load_state, save_state
+from rwkv_lab.model import (
+    RWKV_Dual,
+    RWKVMode,
+    RWKVState,
+    StateCache,
+    bits_per_byte,
+    generate,
+    generate_stream,
+    init_state_with_past,
+    load_state,
+    save_state,
+)
+from rwkv_lab.model.state import join
+from rwkv_lab.peft import LoraLinear
 
 PARTS = ("wkv", "att_shift", "ffn_shift")
 
@@ -211,3 +229,107 @@ def test_a_cache_serves_one_model():
         cache.longest_prefix(make_model(), [1])
     with pytest.raises(ParameterError, match="max_bytes=0"):
         StateCache(0)
+
+
+def copies_of(state) -> dict:
+    """A state in all the ways in which it comes to be another object."""
+    return {
+        "itself": state,
+        "clone": state.clone(),
+        "detach": state.detach(),
+        "to": state.to("cpu", torch.float32),
+        "expand": state.expand(1),
+        "rows": state.rows([0]),
+        "join": join([state]),
+        "copy": copy(state),
+        "deepcopy": deepcopy(state),
+    }
+
+
+def other_weights(model: RWKV_Dual) -> RWKV_Dual:
+    other = deepcopy(model)
+    with torch.no_grad():
+        other.blocks[1].ffn.value.weight += 1e-3
+    return other
+
+
+@pytest.mark.parametrize("made_by", ["create_state", "init_state_with_past", "parallel", "step", "generation"])
+@pytest.mark.parametrize("mode", list(RWKVMode))
+def test_a_model_with_other_weights_refuses_a_state_in_memory(tmp_path, made_by, mode):
+    model, tokens = make_model(), make_tokens(1, 1)
+    other = other_weights(model)
+    model.set_mode(RWKVMode.RNN)
+    other.set_mode(mode)
+    state = {
+        "create_state": lambda: model.create_state(),
+        "init_state_with_past": lambda: init_state_with_past(model, make_tokens(1, 9)),
+        "parallel": lambda: model.parallel(make_tokens(1, 9))[1],
+        "step": lambda: model(tokens)[1],
+        "generation": lambda: generate_stream(model, "abc", 3).state,
+    }[made_by]()
+    for how, one in copies_of(state).items():
+        for use in (
+            lambda one: other(tokens, one),
+            lambda one: other.parallel(tokens, one),
+            lambda one: other.prefill(make_tokens(2, 3), one.expand(2), lengths=[1, 3]),
+            lambda one: generate(other, "abc", 2, state=one),
+            lambda one: bits_per_byte(other, b"a text of some length", 8, one),
+            lambda one: save_state(tmp_path / "s.safetensors", one, other),
+            lambda one: StateCache(10**6).put(other, [1], one, torch.zeros(257)),
+            lambda one: join([other.create_state(), one]),
+        ):
+            with pytest.raises(ParameterError, match=r"other weights.*\n.*for_other_weights\(\)"):
+                use(one)
+            use(one.for_other_weights())
+            (tmp_path / "s.safetensors").unlink(missing_ok=True)
+        torch.testing.assert_close(model(tokens, one)[0], model(tokens, state)[0], msg=how)
+
+
+def test_a_state_goes_on_where_its_weights_are(tmp_path):
+    model, tokens = make_model(), make_tokens(1, 4)
+    model.save_pretrained(tmp_path)
+    state = init_state_with_past(model, tokens)
+    for same_weights in (
+        deepcopy(model),
+        RWKV_Dual.from_pretrained(tmp_path),
+        RWKV_Dual.from_pretrained(tmp_path, dtype="bf16"),
+        RWKV_Dual.from_pretrained(tmp_path, dtype="fp64"),
+    ):
+        _, after = same_weights(tokens, state.to(dtype=same_weights.emb.weight.dtype))
+        same_weights(tokens, after)
+    with torch.no_grad():
+        model.head.weight += 0.1  # a training step: it is still the model that made it
+    model(tokens, state)
+    model.blocks[0].att.key = LoraLinear.from_linear(model.blocks[0].att.key, 2, 4.0)
+    model(tokens, state)
+
+
+def test_a_state_whose_model_is_gone_or_not_known():
+    model, tokens = make_model(), make_tokens(1, 2)
+    state = init_state_with_past(make_model(), tokens)
+    collect()
+    with pytest.raises(ParameterError, match=r"no longer there.*\n.*for_other_weights\(\)"):
+        model(tokens, state)
+    model(tokens, state.for_other_weights())
+    model(tokens, RWKVState(*state.tensors().values()))  # of one's own tensors
+    model(tokens, loads(dumps(state)))
+    whole = join([RWKVState(*state.tensors().values()), model.create_state()])
+    assert whole.made_by is not None and whole.made_by() is model
+
+
+def test_a_state_does_not_keep_its_model():
+    model = make_model()
+    state, gone = state_after(model), ref(model)
+    del model
+    collect()
+    assert gone() is None and state.clone().batch_size == 1
+
+
+def test_a_weight_without_memory_is_not_read_to_compare():
+    model, tokens = make_model(), make_tokens(1, 2)
+    other = deepcopy(model)
+    other.blocks[0].ffn.key.weight.untyped_storage().resize_(8)
+    with pytest.raises(ParameterError, match="ffn.key.weight needs .* bytes"):
+        other(tokens, state_after(model))
+    with pytest.raises(ParameterError, match="ffn.key.weight needs .* bytes"):
+        save_state("never.safetensors", other.create_state(), other)

@@ -260,17 +260,17 @@ def test_marking_again(adapted):
 @pytest.mark.parametrize(
     ("version", "targets", "near"),
     [
-        ("7.0", ["att.gate"], "att.key"),
-        ("7.0", ["att.keys"], "att.key"),
+        ("7.0", ["att.gate"], "There are, for example: blocks.0.att.receptance"),
+        ("7.0", ["att.keys"], "Did you mean att.key"),
         ("7.0", ["ffn.receptance"], "att.receptance"),
-        ("6.0", ["att.key", "blocks.7.*"], "blocks.0"),
-        ("4.0", ["q_proj"], "att."),
+        ("6.0", ["att.key", "blocks.7.*"], "Did you mean blocks.0"),
+        ("4.0", ["q_proj"], "There are, for example: blocks.0.att."),
     ],
 )
 def test_a_target_that_matches_nothing(adapted, version, targets, near):
     with pytest.raises(ParameterError, match=re.escape(repr(targets[-1]))) as e:
         adapted(version, LoraConfig(lora_target_modules=targets))
-    assert near in str(e.value).split("for example:")[1]
+    assert near in str(e.value)
 
 
 def test_targets_by_pattern(adapted):

@@ -198,7 +198,7 @@ def nan_in(path, name):
         ("NaN in a model", "NumericsError", "blocks.1.att.key.weight"),
         ("NaN in the base", "NumericsError", "blocks.1.att.key.weight"),
         ("an adapter as the base", "LayoutError", "not a whole RWKV model"),
-        ("targets", "ParameterError", "for example: att.key"),
+        ("targets", "ParameterError", "Did you mean att.key?"),
         ("no text", "ParameterError", "none.txt"),
         ("a second of another model", "LayoutError", "other"),
     ],

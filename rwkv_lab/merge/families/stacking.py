@@ -66,14 +66,26 @@ class Stacking(Family):
         out_layout = replace(layout, n_layer=len(order))
         _refuse_first_layers(order, layout.version)
         tensors = _stacked(models, order, out_layout)
-        return Changes(tensors, out_layout, spec, keeps_base=False, describe=partial(_describe, inputs, out_layout))
+        describe = partial(_describe, inputs, out_layout, _sources(models, layouts, order))
+        return Changes(tensors, out_layout, spec, keeps_base=False, describe=describe)
 
 
-def _describe(inputs: MergeInputs, layout: Layout, applied: Sequence[ChangedTensor]) -> Description:
+def _sources(models: Sequence[Checkpoint], layouts: Sequence[Layout], order: Sequence[tuple[int, int]]) -> str:
+    """From which models the layers of the output come, in a sentence."""
+    taken = [[layer for model, layer in order if model == number] for number in range(len(models))]
+    parts = [
+        f"{len(layers)} from {ck.path.name} ({len({*layers})} of its {layout.n_layer})"
+        for ck, layout, layers in zip(models, layouts, taken, strict=True)
+        if layers
+    ]
+    return f"The output has {len(order)} layers: {', '.join(parts)}."
+
+
+def _describe(inputs: MergeInputs, layout: Layout, sources: str, applied: Sequence[ChangedTensor]) -> Description:
     contains = after_changes(inputs.base, inputs.tuned, applied)
     if not any(c.action == "layer" for c in applied):
-        return Description(contains)
-    notes = ["Stacked layers were never trained to follow each other: expect to tune the result before use."]
+        return Description(contains, [sources])
+    notes = [sources, "Stacked layers were never trained to follow each other: expect to tune the result before use."]
     if layout.version == "7.0":
         notes.append("All layers take v_first from the layer 0 of the first run, whichever model they come from.")
     return Description(contains, notes)
@@ -106,7 +118,9 @@ def _run(text: str, layouts: Sequence[Layout]) -> tuple[int, int, int]:
         raise ParameterError(f"layers: {text!r} is not a run of layers such as 'base[0:12]' or 'tuned2[6:12]'")
     model = 0 if found[1] == "base" else int(found[2] or 1)
     if found[1] != "base" and not 1 <= model < len(layouts):
-        raise ParameterError(f"layers: {text!r}: there are {len(layouts) - 1} tuned models")
+        given = {1: "no tuned model is given", 2: "one tuned model is given, called tuned"}
+        many = f"{len(layouts) - 1} tuned models are given"
+        raise ParameterError(f"layers: {text!r}: {given.get(len(layouts), many)}")
     start, end, depth = int(found[3]), int(found[4]), layouts[model].n_layer
     if not start < end <= depth:
         raise ParameterError(

@@ -29,17 +29,20 @@ class LazyState(RWKVState):
             inside.pop("memory", None)
         return inside[name]
 
-    def __reduce__(self) -> tuple:  # for copies and files
-        return RWKVState, (self.wkv, self.att_shift, self.ffn_shift, self.version, self.vocab_size)
 
-
-def lazy_state(memory: Memory, made_for: tuple, version: str, vocab_size: int) -> LazyState:
+def lazy_state(memory: Memory, made_for: tuple) -> LazyState:
     """A state whose parts are those of `memory`: wkv `[B,L,H,K,V]` (RWKV-4: `[B,L,3,A]`), att_shift, ffn_shift.
 
-    made_for: what decides whether it fits a call; see `memory_of`.
+    made_for: what decides whether it fits a call (see `memory_of`): layout, batch size, dtype, model.
     """
-    state = object.__new__(LazyState)
-    state.__dict__.update(memory=memory, made_for=made_for, version=version, vocab_size=vocab_size)
+    state, layout = object.__new__(LazyState), made_for[0]
+    state.__dict__.update(
+        memory=memory,
+        made_for=made_for,
+        version=layout.version,
+        vocab_size=layout.vocab_size,
+        made_by=made_for[-1],
+    )
     return state
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.eligibility import Eligibility, Permit
 from rwkv_lab.model.registry import compiled_form
-from rwkv_lab.model.state import RWKVState
+from rwkv_lab.model.state import RWKVState, maker
 from rwkv_lab.wkv.pointers import NOTHING, Span, check, new, span, span_of_new, strided_span
 
 _BLOCK = 512  # rows (batch times tokens) at once: enough to pay for reading a layer's weights, few enough for the cache
@@ -41,7 +41,7 @@ def run(model: Any, permit: Permit, tokens: Tensor, state: RWKVState) -> tuple[T
             prefill.over(piece.contiguous(), own, att, ffn, wkv)
             rows.copy_(own.view(rows.shape))
     layout, (S, a, f) = model.layout, (torch.stack(part, 1) for part in (wkv, att, ffn))
-    return x, RWKVState(S, a, f, layout.version, layout.vocab_size)
+    return x, RWKVState(S, a, f, layout.version, layout.vocab_size, maker(model))
 
 
 @torch.no_grad()

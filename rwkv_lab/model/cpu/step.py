@@ -13,7 +13,7 @@ from rwkv_lab.model.cpu.eligibility import Eligibility, Permit, forget
 from rwkv_lab.model.cpu.lazy_state import lazy_state, memory_of
 from rwkv_lab.model.cpu.model_faults import PACKED
 from rwkv_lab.model.registry import compiled_form, generation_of
-from rwkv_lab.model.state import RWKVState, check_state, state_shapes
+from rwkv_lab.model.state import RWKVState, check_state, maker, state_shapes
 from rwkv_lab.wkv.pointers import check, strided_span
 
 _ABSENT = abi.Tensor(None, None, 0, 0, 0, 1, 0, 0)
@@ -75,7 +75,7 @@ def run(model: Any, permit: Permit, tokens: torch.Tensor, given: RWKVState | Non
         found.table = Table(model, found)
     table: Table = found.table
     layout, dtype, (B, T) = found.layout, table.dtype, tokens.shape
-    made_for, wkv_shape, shift_shape = (layout, B, dtype), (B, *table.state), (B, *table.shift)
+    made_for, wkv_shape, shift_shape = (layout, B, dtype, maker(model)), (B, *table.state), (B, *table.shift)
     step, threads, logits = found.step, torch.get_num_threads(), []
     fits = found.compare_meanwhile(model)
     state: RWKVState = model.create_state(B) if given is None else given
@@ -84,7 +84,7 @@ def run(model: Any, permit: Permit, tokens: torch.Tensor, given: RWKVState | Non
         if before is not None:
             where, sizes = _places(before, wkv_shape, shift_shape), before.sizes
         else:
-            check_state(state, layout, B, dtype, tokens.device)
+            check_state(state, model, B)
             before = state.wkv.float(), _rows(state.att_shift, dtype), _rows(state.ffn_shift, dtype)
             where, sizes = _places_of_tensors(before, wkv_shape, shift_shape, dtype)
         after = Memory((wkv_shape, torch.float32), (shift_shape, dtype), (shift_shape, dtype))
@@ -95,7 +95,7 @@ def run(model: Any, permit: Permit, tokens: torch.Tensor, given: RWKVState | Non
         call = abi.Call(ctypes.addressof(ids), B, *where, *new, answer.address + answer.offsets[0], threads, *sizes)
         check(step(ctypes.byref(table.model), ctypes.byref(call)), "The step")
         logits += answer.tensors()
-        state = lazy_state(after, made_for, layout.version, layout.vocab_size)
+        state = lazy_state(after, made_for)
     if fits and not fits.result():
         forget(model)
         return model.forward(tokens, given)

@@ -8,6 +8,7 @@ from rwkv_lab.model.tokenizer.decoding import utf8
 from rwkv_lab.model.tokenizer.json_file import ByteLevelTokenizer, TextTokenizer, json_tokenizer
 from rwkv_lab.model.tokenizer.of_bytes import ByteTokenizer
 from rwkv_lab.model.tokenizer.world import WorldTokenizer
+from rwkv_lab.paths import what_is_there
 
 __all__ = ["ByteTokenizer", "Tokenizer", "WorldTokenizer", "load_tokenizer", "tokenizer_for", "utf8"]
 
@@ -42,7 +43,10 @@ def load_tokenizer(which: str | Path, vocab_size: int | None = None) -> Tokenize
     else:
         path = Path(which)
         if not path.is_file():
-            raise ParameterError(f'There is no tokenizer {str(which)!r}: name "world", "bytes" or the path of a file.')
+            raise ParameterError(
+                f'There is no tokenizer {str(which)!r}: name "world", "bytes" or the path of a file.\n'
+                f"There is no file {path}{what_is_there(path)}"
+            )
         tokenizer = json_tokenizer(path) if _begins_an_object(path) else WorldTokenizer(path)
     if vocab_size is not None:
         _check_fit(tokenizer, which, vocab_size)
