@@ -3,7 +3,7 @@
 # make consumers  adds llama.cpp, built from source (some minutes), for the tests that compare with it
 # make lab    opens JupyterLab on the notebooks
 # make lint   ruff on Python and notebooks; pyright against the number of findings that are left
-# make bench  measures models, kernels, loading and merging beside others (about 12 GB of disk, most of an hour)
+# make bench  measures models, kernels, loading, merging and conversion beside others (15 GB of disk, an hour)
 # make sanitize  tests compiled code under AddressSanitizer and UBSan, with 2,000 random changes of models (an hour)
 # make clean  removes .venv, the demo model, build folders and compiled kernels; reports stay
 #
@@ -74,6 +74,7 @@ lint: $(TESTS_READY)
 bench: $(TESTS_READY)
 	$(BIN)/python -m rwkv_lab.bench all
 	$(BIN)/python -m rwkv_lab.bench merge
+	$(BIN)/python -m rwkv_lab.bench convert
 
 sanitize: $(TESTS_READY)
 	RWKV_LAB_LOOPS=1000 $(BIN)/python tests/sanitize.py

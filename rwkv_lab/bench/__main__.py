@@ -13,12 +13,14 @@ import torch
 
 from rwkv_lab.bench.busy import measure_beside_a_busy_loop
 from rwkv_lab.bench.comparison import Floors, Row, as_json, table
+from rwkv_lab.bench.converting import benchmark_convert
+from rwkv_lab.bench.converting import table as convert_table
+from rwkv_lab.bench.file_jobs import table as file_table
 from rwkv_lab.bench.gpu_wkv import FLA, measure_gpu
 from rwkv_lab.bench.growth import measure_growth
 from rwkv_lab.bench.loading import measure_loading
 from rwkv_lab.bench.machine import describe_machine, floors_are_compiled
 from rwkv_lab.bench.merging import benchmark_merge
-from rwkv_lab.bench.merging import table as merge_table
 from rwkv_lab.bench.models import SHAPES, random_model
 from rwkv_lab.bench.operators import OPERATORS, Shape, measure_operators
 from rwkv_lab.bench.peers import AUTO, parse_peers
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        if options.job != "merge":
+        if options.job not in ("merge", "convert"):
             _check_device(options.device)
         with _sigterm_cleans_up(), tempfile.TemporaryDirectory(prefix="rwkv_lab-bench-", dir=Path.cwd()) as temporary:
             folder = options.folder or Path(temporary)
@@ -60,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.report.mkdir(parents=True, exist_ok=True)
             if options.job == "merge":
                 _merge(options, folder)
+            elif options.job == "convert":
+                _convert(options, folder)
             else:
                 _measure(options, folder)
     except RwkvLabError as e:
@@ -131,14 +135,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--sizes", nargs="+", choices=SHAPES, default=["v7-0.4b", "v7-1.5b"], help="shapes of the base")
     merge.add_argument("--lora-rank", type=_positive, default=32)
+    convert = jobs.add_parser(
+        "convert",
+        help="wall time and memory of conversions, beside cp and other projects' converters",
+        parents=[common],
+    )
+    sevens = [name for name in SHAPES if name.startswith("v7")]
+    convert.add_argument("--sizes", nargs="+", choices=sevens, default=sevens[1:], help="shapes of the source")
+    convert.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's sources, for its convert_hf_to_gguf.py")
     return parser
 
 
 def _merge(options: argparse.Namespace, folder: Path) -> None:
     report = benchmark_merge(folder, options.sizes, options.rounds or 5, options.lora_rank)
-    write_text(options.report / "merge.json", json.dumps(report, indent=1) + "\n", overwrite=True)
-    write_text(options.report / "merge.md", merge_table(report) + "\n", overwrite=True)
-    print(json.dumps(report["machine"]), merge_table(report), options.report / "merge.json", sep="\n")
+    _write_report(options.report, "merge", report, file_table(report["results"], "base"))
+
+
+def _convert(options: argparse.Namespace, folder: Path) -> None:
+    report = benchmark_convert(folder, options.sizes, options.rounds or 5, options.llama_cpp)
+    _write_report(options.report, "convert", report, convert_table(report))
+
+
+def _write_report(folder: Path, job: str, report: dict, table: str) -> None:
+    write_text(folder / f"{job}.json", json.dumps(report, indent=1) + "\n", overwrite=True)
+    write_text(folder / f"{job}.md", table + "\n", overwrite=True)
+    print(json.dumps(report["machine"]), table, folder / f"{job}.json", sep="\n")
 
 
 def _measure(options: argparse.Namespace, folder: Path) -> None:

@@ -1,29 +1,22 @@
 """What a merge costs, beside `cp` of the base and beside the script that people use today.
 
-Every way runs in a process of its own, in turn, several rounds; the clock stops when the disk has everything (`sync`).
-Memory is the peak of RssAnon above what the process had after its imports: pages of mapped files do not count, since
-the system can drop them. Answers are compared before a figure is reported.
+How every way is measured: `file_jobs.py`. Answers are compared before a figure is reported.
 """
 
 import json
-import os
-import statistics
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from rwkv_lab.bench.machine import describe_machine, memory_of
+from rwkv_lab.bench.file_jobs import CP, copied, in_a_process, in_turn, measured, result
+from rwkv_lab.bench.machine import describe_machine
 from rwkv_lab.bench.models import SHAPES, random_lora, random_model, random_state
 from rwkv_lab.errors import NumericsError
-from rwkv_lab.progress import human_bytes
 
 LORA_ALPHA = 32.0
-WAYS = ("cp", "state, scan=changed", "state, scan=all", "lora, scan=all", "naive state", "naive lora")
+WAYS = (CP, "state, scan=changed", "state, scan=all", "lora, scan=all", "naive state", "naive lora")
 
 
 def benchmark_merge(folder: Path, sizes: list[str], rounds: int, lora_rank: int) -> dict:
@@ -43,41 +36,10 @@ def benchmark_merge(folder: Path, sizes: list[str], rounds: int, lora_rank: int)
     for size in sizes:
         inputs = _inputs(folder, size, lora_rank)
         _check_agreement(folder, inputs)
-        runs: dict[str, list[dict]] = {way: [] for way in WAYS}
-        for r in range(rounds):
-            for way in WAYS[r % len(WAYS) :] + WAYS[: r % len(WAYS)]:
-                runs[way].append(_run(way, inputs, folder / "out.pth"))
-                print(f"{size} round {r + 1}/{rounds}  {way:20s} {runs[way][-1]['seconds']:6.2f} s", flush=True)
-        for way, each in runs.items():
-            seconds, anon = [x["seconds"] for x in each], [x["anon_bytes"] for x in each]
-            results.append(
-                {
-                    "size": size,
-                    "base_bytes": inputs["base"].stat().st_size,
-                    "way": way,
-                    "seconds": seconds,
-                    "anon_bytes": anon,
-                }
-            )
+        runs = in_turn(size, WAYS, rounds, lambda way, inputs=inputs: _run(way, inputs, folder / "out.pth"))
+        base_bytes = inputs["base"].stat().st_size
+        results += [result(size, base_bytes, way, samples) for way, samples in runs.items()]
     return {"machine": describe_machine(), "rounds": rounds, "lora_rank": lora_rank, "results": results}
-
-
-def table(report: dict) -> str:
-    """Markdown: medians, ratio to `cp` of the same round, spread, memory."""
-    lines = [
-        "| base | way | seconds, median (min–max) | × cp, median of rounds | anonymous memory, peak |",
-        "|---|---|---|---|---|",
-    ]
-    for row in report["results"]:
-        copy = next(r for r in report["results"] if r["size"] == row["size"] and r["way"] == "cp")
-        ratio = statistics.median(a / b for a, b in zip(row["seconds"], copy["seconds"], strict=True))
-        s = row["seconds"]
-        memory = human_bytes(max(row["anon_bytes"])) if any(row["anon_bytes"]) else "–"
-        lines.append(
-            f"| {row['size']}, {human_bytes(row['base_bytes'])} | {row['way']} | {statistics.median(s):.2f} "
-            f"({min(s):.2f}–{max(s):.2f}) | {ratio:.2f} | {memory} |"
-        )
-    return "\n".join(lines)
 
 
 def _inputs(folder: Path, size: str, rank: int) -> dict[str, Path]:
@@ -115,15 +77,10 @@ def _check_agreement(folder: Path, inputs: dict[str, Path]) -> None:
 def _run(way: str, inputs: dict[str, Path], out: Path) -> dict:
     out.unlink(missing_ok=True)
     out.with_name(out.name + ".json").unlink(missing_ok=True)
-    os.sync()
-    if way == "cp":
-        start = time.perf_counter()
-        subprocess.run(["cp", inputs["base"], out], check=True)
-        os.sync()
-        return {"seconds": time.perf_counter() - start, "anon_bytes": 0}
+    if way == CP:
+        return copied(inputs["base"], out)
     tuned = inputs["lora" if "lora" in way else "state"]
-    command = [sys.executable, "-m", "rwkv_lab.bench.merging", way, inputs["base"], tuned, out]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return in_a_process("rwkv_lab.bench.merging", way, inputs["base"], tuned, out)
 
 
 def _naive_state(base: str, tuned: str, out: str) -> None:
@@ -152,22 +109,7 @@ def _measured(way: str, base: str, tuned: str, out: str) -> dict:
         merge(base, tuned, out, alpha=LORA_ALPHA if "lora" in way else None, scan=scan)
 
     job = {"naive state": lambda: _naive_state(base, tuned, out), "naive lora": lambda: _naive_lora(base, tuned, out)}
-    peak, stop = [0], threading.Event()
-
-    def sample() -> None:
-        while not stop.wait(0.002):
-            peak[0] = max(peak[0], memory_of("RssAnon") or 0)
-
-    before = memory_of("RssAnon") or 0  # 0 where the system does not report it
-    watcher = threading.Thread(target=sample)
-    watcher.start()
-    start = time.perf_counter()
-    job.get(way, ours)()
-    os.sync()
-    seconds = time.perf_counter() - start
-    stop.set()
-    watcher.join()
-    return {"seconds": seconds, "anon_bytes": max(peak[0] - before, 0)}
+    return measured(job.get(way, ours))
 
 
 if __name__ == "__main__":

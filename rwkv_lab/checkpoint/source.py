@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from isal.isal_zlib import crc32
 
@@ -190,32 +191,55 @@ class TensorInfo:
 
     def blocks(self, multiple: int = 1) -> Iterator[torch.Tensor]:
         """Its values in order, as flat tensors of about `BLOCK` bytes, each a whole number of `multiple` elements."""
+        whole = math.lcm(multiple, self._whole)
+        return self.pieces(max(BLOCK // self.dtype.itemsize // whole, 1) * whole)
+
+    @property
+    def _whole(self) -> int:
+        """Number of elements that are only computed together."""
+        if self.derived is None or self.derived.unit is None:
+            return 1
+        raw, made = self.derived.unit
+        return math.lcm(self.derived.of._whole, raw) // raw * made
+
+    @checked
+    def pieces(self, size: int) -> Iterator[torch.Tensor]:
+        """Its values in order, as flat tensors of `size` elements; the last may have fewer.
+
+        Raises:
+            ParameterError: its elements are computed together in larger numbers.
+            CorruptFileError: they do not have the checksum that was saved with them.
+        """
+        if size < 1 or size % self._whole:
+            raise ParameterError(f"size is {size}; of {self.name} it must be a multiple of {self._whole}.")
+        return self._pieces(size)
+
+    def _pieces(self, size: int) -> Iterator[torch.Tensor]:
         if self.derived is not None:
-            yield from _computed(self.derived, multiple)
+            yield from _computed(self.derived, size)
             return
         if self.stride is not None:  # a strided view has to be gathered first, in memory as large as what it spans
-            yield self.read().flatten()
+            yield from self.read().flatten().split(size)
             return
-        step = max(BLOCK // self.dtype.itemsize // multiple, 1) * multiple * self.dtype.itemsize
-        crc = 0
+        step, crc = size * self.dtype.itemsize, 0
         for start in range(0, self.nbytes, step):
-            data = bytearray(min(step, self.nbytes - start))
-            self.file.read_into(memoryview(data), self.offset + start)
+            data = np.empty(min(step, self.nbytes - start), np.uint8)  # a bytearray would be filled with zeros first
+            self.file.read_into(data.data, self.offset + start)
             if self.crc32 is not None:
-                crc = crc32(data, crc)
+                crc = crc32(data.data, crc)
                 if start + step >= self.nbytes:  # before the last block is handed out: the caller may stop there
                     self.check(crc)
-            yield torch.frombuffer(data, dtype=self.dtype)
+            yield torch.from_numpy(data).view(self.dtype)
 
 
-def _computed(derived: Derived, multiple: int) -> Iterator[torch.Tensor]:
-    """As `TensorInfo.blocks`."""
+def _computed(derived: Derived, size: int) -> Iterator[torch.Tensor]:
+    """As `TensorInfo.pieces`."""
     if derived.unit is None:
-        yield derived.compute(derived.of.read()).flatten()
+        yield from derived.compute(derived.of.read()).flatten().split(size)
         return
     raw, made = derived.unit
-    for block in derived.of.blocks(raw * (math.lcm(made, multiple) // made)):
-        yield derived.compute(block).flatten()
+    for piece in derived.of.pieces(size // made * raw):
+        yield derived.compute(piece).flatten()
 
 
 def is_name(name: object) -> bool:

@@ -108,7 +108,7 @@ def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: 
         return findings
 
     total = sum(f.tensors[i].nbytes for f, i in jobs)
-    with _one_torch_thread_each(), Progress(label, total) as progress, ThreadPoolExecutor(WORKERS + 1) as pool:
+    with one_torch_thread_each(), Progress(label, total) as progress, ThreadPoolExecutor(WORKERS + 1) as pool:
         flushing = pool.submit(_flush_along, [f.fd for f in files], work) if total >= FLUSH_FROM else None
         futures = [pool.submit(run, file, i) for file, i in jobs]
         try:
@@ -232,8 +232,8 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
 
 
 @contextmanager
-def _one_torch_thread_each() -> Iterator[None]:
-    """Our threads are the parallelism: torch's own, started from each of them, would fight over the cores."""
+def one_torch_thread_each() -> Iterator[None]:
+    """For threads that call torch: those that torch itself starts from each of them would fight over the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -5,16 +5,19 @@ Made here, by kernels/cpu/gguf_blocks.cpp or in torch, several times as fast; th
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
 
+from rwkv_lab.checkpoint import TensorInfo
+from rwkv_lab.checkpoint.formats.gguf_container import dequantised
 from rwkv_lab.checkpoint.gguf_types import BY_NAME, TensorType
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.errors import KernelError, NumericsError
 from rwkv_lab.wkv.loader import cpu_library
-from rwkv_lab.wkv.pointers import Span, check, span
+from rwkv_lab.wkv.pointers import DTYPES, Span, check, span
 
 log = logging.getLogger(__name__)
 
@@ -36,27 +39,47 @@ def quantised(t: OutTensor, kind: str) -> OutTensor:
     if source is not None:
         blocks = lambda: source.blocks(BY_NAME[kind].elements)  # noqa: E731
     assert blocks is not None, f"{t.name} has neither a source nor a computation"
-    compute = lambda: _blocks(t.name, blocks(), BY_NAME[kind])  # noqa: E731
+    compute = lambda: quantised_values(t.name, blocks(), BY_NAME[kind])  # noqa: E731
     return OutTensor(t.name, t.shape, torch.uint8, compute=compute, quantised=kind)
 
 
-def _blocks(name: str, values: Iterable[torch.Tensor], kind: TensorType) -> Iterator[torch.Tensor]:
-    buffer = torch.empty(_PIECE)
+def quantised_values(name: str, values: Iterable[torch.Tensor], kind: TensorType) -> Iterator[torch.Tensor]:
+    """Flat uint8: the blocks of values that come in flat runs of whole blocks."""
+    make = _blocks_in_torch if _compiled() is None else _blocks_compiled
     for run in values:
         for piece in run.flatten().split(_PIECE):
-            rows = buffer[: len(piece)].copy_(piece).view(-1, kind.elements)
-            steps, levels = _made(rows, kind.name)
-            steps = steps.half()
-            if not bool(steps.isfinite().all()):
-                largest = float(rows.abs().max())
+            piece = piece if piece.dtype in DTYPES else piece.float()
+            made = make(piece, kind)
+            if made is None:
+                largest = float(piece.abs().max())
                 raise NumericsError(
                     f"{name} has values that no block of {kind.name} can hold: {largest} is among them.\n"
                     "Repair the source, or choose another dtype."
                 )
-            data = torch.empty(len(rows), kind.nbytes, dtype=torch.uint8)
-            data[:, :2] = steps.view(torch.uint8)
-            data[:, 2:] = levels
-            yield data.view(-1)
+            yield made.view(-1)
+
+
+def _blocks_compiled(values: torch.Tensor, kind: TensorType) -> torch.Tensor | None:
+    """As `_blocks_in_torch`."""
+    functions = _compiled()
+    assert functions is not None, "not compiled"
+    n = len(values) // kind.elements
+    made = torch.empty(n, kind.nbytes, dtype=torch.uint8)
+    spans = span(values, values.shape), DTYPES[values.dtype], span(made, made.shape, torch.uint8)
+    code = functions.gguf_blocks(*spans, n, _BITS[kind.name])
+    if code == _NO_SUCH_STEP:
+        return None
+    check(code, "gguf_blocks")
+    return made
+
+
+def _blocks_in_torch(values: torch.Tensor, kind: TensorType) -> torch.Tensor | None:
+    """Blocks `[n, bytes]` of flat values; None where a block has no step in float16."""
+    steps, levels = _IN_TORCH[kind.name](values.float().view(-1, kind.elements))
+    steps = steps.half()
+    if not bool(steps.isfinite().all()):
+        return None
+    return torch.cat([steps.view(torch.uint8), levels], 1)
 
 
 def _q8_0(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,42 +109,51 @@ _IN_TORCH = {"Q8_0": _q8_0, "Q4_0": _q4_0}
 _BITS = {"Q8_0": 8, "Q4_0": 4}
 
 
-def _made(rows: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(steps, levels) of rows [n, 32] in float32, by the compiled function where there is one."""
-    compiled, n = _compiled(), len(rows)
-    if compiled is None:
-        return _IN_TORCH[kind](rows)
-    steps, levels = torch.empty(n, 1), torch.empty(n, 4 * _BITS[kind], dtype=torch.uint8)
-    spans = span(rows, (n, 32), torch.float32), span(steps, (n, 1)), span(levels, levels.shape, torch.uint8)
-    check(compiled(*spans, n, _BITS[kind]), "gguf_blocks")
-    return steps, levels
-
-
 @cache
-def _compiled() -> Callable[..., int] | None:
+def _compiled() -> ctypes.CDLL | None:
     try:
-        function = cpu_library("gguf_blocks").gguf_blocks
+        library = cpu_library("gguf_blocks")
     except KernelError as e:
         log.info("quantising in torch, which is slower: %s", e)
         return None
-    function.argtypes = (Span, Span, Span, ctypes.c_int64, ctypes.c_int64)
-    function.restype = ctypes.c_int64
-    return function
+    of_both = Span, ctypes.c_int64, Span, ctypes.c_int64, ctypes.c_int64
+    library.gguf_blocks.argtypes, library.gguf_blocks.restype = of_both, ctypes.c_int64
+    library.gguf_excess.argtypes = (*of_both, ctypes.c_float, ctypes.c_float, Span)
+    library.gguf_excess.restype = ctypes.c_int64
+    return library
 
 
+_NO_SUCH_STEP = 2  # what the compiled function returns then
 _PIECE = 1 << 17  # values, which stay in the cache as float32
 _BELOW_HALF = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0))  # 0.5 itself would take what is just below a tie
 
 
-def excess(values: torch.Tensor, made: torch.Tensor, blocks: torch.Tensor, kind: str) -> float:
-    """By how much the largest difference exceeds what the blocks allow: 1 and less is right.
+def excess(source: TensorInfo, written: TensorInfo) -> float:
+    """By how much the largest difference between a tensor and its blocks exceeds what they allow: 1 and less is right.
 
     Args:
-        values: of the source, flat.
-        made: what the blocks mean, flat float32.
-        blocks: their bytes, flat uint8; a block begins with its step in float16.
+        source: with the values.
+        written: in a file, in blocks of a type of `STEPS`.
     """
-    steps = blocks.view(-1, BY_NAME[kind].nbytes)[:, :2].contiguous().view(torch.float16).float().abs()
-    allowed = STEPS[kind] * steps + LEVELS[kind] * _SMALLEST
-    found = (values.float() - made).abs().view(-1, BY_NAME[kind].elements)
-    return float((found / allowed).max()) if found.numel() else 0.0
+    assert written.derived is not None, f"{written.name} is not quantised"
+    kind = BY_NAME[written.derived.quantised]
+    most = 0.0
+    pieces = source.pieces(_PIECE), written.derived.of.pieces(_PIECE // kind.elements * kind.nbytes)
+    for values, blocks in zip(*pieces, strict=True):
+        found = _excess(values if values.dtype in DTYPES else values.float(), blocks, kind)
+        most = max(most, float("inf") if math.isnan(found) else found)
+    return most
+
+
+def _excess(values: torch.Tensor, blocks: torch.Tensor, kind: TensorType) -> float:
+    """The same of flat values and the bytes of their blocks."""
+    functions, n = _compiled(), len(values) // kind.elements
+    limits = STEPS[kind.name], LEVELS[kind.name] * _SMALLEST
+    if functions is not None:
+        most = torch.empty(1)
+        spans = span(values, values.shape), DTYPES[values.dtype], span(blocks, blocks.shape, torch.uint8)
+        check(functions.gguf_excess(*spans, n, _BITS[kind.name], *limits, span(most, (1,))), "gguf_excess")
+        return float(most)
+    steps = blocks.view(-1, kind.nbytes)[:, :2].contiguous().view(torch.float16).float().abs()
+    found = (values.float() - dequantised(blocks, kind)).abs().view(-1, kind.elements)
+    return float((found / (limits[0] * steps + limits[1])).max()) if n else 0.0

@@ -3,19 +3,25 @@
 The output is read back under BlinkDL's names, through the inverse of the table that wrote it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
+from isal.isal_zlib import crc32
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import TensorInfo, open_checkpoint
-from rwkv_lab.checkpoint.gguf_types import BY_NAME
 from rwkv_lab.checkpoint.numerics import round_to
+from rwkv_lab.checkpoint.source import BLOCK
+from rwkv_lab.checkpoint.stream import WORKERS, one_torch_thread_each
 from rwkv_lab.checks import Check
 from rwkv_lab.convert.adapters import verify_adapter
 from rwkv_lab.convert.plan import ConvertResult
 from rwkv_lab.convert.quantised import excess
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.progress import Progress
+
+Pair = tuple[TensorInfo, TensorInfo]  # (of the source, as written)
 
 _PIECE = 1 << 18  # elements compared at a time
 
@@ -39,62 +45,82 @@ def verify_convert(result: ConvertResult) -> list[Check]:
         source = plan.checkpoint
         missing = [n for n in source.info if n not in written.info and n not in dropped]
         extra = [n for n in written.info if n not in source.info]
-        common = [n for n in source.info if n in written.info]
-        blocks = [n for n in common if _in_blocks(written.info[n])]
-        wrong = [n for n in common if n not in blocks and not _equal(source.info[n], written.info[n])]
+        pairs = {n: (source.info[n], written.info[n]) for n in source.info if n in written.info}
+        found = _compared(pairs, f"comparing {plan.out.name}")
+        blocks = [n for n in pairs if _in_blocks(written.info[n])]
+        wrong = [n for n in pairs if n not in blocks and found[n]]
         where = f", first {wrong[0]}" if wrong else ""
         checks = [
             Check("tensors missing from the re-opened output", len(missing), 0, not missing),
             Check("tensors in the output that the source does not have", len(extra), 0, not extra),
             Check(
-                f"tensors that differ from their source, of {len(common) - len(blocks)}{where}",
-                len(wrong),
-                0,
-                not wrong,
+                f"tensors that differ from their source, of {len(pairs) - len(blocks)}{where}", len(wrong), 0, not wrong
             ),
         ]
         if blocks:
-            most = max(_excess(source.info[n], written.info[n]) for n in blocks)
+            most = max(found[n] for n in blocks)
             what = f"largest difference of the values of {len(blocks)} quantised tensors, of what their blocks allow"
             checks.append(Check(what, round(most, 4), 1, most <= 1))
         if plan.layout is not None:
-            found, expected = written.layout, plan.layout
-            checks.append(Check("model read back", str(found), str(expected), str(found) == str(expected)))
+            layout, expected = written.layout, plan.layout
+            checks.append(Check("model read back", str(layout), str(expected), str(layout) == str(expected)))
     return checks
+
+
+def _compared(pairs: Mapping[str, Pair], label: str) -> dict[str, float]:
+    """What is wrong with each tensor: of quantised ones as `quantised.excess`, else 1 where any bit differs.
+
+    A few threads take one tensor each, the largest first, as when writing.
+    """
+    names = sorted(pairs, key=lambda n: -pairs[n][0].nbytes)
+    total, found = sum(source.nbytes for source, _ in pairs.values()), dict[str, float]()
+    with one_torch_thread_each(), Progress(label, total) as progress, ThreadPoolExecutor(WORKERS) as pool:
+        futures = {pool.submit(_difference, *pairs[n]): n for n in names}
+        try:
+            for future in as_completed(futures):
+                name = futures[future]
+                found[name] = future.result()
+                progress.advance(pairs[name][0].nbytes)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return found
+
+
+def _difference(source: TensorInfo, written: TensorInfo) -> float:
+    if source.numel != written.numel:
+        return float("inf")
+    if _in_blocks(written):
+        return excess(source, written)
+    if source.plain and written.plain and source.dtype == written.dtype:
+        return float(not _same_bytes(source, written))
+    pairs = zip(source.pieces(_PIECE), written.pieces(_PIECE), strict=True)
+    return float(not all(_same_bits(round_to(a, b.dtype), b) for a, b in pairs))
 
 
 def _in_blocks(info: TensorInfo) -> bool:
     return info.derived is not None and bool(info.derived.quantised)
 
 
-def _excess(source: TensorInfo, written: TensorInfo) -> float:
-    """As `quantised.excess`, of whole tensors, piece by piece; infinity where they have not the same size."""
-    assert written.derived is not None, f"{written.name} is not quantised"
-    if source.numel != written.numel:
-        return float("inf")
-    kind = written.derived.quantised
-    nbytes = _PIECE // BY_NAME[kind].elements * BY_NAME[kind].nbytes
-    pieces = zip(_pieces(source), _pieces(written), _pieces(written.derived.of, nbytes), strict=True)
-    return max(excess(*piece, kind) for piece in pieces)
+def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
+    """Whether two tensors that lie in their files as they are have the same bytes.
 
-
-def _equal(source: TensorInfo, written: TensorInfo) -> bool:
-    if source.numel != written.numel:
-        return False
-    pairs = zip(_pieces(source), _pieces(written), strict=True)
-    return all(_same_bits(round_to(a, b.dtype), b) for a, b in pairs)
-
-
-def _pieces(info: TensorInfo, size: int = _PIECE) -> Iterator[torch.Tensor]:
-    """Its values in order, `size` at a time."""
-    left = torch.empty(0, dtype=info.dtype)
-    for block in info.blocks():
-        left = torch.cat([left, block]) if len(left) else block
-        while len(left) >= size:
-            yield left[:size]
-            left = left[size:]
-    if len(left):
-        yield left
+    Raises:
+        CorruptFileError: the bytes of one do not have the checksum that was saved with them.
+    """
+    blocks, sums = (bytearray(), bytearray()), [0, 0]
+    for start in range(0, a.nbytes, BLOCK):
+        size = min(BLOCK, a.nbytes - start)
+        if len(blocks[0]) != size:
+            blocks = bytearray(size), bytearray(size)
+        for k, info in enumerate((a, b)):
+            info.file.read_into(memoryview(blocks[k]), info.offset + start)
+            sums[k] = crc32(blocks[k], sums[k])
+        if blocks[0] != blocks[1]:
+            return False
+    a.check(sums[0])
+    b.check(sums[1])
+    return True
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -13,9 +13,11 @@ from rwkv_lab import RWKV_Dual, merge
 from rwkv_lab.checkpoint import Layout, open_checkpoint, write_checkpoint
 from rwkv_lab.checkpoint.gguf_types import BY_NAME
 from rwkv_lab.convert import convert, quantised, to_gguf, to_pth
-from rwkv_lab.convert.quantised import _blocks
+from rwkv_lab.convert.quantised import quantised_values
+from rwkv_lab.convert.verify import verify_convert
 from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
 from rwkv_lab.model.tokenizer import load_tokenizer
+from rwkv_lab.wkv.pointers import NOTHING, Span, span
 
 gguf = pytest.importorskip("gguf")
 
@@ -171,10 +173,71 @@ def test_blocks_are_those_of_the_package_gguf(compiled, name, kind, monkeypatch)
     if not compiled:
         monkeypatch.setattr(quantised, "_compiled", lambda: None)
     rows = _rows(name)
-    made = torch.cat(list(_blocks(name, [rows.flatten()], BY_NAME[kind]))).view(len(rows), -1)
+    made = torch.cat(list(quantised_values(name, [rows.flatten()], BY_NAME[kind]))).view(len(rows), -1)
     with np.errstate(all="ignore"):
         expected = torch.from_numpy(gguf.quantize(rows.numpy(), GGUF_TYPE[kind]))
     assert same(made, expected)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_blocks_and_differences_of_every_dtype(compiled, dtype, kind, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(quantised, "_compiled", lambda: None)
+    values = (_rows("random") * 2**-12).to(dtype)  # steps that float16 has few bits for
+    values[0] = 0
+    blocks = torch.cat(list(quantised_values("values", [values.flatten()], BY_NAME[kind]))).view(len(values), -1)
+    assert same(blocks, torch.from_numpy(gguf.quantize(values.float().numpy(), GGUF_TYPE[kind])))
+
+    step = blocks[:, :2].contiguous().view(torch.float16).float().abs()
+    meant = torch.from_numpy(gguf.dequantize(blocks.numpy(), GGUF_TYPE[kind]))
+    allowed = quantised.STEPS[kind] * step + quantised.LEVELS[kind] * 2**-24
+    expected = float(((values.float() - meant).abs() / allowed).max())
+    narrow = values.float() if dtype == torch.float64 else values
+    found = quantised._excess(narrow.flatten(), blocks.flatten(), BY_NAME[kind])
+    assert 0 < expected <= 1 and found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("wrong", ["a level", "a sign", "infinity", "NaN"])
+def test_blocks_that_mean_something_else_are_found(wrong, compiled, kind, tmp_path, monkeypatch):
+    """In the last block of the last matrix of a file."""
+    if not compiled:
+        monkeypatch.setattr(quantised, "_compiled", lambda: None)
+    path, _ = source(tmp_path, "7.0")
+    result = to_gguf(path, tmp_path / "m.gguf", dtype=kind)
+    data = bytearray(result.out.read_bytes())
+    with open_checkpoint(result.out) as ck:
+        raw = ck.info["blocks.1.ffn.value.weight"].derived.of
+        end = raw.offset + raw.nbytes
+    at = end - BY_NAME[kind].nbytes
+    if wrong == "a level":
+        data[end - 1] ^= 64
+    elif wrong == "a sign":
+        data[at + 1] ^= 0x80
+    else:
+        data[at : at + 2] = b"\x00\x7c" if wrong == "infinity" else b"\x01\x7c"
+    result.out.write_bytes(data)
+    assert [check.name for check in verify_convert(result) if not check.passed] == [
+        "largest difference of the values of 14 quantised tensors, of what their blocks allow"
+    ]
+
+
+def test_the_kernel_compares_sizes_with_memory_before_it_begins():
+    functions = quantised._compiled()
+    assert functions is not None
+    values, blocks, most = torch.zeros(4, 32), torch.zeros(4, 34, dtype=torch.uint8), torch.zeros(1)
+    good = [span(values, values.shape), 0, span(blocks, blocks.shape, torch.uint8), 4, 8]
+    assert functions.gguf_blocks(*good) == 0 and functions.gguf_excess(*good, 1, 1, span(most, (1,))) == 0
+    short = Span(blocks.data_ptr(), blocks.nbytes - 1)
+    changes = [(0, Span(values.data_ptr(), values.nbytes - 1)), (1, 3), (1, -1), (2, short), (3, 5), (3, -1), (4, 5)]
+    changes += [(3, 1 << 62), (0, NOTHING)]
+    for at, value in changes:
+        wrong = [*good[:at], value, *good[at + 1 :]]
+        assert functions.gguf_blocks(*wrong) == 1 and functions.gguf_excess(*wrong, 1, 1, span(most, (1,))) == 1
+    assert functions.gguf_excess(*good, 1, 1, NOTHING) == 1
 
 
 def test_dimensions_and_provenance(tmp_path):
@@ -337,8 +400,8 @@ def test_values_that_no_block_can_hold(bad, tmp_path):
 
 def test_wrong_bits_are_found(tmp_path, monkeypatch):
     path, _ = source(tmp_path, "7.0")
-    right = quantised._blocks
-    monkeypatch.setattr(quantised, "_blocks", lambda *args: (b.roll(34) for b in right(*args)))
+    right = quantised.quantised_values
+    monkeypatch.setattr(quantised, "quantised_values", lambda *args: (b.roll(34) for b in right(*args)))
     result = to_gguf(path, tmp_path / "m.gguf", dtype="Q8_0")
     assert [check.name for check in result.checks if not check.passed] == [
         "largest difference of the values of 14 quantised tensors, of what their blocks allow"

@@ -1,5 +1,6 @@
 """GGUF, the container of llama.cpp and its relatives. Quantised tensors are read as float32, block by block."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,8 @@ def dequantised(data: Tensor, kind: TensorType) -> Tensor:
     require_gguf(f"Reading {kind.name} tensors of a GGUF file")
     from gguf import GGMLQuantizationType, dequantize
 
-    return torch.from_numpy(dequantize(data.numpy(), GGMLQuantizationType(kind.number)).reshape(-1))
+    with np.errstate(invalid="ignore", over="ignore"):  # steps that are no numbers; what becomes of them is found later
+        return torch.from_numpy(dequantize(data.numpy(), GGMLQuantizationType(kind.number)).reshape(-1))
 
 
 register(
