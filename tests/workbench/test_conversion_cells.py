@@ -190,6 +190,25 @@ def test_overflow_leaves_nothing_behind(model, tmp_path):
     assert result["status"] == "ok" and result["metrics"]["rounding"]["overflow"] == 1
 
 
+def test_an_interrupted_run_leaves_the_older_output_as_it_was(model, tmp_path, monkeypatch):
+    done(tmp_path, source=model, to="pth")
+    older = (tmp_path / "report" / "converted.pth").read_bytes()
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rwkv_lab.convert.writing.round_to", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        done(tmp_path, source=model, to="pth", dtype="fp16")
+    result = result_of(tmp_path)
+    assert (result["status"], result["error"]["class"], result["outputs"]) == ("failed", "KeyboardInterrupt", [])
+    assert (tmp_path / "report" / "converted.pth").read_bytes() == older
+    assert {p.name for p in (tmp_path / "report" / "failed").iterdir()} == {"key_map.csv", "report.html", "result.json"}
+    assert names(tmp_path) == {
+        "converted.pth", "failed", "key_map.csv", "logits.png", "report.html", "report.json", "result.json"
+    }  # fmt: skip
+
+
 def test_the_next_run_replaces_an_output_without_a_name(model, tmp_path):
     for dtype in ("bf16", "fp16"):
         assert done(tmp_path, source=model, to="fla", dtype=dtype)["status"] == "ok"

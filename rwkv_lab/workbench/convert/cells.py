@@ -121,7 +121,9 @@ def compare_models(run: Run, result: ConvertResult | None) -> ConversionAgreemen
         print(_DRY)
         return None
     if result.plan.layout is None:
-        print(f"A {result.plan.kind} does not run by itself: its tensors are compared, there are no logits.")
+        why = f"A {result.plan.kind} does not run by itself: its tensors are compared, there are no logits."
+        run.page.facts.append(("logits", why))
+        print(why)
         return None
     with run.timed("models"):
         found = compare_conversion(result, run.config.prompt)
@@ -195,8 +197,11 @@ def _show_changes(run: Run, result: ConvertResult) -> None:
         return
     relative = {d.name: d.relative for d in moved}
     title = "How far is each tensor from its source? ‖output − source‖ / ‖source‖"
-    figure = layer_map(relative, layout.n_layer, title, _what(result.plan), "relative Frobenius norm")
-    caption = "Of tensors that were rounded or quantised; the others, in grey, are what they were."
+    beyond = {name for name, value in relative.items() if not value < float("inf")}
+    unit = "relative Frobenius norm" + (", ∞ has values that overflowed" if beyond else "")
+    marks = {"∞": beyond} if beyond else None
+    figure = layer_map(relative, layout.n_layer, title, _what(result.plan), unit, marks)
+    caption = "Of tensors that were rounded or quantised; others, in grey, are what they were."
     run.show_figure("change_of_values", title, caption, figure)
     run.record.metrics["largest_change"] = max((x for x in relative.values() if x == x), default=0.0)
 
@@ -258,7 +263,7 @@ def _layers(layers: tuple[int, ...]) -> str:
 
 
 def _shapes(row: KeyMapRow) -> str:
-    ours, theirs = (None if s is None else " × ".join(map(str, s)) or "one value" for s in (row.our_shape, row.shape))
+    ours, theirs = (None if s is None else "×".join(map(str, s)) or "one value" for s in (row.our_shape, row.shape))
     return str(theirs) if ours is None or ours == theirs else f"{ours} → {theirs}"
 
 
