@@ -10,7 +10,7 @@ from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.progress import Progress
 
-_CHUNK = BLOCK // 8  # elements; divides the blocks of every float dtype, so that two tensors are cut at the same places
+_CHUNK = BLOCK // 8  # elements; divides the blocks of every float dtype, so that most are not copied
 BINS = 256  # of the histogram: the exponents of float32
 
 
@@ -67,6 +67,13 @@ def _delta(base: TensorInfo | None, merged: TensorInfo, progress: Progress) -> D
 
 
 def _chunks(info: TensorInfo) -> Iterator[torch.Tensor]:
+    """The values in order, `_CHUNK` at a time, whatever the blocks are: those of quantised tensors have other sizes."""
+    left = torch.empty(0, dtype=info.dtype)
     for block in info.blocks():
-        for chunk in block.split(_CHUNK):
+        chunks = (torch.cat([left, block]) if len(left) else block).split(_CHUNK)
+        whole = [chunk for chunk in chunks if len(chunk) == _CHUNK]
+        for chunk in whole:
             yield chunk.float()
+        left = chunks[-1] if len(whole) < len(chunks) else block[:0]
+    if len(left):
+        yield left.float()

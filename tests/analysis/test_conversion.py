@@ -8,7 +8,7 @@ from random_models import make_layout, random_tensors, relative_rms, write_model
 
 from rwkv_lab import RWKV_Dual
 from rwkv_lab.analysis.conversion import changes_of_values, compare_conversion, value_ranges
-from rwkv_lab.checkpoint import write_checkpoint
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.checks import NotApplicable
 from rwkv_lab.convert import compare_logits, convert
 from rwkv_lab.errors import ParameterError
@@ -101,3 +101,17 @@ def test_a_state_is_no_model(tmp_path):
     write_checkpoint(tmp_path / "s.pth", {"blocks.0.att.time_state": torch.ones(2, 4, 4)})
     with pytest.raises(ParameterError, match="no model that was written"):
         compare_conversion(convert(tmp_path / "s.pth", "safetensors", tmp_path / "s.safetensors"), "The")
+
+
+def test_quantised_tensors_of_several_blocks(tmp_path):
+    """They are read in blocks of other sizes than their source, none of which divides the tensor."""
+    pytest.importorskip("gguf", reason="the PyPI package gguf is not installed")
+    tensors = random_tensors(make_layout("7.0", head_size=64, n_head=1, vocab_size=20_001))
+    write_checkpoint(tmp_path / "m.pth", tensors)
+    result = convert(tmp_path / "m.pth", "gguf", tmp_path / "m.gguf", dtype="Q8_0")
+    moved = {delta.name: delta for delta in changes_of_values(result)}
+    head = tensors["head.weight"]
+    with open_checkpoint(result.out) as ck:
+        difference = ck["head.weight"] - head
+    assert moved["head.weight"].numel == head.numel() == 1_280_064
+    assert moved["head.weight"].relative == pytest.approx(float(difference.norm() / head.norm()), rel=1e-5)
