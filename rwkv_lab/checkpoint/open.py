@@ -233,6 +233,13 @@ def _present(ck: Checkpoint) -> None:
                 "in evaluation; they are read as they were before."
             )
             log.warning("%s: %s", ck.path, ck.notes[-1])
+    ours = any(key.startswith("rwkv_lab") for key in ck.metadata)
+    if found is None and ck.format == "safetensors" and ck.kind == "state" and not ours:
+        ck.notes.append(
+            "A tuned state in a .safetensors does not tell which of its dimensions is which: it is read as [H, V, K], "
+            "as trainers save it. Files for web-rwkv and ai00 hold [H, K, V]."
+        )
+        log.warning("%s: %s", ck.path, ck.notes[-1])
     if found is not None:
         ck.foreign_format, ck.info, ck.ignored = found.format, found.tensors, found.ignored
         ck.names_in_file, ck.inverses = found.theirs, found.inverses

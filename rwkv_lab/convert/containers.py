@@ -1,7 +1,7 @@
 """What holds the tensors of an output: a file of a kind, or a folder of safetensors with other files beside them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rwkv_lab.checkpoint import Layout
@@ -103,5 +103,6 @@ def _write_adapter(path: Path, content: Content, overwrite: bool, refuse: bool) 
 
 register_container(_file("pth", (".pth",)))
 register_container(_file("safetensors", (".safetensors", ".st")))
+register_container(replace(_file("pth", (".pth",)), name="state"))  # a tuned state alone
 register_container(Container("folder", (), _folder_size, _write_folder))
 register_container(Container("adapter", (), _adapter_size, _write_adapter))  # as Hugging Face's peft holds one

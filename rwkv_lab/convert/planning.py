@@ -37,11 +37,10 @@ from rwkv_lab.convert.made_from import made_from
 from rwkv_lab.convert.output import Output, Tensors, copied
 from rwkv_lab.convert.plan import ConvertPlan, ConvertRow, Dropped
 from rwkv_lab.convert.quantised import fits, quantised
-from rwkv_lab.convert.spec import SIZES, ConvertOptions, ConvertSpec
-from rwkv_lab.convert.states import is_state_output, state_output
+from rwkv_lab.convert.spec import SIZES, ConvertOptions, ConvertSpec, with_dtype
+from rwkv_lab.convert.states import about_state, is_state_output, state_output
 from rwkv_lab.convert.targets import PLAIN, format_for
 from rwkv_lab.convert.tokenizer_files import generation_config, model_tokenizer, tokenizer_files
-from rwkv_lab.dtypes import short_name
 from rwkv_lab.errors import LayoutError, OutputError, ParameterError
 from rwkv_lab.model.tokenizer import Tokenizer
 from rwkv_lab.paths import to_path
@@ -137,7 +136,8 @@ def _output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
     container = CONTAINERS[spec.to if known is None else known.container]
     if known is None or layout is None:
         kept = {NOTE: ck.metadata[NOTE]} if NOTE in ck.metadata else {}  # of an adapter
-        return Output(spec, container, _plain(ck, spec.output_dtype), layout=layout, file_notes=kept)
+        notes = about_state(ck, spec.to)
+        return Output(spec, container, _plain(ck, spec.output_dtype), layout=layout, notes=notes, file_notes=kept)
     content, dropped = _by_table(ck, spec, known, layout)
     notes, others = [*known.notes(layout), *_about_quantised(spec, content, known)], {}
     tokenizer, why_none = model_tokenizer(spec.tokenizer, layout.vocab_size)
@@ -215,12 +215,7 @@ def _completed(spec: ConvertSpec, known: ForeignFormat | None, layout: Layout | 
         if spec.rescale:
             raise ParameterError(f"rescale={spec.rescale}: it goes with floats, not with dtype={spec.dtype!r}.")
         require_gguf(f"dtype={spec.dtype!r}")
-    if known is None or known.dtype is None:
-        return spec
-    name = short_name(known.dtype)
-    if spec.dtype not in (None, name):
-        raise ParameterError(f"dtype={spec.dtype!r}: the readers of {spec.to} take {name} only.")
-    return spec.changed(dtype=name)
+    return spec if known is None else with_dtype(spec, known)
 
 
 def _check_out(out: Path, container: Container, ck: Checkpoint, options: ConvertOptions) -> None:

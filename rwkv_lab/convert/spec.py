@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from rwkv_lab.checkpoint.foreign_format import ForeignFormat
 from rwkv_lab.checkpoint.generation import GENERATIONS
 from rwkv_lab.convert.targets import target_names
-from rwkv_lab.dtypes import in_short, to_dtype
+from rwkv_lab.dtypes import in_short, short_name, to_dtype
+from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import path_fault
 from rwkv_lab.spec import Number, OneOf, Spec
 
@@ -154,6 +156,20 @@ class ConvertSpec(Spec):
     def recipe(self) -> dict[str, Any]:
         """Everything but the source, JSON-ready: what the provenance records."""
         return {name: getattr(self, name) for name in type(self).model_fields if name not in _SOURCE}
+
+
+def with_dtype(spec: ConvertSpec, known: ForeignFormat) -> ConvertSpec:
+    """The spec with the dtype that readers of the format take, where they take one only.
+
+    Raises:
+        ParameterError: another was asked for.
+    """
+    if known.dtype is None:
+        return spec
+    name = short_name(known.dtype)
+    if spec.dtype not in (None, name):
+        raise ParameterError(f"dtype={spec.dtype!r}: the readers of {spec.to} take {name} only.")
+    return spec.changed(dtype=name)
 
 
 class ConvertOptions(Spec):

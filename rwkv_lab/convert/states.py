@@ -1,23 +1,27 @@
 """Tuned states for those that read them apart from a model, in the orientation that each one wants."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from rwkv_lab.checkpoint import Checkpoint
-from rwkv_lab.checkpoint.foreign_format import FOREIGN_FORMATS, FORMAT_NOTE, Place, general_name
+from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo
+from rwkv_lab.checkpoint.foreign_format import FOREIGN_FORMATS, FORMAT_NOTE, ForeignFormat, Place, general_name
 from rwkv_lab.convert.containers import CONTAINERS
-from rwkv_lab.convert.output import Output, computed
+from rwkv_lab.convert.output import Output, computed, copied
 from rwkv_lab.convert.plan import Dropped
-from rwkv_lab.convert.spec import ConvertSpec
+from rwkv_lab.convert.spec import ConvertSpec, with_dtype
+from rwkv_lab.convert.targets import STATE
 from rwkv_lab.errors import LayoutError
 
 _STATE = ".time_state"
 
 
 def is_state_output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> bool:
-    """Whether a state is asked for: of a state file, or of a model that holds one and is converted to a file where the
-    target has folders."""
+    """Whether a state is asked for: by name, of a state file, or of a model that holds one and is converted to a file
+    where the target has folders."""
+    if spec.to == STATE:
+        return True
     formats = [f for f in FOREIGN_FORMATS.values() if f.target == spec.to]
     if not formats or ck.kind not in ("state", "model"):
         return False
@@ -31,27 +35,56 @@ def state_output(ck: Checkpoint, spec: ConvertSpec) -> Output:
     """The states of a file, or of a model, for a target.
 
     Raises:
-        LayoutError: what reads this format takes no state.
+        LayoutError: what reads this format takes no state, or there is none.
     """
-    known = next((f for f in FOREIGN_FORMATS.values() if f.target == spec.to and f.state_rows), None)
-    if known is None:
-        targets = sorted({f.target for f in FOREIGN_FORMATS.values() if f.state_rows})
-        raise LayoutError(
-            f"to={spec.to!r}: its readers take no tuned state. {', '.join([*targets, 'safetensors', 'pth'])} take one."
-        )
-    rows, content = {row.ours: row for row in known.state_rows}, []
     states = {name: info for name, info in ck.info.items() if name.endswith(_STATE)}
+    if not states:
+        raise LayoutError(f"to={spec.to!r}: {ck.path} ({ck.kind}) holds no tuned state, no tensor called …{_STATE}.")
+    if spec.to == STATE:
+        content = [copied(n, (n,), info, info.shape, spec.output_dtype or info.dtype) for n, info in states.items()]
+        return Output(spec, CONTAINERS[STATE], content, dropped=_others(ck, states))
+    known = _format(spec.to, ck.layout)
+    spec = with_dtype(spec, known)
+    rows, content = {row.ours: row for row in known.state_rows}, []
     for name, info in states.items():
         general, layer = general_name(name)
         row = rows[general]
         theirs, forward = row.theirs.replace("{i}", str(layer)), row.transform.forward
         shape = tuple(forward([torch.empty(info.shape, device="meta")], Place(layer)).shape)
-        dtype = spec.output_dtype or known.dtype or info.dtype
+        dtype = spec.output_dtype or info.dtype
 
         def compute(info=info, forward=forward, layer=layer) -> torch.Tensor:
             return forward([info.read()], Place(layer))
 
         content.append(computed(theirs, (name,), compute, shape, dtype, row.transform.described))
-    dropped = [Dropped(name, "only the state is written") for name in ck.info if name not in states]
     note = {FORMAT_NOTE: known.name}
-    return Output(spec, CONTAINERS["safetensors"], content, known, dropped=dropped, file_notes=note)
+    return Output(spec, CONTAINERS["safetensors"], content, known, dropped=_others(ck, states), file_notes=note)
+
+
+def _format(target: str, layout: Layout | None) -> ForeignFormat:
+    """The format of a target that has states, that of the model where it is known.
+
+    Raises:
+        LayoutError: what reads it takes none.
+    """
+    formats = [f for f in FOREIGN_FORMATS.values() if f.target == target and f.state_rows]
+    if not formats:
+        targets = sorted({f.target for f in FOREIGN_FORMATS.values() if f.state_rows})
+        raise LayoutError(
+            f"to={target!r}: its readers take no tuned state. {', '.join([*targets, 'safetensors', 'pth'])} take one."
+        )
+    return next((f for f in formats if layout and layout.version in f.versions), formats[0])
+
+
+def _others(ck: Checkpoint, states: Mapping[str, TensorInfo]) -> list[Dropped]:
+    return [Dropped(name, "only the state is written") for name in ck.info if name not in states]
+
+
+def about_state(ck: Checkpoint, to: str) -> list[str]:
+    """What readers of BlinkDL's own format make of the tuned state in a model, in words."""
+    if to != "pth" or ck.layout is None or ck.layout.version != "7.0" or not any(n.endswith(_STATE) for n in ck.info):
+        return []
+    return [
+        "PyPI's rwkv and RWKV-Runner ignore the tuned state inside an RWKV-7 model. "
+        f"convert(…, to={STATE!r}, …) writes it alone, which RWKV-Runner loads; docs/convert.md has how rwkv takes it."
+    ]

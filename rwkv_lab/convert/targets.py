@@ -5,6 +5,7 @@ from rwkv_lab.checkpoint.foreign_format import FOREIGN_FORMATS, ForeignFormat
 from rwkv_lab.errors import LayoutError
 
 PLAIN = ("safetensors", "pth")  # BlinkDL's names, every generation
+STATE = "state"  # the tuned state of a model alone, as RWKV-PEFT saves it and RWKV-Runner loads it
 # What `to_huggingface` writes: the layout of the repositories that people publish such models in.
 HUGGING_FACE = {
     "4.0": "transformers",
@@ -18,7 +19,7 @@ HUGGING_FACE = {
 
 def target_names() -> list[str]:
     """The names that `convert(to=…)` takes."""
-    return list(dict.fromkeys([*(f.target for f in FOREIGN_FORMATS.values()), *PLAIN]))
+    return list(dict.fromkeys([*(f.target for f in FOREIGN_FORMATS.values()), *PLAIN, STATE]))
 
 
 def format_for(target: str, layout: Layout) -> ForeignFormat | None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from models import random_lora, random_model, random_state, same
 from random_models import make_layout, make_tokens, random_tensors, relative_rms, write_model
-from safetensors.torch import load_file
+from rwkv_package import in_its_order, run_rwkv_package
+from safetensors.torch import load_file, save_file
 
 from rwkv_lab import RWKV_Dual
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
@@ -104,9 +105,68 @@ def test_a_state_there_and_back(tmp_path):
     assert all(same(back[n], t) for n, t in random_state().items())
 
 
+def model_with_a_state(folder, version):
+    layout = make_layout(version, head_size=32)
+    write_checkpoint(folder / "m.pth", in_its_order(random_tensors(layout, time_state=True)))
+    return folder / "m.pth"
+
+
+@pytest.mark.parametrize("version", ["5.2", "6.0", "7.0"])
+def test_the_rwkv_package_continues_from_a_state(version, tmp_path):
+    """Inside the model with RWKV-5 and 6; with RWKV-7, which ignores it there, as the file that `state` writes."""
+    pytest.importorskip("rwkv", reason="the PyPI package rwkv is not installed")
+    tokens, v7 = make_tokens(1, 9), version == "7.0"
+    model = passed(to_pth(model_with_a_state(tmp_path, version), tmp_path / "copy.pth"))
+    assert any("ignore the tuned state" in note for note in model.notes) == v7
+    state = passed(convert(tmp_path / "m.pth", "state", tmp_path / "state.pth"))
+    assert (
+        len(state.plan.rows) == 2 and len(state.dropped) >= 50 and all("only the state" in d.why for d in state.dropped)
+    )
+    given = {"state": state.out} if v7 else {}
+    (found,) = run_rwkv_package([(tmp_path / "copy", tokens[0].tolist())], v7, **given)
+    expected = RWKV_Dual.from_pretrained(tmp_path / "m.pth")(tokens)[0][0]
+    assert relative_rms(found["logits"], expected) < 2e-5
+    if v7:
+        (without,) = run_rwkv_package([(tmp_path / "copy", tokens[0].tolist())], v7)
+        assert relative_rms(without["logits"], expected) > 1e-2
+
+
+@pytest.mark.parametrize("version", ["5.2", "6.0", "7.0"])
+def test_a_state_alone_and_inside_for_web_rwkv(version, tmp_path):
+    """web-rwkv reads [H, K, V] in float16, which ai00 also takes from inside a model."""
+    source = model_with_a_state(tmp_path, version)
+    state = convert(source, "state", tmp_path / "s.pth").out
+    alone = load_file(passed(convert(state, "web-rwkv", tmp_path / "s.st")).out)
+    inside = load_file(passed(convert(source, "web-rwkv", tmp_path / "m.st")).out)
+    model = torch.load(source, weights_only=True)
+    for i in range(2):
+        name = f"blocks.{i}.att.time_state"
+        assert same(alone[name], model[name].mT.half().contiguous()) and same(inside[name], alone[name])
+    again = torch.load(passed(to_pth(tmp_path / "s.st", tmp_path / "again.pth")).out, weights_only=True)
+    assert all(same(again[n], t.half()) for n, t in torch.load(state, weights_only=True).items())
+
+
+@pytest.mark.parametrize("note", [None, {"format": "pt"}])
+def test_a_state_whose_orientation_cannot_be_told_is_noted(note, tmp_path):
+    save_file(random_state(), tmp_path / "s.st", note)
+    result = convert(tmp_path / "s.st", "fla", tmp_path / "out.safetensors")
+    assert any("[H, K, V]" in n for n in result.notes)
+    ours = convert(to_pth(tmp_path / "s.st", tmp_path / "s.pth").out, "safetensors", tmp_path / "again.safetensors")
+    assert not any("[H, K, V]" in n for n in convert(ours.out, "fla", tmp_path / "out2.safetensors").notes)
+
+
+def test_a_file_without_a_state(tmp_path):
+    write_checkpoint(tmp_path / "m.pth", random_model())
+    with pytest.raises(LayoutError, match="holds no tuned state"):
+        convert(tmp_path / "m.pth", "state", tmp_path / "s.pth")
+    write_checkpoint(tmp_path / "state.pth", random_state())
+    with pytest.raises(ParameterError, match="web-rwkv take fp16 only"):
+        convert(tmp_path / "state.pth", "web-rwkv", tmp_path / "s.st", dtype="fp32")
+
+
 def test_who_takes_no_state(tmp_path):
     write_checkpoint(tmp_path / "state.pth", random_state())
-    with pytest.raises(LayoutError, match="its readers take no tuned state. fla"):
+    with pytest.raises(LayoutError, match="its readers take no tuned state. fla, web-rwkv"):
         convert(tmp_path / "state.pth", "transformers", tmp_path / "out")
 
 

@@ -91,6 +91,8 @@ ROWS = (
 # A state for `past_key_values`, of one sequence: [H, K, V], where a tuned state is [H, V, K].
 STATE_ROWS = (Row("blocks.{i}.att.time_state", "layers.{i}.recurrent_state", TRANSPOSED),)
 
+STATE = "fla starts from zeros, and takes a state as past_key_values: convert to fla, a file state.safetensors"
+
 
 def _config(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
     return {
@@ -155,7 +157,7 @@ register_foreign_format(
         versions=("6.0",),
         rows=ROWS,
         recognise=_recognise,
-        dropped={"blocks.{i}.att.time_state": "fla starts from zeros: pass a state as past_key_values, transposed"},
+        dropped={"blocks.{i}.att.time_state": STATE},
         state_rows=STATE_ROWS,
         config=_config,
         read_by="flash-linear-attention",

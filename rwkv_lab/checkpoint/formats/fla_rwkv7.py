@@ -78,6 +78,7 @@ OLDER = (
 )
 # A state for `past_key_values`, of one sequence: [H, K, V], where a tuned state is [H, V, K].
 STATE_ROWS = (Row("blocks.{i}.att.time_state", "layers.{i}.recurrent_state", TRANSPOSED),)
+STATE = "its readers start from zeros, and take a state as past_key_values: convert to fla, a file state.safetensors"
 UNUSED = "layer 0 makes what v0, v1 and v2 would mix in: nothing reads them there"
 _MARK = re.compile(r"model\.layers\.\d+\.attn\.(([wavg]_lora\.lora\.[02]\.(weight|bias))|k_k|k_a|r_k|x_x|x_[rwkvag])")
 
@@ -153,7 +154,7 @@ register_foreign_format(
         recognise=_recognise,
         dropped={
             **{f"blocks.0.att.{name}": UNUSED for name in ("v0", "v1", "v2")},
-            "blocks.{i}.att.time_state": "its readers start from zeros: pass a state as past_key_values",
+            "blocks.{i}.att.time_state": STATE,
         },
         group_norm_eps=_group_norm_eps,
         notes=_notes,

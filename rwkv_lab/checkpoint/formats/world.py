@@ -61,7 +61,7 @@ RWKV6_ROWS = (
 )
 # The second of the three tensors of a state, [B, H, K, V, L], is these as its layers.
 STATE_ROWS = (Row("blocks.{i}.att.time_state", "layers.{i}.recurrent_state", TRANSPOSED),)
-_STATE = "the modelling code of these repositories starts from zeros: pass a state to the model, transposed"
+_STATE = "their code starts from zeros, and takes a state beside the tokens: convert to world, a file state.safetensors"
 
 
 def _config(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:

@@ -16,11 +16,16 @@ import numpy as np
 _RUN = """
 import json, sys
 import numpy as np
+import torch
 from rwkv.model import RWKV
-for path, tokens in json.loads(sys.argv[1]):
+for path, tokens, initial in json.loads(sys.argv[1]):
     model = RWKV(model=path, strategy="cpu fp32")
-    out = {}
-    out["logits"], state = model.forward(tokens, None, full_output=True)
+    out, state = {}, None
+    if initial:
+        state = model.generate_zero_state()
+        for name, tensor in torch.load(initial, weights_only=True).items():
+            state[3 * int(name.split(".")[1]) + 1] = tensor.float()
+    out["logits"], state = model.forward(tokens, state, full_output=True)
     state = {f"state{i}": s.clone() for i, s in enumerate(state)}
     one = None
     steps = []
@@ -37,11 +42,20 @@ def in_its_order(tensors: dict) -> dict:
     return dict(sorted(tensors.items(), key=lambda item: not any(part in item[0] for part in _FIRST)))
 
 
-def run_rwkv_package(jobs: list[tuple[Path, list[int]]], v7: bool) -> list[dict[str, np.ndarray]]:
+def run_rwkv_package(jobs: list[tuple[Path, list[int]]], v7: bool, state: Path | None = None) -> list[dict]:
     """For each (path without .pth, tokens): `logits` [T,V] and `state0…` of one call with all tokens, `steps` [T,V] and
-    `one0…` of a call per token."""
+    `one0…` of a call per token.
+
+    Args:
+        state: a .pth with a tuned state that RWKV-7 starts from in the first of them; it reads none in a model.
+    """
     environment = os.environ | {"RWKV_V7_ON": str(int(v7)), "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
-    command = [sys.executable, "-c", _RUN, json.dumps([(str(path), tokens) for path, tokens in jobs])]
+    command = [
+        sys.executable,
+        "-c",
+        _RUN,
+        json.dumps([(str(path), tokens, state and str(state)) for path, tokens in jobs]),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [dict(np.load(f"{path}.npz")) for path, _ in jobs]
