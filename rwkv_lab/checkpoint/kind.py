@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rwkv_lab.checkpoint.layout import (
+    CONVERTED,
     Layout,
     Shape,
     detect_layout,
@@ -88,7 +89,7 @@ def identify(
         return plain("state", "a tuned state, not a whole model", f"{states[0]} {list(shapes[states[0]])}")
     variant = unsupported_variant([*bare, *map(str, others)])
     if variant:
-        kind = "converted" if variant[1] == "_strategy" else "unsupported"
+        kind = "converted" if variant[0] == CONVERTED else "unsupported"
         return plain(kind, f"not supported: {variant[0]}", variant[1])
     try:
         layout = detect_layout(bare)

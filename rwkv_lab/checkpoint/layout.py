@@ -24,9 +24,12 @@ UNUSED_IN_LAYER_0 = tuple(f"blocks.0.{name}" for g in generations() for name in 
 
 _HUGGING_FACE = "Hugging Face names of no format that is known here"
 
+CONVERTED = "a file converted by ChatRWKV (transposed, rescaled, ln0 folded in); use the original .pth"
+
 # What is recognised but not supported: a name that only this variant has, and what the variant is called.
 _VARIANTS = [
-    (r"^_strategy$", "a file converted by ChatRWKV (transposed, rescaled, ln0 folded in); use the original .pth"),
+    (r"^_(strategy|version|rescale_layer)$", CONVERTED),
+    (r"\.weight_[mr][xy]$", CONVERTED),  # int8 matrices there
     (r"^blocks\.\d+\.tiny_(ln|q|k|v)\b", "RWKV-4a (tiny attention)"),
     (r"^blocks\.\d+\.att\.(qq|kk|vv|oo)\.", "RWKV-4b"),
     (r"^(head_q|head_k)\.|^copy_mask$", "RWKV-4 with head_qk"),

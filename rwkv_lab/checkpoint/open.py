@@ -311,6 +311,8 @@ def _not_a_checkpoint(path: Path, head: bytes, size: int) -> Exception:
         return CorruptFileError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return CorruptFileError(f"{path} is a web page, probably an error message of the site; download it again")
+    if text.startswith(b"{"):
+        return CorruptFileError(f"{path} is a JSON text, which holds no tensors; give the folder that it lies in")
     if head[257:262] == b"ustar":
         return UnsafeFileError(f"{path} is in torch's legacy tar format, which can run code when it is read; refused")
     if len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:
@@ -335,7 +337,10 @@ def _open_folder(ck: Checkpoint, folder: Path) -> None:
             )
         if advice := split_folder(folder):
             raise LayoutError(advice)
-        there = sorted(p.name for p in folder.iterdir())[:8]
+        there = sorted(p.name for p in folder.iterdir())
+        if shard := next((name for name in there if _SHARD.search(name)), None):
+            raise LayoutError(f"{folder} has shards ({shard}) and no index of them, {_INDEXES[0]}; download it too.")
+        there = there[:8]
         raise LayoutError(f"{folder} holds none of {', '.join(names)}.\nIt holds: {', '.join(there) or 'nothing'}")
     if (folder / "config.json").is_file():
         ck.config = _read_json(folder / "config.json")

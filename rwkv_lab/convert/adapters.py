@@ -72,6 +72,11 @@ def _format(adapter: Adapter, spec: ConvertSpec) -> ForeignFormat:
     Raises:
         LayoutError: none has, or several have.
     """
+    if not any(f.target == spec.to and f.container == "folder" for f in FOREIGN_FORMATS.values()):
+        raise LayoutError(
+            f"to={spec.to!r}: what reads it takes no folder of Hugging Face's peft.\n"
+            f"Merge the adapter into its base, then convert the merged model to {spec.to}."
+        )
     names = [f"{x}.weight" for x in adapter.targets]
     versions = possible_versions([*names, *adapter.full])[0]
     if spec.generation:

@@ -50,7 +50,8 @@ def convert(
     Args:
         source: a model, adapter or state: .pth, .safetensors, .gguf, or a folder, also of another ecosystem.
             None where `repo_id` is given.
-        to: "transformers", "fla", "world", … for what reads it, or "safetensors" and "pth" for BlinkDL's own names.
+        to: "transformers", "fla", "world", … for what reads it, "safetensors" and "pth" for BlinkDL's own names,
+            "state" for the tuned state of a model alone.
         out: a folder for "transformers", "fla" and "world", a file for the others. An adapter becomes a folder of
             Hugging Face's peft unless `out` ends in .pth or .safetensors; a state becomes a file.
         repo_id: instead of `source`, "owner/name" of a model on the Hugging Face Hub.

@@ -37,9 +37,7 @@ def state_output(ck: Checkpoint, spec: ConvertSpec) -> Output:
     Raises:
         LayoutError: what reads this format takes no state, or there is none.
     """
-    states = {name: info for name, info in ck.info.items() if name.endswith(_STATE)}
-    if not states:
-        raise LayoutError(f"to={spec.to!r}: {ck.path} ({ck.kind}) holds no tuned state, no tensor called …{_STATE}.")
+    states = _states(ck, spec.to)
     if spec.to == STATE:
         content = [copied(n, (n,), info, info.shape, spec.output_dtype or info.dtype) for n, info in states.items()]
         return Output(spec, CONTAINERS[STATE], content, dropped=_others(ck, states))
@@ -59,6 +57,28 @@ def state_output(ck: Checkpoint, spec: ConvertSpec) -> Output:
         content.append(computed(theirs, (name,), compute, shape, dtype, row.transform.described))
     note = {FORMAT_NOTE: known.name}
     return Output(spec, CONTAINERS["safetensors"], content, known, dropped=_others(ck, states), file_notes=note)
+
+
+def _states(ck: Checkpoint, to: str) -> dict[str, TensorInfo]:
+    """The states of every layer.
+
+    Raises:
+        LayoutError: there are none, or not of every layer, or of no shape [H, V, K].
+    """
+    if ck.kind not in ("state", "model"):
+        raise LayoutError(f"to={to!r} takes a model or a tuned state; {ck.path} is of kind {ck.kind!r}: {ck.reason}.")
+    states = {name: info for name, info in ck.info.items() if name.endswith(_STATE)}
+    if not states:
+        raise LayoutError(f"to={to!r}: {ck.path} holds no tuned state, no tensor called …{_STATE}.")
+    layers, several = sorted(general_name(name)[1] for name in states), len({info.shape for info in states.values()})
+    if layers != list(range(ck.layout.n_layer if ck.layout else len(states))):
+        raise LayoutError(f"{ck.path} has tuned states of layers {', '.join(map(str, layers[:9]))} only.")
+    shape = next(iter(states.values())).shape
+    if several > 1 or len(shape) not in (2, 3) or shape[-1] != shape[-2]:
+        raise LayoutError(
+            f"{ck.path}: tuned states of shape {list(shape)}; [heads, N, N] is expected, the same in all."
+        )
+    return states
 
 
 def _format(target: str, layout: Layout | None) -> ForeignFormat:

@@ -68,7 +68,9 @@ def _is_rwkv5(names: Iterable[str], facts: Facts) -> bool:
     """BlinkDL's own RWKV-5.0 and 5.1 have a `time_first` with one value per head, RWKV-4 has no norm over heads."""
     numel = {name.rpartition(".")[2]: math.prod(shape) for name, shape in facts.shapes.items() if ".att." in name}
     channels = next((math.prod(s) for n, s in facts.shapes.items() if n.endswith(".att.ln_x.weight")), None)
-    return channels is not None and numel.get("time_first") == numel.get("time_decay") == channels
+    if channels is None or "time_faaaa" in numel:
+        return False
+    return numel.get("time_first") == numel.get("time_decay") == channels
 
 
 def _is_rwkv6(names: Iterable[str], facts: Facts) -> bool:

@@ -1,0 +1,198 @@
+"""Sources that cannot be converted: each is refused by a message that names what is wrong, and nothing is left."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from models import LAYOUTS, random_lora, random_model, random_state, snapshot
+
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
+from rwkv_lab.convert import convert
+from rwkv_lab.errors import CorruptFileError, LayoutError, OutputError, RwkvLabError, UnsafeFileError
+
+INDEX, NORM = "model.safetensors.index.json", "model.norm.weight"
+
+
+def refused(error, message, source, to, out, **options):
+    before = snapshot(out.parent)
+    with pytest.raises(error, match=message) as e:
+        convert(source, to, out, **options)
+    assert len(str(e.value).splitlines()) <= 3 and snapshot(out.parent) == before
+
+
+@pytest.mark.parametrize("to", ["pth", "transformers", "web-rwkv"])
+@pytest.mark.parametrize("key", ["_strategy", "_version", "_rescale_layer", "blocks.0.att.key.weight_mx"])
+@pytest.mark.parametrize("value", ["cpu fp16", 6, torch.ones(3)])
+def test_files_that_chatrwkv_converted(key, value, to, tmp_path):
+    torch.save(random_model(LAYOUTS["5.2"]) | {key: value}, tmp_path / "m.pth")
+    out = tmp_path / {"pth": "out.pth", "transformers": "out", "web-rwkv": "out.st"}[to]
+    refused(LayoutError, "converted by ChatRWKV.*use the original", tmp_path / "m.pth", to, out)
+    with open_checkpoint(tmp_path / "m.pth") as ck:
+        assert ck.kind == "converted"
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of shards."""
+    write_checkpoint(tmp_path / "m.pth", random_model())
+    (tmp_path / "in").mkdir()
+    folder = convert(tmp_path / "m.pth", "fla", tmp_path / "in" / "folder", max_shard_size="3KB").out
+    return folder, sorted(p.name for p in folder.glob("model-*"))
+
+
+def changed_index(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps(change(index)))
+
+
+def elsewhere(shard):
+    return lambda index: index | {"weight_map": index["weight_map"] | {NORM: shard}}
+
+
+INDEXES = {
+    "below": (elsewhere("../m.pth"), UnsafeFileError, "outside its folder; nothing was opened"),
+    "absolute": (elsewhere("/etc/passwd"), UnsafeFileError, "outside its folder"),
+    "in a subfolder": (elsewhere("a/b.safetensors"), UnsafeFileError, "outside its folder"),
+    "nothing": (elsewhere(""), UnsafeFileError, "outside its folder"),
+    "the folder itself": (elsewhere("."), UnsafeFileError, "outside its folder"),
+    "a shard that is missing": (elsewhere("model-00099-of-00099.safetensors"), LayoutError, "not there; download it"),
+    "the index itself": (elsewhere(INDEX), CorruptFileError, "JSON text, which holds no tensors"),
+    "a number": (elsewhere(5), LayoutError, "no weight_map of names to files"),
+    "no map": (lambda index: {"metadata": {}}, LayoutError, "no weight_map"),
+    "an empty map": (lambda index: {"weight_map": {}}, LayoutError, "there is no tensor"),
+    "a list": (lambda index: [index], CorruptFileError, "holds a list"),
+    "a tensor that no shard has": (
+        lambda index: {"weight_map": index["weight_map"] | {"odd": index["weight_map"][NORM]}},
+        LayoutError,
+        "lists odd in .*; it is not there",
+    ),
+    "a tensor left out": (
+        lambda index: {"weight_map": {n: s for n, s in index["weight_map"].items() if n != NORM}},
+        LayoutError,
+        f"does not list {NORM}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_an_index_that_leads_astray(name, shards, tmp_path):
+    change, error, message = INDEXES[name]
+    changed_index(shards[0], change)
+    refused(error, message, shards[0], "pth", tmp_path / "out.pth")
+
+
+def _missing(folder, names):
+    (folder / names[1]).unlink()
+
+
+def _is_a_folder(folder, names):
+    _missing(folder, names)
+    (folder / names[1]).mkdir()
+
+
+def _leads_out(folder, names):
+    shutil.move(folder / names[1], folder.parent / "outside.safetensors")
+    (folder / names[1]).symlink_to(folder.parent / "outside.safetensors")
+
+
+def _circle(folder, names):
+    _missing(folder, names)
+    (folder / names[1]).symlink_to(names[1])
+
+
+def _same_twice(folder, names):
+    shutil.copy(folder / names[0], folder / names[1])
+
+
+def _cut_off(folder, names):
+    (folder / names[1]).write_bytes((folder / names[1]).read_bytes()[:-1])
+
+
+SHARDS = [
+    (_missing, LayoutError, "-00002-of-.*not there; download it too"),
+    (_is_a_folder, LayoutError, "-00002-of-.*not there"),
+    (_leads_out, UnsafeFileError, "-00002-of-.*outside its folder; nothing was opened"),
+    (_circle, UnsafeFileError, "-00002-of-.*outside its folder"),
+    (_same_twice, LayoutError, "-00002-of-.* too; a tensor may be in one file only"),
+    (_cut_off, CorruptFileError, "-00002-of-"),
+    (lambda folder, names: (folder / INDEX).unlink(), LayoutError, f"no index of them, {INDEX}; download it too"),
+    (lambda folder, names: (folder / INDEX).write_text("{"), CorruptFileError, "is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), SHARDS)
+def test_shards_that_are_missing_or_something_else(change, error, message, shards, tmp_path):
+    change(*shards)
+    refused(error, message, shards[0], "pth", tmp_path / "out.pth")
+
+
+@pytest.mark.parametrize(
+    ("to", "out"), [("pth", "o.pth"), ("gguf", "o.gguf"), ("web-rwkv", "o.st"), ("state", "o.pth")]
+)
+def test_one_shard_given_alone(to, out, shards, tmp_path):
+    for name in shards[1]:
+        refused(LayoutError, "it is shard . of .: give the folder", shards[0] / name, to, tmp_path / out)
+    refused(CorruptFileError, "JSON text.*give the folder", shards[0] / INDEX, to, tmp_path / out)
+
+
+def test_shards_in_the_way(shards, tmp_path):
+    """Those of an older output are gone with it, and without overwrite nothing is touched."""
+    folder, names = shards
+    refused(OutputError, "exists. Choose another output", tmp_path / "m.pth", "fla", folder)
+    (folder / "model-00042-of-00042.safetensors").write_bytes(b"old")
+    out = convert(tmp_path / "m.pth", "fla", folder, overwrite=True).out
+    assert not list(out.glob("model-*")) and not (out / INDEX).exists() and (out / "model.safetensors").exists()
+
+
+COLLIDING = [
+    ("7.0", {"module.blocks.0.ln1.weight": torch.ones(16)}, "fla", "out", "are the same tensor"),
+    ("6.0", {"blocks.0.att.time_mix_k": torch.ones(1, 1, 16)}, "web-rwkv", "out.st", "time_mix_k"),
+    ("5.2", {"blocks.0.att.time_first": torch.ones(4, 4)}, "web-rwkv", "out.st", "blocks.0.att.time_first"),
+    ("7.0", {"model.layers.0.attn.k_k": torch.ones(16)}, "fla", "out", "both mean blocks.0.att.k_k"),
+    (
+        "4.0",
+        {"rwkv.blocks.0.ln1.weight": torch.ones(16)},
+        "transformers",
+        "out",
+        "no place in .*: rwkv.blocks.0.ln1.weight",
+    ),
+]
+
+
+@pytest.mark.parametrize(("version", "more", "to", "out", "message"), COLLIDING)
+def test_names_that_collide(version, more, to, out, message, tmp_path):
+    write_checkpoint(tmp_path / "m.pth", random_model(LAYOUTS[version]) | more)
+    refused(LayoutError, message, tmp_path / "m.pth", to, tmp_path / out)
+
+
+@pytest.mark.parametrize(("to", "out"), [("gguf", "o.gguf"), ("gguf", "o"), ("web-rwkv", "o.st"), ("web-rwkv", "o")])
+def test_programs_that_take_no_adapter(to, out, tmp_path):
+    write_checkpoint(tmp_path / "lora.pth", random_lora())
+    refused(LayoutError, "Merge the adapter into its base", tmp_path / "lora.pth", to, tmp_path / out, alpha=4)
+
+
+STATES = [
+    ({1: torch.ones(4, 4, 4)}, "of layers 1 only"),
+    ({0: torch.ones(4, 4, 4), 2: torch.ones(4, 4, 4)}, "of layers 0, 2 only"),
+    ({0: torch.ones(5)}, r"of shape \[5\]"),
+    ({0: torch.ones(4, 4, 5)}, r"of shape \[4, 4, 5\]"),
+    ({0: torch.ones(1, 4, 4, 4)}, r"of shape \[1, 4, 4, 4\]"),
+    ({0: torch.ones(4, 4, 4), 1: torch.ones(2, 8, 8)}, "the same in all"),
+]
+
+
+@pytest.mark.parametrize(("states", "message"), STATES)
+@pytest.mark.parametrize(("to", "out"), [("state", "o.pth"), ("web-rwkv", "o.st"), ("fla", "o.safetensors")])
+def test_states_that_are_not_of_one_model(to, out, states, message, tmp_path):
+    write_checkpoint(tmp_path / "s.pth", {f"blocks.{i}.att.time_state": t for i, t in states.items()})
+    refused(LayoutError, message, tmp_path / "s.pth", to, tmp_path / out)
+
+
+@pytest.mark.parametrize("content", [random_lora(), {"blocks.0.ln1.weight": torch.ones(16)}])
+def test_a_state_of_what_has_none(content, tmp_path):
+    write_checkpoint(tmp_path / "x.pth", content)
+    refused(LayoutError, "takes a model or a tuned state", tmp_path / "x.pth", "state", tmp_path / "o.pth")
+    write_checkpoint(tmp_path / "s.pth", random_state())
+    with pytest.raises(RwkvLabError, match="must end in .pth"):
+        convert(tmp_path / "s.pth", "state", tmp_path / "o.safetensors")
