@@ -339,7 +339,7 @@ def _open_folder(ck: Checkpoint, folder: Path) -> None:
             raise LayoutError(advice)
         there = sorted(p.name for p in folder.iterdir())
         if shard := next((name for name in there if _SHARD.search(name)), None):
-            raise LayoutError(f"{folder} has shards ({shard}) and no index of them, {_INDEXES[0]}; download it too.")
+            raise LayoutError(f"{folder} has shards ({shard}) and no index of them, {INDEXES[0]}; download it too.")
         there = there[:8]
         raise LayoutError(f"{folder} holds none of {', '.join(names)}.\nIt holds: {', '.join(there) or 'nothing'}")
     if (folder / "config.json").is_file():
