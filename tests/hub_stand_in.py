@@ -67,6 +67,8 @@ class Hub(ThreadingHTTPServer):
         self.stored: dict[str, bytes] = {}  # large files by SHA-256
         self.failures: list[Failure] = []
         self.requests: list[str] = []
+        self.sent: list[int] = []  # bytes of each answer
+        self.ranges = True  # whether parts of a file are handed out
         self.address = f"http://127.0.0.1:{self.server_port}"
         self.store = f"http://localhost:{self.server_port}"  # another host to clients
 
@@ -138,6 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data) if self.command != "HEAD" else size))
         self.end_headers()
         if self.command != "HEAD":
+            self.server.sent.append(len(data))
             self.wfile.write(data if after < 0 else data[:after])
         if after >= 0:
             self.close_connection = True
@@ -206,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.failure and self.failure.damage:
             data = bytes([data[0] ^ 1]) + data[1:]
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if not asked:
+        if not asked or not self.server.ranges:
             return self.send(200, data, headers, len(data))
         first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
         headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"

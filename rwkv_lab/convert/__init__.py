@@ -2,8 +2,9 @@
 
 import rwkv_lab.convert.gguf_file  # noqa: F401  # makes the container known
 from rwkv_lab.convert.convert import convert, run_convert, to_gguf, to_huggingface, to_pth, to_safetensors
+from rwkv_lab.convert.hub import Pushed
 from rwkv_lab.convert.hub_download import Download, download
-from rwkv_lab.convert.hub_push import Pushed, push_to_hub
+from rwkv_lab.convert.hub_push import push_to_hub
 from rwkv_lab.convert.logits import compare_logits
 from rwkv_lab.convert.plan import ConvertPlan, ConvertResult, ConvertRow, Dropped, Rounding
 from rwkv_lab.convert.planning import plan_convert

@@ -8,7 +8,7 @@ import torch
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import open_checkpoint
-from rwkv_lab.convert.hub_download import find_source
+from rwkv_lab.convert.hub_download import source_of
 from rwkv_lab.convert.plan import ConvertResult
 from rwkv_lab.convert.planning import plan_convert
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
@@ -111,7 +111,7 @@ def to_huggingface(source: AnyPath | None = None, out: AnyPath = "", **options: 
     """
     asked = {name: options[name] for name in ("repo_id", "file", "revision") if name in options}
     spec = ConvertSpec.read({"source": source, "to": "transformers", **asked})  # which target is not known yet
-    with open_checkpoint(find_source(spec)[0]) as ck:
+    with source_of(spec, headers=True) as (path, _), open_checkpoint(path) as ck:
         if ck.layout is None:
             raise LayoutError(f"{ck.path} is no whole model ({ck.kind}): {ck.reason}.")
         target = hugging_face_target(ck.layout)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from rwkv_lab.checks import Check
 from rwkv_lab.errors import CorruptFileError, HubError, HubUnreachableError, OutputError, ParameterError, RwkvLabError
 
 if TYPE_CHECKING:
@@ -29,6 +30,27 @@ class HubFile:
     name: str  # with the folders it is in
     bytes: int
     sha256: str  # "" of small files, which the Hub keeps in git
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was uploaded."""
+
+    repo_id: str
+    url: str  # of the commit
+    commit: str
+    private: bool
+    files: tuple[str, ...]  # that were uploaded, the model card among them
+    replaced: tuple[str, ...]  # those of them that were there before with other contents
+    checks: tuple[Check, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What happened, in words."""
+        seen = "private" if self.private else "public"
+        note = f"{len(self.files)} files were uploaded to {self.repo_id}, which is {seen}: {self.url}"
+        was = f"Replaced there: {', '.join(self.replaced)}; the versions before are in its history."
+        return (note, was) if self.replaced else (note,)
 
 
 def require_hub(what: str) -> None:

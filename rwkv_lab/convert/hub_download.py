@@ -8,15 +8,19 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint.open import ADAPTERS, INDEXES, SINGLES
 from rwkv_lab.convert.hub import HubFile, hub_api, refusals_in_words, require_hub
+from rwkv_lab.convert.hub_headers import NoRangesError, headers_only
 from rwkv_lab.convert.spec import ConvertSpec
 from rwkv_lab.errors import CorruptFileError, HubError, HubUnreachableError, LayoutError, OutputError, ParameterError
 from rwkv_lab.machine import disk_free
@@ -51,12 +55,15 @@ class Download:
     path: Path  # what to open: a file, or a folder
     fetched: int  # bytes that were not in the cache before
     unreached: str = ""
+    left: int = 0  # bytes that are still to be downloaded: only headers were read
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Where it comes from, in words."""
         size = human_bytes(sum(file.bytes for file in self.files))
         came = f"{human_bytes(self.fetched)} were downloaded" if self.fetched else "from the cache of earlier downloads"
+        if self.left:
+            came = f"of which {human_bytes(self.left)} will be downloaded; only headers were read"
         note = f"The source is {self.repo_id} on the Hugging Face Hub, commit {self.commit[:12]}: {size}, {came}."
         if not self.unreached:
             return (note,)
@@ -87,16 +94,38 @@ def download(repo_id: str, file: str = "", revision: str = "") -> Download:
     return fetch(repository, *needed(repository, file.strip("/")))
 
 
-def find_source(spec: ConvertSpec) -> tuple[Path, Download | None]:
-    """(what a conversion opens, how it came from the Hub).
+@contextmanager
+def source_of(spec: ConvertSpec, headers: bool = False) -> Iterator[tuple[Path, Download | None]]:
+    """(what a conversion opens, how it came from the Hub), for the time of the block.
 
+    Args:
+        headers: headers are enough: of what is not in the cache, nothing more is downloaded if the server allows it.
     Raises:
         RwkvLabError: as `download`.
     """
     if spec.source is not None:
-        return spec.source, None
-    found = download(spec.repo_id, spec.file, spec.revision)
-    return found.path, found
+        yield spec.source, None
+        return
+    repository = find_repository(spec.repo_id, spec.revision)
+    name, files = needed(repository, spec.file.strip("/"))
+    missing = [file for file in files if _cached(repository, file.name) is None]
+    if headers and missing and not repository.unreached:
+        with TemporaryDirectory(prefix="rwkv_lab") as folder:
+            try:
+                small, inside = partial(_small, repository), Path(folder) / repository.commit  # named as in the cache
+                path = headers_only(repository.repo_id, repository.commit, name, files, inside, small)
+            except NoRangesError:
+                log.info("%s: it has to be downloaded to read its header", repository.repo_id)
+            else:
+                left = sum(file.bytes for file in missing)
+                yield path, Download(repository.repo_id, repository.commit, tuple(files), path, 0, left=left)
+                return
+    found = fetch(repository, name, files)
+    yield found.path, found
+
+
+def _small(repository: Repository, file: HubFile) -> Path:
+    return _fetch_file(repository, file, _cached(repository, file.name) is None)
 
 
 def find_repository(repo_id: str, revision: str = "") -> Repository:

@@ -7,7 +7,6 @@ import hashlib
 import io
 import logging
 import warnings
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checkpoint.provenance import provenance_path
 from rwkv_lab.checks import Check
-from rwkv_lab.convert.hub import has_token, hub_api, refusals_in_words, require_hub
+from rwkv_lab.convert.hub import Pushed, has_token, hub_api, refusals_in_words, require_hub
 from rwkv_lab.convert.model_card import model_card
 from rwkv_lab.convert.spec import ConvertOptions
 from rwkv_lab.errors import HubError, LayoutError, RwkvLabError
@@ -27,27 +26,6 @@ from rwkv_lab.version import __version__
 log = logging.getLogger(__name__)
 
 CARD = "README.md"
-
-
-@dataclass(frozen=True)
-class Pushed:
-    """What was uploaded."""
-
-    repo_id: str
-    url: str  # of the commit
-    commit: str
-    private: bool
-    files: tuple[str, ...]  # that were uploaded, the model card among them
-    replaced: tuple[str, ...]  # those of them that were there before with other contents
-    checks: tuple[Check, ...]
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What happened, in words."""
-        seen = "private" if self.private else "public"
-        note = f"{len(self.files)} files were uploaded to {self.repo_id}, which is {seen}: {self.url}"
-        was = f"Replaced there: {', '.join(self.replaced)}; the versions before are in its history."
-        return (note, was) if self.replaced else (note,)
 
 
 def plan_push(options: ConvertOptions) -> tuple[str, ...]:

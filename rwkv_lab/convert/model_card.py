@@ -4,6 +4,7 @@ What a provenance holds may have come with a file by others: it stands in the ca
 """
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,44 +13,20 @@ import yaml
 
 from rwkv_lab.checkpoint import Checkpoint
 from rwkv_lab.checkpoint.provenance import provenance_of
+from rwkv_lab.convert.usage import usage_of
 from rwkv_lab.dtypes import short_name
 from rwkv_lab.progress import human_bytes
 
 _DONE = {"convert": "Converted", "merge": "Merged"}
 _SHOWN = 20  # names in a list; of more, their number is added
 
-# target -> (library_name of the Hub, code that loads it; {repo} and {file} are filled in)
-_LOADING = {
-    "transformers": (
-        "transformers",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)',
-    ),
-    "fla": (
-        "transformers",
-        "import fla  # flash-linear-attention; for RWKV-7 also: from rwkv7_hf.modeling_rwkv7 import RWKV7ForCausalLM\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("{repo}")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)',
-    ),
-    "gguf": (
-        "gguf",
-        'from llama_cpp import Llama  # llama-cpp-python\n\nmodel = Llama.from_pretrained("{repo}", filename="{file}")',
-    ),
+_LIBRARIES = {  # of the Hub, by target
+    "transformers": "transformers",
+    "fla": "transformers",
+    "world": "transformers",
+    "gguf": "gguf",
+    "peft": "peft",
 }
-_OF_A_FILE = (
-    "from huggingface_hub import hf_hub_download\nfrom rwkv_lab import RWKV_Dual\n\n"
-    'model = RWKV_Dual.from_pretrained(hf_hub_download("{repo}", "{file}"))'
-)
-_OF_A_FOLDER = (
-    "from huggingface_hub import snapshot_download\nfrom rwkv_lab import RWKV_Dual\n\n"
-    'model = RWKV_Dual.from_pretrained(snapshot_download("{repo}"))'
-)
-_NO_MODEL = (
-    "from rwkv_lab import merge\n\n"
-    'merge("the base it was trained on.pth", "{file}", "merged.pth")  # after a download of {repo}'
-)
 
 
 def model_card(ck: Checkpoint, repo_id: str, licence: str) -> str:
@@ -62,7 +39,8 @@ def model_card(ck: Checkpoint, repo_id: str, licence: str) -> str:
     records = list(_records(provenance_of(ck)))
     front = yaml.safe_dump(_front_matter(ck, records, licence), sort_keys=False, allow_unicode=True)
     name = repo_id.rpartition("/")[2]
-    parts = [f"---\n{front}---\n# {name}", _described(ck), "## Loading", _loading(ck, repo_id), "## How it was made"]
+    parts = [f"---\n{front}---\n# {name}", _described(ck), "## Loading", *_loading(ck, repo_id)]
+    parts.append("## How it was made")
     parts.append("\n".join(_steps(ck, records)))
     dropped = list(_dropped(records))
     if dropped:
@@ -93,8 +71,7 @@ def _front_matter(ck: Checkpoint, records: list[dict[str, Any]], licence: str) -
         front["base_model_relation"] = "quantized"
     if licence:
         front["license"] = licence
-    library = "peft" if target == "peft" else _LOADING.get(target, ("",))[0]
-    front |= {"library_name": library} if library else {}
+    front |= {"library_name": _LIBRARIES[target]} if target in _LIBRARIES else {}
     front |= {"pipeline_tag": "text-generation"} if ck.layout is not None else {}
     generation = [f"rwkv{ck.layout.version.split('.')[0]}"] if ck.layout is not None else []
     front["tags"] = list(dict.fromkeys(["rwkv", *generation, target, *([] if ck.layout else [ck.kind]), "rwkv_lab"]))
@@ -123,20 +100,16 @@ def _described(ck: Checkpoint) -> str:
     return f"{what}.\n\n{form[0].upper()}{form[1:]}; {len(ck.info)} tensors ({counted}), {human_bytes(ck.bytes)}."
 
 
-def _loading(ck: Checkpoint, repo_id: str) -> str:
-    target, file = _target(ck), ck.path.name
+def _loading(ck: Checkpoint, repo_id: str) -> Iterator[str]:
+    """How to download it, and the lines that load it with each program that reads it."""
     folder = ck.path.is_dir()
-    ours = (_OF_A_FOLDER if folder else _OF_A_FILE) if ck.layout is not None else _NO_MODEL
-    named = {"repo": repo_id, "file": "its folder" if folder else file}
-    codes = [_LOADING[target][1]] if target in _LOADING and ck.layout is not None else []
-    if target == "peft":
-        codes = [f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "{repo_id}")']
-    if folder and not (ck.path / "tokenizer_config.json").is_file():
-        codes = [re.sub(r"\ntokenizer = .*|, AutoTokenizer", "", code) for code in codes]
-    texts = [f"```python\n{code.format(**named)}\n```" for code in [*codes, ours]]
-    if target == "world":
-        texts.insert(0, "The folder has no modelling code of its own: that of the World repositories reads it.")
-    return "\n\n".join(texts)
+    name = repo_id.rpartition("/")[2] if folder else ck.path.name
+    where = shlex.join(["--local-dir", name] if folder else [name, "--local-dir", "."])
+    yield f"```sh\nhf download {repo_id} {where}\n```"
+    tokenizer = not folder or (ck.path / "tokenizer_config.json").is_file()
+    for way in usage_of(ck, name):
+        code = way.code if tokenizer else re.sub(r".*\bAutoTokenizer\b.*\n?", "", way.code).strip()
+        yield f"With {way.program}:\n\n```python\n{code}\n```"
 
 
 def _steps(ck: Checkpoint, records: list[dict[str, Any]]) -> Iterator[str]:

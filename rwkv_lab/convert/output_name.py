@@ -4,7 +4,7 @@ from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checkpoint.foreign_format import FOREIGN_FORMATS
 from rwkv_lab.convert.adapters import is_adapter
 from rwkv_lab.convert.containers import CONTAINERS
-from rwkv_lab.convert.hub_download import find_source
+from rwkv_lab.convert.hub_download import source_of
 from rwkv_lab.convert.spec import ConvertSpec
 from rwkv_lab.convert.targets import PLAIN
 
@@ -18,7 +18,7 @@ def output_name(spec: ConvertSpec, stem: str = "converted") -> str:
     """
     if spec.to in PLAIN:
         return stem + CONTAINERS[spec.to].suffixes[0]
-    with open_checkpoint(find_source(spec)[0]) as ck:
+    with source_of(spec, headers=True) as (path, _), open_checkpoint(path) as ck:
         if is_adapter(ck):
             return stem  # a folder of peft
         if ck.kind == "state":

@@ -12,7 +12,7 @@ from rwkv_lab.checkpoint.foreign_format import ForeignFormat
 from rwkv_lab.checkpoint.unchanged import FileState, refuse_changed, refuse_changed_header
 from rwkv_lab.checks import Check
 from rwkv_lab.convert.containers import Container, Content
-from rwkv_lab.convert.hub_push import Pushed
+from rwkv_lab.convert.hub import Pushed
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
 from rwkv_lab.progress import human_bytes
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.arguments import checked
-from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, file_facts, open_checkpoint, tensors_of
+from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, tensors_of
 from rwkv_lab.checkpoint.dimensions import Shape
 from rwkv_lab.checkpoint.foreign_format import (
     FORMAT_NOTE,
@@ -31,7 +31,7 @@ from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
 from rwkv_lab.checkpoint.unchanged import file_states
 from rwkv_lab.convert.adapters import adapter_output, is_adapter
 from rwkv_lab.convert.containers import CONTAINERS, Container, Content
-from rwkv_lab.convert.hub_download import Download, find_source
+from rwkv_lab.convert.hub_download import Download, source_of
 from rwkv_lab.convert.hub_push import plan_push
 from rwkv_lab.convert.made_from import made_from
 from rwkv_lab.convert.output import Output, Tensors, copied
@@ -70,8 +70,7 @@ def plan_convert(spec: ConvertSpec, out: str | Path, options: ConvertOptions | N
     if spec.repo_id:  # before a download of gigabytes
         check_output(path, [], options.allowed_dir, options.overwrite)
     push_notes = plan_push(options)
-    source, downloaded = find_source(spec)
-    with ExitStack() as stack:
+    with ExitStack() as stack, source_of(spec, headers=options.dry_run) as (source, downloaded):
         ck = stack.enter_context(open_checkpoint(source))
         plan = _plan(ck, spec, path, options, downloaded, push_notes)
         stack.pop_all()
@@ -89,7 +88,7 @@ def _plan(
     output = _output(ck, spec, out)
     _check_out(out, output.container, ck, options)
     _refuse_collisions(output.content)
-    source, tensors = file_facts(ck), [tensor for _, tensor in output.content]
+    source, tensors = _facts(ck, downloaded), [tensor for _, tensor in output.content]
     notes = made_from(output, ck, source, downloaded) | dict(output.file_notes)
     content = Content(tensors, notes, output.others, output.spec.max_shard_size, output.layout, output.tokenizer)
     size, memory = output.container.size(content), _memory_needed(ck, output.content)
@@ -121,6 +120,13 @@ def _plan(
         states=file_states(ck),
         content=content,
     )
+
+
+def _facts(ck: Checkpoint, downloaded: Download | None) -> FileFacts:
+    """Of the source; the fingerprint is not known yet where that takes tensors that have not been downloaded."""
+    facts = file_facts(ck)
+    unknown = downloaded is not None and downloaded.left and any(t.crc32 is None for t in ck.stored.values())
+    return replace(facts, fingerprint="records:" + "?" * 64) if unknown else facts
 
 
 def _output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:

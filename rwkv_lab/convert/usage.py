@@ -1,7 +1,11 @@
 """Where an output is used: which programs read it, and the lines of Python that load it with them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from rwkv_lab.checkpoint import Checkpoint, Layout
+from rwkv_lab.checkpoint.foreign_format import ForeignFormat
+from rwkv_lab.convert.adapters import is_adapter
 from rwkv_lab.convert.plan import ConvertPlan
 
 _MODEL = """
@@ -50,26 +54,36 @@ class Usage:
 
 def usage(plan: ConvertPlan) -> list[Usage]:
     """Where the output of a plan is used, the program it was written for first; paths are the output's name alone."""
-    return [Usage(program, _filled(code, plan)) for program, code in _ways(plan)]
+    folder, known = plan.container.is_folder, plan.format
+    ways = _adapter_ways(folder) if plan.as_adapter else _ways(plan.kind, plan.layout, known, plan.out.suffix)
+    return [Usage(program, _filled(code, plan.out, known)) for program, code in ways]
 
 
-def _ways(plan: ConvertPlan) -> list[tuple[str, str]]:
-    known = plan.format
-    if plan.as_adapter:
-        return [("peft", _PEFT), ("rwkv_lab", _ADAPTER)] if plan.container.is_folder else [("rwkv_lab", _ADAPTER)]
-    if plan.layout is not None and known is not None:
+def usage_of(ck: Checkpoint, name: str) -> list[Usage]:
+    """As `usage`, of a checkpoint under another name."""
+    known = ck.foreign_format
+    ways = _adapter_ways(ck.path.is_dir()) if is_adapter(ck) else _ways(ck.kind, ck.layout, known, ck.path.suffix)
+    return [Usage(program, _filled(code, Path(name), known)) for program, code in ways]
+
+
+def _adapter_ways(folder: bool) -> list[tuple[str, str]]:
+    return [("peft", _PEFT), ("rwkv_lab", _ADAPTER)] if folder else [("rwkv_lab", _ADAPTER)]
+
+
+def _ways(kind: str, layout: Layout | None, known: ForeignFormat | None, suffix: str) -> list[tuple[str, str]]:
+    if layout is not None and known is not None:
         return [(known.read_by, known.use), ("rwkv_lab", _MODEL)] if known.use else [("rwkv_lab", _MODEL)]
-    if plan.layout is not None:
-        package = [("rwkv, BlinkDL's package", _RWKV_PACKAGE)] if plan.out.suffix == ".pth" else []
+    if layout is not None:
+        package = [("rwkv, BlinkDL's package", _RWKV_PACKAGE)] if suffix == ".pth" else []
         return [("rwkv_lab", _MODEL), *package]
     if known is not None:
         return [(known.read_by, _THEIR_STATE), ("rwkv_lab", _STATE)]
-    return [("rwkv_lab", {"state": _STATE}.get(plan.kind, _PART))]
+    return [("rwkv_lab", {"state": _STATE}.get(kind, _PART))]
 
 
-def _filled(code: str, plan: ConvertPlan) -> str:
-    target = "BlinkDL's names" if plan.format is None else plan.format.described
-    words = {"path": plan.out.name, "stem": plan.out.stem, "target": target}
+def _filled(code: str, path: Path, known: ForeignFormat | None) -> str:
+    target = "BlinkDL's names" if known is None else known.described
+    words = {"path": path.name, "stem": path.stem, "target": target}
     for name, value in words.items():
         code = code.replace("{" + name + "}", value)
     return code.strip()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hub_stand_in import TOKEN, sha256
 from models import LAYOUTS, random_lora, random_model, same, snapshot
+from random_models import make_layout, write_model
 
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.convert import ConvertSpec, compare_logits, convert, download, to_huggingface, to_pth
@@ -346,3 +347,61 @@ def test_the_command_goes_by_the_variables_of_the_hub(hub, environment, model, t
     done = run(nowhere, *words, "--overwrite")
     assert done.returncode == 1 and "The Hugging Face Hub (127.0.0.1:9) cannot be reached" in done.stderr
     assert done.stderr.count("\n") <= 3 and "Traceback" not in done.stderr
+
+
+# A dry run reads headers alone.
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A model of 12 MB as .pth, sharded folder and GGUF."""
+    folder = tmp_path_factory.mktemp("large")
+    write_model(folder / "m.pth", make_layout("7.0", n_layer=4, n_head=4, head_size=64, dim_ffn=1024, vocab_size=256))
+    convert(folder / "m.pth", "fla", folder / "shards", max_shard_size="4MB")
+    return folder
+
+
+def sent(hub) -> int:
+    return sum(hub.sent)
+
+
+@pytest.mark.parametrize("kind", ["pth", "folder", "safetensors", "gguf"])
+def test_dry_run_reads_headers_alone(kind, hub, large, tmp_path):
+    if kind == "gguf":
+        pytest.importorskip("gguf", reason="gguf is not installed")
+    if kind in ("gguf", "safetensors"):
+        convert(large / "m.pth", kind, tmp_path / f"m.{kind}")
+    path = {"pth": large / "m.pth", "folder": large / "shards"}.get(kind, tmp_path / f"m.{kind}")
+    files = folder_files(path) if path.is_dir() else {path.name: path.read_bytes()}
+    hub.add("owner/m", files)
+    size = sum(map(len, files.values()))
+    there = to_pth(repo_id="owner/m", out=tmp_path / "out.pth", dry_run=True).plan
+    here = to_pth(path, tmp_path / "out.pth", dry_run=True).plan
+    assert there.rows == here.rows and there.layout == here.layout
+    assert kind == "gguf" or sent(hub) < 0.8 * size
+    assert "will be downloaded; only headers were read" in there.notes[0]
+    assert kind != "pth" or there.source.fingerprint == here.source.fingerprint
+    assert kind == "pth" or there.source.fingerprint == "records:" + "?" * 64
+    assert not any(p.stat().st_size > 2**20 for p in (tmp_path / "cache").rglob("*") if p.is_file())
+    real = to_pth(repo_id="owner/m", out=tmp_path / "out.pth")
+    assert all(check.passed for check in real.checks) and real.plan.output_bytes == there.output_bytes
+    again = to_pth(repo_id="owner/m", out=tmp_path / "again.pth", dry_run=True)
+    assert "from the cache of earlier downloads" in again.notes[0]
+
+
+def test_to_huggingface_plans_from_headers(hub, large, tmp_path):
+    hub.add("owner/m", {"m.pth": (large / "m.pth").read_bytes()})
+    result = to_huggingface(repo_id="owner/m", out=tmp_path / "out", dry_run=True)
+    assert result.plan.spec.to == "fla" and "only headers were read" in result.notes[0]
+
+
+def test_a_server_without_ranges_and_damaged_headers(hub, large, tmp_path):
+    data = (large / "m.pth").read_bytes()
+    hub.add("owner/m", {"m.pth": data, "n.pth": data[:-30] + bytes(30), "text.pth": b"text " * 300_000})
+    with pytest.raises(CorruptFileError, match="text.pth is neither"):
+        to_pth(repo_id="owner/m", file="text.pth", out=tmp_path / "out.pth", dry_run=True)
+    with pytest.raises(CorruptFileError, match="its zip directory cannot be read"):
+        to_pth(repo_id="owner/m", file="n.pth", out=tmp_path / "out.pth", dry_run=True)
+    hub.ranges = False
+    result = to_pth(repo_id="owner/m", file="m.pth", out=tmp_path / "out.pth", dry_run=True)
+    assert "were downloaded" in result.notes[0] and not (tmp_path / "out.pth").exists()

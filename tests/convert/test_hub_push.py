@@ -259,7 +259,8 @@ def test_card_of_a_merge_that_was_downloaded(hub, token, tmp_path):
     assert f"`merged.pth`, SHA-256 `{sha256(repo.files['merged.pth'])}`" in text
     assert "## Left out\n\n- `blocks.0.att.v0`, `blocks.0.att.v1`" in text
     assert "`apache-2.0`, as stated by who uploaded this." in text and "RWKV-7.0: 2 layers" in text
-    assert 'AutoModelForCausalLM.from_pretrained("me/it")' in text
+    assert "hf download me/it --local-dir it\n" in text and 'RWKV7ForCausalLM.from_pretrained("it")' in text
+    assert "AutoTokenizer" not in text  # there is none
 
 
 def test_card_without_a_licence_or_a_base(hub, token, source):
@@ -267,7 +268,7 @@ def test_card_without_a_licence_or_a_base(hub, token, source):
     front, text = card_of(hub.repos["me/m"])
     assert "license" not in front and "base_model" not in front and "No licence is stated." in text
     assert "`model.pth` does not state how it was made." in text
-    assert 'RWKV_Dual.from_pretrained(hf_hub_download("me/m", "model.pth"))' in text
+    assert "hf download me/m model.pth --local-dir ." in text and 'RWKV_Dual.from_pretrained("model.pth")' in text
 
 
 def test_cards_of_other_kinds(hub, token, tmp_path):
@@ -282,7 +283,7 @@ def test_cards_of_other_kinds(hub, token, tmp_path):
         "adapter",
         "peft",
     )
-    assert 'PeftModel.from_pretrained(base_model, "me/lora")' in text
+    assert 'PeftModel.from_pretrained(model, "lora")' in text
     write_checkpoint(tmp_path / "state.pth", random_state())
     push_to_hub(tmp_path / "state.pth", "me/state")
     front, text = card_of(hub.repos["me/state"])
@@ -302,7 +303,7 @@ def test_card_of_a_quantised_file(hub, token, tmp_path):
         "quantized",
         "gguf",
     )
-    assert 'Llama.from_pretrained("me/q", filename="m.gguf")' in text and "in Q8_0" in text
+    assert 'Llama("m.gguf' in text.replace("model_path=", "") and "in Q8_0" in text
 
 
 def test_a_provenance_by_others_is_no_markup(hub, token, tmp_path):
