@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from rwkv_lab.arguments import checked
+from rwkv_lab.arguments import check_fields, checked
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model.generation import generate_stream
+from rwkv_lab.model.generation import check_callback, generate_stream, read_to_end
 from rwkv_lab.model.protocol import Model
 from rwkv_lab.spec import did_you_mean, unknown_name
 
@@ -23,7 +23,8 @@ _ROLES = {
     "tool": ("tool", "function", "observation", "ipython"),
 }
 _ROLE_FIELDS, _TEXT_FIELDS = ("role", "from"), ("content", "value")
-_WITHOUT_TEXT = ("id", "tool_call_id", "name", "type")  # say which call an answer belongs to; no template writes them
+UNWRITTEN = ("id", "tool_call_id", "name", "type")  # say which call an answer belongs to; no template writes them
+_OF_TEXT = (None, "text", "input_text", "output_text")  # types of parts of a content
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 
 
@@ -68,6 +69,7 @@ class ChatTemplate:
                 )
         if not self.assistant_end:
             raise ParameterError(f"ChatTemplate: assistant={self.assistant!r} needs something behind {{text}}: the end")
+        check_fields(self)
 
     @property
     def user_start(self) -> str:
@@ -169,9 +171,12 @@ def chat(
     Raises:
         ParameterError: no conversation, or one that ends with the assistant's turn; as `generate_stream`.
     """
+    check_callback(streaming_callback)
     template = chat_template(template)
     turns = render_turns(messages, template, tools, ignore)
-    if not turns or turns[-1].role == "assistant":
+    if not turns:
+        raise ParameterError("There is nothing to answer: no message has text.")
+    if turns[-1].role == "assistant":
         raise ParameterError("The last message is the assistant's; the model answers a user's or a tool's.")
     if stop is None:
         stop = template.assistant_end if think is None else template.assistant_end + template.user_start
@@ -181,11 +186,8 @@ def chat(
             raise unknown_name("chat", name, sorted(allowed))
     begin = {None: "", True: "<think", False: "<think></think"}[think]
     prompt = "".join(turn.text for turn in turns) + template.assistant_start + (begin and " " + begin)
-    stream = generate_stream(model, prompt, max_new_tokens, stop=stop, **options)
-    for token, text in stream:
-        if streaming_callback is not None and streaming_callback(token, text) is False:
-            stream.stop()
-    answer = stream.text if think is None else (begin + stream.text).removeprefix("<think></think>")
+    text = read_to_end(generate_stream(model, prompt, max_new_tokens, stop=stop, **options), streaming_callback)
+    answer = text if think is None else (begin + text).removeprefix("<think></think>")
     return answer.strip()
 
 
@@ -207,11 +209,11 @@ def _said(message: Any, where: str, ignore: set[str]) -> tuple[str, str]:
     role = _role(message, where)
     if len(given := [name for name in _TEXT_FIELDS if message.get(name)]) > 1:
         raise ParameterError(f"{where} has both {' and '.join(given)}; only one of them can be what was said.")
-    text = _text(next((message[name] for name in _TEXT_FIELDS if message.get(name) is not None), None), where)
+    text = _text(next((message[name] for name in _TEXT_FIELDS if message.get(name) is not None), None), where, ignore)
     if role == "assistant" and message.get("tool_calls"):
         text = "\n".join([*filter(None, [text]), *_calls(message["tool_calls"], where)])
         ignore = ignore | {"tool_calls"}
-    known = {*_ROLE_FIELDS, *_TEXT_FIELDS, *_WITHOUT_TEXT, *ignore}
+    known = {*_ROLE_FIELDS, *_TEXT_FIELDS, *UNWRITTEN, *ignore}
     if unused := [name for name, value in message.items() if name not in known and value not in (None, "", [], {})]:
         raise ParameterError(
             f"{where} ({role}) has {unused[0]!r}, which the template does not write.\n"
@@ -223,25 +225,44 @@ def _said(message: Any, where: str, ignore: set[str]) -> tuple[str, str]:
 
 
 def _role(message: Mapping[str, Any], where: str) -> str:
-    given = next((message[name] for name in _ROLE_FIELDS if message.get(name) is not None), None)
-    if given is None:
+    given = [message[name] for name in _ROLE_FIELDS if message.get(name) is not None]
+    if not given:
         raise ParameterError(f"{where} has no role; it must be one of {', '.join(_ROLES)}.")
-    role = next((role for role, names in _ROLES.items() if str(given).lower() in names), None)
-    if role is None:
-        hint = did_you_mean(str(given), [name for names in _ROLES.values() for name in names])
-        raise ParameterError(f"{where} has the role {given!r}; it must be one of {', '.join(_ROLES)}{hint}.")
-    return role
+    found = [next((role for role, names in _ROLES.items() if str(one).lower() in names), None) for one in given]
+    if None in found:
+        odd = given[found.index(None)]
+        hint = did_you_mean(str(odd), [name for names in _ROLES.values() for name in names])
+        raise ParameterError(f"{where} has the role {odd!r}; it must be one of {', '.join(_ROLES)}{hint}.")
+    if len({*found}) > 1:
+        raise ParameterError(f"{where} has the roles {given[0]!r} and {given[1]!r}; only one of them can be meant.")
+    return str(found[0])
 
 
-def _text(content: Any, where: str) -> str:
+def _text(content: Any, where: str, ignore: set[str]) -> str:
     """The text of a content, which may be a list of parts."""
     if content is None:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
-        return "".join(part["text"] for part in content)
-    raise ParameterError(f"{where}: its content is a {type(content).__name__}, or has parts that are no text.")
+    if not isinstance(content, list):
+        raise ParameterError(f"{where}: its content must be a text or a list of parts; it is {type(content).__name__}.")
+    return "".join(_part(part, f"{where}, part {n} of its content", ignore) for n, part in enumerate(content, 1))
+
+
+def _part(part: Any, where: str, ignore: set[str]) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise ParameterError(f"{where} must be a text; it is {type(part).__name__}.")
+    if part.get("type") not in _OF_TEXT or not isinstance(part.get("text"), str):
+        raise ParameterError(f"{where} is no text, but {str(part.get('type', dict(part)))[:60]!r}; take it out.")
+    known = {"type", "text", *ignore}
+    if unused := [name for name, value in part.items() if name not in known and value not in (None, "", [], {})]:
+        raise ParameterError(
+            f"{where} has {unused[0]!r}, which the template does not write.\n"
+            f"Put it into the text, or pass ignore={[*unused]} to leave it out."
+        )
+    return part["text"]
 
 
 def _calls(calls: Any, where: str) -> list[str]:

@@ -1,6 +1,5 @@
 """RWKV_Dual: one set of weights, run as a transformer (whole sequences) or as an RNN (token by token)."""
 
-import inspect
 from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
@@ -20,7 +19,7 @@ from rwkv_lab.model.block import GROUP_NORM_EPS
 from rwkv_lab.model.cpu import prefill, step
 from rwkv_lab.model.cpu.eligibility import eligible
 from rwkv_lab.model.device import device_errors, falls_back, parse_device, warn_of_fallback
-from rwkv_lab.model.generation import generate_stream
+from rwkv_lab.model.generation import check_callback, generate_stream, read_to_end
 from rwkv_lab.model.initial_state import add_time_state, initial_state, take_time_state
 from rwkv_lab.model.inputs import check_tokens
 from rwkv_lab.model.loading import fill, model_file, open_model
@@ -401,8 +400,7 @@ class RWKV_Dual(nn.Module):
                 to read after a state.
             NumericsError: NaN or infinity in the logits.
         """
-        if streaming_callback is not None:
-            _refuse_other_callback(streaming_callback)
+        check_callback(streaming_callback)
         stream = generate_stream(
             self,
             prompt,
@@ -422,19 +420,7 @@ class RWKV_Dual(nn.Module):
             sampling=sampling,
             logits=logits,
         )
-        for token, text in stream:
-            if streaming_callback is not None and streaming_callback(token, text) is False:
-                stream.stop()
-        return stream.text
-
-
-def _refuse_other_callback(callback: Callable) -> None:
-    try:
-        inspect.signature(callback).bind(0, "")
-    except ValueError:  # some of C state no signature
-        return
-    except TypeError as e:
-        raise ParameterError(f"streaming_callback is called with (token, text); this one cannot be: {e}.") from None
+        return read_to_end(stream, streaming_callback)
 
 
 @torch.no_grad()

@@ -1,15 +1,18 @@
 """From prompts to text: each prompt is read in parallel, then all texts grow together, token by token."""
 
-from collections.abc import Generator, Iterable
+import operator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from annotated_types import Ge
 
 from rwkv_lab.arguments import checked, whole_numbers
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model.prompts import Prompt, prompt_ids, prompt_list, start
+from rwkv_lab.model.prompts import Prompt, is_whole_number, prompt_ids, prompt_list, start
 from rwkv_lab.model.protocol import Model
 from rwkv_lab.model.sampling import Convention, Sampling, Seed, row_seed, sample
 from rwkv_lab.model.state import RWKVState
@@ -176,6 +179,31 @@ class GenerationStream:
         return self._after
 
 
+def check_callback(callback: Callable[[int, str], object] | None) -> None:
+    """Refuse a callback that `read_to_end` cannot call, before any work.
+
+    Raises:
+        ParameterError: says what its arguments are.
+    """
+    if callback is None:
+        return
+    try:
+        signature(callback).bind(0, "")
+    except ValueError:  # some of C state no signature
+        return
+    except TypeError as e:
+        raise ParameterError(f"streaming_callback is called with (token, text); this one cannot be: {e}.") from None
+
+
+def read_to_end(stream: GenerationStream, callback: Callable[[int, str], object] | None) -> str:
+    """The new text of a stream. A callback is told of every token, and ends the text by returning False."""
+    for token, text in stream:
+        answer = None if callback is None else callback(token, text)
+        if isinstance(answer, bool | np.bool_) and not answer:
+            stream.stop()
+    return stream.text
+
+
 @dataclass(frozen=True)
 class _End:
     """What ends a text besides the end of text."""
@@ -253,7 +281,7 @@ def _run(
 
 def _token_set(model: Model, tokens: Iterable[int] | int, name: str) -> frozenset[int]:
     V = model.layout.vocab_size
-    ids = [tokens] if isinstance(tokens, int) else whole_numbers(tokens, name)
+    ids = [operator.index(tokens)] if is_whole_number(tokens) else whole_numbers(tokens, name)
     wrong = next((t for t in ids if not 0 <= t < V), None)
     if wrong is not None:
         raise ParameterError(f"{name} holds {wrong}, which is outside the vocabulary: 0 to {V - 1}.")

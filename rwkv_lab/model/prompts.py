@@ -13,6 +13,9 @@ from rwkv_lab.model.state import RWKVState, check_state, join
 from rwkv_lab.model.state_cache import StateCache
 from rwkv_lab.model.tokenizer.decoding import checked
 
+_TEXTS = (str, bytes, bytearray, memoryview)
+_UNORDERED = (dict, set, frozenset)  # of texts or ids, whose order matters
+
 Prompt = str | bytes | Iterable[int]  # a text, or token ids
 
 
@@ -22,19 +25,20 @@ def prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Any]:
     Raises:
         ParameterError: no prompt.
     """
-    if isinstance(prompts, str | bytes):
+    if isinstance(prompts, _TEXTS):
         return [prompts]
     if isinstance(prompts, torch.Tensor):
         return [prompts] if prompts.ndim == 1 else [*prompts] if prompts.ndim == 2 else [prompts]
-    if isinstance(prompts, dict) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, _UNORDERED) or not isinstance(prompts, Iterable):
         raise ParameterError(f"prompts={shown_value(prompts)}: it must be texts or lists of token ids.")
     listed = list(prompts)
     if not listed:
         raise ParameterError("There must be at least one prompt.")
-    return [listed] if all(_is_id(item) for item in listed) else listed
+    return [listed] if all(is_whole_number(item) for item in listed) else listed
 
 
-def _is_id(item: Any) -> bool:
+def is_whole_number(item: Any) -> bool:
+    """Whether this is one whole number, such as a token id: of Python, NumPy or a tensor without dimensions."""
     if isinstance(item, bool) or isinstance(item, torch.Tensor) and item.ndim:
         return False
     try:
@@ -50,9 +54,9 @@ def prompt_ids(model: Model, prompt: Prompt) -> list[int]:
     Raises:
         ParameterError: no text and no ids of this vocabulary.
     """
-    if isinstance(prompt, str | bytes):
-        return model.tokenizer.encode(prompt)
-    if isinstance(prompt, dict) or not isinstance(prompt, Iterable):
+    if isinstance(prompt, _TEXTS):
+        return model.tokenizer.encode(prompt if isinstance(prompt, str) else bytes(prompt))
+    if isinstance(prompt, _UNORDERED) or not isinstance(prompt, Iterable):
         raise ParameterError(f"prompt={shown_value(prompt)}: it must be a text or a list of token ids.")
     return checked(prompt, model.layout.vocab_size)
 
@@ -95,6 +99,8 @@ def _with_logits(model, prompts, state, logits) -> tuple[torch.Tensor, RWKVState
         raise ParameterError("logits are those after a state: pass state=… too, and an empty prompt.")
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
         raise ParameterError(f"logits={shown_value(logits)}: they must be a tensor of floating-point numbers.")
+    if logits.is_meta:
+        raise ParameterError(f"logits={shown_value(logits)}: they are on the meta device, which holds no values.")
     if logits.shape not in ((V,), (1, V), (B, V)):
         raise ParameterError(f"logits have shape {list(logits.shape)}; they must be {[V]} or {[B, V]}.")
     state = state.expand(B)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, Layout, open_checkpoint, write_checkpoint
-from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
 from rwkv_lab.model.protocol import Model
 from rwkv_lab.model.state import RWKVState, check_state, state_shapes
 from rwkv_lab.model.weights_fingerprint import weights_fingerprint
@@ -23,10 +23,12 @@ def save_state(path: str | Path, state: RWKVState, model: Model, overwrite: bool
     Raises:
         OutputError: the file is there already (unless `overwrite`), or cannot be written.
         ParameterError: a state of another model, or another suffix.
+        NumericsError: NaN or infinity in it.
     """
     check_state(state, model, state.batch_size)
     if Path(path).suffix != ".safetensors":
         raise ParameterError(f"{path}: a state is written to a .safetensors.")
+    _refuse_nan(path, state)
     metadata = {"format": _MARK, **_owner(model.layout), **weights_fingerprint(model)}
     write_checkpoint(path, state.tensors(), metadata, overwrite)
 
@@ -41,6 +43,7 @@ def load_state(path: str | Path, model: Model, other_weights: bool = False) -> R
 
     Raises:
         LayoutError: no state, or the state of a model of another generation, other dimensions or other weights.
+        NumericsError: NaN or infinity in it.
         CorruptFileError: see `open_checkpoint`.
     """
     with open_checkpoint(path) as ck:
@@ -55,9 +58,22 @@ def load_state(path: str | Path, model: Model, other_weights: bool = False) -> R
             if name not in ck or tuple(ck.info[name].shape[1:]) != shape:
                 found = list(ck.info[name].shape) if name in ck else "missing"
                 raise LayoutError(f"{path}: {name} is {found}; the model needs {['B', *shape]}.")
+        batches = {name: ck.info[name].shape[0] for name in shapes}
+        if len({*batches.values()}) > 1 or 0 in batches.values():
+            raise LayoutError(f"{path}: its tensors are of {batches} sequences; all must be of as many, one at least.")
+        odd = next((name for name in ck.info if name not in shapes or not ck.info[name].dtype.is_floating_point), None)
+        if odd:
+            raise LayoutError(f"{path}: {odd} ({ck.info[odd].dtype}) is no part of a state that save_state wrote.")
         parts = [ck[name] for name in shapes]
     state = RWKVState(*parts, version=model.layout.version, vocab_size=model.layout.vocab_size)
+    _refuse_nan(path, state)
     return state.to(model.get_device(), model.emb.weight.dtype)
+
+
+def _refuse_nan(path: str | Path, state: RWKVState) -> None:
+    bad = next((name for name, part in state.tensors().items() if not bool(part.isfinite().all())), None)
+    if bad:
+        raise NumericsError(f"{path}: {bad} of the state holds NaN or infinity; nothing can be continued from it.")
 
 
 def _owner(layout: Layout) -> dict[str, str]:

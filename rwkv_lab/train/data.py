@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.paths import what_is_there
+from rwkv_lab.paths import to_path, what_is_there
 from rwkv_lab.train.examples import RECORDS, Example, Examples, read_examples, split_examples
 from rwkv_lab.train.folder import Folder, open_folder
 from rwkv_lab.train.records import RecordReader
@@ -45,10 +45,13 @@ class Corpus:
 
 
 @checked
-def load_corpus(data: str, ignore: Sequence[str] = (), template: str = "world") -> Corpus | Examples | TokenCorpus:
+def load_corpus(
+    data: str | Path, ignore: Sequence[str] = (), template: str = "world"
+) -> Corpus | Examples | TokenCorpus:
     """The corpus of a name in `CORPORA`, of a file or of a folder.
 
     Args:
+        data: a name, or a path in which `~` is expanded.
         ignore: names of fields of records, or patterns of them, that need not be used.
         template: of conversations in records; see `rwkv_lab.train.records.read_template`.
 
@@ -65,16 +68,16 @@ def load_corpus(data: str, ignore: Sequence[str] = (), template: str = "world") 
     if data == "python":
         return _split_by_hash(data, _library_files(), "files of the standard library, one in ten held out as a whole")
     try:
-        return _of_files(Path(data), RecordReader(ignore, template))
+        return _of_files(to_path(data, "data"), RecordReader(ignore, template))
     except OSError as e:
         raise ParameterError(f"{e.filename or data} cannot be read: {e.strerror or e}.") from e
 
 
-def data_files(data: str) -> list[Path]:
+def data_files(data: str | Path) -> list[Path]:
     """The file, the files of a pair, or the folder that `data` names; none where it is one of `CORPORA`."""
     if data in CORPORA:
         return []
-    path = Path(data)
+    path = to_path(data, "data")
     pair = [path.with_suffix(".bin"), path.with_suffix(".idx")] if path.suffix in (".bin", ".idx") else []
     pair = pair or [path.with_name(path.name + suffix) for suffix in (".bin", ".idx")]
     return [p for p in dict.fromkeys((path, *pair)) if p.exists()]
@@ -86,24 +89,38 @@ def _of_files(path: Path, reader: RecordReader) -> Corpus | Examples | TokenCorp
     if not path.is_file() and is_pair(path):
         path = path.with_name(path.name + ".idx")
     if not path.is_file():
-        raise ParameterError(
-            f"data={str(path)!r} is neither one of {', '.join(CORPORA)} nor a file or folder.\n"
-            f"There is no file {path}{what_is_there(path)}"
-        )
+        raise _no_data(path)
     source = open_source(path)
     notes = (f"{path.name} was read as {source.described}.",) if source.kind != TEXT or source.notes else ()
     if source.kind == TEXT:
-        return _of_text(source, notes)
+        return _of_text(source, (*notes, *reader.notes()))
     if source.kind in RECORDS:
         examples = read_examples(source, reader.example)
         reader.refuse_unused(str(path))
         unit = "rows" if source.kind == "Parquet" else "records" if source.kind == "JSON array" else "lines"
         return split_examples(str(path), examples, (*notes, *reader.notes()), f"{unit} of the file", reader.stop)
-    return split_tokens(path.name, [read_tokens(source)], notes)
+    return split_tokens(path.name, [read_tokens(source)], (*notes, *reader.notes()))
+
+
+def _no_data(path: Path) -> ParameterError:
+    """What is wrong with a path that leads to no file and no folder."""
+    pair = [path.with_suffix(suffix) for suffix in (".bin", ".idx")]
+    pair = pair if path.suffix in (".bin", ".idx") else [path.with_name(path.name + p.suffix) for p in pair]
+    if any(p.is_file() for p in pair):
+        there, lost = pair if pair[0].is_file() else pair[::-1]
+        return ParameterError(f"There is {there}, and no {lost.name} beside it; tokens are a pair of both.")
+    if path.exists():
+        return ParameterError(f"data={str(path)!r} is a device, a pipe or the like. Save it as a file.")
+    return ParameterError(
+        f"data={str(path)!r} is neither one of {', '.join(CORPORA)} nor a file or folder.\n"
+        f"There is no file {path}{what_is_there(path)}"
+    )
 
 
 def _of_text(source: Source, notes: tuple[str, ...]) -> Corpus:
     path, text = source.path, source.content
+    if text and not text.strip():
+        raise ParameterError(f"{path} holds nothing but {len(text):,} blanks and line ends.")
     if len(text) < 10_000:
         raise ParameterError(f"{path} has {len(text)} bytes; at least 10,000 are needed to train and to hold some out.")
     cut = _character(text, len(text) * 9 // 10)
@@ -117,6 +134,7 @@ def _of_folder(folder: Folder, reader: RecordReader) -> Corpus | Examples | Toke
             hint = f"\n{notes[0]}" if notes else ""
             raise ParameterError(f"{path} has {len(sources)} files of text; two are needed at least.{hint}")
         pieces = {name: source.content for name, source in sources.items()}
+        notes += tuple(reader.notes())
         return _split_by_hash(path.name, pieces, "files of the folder, one in ten held out as a whole", notes)
     notes += (f"{len(sources):,} files were read: {', '.join([*sources][:10])}{', …' if len(sources) > 10 else ''}.",)
     if all(source.kind in RECORDS for source in sources.values()):
@@ -125,7 +143,7 @@ def _of_folder(folder: Folder, reader: RecordReader) -> Corpus | Examples | Toke
             examples += read_examples(source, reader.example)
         reader.refuse_unused(str(path))
         return split_examples(str(path), examples, (*notes, *reader.notes()), "records of the folder", reader.stop)
-    return split_tokens(path.name, [read_tokens(source) for source in sources.values()], notes)
+    return split_tokens(path.name, [read_tokens(source) for source in sources.values()], (*notes, *reader.notes()))
 
 
 def _character(text: bytes, at: int) -> int:

@@ -1,5 +1,6 @@
 """A folder as training data: which of its files are data, and why the others are not."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.train.examples import RECORDS, records
 from rwkv_lab.train.names import is_record
-from rwkv_lab.train.sources import LINES, TEXT, Source, is_json, open_source
+from rwkv_lab.train.sources import LINES, TEXT, Source, is_json, is_named_as_records, open_source
 
 _CARDS = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|code_of_conduct)\b.*", re.I)
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json"}
@@ -47,20 +48,30 @@ class Folder:
 
 
 def open_folder(path: Path) -> Folder:
-    """The data files in a folder and those below it.
+    """The data files in a folder and those below it, behind links too; a file under two names is read once.
 
     Raises:
-        ParameterError: texts beside records or tokens, of which only one sort can be meant; no data at all.
+        ParameterError: texts beside records or tokens, of which only one sort can be meant; no data at all; a file that
+            is named as one of records and is none.
+        CorruptFileError: a file of data that is broken.
+        OSError: a folder that cannot be read.
     """
     sources: dict[str, Source] = {}
     skipped: dict[str, str] = {}
+    known: dict[tuple[int, int], str] = {}  # device and inode -> name
     for name, file in _files(path):
         reason = _no_data(name, file)
+        if not reason:
+            status = file.stat()
+            first = known.setdefault((status.st_dev, status.st_ino), name)
+            reason = f"the same file as {first}" if first != name else ""
         if not reason:
             try:
                 source = open_source(file)
                 reason = _no_records(source) if source.kind in RECORDS else ""
-            except (ParameterError, CorruptFileError) as e:
+            except ParameterError as e:
+                if is_named_as_records(file):
+                    raise
                 reason = _short(e, file)
             else:
                 if not reason:
@@ -72,8 +83,22 @@ def open_folder(path: Path) -> Folder:
 
 
 def _files(path: Path) -> Iterator[tuple[str, Path]]:
-    found = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if not p.is_dir()}
-    return iter(sorted(found.items()))
+    """What is below a folder, by name; links come last, and a folder behind several is entered once."""
+    found: dict[str, Path] = {}
+    entered: set[tuple[int, int]] = set()
+    for at, folders, names in os.walk(path, onerror=_raise, followlinks=True):
+        status = os.stat(at)
+        if (status.st_dev, status.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(at, name)), name))
+        found |= {(Path(at) / name).relative_to(path).as_posix(): Path(at) / name for name in names}
+    return iter(sorted(found.items(), key=lambda item: (item[1].is_symlink(), item[0])))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _no_data(name: str, file: Path) -> str:
@@ -94,6 +119,8 @@ def _no_data(name: str, file: Path) -> str:
 def _no_records(source: Source) -> str:
     """Why JSON or a table is no data, such as a file of settings; "" for records, and for what is broken: reading it
     tells where."""
+    if source.content and not source.content.strip() or source.kind == LINES and not source.content:
+        return "empty"
     try:
         _, first = next(records(source), (0, None))
     except (ParameterError, CorruptFileError):

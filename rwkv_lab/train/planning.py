@@ -124,6 +124,9 @@ def make_plan(spec: TrainSpec) -> TrainPlan:
 def _read(spec: ResolvedSpec, layout: Layout) -> tuple[Corpus | Examples | TokenCorpus | None, Material | None]:
     """The data and their tokens; nothing is read of the corpora that come with Python, of which nothing can be cut."""
     if spec.data in CORPORA:
+        for name, given in (("ignore", spec.ignore), ("template", spec.template != "world" and spec.template)):
+            if given:
+                raise ParameterError(f"{name}={given!r} is for records, and {spec.data} is text: leave it out.")
         if spec.long not in (None, "split"):
             raise ParameterError(f"long={spec.long!r} is for examples, and {spec.data} is text: leave it out.")
         return None, None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model.chat import TEMPLATES, ChatTemplate, chat_template, render_turns
+from rwkv_lab.model.chat import TEMPLATES, UNWRITTEN, ChatTemplate, chat_template, render_turns
 from rwkv_lab.paths import what_is_there
 from rwkv_lab.train.examples import Example
 from rwkv_lab.train.names import CHATS, INPUTS, KNOWN, MEANT, PROMPTS, RESPONSES, SYSTEMS, TEXTS, TOOLS, plain
@@ -44,6 +44,8 @@ class RecordReader:
         self._template_name = template
         self._unused: dict[str, tuple[str, int]] = {}  # name -> (place of the first, how many)
         self._ignored: Counter[str] = Counter()
+        self._unwritten: Counter[str] = Counter()
+        self._matched: set[str] = set()  # of `ignore`
         self._templated = self._unanswered = self._read = 0
 
     def example(self, record: Any, line: int, place: str) -> Example:
@@ -102,12 +104,26 @@ class RecordReader:
                 f"{self._templated:,} of {self._read:,} records are written by the chat template "
                 f"{self._template_name!r}; what the assistant says is learned."
             )
+        if self._unwritten:
+            counts = ", ".join(f"{name} ({count:,})" for name, count in sorted(self._unwritten.items()))
+            notes.append(f"Fields of messages that no template writes, with the number of messages: {counts}.")
+        if self._template_name != "world" and not self._templated:
+            notes.append(f"The chat template {self._template_name!r} wrote nothing: no record is a conversation.")
+        if idle := [pattern for pattern in self._ignore if pattern not in self._matched]:
+            notes.append(f"ignore: no field is matched by {', '.join(map(repr, idle))}.")
         if self._unanswered:
             notes.append(f"{self._unanswered:,} conversations end with turns without an answer; these are left out.")
         return notes
 
     def _is_ignored(self, name: Any) -> bool:
-        return any(fnmatchcase(str(name), pattern) for pattern in self._ignore)
+        matched = [pattern for pattern in self._ignore if fnmatchcase(str(name), pattern)]
+        self._matched |= {*matched}
+        return bool(matched)
+
+    def _is_ignored_inside(self, name: str) -> bool:
+        """Of a field of messages, which the notes call `messages.name`."""
+        matched = [self._is_ignored(name), self._is_ignored(f"messages.{name}")]
+        return any(matched) and name not in _OF_MESSAGES
 
     def _without_ignored(self, record: Mapping, place: str) -> dict[str, Any]:
         given: dict[str, Any] = {}
@@ -160,8 +176,13 @@ class RecordReader:
         self, messages: Sequence[Mapping[str, Any]], tools: Any, place: str
     ) -> tuple[tuple[bytes, bytes], ...]:
         """(not learned, learned) in turn, of a conversation."""
-        inside = Counter(name for m in messages if isinstance(m, Mapping) for name in m if m[name] not in _EMPTY)
-        ignored = {name: n for name, n in inside.items() if self._is_ignored(name) and name not in _OF_MESSAGES}
+        odd = next((n for n, m in enumerate(messages, 1) if not isinstance(m, Mapping)), None)
+        if odd is not None:
+            what = type(messages[odd - 1]).__name__
+            raise ParameterError(f"{place}: message {odd} is no object with a role and a content, but {what}.")
+        inside = Counter(name for m in messages for name in _fields_of(m))
+        self._unwritten.update({name: inside[name] for name in UNWRITTEN if name in inside})
+        ignored = {name: n for name, n in inside.items() if self._is_ignored_inside(name)}
         self._ignored.update({f"messages.{name}": n for name, n in ignored.items()})
         try:
             turns = render_turns(messages, self._template, tools, ignored)
@@ -178,6 +199,14 @@ class RecordReader:
             read = b"" if turn.is_assistant else read + text
         self._unanswered += bool(read)
         return tuple(found)
+
+
+def _fields_of(message: Mapping[str, Any]) -> list[str]:
+    """Names of the fields with content of a message, and of the parts of its content."""
+    found = [name for name in message if message[name] not in _EMPTY]
+    parts = [part for name in ("content", "value") if isinstance(message.get(name), list) for part in message[name]]
+    inside = [name for part in parts if isinstance(part, Mapping) for name in part if part[name] not in _EMPTY]
+    return found + [name for name in inside if name not in ("type", "text")]
 
 
 def _form(given: Mapping[str, Any], place: str) -> str:

@@ -10,21 +10,25 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.machine import memory_free
+from rwkv_lab.train.encoding import BOMS, as_utf8
+from rwkv_lab.train.names import KNOWN, plain
 from rwkv_lab.train.tables import delimiter_of
 
 TEXT, LINES, ARRAY, TABLE, PARQUET, NPY, INDEX = "text", "JSON lines", "JSON array", "table", "Parquet", "npy", "binidx"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_SKIPPED_FRAME = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18", re.S)  # of zstd
 _BINARY = {b"PAR1": PARQUET, b"\x93NUMPY": NPY, b"MMIDIDX\0\0": INDEX}
 # What else people have under their hands, for the message only.
 _OTHERS = {
     b"PK\x03\x04": "a zip archive (a .pth, .npz, .docx or .zip); unpack it",
+    b"PK\x05\x06": "a zip archive with nothing in it",
     b"%PDF": "a PDF; extract its text",
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
@@ -40,18 +44,17 @@ _OTHERS = {
     b"Rar!": "a RAR archive; unpack it",
     b"\x04\x22\x4d\x18": "compressed by LZ4; unpack it",
     b"\x1f\x9d": "compressed by compress; unpack it",
+    b"]\0\0": "compressed by lzma; unpack it",
+    b"LZIP\x01": "compressed by lzip; unpack it",
+    b"\xff\x06\0\0sNaPpY": "compressed by snappy; unpack it",
+    b"Obj\x01": "an Avro file; save it as Parquet or JSON lines",
+    b"\xd0\xcf\x11\xe0": "a document of an older Office; save it as plain text or CSV",
     b"{\\rtf": "an RTF document; save it as plain text",
     **{bytes([0x80, version]): "a pickle, which may run code and is never opened" for version in (2, 3, 4, 5)},
 }
-_BOMS = {  # the longer ones first: that of UTF-32 begins as that of UTF-16
-    b"\xff\xfe\0\0": "utf-32-le",
-    b"\0\0\xfe\xff": "utf-32-be",
-    b"\xef\xbb\xbf": "utf-8",
-    b"\xff\xfe": "utf-16-le",
-    b"\xfe\xff": "utf-16-be",
-}
-_CONTROLS = bytes({*range(32)} - {*b"\b\t\n\v\f\r\x1a\x1b"})  # these stand in no text
 _JSON = re.compile(rb"\s*(\{\s*[\"}]|\[\s*[{\"])")  # an object, or an array of objects or of texts
+_PYTHON = re.compile(rb"\s*\{\s*'([A-Za-z_]+)'\s*:")  # an object as Python prints it
+_HEAD, _LINES = 1 << 16, 20  # bytes and lines that tell whether a text is JSON lines
 _JSON_NAMES = {".json", ".jsonl", ".ndjson", ".jsonlines"}
 _TABLE_NAMES = {".csv", ".tsv"}
 _COMPRESSED_NAMES = {".gz", ".bz2", ".xz", ".zst", ".zstd"}
@@ -88,7 +91,7 @@ def open_source(path: Path) -> Source:
     if path.suffix in (".bin", ".idx") and (index := path.with_suffix(".idx")).is_file():
         path = index if _head(index).startswith(b"MMIDIDX\0\0") else path  # a .bin has no header of its own
     head, notes, content = _head(path), [], None
-    if compression := next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None):
+    if compression := _compression(head):
         content = _decompressed(path, compression)
         head = content[: len(head) or 512]
         notes.append(compression)
@@ -96,8 +99,14 @@ def open_source(path: Path) -> Source:
     if binary:
         return Source(path, binary, content or b"", tuple(notes))
     _refuse_other(path, head)
-    content, encoding = _as_utf8(path, path.read_bytes() if content is None else content)
+    content, encoding = as_utf8(path, path.read_bytes() if content is None else content)
     return Source(path, _text_kind(path, content), content, (*notes, *([] if encoding == "utf-8" else [encoding])))
+
+
+def _compression(head: bytes) -> str:
+    if _SKIPPED_FRAME.match(head):  # what some programs write before the first frame of data
+        return "zstd"
+    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), "")
 
 
 def _head(path: Path) -> bytes:
@@ -109,9 +118,9 @@ def _refuse_other(path: Path, head: bytes) -> None:
     known = next((words for magic, words in _OTHERS.items() if head.startswith(magic)), None)
     if head[257:262] == b"ustar":
         known = "a tar archive; unpack it"
-    if any(head.startswith(magic) for magic in _COMPRESSED):
+    if _compression(head):
         known = "compressed twice; unpack it once"
-    if known and not any(head.startswith(bom) for bom in _BOMS):
+    if known and not any(head.startswith(bom) for bom in BOMS):
         raise ParameterError(f"{path} is {known}: it is no training data.")
 
 
@@ -137,14 +146,41 @@ def _decompressed(path: Path, compression: str) -> bytes:
 
 
 def _parts(path: Path, compression: str) -> Iterator[bytes]:
-    if compression == "zstd":
-        with open(path, "rb") as file:
-            yield from _zstd_parts(file, path)
+    if compression == "gzip":
+        with gzip.open(path, "rb") as unpacked:
+            while part := unpacked.read(_CHUNK):
+                yield part
         return
-    opener = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[compression]
-    with opener(path, "rb") as unpacked:
-        while part := unpacked.read(_CHUNK):
-            yield part
+    with open(path, "rb") as file:
+        if compression == "zstd":
+            yield from _zstd_parts(file, path)
+        else:
+            yield from _streams(file, bz2.BZ2Decompressor if compression == "bz2" else lzma.LZMADecompressor)
+
+
+def _streams(file: IO[bytes], begin: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> Iterator[bytes]:
+    """Stream after stream to the end of the file. What follows the last one and is no stream, which Python's own files
+    pass over, is refused; zeros are padding.
+
+    Args:
+        begin: makes a decompressor of one stream.
+    """
+    stream, chunk, ended = None, b"", False
+    while chunk or (stream and not stream.needs_input) or (chunk := file.read(_CHUNK)):
+        if stream is None:
+            chunk = chunk.lstrip(b"\0") if ended else chunk
+            if not chunk:
+                continue
+            stream = begin()
+        try:
+            part, chunk = stream.decompress(chunk, _CHUNK), b""
+        except (OSError, lzma.LZMAError) as e:
+            raise ValueError(f"what follows its data is no more of it ({e})" if ended else str(e)) from e
+        yield part
+        if stream.eof:
+            stream, chunk, ended = None, stream.unused_data, True
+    if stream is not None:
+        raise EOFError("it ends before the end of its data")
 
 
 def _zstd_parts(file: IO[bytes], path: Path) -> Iterator[bytes]:
@@ -170,59 +206,36 @@ def _zstd_parts(file: IO[bytes], path: Path) -> Iterator[bytes]:
         raise EOFError("it ends before the end of its data")
 
 
-def _as_utf8(path: Path, content: bytes) -> tuple[bytes, str]:
-    """(the text in UTF-8 without a byte order mark, the encoding it was in)."""
-    bom, encoding = next(((bom, name) for bom, name in _BOMS.items() if content.startswith(bom)), (b"", ""))
-    encoding = encoding or _utf_16_without_mark(content[: 1 << 16]) or "utf-8"
-    try:
-        text = content[len(bom) :].decode(encoding)
-    except UnicodeDecodeError as e:
-        at = len(bom) + e.start
-        if bom or encoding != "utf-8":
-            raise ParameterError(f"{path} begins as {encoding}, and byte {at:,} is none; save it as UTF-8.") from None
-        if e.reason == "unexpected end of data":
-            raise ParameterError(
-                f"{path} ends inside a character, at byte {at:,}: it was cut short.\n"
-                f"Copy or download it again, or leave that character out: iconv -c -t utf-8 {path.name} > whole.txt"
-            ) from None
-        if path.suffix == ".bin":
-            raise ParameterError(
-                f"{path} is binary. Tokens in a .bin are described by an .idx, and {path.with_suffix('.idx').name} is "
-                "not beside it.\nPut it there, or save the tokens as .npy."
-            ) from None
-        raise ParameterError(
-            f"{path} is neither text in UTF-8 or UTF-16 nor data of a known kind: byte {at:,} is {content[at]:#04x}.\n"
-            f"If it is text, convert it: iconv -f latin1 -t utf-8 {path.name} > utf8.txt"
-        ) from None
-    utf8 = content[len(bom) :] if encoding == "utf-8" else text.encode()
-    controls = len(utf8) - len(utf8.translate(None, _CONTROLS))
-    if b"\0" in utf8 or controls * 1000 > len(utf8):
-        raise ParameterError(
-            f"{path} is binary of no known kind: it has {controls:,} control characters in {len(utf8):,} bytes.\n"
-            "Training data are text, JSON lines, CSV, Parquet, or tokens as .npy or .bin and .idx."
-        )
-    return utf8, encoding
-
-
-def _utf_16_without_mark(head: bytes) -> str:
-    """Text of mostly Latin letters in UTF-16 has a zero in every other byte; "" for anything else."""
-    even, odd = head[0::2].count(0), head[1::2].count(0)
-    some, few = len(head) // 6, len(head) // 100
-    return "utf-16-le" if odd > some and even <= few else "utf-16-be" if even > some and odd <= few else ""
-
-
 def _text_kind(path: Path, text: bytes) -> str:
     """Text, JSON or a table. A name that promises JSON or a table is held to it: its braces are not trained on."""
-    suffixes = [s.lower() for s in path.suffixes]
-    last = suffixes[-2:-1] if suffixes and suffixes[-1] in _COMPRESSED_NAMES else suffixes[-1:]
-    stripped = text.lstrip()
-    if _JSON.match(text) or _JSON_NAMES & {*last}:
+    suffix, stripped = _suffix(path), text.lstrip()
+    if _JSON.match(text) or suffix in _JSON_NAMES or _are_records(text):
         if not stripped.startswith(b"["):
             return LINES
         return LINES if is_json(stripped.split(b"\n", 1)[0]) and b"\n" in stripped.rstrip() else ARRAY
-    if delimiter_of(text) or (_TABLE_NAMES & {*last} and stripped):
+    if delimiter_of(text) or (suffix in _TABLE_NAMES and stripped):
         return TABLE
     return TEXT
+
+
+def _suffix(path: Path) -> str:
+    """In small letters, that of compression left out."""
+    suffixes = ["", *(s.lower() for s in path.suffixes)]
+    return suffixes[-2] if suffixes[-1] in _COMPRESSED_NAMES else suffixes[-1]
+
+
+def is_named_as_records(path: Path) -> bool:
+    """Whether its name promises JSON or a table."""
+    return _suffix(path) in {*_JSON_NAMES, *_TABLE_NAMES, ".parquet"}
+
+
+def _are_records(text: bytes) -> bool:
+    """Whether most lines at the beginning are JSON objects, though the first is not, or objects in Python's spelling:
+    as text their braces would be trained on. Reading them names the line that is wrong."""
+    lines = [line for line in text[:_HEAD].splitlines() if line.strip()][:_LINES]
+    objects = sum(line.lstrip().startswith(b"{") and is_json(line) for line in lines)
+    names = _PYTHON.match(lines[0]) if lines else None
+    return objects > max(1, len(lines) // 2) or (names is not None and plain(names[1].decode()) in KNOWN)
 
 
 def is_json(line: bytes) -> bool:

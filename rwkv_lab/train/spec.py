@@ -143,6 +143,7 @@ class Kind(ABC):
 
 
 KINDS: dict[str, Kind] = {}  # by name, filled by the modules of `rwkv_lab.train.kinds`
+OF_FRESH_MODELS = ("n_embd", "n_layer", "head_size")
 OF_SOME_KINDS = ("start", "rank", "alpha", "targets", "train_parts", "quant")
 
 
@@ -269,12 +270,20 @@ class TrainSpec(Spec):
                 raise ParameterError(
                     f"{name}={getattr(self, name)!r} goes with {takers}; kind={self.kind!r} takes no {name}."
                 )
+        fresh = next((n for n in OF_FRESH_MODELS if getattr(self, n) != type(self).model_fields[n].default), None)
+        if self.base and fresh:
+            raise ParameterError(
+                f"{fresh}={getattr(self, fresh)} is of a fresh model, and {self.base} has its own: leave it out, "
+                "or pass kind='pretrain' and base=''."
+            )
         check_device(self.device, self.autocast)
         if self.autocast and self.dtype != "float32":
             raise ParameterError(f"autocast computes below float32: pass dtype='float32' with it, not {self.dtype!r}.")
         steps = self.effective("steps")
         if self.warmup is not None and self.warmup > steps:
             raise ParameterError(f"warmup={self.warmup} must be from 0 to the {steps} steps that there are.")
+        if self.eval_every > steps:
+            raise ParameterError(f"eval_every={self.eval_every}: nothing would be measured in {steps} steps.")
         if self.patience and not self.eval_every:
             raise ParameterError(f"patience={self.patience} counts measurements: pass eval_every= too.")
         return self

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.train.names import is_record
 
+_HINT = re.compile(rb"sep=[,;\t|]\r?\n", re.I)
 _DELIMITERS = (",", "\t", ";", "|")
 
 Row = tuple[int, dict[str, Any]]  # line or row in its file, from 1, and what stands there by column
@@ -18,15 +20,22 @@ Row = tuple[int, dict[str, Any]]  # line or row in its file, from 1, and what st
 def delimiter_of(text: bytes) -> str:
     """What stands between the columns of a table, whose first line names a text, a prompt and response, or messages;
     "" for what is no such table. A single column has no delimiter: it is taken for a comma."""
-    first, _, rest = text.lstrip(b"\r\n").partition(b"\n")
+    first, _, rest = text[len(_hint(text)) :].lstrip(b"\r\n").partition(b"\n")
     first = first.strip(b"\r")
     if not first or len(first) > 10_000 or not rest.strip():
         return ""
     try:
         line = first.decode()
-        return next((d for d in _DELIMITERS if is_record(next(csv.reader([line], delimiter=d)))), "")
+        likely = (d for d in _DELIMITERS if not line.startswith(d))  # tables of Markdown begin with a bar
+        return next((d for d in likely if is_record(next(csv.reader([line], delimiter=d)))), "")
     except (csv.Error, UnicodeDecodeError):
         return ""
+
+
+def _hint(text: bytes) -> bytes:
+    """The line before the first that tells spreadsheets the delimiter; empty where there is none."""
+    found = _HINT.match(text)
+    return found[0] if found else b""
 
 
 def csv_rows(path: Path, content: bytes) -> Iterator[Row]:
@@ -36,23 +45,25 @@ def csv_rows(path: Path, content: bytes) -> Iterator[Row]:
         ParameterError: no column that is known, two of one name, a row with another number of cells. Names the line.
     """
     delimiter = delimiter_of(content) or ("\t" if b"\t" in content.split(b"\n", 1)[0] else ",")
+    hint = _hint(content)
     before = csv.field_size_limit(sys.maxsize)  # the limit is one for the whole process
     try:
-        reader = csv.reader(io.StringIO(content.decode(), newline=""), delimiter=delimiter, strict=True)
+        reader = csv.reader(io.StringIO(content[len(hint) :].decode(), newline=""), delimiter=delimiter, strict=True)
         header: list[str] = []
-        line = 1
+        line = above = 1 + bool(hint)
         try:
             for cells in reader:
                 if header and cells:
                     if len(cells) != len(header):
                         raise ParameterError(
                             f"{path}, line {line}: it has {len(cells)} cells, the first line names {len(header)} "
-                            "columns.\nPut texts with a delimiter or a line break in them into double quotes."
+                            "columns.\nPut texts with a delimiter or a line break in them into double quotes. If it is "
+                            "plain text, change its first line, which reads as the names of columns."
                         )
                     yield line, dict(zip(header, cells, strict=True))
                 elif cells:
                     header = _checked(path, [cell.strip() for cell in cells])
-                line = reader.line_num + 1
+                line = reader.line_num + above
         except csv.Error as e:
             raise ParameterError(f"{path}, line {line}: this is no row of a table ({e}).") from None
     finally:

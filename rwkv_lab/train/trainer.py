@@ -74,7 +74,7 @@ class TrainResult:
 def train(
     kind: str,
     out: str | Path,
-    data: str | None = None,
+    data: str | Path | None = None,
     base: str | Path | None = None,
     *,
     start: str | Path | None = None,

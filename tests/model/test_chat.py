@@ -80,8 +80,12 @@ def test_a_template_that_is_given():
         ([{"role": "user", "content": "x", "value": "y"}], "both content and value"),
         ([{"role": "user", "content": "x", "image": "y.png"}], r"'image'.*\n.*ignore=\['image'\]"),
         ([{"role": "assistant", "content": "x", "reasoning_content": "y"}], "'reasoning_content'"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "parts that are no text"),
-        ([{"role": "user", "content": 7}], "content is a int"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "part 1 of its content is no text, but 'image_url'"),
+        ([{"role": "user", "content": [{"type": "reasoning", "text": "x"}]}], "is no text, but 'reasoning'"),
+        ([{"role": "user", "content": [{"text": "x", "image": "y"}]}], r"part 1 .*'image'.*\n.*ignore=\['image'\]"),
+        ([{"role": "user", "content": [7]}], "part 1 of its content must be a text; it is int"),
+        ([{"role": "user", "from": "gpt", "content": "x"}], "the roles 'user' and 'gpt'"),
+        ([{"role": "user", "content": 7}], "content must be a text or a list of parts; it is int"),
         ([{"role": "assistant", "tool_calls": [{"arguments": 1}]}], "tool call needs"),
         ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], "arguments of f are no JSON"),
         ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {1j: 2}}]}], "cannot be written as JSON"),
@@ -153,3 +157,13 @@ def test_what_can_not_be_answered_is_refused():
     with pytest.raises(ParameterError, match="chat: model=5"):
         chat(5, TALK)
     assert chat(model, TALK, max_new_tokens=0) == ""
+
+
+def test_what_cannot_be_answered_says_why():
+    model = make_model()
+    with pytest.raises(ParameterError, match="nothing to answer: no message has text"):
+        chat(model, [{"role": "system", "content": ""}])
+    with pytest.raises(ParameterError, match="called with .token, text.; this one cannot be"):
+        chat(model, TALK[:1], streaming_callback=lambda token: None)
+    with pytest.raises(ParameterError, match="collapse_blank_lines='no'"):
+        ChatTemplate(collapse_blank_lines="no")  # pyright: ignore[reportArgumentType]

@@ -10,7 +10,7 @@ import torch
 from random_rwkv7 import add_random_time_state, make_model, make_tokens
 
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
-from rwkv_lab.errors import LayoutError, OutputError, ParameterError
+from rwkv_lab.errors import LayoutError, NumericsError, OutputError, ParameterError
 from rwkv_lab.model import (
     RWKV_Dual,
     RWKVMode,
@@ -333,3 +333,26 @@ def test_a_weight_without_memory_is_not_read_to_compare():
         other(tokens, state_after(model))
     with pytest.raises(ParameterError, match="ffn.key.weight needs .* bytes"):
         save_state("never.safetensors", other.create_state(), other)
+
+
+def test_states_with_nan_or_of_unequal_parts_are_refused(tmp_path):
+    model = make_model()
+    state, path = state_after(model), tmp_path / "s.safetensors"
+    broken = state.clone()
+    broken.att_shift[0, 0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="att_shift of the state holds NaN"):
+        save_state(path, broken, model)
+    assert not path.exists()
+    save_state(path, state, model)
+    with open_checkpoint(path) as ck:
+        tensors, metadata = {name: ck[name] for name in ck}, dict(ck.metadata)
+    for message, change in (
+        ("of as many", {"wkv": torch.cat([state.wkv] * 2)}),
+        ("one at least", {name: part[:0] for name, part in tensors.items()}),
+        ("more .torch.float32. is no part", {"more": torch.zeros(1)}),
+        ("wkv .torch.int32. is no part", {"wkv": state.wkv.int()}),
+        ("holds NaN", {"wkv": state.wkv * float("inf")}),
+    ):
+        write_checkpoint(path, tensors | change, metadata, overwrite=True)
+        with pytest.raises((LayoutError, NumericsError), match=message):
+            load_state(path, model)

@@ -1,5 +1,6 @@
 """Texts that end a generation, the callback that ends it, and what is known of it then."""
 
+import numpy as np
 import pytest
 import torch
 from random_rwkv7 import make_model
@@ -103,6 +104,8 @@ def test_a_callback_ends_it_by_returning_false():
     text = model.generate_with_streaming("x", 30, streaming_callback=callback)
     assert len(seen) == 5 and text == "".join(seen)
     assert len(model.generate_with_streaming("x", 30, streaming_callback=lambda t, s: 0)) > len(text)  # only False
+    seen.clear()
+    assert model.generate_with_streaming("x", 30, streaming_callback=lambda *a: np.bool_(callback(*a))) == text
     stream = generate_stream(model, "x", 30)
     next(stream)
     stream.stop()
@@ -113,6 +116,8 @@ def test_prompts_are_texts_or_ids():
     model = make_model()
     ids = model.tokenizer.encode("abc")
     text = generate(model, ["abc"], 10)
+    for prompt in (bytearray(b"abc"), memoryview(b"abc")):  # bytes of a text, not ids
+        assert generate(model, prompt, 10) == text == [model.generate_with_streaming(prompt, 10)]
     for prompt in ("abc", b"abc", ids, torch.tensor(ids), torch.tensor([ids]), [ids], (i for i in ids), [b"abc"]):
         assert generate(model, prompt, 10) == text
     assert len(generate(model, torch.tensor([ids, ids]), 1)) == 2
@@ -140,6 +145,8 @@ def test_what_makes_no_sense_is_refused():
         ("each must be a whole number", [1.5], {}),
         ("whole numbers", iter([1.5]), {}),
         ("prompt=None", None, {}),
+        ("prompt=.*it must be a text or a list", {5, 6}, {}),  # the order of a set is no order
+        ("meta device", "", {"state": state, "logits": logits[0].to("meta")}),
         ("seed='x'", "x", {"seed": "x"}),
         ("presence_penalty=nan", "x", {"presence_penalty": float("nan")}),
         ("penalty_decay=1.5", "x", {"penalty_decay": 1.5}),
@@ -168,3 +175,13 @@ def test_a_list_that_holds_something_else_is_refused(stop):
 def test_a_callback_that_cannot_be_called_is_refused_before_anything_is_read(callback):
     with pytest.raises(ParameterError, match="called with .token, text.; this one cannot be"):
         make_model().generate_with_streaming("a", max_new_tokens=1, streaming_callback=callback)
+
+
+def test_one_stop_token_of_any_whole_type():
+    model = make_model()
+    token = generate_stream(model, "x", 30)
+    ids = [next(token)[0] for _ in range(5)]
+    for stop_token in (ids[-1], np.int64(ids[-1]), torch.tensor(ids[-1]), np.array([ids[-1]])):
+        stream = generate_stream(model, "x", 30, stop_tokens=stop_token)
+        list(stream)
+        assert (stream.ids, stream.reason) == (ids[: ids.index(ids[-1]) + 1], "stop token")

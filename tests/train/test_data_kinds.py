@@ -305,3 +305,60 @@ def test_what_lies_behind_an_array_is_not_lost(tmp_path, compressed):
     path.write_bytes(gzip.compress(buffer.getvalue()) if compressed else buffer.getvalue())
     with pytest.raises(CorruptFileError, match="268 bytes behind its array.*\n.*one array per file"):
         load_corpus(str(path))
+
+
+@pytest.mark.parametrize("pack", PACK)
+def test_what_follows_compressed_data_is_refused(pack, tmp_path):
+    packed = PACK[pack](LINES)
+    for rest in (b"junk and more", packed[: len(packed) // 2]):
+        with pytest.raises(CorruptFileError, match=f"is broken: {pack} says"):
+            load_corpus(written(tmp_path / "a", packed + rest))
+
+
+def test_frames_of_zstd_that_are_to_be_skipped(tmp_path):
+    frame = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
+    for data in (frame + zstd(LINES), zstd(LINES) + frame):
+        assert len(learned(load_corpus(written(tmp_path / "a", data)))) == len(RECORDS)
+
+
+@pytest.mark.parametrize("first", ["// a comment", "not JSON", ""])
+def test_json_lines_whose_first_line_is_none_are_not_text(first, tmp_path):
+    path = written(tmp_path / "a.txt", first.encode() + b"\n" + (LINES + b"\n") * 20)
+    if first:
+        with pytest.raises(ParameterError, match="line 1: this is no JSON"):
+            load_corpus(path)
+    else:
+        assert len(learned(load_corpus(path))) == len(RECORDS)
+
+
+def test_objects_in_the_spelling_of_python_are_not_text(tmp_path):
+    with pytest.raises(ParameterError, match="line 1: this is no JSON"):
+        load_corpus(written(tmp_path / "a.txt", "\n".join(map(repr, RECORDS * 50)).encode()))
+
+
+def test_first_lines_of_tables_and_of_texts(tmp_path):
+    rows = "".join(f"p {i};r {i}\n" for i in range(2000))
+    hinted = load_corpus(written(tmp_path / "a.txt", f"sep=;\nprompt;response\n{rows}".encode()))
+    assert (hinted.train[0].prompt, hinted.train[0].line) in {(f"p {i}".encode(), i + 3) for i in range(2000)}
+    table = "| prompt | response |\n|---|---|\n" + "| p | r |\n" * 2000
+    assert load_corpus(written(tmp_path / "a.md", table.encode())).train.decode() == table[: len(table) * 9 // 10]
+    with pytest.raises(ParameterError, match="If it is plain text, change its first line"):
+        load_corpus(written(tmp_path / "a.txt", ("Text\n" + "one, two\n" * 2000).encode()))
+
+
+def test_paths_of_data_as_people_give_them(tmp_path, monkeypatch):
+    written(tmp_path / "mine.jsonl", LINES)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for data in ("~/mine.jsonl", tmp_path / "mine.jsonl"):
+        assert len(learned(load_corpus(data))) == len(RECORDS)
+    for data, words in (
+        ("~/mine.json", r"did you mean mine\.jsonl"),
+        ("", "is empty"),
+        ("hf://x", "download it first"),
+    ):
+        with pytest.raises(ParameterError, match=words):
+            load_corpus(data)
+    written(tmp_path / "lone.idx", b"MMIDIDX\0\0")
+    for name in ("lone", "lone.bin"):
+        with pytest.raises(ParameterError, match=r"There is .*lone\.idx, and no lone\.bin beside it"):
+            load_corpus(tmp_path / name)

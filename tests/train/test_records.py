@@ -236,3 +236,35 @@ def test_a_folder_of_tokens(tmp_path):
     found = load_corpus(str(tmp_path))
     assert isinstance(found, TokenCorpus)
     assert found.train.tolist() == [0] * 90 + [1] * 90 + [2] * 90 and len(found.held_out) == 30
+
+
+def test_options_without_any_effect_are_named(tmp_path):
+    path, template = tmp_path / "a.jsonl", tmp_path / "t.json"
+    path.write_text("\n".join(json.dumps({"text": f"t {i}", "id": i + 1}) for i in range(9)))
+    template.write_text("{}")
+    notes = load_corpus(str(path), ["id", "meta*"], str(template)).notes
+    assert "ignore: no field is matched by 'meta*'." in notes
+    assert any("wrote nothing: no record is a conversation" in note for note in notes)
+
+
+def test_fields_of_messages_and_of_parts_are_not_lost(tmp_path):
+    path = tmp_path / "a.jsonl"
+
+    def load(message, *ignore):
+        talks = [[{"role": "user", "content": f"u {i}"}, {"role": "assistant", **message}] for i in range(9)]
+        path.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
+        return load_corpus(str(path), ignore)
+
+    part = {"type": "text", "text": "a", "thinking": "b"}
+    with pytest.raises(ParameterError, match="line 1: message 2, part 1 of its content has 'thinking'"):
+        load({"content": [part]})
+    for ignored in ("thinking", "messages.thinking", "messages.*"):
+        assert any("messages.thinking (9)" in note for note in load({"content": [part]}, ignored).notes)
+    assert any(
+        "no template writes" in note and "name (9)" in note for note in load({"content": "a", "name": "Bob"}).notes
+    )
+    with pytest.raises(ParameterError, match="the roles 'assistant' and 'human'; only one"):
+        load({"content": "a", "from": "human"})
+    path.write_text('{"messages": ["hello", "there"]}')
+    with pytest.raises(ParameterError, match="line 1: message 1 is no object with a role"):
+        load_corpus(str(path))

@@ -8,7 +8,7 @@ import pytest
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.peft.quantised import QUANTS
-from rwkv_lab.train import train
+from rwkv_lab.train import plan_training, train
 from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
 
 
@@ -94,3 +94,17 @@ def test_the_dtypes_that_are_offered_are_taken(name):
 def test_the_help_on_kinds_names_all_of_them():
     described = TrainSpec.model_fields["kind"].description
     assert described.split(":")[0].replace(" or ", ", ").split(", ") == list(KINDS)
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path):
+    for given, words in (
+        ({"base": "B.pth", "n_embd": 64}, "n_embd=64 is of a fresh model, and B.pth has its own"),
+        ({"base": "B.pth", "eval_every": 9, "steps": 5}, "eval_every=9: nothing would be measured in 5 steps"),
+    ):
+        with pytest.raises(ParameterError, match=words):
+            TrainSpec.read({"kind": "full", **given})
+    assert TrainSpec.read({"kind": "pretrain", "n_embd": 64}).n_embd == 64
+    assert TrainSpec.read({"kind": "full", "base": "B.pth", "data": tmp_path}).data == str(tmp_path)
+    for given in ({"ignore": ["id"]}, {"template": "mine.json"}):
+        with pytest.raises(ParameterError, match="is for records, and python is text"):
+            plan_training("pretrain", n_embd=32, data="python", **given)

@@ -71,7 +71,7 @@ def test_the_notebooks_defaults_are_those_of_the_spec(job):
 def test_what_the_notebook_is_given_reaches_the_spec(job, demo_folder):
     given = {
         "merge": {"alpha": 0.5, "dtype": "fp16", "include": ["blocks.0.*"], "precision": "float64", "scan": "changed"},
-        "train": {"kind": "lora", "rank": 2, "alpha": 3.0, "targets": ["att.key"], "resume": True, "n_layer": 5},
+        "train": {"kind": "lora", "rank": 2, "alpha": 3.0, "targets": ["att.key"], "resume": True, "seed": 5},
         "convert": {"to": "gguf", "dtype": "Q8_0", "alpha": 2.0, "rescale": 6, "generation": "7.0", "verify": False},
     }[job]
     parameters = parameters_of(job).read(given)

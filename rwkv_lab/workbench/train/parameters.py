@@ -7,10 +7,9 @@ from pydantic import Field
 
 from rwkv_lab.spec import Text
 from rwkv_lab.train import KINDS, TrainOptions, TrainSpec
+from rwkv_lab.train.spec import OF_FRESH_MODELS
 from rwkv_lab.workbench.options import takes, values_for
 from rwkv_lab.workbench.parameters import InputOrEmpty, Parameters, PathOrEmpty, input_path
-
-_OF_FRESH_MODELS = ("n_embd", "n_layer", "head_size")
 
 
 # The notebook keeps the log in the report folder and shows samples and loss itself; it runs in one process.
@@ -40,7 +39,7 @@ class TrainParameters(Parameters):
 
     @classmethod
     def applies(cls, name: str, values: Mapping[str, Any]) -> bool:
-        return TrainSpec.applies(name, values["kind"]) and not (name in _OF_FRESH_MODELS and values["base"])
+        return TrainSpec.applies(name, values["kind"]) and not (name in OF_FRESH_MODELS and values["base"])
 
     @classmethod
     def stands_for(cls, values: Mapping[str, Any]) -> Mapping[str, object]:
