@@ -22,7 +22,7 @@ def to_path(value: str | os.PathLike, what: str) -> Path:
     fault = path_fault(text)
     if fault:
         raise ParameterError(f"{what}={text!r}: {fault}")
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # Path's own fails where there is no such user
 
 
 def path_fault(text: str) -> str:

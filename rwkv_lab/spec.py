@@ -66,7 +66,7 @@ Number = Annotated[float, BeforeValidator(_number)]  # finite
 Text = Annotated[str, AfterValidator(_not_empty)]
 PathText = Annotated[str, AfterValidator(_path)]
 Patterns = list[Text]  # of tensor names, as `rwkv_lab.patterns` reads them
-Advise = Callable[[str, str], str]
+Advise = Callable[[str, str, object], str]
 
 
 class Spec(BaseModel):
@@ -80,7 +80,7 @@ class Spec(BaseModel):
         """The spec with these values.
 
         Args:
-            advise: what to add to a refusal, from pydantic's type of the error and the option's name.
+            advise: what to add to a refusal, from pydantic's type of the error, the option's name and the value.
         Raises:
             ParameterError: an unknown name, a wrong type, or a value out of range; the first in words, the others by
                 name.
@@ -129,13 +129,15 @@ def _in_words(error: ValidationError, advise: Advise | None) -> ParameterError:
     first, *rest = error.errors()
     name = str(first["loc"][0]) if first["loc"] else ""
     text = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    if first["type"] == "too_short":
+        text = "it is empty"
     if first["type"] == "missing":
         text = f"{name} is missing"
     elif name:
         value = repr(first["input"])
         text = f"{name}={value if len(value) <= 80 else value[:80] + '…'}: {text}"
     lines = [text]
-    advice = advise(first["type"], name) if advise else ""
+    advice = advise(first["type"], name, first["input"]) if advise else ""
     if advice:
         lines.append(advice)
     others = sorted({str(e["loc"][0]) for e in rest if e["loc"]} - {name})

@@ -119,7 +119,7 @@ def compare_behaviour(result: MergeResult, reading: Reading = STANDARD) -> Behav
     return Behaviour(
         bits={text: {n: m.measured[text].bits for n, m in models.items() if m.measured} for text in base.measured},
         measured=base.measured,
-        unread=base.unread or merged.unread,
+        unread=base.unread or merged.unread or ("" if corpora else "No text was read: data names none."),
         samples=_side_by_side(models),
         checks=checks,
     )

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from rwkv_lab.analysis.spectra import effective_rank
-from rwkv_lab.analysis.texts import tokens_to_read
+from rwkv_lab.analysis.texts import AnyCorpus, tokens_to_read
 from rwkv_lab.analysis.tuned_model import tuned_model, why_not_run
 from rwkv_lab.analysis.tuning import Tuning
 from rwkv_lab.checks import NotApplicable
@@ -55,7 +55,7 @@ def state_heads(tuning: Tuning) -> StateHeads:
 
 @torch.no_grad()
 def measure_state_effect(
-    tuning: Tuning, data: str = "python", texts: int = 16, length: int = 128, tokenizer: str = ""
+    tuning: Tuning, data: str | AnyCorpus = "python", texts: int = 16, length: int = 128, tokenizer: str = ""
 ) -> StateEffect:
     """How far the predictions with and without the state are apart by token position, and what the state gains.
 

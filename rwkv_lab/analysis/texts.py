@@ -7,7 +7,7 @@ import torch
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.model.tokenizer import load_tokenizer
+from rwkv_lab.model.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 from rwkv_lab.train import CORPORA, Corpus, Examples, TokenCorpus, load_corpus
 from rwkv_lab.train.held_out import WINDOW
 
@@ -26,12 +26,23 @@ class Reading:
     tokenizer: as in `load_tokenizer`; "" where the size of the vocabulary tells.
     window: tokens after which a model starts from a fresh state.
     most: bytes of each text that are measured; None for all, of models above `LARGE` parameters for `OF_LARGE`.
+    ignore, template: of records; as in `load_corpus`.
     """
 
     data: tuple[str, ...] = CORPORA
     tokenizer: str = ""
     window: int = WINDOW
     most: int | None = None
+    ignore: tuple[str, ...] = ()
+    template: str = "world"
+
+    def load(self, data: str) -> AnyCorpus:
+        """One of the data.
+
+        Raises:
+            ParameterError, CorruptFileError: as `load_corpus`.
+        """
+        return load_corpus(data, self.ignore, self.template)
 
     def corpora(self) -> dict[str, AnyCorpus]:
         """What is read, by name.
@@ -44,7 +55,7 @@ class Reading:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ParameterError(f"data has {twice} twice; give one of them, or another name.")
-        return dict(zip(names, map(load_corpus, self.data), strict=True))
+        return dict(zip(names, map(self.load, self.data), strict=True))
 
     def check(self, vocab_size: int) -> None:
         """Refuse data and a tokenizer that cannot be read, before any model is.
@@ -69,6 +80,19 @@ class Reading:
         if self.tokenizer:
             model.tokenizer = self.tokenizer
 
+    def tokenizer_of(self, vocab_size: int) -> Tokenizer | None:
+        """The tokenizer that reads the data; None where the size of the vocabulary does not tell.
+
+        Raises:
+            ParameterError, CorruptFileError, UnsafeFileError: as `load_tokenizer`.
+        """
+        if self.tokenizer:
+            return load_tokenizer(self.tokenizer, vocab_size)
+        try:
+            return tokenizer_for(vocab_size)
+        except ParameterError:
+            return None
+
     def why_unread(self, model: RWKV_Dual, error: ParameterError) -> str:
         """Why a model cannot read the data, in a sentence."""
         if not self.tokenizer and not _tells_tokenizer(model):
@@ -76,7 +100,10 @@ class Reading:
                 f"Not read: a vocabulary of {model.layout.vocab_size:,} tokens does not tell its tokenizer. Give it as "
                 'tokenizer: "world", "bytes" or the path of a vocabulary or tokenizer.json.'
             )
-        return f"Not read: {str(error).splitlines()[0]}"
+        what = str(error).splitlines()[0]
+        if "ctx_len" in what:  # as training calls the window
+            return f"Not read: {what.replace('ctx_len', 'window')} Give a larger window."
+        return f"Not read: {what}"
 
 
 def _tells_tokenizer(model: RWKV_Dual) -> bool:
@@ -89,15 +116,22 @@ def _tells_tokenizer(model: RWKV_Dual) -> bool:
 STANDARD = Reading()
 
 
-def held_out_text(data: str) -> bytes:
+def held_out_text(data: str | AnyCorpus, tokenizer: Tokenizer | None = None) -> bytes:
     """What a corpus holds out; of examples, prompts and responses one after the other.
 
+    Args:
+        data: a corpus, or what `load_corpus` takes.
+        tokenizer: of data that are tokens.
+
     Raises:
-        ParameterError: see `load_corpus`.
+        ParameterError: tokens without a tokenizer; see `load_corpus`.
     """
-    corpus = load_corpus(data)
+    corpus = load_corpus(data) if isinstance(data, str) else data
     if isinstance(corpus, TokenCorpus):
-        raise ParameterError(f"data={data!r} holds tokens; what is read here is text. Name a text or records.")
+        if tokenizer is None:
+            raise ParameterError(f"{corpus.name} holds tokens; to read them as text their tokenizer is needed.")
+        corpus.check(tokenizer.vocab_size)
+        return tokenizer.decode_bytes(corpus.held_out.tolist())
     if isinstance(corpus, Examples):
         return b"\n".join(example.text for example in corpus.held_out)
     return corpus.held_out
@@ -114,13 +148,17 @@ def excerpts(text: bytes, count: int, size: int) -> list[bytes]:
     return [text[start : start + size] for start in lines]
 
 
-def held_out_excerpts(data: str, count: int = 16, size: int = 512) -> bytes:
-    """Excerpts from all over what a corpus holds out, one after the other: `count` of `size` bytes.
+def held_out_excerpts(
+    data: str | AnyCorpus, count: int = 16, size: int = 512, tokenizer: Tokenizer | None = None
+) -> bytes:
+    """Excerpts from all over what a corpus holds out, one after the other: `count` of `size` bytes; all where that is
+    less.
 
     Raises:
-        ParameterError: see `load_corpus`.
+        ParameterError: as `held_out_text`.
     """
-    return b"".join(excerpts(held_out_text(data), count, size))
+    text = held_out_text(data, tokenizer)
+    return text if len(text) <= count * size else b"".join(excerpts(text, count, size))
 
 
 def fixed_tokens(vocab_size: int) -> torch.Tensor:
@@ -128,7 +166,9 @@ def fixed_tokens(vocab_size: int) -> torch.Tensor:
     return torch.arange(1, 65)[None] * 7919 % vocab_size
 
 
-def tokens_to_read(model: RWKV_Dual, batch: int, length: int, data: str = "english") -> tuple[torch.Tensor, str]:
+def tokens_to_read(
+    model: RWKV_Dual, batch: int, length: int, data: str | AnyCorpus = "english"
+) -> tuple[torch.Tensor, str]:
     """Tokens `[B,T]` of held-out text, each row from another place of it, where the vocabulary tells its tokenizer,
     else fixed ones drawn at random; and where they come from, in words.
 
@@ -142,7 +182,8 @@ def tokens_to_read(model: RWKV_Dual, batch: int, length: int, data: str = "engli
         drawn = torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(0))
         return drawn, f"drawn at random from {vocab:,}, the same each time (the vocabulary does not tell its tokenizer)"
     rows = []
-    for text in excerpts(held_out_text(data), batch, _LONGEST * length):
+    for text in excerpts(held_out_text(data, tokenizer), batch, _LONGEST * length):
         ids = torch.tensor(tokenizer.encode(text))
         rows.append(ids.repeat(-(-length // len(ids)))[:length])  # a long wish is read from the start again
-    return torch.stack(rows), f"held-out text of the corpus {data!r}"
+    name = data if isinstance(data, str) else data.name
+    return torch.stack(rows), f"held-out text of the corpus {name!r}"

@@ -11,12 +11,14 @@ import torch
 
 from rwkv_lab.analysis.spectra import delta
 from rwkv_lab.checkpoint import Checkpoint, Layout, open_checkpoint
+from rwkv_lab.checkpoint.origin import origin_of, same_weights, weights_of
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.merge.adapter_set import ANY, read_adapters
 from rwkv_lab.merge.families import family_of, method_of
 from rwkv_lab.merge.families.into_base import check_fine_tune, check_states
 from rwkv_lab.merge.input_checks import check_base, check_dtypes, refuse_same_file
 from rwkv_lab.merge.inputs import open_tuned
+from rwkv_lab.merge.origins import bases_of
 from rwkv_lab.merge.spec import MergeSpec
 from rwkv_lab.names import is_block_matrix, split_block
 from rwkv_lab.patterns import is_selected, refuse_unmatched
@@ -221,6 +223,18 @@ def _opened(
     adapters = read_adapters(*open_tuned(spec, stack), family_of(ANY).check(spec))
     (adapter,) = adapters.adapters
     return adapter.method, adapter, adapters.quant
+
+
+def note_on_base(tuning: Tuning) -> str:
+    """That a tuned file says it was trained on another base than the one beside it, in a sentence; else ""."""
+    origin = origin_of(tuning.tuned)
+    known = () if origin is None else (weights_of(tuning.base), *bases_of(tuning.base))
+    if origin is None or any(same_weights(origin.weights, weights) for weights in known):
+        return ""
+    return (
+        f"{tuning.tuned.path.name} was trained on {origin.base}; {tuning.base.path.name} has other weights, "
+        "so that this is not what was trained."
+    )
 
 
 def tensor_part(name: str) -> str:

@@ -51,7 +51,7 @@ def _path(value: Any) -> Path:
     fault = path_fault(os.fsdecode(value))
     if fault:
         raise ValueError(fault)
-    return Path(value).expanduser().absolute()
+    return Path(os.path.expanduser(value)).absolute()
 
 
 def _on_the_hub(address: re.Match[str]) -> str:

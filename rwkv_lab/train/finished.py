@@ -56,6 +56,14 @@ def finished_training(out: Path, options: TrainOptions) -> Finished | None:
     return Finished(steps, settings) if isinstance(steps, int) else None
 
 
+def notes_on_checkpoint(out: Path, options: TrainOptions) -> list[str]:
+    """That a checkpoint of an unfinished training is there and is not continued from, in a sentence."""
+    file = resume_path(out)
+    if options.resume or not file.exists():
+        return []
+    return [f"{file.name}, of a training that did not end, is replaced: resume=True would have continued it."]
+
+
 def training_id(settings: Mapping[str, object], earlier: Path | None) -> str:
     """What tells the training that an output is of: kept where an earlier output is trained further, else a hash of the
     settings but for the number of steps.

@@ -10,6 +10,7 @@ A field with content that is not used is refused, unless `ignore` names it: noth
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -279,7 +280,7 @@ def read_template(which: str) -> ChatTemplate:
     Raises:
         ParameterError: neither a name nor such a file.
     """
-    path = Path(which)
+    path = Path(os.path.expanduser(which))
     if which in TEMPLATES or not (path.suffix or path.exists() or path.is_symlink()):
         return chat_template(which)
     if not path.is_file():

@@ -341,6 +341,7 @@ class TrainOptions(Spec):
         "ddp", description="several processes: ddp copies the model, fsdp spreads it"
     )
     overwrite: bool = Field(False, description="replace the output if it is there")
+    allow_other_base: bool = Field(False, description="train a start that says it was trained on another base")
     samples: bool = Field(True, description="let the model write a text before and after")
     on_step: Callable[[int, list[float]], object] | None = Field(
         None, description="called after every step with the number of steps done and the losses so far"

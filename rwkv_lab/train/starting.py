@@ -3,12 +3,39 @@
 import math
 from collections.abc import Mapping
 
-from rwkv_lab.checkpoint import Layout
+from rwkv_lab.checkpoint import Layout, open_checkpoint
+from rwkv_lab.checkpoint.origin import origin_of, same_weights, weights_of
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.patterns import matches
 from rwkv_lab.peft import ADAPTER_KINDS, Adapter, open_adapter
 from rwkv_lab.peft.selection import in_part
 from rwkv_lab.train.spec import Planned, TrainSpec
+
+
+def notes_on_start(spec: TrainSpec, other_base: bool) -> list[str]:
+    """A sentence on an adapter or a state to train further that was trained on another base, or does not say on which.
+
+    Args:
+        other_base: whether it may be trained on another one.
+
+    Raises:
+        ParameterError: it was trained on another base, and may not.
+    """
+    if not spec.start:
+        return []
+    with open_checkpoint(spec.start) as ck:
+        name, origin = ck.path.name, origin_of(ck)
+    if origin is None:
+        return [f"{name} does not say on which base it was trained."]
+    with open_checkpoint(spec.base) as ck:
+        if same_weights(origin.weights, weights_of(ck)):
+            return []
+    if not other_base:
+        raise ParameterError(
+            f"start={spec.start!r} was trained on {origin.base}, whose weights are not those of {spec.base}.\n"
+            "Give the base that it was trained on; allow_other_base=True trains it all the same."
+        )
+    return [f"{name} was trained on {origin.base}; {spec.base} has other weights."]
 
 
 def with_settings_of(spec: TrainSpec, method: str) -> TrainSpec:

@@ -22,7 +22,15 @@ from rwkv_lab.peft import count_parameters
 from rwkv_lab.train.batches import batches_of
 from rwkv_lab.train.data import Corpus, load_corpus
 from rwkv_lab.train.examples import Examples
-from rwkv_lab.train.finished import CONTINUED, NOTE, TRAINING_ID, finished_training, steps_to_continue, training_id
+from rwkv_lab.train.finished import (
+    CONTINUED,
+    NOTE,
+    TRAINING_ID,
+    finished_training,
+    notes_on_checkpoint,
+    steps_to_continue,
+    training_id,
+)
 from rwkv_lab.train.fitting import Fitting
 from rwkv_lab.train.log import write_log
 from rwkv_lab.train.material import Fit, Material, tokenise
@@ -33,6 +41,7 @@ from rwkv_lab.train.processes import Processes, put
 from rwkv_lab.train.resume import resume_path
 from rwkv_lab.train.samples import Continuation, Question, questions, samples
 from rwkv_lab.train.spec import KINDS, ResolvedSpec, TrainOptions, TrainSpec
+from rwkv_lab.train.starting import notes_on_start
 from rwkv_lab.train.token_files import TokenCorpus
 
 log = logging.getLogger(__name__)
@@ -108,6 +117,7 @@ def train(
     n_layer: int = 3,
     head_size: int = 32,
     overwrite: bool = False,
+    allow_other_base: bool = False,
     samples: bool = True,
     on_step: Callable[[int, list[float]], object] | None = None,
 ) -> TrainResult:
@@ -149,6 +159,8 @@ def train(
             has, from `out` (`rwkv_lab.train.finished`).
         log_folder: where `log.csv` and `log.json` go; None for nowhere.
         parallel: "ddp" or "fsdp", for several processes.
+        allow_other_base: adapters and states that rwkv_lab trained name their base by its values; train a `start` on
+            another one all the same.
         samples: let the model write something before and after.
         on_step: called after every step with the number of steps done and the losses so far.
 
@@ -230,12 +242,13 @@ class _Training:
     settings: dict[str, object]
     origin: dict[str, str]  # for the output's metadata
     fitting: Fitting
+    found: list[str]  # on start and checkpoint, a sentence each
 
     def notes(self) -> list[str]:
         """What is worth knowing about the data and about what was continued, a sentence each."""
         done, spec = self.fitting.course.before, self.spec
         words = _CONTINUES.format(out=self.out.name, done=done, steps=spec.steps, warmup=spec.warmup_steps)
-        return [*self.material.notes, *([words] if done else [])]
+        return [*self.found, *self.material.notes, *([words] if done else [])]
 
     def samples(self) -> list[tuple[str, str]]:
         """(prompt, continuation) pairs, as the model is now; none of several processes."""
@@ -258,6 +271,9 @@ def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
     finished = finished_training(out, options)
     check_destinations(spec, out, options.changed(overwrite=True) if finished else options)
     refuse_changed(plan.base_files)
+    found = notes_on_start(spec, options.allow_other_base) + notes_on_checkpoint(out, options)
+    for note in found:
+        log.warning("%s", note)
     corpus = load_corpus(spec.data) if plan.corpus is None else plan.corpus
     inputs = [file_facts(path) for path in (spec.base, spec.start) if path]
     settings = _settings(spec, corpus, inputs)
@@ -279,7 +295,7 @@ def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
         log.info("%s", _CONTINUES.format(out=out.name, done=done, steps=spec.steps, warmup=spec.warmup_steps))
     fitting = Fitting(run, trained, batches, spec, options, resume_path(out), settings, processes, done)
     origin = origin_note(spec, settings)
-    return _Training(spec, out, options, processes, inputs, corpus, material, model, settings, origin, fitting)
+    return _Training(spec, out, options, processes, inputs, corpus, material, model, settings, origin, fitting, found)
 
 
 def _measure_before(training: _Training) -> float:

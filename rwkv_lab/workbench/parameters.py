@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field
 from rwkv_lab.analysis.texts import Reading
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import path_fault
-from rwkv_lab.spec import Advise, OneOf, Spec, Text, unknown_name
+from rwkv_lab.spec import Advise, OneOf, Patterns, Spec, Text, unknown_name
 from rwkv_lab.train.held_out import WINDOW
 from rwkv_lab.wkv import backends
 from rwkv_lab.workbench.words import example, from_words, in_words
@@ -109,6 +109,10 @@ class ReadsText(Parameters):
     tokenizer: str = Field(
         "", description="world, bytes, or the path of a vocabulary or tokenizer.json; empty: by the vocabulary's size"
     )
+    ignore: Patterns = Field(
+        [], examples=[["id", "source"]], description="fields of records that are not read, or patterns of them"
+    )
+    template: Text = Field("world", description="of conversations: world, or the path of a JSON file with one")
     window: Annotated[int, Field(ge=1)] = Field(
         WINDOW, description="tokens of text, each window read from a fresh state; as ctx_len of train"
     )
@@ -118,7 +122,7 @@ class ReadsText(Parameters):
 
     def reading(self, data: Sequence[str]) -> Reading:
         """What models read and continue."""
-        return Reading(tuple(data), self.tokenizer, self.window, self.measure_bytes)
+        return Reading(tuple(data), self.tokenizer, self.window, self.measure_bytes, tuple(self.ignore), self.template)
 
 
 _PLAIN = (str, bytes, int, float, complex, list, dict, tuple, set, type(None))
@@ -147,11 +151,16 @@ def read_parameters(model: type[Parameters], namespace: Mapping[str, Any], names
 def _advice_for_papermill(model: type[Parameters]) -> Advise:
     """How papermill's options pass a value of the type that is needed."""
 
-    def advise(error: str, name: str) -> str:
+    def advise(error: str, name: str, given: object) -> str:
         value = example(name, model.model_fields[name]) if name else None
+        if error == "string_type" and (given is None or isinstance(given, bool | int | float)):
+            word = f"the word {given}" if given is None or isinstance(given, bool) else "text that looks like a number"
+            also = f"; leave {name} out for its default" if given is None else ""
+            return f"papermill's -p makes a value of {word}: -r {name} keeps it as text{also}."
+        if isinstance(given, float) and given.is_integer() and error in ("int_type", "int_from_float"):
+            return f"Write it without a fraction or an exponent: -p {name} {int(given)}"
         return {
             "bool_type": "papermill's -p takes True and False, spelled like this.",
-            "string_type": f"papermill's -p turns text that looks like a number into one; -r {name} keeps it as text.",
             "dict_type": f"papermill takes a mapping by -y: -y {shlex.quote(json.dumps({name: value}))}",
             "list_type": f"Give words with commas between them: -p {name} {shlex.quote(in_words(value))}",
         }.get(error, "")

@@ -67,7 +67,7 @@ def close(record: Record, page: Page, can_repeat: bool) -> None:
     record.figures = []
     for picture in page.pictures:
         path = folder / f"{picture.name}.png"
-        path.write_bytes(picture.png)
+        _write_picture(path, picture.png)
         record.figures.append(path)
     for name, text in page.attached.items():
         write_text(folder / name, text, overwrite=True)
@@ -80,6 +80,13 @@ def close(record: Record, page: Page, can_repeat: bool) -> None:
         write_json(folder / RESULT, record.as_dict())
     record.write()
     _list_among_others(record.folder)
+
+
+def _write_picture(path: Path, png: bytes) -> None:
+    try:
+        path.write_bytes(png)
+    except OSError as e:
+        raise OutputError(f"the picture {path} cannot be written: {e.strerror or e}") from e
 
 
 def _is_good(folder: Path) -> bool:

@@ -21,7 +21,10 @@ def main() -> int:
     if not runs:
         print(f"There are no runs in {folder.absolute()}: name the folder that holds the folders of reports.")
         return 1
-    rows = [(run.status, run.notebook, run.started, os.path.relpath(run.folder, folder), run.summary) for run in runs]
+    rows = [
+        (run.status, run.notebook, run.started, os.path.relpath(run.folder, folder), " ".join(run.summary.split()))
+        for run in runs
+    ]
     print(Table("Runs, the last one first", ("status", "notebook", "started", "folder", "found"), rows))
     try:
         print(write_index(folder.absolute()))

@@ -1,6 +1,7 @@
 """One run of a notebook: its parameters, its folder, `result.json` and `report.html`, from first cell to last."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,7 @@ class Run:
         self.notebook, self.folder = notebook, folder
         self.model = parameters_of(notebook)
         self._config: Parameters | None = None
+        self._earlier = note_on_earlier_run(folder)
         self._begin(parameters)
 
     @property
@@ -50,6 +52,8 @@ class Run:
         self._start = time.perf_counter()
         self.page = Page(notebook=self.notebook)
         self.record = Record(self.folder, self.notebook, parameters)
+        if self._earlier:
+            self.record.notes.append(self._earlier)
         begin(self.record)
 
     def configure(self, **values: Any) -> None:
@@ -65,6 +69,7 @@ class Run:
     def begin_again(self) -> None:
         """Start over with the parameters as they are now; forget what an earlier pass through the notebook recorded."""
         self._begin(self.config.model_dump())
+        self._earlier = ""  # a further pass through the notebook has nothing to do with it
 
     def refuse_changed(self) -> None:
         """Refuse to go on where parameters are not those that this pass through the notebook began with.
@@ -178,12 +183,10 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
     wanted = namespace.get("report")
     given = {name: namespace[name] for name in parameters_of(notebook).model_fields if name in namespace}
     folder = _report_folder(notebook, wanted if isinstance(wanted, str) else "")
-    earlier = note_on_earlier_run(folder)
     run = Run(notebook, folder, given)
     _join_kernel(run)
-    if earlier:
-        say(earlier)
-        run.record.notes.append(earlier)
+    for note in run.record.notes:
+        say(note)
     try:
         config = read_parameters(run.model, namespace, names_are_all=not frontend_present())
         run._config = config = config.changed(report=str(run.folder))
@@ -199,7 +202,7 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
 
 
 def _report_folder(notebook: str, wanted: str) -> Path:
-    folder = Path(wanted).expanduser().absolute() if wanted.strip() else reports_folder() / notebook
+    folder = Path(os.path.expanduser(wanted)).absolute() if wanted.strip() else reports_folder() / notebook
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"the report folder {folder} is a file; name another one")
     try:

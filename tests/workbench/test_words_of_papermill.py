@@ -45,6 +45,8 @@ LISTS = [
     ("merge", "weights", "0.5,1e-4", [0.5, 1e-4]),
     ("merge", "weights", "1", [1.0]),
     ("train", "ignore", "id,source", ["id", "source"]),
+    ("merge", "ignore", "id,source", ["id", "source"]),
+    ("peft", "ignore", "meta*", ["meta*"]),
     ("merge", "data", "mine.txt,english", ["mine.txt", "english"]),
     ("train", "targets", "att.key,ffn.key", ["att.key", "ffn.key"]),
     ("train", "train_parts", "emb", ["emb"]),
@@ -122,3 +124,18 @@ def test_nothing_is_said_of_papermill_where_python_is_written():
     with pytest.raises(ParameterError) as caught:
         read_parameters(parameters_of("merge"), {"include": {}, "dry_run": "true"}, names_are_all=False)
     assert "papermill" not in str(caught.value) and "-p " not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("notebook", "name", "word", "advice"),
+    [
+        ("train", "quant", "None", "makes a value of the word None: -r quant keeps it as text; leave quant out"),
+        ("merge", "tuned", "True", "makes a value of the word True: -r tuned keeps it as text"),
+        ("train", "data", "5", "of text that looks like a number: -r data keeps it as text"),
+        ("train", "steps", "1e3", "without a fraction or an exponent: -p steps 1000"),
+        ("benchmark", "lengths", "", "lengths=.*: it is empty"),
+    ],
+)
+def test_advice_fits_the_value_that_was_given(notebook, name, word, advice):
+    with pytest.raises(ParameterError, match=advice):
+        read(notebook, **{name: word})

@@ -1,5 +1,6 @@
 """Text to tokens and back: the World vocabulary, Hugging Face `tokenizers` files, bytes."""
 
+import os
 from pathlib import Path
 
 from rwkv_lab.arguments import checked
@@ -41,7 +42,7 @@ def load_tokenizer(which: str | Path, vocab_size: int | None = None) -> Tokenize
     if which == "world":
         tokenizer = WorldTokenizer()
     else:
-        path = Path(which)
+        path = Path(os.path.expanduser(which))
         if not path.is_file():
             raise ParameterError(
                 f'There is no tokenizer {str(which)!r}: name "world", "bytes" or the path of a file.\n'

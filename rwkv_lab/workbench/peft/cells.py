@@ -8,12 +8,12 @@ from rwkv_lab.analysis.ablation import CTX_LEN, measure_ablation
 from rwkv_lab.analysis.changes import Changes, compare_directions, count_values, measure_changes
 from rwkv_lab.analysis.state_effects import measure_state_effect, state_heads
 from rwkv_lab.analysis.texts import Reading, held_out_excerpts
-from rwkv_lab.analysis.tuning import open_tuning, select_tensors
+from rwkv_lab.analysis.tuning import note_on_base, open_tuning, select_tensors
 from rwkv_lab.checkpoint import file_facts
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.names import split_block
 from rwkv_lab.plotting import layer_map
-from rwkv_lab.train import Measurement, load_corpus
+from rwkv_lab.train import Measurement, TokenCorpus
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.peft import figures
 from rwkv_lab.workbench.run import Run
@@ -48,6 +48,9 @@ def describe(run: Run) -> list[str]:
             ("frozen", f"{frozen:,} values"),
             ("tensors changed", f"{len(changed)} of {len(t.base.info)}, {len(names)} of them measured here"),
         ]
+        if note := note_on_base(t):
+            run.page.facts.append(("trained on another base", note))
+            run.record.notes.append(note)
         if t.quant != "none":
             run.page.facts.append(("base in training", f"stored as {t.quant}, and taken as that here"))
         if t.adapter and t.adapter.residual_base:
@@ -235,7 +238,8 @@ def show_effect(run: Run) -> None:
         if not t.state_names:
             print(f"{t.tuned.path.name} holds no tuned state (time_state): there is no effect to follow.")
             return
-        found, name = measure_state_effect(t, run.config.data, _TEXTS, _TOKENS, run.config.tokenizer), t.tuned.path.name
+        corpus, name = _reading(run).load(run.config.data), t.tuned.path.name
+        found = measure_state_effect(t, corpus, _TEXTS, _TOKENS, run.config.tokenizer)
     run.record.checks += found.checks
     if not found.measured:
         print(found.checks[-1])
@@ -258,9 +262,11 @@ def show_effect(run: Run) -> None:
 def show_ablation(run: Run, names: list[str]) -> None:
     """Bits per byte with everything, with nothing, and without each layer's and each kind of matrix's tuning."""
     with run.timed("ablation"), open_tuning(*_files(run)) as t:
-        text = held_out_excerpts(run.config.data, _EXCERPTS, _EXCERPT_BYTES)
-        corpus = load_corpus(run.config.data)
-        found = measure_ablation(t, names, text, reading=_reading(run), corpus=corpus)
+        reading = _reading(run)
+        corpus, tokenizer = reading.load(run.config.data), reading.tokenizer_of(t.layout.vocab_size)
+        known = tokenizer is not None or not isinstance(corpus, TokenCorpus)
+        text = held_out_excerpts(corpus, _EXCERPTS, _EXCERPT_BYTES, tokenizer) if known else b""
+        found = measure_ablation(t, names, text, reading=reading, corpus=corpus)
     run.record.checks += found.checks
     if not found.measured or found.with_tuning is None or found.without is None:
         _say_unread(run, found.checks[-1])
