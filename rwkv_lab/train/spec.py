@@ -282,8 +282,6 @@ class TrainSpec(Spec):
         steps = self.effective("steps")
         if self.warmup is not None and self.warmup > steps:
             raise ParameterError(f"warmup={self.warmup} must be from 0 to the {steps} steps that there are.")
-        if self.eval_every > steps:
-            raise ParameterError(f"eval_every={self.eval_every}: nothing would be measured in {steps} steps.")
         if self.patience and not self.eval_every:
             raise ParameterError(f"patience={self.patience} counts measurements: pass eval_every= too.")
         return self

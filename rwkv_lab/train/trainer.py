@@ -272,6 +272,8 @@ def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
     check_destinations(spec, out, options.changed(overwrite=True) if finished else options)
     refuse_changed(plan.base_files)
     found = notes_on_start(spec, options.allow_other_base) + notes_on_checkpoint(out, options)
+    if spec.eval_every > spec.steps:
+        found.append(f"eval_every={spec.eval_every}: nothing is measured on the way, in {spec.steps} steps.")
     for note in found:
         log.warning("%s", note)
     corpus = load_corpus(spec.data) if plan.corpus is None else plan.corpus

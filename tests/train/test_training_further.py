@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_training import LRS, SHORT
 
-from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.errors import OutputError, ParameterError
 from rwkv_lab.peft import open_adapter
 from rwkv_lab.train import open_trained, plan_training, resume_path, train, verify_training
@@ -190,3 +190,21 @@ def test_another_start_is_another_training(settings, tmp_path):
         train("lora", tmp_path / "out.pth", start=tmp_path / "1.pth", **settings | {"steps": 9}, resume=True).resumed_at
         == 6
     )
+
+
+@pytest.mark.parametrize("kind", ["lora", "state"])
+def test_a_start_of_another_base_is_refused_unless_allowed(kind, small, settings, tmp_path):
+    train(kind, tmp_path / "A.pth", **settings)
+    write_checkpoint(tmp_path / "other.pth", {name: 1.1 * t for name, t in tensors(small).items()})
+    given = settings | {"base": tmp_path / "other.pth", "start": tmp_path / "A.pth"}
+    with pytest.raises(ParameterError, match="was trained on .*, whose weights are not those of"):
+        train(kind, tmp_path / "B.pth", **given)
+    result = train(kind, tmp_path / "B.pth", allow_other_base=True, **given)
+    assert "A.pth was trained on" in result.notes[0] and "has other weights" in result.notes[0]
+
+
+def test_a_checkpoint_that_is_not_continued_from_is_named(settings, tmp_path):
+    (tmp_path / "A.pth.resume.safetensors").write_bytes(b"of hours of training")
+    result = train("lora", tmp_path / "A.pth", eval_every=500, **settings)
+    assert "resume=True would have continued it" in result.notes[0]
+    assert "eval_every=500: nothing is measured on the way" in result.notes[1]

@@ -53,8 +53,11 @@ def test_a_run_that_was_killed_is_interrupted(killed, capsys):
     assert "interrupted" in write_index(killed.parent).read_text()
     run = begun(killed)
     assert "was interrupted" in capsys.readouterr().out and "was interrupted" in run.record.notes[0]
+    run.begin_again()  # as every notebook's first step does
     run.finish(must_pass=True)
     assert "was interrupted" in read_result(killed / "result.json")["notes"][0]
+    run.begin_again()
+    assert run.record.notes == []
 
 
 def test_a_run_that_is_at_work_is_running(tmp_path, demo_folder, capsys):

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from shutil import copyfile
 
+import numpy as np
 import pytest
 import torch
 from models import snapshot
@@ -18,6 +19,7 @@ from rwkv_lab.analysis.tuning import TuningOptions
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.errors import OutputError, ParameterError, RwkvLabError
 from rwkv_lab.plotting import png
+from rwkv_lab.train import train
 from rwkv_lab.workbench import panel as panels
 from rwkv_lab.workbench import start
 from rwkv_lab.workbench.parameters import read_parameters
@@ -81,6 +83,29 @@ def run(base, tmp_path):
 
 def result(run) -> dict:
     return json.loads((run.folder / "result.json").read_text())
+
+
+def test_tokens_and_records_are_read_as_in_training(run, made, tmp_path):
+    rows = [{"prompt": f"p {i}", "response": f"r {i}", "id": i + 1} for i in range(40)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    np.save(tmp_path / "tokens.npy", np.arange(6000) % 257)
+    with pytest.raises(ParameterError, match='ignore=."id".'):
+        run_all(run(made("state"), data=str(tmp_path / "mine.jsonl")))
+    for given in ({"data": str(tmp_path / "mine.jsonl"), "ignore": ["id"]}, {"data": str(tmp_path / "tokens.npy")}):
+        one = run(made("state"), **given)
+        run_all(one)
+        assert result(one)["metrics"]["bits_per_byte"]["with"] > 0
+
+
+def test_a_tuning_of_another_base_says_so(run, made, base, tmp_path):
+    train("state", tmp_path / "own.pth", "english", base, steps=1, batch_size=1, ctx_len=8, samples=False)
+    with open_checkpoint(base) as ck:
+        write_checkpoint(tmp_path / "other.pth", {name: 1.1 * ck[name] for name in ck})
+    for beside, notes in ((base, 0), (tmp_path / "other.pth", 1)):
+        one = run(tmp_path / "own.pth", base=str(beside))
+        cells.describe(one)
+        assert len(one.record.notes) == notes
+    assert "own.pth was trained on demo-base.pth; other.pth has other weights" in one.record.notes[0]
 
 
 @pytest.mark.parametrize("kind", FIGURES)
