@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from inspect import signature
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -281,7 +281,8 @@ def _run(
 
 def _token_set(model: Model, tokens: Iterable[int] | int, name: str) -> frozenset[int]:
     V = model.layout.vocab_size
-    ids = [operator.index(tokens)] if is_whole_number(tokens) else whole_numbers(tokens, name)
+    given: Any = tokens
+    ids = [operator.index(given)] if is_whole_number(given) else whole_numbers(given, name)
     wrong = next((t for t in ids if not 0 <= t < V), None)
     if wrong is not None:
         raise ParameterError(f"{name} holds {wrong}, which is outside the vocabulary: 0 to {V - 1}.")

@@ -63,10 +63,12 @@ def load_corpus(
     """
     if data == "english":
         return _split_by_hash(
-            data, _english_pieces(), "pieces of 2,000 characters of pydoc_data.topics, one in ten held out"
+            "english", _english_pieces(), "pieces of 2,000 characters of pydoc_data.topics, one in ten held out"
         )
     if data == "python":
-        return _split_by_hash(data, _library_files(), "files of the standard library, one in ten held out as a whole")
+        return _split_by_hash(
+            "python", _library_files(), "files of the standard library, one in ten held out as a whole"
+        )
     try:
         return _of_files(to_path(data, "data"), RecordReader(ignore, template))
     except OSError as e:

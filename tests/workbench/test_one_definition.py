@@ -27,7 +27,7 @@ FUNCTIONS = {"merge": merge, "train": train, "convert": convert}
 # What a notebook sets itself, and what only a notebook has.
 SET_BY_NOTEBOOK = {"merge": set(), "train": {"log_folder", "samples", "on_step", "parallel"}, "convert": set()}
 ONLY_NOTEBOOK = {
-    "merge": {"out", "recipe", "report", "data", "tokenizer", "window", "measure_bytes"},
+    "merge": {"out", "recipe", "report", "data", "tokenizer", "ignore", "template", "window", "measure_bytes"},
     "train": {"out", "compare", "dry_run", "report"},
     "convert": {"out", "prompt", "report"},
 }
