@@ -66,6 +66,8 @@ def test_from_the_hub_and_to_it(batch, demo_folder, tmp_path):
         refused = batch("convert", "-r", "repo_id", "me/models", variables=variables | {"HF_TOKEN": ""})
     notes = " ".join(run.result["notes"])
     assert "The source is me/models on the Hugging Face Hub" in notes and "files were uploaded to me/new" in notes
+    assert run.result["metrics"]["uploaded"]["repo_id"] == "me/new"
+    assert run.result["metrics"]["summary"].endswith("same greedy tokens. Uploaded to me/new.")
     assert len(run.result["checks"]) == 10 and all(c["passed"] for c in run.result["checks"])
     written = "".join(path.read_text() for path in (run.notebook, *run.folder.glob("*.[hj][ts]*")))
     assert TOKEN not in written + run.log and "X-Signature" not in written + run.log

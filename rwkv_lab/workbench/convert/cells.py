@@ -88,7 +88,9 @@ def carry_out(run: Run, plan: ConvertPlan) -> ConvertResult | None:
         run.record.checks.append(NotApplicable("every tensor of the output is its source's", "verify=False"))
     found = result.notes[len(plan.notes) :]
     run.record.notes += found
-    run.page.facts += [("values", note) for note in found]
+    run.page.facts += [("found", note) for note in found]
+    if result.pushed is not None:
+        run.record.metrics["uploaded"] = {"repo_id": result.pushed.repo_id, "url": result.pushed.url}
     run.page.headline = f"{plan.out.name}, {human_bytes(plan.output_bytes)}: {_what(plan)}."
     run.page.summary = _summary(result, None)
     folder = plan.out.is_dir()
@@ -314,6 +316,7 @@ def _summary(result: ConvertResult, found: ConversionAgreement | None) -> str:
     name = made.spec.to.upper() if made.spec.to == "gguf" else made.spec.to
     dtype = f" {made.spec.dtype}" if made.spec.dtype else ""
     begin = f"Converted to {name}{dtype}: {human_bytes(made.source.bytes)} -> {human_bytes(made.output_bytes)}"
+    end = f" Uploaded to {result.pushed.repo_id}." if result.pushed else ""
     if found is not None and found.continued is not None:
         error, both = found.relative, found.continued
         logits = "logits are equal to the last bit" if error == 0 else f"logits differ by {error:.2g} of their RMS"
@@ -321,11 +324,11 @@ def _summary(result: ConvertResult, found: ConversionAgreement | None) -> str:
             logits = f"logits differ by {100 * error:.2g} % RMS"
         count = len(both.source)
         greedy = "same greedy tokens" if both.same == count else f"greedy tokens part after {both.same} of {count}"
-        return f"{begin}; {logits}; {greedy}."
+        return f"{begin}; {logits}; {greedy}.{end}"
     if found is not None:
-        return f"{begin}. {found.unread}"
+        return f"{begin}. {found.unread}{end}"
     compared = f"{len(made.rows)} tensors compared with the source" if made.options.verify else "not compared"
-    return f"{begin}; {compared}."
+    return f"{begin}; {compared}.{end}"
 
 
 STEPS = (
