@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from rwkv_lab.checkpoint.open import Checkpoint
+from rwkv_lab.checkpoint.provenance import records_of
 from rwkv_lab.checkpoint.source import TensorInfo
 
 ORIGIN = "rwkv_lab.origin"  # its name in a file's metadata
@@ -56,7 +57,21 @@ def origin_of(ck: Checkpoint) -> Origin | None:
 def weights_of(ck: Checkpoint) -> dict[str, str]:
     """What a whole model is known again by. Read are the first values of every tensor; states (`time_state`) are left
     out, since a model with one has the same weights."""
-    return hashes_of((t.name, t.shape, partial(_first_values, t)) for t in ck.info.values())
+    return hashes_of((name, t.shape, partial(_first_values, t)) for name, t in ck.info.items())
+
+
+def bases_of(ck: Checkpoint) -> list[Weights]:
+    """The models that a model was made from by merging and converting, one after the other, as its record says."""
+    bases = []
+    for record in records_of(ck):
+        listed = record.get("bases")
+        bases += [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    return bases
+
+
+def lineage(base: Checkpoint, weights: Weights) -> list[Weights]:
+    """What an output's record lists as its bases: this one, as of `weights`, and those before; none of a state."""
+    return [weights, *bases_of(base)] if base.kind != "state" else []
 
 
 def hashes_of(tensors: Iterable[tuple[str, Sequence[int], Callable[[], torch.Tensor]]]) -> dict[str, str]:

@@ -42,11 +42,21 @@ def provenance(
 
 def provenance_of(ck: Checkpoint) -> Provenance | None:
     """That which a checkpoint carries, None where it has none. It is what the file says: keys may be missing."""
+    return next(iter(records_of(ck)), None)
+
+
+def records_of(ck: Checkpoint) -> list[Provenance]:
+    """The provenance that a checkpoint carries, then those of the files that it was converted from, the latest first;
+    none where there is none, or none that can be understood."""
     try:
         record = json.loads(ck.metadata[RECORD])
-    except (KeyError, ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return []
+    records = []
+    while isinstance(record, dict):
+        records.append(record)
+        record = record.get("source")
+    return records
 
 
 def printable(name: str) -> str:

@@ -1,9 +1,11 @@
 """What travels in an output: how it was made, and from what."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts
 from rwkv_lab.checkpoint.foreign_format import RESCALED
+from rwkv_lab.checkpoint.origin import BLANK, ORIGIN, lineage, weights_of
 from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance, provenance_of
 from rwkv_lab.convert.hub_download import Download
 from rwkv_lab.convert.output import Output
@@ -13,14 +15,24 @@ _NAMES = 100  # of tensors dropped for one reason; of more, their number tells a
 
 
 def made_from(output: Output, ck: Checkpoint, source: FileFacts, downloaded: Download | None) -> dict[str, str]:
-    """The notes that travel in the output."""
+    """The notes that travel in the output: how it was made, and which base the source says that it belongs to. The
+    weights of a source that is a model are blank there, until `with_weights` has read them."""
     spec = output.spec
-    made = provenance(spec.recipe(), [source], job="convert")
+    made = provenance(spec.recipe(), [source], job="convert", bases=lineage(ck, BLANK) if ck.kind == "model" else [])
     made |= {"downloaded": downloaded.record()} if downloaded else {}
     made |= {"dropped": _by_reason(output.dropped)} if output.dropped else {}
     before = provenance_of(ck)
     notes = {RECORD: as_text(made | ({"source": before} if before else {}))}
+    notes |= {ORIGIN: ck.metadata[ORIGIN]} if ORIGIN in ck.metadata else {}
     return notes | ({RESCALED: str(spec.rescale)} if spec.rescale else {})
+
+
+def with_weights(notes: Mapping[str, str], ck: Checkpoint) -> dict[str, str]:
+    """The notes with what a source that is a model is known again by: as long as they were."""
+    if ck.kind != "model":
+        return dict(notes)
+    made = json.loads(notes[RECORD])
+    return {**notes, RECORD: as_text(made | {"bases": [weights_of(ck), *made["bases"][1:]]})}
 
 
 def _by_reason(dropped: Iterable[Dropped]) -> dict[str, list[str] | int]:

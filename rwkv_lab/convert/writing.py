@@ -14,6 +14,7 @@ from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
 from rwkv_lab.checkpoint.stream import Findings, OutTensor
 from rwkv_lab.checks import Check
 from rwkv_lab.convert.hub_push import push_to_hub
+from rwkv_lab.convert.made_from import with_weights
 from rwkv_lab.convert.plan import ConvertPlan, ConvertResult, Rounding
 from rwkv_lab.convert.verify import verify_convert
 from rwkv_lab.progress import human_bytes
@@ -40,7 +41,8 @@ def write_convert(plan: ConvertPlan) -> ConvertResult:
         log.info("%s: %d tensors, %s", plan.spec.to, len(plan.rows), human_bytes(plan.output_bytes))
         start = time.perf_counter()
         rounding: dict[str, Rounding] = {}
-        content = replace(plan.content, tensors=[_counted(t, rounding) for t in plan.content.tensors])
+        notes = with_weights(plan.content.notes, plan.checkpoint)
+        content = replace(plan.content, tensors=[_counted(t, rounding) for t in plan.content.tensors], notes=notes)
         refuse = not plan.spec.allow_nonfinite
         findings = plan.container.write(plan.out, content, plan.options.overwrite, refuse)
         seconds = {"write": time.perf_counter() - start}

@@ -1,6 +1,6 @@
 """Adapters that are merged together: read from open files, with what was given for each, and checked side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,11 @@ class AdapterSet:
         setting = self.weights[i]
         where = f" for {name}" if isinstance(setting, Mapping) else ""
         return check_values(WEIGHTS, value_for(setting, name, n_layer), 1, where)[0]
+
+    def goes_into(self, i: int, applied: Iterable[str], n_layer: int) -> set[str]:
+        """The matrices that the i-th adapter changes, of a merge that changes the tensors `applied`."""
+        names, targets = set(applied), self.adapters[i].targets
+        return {x for x in targets if f"{x}.weight" in names and self.weight(i, f"{x}.weight", n_layer)}
 
     @property
     def method(self) -> str:

@@ -7,18 +7,19 @@ that rwkv_lab trained, its "training". After models were mixed it has "mixed": t
 how much of it is in there is unknown.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, file_facts
 from rwkv_lab.checkpoint.origin import origin_of
-from rwkv_lab.checkpoint.provenance import RECORD, printable
+from rwkv_lab.checkpoint.provenance import printable, records_of
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.adapter_content import blank, closeness, content_of, is_same, same_layers, without_change
 from rwkv_lab.merge.adapter_set import AdapterSet
 from rwkv_lab.merge.changed_tensors import ChangedTensor
+from rwkv_lab.merge.spec import MergeSpec
 from rwkv_lab.names import split_block
+from rwkv_lab.patterns import is_selected
 from rwkv_lab.peft.adapter import Adapter
 
 
@@ -26,12 +27,11 @@ def adapters_in(*models: Checkpoint) -> list[dict]:
     """The adapters that checkpoints say they contain, each once; none of a file by others, or one that cannot be
     understood."""
     held: dict[str, dict] = {}
-    for ck in models:
+    for record in (record for ck in models for record in records_of(ck)):
         try:
-            found = json.loads(ck.metadata[RECORD])["contains"]
-            for one in [dict(one) for one in found if isinstance(one["fingerprint"], str)]:
+            for one in [dict(one) for one in record["contains"] if isinstance(one["fingerprint"], str)]:
                 held.setdefault(one["fingerprint"], one)
-        except (KeyError, ValueError, TypeError, RecursionError):
+        except (KeyError, ValueError, TypeError):
             continue
     return list(held.values())
 
@@ -56,13 +56,14 @@ def after_merging(
     base: Checkpoint,
     tuned: Sequence[Checkpoint],
     adapters: AdapterSet,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
+    spec: MergeSpec,
+    applied: Iterable[str],
     look: bool = False,
 ) -> tuple[list[dict], tuple[str, ...]]:
     """What the output of merging adapters, or taking them out, says that it contains; and notes for the plan.
 
     Args:
+        applied: names of the tensors that the merge changes.
         look: read the adapters' values. Where the base contains adapters they are read anyway.
     Raises:
         ParameterError: the base contains one of them already, two are the same, or they are to be taken out in another
@@ -70,14 +71,16 @@ def after_merging(
     """
     held = adapters_in(base)
     new = [
-        _entry(ck, adapter, init, weight, adapters.quant, include, exclude, look or bool(held))
+        _entry(ck, adapter, init, weight, adapters.quant, spec, look or bool(held))
         for ck, adapter, init, weight in zip(tuned, adapters.adapters, adapters.init, adapters.weights, strict=True)
         if weight
     ]
     _refuse_twice(new)
     if adapters.unmerge:
         return _without(base, held, new)
-    notes = []
+    n_layer = base.layout.n_layer if base.layout else 0
+    into = [adapters.goes_into(i, applied, n_layer) for i, weight in enumerate(adapters.weights) if weight]
+    notes = _notes_on_parts(new, held, into)
     for one in new:
         still = without_change(_content(one)) if look else 0
         if still:
@@ -91,7 +94,7 @@ def after_merging(
                     "say weights=[2] on the base from before."
                 )
             near = closeness(_content(one), _content(there))
-            if near:
+            if near and not same_layers(_content(one), _content(there)):
                 notes.append(
                     f"{one['name']} changes the layers much as {there.get('name')} does, which the base contains "
                     f"(cosine {near:.2f}): if it is that adapter trained further, merge it into the base from before."
@@ -124,8 +127,7 @@ def _entry(
     init: Checkpoint | None,
     weight: float,
     quant: str,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
+    spec: MergeSpec,
     look: bool,
 ) -> dict[str, Any]:
     settings = [target.settings() for target in adapter.targets.values()]
@@ -139,8 +141,8 @@ def _entry(
         "variant": sorted({one["variant"] for one in settings if "variant" in one}),
         "start": [] if init is None else [file_facts(init).fingerprint],
         "quant": quant,
-        "include": include,
-        "exclude": exclude,
+        "include": spec.include,
+        "exclude": spec.exclude,
         "content": content_of(adapter) if look else blank(adapter),
         **({"training": origin.training} if origin else {}),
     }
@@ -159,12 +161,37 @@ _HOW = {  # of an entry -> what decides it when it is taken out
 def _refuse_twice(new: Sequence[dict]) -> None:
     for i, one in enumerate(new):
         for earlier in new[:i]:
-            how = _same(one, earlier)
+            how = _same(one, earlier) or _same(earlier, one)
             if how:
                 raise ParameterError(
                     f"{earlier['name']} and {one['name']} are the same adapter, which goes in once: {how}.\n"
                     "Leave one out; for more of it say weights=[2]."
                 )
+
+
+def _notes_on_parts(new: Sequence[dict], held: Sequence[dict], changes: Sequence[set[str]]) -> list[str]:
+    """Sentences on adapters that change some matrices alike, and are not the same otherwise.
+
+    Args:
+        changes: of each of `new`, the matrices that this merge changes.
+    """
+    notes, before = [], [(there, _went_in(there), "which the base contains") for there in held]
+    for one, own in zip(new, changes, strict=True):
+        content = {x: text for x, text in _content(one).items() if x in own}
+        for there, theirs, which in before:
+            if alike := same_layers(content, theirs):
+                notes.append(
+                    f"{one['name']} changes {alike} of {len(_content(one))} matrices as {there.get('name')} does, "
+                    f"{which}: there the same change goes in twice. weights=[{{pattern: 0, '*': 1}}] leaves some out."
+                )
+        before.append((one, content, "which goes in too"))
+    return notes
+
+
+def _went_in(entry: dict) -> dict[str, str]:
+    """The content of an entry, of the matrices that it changed."""
+    include, exclude = ([p for p in entry.get(key) or () if isinstance(p, str)] for key in ("include", "exclude"))
+    return {x: text for x, text in _content(entry).items() if is_selected(f"{x}.weight", include, exclude)}
 
 
 def _without(base: Checkpoint, held: list[dict], new: list[dict]) -> tuple[list[dict], tuple[str, ...]]:

@@ -1,28 +1,11 @@
 """Whether tuned files belong to the base that they are merged into, as far as they say."""
 
-import json
-
 from rwkv_lab.checkpoint import Checkpoint
-from rwkv_lab.checkpoint.origin import Weights, origin_of, same_weights, weights_of
-from rwkv_lab.checkpoint.provenance import RECORD
+from rwkv_lab.checkpoint.origin import bases_of, origin_of, same_weights, weights_of
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.inputs import MergeInputs
 
 _WHOLE = ("model", "partial")  # kinds that bring values of their own, and take nothing from the base for granted
-
-
-def bases_of(base: Checkpoint) -> list[Weights]:
-    """The models that a merged model was made from, one after the other, by its record."""
-    try:
-        found = json.loads(base.metadata[RECORD])["bases"]
-        return [dict(one) for one in found]
-    except (KeyError, ValueError, TypeError, RecursionError):
-        return []
-
-
-def lineage(base: Checkpoint, weights: Weights) -> list[Weights]:
-    """What an output's record lists as its bases: this one, as of `weights`, and those before; none of a state."""
-    return [weights, *bases_of(base)] if base.kind != "state" else []
 
 
 def notes_on_origins(inputs: MergeInputs, other_base: bool) -> list[str]:
@@ -49,6 +32,7 @@ def notes_on_origins(inputs: MergeInputs, other_base: bool) -> list[str]:
         else:
             raise ParameterError(
                 f"{ck.path} was trained on {origin.base}, whose weights are not those of {inputs.base.path}.\n"
+                f"{_if_rounded(inputs.base)}"
                 "Give the base that it was trained on; allow_other_base=True merges it all the same."
             )
         if origin.quant != "none" and ck.kind == "state":
@@ -58,3 +42,12 @@ def notes_on_origins(inputs: MergeInputs, other_base: bool) -> list[str]:
         says = "does not say" if len(silent) == 1 else "do not say"
         notes.append(f"{names} {says} on which base {'it was' if len(silent) == 1 else 'they were'} trained.")
     return notes
+
+
+def _if_rounded(base: Checkpoint) -> str:
+    """That a base whose values were rounded to few bits cannot be known again by them; "" for others."""
+    if not base.quantised:
+        return ""
+    return (
+        f"Its values are rounded ({', '.join(base.quantised)}): they do not tell whether it was made from that base.\n"
+    )

@@ -10,7 +10,7 @@ import torch
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo
 from rwkv_lab.checkpoint.file_layout import file_layout
-from rwkv_lab.checkpoint.origin import BLANK
+from rwkv_lab.checkpoint.origin import BLANK, lineage
 from rwkv_lab.checkpoint.output_checks import check_free_space
 from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance
 from rwkv_lab.checkpoint.source import BLOCK
@@ -32,7 +32,7 @@ from rwkv_lab.merge.input_checks import (
 )
 from rwkv_lab.merge.inputs import MergeInputs
 from rwkv_lab.merge.mixing import MIXING
-from rwkv_lab.merge.origins import lineage, notes_on_origins
+from rwkv_lab.merge.origins import notes_on_origins
 from rwkv_lab.merge.output_checks import check_merge_output
 from rwkv_lab.merge.parts import refuse_cut_model, refuse_shard
 from rwkv_lab.merge.plan import UNCHANGED, MergePlan, PlanRow

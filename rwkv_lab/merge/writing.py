@@ -8,7 +8,7 @@ from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import FileFacts, file_facts, write_text
 from rwkv_lab.checkpoint.atomic import one_writer
 from rwkv_lab.checkpoint.file_layout import file_layout
-from rwkv_lab.checkpoint.origin import weights_of
+from rwkv_lab.checkpoint.origin import lineage, weights_of
 from rwkv_lab.checkpoint.output_checks import check_free_space
 from rwkv_lab.checkpoint.provenance import RECORD, Provenance, as_text, provenance, provenance_path, text_beside
 from rwkv_lab.checkpoint.stream import Findings
@@ -17,7 +17,6 @@ from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.effect import effect_of
 from rwkv_lab.merge.inputs import InputFile
-from rwkv_lab.merge.origins import lineage
 from rwkv_lab.merge.output_checks import check_merge_output
 from rwkv_lab.merge.plan import MergePlan, MergeResult
 from rwkv_lab.merge.spec import MergeOptions

@@ -11,6 +11,7 @@ from tuned_files import write_adapter
 from rwkv_lab import merge, open_checkpoint
 from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.checkpoint.origin import ORIGIN
+from rwkv_lab.convert import convert
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge import verify_merge
 from rwkv_lab.merge.adapter_content import closeness, content_of, is_same, same_layers
@@ -126,6 +127,52 @@ def test_what_goes_out_is_known_in_another_file_too(merged):
         assert not adapters_in(ck)
     with pytest.raises(ParameterError, match="with scaling"):
         merge(merged / "m.pth", merged / "again.pth", merged / "p.pth", alpha=8, parameters=UNDO)
+
+
+def converted(to, *more):
+    def write(folder):
+        made = convert(folder / "m.pth", to, folder / f"m{SUFFIXES[to]}").outputs[0].path
+        for again in more:
+            made = convert(made, again, folder / f"again{SUFFIXES[again]}").outputs[0].path
+        return made
+
+    return write
+
+
+SUFFIXES = {"safetensors": ".safetensors", "pth": "2.pth", "gguf": ".gguf", "fla": "-fla"}
+
+
+@pytest.mark.parametrize("chain", [("safetensors",), ("pth",), ("gguf",), ("fla",), ("fla", "pth"), ("gguf", "fla")])
+def test_a_converted_model_remembers_what_it_contains(chain, merged):
+    base = converted(*chain)(merged)
+    with pytest.raises(ParameterError, match="contains a.pth already"):
+        merge(base, merged / "a.pth", merged / "o.pth", alpha=4)
+    taken_out = merge(base, merged / "a.pth", merged / "o.pth", alpha=4, parameters=UNDO)
+    with open_checkpoint(taken_out.out) as ck:
+        assert not adapters_in(ck)
+
+
+@pytest.mark.parametrize("layer", ["blocks.0.att.key", "blocks.1.ffn"])
+def test_an_adapter_that_is_in_there_in_part_is_noted_with_the_number(layer, merged):
+    part = {n: t for n, t in LORA.items() if layer in n}
+    torch.save(part, merged / "part.pth")
+    count = len(part) // 2
+    said = f"a.pth changes {count} of 10 matrices as part.pth does, which the base contains: there the same change goes"
+    base = merge(merged / "base.pth", merged / "part.pth", merged / "n.pth", alpha=4).out
+    assert any(said in n for n in merge(base, merged / "a.pth", merged / "o.pth", alpha=4).notes)
+    # Where they are left out, nothing goes in twice.
+    for more in ({"exclude": [layer]}, {"weights": [{layer: 0}]}):
+        result = merge(base, merged / "a.pth", merged / "o.pth", alpha=4, overwrite=True, **more)
+        assert not any("goes in twice" in n for n in result.notes)
+    for both in (["a.pth", "part.pth"], ["part.pth", "a.pth"]):
+        with pytest.raises(ParameterError, match="are the same adapter, which goes in once"):
+            merge(merged / "base.pth", [merged / one for one in both], merged / "p.pth", alpha=4)
+
+
+def test_weights_that_differ_by_tensor_are_counted(merged):
+    given = [{"blocks.0.att": 0, "blocks.0": 0.5}]
+    notes = merge(merged / "base.pth", merged / "a.pth", merged / "o.pth", alpha=4, weights=given).plan.notes
+    assert "a.pth goes in × 1 into 5, × 0 into 3, × 0.5 into 2 of its 10 tensors." in notes
 
 
 def test_a_mix_remembers_the_values(merged):

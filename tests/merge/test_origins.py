@@ -11,6 +11,7 @@ from tuned_files import write_adapter
 from rwkv_lab import merge, open_checkpoint
 from rwkv_lab.checkpoint import Layout, write_checkpoint
 from rwkv_lab.checkpoint.origin import ORIGIN, Origin, origin_of, same_weights, weights_of
+from rwkv_lab.convert import convert
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge import verify_merge
 from rwkv_lab.peft import open_adapter, save_adapter, save_pissa_init
@@ -68,6 +69,14 @@ def flat_and_reversed(folder):
     torch.save({n: t.reshape(-1) if t.numel() == t.shape[-1] else t for n, t in [*BASE.items()][::-1]}, folder / "same")
 
 
+def wrapped(folder):
+    torch.save({f"module._orig_mod.{n}": t for n, t in BASE.items()}, folder / "same")
+
+
+def converted(folder):
+    convert(folder / "base.pth", "fla", folder / "same")
+
+
 def with_a_state(folder):
     torch.save(BASE | random_state(seed=8), folder / "same")
 
@@ -75,7 +84,7 @@ def with_a_state(folder):
 SAME = [in_shards, as_safetensors, *(cast_to(d) for d in (torch.bfloat16, torch.float16, torch.float64)), with_a_state]
 
 
-@pytest.mark.parametrize("form", [*SAME, flat_and_reversed])
+@pytest.mark.parametrize("form", [*SAME, flat_and_reversed, wrapped, converted])
 def test_the_same_base_in_another_file_is_known(form, files):
     form(files)
     for tuned in ("state.pth", "lora.pth"):
@@ -104,6 +113,32 @@ def test_what_was_made_from_the_base_takes_its_adapters_and_says_so(files):
     assert any("state.pth was trained on base.pth, which this base" in n for n in third.plan.notes)
     with open_checkpoint(third.out) as ck:
         assert len(json.loads(ck.metadata["rwkv_lab.json"])["bases"]) == 3
+
+
+@pytest.mark.parametrize(("to", "out"), [("pth", "c.pth"), ("fla", "c"), ("gguf", "c.gguf")])
+def test_what_was_converted_still_says_its_base(to, out, files):
+    convert(files / "lora.pth", "pth", files / "l.pth", alpha=4)
+    convert(files / "state.pth", "safetensors", files / "s.safetensors")
+    base = convert(files / "other.pth", to, files / out).outputs[0].path
+    for tuned in ("l.pth", "s.safetensors"):
+        with pytest.raises(ParameterError, match="was trained on base.pth"):
+            merge(base, files / tuned, files / "o.pth")
+
+
+def test_a_base_that_was_rounded_takes_its_adapters_and_says_so(files):
+    layout = Layout("7.0", 2, 32, 32, 64, 32, 2, 16, LAYOUTS["7.0"].ranks)
+    torch.save(random_model(layout, torch.float32), files / "base.pth")
+    write_checkpoint(files / "s.pth", random_state(layout), origin(files))
+    rounded = convert(files / "base.pth", "gguf", files / "q.gguf", dtype="q8_0").outputs[0].path
+    notes = merge(rounded, files / "s.pth", files / "o.pth", dry_run=True).plan.notes
+    assert "s.pth was trained on base.pth, which this base was made from." in notes
+    record = convert(files / "q.gguf", "gguf", files / "again.gguf", dtype="q8_0").outputs[0].path
+    assert record.exists()  # a second time too
+    with open_checkpoint(rounded) as ck:
+        tensors = {n: ck[n] for n in ck}
+    torch.save(tensors, files / "restored.pth")
+    with pytest.raises(ParameterError, match="was trained on base.pth"):
+        merge(files / "restored.pth", files / "s.pth", files / "o.pth")
 
 
 def test_files_that_do_not_say_get_a_note(files):
@@ -196,10 +231,27 @@ def test_loras_of_any_size_are_not_taken_for_pissa(tmp_path):
             assert not result.seen
 
 
-def test_what_another_program_merged_already_is_noted(tmp_path):
+def test_a_pissa_in_some_matrices_of_an_adapter_is_found(pissa):
+    folder, own = pissa
+    tensors = torch.load(folder / "lora.pth")
+    some = {n: t if ".0.ffn." in n or n.endswith("A") else torch.zeros_like(t) for n, t in tensors.items()}
+    torch.save(some, folder / "lora.pth")
+    with pytest.raises(ParameterError, match="lora.pth looks like PiSSA: in 2 of 2 matrices"):
+        merge(folder / "base.pth", folder / "lora.pth", folder / "o.pth", alpha=own)
+    g = torch.Generator().manual_seed(5)
+    other = {n: t if ".0.ffn.key" in n else 0.05 * torch.randn(t.shape, generator=g) for n, t in tensors.items()}
+    torch.save(other, folder / "lora.pth")
+    result = merge(folder / "base.pth", folder / "lora.pth", folder / "o.pth", alpha=own)
+    assert any(
+        "In 1 of" in n and "lora.pth holds what the base does itself (first blocks.0.ffn.key" in n for n in result.notes
+    )
+
+
+@pytest.mark.parametrize("size", [0.33, 0.2])
+def test_what_another_program_merged_already_is_noted(size, tmp_path):
     layout = Layout("7.0", 6, 64, 64, 128, 11, 4, 16, LAYOUTS["7.0"].ranks)
     base, lora = random_model(layout, torch.float32), random_lora(layout, full=False, dtype=torch.float32)
-    lora = {n: 0.33 * t for n, t in lora.items()}
+    lora = {n: size * t for n, t in lora.items()}
     torch.save(lora, tmp_path / "lora.pth")
     torch.save(base, tmp_path / "plain.pth")
     for name in base:

@@ -6,7 +6,8 @@ the base in fewer bits (`quant`), every matrix of the layers is quantised and re
 adapter takes the place of the base's. With `unmerge` the same is taken out again, in reverse.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -169,7 +170,7 @@ def _describe(
 ) -> Description:
     contains, notes = adapters_in(inputs.base), ()
     if applied:
-        contains, notes = after_merging(inputs.base, inputs.tuned, adapters, spec.include, spec.exclude, look)
+        contains, notes = after_merging(inputs.base, inputs.tuned, adapters, spec, [c.name for c in applied], look)
     return Description(contains, (*notes, *_notes(inputs.base, adapters)))
 
 
@@ -180,8 +181,8 @@ def _look(
     described = _describe(inputs, adapters, spec, applied, look=True)
     notes = list(described.notes)
     for adapter, weight in zip(adapters.adapters, adapters.weights, strict=True):
-        if ask and weight and applied and not adapters.unmerge:
-            notes += notes_on_products(adapter, inputs.base)
+        if weight and applied and not adapters.unmerge:
+            notes += notes_on_products(adapter, inputs.base, ask)
     return Description(described.contains, notes)
 
 
@@ -225,11 +226,24 @@ def _notes(base: Checkpoint, adapters: AdapterSet) -> tuple[str, ...]:
                 f"{Path(adapter.where).name} adapts attention alone ({len(adapter.targets)} matrices), with names that "
                 f"RWKV-{', '.join(others)} have too: nothing in it says that it is of this base's generation."
             )
+    notes += _notes_on_weights(adapters, base.layout.n_layer if base.layout else 0)
     if len(adapters.adapters) > 1:
         given = [w if isinstance(w, dict) else f"{w:g}" for w in adapters.weights]
         order = ", ".join(f"{Path(a.where).name} × {w}" for a, w in zip(adapters.adapters, given, strict=True))
         notes.append(f"Order of the adapters: {order}{', taken out from the last to the first' * adapters.unmerge}.")
     return tuple(notes)
+
+
+def _notes_on_weights(adapters: AdapterSet, n_layer: int) -> list[str]:
+    """How many tensors get which weight, of adapters whose weights differ by tensor."""
+    notes = []
+    for i, (adapter, weight) in enumerate(zip(adapters.adapters, adapters.weights, strict=True)):
+        if isinstance(weight, Mapping):
+            names = [*(f"{x}.weight" for x in adapter.targets), *adapter.full]
+            counts = Counter(adapters.weight(i, name, n_layer) for name in names).most_common()
+            shown = ", ".join(f"× {w:g} into {count}" for w, count in counts[:6]) + (", …" if len(counts) > 6 else "")
+            notes.append(f"{Path(adapter.where).name} goes in {shown} of its {len(names)} tensors.")
+    return notes
 
 
 def _refuse_unmatched(ck: Checkpoint, adapter: Adapter, base: Checkpoint) -> None:
