@@ -22,6 +22,7 @@ PARTS = {
     "torch._C:_get_function_stack_at": "which modes intercept them",
     "torch.utils._device:DeviceContext": "the mode behind `with torch.device(...)`, which intercepts nothing else",
     "torch._C:_functorch.peek_interpreter_stack": "vmap, grad or jvp of torch.func is at work",
+    "torch._C:_functorch.get_interpreter_stack": "which of them",
     "torch.nn.modules.module:_global_forward_hooks": "hooks of all modules",
     "torch.nn.modules.module:_global_forward_pre_hooks": "hooks of all modules",
     "torch._utils:_rebuild_tensor_v2": "what a .pth refers to",
@@ -86,6 +87,13 @@ def intercepted() -> bool:
     )
 
 
+def transformed(but: str = "") -> bool:
+    """Whether a transform of torch.func is at work, other than the one called `but`: "Vmap", "Grad", "Jvp"."""
+    if torch.compiler.is_compiling() or _functorch_stack is None:
+        return False
+    return any(one.key().name != but for one in _functorch_stack() or ())
+
+
 def kept_as_now(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
     """What tells of the same tensors, given one by one, whether each has the class, dtype, device, shape, strides,
     `requires_grad` and kind of view that it has now; of others it says False, and may where modes of torch differ.
@@ -111,6 +119,7 @@ def hooks_of_all_modules() -> bool:
 
 _dispatch_mode = _part("torch.utils._python_dispatch:_get_current_dispatch_mode")
 _functorch_level = _part("torch._C:_functorch.peek_interpreter_stack")
+_functorch_stack = _part("torch._C:_functorch.get_interpreter_stack")
 _modes, _mode = _part("torch._C:_len_torch_function_stack"), _part("torch._C:_get_function_stack_at")
 _DeviceContext = _part("torch.utils._device:DeviceContext")
 _global_hooks = _part("torch.nn.modules.module:_global_forward_hooks")

@@ -320,6 +320,8 @@ def _not_a_checkpoint(path: Path, head: bytes, size: int) -> Exception:
             f"{path} is a bare pickle, which can run code when it is read; nothing was run.\n"
             "Save it again with a current torch.save(model.state_dict(), ...) where it comes from."
         )
+    if text.startswith(b"{") and (path.name.endswith(".index.json") or b'"weight_map"' in head):
+        return LayoutError(f"{path} is the index of a model's shards, and no tensors.\nPass the folder: {path.parent}")
     return CorruptFileError(f"{path} is neither a torch zip (.pth), safetensors nor GGUF; it begins with {head[:8]!r}")
 
 

@@ -13,6 +13,7 @@ from rwkv_lab.checkpoint.dimensions import Shape
 
 _ZERO = "run DeepSpeed's zero_to_fp32.py, which lies in the checkpoint's folder, and give the file that it writes"
 _WHOLE = "Give the original in 16 or 32 bits; where an adapter was trained on this, merge it into that with quant="
+_GATHERED = "Save it with StateDictType.FULL_STATE_DICT, or\nget_model_state_dict and full_state_dict=True"
 _DISTCP = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth"
 # By a name that nothing else has: what packed it.
 _PACKED = [
@@ -20,6 +21,8 @@ _PACKED = [
     (r"\.(SCB|weight_format)$", "8 bits by bitsandbytes"),
     (r"\.(qweight|qzeros)$", "few bits by GPTQ or AWQ"),
     (r"\.(W_q|weight_packed)$", "few bits by HQQ or compressed-tensors"),
+    (r"\.weight\._(data|scale)$|\._packed_params(\.|$)", "8 bits or fewer by quanto or torch"),
+    (r"\.weight_(mx|rx|my|ry)$|\.weight_scale(_inv)?$", "8 bits with scales of their own"),
     (r"\.packed\.(codes|absmax)$", "few bits by rwkv_lab, as frozen weights in training"),
 ]
 _ADAPTERS = [
@@ -43,7 +46,7 @@ def unusable(shapes: Mapping[str, Shape], others: Mapping[str, object]) -> Unusa
     Args:
         others: entries that are no tensors.
     """
-    empty = [name for name, shape in shapes.items() if shape == (0,)]
+    empty = [name for name, shape in shapes.items() if shape == (0,) or 0 in shape and ".lora_" not in name]
     if empty:
         here = f"{len(empty)} of its {len(shapes)} tensors are empty, first {empty[0]}: DeepSpeed's ZeRO-3 left their"
         return Unusable(f"{here} values on its ranks;\n{_ZERO}", empty[0])
@@ -53,6 +56,9 @@ def unusable(shapes: Mapping[str, Shape], others: Mapping[str, object]) -> Unusa
     for pattern, what in _ADAPTERS:
         if name := _first(pattern, shapes, others):
             return Unusable(f"it is {what} (there is {name}), which is not read.\nMerge it where it was trained", name)
+    flat = _first(r"(^|\.)_?flat_param(_\d+)?$", shapes)
+    if flat:
+        return Unusable(f"FSDP has laid its tensors one behind the other ({flat}). {_GATHERED}", flat)
     if {"wkv", "att_shift", "ffn_shift"} <= set(shapes):
         return Unusable(
             "it is a saved RWKVState, what a model carries after a text, and no tuned state.\n"
@@ -85,7 +91,9 @@ def nested_hint(others: Mapping[str, object]) -> str:
 
 def split_folder(folder: Path) -> str:
     """What to do with a folder whose model is split over the ranks of a training; "" where it is none."""
-    names: Sequence[str] = sorted(str(p.relative_to(folder)) for p in (*folder.glob("*"), *folder.glob("*/*")))
+    names: Sequence[str] = sorted(
+        str(p.relative_to(folder)) for p in (*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*"))
+    )
     if any(re.search(r"(_model_states|_optim_states)\.pt$", name) for name in names):
         return f"{folder} is a checkpoint of DeepSpeed, split over its ranks;\n{_ZERO}."
     if any(name.endswith(".distcp") for name in names):
@@ -101,6 +109,21 @@ def what_to_do_about(name: str) -> str:
         return f"It is one rank's part of a model. Join them: {_DISTCP}"
     if name.startswith("rwkv_lab.model.state."):
         return "It is a pickled RWKVState: save one with save_state, and read it with load_state."
-    if name.startswith(("torchao.", "bitsandbytes.", "optimum.", "hqq.")):
+    if name in ("torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_sparse_csr_tensor"):
+        return "Its tensors are sparse: save {name: t.to_dense() for name, t in model.state_dict().items()}."
+    if name.startswith("torch._utils._rebuild_meta_tensor"):
+        return "Its tensors are on the meta device and have no values: load the weights, then save it."
+    if name.startswith(("numpy.", "_codecs.")):
+        return "It holds NumPy arrays: save {name: torch.from_numpy(a) for name, a in ….items()}."
+    packed = (
+        "torchao.",
+        "bitsandbytes.",
+        "optimum.",
+        "hqq.",
+        "torch.q",
+        "torch.torch.Q",
+        "torch._utils._rebuild_qtensor",
+    )
+    if name.startswith(packed):
         return f"Its weights are packed in few bits. {_WHOLE}."
     return "Save it again where it comes from, as tensors only: torch.save(model.state_dict(), ...)."

@@ -97,7 +97,8 @@ class MergeEffect:
         if still:
             only = " The output is the base." if len(still) == count else ""
             why = f"; of {len(lost)} the change is below {short_name(lost[0].dtype)}'s resolution" if lost else ""
-            why = why or "; nothing is added to them"
+            computed = any(t.wanted is not None for t in still)
+            why = why or f"; nothing is added to them{', or less than the arithmetic holds' * computed}"
             notes.append(f"{len(still)} of {count} targets are unchanged (first {still[0].name}){why}.{only}")
         if self.share < ENOUGH:
             name = self.worst_dtype

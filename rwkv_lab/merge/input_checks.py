@@ -9,6 +9,7 @@ import torch
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, expected_tensors
 from rwkv_lab.checkpoint.layout import possible_versions, same_shape
 from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.names import split_block
 from rwkv_lab.patterns import matches_any
 
 log = logging.getLogger(__name__)
@@ -18,6 +19,7 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 def check_base(base: Checkpoint, allow_extra: Sequence[str]) -> Layout:
     """The base must be a whole model, without a name that its generation does not know."""
+    _refuse_other_dtypes(base)
     identity, misfit = base.identity, base.identity.misfit
     if identity.layout is None or misfit is None:
         hints = {
@@ -56,17 +58,28 @@ def layout_of_states(base: Checkpoint, tuned: Sequence[Checkpoint]) -> Layout | 
         return None
     shapes = {name: info.shape for name, info in base.info.items()}
     for ck in tuned:
-        other = next((n for n in (*shapes, *ck.info) if n not in ck.info or shapes.get(n) != ck.info[n].shape), None)
-        if other is not None:
-            found = [list(c.info[other].shape) if other in c else "none" for c in (base, ck)]
+        if _highest(base) != _highest(ck):
             raise LayoutError(
-                f"{other} is {found[0]} in {base.path} and {found[1]} in {ck.path}; they are states of other models."
+                f"{base.path} has states up to layer {_highest(base)}, {ck.path} up to layer {_highest(ck)}; they are "
+                "states of other models.\nStates for some layers are mixed into a model: give that as base."
             )
+        for name, info in ck.info.items():
+            if shapes.setdefault(name, info.shape) != info.shape:
+                raise LayoutError(
+                    f"{name} is {list(info.shape)} in {ck.path}, {list(shapes[name])} in another of the files; they "
+                    "are states of other models."
+                )
     head_sizes = sorted({(shape[0], shape[-1]) for shape in shapes.values() if len(shape) == 3})
     if len(head_sizes) != 1:
         raise LayoutError(f"{base.path} holds states that are not all of one shape [heads, size, size].")
-    (heads, size), layers = head_sizes[0], len(shapes)
+    (heads, size) = head_sizes[0]
+    layers = 1 + _highest(base)
     return Layout("5.0 to 7.0", layers, heads * size, heads * size, 0, 0, heads, size)
+
+
+def _highest(ck: Checkpoint) -> int:
+    """The highest layer that a state file has a state for."""
+    return max((inside[0] for name in ck.info if (inside := split_block(name))), default=-1)
 
 
 def refuse_unusable(checkpoints: Sequence[Checkpoint]) -> None:
@@ -103,14 +116,25 @@ def check_dtypes(ck: Checkpoint) -> None:
     Raises:
         LayoutError: names the first.
     """
-    for name, t in ck.info.items():
-        if t.dtype not in _FLOATS and not (name.endswith(".alpha") and t.numel == 1):  # which may be a whole number
-            raise LayoutError(
-                f"{name} in {ck.path} is {t.dtype}; weights must be bfloat16, float16, float32 or float64"
-            )
+    _refuse_other_dtypes(ck)
     doubles = sum(t.dtype == torch.float64 for t in ck.info.values())
     if doubles:
         log.warning("%s holds %d float64 tensors; RWKV models have none", ck.path, doubles)
+
+
+def _refuse_other_dtypes(ck: Checkpoint) -> None:
+    odd = [
+        (name, t.dtype)
+        for name, t in ck.info.items()
+        if t.dtype not in _FLOATS and not (name.endswith(".alpha") and t.numel == 1)  # which may be a whole number
+    ]
+    if odd:
+        name, dtype = odd[0]
+        packed = not dtype.is_complex and ".lora_" not in name
+        advice = f".\n{len(odd)} of its {len(ck)} tensors look packed in few bits: give the original in 16 or 32 bits"
+        raise LayoutError(
+            f"{name} in {ck.path} is {dtype}; weights must be bfloat16, float16, float32 or float64{advice * packed}."
+        )
 
 
 def refuse_other_dimensions(tuned: Checkpoint, layout: Layout) -> None:
@@ -188,9 +212,10 @@ def notes_on_names(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
         for ck in checkpoints
         for kind, n in ck.quantised.items()
     )
-    return quantised + tuple(
-        f"{ck.path.name}: the prefix {prefix} was taken off {count} of its {len(ck)} names."
+    taken_off = (
+        f"{ck.path.name}: the prefix {prefix} was taken off {count} of its {len(ck.stored)} names."
         for ck in checkpoints
         if ck.adapter_config is None
         for prefix, count in ck.prefixes.items()
     )
+    return tuple(dict.fromkeys((*quantised, *taken_off)))  # of a model and its adapter in one file, once

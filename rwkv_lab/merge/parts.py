@@ -9,7 +9,9 @@ from rwkv_lab.checkpoint import Checkpoint, Layout, expected_tensors
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.names import split_block
 
-_OF = re.compile(r"\d{3,}[-_]of[-_](\d{3,})", re.IGNORECASE)  # model-00001-of-00003.safetensors
+# model-00001-of-00003.safetensors, model_part_1_of_3.pth
+_OF = re.compile(r"(?:\d{3,}|(?:part|shard|split|chunk)[-_. ]?\d+)[-_. ]?of[-_. ]?(\d+)", re.IGNORECASE)
+_LEAST = 8  # tensors in one piece of a model's file that may be a shard of it
 _MAX_INDEX = 100_000_000  # bytes
 
 
@@ -21,7 +23,7 @@ def refuse_shard(role: str, ck: Checkpoint) -> None:
     Raises:
         LayoutError: names the file and what to pass instead.
     """
-    if ck.path.is_dir() or ck.kind not in ("partial", "unknown"):
+    if ck.path.is_dir() or ck.kind == "model":
         return
     path, numbers = ck.path, _OF.search(ck.path.stem)
     index = _index_of(path)
@@ -60,11 +62,34 @@ def refuse_cut_model(ck: Checkpoint, layout: Layout) -> None:
     cut_in_a_layer = bool(cut) and len(cut) <= 2 and all({i - 1, i + 1} & set(whole) for i in cut)
     ends = bottom and not top and not highest  # from the embedding up to some layer
     begins = top and not bottom and not lowest  # from some layer up to the head
-    if whole and (cut_in_a_layer or ends or begins):
+    if whole and (cut_in_a_layer or ends or begins) or _is_one_piece(ck, layout):
         raise LayoutError(
             f"tuned: {ck.path} holds {describe_part(ck, layout)}, which is how one shard of a model looks.\n"
             "Pass the folder with all of them and their index; if this is all that was tuned, say so: include=['*']."
         )
+
+
+def _is_one_piece(ck: Checkpoint, layout: Layout) -> bool:
+    """Whether a file holds tensors that follow each other in a whole model, over the border of a layer and not to the
+    end of one."""
+    model = list(expected_tensors(layout)[0])
+    for order in (model, sorted(model)):
+        places = [i for i, name in enumerate(order) if name in ck]
+        if len(places) < max(_LEAST, len(ck)) or places[-1] - places[0] != len(places) - 1:
+            continue
+        owners = [_owner(name) for name in order]
+        first, last = places[0], places[-1]
+        cut_before = first > 0 and owners[first - 1] == owners[first]
+        cut_behind = last + 1 < len(order) and owners[last + 1] == owners[last]
+        if owners[first] != owners[last] and (cut_before or cut_behind):
+            return True
+    return False
+
+
+def _owner(name: str) -> object:
+    """The layer of a tensor, or its own name."""
+    inside = split_block(name)
+    return inside[0] if inside else name
 
 
 def note_on_part(base: Checkpoint, tuned: Checkpoint, layout: Layout) -> str:

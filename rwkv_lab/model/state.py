@@ -15,7 +15,7 @@ from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.weights_fingerprint import weights_fingerprint
-from rwkv_lab.wkv.pointers import missing_memory
+from rwkv_lab.wkv.pointers import is_dense, layout_of, missing_memory
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def check_state(state: RWKVState, model: Any, batch_size: int) -> None:
         )
     for name, shape in state_shapes(layout).items():
         part = getattr(state, name)
-        if not isinstance(part, torch.Tensor) or not part.is_floating_point() or part.layout != torch.strided:
-            of = f"tensor of {part.dtype}, {part.layout}" if isinstance(part, torch.Tensor) else type(part).__name__
+        if not isinstance(part, torch.Tensor) or not part.is_floating_point() or not is_dense(part):
+            of = f"tensor of {part.dtype}, {layout_of(part)}" if isinstance(part, torch.Tensor) else type(part).__name__
             raise ParameterError(f"The state's {name} is a {of}; it must be a dense floating-point tensor.")
         if part.shape[1:] != shape:
             raise ParameterError(
@@ -175,7 +175,7 @@ def check_state(state: RWKVState, model: Any, batch_size: int) -> None:
         if part.device != device:
             raise ParameterError(f"The state is on {part.device}, the model on {device}: state.to({str(device)!r}).")
     refuse_other_weights(state, model)
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return
     for name in ("att_shift", "ffn_shift"):
         if (found := getattr(state, name).dtype) != dtype:

@@ -18,6 +18,7 @@ from rwkv_lab.errors import KernelError, ParameterError
 from rwkv_lab.wkv import compiled
 from rwkv_lab.wkv.choice import available, chosen_backend, fastest, use_backend
 from rwkv_lab.wkv.chunked import wkv5_chunked, wkv6_chunked, wkv7_chunked
+from rwkv_lab.wkv.pointers import missing_memory
 from rwkv_lab.wkv.reference import wkv4_reference, wkv5_reference, wkv6_reference, wkv7_reference
 from rwkv_lab.wkv.scan import wkv4_chunked
 
@@ -192,6 +193,8 @@ def _refuse_others(name, **inputs):
     for which, x in inputs.items():
         if not isinstance(x, torch.Tensor) and not (which == "state" and x is None):
             raise ParameterError(f"{name}: {which} is a {type(x).__name__}; it must be a tensor.")
+        if x is not None and x.is_nested:  # which has no shape
+            raise ParameterError(f"{name}: {which} is nested; it must be a dense tensor.")
 
 
 def _heads(name, v):
@@ -211,9 +214,13 @@ def _check(name, v, **inputs):
     `inputs` are (tensor or None, shape)."""
     device = v.device
     for which, (x, shape) in (inputs | {"v": (v, v.shape)}).items():
-        if x is None or (x.shape == shape and x.device == device and x.dtype in _DTYPES and x.layout == torch.strided):
+        if x is None:
             continue
         called = "the state" if which == "state" else which
+        if x.shape == shape and x.device == device and x.dtype in _DTYPES and x.layout == torch.strided:
+            if not torch.compiler.is_compiling() and (missing := missing_memory(x)):
+                raise ParameterError(f"{name}: {called} {missing}.")  # torch would read what lies there
+            continue
         if x.dtype not in _DTYPES or x.layout != torch.strided:
             is_of = x.dtype if x.dtype not in _DTYPES else x.layout
             raise ParameterError(

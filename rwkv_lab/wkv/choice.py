@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import KernelError
-from rwkv_lab.torch_private import constant_while_tracing, takes_tangents
+from rwkv_lab.torch_private import constant_while_tracing, takes_tangents, transformed
 from rwkv_lab.wkv import cuda
 from rwkv_lab.wkv.cpu import SOURCES
 from rwkv_lab.wkv.loader import cpu_build, cpu_library, cuda_build, failed
@@ -37,7 +37,7 @@ def chosen_backend() -> str:
 def fastest(name: str, device: str, double: bool, width: int) -> str | None:
     """The compiled backend for operator `name` on such inputs, whose state has rows of `width`; None where
     the forms in plain torch are to compute it."""
-    if device not in ("cpu", "cuda") or double or takes_tangents():
+    if device not in ("cpu", "cuda") or double or takes_tangents() or transformed():
         return None
     why = unfit(name, device, width) or problem(name, device)
     if why is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rwkv_lab.errors import KernelError
-from rwkv_lab.torch_private import takes_tangents
+from rwkv_lab.torch_private import takes_tangents, transformed
 from rwkv_lab.wkv import operators
 from rwkv_lab.wkv.choice import problem, unfit
 from rwkv_lab.wkv.pointers import DTYPES
@@ -40,6 +40,11 @@ def check(name: str, backend: str, device: str, double: bool, width: int) -> Non
     if takes_tangents():
         raise KernelError(
             f'backend="{backend}" has no forward-mode derivatives (torch.func.jvp, forward_ad).\n'
+            'Use backend="chunked" or "reference".'
+        )
+    if transformed(but="Vmap"):
+        raise KernelError(
+            f'backend="{backend}" takes no transform of torch.func but vmap, though backward().\n'
             'Use backend="chunked" or "reference".'
         )
     if why := unfit(name, backend, width) or problem(name, backend):

@@ -17,7 +17,7 @@ from torch import Tensor
 from rwkv_lab.errors import KernelError
 from rwkv_lab.machine import proc
 from rwkv_lab.wkv.loader import cpu_library
-from rwkv_lab.wkv.pointers import DTYPES, NOTHING, Span, check, new, span, strided_span
+from rwkv_lab.wkv.pointers import DTYPES, NOTHING, Span, check, dense, new, span, strided_span
 
 CHUNK = 32  # tokens between two kept states; the same number stands in the sources
 SOURCES = {"wkv4": "wkv4", "wkv5": "wkv6", "wkv6": "wkv6", "wkv7": "wkv7"}
@@ -40,7 +40,7 @@ def wkv4_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y `[B,T,A]`, final state `[B,3,A]`, and, to go backward, states along time `[B,chunks,3,A]` (else empty)."""
     B, T, A = _sizes(v, 3)
-    w, u, k, v, state = (x.contiguous() for x in (w, u, k, v, state))
+    w, u, k, v, state = (dense(x) for x in (w, u, k, v, state))
     y, final = new(v.shape, v.dtype), new((B, 3, A), torch.float32)
     kept = new((B, -(-T // CHUNK), 3, A) if keep else (0,), torch.float32)
     _function("wkv4_forward")(
@@ -57,8 +57,8 @@ def wkv4_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of w, u, k, v and the state; d_final may be None."""
     B, T, A = _sizes(v, 3)
-    w, u, k, v, dy = (x.contiguous() for x in (w, u, k, v, dy))
-    d_final = None if d_final is None else d_final.contiguous()
+    w, u, k, v, dy = (dense(x) for x in (w, u, k, v, dy))
+    d_final = None if d_final is None else dense(d_final)
     dk, dv = new(v.shape, k.dtype), new(v.shape, v.dtype)
     dw, du, d_state = (new(shape, torch.float32) for shape in ((B, A), (B, A), (B, 3, A)))
     _function("wkv4_backward")(
@@ -81,7 +81,7 @@ def wkv6_forward(
     w is `[B,T,H,N]`, or `[H,N]` for WKV5.
     """
     B, T, H, N = _sizes(v, 4)
-    r, w, k, v, u = (x.contiguous() for x in (r, w, k, v, u))
+    r, w, k, v, u = (dense(x) for x in (r, w, k, v, u))
     y, final = new(v.shape, v.dtype), new((B, H, N, N), torch.float32)
     kept = new((B, H, -(-T // CHUNK), N, N) if keep else (0,), torch.float32)
     _function("wkv6_forward")(
@@ -98,7 +98,7 @@ def wkv6_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, w, k, v, u and the state; d_final may be None."""
     B, T, H, N = _sizes(v, 4)
-    r, w, k, v, u, dy = (x.contiguous() for x in (r, w, k, v, u, dy))
+    r, w, k, v, u, dy = (dense(x) for x in (r, w, k, v, u, dy))
     per_token = w.ndim == 4
     dr, dk, dv = (new(v.shape, x.dtype) for x in (r, k, v))
     dw = new(v.shape, w.dtype) if per_token else new((B, H, N), torch.float32)
@@ -123,7 +123,7 @@ def wkv7_forward(
     """y `[B,T,H,N]`, final state `[B,H,V,K]`, and, to go backward (else empty), states along time `[B,H,chunks,K,V]`
     and the readings S a `[B,T,H,N]`."""
     B, T, H, N = _sizes(v, 4)
-    inputs = tuple(x.contiguous() for x in (r, w, k, v, a, b))
+    inputs = tuple(dense(x) for x in (r, w, k, v, a, b))
     y, final = new(v.shape, v.dtype), new((B, H, N, N), torch.float32)
     kept = new((B, H, -(-T // CHUNK), N, N) if keep else (0,), torch.float32)
     readings = new(v.shape if keep else (0,), torch.float32)
@@ -150,7 +150,7 @@ def wkv7_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, w, k, v, a, b and the state; d_final may be None."""
     B, T, H, N = _sizes(v, 4)
-    inputs, dy = tuple(x.contiguous() for x in (r, w, k, v, a, b)), dy.contiguous()
+    inputs, dy = tuple(dense(x) for x in (r, w, k, v, a, b)), dense(dy)
     gradients = tuple(new(v.shape, x.dtype) for x in inputs)
     d_state = new((B, H, N, N), torch.float32)
     _function("wkv7_backward")(

@@ -73,6 +73,17 @@ def check(code: int, function: str) -> None:
         raise KernelError(f"{function} was given sizes, dtypes or memory that do not go together.")
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether a tensor has one number for each index, and strides that say where; nested ones do not even have a
+    shape."""
+    return x.layout is torch.strided and not x.is_nested
+
+
+def layout_of(x: Tensor) -> str:
+    """How a tensor keeps its numbers, in a word."""
+    return "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+
+
 def missing_memory(x: Tensor) -> str:
     """What is wrong with the memory behind a tensor, to go behind its name; "" where it holds all its numbers."""
     if not x.is_cpu or x.layout is not torch.strided:
@@ -83,6 +94,19 @@ def missing_memory(x: Tensor) -> str:
         return ""
     needed += x.storage_offset() * x.itemsize if needed else 0
     return f"needs {needed} bytes, its memory has {there}: it was resized or freed" if needed > there else ""
+
+
+def dense(x: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy of it.
+
+    Raises:
+        ParameterError: its memory was resized or freed, and torch would copy whatever lies there.
+    """
+    if x.is_contiguous():
+        return x
+    if missing := missing_memory(x):
+        raise ParameterError(f"A tensor of shape {list(x.shape)} {missing}.")
+    return x.contiguous()
 
 
 def _needed(x: Tensor) -> int:

@@ -139,3 +139,12 @@ def test_weights_that_cannot_be_meant(base, tmp_path, given, says):
     with pytest.raises(ParameterError, match=says):
         merge(base, two(base, tmp_path)[0], tmp_path / "o.pth", alpha=3, weights=given)
     assert not (tmp_path / "o.pth").exists()
+
+
+def test_an_alpha_that_is_given_is_for_the_matrices_that_state_none(base, tmp_path):
+    tensors = lora(KEY, VALUE) | {f"{KEY}.alpha": torch.tensor(6.0)}
+    torch.save(tensors, tmp_path / "l.pth")
+    with pytest.raises(ParameterError, match=f"does not state its alpha of {VALUE}"):
+        merge(base, tmp_path / "l.pth", tmp_path / "o.pth")
+    found = merged(base, tmp_path / "l.pth", tmp_path / "o.pth", alpha=9)
+    assert scales(found, base, (tensors, KEY), (tensors, VALUE)) == {KEY: 2.0, VALUE: 3.0}

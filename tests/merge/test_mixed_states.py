@@ -93,3 +93,18 @@ def test_states_that_do_not_go_together(files, tmp_path):
     with pytest.raises(LayoutError, match="kind 'state'"):
         merge(files["s0"], tmp_path / "l.pth", tmp_path / "o.pth", alpha=2.0)
     assert not (tmp_path / "o.pth").exists()
+
+
+@pytest.mark.parametrize("lacks", ["base", "tuned"])
+def test_a_state_for_some_layers_is_mixed_and_said(files, tmp_path, lacks):
+    some = {n: t for n, t in random_state(seed=1).items() if n == STATE}
+    torch.save(some, tmp_path / "some.pth")
+    given = (tmp_path / "some.pth", files["s0"]) if lacks == "base" else (files["s0"], tmp_path / "some.pth")
+    found, result = merged(*given, tmp_path / "o.pth", "linear", weights=[1, 3])
+    whole, first = random_state(seed=0), "blocks.0.att.time_state"
+    share = 0.25 if lacks == "tuned" else 0.75
+    torch.testing.assert_close(found[STATE], share * whole[STATE] + (1 - share) * some[STATE])
+    torch.testing.assert_close(found[first], whole[first] if lacks == "tuned" else 0.75 * whole[first])
+    counts = "the base's" if lacks == "tuned" else "zeros"
+    said = f"some.pth has no state for 1 of 2 layers (first {first}): there it counts as {counts}."
+    assert said in result.plan.notes

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from models import LAYOUTS, random_model, random_state
+from models import LAYOUTS, random_lora, random_model, random_state
 from safetensors.torch import save_file
 
 from rwkv_lab import merge
@@ -48,6 +48,23 @@ def test_a_shard_of_another_name_is_known_by_the_index_that_lists_it(shards):
         merge(shards / "base.pth", folder / "first.safetensors", shards / "out.pth")
 
 
+@pytest.mark.parametrize("role", ["tuned", "base"])
+def test_the_index_given_as_a_file_names_the_folder(role, shards):
+    index = shards / "tuned" / "model.safetensors.index.json"
+    given = [shards / "base.pth", index] if role == "tuned" else [index, shards / "base.pth"]
+    with pytest.raises(LayoutError, match="the index of a model's shards(.|\n)*Pass the folder") as e:
+        merge(*given, shards / "out.pth")
+    assert f"{shards / 'tuned'}" in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["adapter-00001-of-00002.pth", "model_part_1_of_2.pth", "shard2of3.pth"])
+def test_shards_of_adapters_and_states_are_refused_by_their_name(name, shards):
+    for tensors in (random_state(DEEP), random_lora(DEEP, full=False), part(first=3, last=9)):
+        torch.save(tensors, shards / name)
+        with pytest.raises(LayoutError, match=f"tuned: .*{name} is one shard of [23] by its name"):
+            merge(shards / "base.pth", shards / name, shards / "out.pth", alpha=1)
+
+
 def part(*names: str, first: int = 0, last: int = len(NAMES)) -> dict:
     tuned = random_model(DEEP, seed=1)
     return {n: tuned[n] for i, n in enumerate(NAMES) if (first <= i < last) or n in names}
@@ -65,8 +82,14 @@ START_2, END_1 = NAMES.index("blocks.2.ln1.weight"), NAMES.index("blocks.1.ln1.w
         part(first=NAMES.index("blocks.0.att.k_k"), last=CUT),
         part(last=START_2),
         part(first=START_2),
+        part(first=NAMES.index("blocks.1.att.k_k"), last=CUT),
+        part(first=NAMES.index("blocks.3.att.k_k")),
+        {n: t for n, t in part().items() if n in sorted(NAMES)[20:60]},
     ],
-    ids=["stops in a layer", "begins in a layer", "from the middle to the middle", "stops", "begins"],
+    ids=[
+        *("stops in a layer", "begins in a layer", "from the middle to the middle", "stops", "begins"),
+        *("two layers in part", "the end of the last layer", "by the alphabet"),
+    ],
 )
 @pytest.mark.parametrize("method", ["auto", "task_arithmetic"])
 def test_a_renamed_shard_is_known_by_where_it_stops(tensors, method, tmp_path):
@@ -90,6 +113,9 @@ def test_a_renamed_shard_is_known_by_where_it_stops(tensors, method, tmp_path):
         ({n: t for n, t in part().items() if "att.key" in n and ".1." not in n}, "blocks 0, 2 to 3 of 4"),
         ({n: t for n, t in part().items() if n != "emb.weight"}, "blocks 0 to 3 of 4, ln_out.weight"),
         (part("head.weight", last=0), "head.weight"),
+        ({n: t for n, t in part().items() if "blocks.1.ffn" in n}, "blocks 1 of 4"),
+        ({n: t for n, t in part().items() if ".ffn." in n}, "blocks 0 to 3 of 4"),
+        ({n: t for n, t in part().items() if n[:4] in ("emb.", "ln_o", "head")}, "emb.weight"),
     ],
 )
 def test_a_partial_fine_tune_goes_in_and_is_counted(tensors, says, tmp_path):

@@ -55,6 +55,14 @@ PACKED = {
         "blocks.0.att.key.qzeros": torch.ones(1, 2, dtype=torch.int32),
         "blocks.0.att.key.scales": torch.ones(1, 16),
     },
+    "8 bits or fewer by quanto": {
+        "blocks.0.att.key.weight._data": torch.ones(16, 16, dtype=torch.int8),
+        "blocks.0.att.key.weight._scale": torch.ones(16, 1),
+    },
+    "8 bits with scales of their own": {
+        MATRIX: torch.ones(16, 16, dtype=torch.int8),
+        "blocks.0.att.key.weight_mx": torch.ones(16),
+    },
     "few bits by HQQ": {"blocks.0.att.key.W_q": torch.ones(8, 16, dtype=torch.uint8)},
 }
 
@@ -68,17 +76,51 @@ def test_packed_weights(tmp_path, how):
         assert ck.kind == "unusable" and ck.evidence
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_packed_weights_without_a_name_that_tells(tmp_path, dtype):
+    packed = {MATRIX: torch.ones(128, 1, dtype=dtype)}
+    path = saved(tmp_path / "x.pth", random_model() | packed)
+    sound, lora = saved(tmp_path / "sound.pth", random_model()), saved(tmp_path / "lora.pth", random_lora())
+    says = rf"{MATRIX} in .* is {dtype};(.|\n)*1 of its 69 tensors look packed in few bits: give the original"
+    for given, more in (((path, lora), {"alpha": 2.0}), ((sound, path), {}), ((sound, path), {"method": "slerp"})):
+        with pytest.raises(LayoutError, match=says):
+            merge(*given, tmp_path / "o.pth", **more)
+
+
+def test_tensors_that_fsdp_laid_out_flat(tmp_path):
+    flat = {"_fsdp_wrapped_module._flat_param": torch.ones(99), "emb.weight": torch.ones(2, 2)}
+    refused_everywhere(saved(tmp_path / "x.pth", flat), "FSDP(.|\n)*FULL_STATE_DICT", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        (lambda t: t.to_sparse(), r"sparse: save .*to_dense\(\)"),
+        (lambda t: t.to("meta"), "meta device and have no values"),
+        (lambda t: t.numpy(), r"NumPy arrays: save .*torch.from_numpy"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "packed in few bits"),
+        (lambda t: torch.qint8, "packed in few bits"),
+    ],
+    ids=["sparse", "meta", "NumPy", "quantised", "a dtype of torch's quantised modules"],
+)
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_pickles_of_other_tensors_say_what_they_hold(tmp_path, change, advice):
+    tensors = {n: change(t) for n, t in random_model(dtype=torch.float32).items()}
+    refused_everywhere(saved(tmp_path / "x.pth", tensors), advice, tmp_path, UnsafeFileError)
+
+
 def test_our_own_packed_weights(tmp_path):
     model = RWKV_Dual.from_pretrained(saved(tmp_path / "m.pth", random_tensors(make_layout("7.0"))))
     quantise_blocks(model, "nf4")
     refused_everywhere(saved(tmp_path / "x.pth", model.state_dict()), "packed in few bits by rwkv_lab", tmp_path)
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 16)])
 @pytest.mark.parametrize("which", ["all", "one", "lora"])
-def test_what_zero_3_left_empty(tmp_path, which):
-    tensors = random_lora() if which == "lora" else random_model()
+def test_what_zero_3_left_empty(tmp_path, which, shape):
+    tensors, shape = random_lora() if which == "lora" else random_model(), (0,) if which == "lora" else shape
     first = next(iter(tensors))
-    tensors = {n: torch.empty(0) if which != "one" or n == first else t for n, t in tensors.items()}
+    tensors = {n: torch.empty(shape) if which != "one" or n == first else t for n, t in tensors.items()}
     path = saved(tmp_path / "x.pth", {f"module.{n}": t for n, t in tensors.items()})
     refused_everywhere(path, rf"tensors are empty, first {first}: DeepSpeed's ZeRO-3 (.|\n)*zero_to_fp32\.py", tmp_path)
     with pytest.raises(LayoutError, match="zero_to_fp32"):
@@ -97,11 +139,12 @@ def deepspeed_folder(folder):
     return folder
 
 
-@pytest.mark.parametrize("inside", ["", "global_step9"])
+@pytest.mark.parametrize("inside", ["", "global_step9", ".."])
 def test_a_folder_of_deepspeed(tmp_path, inside):
-    folder = deepspeed_folder(tmp_path / "run") / inside
+    """Its own, one step's, and the folder of a trainer around it."""
+    folder = deepspeed_folder(tmp_path / "trainer" / "run") / inside
     refused_everywhere(folder, r"checkpoint of DeepSpeed, split over its ranks;\nrun .*zero_to_fp32\.py", tmp_path)
-    part = tmp_path / "run" / "global_step9" / "mp_rank_00_model_states.pt"
+    part = tmp_path / "trainer" / "run" / "global_step9" / "mp_rank_00_model_states.pt"
     refused_everywhere(part, "one rank's part of a DeepSpeed checkpoint", tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Two modes, one model: the same answers, states that can be handed over, and nothing changed behind one's back."""
 
+import numpy as np
 import pytest
 import torch
 from random_rwkv7 import add_random_time_state, make_model, make_tokens, relative_rms
@@ -140,3 +141,68 @@ def test_refusals():
         model.set_mode("lstm")
     with pytest.raises(ParameterError, match="multiple of head_size"):
         RWKV_Dual(n_embd=100, n_layer=1, vocab_size=256)
+
+
+IDS = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]
+FORMS = {
+    **{f"{d}".removeprefix("torch."): lambda d=d: torch.tensor(IDS, dtype=d) for d in (torch.uint8, torch.int16)},
+    **{f"NumPy's {d}": lambda d=d: np.array(IDS, d) for d in ("u2", ">i8", "u8", "b")},
+    "reversed": lambda: np.array(IDS)[:, ::-1][:, ::-1],
+    "columns first": lambda: np.asfortranarray(IDS),
+    "a negative view": lambda: torch._neg_view(-torch.tensor(IDS)),
+    "tuples": lambda: tuple(map(tuple, IDS)),
+}
+
+
+@pytest.mark.parametrize("mode", RWKVMode)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_integers_of_any_kind_are_tokens(form, mode):
+    model = make_model().requires_grad_(False)
+    model.set_mode(mode)
+    assert torch.equal(model(form())[0], model(torch.tensor(IDS))[0])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch's own
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (lambda: torch.nested.nested_tensor([torch.tensor(IDS[0])]), "a nested tensor"),
+        (lambda: torch.tensor(IDS).to_sparse(), "a sparse_coo tensor"),
+        (lambda: torch.tensor(IDS, device="meta"), "on the meta device and have no values"),
+        (lambda: torch.tensor(IDS) > 3, "given torch.bool"),
+        (lambda: np.array(IDS, np.float32), "given torch.float32"),
+        (lambda: np.array([["a"]]), r"integers of shape \[B,T\]"),
+        (lambda: [[1], [2, 3]], "pad rows of unequal length"),
+    ],
+)
+def test_what_cannot_be_tokens_is_said(tokens, said):
+    with pytest.raises(ParameterError, match=said):
+        make_model()(tokens())
+
+
+@pytest.mark.parametrize("mode", RWKVMode)
+def test_a_model_on_the_meta_device_gives_shapes(mode):
+    model = make_model().to("meta")
+    model.set_mode(mode)
+    logits, state = model(torch.tensor(IDS))
+    assert logits.is_meta and logits.shape[:2] == (2, 5) and state.wkv.is_meta
+    assert model(torch.tensor([[1], [2]]), state)[0].shape[:2] == (2, 1)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, for its derivatives
+@pytest.mark.parametrize("mode", RWKVMode)
+def test_transforms_of_torch_func_go_through_a_model(mode):
+    model = make_model().requires_grad_(False)
+    model.set_mode(mode)
+    parameters, ids = dict(model.named_parameters()), torch.tensor(IDS)
+
+    def logits(parameters, tokens):
+        return torch.func.functional_call(model, parameters, (tokens,))[0]
+
+    each = torch.func.vmap(lambda row: logits(parameters, row[None])[0])(ids)
+    torch.testing.assert_close(each, model(ids)[0], rtol=1e-4, atol=1e-5)
+    found = torch.func.grad(lambda p: logits(p, ids).square().sum())(parameters)
+    model.requires_grad_(True)
+    model(ids)[0].square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-3)

@@ -183,6 +183,68 @@ def test_forward_derivatives_are_left_to_torch(name):
         torch.func.jvp(lambda v: run_v(v, "cpu"), (inputs["v"],), (torch.ones_like(inputs["v"]),))
 
 
+def test_gradients_of_torch_func_are_left_to_torch(name):
+    inputs = make(name, 1, 5, 1, 32)
+    names = tuple(inputs)
+
+    def total(*values, backend="auto"):
+        return OPERATORS[name](**dict(zip(names, values, strict=True)), backend=backend)[0].square().sum()
+
+    each = tuple(range(len(names)))
+    found = torch.func.grad(total, argnums=each)(*inputs.values())
+    given = {z: x.clone().requires_grad_() for z, x in inputs.items()}
+    for one, right in zip(found, torch.autograd.grad(total(*given.values()), list(given.values())), strict=True):
+        assert relative_rms(one, right) < GRADIENT
+    two = [torch.stack([x, x / 2]) for x in inputs.values()]
+    rows = torch.func.vmap(torch.func.grad(total))(*two)
+    assert relative_rms(rows[0], found[0]) < GRADIENT
+    with pytest.raises(KernelError, match="no transform of torch.func but vmap"):
+        torch.func.grad(lambda *values: total(*values, backend="cpu"))(*inputs.values())
+
+
+MEMORY = {
+    "freed": lambda x: x.untyped_storage().resize_(0),
+    "cut": lambda x: x.untyped_storage().resize_(x.nbytes - x.itemsize),
+}
+
+
+@pytest.mark.parametrize("order", ["dense", "strided"])
+@pytest.mark.parametrize("backend", ["auto", "cpu", "chunked", "reference"])
+@pytest.mark.parametrize("lose", MEMORY.values(), ids=MEMORY)
+def test_an_input_without_its_memory_is_refused(name, lose, backend, order):
+    for which in make(name, 1, 5, 1, 32):
+        inputs = make(name, 1, 5, 1, 32)
+        x = inputs[which].clone()
+        inputs[which] = x if order == "dense" else x.transpose(0, -1).contiguous().transpose(0, -1)
+        lose(inputs[which])
+        with pytest.raises(ParameterError, match=f"{which} needs .* bytes, its memory has .*: it was resized or freed"):
+            OPERATORS[name](**inputs, backend=backend)
+
+
+@pytest.mark.parametrize("order", ["dense", "strided"])
+def test_what_was_freed_before_the_backward_pass_is_refused(name, order):
+    for which in make(name, 1, 5, 2, 32):
+        inputs = make(name, 1, 5, 2, 32)
+        x = inputs[which].clone()
+        inputs[which] = x if order == "dense" else x.transpose(0, -1).contiguous().transpose(0, -1)
+        other = "k" if which == "v" else "v"
+        y = OPERATORS[name](**inputs | {other: inputs[other].requires_grad_()}, backend="cpu")[0]
+        inputs[which].untyped_storage().resize_(0)
+        if which == "state":  # not looked at any more
+            y.sum().backward()
+            continue
+        with pytest.raises(ParameterError, match="it was resized or freed"):
+            y.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch's own
+def test_nested_tensors_are_refused(name):
+    inputs = make(name, 1, 5, 1, 32)
+    for which, x in inputs.items():
+        with pytest.raises(ParameterError, match=f"{which} is nested"):
+            OPERATORS[name](**inputs | {which: torch.nested.nested_tensor([x])})
+
+
 @pytest.mark.parametrize("other", [None, [1.0], 3])
 def test_what_is_no_tensor_is_refused(name, other):
     inputs = make(name, 1, 5, 1, 32)

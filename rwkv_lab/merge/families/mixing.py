@@ -131,10 +131,27 @@ def _describe(inputs: MergeInputs, layout: Layout, weights: Any, applied: Sequen
     if same:
         parts.append(f"alpha is 0 for {len(same)} of {len(applied)} tensors (first {same[0]}): they are the base's.")
     shares = weights[-len(inputs.tuned) :] if isinstance(weights, list) else []
+    parts += _notes_on_missing_states(inputs, [c.name for c in applied])
     idle = [ck.path.name for ck, share in zip(inputs.tuned, shares, strict=False) if share == 0]
     parts += [f"{name} has weight 0: nothing of it goes in." for name in idle]
     notes = (*parts, *notes_on_mixing(layout, mixed))
     return Description(after_changes(inputs.base, inputs.tuned, applied), notes)
+
+
+def _notes_on_missing_states(inputs: MergeInputs, applied: Sequence[str]) -> list[str]:
+    """Which files have no state for some layers, where states are mixed with states."""
+    if inputs.base.kind != "state":
+        return []
+    notes, layers = [], list(dict.fromkeys([*inputs.base.info, *applied]))
+    for role, ck in inputs.with_roles:
+        lacking = [name for name in layers if name not in ck.info]
+        if lacking:
+            counts = "zeros" if role == "base" else "the base's"
+            notes.append(
+                f"{ck.path.name} has no state for {len(lacking)} of {len(layers)} layers (first {lacking[0]}): there "
+                f"it counts as {counts}."
+            )
+    return notes
 
 
 def _resolve(signature: Signature, settings: Mapping[str, Any], name: str, n_layer: int, tuned: int) -> dict[str, Any]:

@@ -166,11 +166,11 @@ def _fault_of_call(tokens, state) -> str:
         return f"tokens are a {type(tokens).__name__}"
     if state is None or is_lazy(state) or not isinstance(state, RWKVState):
         return ""
-    if state.wkv.dtype != torch.float32:
-        return f"the state's wkv is {state.wkv.dtype}"
     for name, x in state.tensors().items():
         if type(x) not in (torch.Tensor, nn.Parameter):
             return f"the state's {name} is a {type(x).__name__}"
+        if name == "wkv" and x.dtype != torch.float32:
+            return f"the state's wkv is {x.dtype}"
         if x.is_neg():
             return f"the state's {name} is a negative view"
         if x.requires_grad and torch.is_grad_enabled():

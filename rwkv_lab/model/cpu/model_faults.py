@@ -106,14 +106,20 @@ def refuse_tensors_without_values(model: Any) -> None:
     """
     if model.get_device().type != "cpu":
         return
-    modules = list(model.modules())
-    for module in modules:
+    for name, module in model.named_modules():
         for part in (torch_private.parameters_of, torch_private.buffers_of):
             for last, x in part(module).items():
                 missing = "" if x is None else _missing_values(x)
-                if missing and not any(hooks for m in modules for hooks in torch_private.hooks_of(m)):
-                    name = next(name for name, m in model.named_modules() if m is module)
+                if missing and not _may_be_given(model, name):
                     raise ParameterError(f"{name}.{last} {missing}; load it again.")
+
+
+def _may_be_given(model: Any, name: str) -> bool:
+    """Whether something runs before the module of that name, or one around it, that may give it its values: a hook or
+    a forward of its own, as of programs that keep weights elsewhere."""
+    parts = name.split(".")
+    around = [model, *(model.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)) if name)]
+    return any(torch_private.hooks_of(m)[1] or "forward" in vars(m) for m in around)
 
 
 def _missing_values(x: torch.Tensor) -> str:

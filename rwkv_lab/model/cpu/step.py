@@ -85,7 +85,8 @@ def run(model: Any, permit: Permit, tokens: torch.Tensor, given: RWKVState | Non
             where, sizes = _places(before, wkv_shape, shift_shape), before.sizes
         else:
             check_state(state, model, B)
-            before = state.wkv.float(), _rows(state.att_shift, dtype), _rows(state.ffn_shift, dtype)
+            wkv = state.wkv.float() if len(wkv_shape) == 5 else _rows(state.wkv, torch.float32)
+            before = wkv, _rows(state.att_shift, dtype), _rows(state.ffn_shift, dtype)
             where, sizes = _places_of_tensors(before, wkv_shape, shift_shape, dtype)
         after = Memory((wkv_shape, torch.float32), (shift_shape, dtype), (shift_shape, dtype))
         answer = Memory(((B, 1, table.vocab_size), dtype))
@@ -128,6 +129,6 @@ def _places_of_tensors(
 
 
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A shift whose numbers lie side by side, in the model's dtype."""
+    """A shift, or RWKV-4's sums, whose numbers lie side by side, in a dtype."""
     x = x.to(dtype)
     return x if x.stride(-1) == 1 else x.contiguous()

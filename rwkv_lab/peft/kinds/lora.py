@@ -184,7 +184,9 @@ class Lora(AdapterKind):
         has_start = _has_start(ck, layers)
         pissa = _is_pissa(ck, note, options, has_start)
         alpha, use_rslora = options.alpha, bool(options.use_rslora)
-        stated = {x: _stated_alpha(ck, parts["alpha"], options) for x, parts in layers.items() if "alpha" in parts}
+        stated = {x: _stated_alpha(ck, parts["alpha"]) for x, parts in layers.items() if "alpha" in parts}
+        if len(stated) == len(layers):  # else the one that is given is for the others
+            _refuse_other_alpha(ck, stated, options)
         if note:
             alpha, use_rslora = note["alpha"], note["use_rslora"]
             options.refuse_other("alpha", options.alpha, alpha, ck.path)
@@ -319,21 +321,25 @@ def _has_start(ck: Checkpoint, layers: Layers) -> bool:
     return any(started)
 
 
-def _stated_alpha(ck: Checkpoint, info: TensorInfo, options: AdapterOptions) -> float:
+def _stated_alpha(ck: Checkpoint, info: TensorInfo) -> float:
     """The alpha that stands beside a pair of halves, as a tensor of one value.
 
     Raises:
         LayoutError: no positive number.
-        ParameterError: another alpha was given.
     """
     value = float(info.read()) if info.numel == 1 and not info.dtype.is_complex else math.nan
     if not 0 < value < math.inf:
         raise LayoutError(f"{ck.path}: {info.name} is {value:g} {list(info.shape)}; an alpha is one positive number.")
-    if options.alpha is not None and options.alpha != value:
-        raise ParameterError(
-            f"alpha={options.alpha!r} was given, {ck.path} states {value:g} in {info.name}; leave it out."
-        )
     return value
+
+
+def _refuse_other_alpha(ck: Checkpoint, stated: Mapping[str, float], options: AdapterOptions) -> None:
+    """Refuse an alpha that was given beside others that the file states for all of its matrices."""
+    other = next((x for x, value in stated.items() if options.alpha not in (None, value)), None)
+    if other is not None:
+        raise ParameterError(
+            f"alpha={options.alpha!r} was given, {ck.path} states {stated[other]:g} in {other}.alpha; leave it out."
+        )
 
 
 def _is_pissa(ck: Checkpoint, note: Mapping[str, Any], options: AdapterOptions, has_start: bool) -> bool:

@@ -251,6 +251,16 @@ def memory_freed(model, rng):
 
 
 @_of(REFUSED)
+def memory_freed_beside_a_hook(model, rng):
+    """One that gives no values: only a hook before the module, or one around it, may."""
+    owner, _, p = a_leaf(model, rng)
+    p.untyped_storage().resize_(0)
+    other = rng.choice([m for m in model.modules() if m is not owner and not list(m.children())])
+    other.register_forward_pre_hook(lambda m, given: None)
+    owner.register_forward_hook(lambda m, given, out: None)
+
+
+@_of(REFUSED)
 def memory_cut(model, rng):
     _, _, p = a_leaf(model, rng)
     p.untyped_storage().resize_(p.nbytes - p.itemsize)
@@ -432,6 +442,19 @@ def part_in_another_order(state, rng):
     rng.shuffle(order)
     moved = x.permute(order).contiguous().permute([order.index(i) for i in range(x.ndim)])
     return dataclasses.replace(state, **{name: rng.choice([moved, torch.stack([x, x], -1)[..., 0]])})
+
+
+@_of(STATE)
+def part_of_one_number(state, rng):
+    name, x = _part(state, rng)
+    return dataclasses.replace(state, **{name: x.as_strided(x.shape, [0] * x.ndim)})
+
+
+@_of(STATE)
+def part_that_is_no_dense_tensor(state, rng):
+    name, x = _part(state, rng)
+    others = [x.tolist(), None, x.numpy() if x.dtype == torch.float32 else "x", x.to_sparse(), x.to(torch.complex64)]
+    return dataclasses.replace(state, **{name: rng.choice([*others, torch.nested.nested_tensor([x[0]])])})
 
 
 @_of(STATE)
