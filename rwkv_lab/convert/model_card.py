@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from rwkv_lab.checkpoint import Checkpoint
-from rwkv_lab.checkpoint.provenance import provenance_of
+from rwkv_lab.checkpoint.provenance import records_of
 from rwkv_lab.convert.usage import usage_of
 from rwkv_lab.dtypes import short_name
 from rwkv_lab.progress import human_bytes
@@ -36,7 +36,7 @@ def model_card(ck: Checkpoint, repo_id: str, licence: str) -> str:
         ck: what is uploaded, open.
         licence: "" where none was given: the card says so.
     """
-    records = list(_records(provenance_of(ck)))
+    records = records_of(ck)
     front = yaml.safe_dump(_front_matter(ck, records, licence), sort_keys=False, allow_unicode=True)
     name = repo_id.rpartition("/")[2]
     parts = [f"---\n{front}---\n# {name}", _described(ck), "## Loading", *_loading(ck, repo_id)]
@@ -47,13 +47,6 @@ def model_card(ck: Checkpoint, repo_id: str, licence: str) -> str:
         parts += ["## Left out", "\n".join(dropped)]
     stated = f"{_code(licence)}, as stated by who uploaded this." if licence else "No licence is stated."
     return "\n\n".join([*parts, "## Licence", stated]) + "\n"
-
-
-def _records(record: Any) -> Iterator[dict[str, Any]]:
-    """A provenance and those before it, the newest first."""
-    while isinstance(record, dict):
-        yield record
-        record = record.get("source")
 
 
 def _target(ck: Checkpoint) -> str:
