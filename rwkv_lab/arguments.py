@@ -2,6 +2,9 @@
 
 `@checked` reads the annotations that are there anyway. Ranges are written into them, `Annotated[float, Ge(0)]`. A value
 is checked, never converted: 1 is a number, True is none, a NumPy integer is a whole number, "3" is a text.
+
+torch is not imported here: exported models and their tokenizers run without it. Where it was imported, its tensors and
+devices are known.
 """
 
 import functools
@@ -9,6 +12,7 @@ import inspect
 import math
 import operator
 import os
+import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -16,7 +20,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-import torch
 from annotated_types import Ge, Gt, Le, Lt
 
 from rwkv_lab.errors import ParameterError
@@ -37,6 +40,23 @@ _RANGES = {
 }
 
 
+def _torch(name: str) -> Any:
+    """torch's attribute of that name; where torch was not imported, a class that nothing is an instance of."""
+    return getattr(sys.modules.get("torch"), name, _NotThere)
+
+
+class _NotThere:
+    pass
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, _torch("Tensor"))
+
+
+def _compiling() -> bool:
+    return "torch" in sys.modules and sys.modules["torch"].compiler.is_compiling()
+
+
 @functools.cache
 def _signature(function: Callable) -> inspect.Signature:
     return inspect.signature(function)
@@ -52,7 +72,7 @@ def checked(function: F) -> F:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # torch.compile cannot look into this
+        if _compiling():  # torch.compile cannot look into this
             return function(*args, **kwargs)
         signature = _signature(function)  # not kept beside: torch.compile cannot look into one
         try:
@@ -94,7 +114,7 @@ def check(called: str, name: str, value: Any, hint: Any) -> None:
 
 def shown_value(value: Any) -> str:
     """A value for a message: its repr, cut; of a tensor its dtype and shape."""
-    if isinstance(value, torch.Tensor):
+    if _is_tensor(value):
         return f"a tensor of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     try:
         text = repr(value)
@@ -133,7 +153,7 @@ def _fault(value: Any, hint: Any) -> str:
     if "" in faults:
         if isinstance(value, str | os.PathLike) and any(option in (Path, os.PathLike) for option in options):
             return path_fault(os.fsdecode(value))
-        return _fault_of_device(value) if torch.device in options and value is not None else ""
+        return _fault_of_device(value) if _torch("device") in options and value is not None else ""
     inside = [
         fault for fault in faults if fault and not fault.startswith("it must be ")
     ]  # of a fitting type: says more
@@ -182,7 +202,7 @@ def _fault_of_one(value: Any, hint: Any) -> str:
 
 def _fault_of_device(value: Any) -> str:
     try:
-        torch.device(value)
+        _torch("device")(value)
     except (RuntimeError, TypeError, ValueError, OverflowError):
         return 'there is no such device; there are "cpu", "cuda", "cuda:1" and the like'
     return ""
@@ -193,9 +213,7 @@ _TOO_LARGE = "it is outside -2^63 to 2^63 - 1, the range of whole numbers"  # sa
 
 def _fault_of_int(value: Any) -> str:
     try:
-        number = (
-            None if isinstance(value, bool) or isinstance(value, torch.Tensor) and value.ndim else operator.index(value)
-        )
+        number = None if isinstance(value, bool) or _is_tensor(value) and value.ndim else operator.index(value)
     except (TypeError, RuntimeError):
         number = None
     if number is None:
@@ -204,7 +222,7 @@ def _fault_of_int(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, bool | str | bytes | torch.Tensor) or not hasattr(value, "__float__"):
+    if isinstance(value, bool | str | bytes) or _is_tensor(value) or not hasattr(value, "__float__"):
         return False
     try:
         return math.isfinite(float(value))
@@ -220,9 +238,9 @@ def _fault_of_items(value: Any, kind: Any, args: tuple, wrong: str) -> str:
         return wrong
     if kind is tuple and args and args[-1] is not ...:
         return "" if len(value) == len(args) else wrong
-    if not args or not isinstance(value, Sequence | set | frozenset | Mapping | torch.Tensor):
+    if not args or not (isinstance(value, Sequence | set | frozenset | Mapping) or _is_tensor(value)):
         return ""  # what can be read only once is left to the function
-    if isinstance(value, torch.Tensor):
+    if _is_tensor(value):
         return "" if args[0] in (int, Any) else wrong
     if args[0] is Any:
         return ""
@@ -274,7 +292,7 @@ def described(hint: Any) -> str:
         return _NAMES[hint]
     if hint in (Path, os.PathLike):
         return "a path"
-    if hint is torch.Tensor:
+    if hint is _torch("Tensor"):
         return "a tensor"
     kind = origin or hint
     if kind is Callable:

@@ -17,7 +17,7 @@ LAYERS = (
     {"merge", "train", "convert", "export"},
     {"peft"},
     {"model"},
-    {"checkpoint"},
+    {"checkpoint", "tokenizer"},
     {"wkv"},
     {
         "dtypes",

@@ -68,10 +68,28 @@ def test_imports_of_the_notebooks_are_declared():
 
 
 def test_import_is_light_and_does_nothing_on_the_side():
-    heavy = ["transformers", "onnxruntime", "matplotlib", "pandas", "ipywidgets", "IPython", "rwkv_lab.model"]
+    heavy = ["torch", "transformers", "onnxruntime", "matplotlib", "pandas", "ipywidgets", "IPython", "rwkv_lab.model"]
     code = f"import sys, rwkv_lab; print([m for m in {heavy} if m in sys.modules], callable(rwkv_lab.merge))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == ["[]", "True"]
+
+
+def test_merge_is_the_function_whatever_of_its_package_was_imported():
+    code = (
+        "import rwkv_lab.merge, rwkv_lab.merge.plan, importlib; importlib.import_module('rwkv_lab.merge.recipe');"
+        "from rwkv_lab import merge; print(merge is rwkv_lab.merge, merge.__name__, rwkv_lab.merge.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["True", "merge", "rwkv_lab.merge.merge"], done.stderr
+
+
+def test_tokenizers_need_no_torch():
+    code = (
+        "import sys; from rwkv_lab.tokenizer import load_tokenizer; from rwkv_lab.tokenizer.stopping import StopText;"
+        "print(load_tokenizer('bytes').encode('a'), load_tokenizer('world').encode('a'), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["[97]", "[98]", "False"]
 
 
 def test_wheel_brings_kernels_and_notebooks(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.model.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
+from rwkv_lab.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 from rwkv_lab.train import CORPORA, Corpus, Examples, TokenCorpus, load_corpus
 from rwkv_lab.train.held_out import WINDOW
 

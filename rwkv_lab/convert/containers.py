@@ -9,7 +9,7 @@ from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.stream import Findings, OutTensor
 from rwkv_lab.checkpoint.write import SINGLE, shard_files, shard_index, write_folder, write_stream
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model.tokenizer import Tokenizer
+from rwkv_lab.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

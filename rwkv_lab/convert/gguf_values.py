@@ -7,7 +7,7 @@ from rwkv_lab.checkpoint import Layout
 from rwkv_lab.checkpoint.foreign_format import RESCALED
 from rwkv_lab.checkpoint.gguf_layout import Value, tensor_type
 from rwkv_lab.checkpoint.stream import OutTensor
-from rwkv_lab.model.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer
+from rwkv_lab.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer
 
 Values = list[tuple[str, Value]]
 

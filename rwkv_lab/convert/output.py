@@ -12,7 +12,7 @@ from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.convert.containers import Container
 from rwkv_lab.convert.plan import ConvertRow, Dropped
 from rwkv_lab.convert.spec import ConvertSpec
-from rwkv_lab.model.tokenizer import Tokenizer
+from rwkv_lab.tokenizer import Tokenizer
 
 Tensors = list[tuple[ConvertRow, OutTensor]]
 

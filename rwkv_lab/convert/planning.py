@@ -42,9 +42,9 @@ from rwkv_lab.convert.states import about_state, is_state_output, state_output
 from rwkv_lab.convert.targets import PLAIN, format_for
 from rwkv_lab.convert.tokenizer_files import generation_config, model_tokenizer, tokenizer_files
 from rwkv_lab.errors import LayoutError, OutputError, ParameterError
-from rwkv_lab.model.tokenizer import Tokenizer
 from rwkv_lab.paths import to_path
 from rwkv_lab.peft.rwkv_peft_layout import NOTE
+from rwkv_lab.tokenizer import Tokenizer
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _FILES = (".pth", ".safetensors", ".st", ".gguf", ".bin")  # no folder is called so

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer, load_tokenizer, tokenizer_for
+from rwkv_lab.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer, load_tokenizer, tokenizer_for
 
 CODE = "rwkv_vocabulary_tokenizer"
 _END_OF_TEXT = "<|endoftext|>"

@@ -12,8 +12,8 @@ from rwkv_lab.model.sampling import row_seed
 from rwkv_lab.model.state import RWKVState
 from rwkv_lab.model.state_cache import StateCache
 from rwkv_lab.model.state_file import load_state, save_state
-from rwkv_lab.model.tokenizer import ByteTokenizer, WorldTokenizer, load_tokenizer
 from rwkv_lab.model.weight_only import agreement_of_logits, quantise_weights
+from rwkv_lab.tokenizer import ByteTokenizer, WorldTokenizer, load_tokenizer
 
 __all__ = [
     "RWKV_Dual",

@@ -31,7 +31,7 @@ from rwkv_lab.model.sampling import Convention, Seed
 from rwkv_lab.model.standard_modules import replaced_module, standard
 from rwkv_lab.model.state import RWKVState, check_state, maker
 from rwkv_lab.model.state_cache import StateCache
-from rwkv_lab.model.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
+from rwkv_lab.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 
 
 class RWKVMode(Enum):

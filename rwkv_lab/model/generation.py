@@ -17,7 +17,7 @@ from rwkv_lab.model.protocol import Model
 from rwkv_lab.model.sampling import Convention, Sampling, Seed, row_seed, sample
 from rwkv_lab.model.state import RWKVState
 from rwkv_lab.model.state_cache import StateCache
-from rwkv_lab.model.stopping import StopText, stop_texts
+from rwkv_lab.tokenizer.stopping import StopText, stop_texts
 
 StopReason = Literal["", "stop", "stop token", "end of text", "max_new_tokens", "stopped"]
 

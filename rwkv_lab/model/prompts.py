@@ -11,7 +11,7 @@ from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.protocol import Model
 from rwkv_lab.model.state import RWKVState, check_state, join
 from rwkv_lab.model.state_cache import StateCache
-from rwkv_lab.model.tokenizer.decoding import checked
+from rwkv_lab.tokenizer.decoding import checked
 
 _TEXTS = (str, bytes, bytearray, memoryview)
 _UNORDERED = (dict, set, frozenset)  # of texts or ids, whose order matters

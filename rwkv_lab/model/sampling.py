@@ -10,7 +10,7 @@ from annotated_types import Ge, Le
 
 from rwkv_lab.arguments import check_fields, checked
 from rwkv_lab.errors import NumericsError, ParameterError
-from rwkv_lab.model.tokenizer import Tokenizer
+from rwkv_lab.tokenizer import Tokenizer
 
 Convention = Literal["standard", "rwkv"]
 Seed = Annotated[int, Ge(-(2**63))] | None

@@ -10,7 +10,7 @@ from random_models import load_model
 from rwkv_lab import RWKV_Dual
 from rwkv_lab.analysis.texts import Reading, excerpts, held_out_excerpts, held_out_text, tokens_to_read
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model.tokenizer import load_tokenizer
+from rwkv_lab.tokenizer import load_tokenizer
 from rwkv_lab.train import load_corpus
 
 

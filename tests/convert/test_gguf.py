@@ -16,7 +16,7 @@ from rwkv_lab.convert import convert, quantised, to_gguf, to_pth
 from rwkv_lab.convert.quantised import quantised_values
 from rwkv_lab.convert.verify import verify_convert
 from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
-from rwkv_lab.model.tokenizer import load_tokenizer
+from rwkv_lab.tokenizer import load_tokenizer
 from rwkv_lab.wkv.pointers import NOTHING, Span, span
 
 gguf = pytest.importorskip("gguf")

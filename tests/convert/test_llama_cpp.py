@@ -15,7 +15,7 @@ from rwkv_lab import RWKV_Dual
 from rwkv_lab.checkpoint import Layout, open_checkpoint
 from rwkv_lab.convert import to_gguf
 from rwkv_lab.model import render_turns
-from rwkv_lab.model.tokenizer import load_tokenizer
+from rwkv_lab.tokenizer import load_tokenizer
 
 if find_spec("llama_cpp") is None or find_spec("gguf") is None:
     pytest.skip("llama-cpp-python is not installed", allow_module_level=True)

@@ -9,7 +9,7 @@ from random_models import make_layout, write_model
 from rwkv_lab.convert import convert, to_huggingface
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import render_turns
-from rwkv_lab.model.tokenizer import load_tokenizer, tokenizer_for
+from rwkv_lab.tokenizer import load_tokenizer, tokenizer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about itself
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

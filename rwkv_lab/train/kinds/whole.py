@@ -9,7 +9,7 @@ import torch
 from rwkv_lab.checkpoint import Layout, write_checkpoint
 from rwkv_lab.checkpoint.layout import UNUSED_IN_LAYER_0
 from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.model.tokenizer import WorldTokenizer, load_tokenizer
+from rwkv_lab.tokenizer import WorldTokenizer, load_tokenizer
 from rwkv_lab.train.spec import Defaults, Kind, Planned, TrainSpec, register
 
 _BYTES = 257  # and the end of a text

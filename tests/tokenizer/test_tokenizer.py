@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from rwkv_lab.errors import CorruptFileError, ParameterError, UnsafeFileError
 from rwkv_lab.model import load_tokenizer
-from rwkv_lab.model.tokenizer import tokenizer_for
+from rwkv_lab.tokenizer import tokenizer_for
 
 TEXT = "naïve 日本語 👩‍🔬 \ufffd\n\n  the end"
 MANY = settings(max_examples=200, deadline=None)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_lab.errors import CorruptFileError, ParameterError
-from rwkv_lab.model.tokenizer.decoding import ByteDecoding, checked, utf8
+from rwkv_lab.tokenizer.decoding import ByteDecoding, checked, utf8
 
 _ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 

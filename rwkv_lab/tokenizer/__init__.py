@@ -5,11 +5,11 @@ from pathlib import Path
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import CorruptFileError, ParameterError
-from rwkv_lab.model.tokenizer.decoding import utf8
-from rwkv_lab.model.tokenizer.json_file import ByteLevelTokenizer, TextTokenizer, json_tokenizer
-from rwkv_lab.model.tokenizer.of_bytes import ByteTokenizer
-from rwkv_lab.model.tokenizer.world import WorldTokenizer
 from rwkv_lab.paths import what_is_there
+from rwkv_lab.tokenizer.decoding import utf8
+from rwkv_lab.tokenizer.json_file import ByteLevelTokenizer, TextTokenizer, json_tokenizer
+from rwkv_lab.tokenizer.of_bytes import ByteTokenizer
+from rwkv_lab.tokenizer.world import WorldTokenizer
 
 __all__ = ["ByteTokenizer", "Tokenizer", "WorldTokenizer", "load_tokenizer", "tokenizer_for", "utf8"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import CorruptFileError, ParameterError, UnsafeFileError
-from rwkv_lab.model.tokenizer.decoding import ByteDecoding, utf8
+from rwkv_lab.tokenizer.decoding import ByteDecoding, utf8
 
 _HIGHEST = 65535  # id that the library can hold
 _LONGEST_LINE = 10_000  # characters; the longest in the World vocabulary has 520

@@ -2,7 +2,7 @@
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model.tokenizer.decoding import ByteDecoding, utf8
+from rwkv_lab.tokenizer.decoding import ByteDecoding, utf8
 
 
 class ByteTokenizer(ByteDecoding):

@@ -7,7 +7,7 @@ from random_rwkv7 import make_model
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import StateCache, generate, generate_stream
-from rwkv_lab.model.stopping import StopText, stop_texts
+from rwkv_lab.tokenizer.stopping import StopText, stop_texts
 
 
 def shown(text: str, stops: list[str], size: int) -> tuple[list[str], str | None]:
