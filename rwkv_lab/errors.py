@@ -51,3 +51,35 @@ class HubUnreachableError(HubError):
 
 class ExportError(RwkvLabError):
     """Root of what goes wrong in an export."""
+
+
+class ModelExportException(ExportError):
+    """An export that failed, in one of the parts below."""
+
+
+class CheckpointValidationError(ModelExportException):
+    """The checkpoint to export is missing, damaged, or still being written."""
+
+
+class ModelMergeError(ModelExportException):
+    """The adapter cannot be merged into the base model."""
+
+
+class FormatExportError(ModelExportException):
+    """A format cannot be written, or what was written is not what was asked for."""
+
+
+class ValidationError(ModelExportException):
+    """What was exported does not compute what the model does."""
+
+
+class ONNXExportError(FormatExportError):
+    """The model cannot be written as ONNX, or the file is not what was asked for."""
+
+
+class TracerWarningError(ONNXExportError):
+    """Tracing fixed a value or a size that must stay open."""
+
+
+class UnorderedMapError(ONNXExportError):
+    """The TorchScript tracer met what it cannot trace: "unordered_map::at"."""

@@ -38,7 +38,7 @@ def test_by_default_threads_spin():
 @pytest.mark.parametrize(
     "words",
     [
-        ["-c", "import rwkv_lab"],
+        ["-c", "import rwkv_lab, torch"],
         ["-c", "from rwkv_lab.wkv import wkv7"],
         ["-m", "rwkv_lab.train", "--help"],
         ["-m", "rwkv_lab.bench", "--help"],
@@ -55,7 +55,7 @@ def test_threads_wait_passively_in_processes_that_torchrun_starts():
 
 
 def test_a_policy_of_the_user_stays():
-    done = run("-c", "import os, rwkv_lab; print(os.environ)", OMP_WAIT_POLICY="ACTIVE")
+    done = run("-c", "import os, rwkv_lab, torch; print(os.environ)", OMP_WAIT_POLICY="ACTIVE")
     assert "0" not in spinning(done)
     done = run("-c", "import os, rwkv_lab; print('OMP_WAIT_POLICY' in os.environ)", GOMP_SPINCOUNT="12345")
     assert done.stdout.split() == ["False"]

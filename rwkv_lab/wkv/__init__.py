@@ -16,13 +16,13 @@ from torch import Tensor
 from rwkv_lab.arguments import Size, checked, shown_value
 from rwkv_lab.errors import KernelError, ParameterError
 from rwkv_lab.wkv import compiled
-from rwkv_lab.wkv.choice import available, chosen_backend, fastest, use_backend
+from rwkv_lab.wkv.choice import available, chosen_backend, fastest, only_traced, trace_operators, use_backend
 from rwkv_lab.wkv.chunked import wkv5_chunked, wkv6_chunked, wkv7_chunked
 from rwkv_lab.wkv.pointers import missing_memory
 from rwkv_lab.wkv.reference import wkv4_reference, wkv5_reference, wkv6_reference, wkv7_reference
 from rwkv_lab.wkv.scan import wkv4_chunked
 
-__all__ = ["wkv4", "wkv5", "wkv6", "wkv7", "backends", "empty_wkv4_state", "use_backend"]
+__all__ = ["wkv4", "wkv5", "wkv6", "wkv7", "backends", "empty_wkv4_state", "trace_operators", "use_backend"]
 
 _FORMS = {
     "wkv4": {"reference": wkv4_reference, "chunked": wkv4_chunked, "cpu": compiled.wkv4, "cuda": compiled.wkv4},
@@ -170,6 +170,8 @@ def _run(name, backend, T, dtype, *inputs):
     """Call one form of an operator; its y comes back in `dtype`."""
     double = any(x.dtype == torch.float64 for x in inputs)
     device, width = inputs[0].device.type, inputs[-1].shape[-1]
+    if backend == "auto" and only_traced():
+        return _FORMS[name]["cpu"](*inputs)
     if backend == "auto":
         backend = chosen_backend()
     if backend == "auto":

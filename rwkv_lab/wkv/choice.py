@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import KernelError
@@ -15,6 +16,7 @@ log = logging.getLogger("rwkv_lab")
 
 _chosen = "auto"  # a plain global: torch.compile follows it; threads of one process share it
 _told: set[str] = set()
+_only_traced: ContextVar[bool] = ContextVar("operators are traced and not run", default=False)
 
 
 @checked
@@ -32,6 +34,22 @@ def use_backend(name: str) -> Iterator[None]:
 def chosen_backend() -> str:
     """The name that `use_backend` set, else "auto"."""
     return _chosen
+
+
+@contextmanager
+def trace_operators() -> Iterator[None]:
+    """Inside the block, in this thread, operators that are called with backend="auto" appear as `torch.ops.rwkv_lab.*`
+    in what torch.export traces. Nothing is compiled: tracing needs the shapes alone, and no compiler."""
+    before = _only_traced.set(True)
+    try:
+        yield
+    finally:
+        _only_traced.reset(before)
+
+
+def only_traced() -> bool:
+    """Whether `trace_operators` is on."""
+    return _only_traced.get()
 
 
 def fastest(name: str, device: str, double: bool, width: int) -> str | None:

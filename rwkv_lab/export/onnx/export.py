@@ -1,0 +1,194 @@
+"""A model into a folder of ONNX graphs, with all that is needed to run them."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from annotated_types import Ge, Le
+
+from rwkv_lab.arguments import checked
+from rwkv_lab.checkpoint import file_facts
+from rwkv_lab.checkpoint.atomic import atomic_folder
+from rwkv_lab.checkpoint.provenance import provenance
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.export.onnx_folder import INITIAL_STATE, MANIFEST, SEQUENCE, STEP, readme
+from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.model.standard_modules import replaced_module
+from rwkv_lab.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer, load_tokenizer, tokenizer_for
+
+_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+# What was measured: torch.onnx silently writes 18 for 17, and an invalid file for 26.
+Opset = Annotated[int, Ge(18), Le(25)]
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What was written.
+
+    files: size in bytes, by name.
+    nodes: number of nodes of each graph, by file name.
+    """
+
+    folder: Path
+    opset: int
+    weights: str
+    files: dict[str, int]
+    nodes: dict[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.files.values())
+
+
+@checked
+def export_onnx(
+    model: RWKV_Dual | str | Path,
+    folder: str | Path,
+    weights: Any = "fp32",
+    opset: Opset = 20,
+    logits: Any = "all",
+    external_data: bool | None = None,
+    tokenizer: str | Path | None = None,
+    overwrite: bool = False,
+) -> OnnxExport:
+    """Write a model as two ONNX graphs, for a sequence and for one token, that `rwkv_lab.export.OnnxModel` runs.
+
+    `model.onnx` takes tokens `[batch,length]` and the state, `step.onnx` tokens `[batch,1]`; both give logits and the
+    new state, in `wkv`, `att_shift` and `ffn_shift` as `RWKVState` has them. The state before the first token, tuned or
+    not, is in `initial_state.npz`. The folder appears whole or not at all.
+
+    Args:
+        model: a float32 model on the CPU, or the path of a checkpoint, which is read as such.
+        folder: what is written; its parent must be there.
+        weights: "fp32"; "fp16" stores matrices in float16; "int8" and "int4" quantise those of time mix, channel mix
+            and head, which stays at 8 bits in both. The state is float32 in all of them.
+        opset: of ONNX, 18 to 25.
+        logits: of the sequence: "all", `[batch,length,V]`, or "last", `[batch,V]`.
+        external_data: weights in a file of their own, `model.onnx.data`, which both graphs share; None: where there
+            are more than 16 MiB of them.
+        tokenizer: "world", "bytes" or the path of a file; None for what the size of the vocabulary tells. Without one
+            the folder has none, and is prompted by token ids.
+        overwrite: replace a folder that is there.
+
+    Raises:
+        ONNXExportError: a model that cannot be written as ONNX, or a written graph that is not what was asked for.
+        ParameterError: a value out of range, a model in another dtype, on another device or with adapters, or a package
+            that is missing.
+        OutputError: the folder is there already, or cannot be written.
+        LayoutError, CorruptFileError, UnsafeFileError: the checkpoint; as `RWKV_Dual.from_pretrained`.
+    """
+    _check_choice("weights", weights, ("fp32", "fp16", "int8", "int4"))
+    _check_choice("logits", logits, ("all", "last"))
+    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+        raise ParameterError(f"ONNX needs the package {missing[0]}.\nInstall it: pip install 'rwkv_lab[export]'")
+    source = [] if isinstance(model, RWKV_Dual) else [file_facts(model)]
+    if not isinstance(model, RWKV_Dual):
+        with torch.inference_mode(False):
+            model = RWKV_Dual.from_pretrained(model)
+    _check_model(model)
+    spoken, name = _tokenizer(model, tokenizer)
+    recipe = {"weights": weights, "opset": opset, "logits": logits}
+    with atomic_folder(Path(folder), overwrite) as inside:
+        nodes = _write_graphs(model, inside, weights, opset, logits, external_data)
+        _write_initial_state(model, inside / INITIAL_STATE)
+        _write_tokenizer(spoken, name, tokenizer, inside)
+        (inside / "README.md").write_text(readme(model.layout.version, weights, spoken is not None), encoding="utf-8")
+        files = {path.name: path.stat().st_size for path in sorted(inside.iterdir())}
+        manifest = {
+            "format": "rwkv_lab.onnx 1",
+            "layout": asdict(model.layout),
+            **recipe,
+            "graphs": {"sequence": SEQUENCE, "step": STEP},
+            "initial_state": INITIAL_STATE,
+            "tuned_state": model.has_time_state,
+            "tokenizer": name,
+            "files": {name: {"bytes": size, "sha256": _sha256(inside / name)} for name, size in files.items()},
+            "provenance": provenance(recipe, source, job="export"),
+        }
+        (inside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        for path in inside.iterdir():
+            _sync(path)
+    return OnnxExport(Path(folder), opset, weights, files, nodes)
+
+
+def _write_graphs(model: RWKV_Dual, folder: Path, weights: Any, opset: int, logits: Any, external: bool | None) -> dict:
+    from rwkv_lab.export.onnx.files import check_graph, write_graphs
+    from rwkv_lab.export.onnx.quantise import quantise
+    from rwkv_lab.export.onnx.tracing import trace
+
+    graphs = {name: trace(model, opset, one_token=name == STEP, logits=logits) for name in (SEQUENCE, STEP)}
+    for graph in graphs.values():
+        quantise(graph, weights)
+    write_graphs(graphs, folder, external)
+    for name in graphs:
+        check_graph(folder / name, opset, one_token=name == STEP)
+    return {name: len(graph.graph) for name, graph in graphs.items()}
+
+
+def _write_initial_state(model: RWKV_Dual, path: Path) -> None:
+    with torch.no_grad():
+        state = model.create_state(1)
+    np.savez_compressed(path, **{name: part.contiguous().numpy() for name, part in state.tensors().items()})
+
+
+def _tokenizer(model: RWKV_Dual, which: str | Path | None) -> tuple[Tokenizer | None, str | None]:
+    """The model's tokenizer, and its file's name in the folder, or "bytes"."""
+    try:
+        found = (
+            tokenizer_for(model.layout.vocab_size) if which is None else load_tokenizer(which, model.layout.vocab_size)
+        )
+    except ParameterError:
+        if which is not None:
+            raise
+        return None, None
+    if isinstance(found, ByteTokenizer):
+        return found, "bytes"
+    return found, "rwkv_vocab.txt" if isinstance(found, WorldTokenizer) else "tokenizer.json"
+
+
+def _write_tokenizer(tokenizer: Tokenizer | None, name: str | None, which: str | Path | None, folder: Path) -> None:
+    if isinstance(tokenizer, WorldTokenizer):
+        (folder / str(name)).write_bytes(tokenizer.path.read_bytes())
+    elif tokenizer is not None and not isinstance(tokenizer, ByteTokenizer):
+        (folder / str(name)).write_bytes(Path(str(which)).read_bytes())
+
+
+def _check_choice(name: str, value: Any, among: tuple[str, ...]) -> None:
+    if value not in among:
+        raise ParameterError(f"{name}={value!r}: it must be one of {', '.join(among)}.")
+
+
+def _check_model(model: RWKV_Dual) -> None:
+    weight = model.emb.weight
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        raise ParameterError(
+            f"The model is in {weight.dtype} on {weight.device}; it is exported from float32 on the CPU.\n"
+            "Give the path of its checkpoint, or model.float().cpu()."
+        )
+    if weight.is_inference():
+        raise ParameterError(
+            "The model was loaded under torch.inference_mode, whose tensors torch.export does not take.\n"
+            "Load it outside, or give the path of its checkpoint."
+        )
+    if found := replaced_module(model):
+        raise ParameterError(
+            f"This model has {found}, which no ONNX graph of an RWKV holds.\n"
+            "Merge adapters first (rwkv_lab.merge); for fewer bits pass weights=."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,192 @@
+"""Weights of a graph in 16, 8 or 4 bits. Everything that is no large matrix stays float32, and so does the WKV state.
+
+Which matrices: those of time mix and channel mix, and the head, which stays at 8 bits where the others have 4. The
+embedding, low-rank pairs and vectors are where quantisation costs most, and small; they are kept.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from rwkv_lab.errors import ONNXExportError
+
+Weights = Literal["fp32", "fp16", "int8", "int4"]
+
+BLOCK = 32  # weights along the input that share a scale in 4 bits
+_MATRIX = re.compile(r"blocks\.\d+\.(att|ffn)\.(receptance|key|value|gate|output)\.weight$")
+_HEAD = "head.weight"
+_SMALL = 1024  # values; smaller tensors stay float32 in fp16, too
+
+
+def quantise(model: ir.Model, weights: Weights) -> None:
+    """Store the weights of a graph in fewer bits, in place.
+
+    fp16: matrices as float16, and computed in float32: what is stored is half as large, and no product can overflow.
+    int8: matrices by output channel; activations are quantised as they come (DynamicQuantizeLinear, MatMulInteger).
+    int4: blocks of 32 with a scale and a zero point each (onnxruntime's MatMulNBits), the head as in int8.
+
+    Raises:
+        ONNXExportError: a matrix whose input is no multiple of 32, for int4; a value that float16 cannot hold.
+    """
+    if weights == "fp16":
+        _to_float16(model)
+    elif weights != "fp32":
+        for node in list(model.graph):
+            weight = node.inputs[1] if node.op_type == "MatMul" else None
+            if weight is None or not weight.is_initializer():
+                continue
+            if weights == "int4" and _MATRIX.match(str(weight.name)):
+                _replace(model, node, _int4_nodes)
+            elif weight.name == _HEAD or _MATRIX.match(str(weight.name)):
+                _replace(model, node, _int8_nodes)
+    if weights == "int4":
+        model.graph.opset_imports["com.microsoft"] = 1
+
+
+def _to_float16(model: ir.Model) -> None:
+    for name, value in list(model.graph.initializers.items()):
+        if value.dtype != ir.DataType.FLOAT or not value.shape or len(value.shape) < 2 or _size(value) < _SMALL:
+            continue
+        uses = list(value.uses())
+        half = _stored(
+            model, value, f"{name}.fp16", ir.DataType.FLOAT16, value.shape, lambda w, name=name: _half(w, name)
+        )
+        for node, place in uses:
+            if node.op_type == "Gather" and place == 0:  # what is looked up is cast, not the whole table
+                node.replace_input_with(0, half)
+                output = node.outputs[0]
+                readers = list(output.uses())
+                cast = _cast(output, f"{output.name}.fp32")
+                output.dtype = ir.DataType.FLOAT16
+                for reader, at in readers:
+                    reader.replace_input_with(at, cast.outputs[0])
+                model.graph.insert_after(node, cast)
+            else:
+                cast = _cast(half, f"{name}.{node.name or node.outputs[0].name}")
+                node.replace_input_with(place, cast.outputs[0])
+                model.graph.insert_before(node, cast)
+        del model.graph.initializers[name]
+
+
+def _half(weight: np.ndarray, name: str) -> np.ndarray:
+    largest = float(np.abs(weight).max())
+    if largest > np.finfo(np.float16).max:
+        raise ONNXExportError(f"{name} holds {largest:.4g}; float16 ends at 65504. Export it as fp32 or int8.")
+    return weight.astype(np.float16)
+
+
+def _cast(value: ir.Value, name: str) -> ir.Node:
+    node = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, ir.DataType.FLOAT, value.shape
+    return node
+
+
+def _replace(model: ir.Model, node: ir.Node, make: Callable[[ir.Model, ir.Node], list[ir.Node]]) -> None:
+    """Put nodes in the place of a MatMul; the last one's output takes its name."""
+    output, weight = node.outputs[0], node.inputs[1]
+    nodes = make(model, node)
+    new = nodes[-1].outputs[0]
+    new.dtype, new.shape, new.type = output.dtype, output.shape, output.type
+    model.graph.insert_before(node, nodes)
+    for place, given in enumerate(model.graph.outputs):
+        if given is output:
+            model.graph.outputs[place] = new
+    output.replace_all_uses_with(new)
+    name = output.name
+    model.graph.remove(node, safe=True)
+    new.name = name
+    if weight is not None and not weight.uses():
+        del model.graph.initializers[str(weight.name)]
+
+
+def _int8_nodes(model: ir.Model, node: ir.Node) -> list[ir.Node]:
+    x, weight = (value for value in node.inputs if value is not None)
+    name, columns = str(weight.name), (_shape(weight)[1],)
+    values = _stored(model, weight, f"{name}.int8", ir.DataType.INT8, weight.shape, lambda w: int8(w)[0])
+    scale = _stored(model, weight, f"{name}.scale", ir.DataType.FLOAT, ir.Shape(columns), lambda w: int8(w)[1])
+    rounded = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
+    product = ir.node("MatMulInteger", [rounded.outputs[0], values, rounded.outputs[2]])
+    as_float = ir.node("Cast", [product.outputs[0]], {"to": int(ir.DataType.FLOAT)})
+    scales = ir.node("Mul", [rounded.outputs[1], scale])
+    nodes = [rounded, product, as_float, scales, ir.node("Mul", [as_float.outputs[0], scales.outputs[0]])]
+    return _named(nodes, f"{name}.{node.outputs[0].name}")
+
+
+def _int4_nodes(model: ir.Model, node: ir.Node) -> list[ir.Node]:
+    x, weight = (value for value in node.inputs if value is not None)
+    name, (K, N) = str(weight.name), _shape(weight)
+    if K % BLOCK:
+        raise ONNXExportError(
+            f"{name} has {K} inputs, which is no multiple of {BLOCK}, the block of int4.\nExport this model as int8."
+        )
+    blocks = K // BLOCK
+    shapes = {
+        "int4": (ir.DataType.UINT8, (N, blocks, BLOCK // 2)),
+        "scales": (ir.DataType.FLOAT, (N, blocks)),
+        "zero_points": (ir.DataType.UINT8, (N, -(-blocks // 2))),
+    }
+    parts = [
+        _stored(model, weight, f"{name}.{part}", dtype, ir.Shape(shape), lambda w, i=i: int4(w)[i])
+        for i, (part, (dtype, shape)) in enumerate(shapes.items())
+    ]
+    attributes = {"K": K, "N": N, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
+    return _named([ir.node("MatMulNBits", [x, *parts], attributes, domain="com.microsoft")], name)
+
+
+def _named(nodes: list[ir.Node], prefix: str) -> list[ir.Node]:
+    for i, node in enumerate(nodes):
+        for j, output in enumerate(node.outputs):
+            output.name = f"{prefix}.{i}.{j}"
+    return nodes
+
+
+def _stored(model: ir.Model, source: ir.Value, name: str, dtype: Any, shape: Any, make: Callable) -> ir.Value:
+    """An initialiser made from another one's values when it is written."""
+    if name in model.graph.initializers:
+        return model.graph.initializers[name]
+    stored: Any = source.const_value
+    tensor = ir.LazyTensor(lambda: ir.tensor(make(stored.numpy())), dtype=dtype, shape=shape, name=name)
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None
+    return tuple(value.shape.numpy())
+
+
+def _size(value: ir.Value) -> int:
+    return int(np.prod(_shape(value)))
+
+
+# ------------------------------------------------------------------ numbers
+
+
+def int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`[K,N]` float32 -> int8 `[K,N]` and a scale per column, float32 `[N]`: weight ≈ int8 * scale."""
+    scale = np.abs(weight).max(axis=0) / 127
+    scale[scale == 0] = 1
+    return np.rint(weight / scale).astype(np.int8), scale.astype(np.float32)
+
+
+def int4(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`[K,N]` float32 -> what MatMulNBits reads: codes, two in a byte, the first in the low half `[N,K/32,16]`;
+    scales `[N,K/32]`; zero points, two in a byte `[N,ceil(K/64)]`. weight ≈ (code - zero point) * scale."""
+    blocks = np.ascontiguousarray(weight.T).reshape(weight.shape[1], -1, BLOCK)  # [N,K/32,32]
+    low = np.minimum(blocks.min(-1, keepdims=True), 0)
+    high = np.maximum(blocks.max(-1, keepdims=True), 0)
+    scale = (high - low) / 15
+    scale[scale == 0] = 1
+    zero = np.clip(np.rint(-low / scale), 0, 15)
+    codes = np.clip(np.rint(blocks / scale + zero), 0, 15).astype(np.uint8)
+    return _pairs(codes), scale[..., 0].astype(np.float32), _pairs(zero[..., 0].astype(np.uint8))
+
+
+def _pairs(codes: np.ndarray) -> np.ndarray:
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
+    return codes[..., ::2] | (codes[..., 1::2] << 4)

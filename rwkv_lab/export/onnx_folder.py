@@ -1,0 +1,30 @@
+"""The names in a folder that `export_onnx` writes and `OnnxModel` reads."""
+
+SEQUENCE, STEP = "model.onnx", "step.onnx"
+INITIAL_STATE, MANIFEST = "initial_state.npz", "export.json"
+STATES = ("wkv", "att_shift", "ffn_shift")  # what a graph takes beside tokens, and gives as <name>_out beside logits
+
+_EXAMPLE = """\
+from rwkv_lab.export import OnnxModel
+
+model = OnnxModel(".")
+print({call})
+"""
+
+
+def readme(version: str, weights: str, has_tokenizer: bool) -> str:
+    """README.md of a folder, with the lines that run it there."""
+    by_text = 'model.generate("The ", max_new_tokens=50)'
+    by_ids = "[token for token, _ in model.stream([1, 2, 3], max_new_tokens=50)]"
+    return f"""\
+# An RWKV-{version} language model for onnxruntime
+
+Run it in this folder; `pip install 'rwkv_lab[text]' onnxruntime` brings what it needs:
+
+```python
+{_EXAMPLE.format(call=by_text if has_tokenizer else by_ids)}```
+
+Weights are stored as {weights}. `{SEQUENCE}` reads a sequence, `{STEP}` one token; both take tokens and the state, and
+give logits and the new state, which is float32. `{INITIAL_STATE}` has the state before the first token. `{MANIFEST}`
+says what made this folder, and has the SHA-256 of every file.
+"""

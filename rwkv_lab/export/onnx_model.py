@@ -1,0 +1,289 @@
+"""Exported models run by onnxruntime and NumPy alone: text goes in, text comes out. torch is not imported."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from annotated_types import Ge, Gt, Le
+
+from rwkv_lab.arguments import checked, shown_value, whole_numbers
+from rwkv_lab.errors import CorruptFileError, NumericsError, ParameterError
+from rwkv_lab.export.onnx_folder import INITIAL_STATE, MANIFEST, SEQUENCE, STATES, STEP
+from rwkv_lab.tokenizer import Tokenizer, load_tokenizer
+from rwkv_lab.tokenizer.stopping import StopText, stop_texts
+
+State = dict[str, np.ndarray]  # wkv [B,L,…], att_shift and ffn_shift [B,L,C], float32
+
+_PIECE = 256  # tokens of a prompt that are read at once: their logits are [B,T,V]
+
+
+class OnnxModel:
+    """An exported model. It keeps nothing between two calls: a state goes in, and the next one comes out.
+
+    Args:
+        folder: what `export_onnx` wrote.
+        providers: of onnxruntime, the first that can is taken; None for the CPU. `onnxruntime.get_available_providers`
+            names those that are there.
+        threads: of onnxruntime within an operator; None for as many as there are cores.
+
+    Attributes:
+        layout: generation and dimensions: version, n_layer, n_embd, vocab_size, …
+        weights: how they are stored: fp32, fp16, int8, int4.
+
+    Raises:
+        ParameterError: no such folder or provider, or onnxruntime is missing.
+        CorruptFileError: a file of the folder is missing, has another size, or cannot be opened.
+    """
+
+    @checked
+    def __init__(
+        self,
+        folder: str | Path,
+        providers: Sequence[str] | None = None,
+        threads: Annotated[int, Ge(1), Le(1024)] | None = None,
+    ):
+        self.folder = Path(folder)
+        manifest = _manifest(self.folder)
+        self.layout: dict[str, Any] = manifest["layout"]
+        self.weights: str = manifest["weights"]
+        self._tokenizer_name, self._tokenizer = manifest["tokenizer"], None
+        self._sequence = _session(self.folder / SEQUENCE, providers, threads)
+        self._step = _session(self.folder / STEP, providers, threads)
+        try:
+            with np.load(self.folder / INITIAL_STATE, allow_pickle=False) as parts:
+                self._initial = {name: parts[name] for name in STATES}
+        except (OSError, ValueError, KeyError) as e:
+            raise CorruptFileError(f"{self.folder / INITIAL_STATE} holds no state: {e}") from e
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model knows."""
+        return self.layout["vocab_size"]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to tokens and back.
+
+        Raises:
+            ParameterError: the folder has none.
+        """
+        if self._tokenizer is None:
+            if self._tokenizer_name is None:
+                raise ParameterError(
+                    f"{self.folder} has no tokenizer; prompt it with token ids, or export it with tokenizer=…."
+                )
+            which = self._tokenizer_name
+            self._tokenizer = load_tokenizer(which if which == "bytes" else self.folder / which, self.vocab_size)
+        return self._tokenizer
+
+    @checked
+    def create_state(self, batch_size: Annotated[int, Ge(1), Le(2**31)] = 1) -> State:
+        """The state before the first token, tuned where the model's was."""
+        return {name: np.repeat(part, batch_size, axis=0) for name, part in self._initial.items()}
+
+    @checked
+    def run(self, tokens: Any, state: dict | None = None) -> tuple[np.ndarray, State]:
+        """Run tokens `[B,T]` from a state, None for `create_state`.
+
+        Returns:
+            logits float32 `[B,T,V]`, or `[B,V]` of the last token where T = 1 or the model was exported with
+            logits="last"; and the state after the last token.
+
+        Raises:
+            ParameterError: tokens of a wrong shape, dtype or value; a state of another model or batch.
+        """
+        ids = self._checked_tokens(tokens)
+        state = self._checked_state(self.create_state(len(ids)) if state is None else state, len(ids))
+        session = self._step if ids.shape[1] == 1 else self._sequence
+        logits, *parts = session.run(["logits", *(f"{name}_out" for name in STATES)], {"tokens": ids, **state})
+        return logits, dict(zip(STATES, parts, strict=True))
+
+    @checked
+    def generate(
+        self,
+        prompt: str | Iterable[int],
+        max_new_tokens: Annotated[int, Ge(0)] = 100,
+        temperature: Annotated[float, Ge(0)] = 1.0,
+        top_p: Annotated[float, Gt(0), Le(1)] = 0.9,
+        seed: int | None = 0,
+        stop: str | Iterable[str] | None = (),
+        stop_tokens: Iterable[int] = (),
+        streaming_callback: Callable[[int, str], object] | None = None,
+    ) -> str:
+        """Continue a prompt and return the new text.
+
+        Args:
+            streaming_callback: called with every new token and the text that it completes. Where it returns False, the
+                text ends there.
+            For the others, and errors, see `stream`.
+        """
+        text = []
+        self.tokenizer  # noqa: B018  raises where there is none
+        for token, piece in self.stream(prompt, max_new_tokens, temperature, top_p, seed, stop, stop_tokens):
+            text.append(piece)
+            if streaming_callback is not None and streaming_callback(token, piece) is False:
+                break
+        return "".join(text)
+
+    @checked
+    def stream(
+        self,
+        prompt: str | Iterable[int],
+        max_new_tokens: Annotated[int, Ge(0)] = 100,
+        temperature: Annotated[float, Ge(0)] = 1.0,
+        top_p: Annotated[float, Gt(0), Le(1)] = 0.9,
+        seed: int | None = 0,
+        stop: str | Iterable[str] | None = (),
+        stop_tokens: Iterable[int] = (),
+    ) -> Iterator[tuple[int, str]]:
+        """Continue a prompt, token by token: yields (token, text that it completes).
+
+        Args:
+            prompt: a text or token ids. Empty, it begins a text. Without a tokenizer it is ids, and all text is "".
+            max_new_tokens: tokens at most.
+            temperature: 0 always takes the likeliest token.
+            top_p: draw from the smallest set of tokens that holds this much probability.
+            seed: the same seed gives the same text; None for another one each time.
+            stop: a text or texts that end the text; they are not part of it.
+            stop_tokens: tokens that end the text, as the end of text always does; they are not part of it.
+
+        Raises:
+            ParameterError: no tokenizer, a token outside the vocabulary, nothing to begin with.
+            NumericsError: NaN or infinity in the logits, while it runs.
+        """
+        if self._tokenizer_name is None and isinstance(prompt, str):
+            self.tokenizer  # noqa: B018  says that there is none
+        ids, ends = self._prompt(prompt), set(whole_numbers(stop_tokens, "stop_tokens"))
+        text = _Text(self.tokenizer if self._tokenizer_name else None, StopText(stop_texts(stop)), ends)
+        return self._stream(ids, max_new_tokens, temperature, top_p, np.random.default_rng(seed), text)
+
+    def _stream(self, ids, max_new_tokens, temperature, top_p, draw, text: "_Text") -> Iterator[tuple[int, str]]:
+        logits, state = self._read(ids)
+        for number in range(max_new_tokens):
+            token = _sample(logits, temperature, top_p, draw)
+            piece = text.feed(token)
+            if text.over or number == max_new_tokens - 1:
+                yield token, piece + text.close()
+                return
+            yield token, piece
+            logits, state = self._read([token], state)
+
+    def _read(self, ids: Sequence[int], state: State | None = None) -> tuple[np.ndarray, State]:
+        """Logits `[V]` after the last of these tokens, and the state."""
+        logits = np.zeros(0)
+        for start in range(0, len(ids), _PIECE):
+            logits, state = self.run([ids[start : start + _PIECE]], state)
+        assert state is not None
+        return (logits[0, -1] if logits.ndim == 3 else logits[0]), state
+
+    def _prompt(self, prompt: str | Iterable[int]) -> list[int]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else whole_numbers(prompt, "prompt")
+        end = self.tokenizer.end_of_text if self._tokenizer_name else None
+        if not ids and end is None:
+            raise ParameterError("The prompt is empty, and this vocabulary has no token to begin a text with.")
+        return ids or [int(end or 0)]
+
+    def _checked_tokens(self, tokens: Any) -> np.ndarray:
+        try:
+            ids = np.asarray(tokens)
+        except (TypeError, ValueError) as e:
+            raise ParameterError(f"tokens must be integers of shape [B,T]; pad rows of unequal length ({e}).") from e
+        if ids.ndim != 2 or 0 in ids.shape or ids.dtype.kind not in "iu":
+            raise ParameterError(
+                f"tokens must be integers of shape [B,T] with B, T >= 1; given {ids.dtype} {list(ids.shape)}."
+            )
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise ParameterError(f"Token {wrong} is outside the vocabulary: 0 to {self.vocab_size - 1}.")
+        return ids.astype(np.int64)
+
+    def _checked_state(self, state: dict, batch_size: int) -> State:
+        for name, initial in self._initial.items():
+            part = state.get(name)
+            if not isinstance(part, np.ndarray) or part.dtype != np.float32:
+                raise ParameterError(f"The state's {name} is {shown_value(part)}; it must be a float32 array.")
+            if part.shape != (batch_size, *initial.shape[1:]):
+                raise ParameterError(
+                    f"The state's {name} has shape {list(part.shape)}; "
+                    f"for these tokens it must be {[batch_size, *initial.shape[1:]]}."
+                )
+        return {name: state[name] for name in STATES}
+
+
+class _Text:
+    """From tokens to text, up to a token or a text that ends it."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stops: StopText, ends: set[int]):
+        self._stream = None if tokenizer is None else tokenizer.stream()
+        self._stops, self._ends, self.over = stops, ends, False
+        if tokenizer is not None and tokenizer.end_of_text is not None:
+            ends.add(tokenizer.end_of_text)
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes."""
+        self.over = token in self._ends
+        if self.over or self._stream is None:
+            return ""
+        piece = self._stops.feed(self._stream.feed(token))
+        self.over = self._stops.found is not None
+        return piece
+
+    def close(self) -> str:
+        """What was held back: none of it, where a stop was found."""
+        if self._stream is None or self._stops.found is not None:
+            return ""
+        return self._stops.feed(self._stream.close()) + self._stops.close()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ParameterError(f"{folder} has no {MANIFEST}: it is no folder that export_onnx wrote.")
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        manifest["layout"]["vocab_size"], manifest["weights"], manifest["tokenizer"]
+        sizes = {name: int(facts["bytes"]) for name, facts in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CorruptFileError(f"{path} does not describe an exported model: {e}.") from e
+    for name, size in sizes.items():
+        file = folder / Path(name).name
+        if not file.is_file() or name != file.name:
+            raise CorruptFileError(f"{folder} has no {name}, which {MANIFEST} names.")
+        if file.stat().st_size != size and name != "README.md":
+            raise CorruptFileError(f"{file} has {file.stat().st_size} bytes; {MANIFEST} says {size}. Export it again.")
+    return manifest
+
+
+def _session(path: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as e:
+        raise ParameterError(f"{path} needs the package onnxruntime.\nInstall it: pip install onnxruntime") from e
+    wanted = ["CPUExecutionProvider"] if providers is None else list(providers)
+    there = onnxruntime.get_available_providers()
+    if wrong := [name for name in wanted if name not in there]:
+        raise ParameterError(f"onnxruntime has no provider {wrong[0]!r} here; it has {', '.join(there)}.")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; it warns of each initialiser that is not used by its optimiser
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=wanted)
+    except Exception as e:  # onnxruntime has no class of its own for them
+        raise CorruptFileError(f"onnxruntime cannot open {path}: {str(e).splitlines()[0][:300]}") from e
+
+
+def _sample(logits: np.ndarray, temperature: float, top_p: float, draw: np.random.Generator) -> int:
+    """Draw a token from logits `[V]`."""
+    if not np.isfinite(logits).all():
+        raise NumericsError("The model's logits hold NaN or infinity: its weights are at fault.")
+    if temperature == 0:
+        return int(logits.argmax())
+    tokens = np.argsort(-logits, kind="stable")
+    weights = np.exp((logits[tokens].astype(np.float64) - float(logits[tokens[0]])) / temperature)
+    weights /= weights.sum()
+    before = np.concatenate([[0], np.cumsum(weights)[:-1]])
+    weights[before >= top_p] = 0  # keeps at least the likeliest
+    return int(draw.choice(tokens, p=weights / weights.sum()))
