@@ -18,7 +18,7 @@ from rwkv_lab.checks import Check
 from rwkv_lab.model import RWKV_Dual, StateCache, generate_stream, load_tokenizer, save_state
 from rwkv_lab.peft import LoraConfig, apply_peft, open_adapter, save_adapter
 
-PACKAGES = ("", ".checkpoint", ".wkv", ".model", ".peft", ".merge", ".train", ".convert")
+PACKAGES = ("", ".checkpoint", ".wkv", ".model", ".peft", ".merge", ".train", ".convert", ".export")
 # Classes whose methods are called by their own package, or that only hold what a function has found.
 INTERNAL = {
     "AdapterKind": "a base class of extensions",
@@ -233,6 +233,8 @@ def calls(world: World) -> list[Call]:
         "to_pth": {"source": w.base, "out": there},
         "to_safetensors": {"source": w.base, "out": w.folder / "there.safetensors"},
         "verify_convert": {"result": converted},
+        "export_onnx": {"model": w.folder / "missing.pth", "folder": w.folder / "there"},
+        "OnnxModel": {"folder": w.folder / "there"},
         "compare_logits": {"result": converted},
         "write_convert": {"plan": converted.plan},
         "download": {"repo_id": "no name", "file": "x.pth"},

@@ -1,5 +1,10 @@
 """The names in a folder that `export_onnx` writes and `OnnxModel` reads."""
 
+from typing import Literal
+
+Weights = Literal["fp32", "fp16", "int8", "int4"]
+Logits = Literal["all", "last"]
+
 SEQUENCE, STEP = "model.onnx", "step.onnx"
 INITIAL_STATE, MANIFEST = "initial_state.npz", "export.json"
 STATES = ("wkv", "att_shift", "ffn_shift")  # what a graph takes beside tokens, and gives as <name>_out beside logits

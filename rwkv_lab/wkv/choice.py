@@ -47,6 +47,7 @@ def trace_operators() -> Iterator[None]:
         _only_traced.reset(before)
 
 
+@constant_while_tracing  # torch.compile cannot look into a ContextVar
 def only_traced() -> bool:
     """Whether `trace_operators` is on."""
     return _only_traced.get()

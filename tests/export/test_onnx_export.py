@@ -100,7 +100,7 @@ def test_what_is_refused_before_any_work(tmp_path):
     for opset in (17, 26, 0, "20", True):
         with pytest.raises(ParameterError, match="opset"):
             export_onnx(model, tmp_path / "out", opset=opset)
-    with pytest.raises(ParameterError, match="weights='int2'"):
+    with pytest.raises(ParameterError, match="weights='int2'.*one of"):
         export_onnx(model, tmp_path / "out", weights="int2")
     with pytest.raises(ParameterError, match="from float32 on the CPU"):
         export_onnx(RWKV_Dual.from_pretrained(tmp_path / "m.safetensors", dtype="bf16"), tmp_path / "out")

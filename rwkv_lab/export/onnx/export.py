@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from rwkv_lab.checkpoint import file_facts
 from rwkv_lab.checkpoint.atomic import atomic_folder
 from rwkv_lab.checkpoint.provenance import provenance
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.export.onnx_folder import INITIAL_STATE, MANIFEST, SEQUENCE, STEP, readme
+from rwkv_lab.export.onnx_folder import INITIAL_STATE, MANIFEST, SEQUENCE, STEP, Logits, Weights, readme
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.model.standard_modules import replaced_module
 from rwkv_lab.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer, load_tokenizer, tokenizer_for
@@ -51,9 +51,9 @@ class OnnxExport:
 def export_onnx(
     model: RWKV_Dual | str | Path,
     folder: str | Path,
-    weights: Any = "fp32",
+    weights: Weights = "fp32",
     opset: Opset = 20,
-    logits: Any = "all",
+    logits: Logits = "all",
     external_data: bool | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
@@ -84,8 +84,6 @@ def export_onnx(
         OutputError: the folder is there already, or cannot be written.
         LayoutError, CorruptFileError, UnsafeFileError: the checkpoint; as `RWKV_Dual.from_pretrained`.
     """
-    _check_choice("weights", weights, ("fp32", "fp16", "int8", "int4"))
-    _check_choice("logits", logits, ("all", "last"))
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         raise ParameterError(f"ONNX needs the package {missing[0]}.\nInstall it: pip install 'rwkv_lab[export]'")
     source = [] if isinstance(model, RWKV_Dual) else [file_facts(model)]
@@ -118,7 +116,9 @@ def export_onnx(
     return OnnxExport(Path(folder), opset, weights, files, nodes)
 
 
-def _write_graphs(model: RWKV_Dual, folder: Path, weights: Any, opset: int, logits: Any, external: bool | None) -> dict:
+def _write_graphs(
+    model: RWKV_Dual, folder: Path, weights: Weights, opset: int, logits: Logits, external: bool | None
+) -> dict[str, int]:
     from rwkv_lab.export.onnx.files import check_graph, write_graphs
     from rwkv_lab.export.onnx.quantise import quantise
     from rwkv_lab.export.onnx.tracing import trace
@@ -135,7 +135,9 @@ def _write_graphs(model: RWKV_Dual, folder: Path, weights: Any, opset: int, logi
 def _write_initial_state(model: RWKV_Dual, path: Path) -> None:
     with torch.no_grad():
         state = model.create_state(1)
-    np.savez_compressed(path, **{name: part.contiguous().numpy() for name, part in state.tensors().items()})
+    parts = [part.contiguous().numpy() for part in state.tensors().values()]
+    with open(path, "wb") as file:
+        np.savez_compressed(file, wkv=parts[0], att_shift=parts[1], ffn_shift=parts[2])
 
 
 def _tokenizer(model: RWKV_Dual, which: str | Path | None) -> tuple[Tokenizer | None, str | None]:
@@ -158,11 +160,6 @@ def _write_tokenizer(tokenizer: Tokenizer | None, name: str | None, which: str |
         (folder / str(name)).write_bytes(tokenizer.path.read_bytes())
     elif tokenizer is not None and not isinstance(tokenizer, ByteTokenizer):
         (folder / str(name)).write_bytes(Path(str(which)).read_bytes())
-
-
-def _check_choice(name: str, value: Any, among: tuple[str, ...]) -> None:
-    if value not in among:
-        raise ParameterError(f"{name}={value!r}: it must be one of {', '.join(among)}.")
 
 
 def _check_model(model: RWKV_Dual) -> None:

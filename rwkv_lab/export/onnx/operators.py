@@ -23,6 +23,7 @@ ColumnK, ColumnV = FLOAT["B", "H", "K", 1], FLOAT["B", "H", "V", 1]
 
 # onnxscript reads these functions, it does not run them; type checkers take its annotations for expressions.
 # pyright: basic, reportInvalidTypeForm=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportOptionalOperand=false, reportReturnType=false, reportGeneralTypeIssues=false
 
 # ------------------------------------------------------------------ over a sequence
 

@@ -6,14 +6,13 @@ embedding, low-rank pairs and vectors are where quantisation costs most, and sma
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from rwkv_lab.errors import ONNXExportError
-
-Weights = Literal["fp32", "fp16", "int8", "int4"]
+from rwkv_lab.export.onnx_folder import Weights
 
 BLOCK = 32  # weights along the input that share a scale in 4 bits
 _MATRIX = re.compile(r"blocks\.\d+\.(att|ffn)\.(receptance|key|value|gate|output)\.weight$")
@@ -89,7 +88,7 @@ def _replace(model: ir.Model, node: ir.Node, make: Callable[[ir.Model, ir.Node],
     output, weight = node.outputs[0], node.inputs[1]
     nodes = make(model, node)
     new = nodes[-1].outputs[0]
-    new.dtype, new.shape, new.type = output.dtype, output.shape, output.type
+    new.shape, new.type = output.shape, output.type
     model.graph.insert_before(node, nodes)
     for place, given in enumerate(model.graph.outputs):
         if given is output:

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -14,12 +14,10 @@ from torch import nn
 
 from rwkv_lab.errors import ONNXExportError
 from rwkv_lab.export.onnx.operators import translations
+from rwkv_lab.export.onnx_folder import STATES, Logits
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.wkv import trace_operators
 
-Logits = Literal["all", "last"]
-
-STATES = ("wkv", "att_shift", "ffn_shift")  # parts of an RWKVState; a graph takes them and gives <name>_out
 INPUTS = ("tokens", *STATES)
 OUTPUTS = ("logits", *(f"{name}_out" for name in STATES))
 AXES = {"tokens": ("batch", "length"), **{name: ("batch",) for name in STATES}}  # that can have any size
