@@ -114,7 +114,7 @@ AMERICAN = re.compile(
     r"|serializ|summariz|organiz|minimiz|maximiz|utiliz|visualiz|generaliz|specializ|synchroniz|materializ|vectoriz)\w*",
     re.IGNORECASE,
 )
-# Names in the interfaces of torch, ONNX, onnxruntime, transformers, pillow, bitsandbytes, tokenizers, gguf, the Hub and merge recipes.
+# Names in the interfaces of torch, ONNX, transformers, pillow, bitsandbytes, tokenizers, gguf, the Hub, merge recipes.
 THEIRS = re.compile(
     r"(de)?quantize(_\w+)?|quantized|optimize|normaliz(e|er|ers|ed)|Optimizer|is_initialized|synchronize|\w*serialization"
     r"|set_materialize_grads|modeling_\w+|(another_)?normalized_shape|fill_uninitialized_memory|initializer_list"
