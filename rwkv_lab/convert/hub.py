@@ -113,8 +113,7 @@ def _in_words(error: Exception, repo_id: str, doing: str, writing: bool) -> Rwkv
         error = error.__cause__  # what it comes from tells more
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubUnreachableError(
-            f"HF_HUB_OFFLINE is set, so the Hub is not asked: {doing} cannot be reached that way.\n"
-            "Unset it, or give a file on disk."
+            f"HF_HUB_OFFLINE is set, so the Hub is not asked for {doing}.\nUnset it, or use files on this disk."
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
         return HubUnreachableError(f"{doing}: it is not in the cache of the Hub's files on this machine.")

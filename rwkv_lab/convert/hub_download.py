@@ -24,6 +24,7 @@ from rwkv_lab.convert.hub_headers import NoRangesError, headers_only
 from rwkv_lab.convert.spec import ConvertSpec
 from rwkv_lab.errors import CorruptFileError, HubError, HubUnreachableError, LayoutError, OutputError, ParameterError
 from rwkv_lab.machine import disk_free
+from rwkv_lab.paths import missing_file
 from rwkv_lab.progress import Progress, human_bytes
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,10 @@ def source_of(spec: ConvertSpec, headers: bool = False) -> Iterator[tuple[Path, 
         RwkvLabError: as `download`.
     """
     if spec.source is not None:
+        if not spec.source.parent.is_dir() and spec.source.parent.parent == Path.cwd():
+            name = f"{spec.source.parent.name}/{spec.source.name}"
+            where = f"A model on the Hugging Face Hub is given by repo_id={name!r} in place of source."
+            raise ParameterError(f"{missing_file(spec.source)}.\n{where}")
         yield spec.source, None
         return
     repository = find_repository(spec.repo_id, spec.revision)

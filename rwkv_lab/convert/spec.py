@@ -66,7 +66,7 @@ def _repository(text: str) -> str:
         file = f"; the file's is {found[3]!r}" if found[3] else ""
         raise ValueError(f"it is an address: the name of the repository alone is {found[1]!r}{file}")
     if text and not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", text):
-        raise ValueError("it should be owner/name, as the Hugging Face Hub has it")
+        raise ValueError("it should be owner/name, as the Hugging Face Hub has it; a file in it goes by itself")
     return text
 
 

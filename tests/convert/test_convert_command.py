@@ -39,7 +39,7 @@ def test_options_of_a_file_and_flags_on_top(source, tmp_path):
         (["--to", "fla", "--out", "x"], "source is missing: a file or folder on this disk; or repo_id"),
         (["--source", "m.pth", "--to", "fla", "--out", "x", "--max-shard-size", "much"], "a size such as"),
         (["--source", "none.pth", "--to", "fla", "--out", "x"], "there is no file"),
-        (["--json", "none.json"], "cannot be read as JSON"),
+        (["--json", "none.json"], "there is no file none.json"),
     ],
 )
 def test_refusals_are_one_message(words, message, source, monkeypatch, tmp_path, capsys):

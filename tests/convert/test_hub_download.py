@@ -319,6 +319,14 @@ def test_options_that_do_not_go_together(given, message):
         ConvertSpec.read(given | {"to": "pth"})
 
 
+def test_the_name_of_a_repository_as_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ParameterError, match="there is no file .*/owner/m.*\nA model on .* by repo_id='owner/m' in place"
+    ):
+        to_pth("owner/m", tmp_path / "out.pth")
+
+
 @pytest.mark.parametrize("name", ["-m", "a..b", "owner/m.git", "owner/" + "x" * 100])
 def test_names_that_the_hub_does_not_take(name, hub):
     with pytest.raises((ParameterError, HubError), match="no name of a repository|no model repository"):

@@ -186,7 +186,7 @@ def test_no_network_and_offline(hub, token, source, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set, so the Hub is not asked: the upload to me/new cannot"):
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set, so the Hub is not asked for the upload to me/new"):
         push_to_hub(source, "me/new")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
