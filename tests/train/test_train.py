@@ -15,7 +15,8 @@ from rwkv_lab.train import TrainSpec, demo_base, demo_folder, demo_state, load_c
 from rwkv_lab.train.__main__ import main
 from rwkv_lab.train.optimiser import make_optimiser, schedule, set_lr
 
-TINY = dict(steps=60, batch_size=4, ctx_len=32, lr=1e-2, n_embd=32, n_layer=2, head_size=16)
+SHORT = dict(steps=60, batch_size=4, ctx_len=32, lr=1e-2)
+TINY = SHORT | dict(n_embd=32, n_layer=2, head_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_state_tuning_trains_the_states_and_nothing_else(base, tmp_path):
 
 
 def test_pretraining_from_a_base_starts_where_it_ended(base, tmp_path):
-    longer = train("pretrain", out=tmp_path / "m.safetensors", base=base.out, **(TINY | {"steps": 5, "lr": 1e-3}))
+    longer = train("pretrain", out=tmp_path / "m.safetensors", base=base.out, **(SHORT | {"steps": 5, "lr": 1e-3}))
     assert longer.bits_before == pytest.approx(base.bits_after, rel=1e-6)
 
 
@@ -158,7 +159,7 @@ def test_demo_files_are_trained_once_where_the_environment_says(tmp_path, monkey
 
     def quick(kind, out, base=None):
         calls.append(kind)
-        return train(kind, out, base=base, **(TINY | {"steps": 2}))
+        return train(kind, out, base=base, **(SHORT | ({} if base else TINY) | {"steps": 2}))
 
     monkeypatch.setenv("RWKV_LAB_DEMO", str(tmp_path / "d"))
     monkeypatch.setattr(demo, "train", quick)
