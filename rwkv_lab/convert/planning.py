@@ -219,7 +219,10 @@ def _completed(spec: ConvertSpec, known: ForeignFormat | None, layout: Layout | 
         if known is None or not known.quantised:
             raise ParameterError(f"dtype={spec.dtype!r}: to={spec.to!r} has no quantised tensors; bf16, fp16 or fp32.")
         if spec.rescale:
-            raise ParameterError(f"rescale={spec.rescale}: it goes with floats, not with dtype={spec.dtype!r}.")
+            raise ParameterError(
+                f"rescale={spec.rescale} keeps activations in float16 from overflowing; beside {spec.dtype} weights "
+                "llama.cpp has them in float32.\nLeave rescale away, or choose a dtype of floats."
+            )
         require_gguf(f"dtype={spec.dtype!r}")
     return spec if known is None else with_dtype(spec, known)
 

@@ -123,6 +123,21 @@ class TestRwkv7InRwkv7Hf:
         assert relative_rms(theirs(TOKENS).logits, our_logits(path, eps)) < LIMIT
         assert any("norm over heads" in note for note in result.notes) == (result.plan.layout.head_size != 64)
 
+    def test_logits_with_the_eps_that_the_plan_names(self, pair):
+        """What the note says to set after loading: then they are BlinkDL's at any head size."""
+        path, theirs, result = pair
+        norms = [layer.attn.g_norm for layer in theirs.model.layers]
+        before = norms[0].eps
+        try:
+            for norm in norms:
+                norm.eps = 64e-5
+            assert relative_rms(theirs(TOKENS).logits, our_logits(path)) < LIMIT
+        finally:
+            for norm in norms:
+                norm.eps = before
+        other_eps = relative_rms(theirs(TOKENS).logits, our_logits(path))
+        assert (other_eps > LIMIT) == (result.plan.layout.head_size != 64) and other_eps < 0.05
+
     def test_generate(self, pair):
         path, theirs, result = pair
         ours = RWKV_Dual.from_pretrained(path, group_norm_eps=result.plan.layout.head_size * 1e-5).requires_grad_(False)

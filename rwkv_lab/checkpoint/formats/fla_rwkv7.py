@@ -124,12 +124,17 @@ def _group_norm_eps(facts: Facts, head_size: int) -> float | None:
 
 
 def _notes(layout: Layout) -> list[str]:
+    notes = []
+    if layout.dim_att != layout.n_embd or layout.n_layer == 1:
+        size = "one layer" if layout.n_layer == 1 else f"{layout.dim_att} attention channels beside {layout.n_embd}"
+        notes.append(f"flash-linear-attention itself (seen in 0.6.0) fails on a model of {size}; rwkv7-hf takes it.")
     if layout.head_size == 64:
-        return []
+        return notes
     eps = layout.head_size * 1e-5
-    return [
+    return notes + [
         f"The norm over heads: its readers take eps = head_dim x norm_eps, {eps:.3g} at {layout.head_size} channels, "
-        f"BlinkDL's code 0.00064 at any. Their logits are those of group_norm_eps={eps:.3g}."
+        f"BlinkDL's code 0.00064 at any. Their logits are those of group_norm_eps={eps:.3g}, unless you set "
+        "layer.attn.g_norm.eps = 0.00064 for every layer of model.model.layers after loading."
     ]
 
 
