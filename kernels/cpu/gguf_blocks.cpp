@@ -11,130 +11,223 @@ namespace {
 
 using namespace rwkv_lab;
 
-constexpr int N = 32;
+constexpr int N = 32, K = N / LANES;  // values of a block, vectors of them
 constexpr int64_t NO_SUCH_STEP = 2;
 constexpr float BELOW_HALF = 0x1.fffffep-2f;  // 0.5 itself would take what is just below a tie
 constexpr int32_t SIGN = INT32_MIN, INFINITE = 0x7f800000;
 
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+
 struct Values {
-    float x[N];
+    Vec v[K];
 };
 
-INLINE void keep(Values &v) { asm("" : "+m"(v)); }  // in memory, where no compiler looks for a product to fuse
+// A product that is rounded: no compiler fuses it with what comes next.
+INLINE Vec rounded(Vec x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
+
+INLINE Vec bfloats(const uint16_t *from) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from))), 16);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))), 16);
+#else
+    Halves halves;
+    memcpy(&halves, from, sizeof halves);
+    return (Vec)(__builtin_convertvector(halves, Ints) << 16);
+#endif
+}
 
 template <int DTYPE>
 INLINE Values block_of(const void *values, int64_t b) {
     Values out;
     if constexpr (DTYPE == FLOAT32) {
-        memcpy(&out, static_cast<const float *>(values) + b * N, sizeof out);
-    } else {
-        const uint16_t *from = static_cast<const uint16_t *>(values) + b * N;
-#if defined(__F16C__)
-        if constexpr (DTYPE == FLOAT16) {
-            for (int i = 0; i < N; i += 8)
-                _mm256_storeu_ps(out.x + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i))));
-            return out;
-        }
-#endif
-        for (int i = 0; i < N; i++) out.x[i] = DTYPE == BFLOAT16 ? bfloat_to_float(from[i]) : half_to_float(from[i]);
+        for (int k = 0; k < K; k++) out.v[k] = load(static_cast<const float *>(values) + b * N + k * LANES);
+        return out;
     }
+    const uint16_t *from = static_cast<const uint16_t *>(values) + b * N;
+    if constexpr (DTYPE == FLOAT16) {
+#if defined(__AVX512F__)
+        for (int k = 0; k < K; k++)
+            out.v[k] = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + k * LANES)));
+#elif defined(__F16C__)
+        for (int k = 0; k < K; k++)
+            out.v[k] = (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + k * LANES)));
+#else
+        float x[N];
+        for (int i = 0; i < N; i++) x[i] = half_to_float(from[i]);
+        memcpy(&out, x, sizeof out);
+#endif
+        return out;
+    }
+    for (int k = 0; k < K; k++) out.v[k] = bfloats(from + k * LANES);
     return out;
+}
+
+INLINE Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+
+// LANES bytes with a sign as int32, and the low bytes of int32; compilers take one after the other if they are not told.
+INLINE Ints widened(const uint8_t *from) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from)));
+#else
+    Bytes bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, Ints);
+#endif
+}
+
+template <int COUNT>
+INLINE void store_low_bytes(uint8_t *to, const Ints (&x)[COUNT]) {
+#if defined(__AVX512F__)
+    for (int k = 0; k < COUNT; k++)
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(to + k * LANES), _mm512_cvtepi32_epi8((__m512i)x[k]));
+#else
+    int32_t lanes[COUNT * LANES];
+    memcpy(lanes, x, sizeof lanes);
+    for (int i = 0; i < COUNT * LANES; i++) to[i] = uint8_t(lanes[i]);
+#endif
+}
+
+INLINE int32_t largest_lane(Ints x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)x);
+#endif
+    int32_t lanes[LANES];
+    memcpy(lanes, &x, sizeof x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    return lanes[0];
 }
 
 // Bits of a magnitude, which are in its order; at or above INFINITE where the value is not finite.
 INLINE int32_t magnitude(float x) { return std::bit_cast<int32_t>(x) & ~SIGN; }
 
-INLINE int32_t largest_magnitude(const Values &v) {
-    int32_t largest = 0;
-    for (int i = 0; i < N; i++) largest = magnitude(v.x[i]) > largest ? magnitude(v.x[i]) : largest;
-    return largest;
+INLINE int32_t largest_magnitude(const Values &x) {
+    Ints largest{};
+    for (int k = 0; k < K; k++) largest = larger((Ints)x.v[k] & ~SIGN, largest);
+    return largest_lane(largest);
 }
 
-// A block as it lies in a file: its step, then its levels.
-template <int BITS>
-struct Block {
-    static constexpr int LEVELS = BITS * N / 8, BYTES = 2 + LEVELS;
-    uint16_t step;
-    uint8_t levels[LEVELS];
-};
+// A block lies in a file as its step in float16, then its levels. It is read and written in place: a copy of both would be
+// read while it is still being stored.
+constexpr int bytes_of(int bits) { return 2 + bits * N / 8; }
 
-// v / step.
-INLINE Values scaled(const Values &v, float step) {
-    float inverse = step == 0 ? 0 : 1 / step;
-    if (magnitude(inverse) >= INFINITE) inverse = 0;  // such a step is 0 in float16
-    Values out;
-    for (int i = 0; i < N; i++) out.x[i] = v.x[i] * inverse;
-    keep(out);
-    return out;
+#if defined(__F16C__)
+INLINE uint16_t half_of(float x) { return _cvtss_sh(x, 0); }
+INLINE float float_of(uint16_t x) { return _cvtsh_ss(x); }
+#else
+INLINE uint16_t half_of(float x) { return float_to_half(x); }
+INLINE float float_of(uint16_t x) { return half_to_float(x); }
+#endif
+
+INLINE float inverse_of(float step) {
+    const float inverse = step == 0 ? 0 : 1 / step;
+    return magnitude(inverse) >= INFINITE ? 0 : inverse;  // such a step is 0 in float16
 }
 
-INLINE float quantise(const Values &v, int32_t largest, Block<8> &out) {
-    const float step = std::bit_cast<float>(largest) / 127;
-    const Values s = scaled(v, step);
-    for (int i = 0; i < N; i++) {
-        const int32_t sign = std::bit_cast<int32_t>(s.x[i]) & SIGN;
-        const float half = std::bit_cast<float>(sign | std::bit_cast<int32_t>(BELOW_HALF));
-        out.levels[i] = uint8_t(int32_t(s.x[i] + half));
+// The step; levels -127 to 127, two's complement.
+INLINE float q8_0(const Values &x, uint8_t *out) {
+    const int32_t largest = largest_magnitude(x);
+    if (largest >= INFINITE) return std::bit_cast<float>(INFINITE);
+    const float step = std::bit_cast<float>(largest) / 127, inverse = inverse_of(step);
+    Ints levels[K];
+    for (int k = 0; k < K; k++) {
+        const Vec scaled = rounded(x.v[k] * inverse);
+        const Vec half = (Vec)(((Ints)scaled & SIGN) | std::bit_cast<int32_t>(BELOW_HALF));
+        levels[k] = __builtin_convertvector(scaled + half, Ints);
     }
+    store_low_bytes(out, levels);
     return step;
 }
 
-INLINE float quantise(const Values &v, int32_t largest, Block<4> &out) {
-    int first = 0;  // of the values of the largest magnitude
-    while (first < N - 1 && magnitude(v.x[first]) != largest) first++;
-    const float step = v.x[first] / -8;
-    const Values s = scaled(v, step);
-    for (int i = 0; i < N / 2; i++) {
-        const int32_t low = int32_t(s.x[i] + 8.5f), high = int32_t(s.x[i + N / 2] + 8.5f);
-        out.levels[i] = uint8_t((low > 15 ? 15 : low) | (high > 15 ? 15 : high) << 4);
+// The first of the values of the largest magnitude.
+INLINE float largest_value(const Values &x) {
+    Ints above = Ints{} + SIGN, below = above;
+    for (int k = 0; k < K; k++) {
+        above = larger((Ints)x.v[k], above);
+        below = larger((Ints)x.v[k] ^ SIGN, below);
     }
+    const int32_t positive = largest_lane(above), negative = largest_lane(below);
+    if (positive != negative) return std::bit_cast<float>(positive > negative ? positive : negative ^ SIGN);
+    float values[N];
+    memcpy(values, &x, sizeof values);
+    int first = 0;
+    while (first < N - 1 && magnitude(values[first]) != positive) first++;
+    return values[first];
+}
+
+// The step; levels 0 to 15, which stand for -8 to 7, of value i in the low half of byte i, of value i + 16 in the high one.
+INLINE float q4_0(const Values &x, uint8_t *out) {
+    const float largest = largest_value(x);
+    if (magnitude(largest) >= INFINITE) return std::bit_cast<float>(INFINITE);
+    const float step = largest / -8, inverse = inverse_of(step);
+    Ints levels[K];
+    for (int k = 0; k < K; k++) {
+        const Ints level = __builtin_convertvector(rounded(x.v[k] * inverse) + 8.5f, Ints);
+        levels[k] = level > 15 ? Ints{} + 15 : level;
+    }
+    Ints pairs[K / 2];
+    for (int k = 0; k < K / 2; k++) pairs[k] = levels[k] | levels[k + K / 2] << 4;
+    store_low_bytes(out, pairs);
     return step;
 }
 
 template <int DTYPE, int BITS>
 int64_t make(const void *values, uint8_t *out, int64_t blocks) {
     for (int64_t b = 0; b < blocks; b++) {
-        const Values v = block_of<DTYPE>(values, b);
-        const int32_t largest = largest_magnitude(v);
-        if (largest >= INFINITE) return NO_SUCH_STEP;
-        Block<BITS> block;
-        block.step = float_to_half(quantise(v, largest, block));
-        if ((block.step & 0x7fffu) >= 0x7c00u) return NO_SUCH_STEP;
-        memcpy(out + b * Block<BITS>::BYTES, &block, Block<BITS>::BYTES);
+        uint8_t *block = out + b * bytes_of(BITS);
+        const Values x = block_of<DTYPE>(values, b);
+        const uint16_t step = half_of(BITS == 8 ? q8_0(x, block + 2) : q4_0(x, block + 2));
+        if ((step & 0x7fffu) >= 0x7c00u) return NO_SUCH_STEP;
+        memcpy(block, &step, 2);
     }
     return FITS;
 }
 
-INLINE Values meant(const Block<8> &block, float step) {
+template <int BITS>
+INLINE Values levels_of(const uint8_t *from) {
     Values out;
-    for (int i = 0; i < N; i++) out.x[i] = step * float(int8_t(block.levels[i]));
-    return out;
-}
-
-INLINE Values meant(const Block<4> &block, float step) {
-    Values out;
-    for (int i = 0; i < N / 2; i++) {
-        out.x[i] = step * float(int(block.levels[i] & 15) - 8);
-        out.x[i + N / 2] = step * float(int(block.levels[i] >> 4) - 8);
+    if constexpr (BITS == 8) {
+        for (int k = 0; k < K; k++) out.v[k] = __builtin_convertvector(widened(from + k * LANES), Vec);
+    } else {
+        for (int k = 0; k < K / 2; k++) {
+            const Ints levels = widened(from + k * LANES);
+            out.v[k] = __builtin_convertvector((levels & 15) - 8, Vec);
+            out.v[k + K / 2] = __builtin_convertvector((levels >> 4 & 15) - 8, Vec);
+        }
     }
     return out;
 }
 
 template <int DTYPE, int BITS>
 float excess(const void *values, const uint8_t *made, int64_t blocks, float per_step, float least) {
-    float most = 0;
+    float most = 0, nearly = 0;
     for (int64_t b = 0; b < blocks; b++) {
-        Block<BITS> block;
-        memcpy(&block, made + b * Block<BITS>::BYTES, Block<BITS>::BYTES);
-        const float step = half_to_float(block.step);
-        Values v = block_of<DTYPE>(values, b), m = meant(block, step);
-        keep(m);
-        for (int i = 0; i < N; i++) v.x[i] -= m.x[i];
-        const int32_t largest = largest_magnitude(v);
-        Values allowed{{per_step * std::bit_cast<float>(magnitude(step))}};
-        keep(allowed);
-        const float found = std::bit_cast<float>(largest) / (allowed.x[0] + least);
-        if (!(found <= most)) most = magnitude(found) > INFINITE ? std::bit_cast<float>(INFINITE) : found;  // NaN is no answer
+        const uint8_t *block = made + b * bytes_of(BITS);
+        uint16_t half;
+        memcpy(&half, block, 2);
+        const float step = float_of(half);
+        Values x = block_of<DTYPE>(values, b);
+        const Values levels = levels_of<BITS>(block + 2);
+        for (int k = 0; k < K; k++) x.v[k] -= rounded(levels.v[k] * step);
+        const float difference = std::bit_cast<float>(largest_magnitude(x));
+        const float allowed = per_step * std::bit_cast<float>(magnitude(step)) + least;
+        if (difference < nearly * allowed) continue;  // the common case, without a division; not where both are infinite
+        const float found = difference / allowed;
+        if (found <= most) continue;
+        if (!(found < std::bit_cast<float>(INFINITE))) return std::bit_cast<float>(INFINITE);  // or NaN, which is no answer
+        most = found;
+        nearly = most * 0.999f;
     }
     return most;
 }

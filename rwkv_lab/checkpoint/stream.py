@@ -34,7 +34,8 @@ class OutTensor:
 
     `compute()` yields flat tensors, in order, whose values are rounded to `dtype` here, once. `watch(start, values,
     rounded)` is shown every piece of it, flat, before and after rounding; of bytes that are copied both are the same.
-    Of a quantised tensor (`shape` of its elements, `dtype` uint8) `compute()` yields the bytes of blocks.
+    Of a quantised tensor (`shape` of its elements, `dtype` uint8) `compute()` yields the bytes of blocks. `gathered` is
+    how many bytes of memory computing it takes beyond a few blocks; one of the large ones is computed at a time.
     """
 
     name: str
@@ -44,6 +45,7 @@ class OutTensor:
     compute: Callable[[], Iterable[torch.Tensor]] | None = None
     watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
     quantised: str = ""  # the type of its blocks, "Q8_0"
+    gathered: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -99,11 +101,12 @@ def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: 
 
     def run(file: OutFile, i: int) -> Findings:
         tensor, offset = file.tensors[i], file.layout.offsets[i]
-        if tensor.compute is not None:
-            crc, findings = _compute(tensor, tensor.compute, file.fd, offset, work)
-        else:
-            assert tensor.source is not None, f"{tensor.name} has neither a source nor a computation"
-            crc, findings = _copy(tensor, tensor.source, file.fd, offset, scan(tensor), work)
+        with work.large.held(max(tensor.gathered, tensor.source.gathered if tensor.source else 0)):
+            if tensor.compute is not None:
+                crc, findings = _compute(tensor, tensor.compute, file.fd, offset, work)
+            else:
+                assert tensor.source is not None, f"{tensor.name} has neither a source nor a computation"
+                crc, findings = _copy(tensor, tensor.source, file.fd, offset, scan(tensor), work)
         crcs[id(file)][i] = crc
         return findings
 
@@ -140,6 +143,22 @@ def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: 
     return found
 
 
+class OneLarge:
+    """Lets one thread at a time hold a large tensor in memory."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def held(self, nbytes: int) -> Iterator[None]:
+        """For the time of the block: so many bytes beyond a few blocks; small ones do not wait."""
+        if nbytes <= 8 * BLOCK:
+            yield
+            return
+        with self._lock:
+            yield
+
+
 class _Work:
     """What the threads share: how far they are, and whether they should stop."""
 
@@ -147,6 +166,7 @@ class _Work:
         self.done = 0
         self.stop = threading.Event()
         self.lock = threading.Lock()
+        self.large = OneLarge()
         # The file system lets one thread at a time write to a file; the others would spin, not sleep, for their turn.
         self.writing = threading.Lock()
 

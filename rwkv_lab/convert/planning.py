@@ -344,7 +344,8 @@ def _transformed(
         values = [info.read().reshape(shape) for info, shape in zip(infos, shapes, strict=True)]
         yield forward(values, at).contiguous().flatten()
 
-    tensor = OutTensor(placed.theirs, shape, wanted, compute=compute)
+    held = 2 * sum(info.nbytes for info in infos) + max(info.gathered for info in infos)
+    tensor = OutTensor(placed.theirs, shape, wanted, compute=compute, gathered=held)
     action = placed.row.transform.described
     return ConvertRow(placed.theirs, placed.ours, action, shape, wanted, tensor.nbytes), tensor
 
@@ -386,7 +387,6 @@ def _others(
 
 
 def _memory_needed(ck: Checkpoint, content: Tensors) -> int:
-    """Upper bound of the anonymous memory: each thread's blocks, and tensors that are transformed whole."""
-    whole = max((t.nbytes for row, t in content if row.action not in _STREAMED), default=0)
-    gathered = max((t.gathered for t in ck.info.values()), default=0)
-    return WORKERS * (48 * BLOCK + 3 * whole + gathered)
+    """Upper bound of the anonymous memory: each thread's blocks, and the one tensor that is transformed whole."""
+    gathered = max((t.gathered for t in [*ck.info.values(), *(t for _, t in content)]), default=0)
+    return WORKERS * 46 * BLOCK + gathered

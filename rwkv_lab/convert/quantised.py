@@ -40,7 +40,8 @@ def quantised(t: OutTensor, kind: str) -> OutTensor:
         blocks = lambda: source.blocks(BY_NAME[kind].elements)  # noqa: E731
     assert blocks is not None, f"{t.name} has neither a source nor a computation"
     compute = lambda: quantised_values(t.name, blocks(), BY_NAME[kind])  # noqa: E731
-    return OutTensor(t.name, t.shape, torch.uint8, compute=compute, quantised=kind)
+    held = max(t.gathered, source.gathered if source else 0)
+    return OutTensor(t.name, t.shape, torch.uint8, compute=compute, quantised=kind, gathered=held)
 
 
 def quantised_values(name: str, values: Iterable[torch.Tensor], kind: TensorType) -> Iterator[torch.Tensor]:

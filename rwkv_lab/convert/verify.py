@@ -13,7 +13,7 @@ from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import TensorInfo, open_checkpoint
 from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checkpoint.source import BLOCK
-from rwkv_lab.checkpoint.stream import WORKERS, one_torch_thread_each
+from rwkv_lab.checkpoint.stream import WORKERS, OneLarge, one_torch_thread_each
 from rwkv_lab.checks import Check
 from rwkv_lab.convert.adapters import verify_adapter
 from rwkv_lab.convert.plan import ConvertResult
@@ -73,9 +73,9 @@ def _compared(pairs: Mapping[str, Pair], label: str) -> dict[str, float]:
     A few threads take one tensor each, the largest first, as when writing.
     """
     names = sorted(pairs, key=lambda n: -pairs[n][0].nbytes)
-    total, found = sum(source.nbytes for source, _ in pairs.values()), dict[str, float]()
+    total, found, large = sum(source.nbytes for source, _ in pairs.values()), dict[str, float](), OneLarge()
     with one_torch_thread_each(), Progress(label, total) as progress, ThreadPoolExecutor(WORKERS) as pool:
-        futures = {pool.submit(_difference, *pairs[n]): n for n in names}
+        futures = {pool.submit(_difference, *pairs[n], large): n for n in names}
         try:
             for future in as_completed(futures):
                 name = futures[future]
@@ -87,7 +87,12 @@ def _compared(pairs: Mapping[str, Pair], label: str) -> dict[str, float]:
     return found
 
 
-def _difference(source: TensorInfo, written: TensorInfo) -> float:
+def _difference(source: TensorInfo, written: TensorInfo, large: OneLarge) -> float:
+    with large.held(source.gathered + written.gathered):
+        return _difference_of(source, written)
+
+
+def _difference_of(source: TensorInfo, written: TensorInfo) -> float:
     if source.numel != written.numel:
         return float("inf")
     if _in_blocks(written):

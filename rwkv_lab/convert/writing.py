@@ -2,14 +2,13 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import file_facts
-from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
 from rwkv_lab.checkpoint.stream import Findings, OutTensor
 from rwkv_lab.checks import Check
@@ -77,30 +76,26 @@ def _counted(t: OutTensor, rounding: dict[str, Rounding]) -> OutTensor:
     """The tensor; where it is cast, it counts meanwhile what becomes of its values."""
     if t.compute is None:
         return t
-    compute = t.compute
 
-    def counting() -> Iterator[torch.Tensor]:
-        total = Rounding(t.name, 0)
-        for values in compute():
-            if values.dtype != t.dtype:
-                total = _add(total, values, t.dtype)
-            yield values
-        if total.values:
-            rounding[t.name] = total
+    def count(start: int, values: torch.Tensor, rounded: torch.Tensor) -> None:
+        if values.dtype != rounded.dtype:
+            rounding[t.name] = _add(rounding.get(t.name, Rounding(t.name, 0)), values, rounded)
 
-    return replace(t, compute=counting)
+    return replace(t, watch=count)
 
 
-def _add(total: Rounding, values: torch.Tensor, dtype: torch.dtype) -> Rounding:
-    after = round_to(values, dtype).to(values.dtype)
-    changed = after != values
-    overflow = int((after.isinf() & values.isfinite()).sum())
-    flushed = int(((after == 0) & changed & ~values.isnan()).sum())
-    nan = int(values.isnan().sum())
+def _add(total: Rounding, values: torch.Tensor, rounded: torch.Tensor) -> Rounding:
+    """With one more piece of values, which lies in the processor's cache; rounding makes no zero another value."""
+    changed = int((rounded.to(values.dtype) != values).sum())
+    flushed = int(values.count_nonzero() - rounded.count_nonzero())
+    overflow = nan = 0
+    if not bool(rounded.isfinite().all()):
+        overflow = int((rounded.isinf() & values.isfinite()).sum())
+        nan = int(values.isnan().sum())
     return Rounding(
         total.name,
         total.values + values.numel(),
-        total.rounded + int(changed.sum()) - overflow - flushed - nan,
+        total.rounded + changed - overflow - flushed - nan,
         total.overflow + overflow,
         total.flushed + flushed,
     )
