@@ -1,7 +1,9 @@
 """A valid call of every public function and method, on tiny files: what tests of wrong arguments start from."""
 
 import inspect
+import pkgutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType
@@ -13,6 +15,7 @@ from random_rwkv7 import add_random_time_state, make_model
 from torch import nn
 
 import rwkv_lab.peft as peft
+from rwkv_lab import analysis
 from rwkv_lab.checkpoint import Layout, open_checkpoint, write_checkpoint
 from rwkv_lab.checks import Check
 from rwkv_lab.model import RWKV_Dual, StateCache, generate_stream, load_tokenizer, save_state
@@ -48,6 +51,16 @@ def public() -> Iterator[tuple[str, Any]]:
             if callable(found) and id(found) not in seen:
                 seen.add(id(found))
                 yield name, found
+    yield from analyses()
+
+
+def analyses() -> Iterator[tuple[str, Any]]:
+    """(module and name, function) of `rwkv_lab.analysis`, whose modules are imported one by one."""
+    for found in pkgutil.iter_modules(analysis.__path__):
+        module = import_module(f"{analysis.__name__}.{found.name}")
+        for name, function in vars(module).items():
+            if inspect.isfunction(function) and not name.startswith("_") and function.__module__ == module.__name__:
+                yield f"{found.name}:{name}", function
 
 
 def methods(kind: type) -> list[str]:
@@ -80,6 +93,8 @@ class World:
         (folder / "text.txt").write_text("the cat sat on the mat; " * 600)
         self.adapted = make_model(n_embd=32, n_layer=1, head_size=16)
         apply_peft(self.adapted, LoraConfig(lora_r=2))
+        with torch.no_grad():
+            self.adapted.blocks[0].att.key.lora_B.fill_(0.1)
         self.adapter_file = folder / "adapter.pth"
         save_adapter(peft.adapter_of(self.adapted), self.adapter_file)
         self.adapter = open_adapter(self.adapter_file)
@@ -90,6 +105,7 @@ class World:
         self.logits, self.state = self.model.prefill(self.tokens)
         save_state(folder / "S.safetensors", self.state, self.model)
         self.linear = nn.Linear(32, 32, bias=False)
+        self.open = ExitStack().enter_context
 
 
 def wkv(name: str) -> dict[str, torch.Tensor]:
@@ -240,6 +256,7 @@ def calls(world: World) -> list[Call]:
         "download": {"repo_id": "no name", "file": "x.pth"},
         "push_to_hub": {"path": w.folder / "missing.pth", "model_name": "owner/name"},
         **{f"{spec.__name__}.read": {"values": {}} for spec in (MergeSpec, MergeOptions, train.TrainSpec)},
+        **calls_of_analyses(w, merged, converted),
     }
     instances = {
         "RWKV_Dual": w.model,
@@ -254,6 +271,65 @@ def calls(world: World) -> list[Call]:
     }
     assert isinstance(Check, type) and convert and merge and generate_stream and RWKV_Dual  # used by name above
     return list(_with_functions(found, instances))
+
+
+def calls_of_analyses(w: World, merged: Any, converted: Any) -> dict[str, dict[str, Any]]:
+    from rwkv_lab.analysis.agreement import Execution
+    from rwkv_lab.analysis.tuning import TuningOptions, open_tuning
+
+    state = w.open(open_tuning(w.base, w.state_file))
+    lora = w.open(open_tuning(w.base, w.folder / "adapter.pth", TuningOptions()))
+    execution, name = Execution(w.model), "blocks.0.att.key"
+    one = {"model": w.model, "tokens": w.tokens}
+    return {
+        "ablation:measure_ablation": {"tuning": state, "names": ["blocks.0.att.time_state"], "text": b"abcdef"},
+        "agreement:check_memory": {"ck": w.checkpoint},
+        "agreement:compare_modes": {**one, "dtypes": [torch.float32], "backends": ["reference"]},
+        "agreement:agreement_checks": {"rows": []},
+        "agreement:growth_checks": {"rows": []},
+        "agreement:check_hand_off": {"model": w.model, "tokens": w.tokens},
+        "agreement:in_dtype": {"model": w.model, "dtype": torch.float32},
+        "agreement:error_curve": {"found": w.logits, "expected": w.logits},
+        "behaviour:compare_behaviour": {"result": None},  # a valid one reads corpora and takes seconds each time
+        "changes:count_values": {"tuning": lora, "changed": [f"{name}.weight"]},
+        "changes:measure_changes": {"tuning": lora, "names": [f"{name}.weight"]},
+        "changes:compare_directions": {"one": lora, "other": lora, "names": [f"{name}.weight"]},
+        "conversion:compare_conversion": {"result": converted, "prompt": "x", "tokens": 1},
+        "conversion:value_ranges": {"result": converted},
+        "conversion:changes_of_values": {"result": converted},
+        "deltas:deltas": {"base": w.checkpoint, "merged": w.checkpoint, "names": ["emb.weight"]},
+        "dynamics:measure_dynamics": one,
+        "mismatch:first_mismatch": {"reference": execution, "suspect": execution, "tokens": w.tokens},
+        "mismatch:explain_failures": {**one, "rows": []},
+        "spectra:effective_rank": {"singular_values": torch.ones(3)},
+        "spectra:adapter_spectra": {"base": w.checkpoint, "adapter": w.adapter},
+        "spectra:model_spectra": {"base": w.checkpoint, "tuned": {}},
+        "spectra:delta": {"base": w.checkpoint, "adapter": w.adapter, "layer": name},
+        "spectra:cosine": {"first": torch.ones(3), "second": torch.ones(3)},
+        "state_effects:state_heads": {"tuning": state},
+        "state_effects:measure_state_effect": {
+            **{"tuning": state, "data": str(w.folder / "text.txt"), "texts": 2, "length": 4}
+        },
+        "texts:held_out_text": {"data": str(w.folder / "text.txt")},
+        "texts:excerpts": {"text": b"abc\ndef", "count": 2, "size": 3},
+        "texts:held_out_excerpts": {"data": str(w.folder / "text.txt"), "count": 2, "size": 8},
+        "texts:fixed_tokens": {"vocab_size": 257},
+        "texts:tokens_to_read": {"model": w.model, "batch": 1, "length": 4, "data": str(w.folder / "text.txt")},
+        "tuned_model:why_not_run": {"tuning": state},
+        "tuned_model:tuned_model": {"tuning": state},
+        "tuned_model:model_as_trained": {"tuning": state},
+        "tuned_model:set_tensors": {
+            "model": w.model,
+            "names": ["emb.weight"],
+            "values": lambda name: w.checkpoint["emb.weight"],
+        },
+        "tuned_model:checked_model": {"tuning": state},
+        "tuning:open_tuning": {"base": w.base, "tuned": w.state_file},
+        "tuning:check_tuning": {"tuned": w.state_file, "options": TuningOptions()},
+        "tuning:note_on_base": {"tuning": state},
+        "tuning:tensor_part": {"name": f"{name}.weight"},
+        "tuning:select_tensors": {"names": [f"{name}.weight"], "targets": ["att.key"]},
+    }
 
 
 def _with_functions(found: dict[str, dict[str, Any]], instances: dict[str, Any]) -> Iterator[Call]:

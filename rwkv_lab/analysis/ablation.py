@@ -9,6 +9,7 @@ import torch
 from rwkv_lab.analysis.texts import STANDARD, AnyCorpus, Reading
 from rwkv_lab.analysis.tuned_model import checked_model, set_tensors, why_not_run
 from rwkv_lab.analysis.tuning import Tuning, tensor_part
+from rwkv_lab.arguments import checked
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual, bits_per_byte
@@ -38,6 +39,7 @@ class Ablation:
         return not math.isnan(self.tuned)
 
 
+@checked
 @torch.no_grad()
 def measure_ablation(
     tuning: Tuning,
@@ -60,8 +62,7 @@ def measure_ablation(
         return Ablation(checks=[NotApplicable(_WHAT, reason)])
     model, same = checked_model(tuning)
     checks: list[Check | NotApplicable] = [same]
-    measure = lambda: corpus and measure_held_out(model, corpus, reading.window, most=most)  # noqa: E731
-    most = reading.most_for(sum(info.numel for info in tuning.base.info.values()))
+    measure = lambda: corpus and measure_held_out(model, corpus, reading.window, most=reading.most)  # noqa: E731
     try:
         reading.name_tokenizer(model)
         tuned, whole = bits_per_byte(model, text, ctx_len), measure()

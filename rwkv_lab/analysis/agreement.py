@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.dtypes import long_name
 from rwkv_lab.errors import DeviceError, KernelError, ParameterError
 from rwkv_lab.machine import memory_free
 from rwkv_lab.model.dual import RWKV_Dual, RWKVMode
+from rwkv_lab.model.inputs import check_tokens
 from rwkv_lab.model.state import RWKVState
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.wkv import backends as all_backends
@@ -107,6 +109,7 @@ class Execution:
             self.model.set_mode(before)
 
 
+@checked
 def check_memory(ck: Checkpoint) -> int:
     """Bytes of memory that `compare_modes` needs for the model in a checkpoint; read from its header.
 
@@ -122,6 +125,7 @@ def check_memory(ck: Checkpoint) -> int:
     return needed
 
 
+@checked
 def compare_modes(
     model: RWKV_Dual | str | Path,
     tokens: torch.Tensor,
@@ -168,6 +172,7 @@ def compare_modes(
     return rows
 
 
+@checked
 def agreement_checks(rows: Sequence[ModeRow]) -> list[Check | NotApplicable]:
     """Two checks per row: logits and state beside float64, and beside the first mode."""
     checks: list[Check | NotApplicable] = []
@@ -184,6 +189,7 @@ def agreement_checks(rows: Sequence[ModeRow]) -> list[Check | NotApplicable]:
     return checks
 
 
+@checked
 def growth_checks(rows: Sequence[ModeRow]) -> list[Check | NotApplicable]:
     """One check per row that ran: the error along the text does not grow without bound."""
     checks: list[Check | NotApplicable] = []
@@ -198,6 +204,7 @@ def growth_checks(rows: Sequence[ModeRow]) -> list[Check | NotApplicable]:
     return checks
 
 
+@checked
 def check_hand_off(model: RWKV_Dual, tokens: torch.Tensor, splits: Sequence[int] | None = None) -> list[Check]:
     """Read `tokens[:, :a]` by `prefill`, the rest in RNN mode, and compare with all of it in one pass.
 
@@ -211,6 +218,7 @@ def check_hand_off(model: RWKV_Dual, tokens: torch.Tensor, splits: Sequence[int]
     Raises:
         ParameterError: a split outside the tokens.
     """
+    tokens = check_tokens(model, tokens)
     T = tokens.shape[1]
     splits = sorted({1, max(T // 2, 1), T - 1}) if splits is None else splits
     wrong = next((a for a in splits if not 1 <= a < T), None)
@@ -230,6 +238,7 @@ def check_hand_off(model: RWKV_Dual, tokens: torch.Tensor, splits: Sequence[int]
     return checks
 
 
+@checked
 def in_dtype(model: RWKV_Dual, dtype: torch.dtype) -> RWKV_Dual:
     """A copy of a model in another dtype; tuned initial states stay float32 or wider, as `from_pretrained` has them."""
     other = copy.deepcopy(model).requires_grad_(False).to(dtype)
@@ -240,8 +249,16 @@ def in_dtype(model: RWKV_Dual, dtype: torch.dtype) -> RWKV_Dual:
     return other
 
 
+@checked
 def error_curve(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """RMS of the difference at every position `[T]`, relative to the RMS of the whole; tensors `[B,T,...]`."""
+    """RMS of the difference at every position `[T]`, relative to the RMS of the whole; tensors `[B,T,...]`.
+
+    Raises:
+        ParameterError: tensors of different shapes, or of another kind.
+    """
+    if found.shape != expected.shape or found.ndim < 2 or 0 in found.shape or found.is_complex():
+        shapes = f"{list(found.shape)} and {list(expected.shape)}"
+        raise ParameterError(f"Real tensors of one shape [B,T,...] are compared by position, not those of {shapes}.")
     found, expected = (x.detach().double().cpu().transpose(0, 1).flatten(1) for x in (found, expected))
     return (found - expected).square().mean(1).sqrt() / _rms(expected).clamp_min(1e-300)
 

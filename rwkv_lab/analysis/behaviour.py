@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.analysis.texts import STANDARD, AnyCorpus, Reading, fixed_tokens
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import LayoutError, ParameterError
@@ -66,6 +67,7 @@ class _Outputs:
     unread: str = ""
 
 
+@checked
 def compare_behaviour(result: MergeResult, reading: Reading = STANDARD) -> Behaviour:
     """Run the base, the merged file, and what it was made of where that runs by itself, one after the other.
 
@@ -88,8 +90,8 @@ def compare_behaviour(result: MergeResult, reading: Reading = STANDARD) -> Behav
     beyond = _why_not_run(result)
     if beyond:
         return _not_measured(beyond)
-    corpora, most = reading.corpora(), reading.most_for(needed // 4)
-    run = lambda path: _outputs(RWKV_Dual.from_pretrained(path), reading, corpora, most)  # noqa: E731
+    corpora = reading.corpora()
+    run = lambda path: _outputs(RWKV_Dual.from_pretrained(path), reading, corpora)  # noqa: E731
     try:
         base = run(result.base)
     except LayoutError as e:
@@ -111,7 +113,7 @@ def compare_behaviour(result: MergeResult, reading: Reading = STANDARD) -> Behav
         tuned = RWKV_Dual.from_pretrained(result.base if name == _WITH_STATE else result.tuned[0])
         if name == _WITH_STATE:
             tuned.load_state_file(result.tuned[0])
-        models[name] = _outputs(tuned, reading, corpora, most)
+        models[name] = _outputs(tuned, reading, corpora)
         checks += _compare(merged, models[name], name)
     else:
         checks.append(NotApplicable(_SAME, why_not))
@@ -191,7 +193,7 @@ def _compare(merged: _Outputs, other: _Outputs, name: str) -> list[Check]:
 
 
 @torch.no_grad()
-def _outputs(model: RWKV_Dual, reading: Reading, corpora: Mapping[str, AnyCorpus], most: int | None) -> _Outputs:
+def _outputs(model: RWKV_Dual, reading: Reading, corpora: Mapping[str, AnyCorpus]) -> _Outputs:
     """What a model predicts and writes; it is given up afterwards."""
     logits = model.parallel(fixed_tokens(model.layout.vocab_size))[0][0].float()
     measured: dict[str, Measurement] = {}
@@ -200,7 +202,7 @@ def _outputs(model: RWKV_Dual, reading: Reading, corpora: Mapping[str, AnyCorpus
     if not unread:
         try:
             reading.name_tokenizer(model)
-            measured = {n: measure_held_out(model, c, reading.window, most=most) for n, c in corpora.items()}
+            measured = {n: measure_held_out(model, c, reading.window, most=reading.most) for n, c in corpora.items()}
             samples = [pair for corpus in corpora.values() for pair in _answers(model, corpus)]
         except ParameterError as e:
             measured, samples, unread = {}, [], reading.why_unread(model, e)

@@ -8,6 +8,7 @@ import torch
 
 from rwkv_lab.analysis.spectra import Spectrum, adapter_spectra, cosine, model_spectra
 from rwkv_lab.analysis.tuning import Tuning, tensor_part
+from rwkv_lab.arguments import checked
 from rwkv_lab.checks import Check
 
 _AGREE = 1e-6  # between two ways to ‖Δ‖ in float64, where Δ is as small as a rounding of float32 in W
@@ -40,6 +41,7 @@ class Directions:
     chance: dict[str, float]  # tensor name -> the size that two random directions have, 1 / √values
 
 
+@checked
 def count_values(tuning: Tuning, changed: Sequence[str]) -> ValueCounts:
     """Values in the base and values trained, part by part.
 
@@ -56,6 +58,7 @@ def count_values(tuning: Tuning, changed: Sequence[str]) -> ValueCounts:
     return ValueCounts(parts, sum(t for _, t in parts.values()), sum(there for there, _ in parts.values()) - replaced)
 
 
+@checked
 def measure_changes(tuning: Tuning, names: Sequence[str]) -> Changes:
     """The singular values of every changed matrix, and how far other tensors of the base moved.
 
@@ -94,6 +97,7 @@ def _heads(tuning: Tuning, names: Sequence[str]) -> list[Spectrum]:
     ]
 
 
+@checked
 def compare_directions(one: Tuning, other: Tuning, names: Sequence[str]) -> Directions:
     """The cosine between the changes of two tunings of one base, of every tensor that both change.
 

@@ -5,11 +5,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 
 from rwkv_lab.analysis.agreement import error_curve
 from rwkv_lab.analysis.deltas import Delta, deltas
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import TensorInfo, open_checkpoint
 from rwkv_lab.checkpoint.foreign_format import general_name
 from rwkv_lab.checks import Check, NotApplicable
@@ -93,7 +96,10 @@ class ValueRange:
     flushed: int
 
 
-def compare_conversion(result: ConvertResult, prompt: str, tokens: int = _GREEDY) -> ConversionAgreement:
+@checked
+def compare_conversion(
+    result: ConvertResult, prompt: str, tokens: Annotated[int, Ge(1), Le(2**16)] = _GREEDY
+) -> ConversionAgreement:
     """Run source and output, both read by rwkv_lab and computed in float32, one after the other.
 
     Args:
@@ -120,6 +126,7 @@ def compare_conversion(result: ConvertResult, prompt: str, tokens: int = _GREEDY
     return ConversionAgreement("", expected, found, continued, [*checks])
 
 
+@checked
 def value_ranges(result: ConvertResult) -> list[ValueRange]:
     """How far the values of tensors that were cast reach, read from the source, and what became of them."""
     plan, counted = result.plan, {r.name: r for r in result.rounding}
@@ -140,6 +147,7 @@ def value_ranges(result: ConvertResult) -> list[ValueRange]:
     return found
 
 
+@checked
 def changes_of_values(result: ConvertResult) -> list[Delta]:
     """How far each tensor that was rounded or quantised lies from its source, under BlinkDL's names."""
     plan = result.plan

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.checkpoint.source import BLOCK
+from rwkv_lab.errors import ParameterError
 from rwkv_lab.progress import Progress
 
 _CHUNK = BLOCK // 8  # elements; divides the blocks of every float dtype, so that most are not copied
@@ -31,13 +33,19 @@ class Delta:
         return int(self.histogram.sum())
 
 
+@checked
 def deltas(base: Checkpoint, merged: Checkpoint, names: Iterable[str]) -> list[Delta]:
     """Compare tensors of two open checkpoints, a block at a time: memory does not grow with their size.
 
     Args:
         names: which tensors of `merged`, in the order of the answer. Those that are known to be copies need no reading.
+
+    Raises:
+        ParameterError: a name that is none of `merged`'s.
     """
     names = list(names)
+    if missing := next((name for name in names if name not in merged.info), None):
+        raise ParameterError(f"{merged.path} has no tensor {missing!r}.")
     with Progress("comparing with the base", sum(merged.info[n].nbytes for n in names)) as progress:
         return [_delta(base.info.get(name), merged.info[name], progress) for name in names]
 

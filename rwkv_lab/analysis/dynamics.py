@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.model.capture import capture
 from rwkv_lab.model.dual import RWKV_Dual
 
@@ -24,6 +25,7 @@ class Dynamics:
     layer: int | None  # None where `images` shows all layers
 
 
+@checked
 @torch.no_grad()
 def measure_dynamics(model: RWKV_Dual, tokens: torch.Tensor) -> Dynamics:
     """Read one text, tokens `[1,T]`, and look at the state on the way; the middle layer's at the end."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from rwkv_lab.analysis.agreement import LIMITS, Execution, ModeRow, error_curve, in_dtype
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.capture import capture
 from rwkv_lab.model.dual import RWKV_Dual
@@ -67,6 +68,7 @@ class Failure:
         return f"No tensor inside is off by {self.limit:.0e} at any token: small errors of all layers add up."
 
 
+@checked
 def first_mismatch(
     reference: Execution, suspect: Execution, tokens: torch.Tensor, limit: float | None = None
 ) -> Mismatch | None:
@@ -94,13 +96,14 @@ def first_mismatch(
     for name in (*expected, "logits"):
         pair = (logits, expected_logits) if name == "logits" else (found[name], expected[name])
         curve = error_curve(*pair)
-        bad = (~(curve <= limit)).nonzero()  # NaN is bad
+        bad = (~(curve <= float(limit))).nonzero()  # NaN is bad
         if len(bad):
             layer = None if name == "logits" else int(name.split(".")[1])
             return Mismatch(name, layer, int(bad[0]), float(curve[bad[0]]), limit)
     return None
 
 
+@checked
 def explain_failures(model: RWKV_Dual, tokens: torch.Tensor, rows: Sequence[ModeRow]) -> list[Failure]:
     """For every mode and backend that failed in `compare_modes`, in the first dtype where it did: where it departs.
 

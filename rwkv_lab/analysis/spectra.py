@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, Target, Values
+from rwkv_lab.spec import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Spectrum:
         }
 
 
+@checked
 def effective_rank(singular_values: torch.Tensor) -> float:
     """e to the entropy of σ / Σσ (Roy and Vetterli 2007): r for r equal singular values `[r]`, 0 for zeros alone."""
     total = float(singular_values.sum())
@@ -96,6 +99,7 @@ def effective_rank(singular_values: torch.Tensor) -> float:
     return float(torch.exp(-(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()))
 
 
+@checked
 def adapter_spectra(base: Checkpoint, adapter: Adapter, names: Collection[str] | None = None) -> Iterator[Spectrum]:
     """One per adapted matrix, in the base's order.
 
@@ -116,6 +120,7 @@ def adapter_spectra(base: Checkpoint, adapter: Adapter, names: Collection[str] |
         yield _spectrum(name, info.read().double(), _singular_values(name, target, info))
 
 
+@checked
 def model_spectra(
     base: Checkpoint, tuned: Mapping[str, Values], names: Collection[str] | None = None
 ) -> Iterator[Spectrum]:
@@ -137,13 +142,21 @@ def model_spectra(
         yield _spectrum(name, before, _svdvals(name, after - before))
 
 
+@checked
 def delta(base: Checkpoint, adapter: Adapter, layer: str) -> torch.Tensor:
-    """What an adapter adds to the weight of a layer ("blocks.0.att.key"), `[out,in]` float64."""
+    """What an adapter adds to the weight of a layer ("blocks.0.att.key"), `[out,in]` float64.
+
+    Raises:
+        ParameterError: the adapter has no such layer.
+    """
+    if layer not in adapter.targets:
+        raise ParameterError(f"The adapter has no layer {layer!r}{did_you_mean(layer, adapter.targets)}")
     weight = base.info[f"{layer}.weight"].read().double()
     target = adapter.targets[layer]
     return target.adapted_rows(target.residual_rows(weight)) - weight
 
 
+@checked
 def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
     """Of two changes of one shape, as vectors: 1 the same direction, 0 none in common, -1 opposite; NaN where one is 0.
 

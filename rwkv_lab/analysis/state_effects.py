@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch.nn import functional as F
 
 from rwkv_lab.analysis.spectra import effective_rank
 from rwkv_lab.analysis.texts import AnyCorpus, tokens_to_read
 from rwkv_lab.analysis.tuned_model import tuned_model, why_not_run
 from rwkv_lab.analysis.tuning import Tuning
+from rwkv_lab.arguments import checked
 from rwkv_lab.checks import NotApplicable
 from rwkv_lab.errors import LayoutError
 
@@ -40,6 +43,7 @@ class StateEffect:
         return self.kl_bits.numel() > 0
 
 
+@checked
 def state_heads(tuning: Tuning) -> StateHeads:
     """Every head of a tuned state: how large it is, and in how many directions it lies.
 
@@ -53,9 +57,14 @@ def state_heads(tuning: Tuning) -> StateHeads:
     return StateHeads(state, state.flatten(2).norm(dim=2), ranks, sigma.shape[2])
 
 
+@checked
 @torch.no_grad()
 def measure_state_effect(
-    tuning: Tuning, data: str | AnyCorpus = "python", texts: int = 16, length: int = 128, tokenizer: str = ""
+    tuning: Tuning,
+    data: str | AnyCorpus = "python",
+    texts: Annotated[int, Ge(1), Le(2**16)] = 16,
+    length: Annotated[int, Ge(1), Le(2**20)] = 128,
+    tokenizer: str = "",
 ) -> StateEffect:
     """How far the predictions with and without the state are apart by token position, and what the state gains.
 

@@ -2,19 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 from rwkv_lab.train import CORPORA, Corpus, Examples, TokenCorpus, load_corpus
 from rwkv_lab.train.held_out import WINDOW
 
+Count = Annotated[int, Ge(1), Le(2**20)]
 AnyCorpus = Corpus | Examples | TokenCorpus
 
-LARGE = 250_000_000  # parameters, from which on a model takes minutes to read all that is held out
-OF_LARGE = 8192  # bytes that it reads
 _LONGEST = 16  # bytes of a token, as a mean over a text
 
 
@@ -25,7 +27,7 @@ class Reading:
     data: of what is held out of these; see `load_corpus`.
     tokenizer: as in `load_tokenizer`; "" where the size of the vocabulary tells.
     window: tokens after which a model starts from a fresh state.
-    most: bytes of each text that are measured; None for all, of models above `LARGE` parameters for `OF_LARGE`.
+    most: bytes of each text that are measured; None for all, as training measures it.
     ignore, template: of records; as in `load_corpus`.
     """
 
@@ -66,10 +68,6 @@ class Reading:
         self.corpora()
         if self.tokenizer:
             load_tokenizer(self.tokenizer, vocab_size)
-
-    def most_for(self, parameters: int) -> int | None:
-        """Bytes of each text that are measured with a model of so many parameters; None for all."""
-        return OF_LARGE if self.most is None and parameters > LARGE else self.most
 
     def name_tokenizer(self, model: RWKV_Dual) -> None:
         """Give a model the tokenizer.
@@ -116,6 +114,7 @@ def _tells_tokenizer(model: RWKV_Dual) -> bool:
 STANDARD = Reading()
 
 
+@checked
 def held_out_text(data: str | AnyCorpus, tokenizer: Tokenizer | None = None) -> bytes:
     """What a corpus holds out; of examples, prompts and responses one after the other.
 
@@ -137,7 +136,8 @@ def held_out_text(data: str | AnyCorpus, tokenizer: Tokenizer | None = None) -> 
     return corpus.held_out
 
 
-def excerpts(text: bytes, count: int, size: int) -> list[bytes]:
+@checked
+def excerpts(text: bytes, count: Count, size: Count) -> list[bytes]:
     """Parts of a text, spread over it, that begin where lines do; one file of a corpus is no sample of it.
 
     Args:
@@ -148,8 +148,9 @@ def excerpts(text: bytes, count: int, size: int) -> list[bytes]:
     return [text[start : start + size] for start in lines]
 
 
+@checked
 def held_out_excerpts(
-    data: str | AnyCorpus, count: int = 16, size: int = 512, tokenizer: Tokenizer | None = None
+    data: str | AnyCorpus, count: Count = 16, size: Count = 512, tokenizer: Tokenizer | None = None
 ) -> bytes:
     """Excerpts from all over what a corpus holds out, one after the other: `count` of `size` bytes; all where that is
     less.
@@ -161,13 +162,15 @@ def held_out_excerpts(
     return text if len(text) <= count * size else b"".join(excerpts(text, count, size))
 
 
-def fixed_tokens(vocab_size: int) -> torch.Tensor:
+@checked
+def fixed_tokens(vocab_size: Annotated[int, Ge(1), Le(2**24)]) -> torch.Tensor:
     """64 tokens `[1,64]` that are the same every time: any will do where models only have to read the same."""
     return torch.arange(1, 65)[None] * 7919 % vocab_size
 
 
+@checked
 def tokens_to_read(
-    model: RWKV_Dual, batch: int, length: int, data: str | AnyCorpus = "english"
+    model: RWKV_Dual, batch: Count, length: Count, data: str | AnyCorpus = "english"
 ) -> tuple[torch.Tensor, str]:
     """Tokens `[B,T]` of held-out text, each row from another place of it, where the vocabulary tells its tokenizer,
     else fixed ones drawn at random; and where they come from, in words.
@@ -183,6 +186,8 @@ def tokens_to_read(
         return drawn, f"drawn at random from {vocab:,}, the same each time (the vocabulary does not tell its tokenizer)"
     rows = []
     for text in excerpts(held_out_text(data, tokenizer), batch, _LONGEST * length):
+        if not text:
+            raise ParameterError(f"The data holds out no text, or too little of it to read {batch} parts.")
         ids = torch.tensor(tokenizer.encode(text))
         rows.append(ids.repeat(-(-length // len(ids)))[:length])  # a long wish is read from the start again
     name = data if isinstance(data, str) else data.name

@@ -7,6 +7,7 @@ import torch
 
 from rwkv_lab.analysis.texts import fixed_tokens
 from rwkv_lab.analysis.tuning import Tuning
+from rwkv_lab.arguments import checked
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.machine import memory_free
 from rwkv_lab.model import RWKV_Dual
@@ -19,6 +20,7 @@ _ROUNDING = 1e-4  # float32: sums in another order, grown by some tens of layers
 _LEVELS = 1e-2  # of a base in fewer bits: what lies in the middle of two levels may go to either
 
 
+@checked
 def why_not_run(tuning: Tuning) -> str:
     """Why the model cannot run here, in words; "" if there is memory for it. Read from headers."""
     needed, free = 4 * _COPIES * sum(info.numel for info in tuning.base.info.values()), memory_free()
@@ -27,6 +29,7 @@ def why_not_run(tuning: Tuning) -> str:
     return f"the model needs {human_bytes(needed)} of memory, {human_bytes(free)} are free"
 
 
+@checked
 def tuned_model(tuning: Tuning) -> RWKV_Dual:
     """The base with everything that the tuning changes worked into it, in float32."""
     model = RWKV_Dual.from_pretrained(tuning.base.path).requires_grad_(False)
@@ -37,6 +40,7 @@ def tuned_model(tuning: Tuning) -> RWKV_Dual:
     return model
 
 
+@checked
 def model_as_trained(tuning: Tuning) -> RWKV_Dual:
     """The model as its trainer has it: the adapter beside its frozen base, the state loaded, the fine-tune's file."""
     overlay = tuning.method == "overlay"
@@ -48,6 +52,7 @@ def model_as_trained(tuning: Tuning) -> RWKV_Dual:
     return model.requires_grad_(False)
 
 
+@checked
 @torch.no_grad()
 def set_tensors(model: RWKV_Dual, names: Iterable[str], values: Callable[[str], torch.Tensor]) -> None:
     """Copy values into parameters of a model.
@@ -61,6 +66,7 @@ def set_tensors(model: RWKV_Dual, names: Iterable[str], values: Callable[[str], 
             parameters[name].copy_(values(name).view_as(parameters[name]))
 
 
+@checked
 @torch.no_grad()
 def checked_model(tuning: Tuning) -> tuple[RWKV_Dual, Check | NotApplicable]:
     """`tuned_model`, and whether its logits are those of `model_as_trained`; one model at a time is in memory."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.analysis.spectra import delta
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, Layout, open_checkpoint
 from rwkv_lab.checkpoint.origin import origin_of, same_weights, weights_of
 from rwkv_lab.errors import NumericsError, ParameterError
@@ -161,6 +162,7 @@ class TuningOptions:
         return self.alpha is not None or self.pissa_init is not None or bool(self.parameters)
 
 
+@checked
 @contextmanager
 def open_tuning(
     base: str | Path, tuned: str | Path, options: TuningOptions = TuningOptions(), direction_only: bool = False
@@ -191,6 +193,7 @@ def open_tuning(
         yield Tuning(base_ck, ck, layout, method, adapter, quant)
 
 
+@checked
 def check_tuning(tuned: str | Path, options: TuningOptions, direction_only: bool = False) -> None:
     """Refuse a file that is no tuning, or options that do not fit it, from its header alone.
 
@@ -225,6 +228,7 @@ def _opened(
     return adapter.method, adapter, adapters.quant
 
 
+@checked
 def note_on_base(tuning: Tuning) -> str:
     """That a tuned file says it was trained on another base than the one beside it, in a sentence; else ""."""
     origin = origin_of(tuning.tuned)
@@ -237,6 +241,7 @@ def note_on_base(tuning: Tuning) -> str:
     )
 
 
+@checked
 def tensor_part(name: str) -> str:
     """What a tensor is a part of, whatever its layer: "att.key", "ln", "att, the rest", "emb"."""
     if re.search(r"(^|\.)ln\w*\.(weight|bias)$", name):
@@ -250,6 +255,7 @@ def tensor_part(name: str) -> str:
     return f"{part}, the rest"
 
 
+@checked
 def select_tensors(names: Sequence[str], targets: Sequence[str]) -> list[str]:
     """The names that patterns select (`rwkv_lab.patterns`); [] selects all.
 

@@ -117,7 +117,7 @@ class ReadsText(Parameters):
         WINDOW, description="tokens of text, each window read from a fresh state; as ctx_len of train"
     )
     measure_bytes: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="of held-out text; None: all, of models above 250 million parameters 8192"
+        None, description="of held-out text; None: all, which large models take minutes for"
     )
 
     def reading(self, data: Sequence[str]) -> Reading:
