@@ -186,6 +186,7 @@ def calls(world: World) -> list[Call]:
         "write_checkpoint": {"path": there, "tensors": {"a": torch.ones(2)}},
         "write_text": {"path": w.folder / "there.txt", "text": "x", "overwrite": True},
         "TensorInfo.check": {"crc": 0},
+        "TensorInfo.pieces": {"size": 4},
         "Adapter.check": {"shapes": w.shapes, "base": "base.pth"},
         "LoraLinear.from_linear": {"linear": w.linear, "r": 2},
         "LoraLinear.pack": {"quant": "none"},

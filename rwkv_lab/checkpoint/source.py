@@ -9,9 +9,11 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from isal.isal_zlib import crc32
 
 from rwkv_lab.arguments import checked
@@ -189,7 +191,8 @@ class TensorInfo:
             return flat.view(self.shape)
         return flat.as_strided(self.shape, self.stride).contiguous()
 
-    def blocks(self, multiple: int = 1) -> Iterator[torch.Tensor]:
+    @checked
+    def blocks(self, multiple: Annotated[int, Ge(1), Le(2**31)] = 1) -> Iterator[torch.Tensor]:
         """Its values in order, as flat tensors of about `BLOCK` bytes, each a whole number of `multiple` elements."""
         whole = math.lcm(multiple, self._whole)
         return self.pieces(max(BLOCK // self.dtype.itemsize // whole, 1) * whole)
