@@ -95,6 +95,14 @@ def test_a_tuned_state_without_a_compiler_and_with_other_defaults_of_torch(tmp_p
     assert manifest["opset"] == 18 and manifest["tuned_state"] is True
 
 
+def test_the_highest_opset(tmp_path):
+    model = load_model(tmp_path, "7.0", n_layer=1, vocab_size=256)
+    assert export_onnx(model, tmp_path / "out", opset=25).opset == 25
+    tokens = make_tokens(2, 7, 256)
+    found, _ = OnnxModel(tmp_path / "out").run(tokens.numpy())
+    assert np.abs(found - model(tokens)[0].numpy()).max() < 1e-5 * model(tokens)[0].abs().max()
+
+
 def test_what_is_refused_before_any_work(tmp_path):
     model = load_model(tmp_path, "4.0", vocab_size=256)
     for opset in (17, 26, 0, "20", True):
