@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 LARGE = (".pth", ".safetensors", ".gguf")
 TOKEN = "hf_tokenOfTheStandIn"  # of the account "me", which may read and write what is its own
 READ_TOKEN = "hf_tokenThatMayOnlyRead"
+LICENCES = ("apache-2.0", "mit", "openrail", "cc-by-4.0", "gpl-3.0", "other")  # a few of those that the Hub knows
 NAME = r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)"
 REV = r"(?P<rev>[^/]+)"
 
@@ -240,9 +241,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, {"url": f"{self.server.address}/{name}", "name": name})
 
     def validate(self):
-        text = json.loads(self.body)["content"]
-        if "license: my own\n" in text:
-            return self.send(400, {"errors": [{"message": '"license" must be one of [apache-2.0, mit]'}]})
+        found = re.search(r"^license: (.*)$", json.loads(self.body)["content"], re.MULTILINE)
+        if found and found[1] not in LICENCES:
+            return self.send(400, {"errors": [{"message": f'"license" must be one of [{", ".join(LICENCES)}]'}]})
         self.send(200, {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
 
     def preupload(self, repo: str, rev: str):

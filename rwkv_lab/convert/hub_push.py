@@ -6,10 +6,13 @@ Nothing in a repository is deleted: files of the same names are replaced, and th
 import hashlib
 import io
 import logging
+import re
 import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import open_checkpoint
@@ -18,9 +21,10 @@ from rwkv_lab.checks import Check
 from rwkv_lab.convert.hub import Pushed, has_token, hub_api, refusals_in_words, require_hub
 from rwkv_lab.convert.model_card import model_card
 from rwkv_lab.convert.spec import ConvertOptions
-from rwkv_lab.errors import HubError, LayoutError, RwkvLabError
+from rwkv_lab.errors import HubError, LayoutError, ParameterError, RwkvLabError
 from rwkv_lab.paths import to_path
 from rwkv_lab.progress import human_bytes
+from rwkv_lab.spec import did_you_mean
 from rwkv_lab.version import __version__
 
 log = logging.getLogger(__name__)
@@ -33,7 +37,7 @@ def plan_push(options: ConvertOptions) -> tuple[str, ...]:
 
     Raises:
         HubError: no token, a repository that is public where private is asked for, or the Hub refuses.
-        ParameterError: a name that the Hub does not take.
+        ParameterError: a name or a licence that the Hub does not take.
     """
     if not options.push_to_hub:
         return ()
@@ -44,6 +48,7 @@ def plan_push(options: ConvertOptions) -> tuple[str, ...]:
         what = f"the {seen} repository, where files of the same names are replaced and the others of {count} stay"
     note = f"The output will be uploaded to {repo_id} on the Hugging Face Hub, {what}."
     if options.licence:
+        _check_card(f"---\n{yaml.safe_dump({'license': options.licence})}---\n", repo_id, options.licence)
         return (note,)
     return (note, "The model card will say that no licence is stated; licence= states one.")
 
@@ -62,7 +67,8 @@ def push_to_hub(path: str | Path, model_name: str, *, private: bool = True, lice
         What was uploaded, and how it compares with the files here.
     Raises:
         HubError: the Hub refuses, or cannot be reached; the files here stay as they are.
-        ParameterError, LayoutError, CorruptFileError, UnsafeFileError: what is no checkpoint, or no name.
+        ParameterError: what is no name, or a licence that the Hub does not know.
+        ParameterError, LayoutError, CorruptFileError, UnsafeFileError: what is no checkpoint.
     """
     given = {"push_to_hub": True, "model_name": model_name, "private": private, "licence": licence}
     options = ConvertOptions.read(given)
@@ -74,6 +80,9 @@ def push_to_hub(path: str | Path, model_name: str, *, private: bool = True, lice
             files: dict[str, Path | bytes] = dict(_files_of(ck.path))
             if CARD not in files:
                 files[CARD] = model_card(ck, repo_id, options.licence).encode()
+            card = files[CARD]  # before a repository is made for what the Hub refuses
+            text = card if isinstance(card, bytes) else card.read_bytes()
+            _check_card(text.decode("utf-8", "replace"), repo_id, options.licence)
             return _upload(repo_id, options.private, files, there)
         except RwkvLabError as e:
             stated = "" if private else ", private=False"
@@ -106,6 +115,36 @@ def _find(model_name: str, private: bool) -> tuple[str, Any]:
     if private and there.private is False:
         raise HubError(f"{repo_id} is a public repository; private=False uploads there, or choose another model_name.")
     return there.id, there
+
+
+def _check_card(card: str, repo_id: str, licence: str) -> None:
+    """Have the Hub check the metadata of a model card; nothing is made there.
+
+    Args:
+        licence: that was asked for; "" where none was.
+    Raises:
+        ParameterError: the Hub does not know the licence.
+        HubError: it refuses the card otherwise, or cannot be reached.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    with refusals_in_words(repo_id, f"the upload to {repo_id}", writing=True):
+        address, headers = f"{constants.ENDPOINT}/api/validate-yaml", build_hf_headers(library_name="rwkv_lab")
+        answer = get_session().post(address, json={"content": card, "repoType": "model"}, headers=headers)
+        if answer.status_code != 400:
+            hf_raise_for_status(answer)
+            return
+        said = [str(error.get("message")) for error in answer.json().get("errors", ())]
+        known = re.search(r'"license" must be one of \[(.*?)\]', " ".join(said))
+        if not known or not licence:
+            raise ValueError("\n- ".join(["Invalid metadata in README.md", *said]))  # as huggingface_hub says it
+        names = re.split(r", *", known[1])
+        hint = did_you_mean(licence.lower().replace(" ", "-"), names) or f"; it has {', '.join(names[:5])} and others."
+        raise ParameterError(
+            f"licence={licence!r}: the Hub has no licence of that name{hint}\n"
+            "All names: huggingface.co/docs/hub/repositories-licenses. licence='other' is any that it does not list."
+        )
 
 
 def _files_of(path: Path) -> list[tuple[str, Path]]:

@@ -124,7 +124,6 @@ def test_nothing_is_uploaded_where_a_check_fails(hub, token, source, tmp_path, m
         ({"pattern": "PUT /upload", "status": 403}, "no right to write to me"),
         ({"pattern": "POST .*/preupload", "status": 400, "body": {"error": "bad hf_tokenName"}}, r"\(400\): bad …"),
         ({"pattern": "POST .*/create", "status": 402, "body": {"error": "pay"}}, "its error 402"),
-        ({"pattern": "POST .*/validate", "status": 500}, "its error 500"),
     ],
 )
 def test_a_push_that_fails_leaves_the_output(failure, message, hub, token, source, tmp_path):
@@ -227,9 +226,37 @@ def test_options_that_do_not_go_together(given, message):
         ConvertOptions.read(given)
 
 
-def test_a_licence_that_the_hub_does_not_know(hub, token, source):
+@pytest.mark.parametrize(
+    ("licence", "message"),
+    [
+        ("my own", r"licence='my own': the Hub has no licence of that name; it has apache-2.0, mit, .* and others"),
+        ("Apache 2.0", r"licence='Apache 2.0': .*; did you mean apache-2.0\?\nAll names: .*licence='other'"),
+        ("MIT", r"; did you mean mit\?"),
+    ],
+)
+def test_a_licence_that_the_hub_does_not_know(licence, message, hub, token, source, tmp_path):
+    before = snapshot(tmp_path)
+    with pytest.raises(ParameterError, match=message) as e:
+        to_pth(source, tmp_path / "out.pth", push_to_hub=True, model_name="me/new", licence=licence)
+    assert "is complete" not in str(e.value) and snapshot(tmp_path) == before
+    with pytest.raises(ParameterError, match=message.partition(r"\n")[0]):
+        push_to_hub(source, "me/new", licence=licence)
+    assert hub.repos == {} and hub.asked("create") == []
+
+
+def test_a_card_of_ones_own_that_the_hub_refuses(hub, token, source, tmp_path):
+    folder = to_huggingface(source, tmp_path / "out").out
+    (folder / "README.md").write_text("---\nlicense: mine\n---\n")
     with pytest.raises(HubError, match="refuses the model card: .*must be one of"):
-        push_to_hub(source, "me/new", licence="my own")
+        push_to_hub(folder, "me/new")
+    assert hub.repos == {}
+
+
+def test_a_hub_that_cannot_check_a_licence(hub, token, source, tmp_path):
+    hub.fail("POST .*/validate", 500)
+    with pytest.raises(HubError, match="its error 500"):
+        to_pth(source, tmp_path / "out.pth", push_to_hub=True, model_name="me/new", licence="mit")
+    assert hub.repos == {} and not (tmp_path / "out.pth").exists()
 
 
 # The model card.
