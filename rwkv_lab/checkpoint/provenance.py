@@ -26,14 +26,19 @@ def provenance(
     contains: Sequence[Mapping[str, Any]] = (),
     job: str = "merge",
     bases: Sequence[Mapping[str, str]] = (),
+    downloads: Sequence[Mapping[str, Any] | None] = (),
 ) -> Provenance:
     """Of a merge, or of another job that makes a checkpoint from checkpoints; `contains` as of `contained_adapters`,
-    where there are any adapters; `bases` as of `origin.weights_of`: the base, and those that it was made from."""
+    where there are any adapters; `bases` as of `origin.weights_of`: the base, and those that it was made from;
+    `downloads` as of `downloaded`, one per input."""
+    listed = [{"name": printable(f.path.name), "bytes": f.bytes, "fingerprint": f.fingerprint} for f in inputs]
+    for one, came in zip(listed, downloads, strict=bool(downloads)):
+        one |= {"downloaded": dict(came)} if came else {}
     made = {
         "made_by": f"rwkv_lab {__version__}",
         "job": job,
         "recipe": dict(recipe),
-        "inputs": [{"name": printable(f.path.name), "bytes": f.bytes, "fingerprint": f.fingerprint} for f in inputs],
+        "inputs": listed,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
     made |= {"bases": [dict(one) for one in bases]} if bases else {}
@@ -57,6 +62,21 @@ def records_of(ck: Checkpoint) -> list[Provenance]:
         records.append(record)
         record = record.get("source")
     return records
+
+
+def downloaded(ck: Checkpoint) -> Provenance | None:
+    """How the model that a checkpoint was made from came from the Hugging Face Hub, as conversions record it: that of the
+    checkpoint itself, of what it was converted from, or of the base that it was merged into; None where nothing states it.
+    """
+    return next(filter(None, map(download_in, records_of(ck))), None)
+
+
+def download_in(record: Mapping[str, Any]) -> Provenance | None:
+    """As `downloaded`, of one record: of its source, or of its first input, which is the base of a merge."""
+    inputs = record.get("inputs")
+    first = inputs[0] if isinstance(inputs, list) and inputs and isinstance(inputs[0], dict) else {}
+    found = (one.get("downloaded") for one in (record, first))
+    return next((one for one in found if isinstance(one, dict) and isinstance(one.get("repo_id"), str)), None)
 
 
 def printable(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from rwkv_lab.checkpoint import Checkpoint
-from rwkv_lab.checkpoint.provenance import records_of
+from rwkv_lab.checkpoint.provenance import download_in, records_of
 from rwkv_lab.convert.usage import usage_of
 from rwkv_lab.dtypes import short_name
 from rwkv_lab.progress import human_bytes
@@ -58,7 +58,7 @@ def _target(ck: Checkpoint) -> str:
 def _front_matter(ck: Checkpoint, records: list[dict[str, Any]], licence: str) -> dict[str, Any]:
     base, target = _base_model(ck, records), _target(ck)
     front: dict[str, Any] = {"base_model": base} if base else {}
-    if base and ck.format == "adapter":
+    if base and ck.layout is None:
         front["base_model_relation"] = "adapter"
     elif base and ck.quantised:
         front["base_model_relation"] = "quantized"
@@ -73,12 +73,11 @@ def _front_matter(ck: Checkpoint, records: list[dict[str, Any]], licence: str) -
 
 def _base_model(ck: Checkpoint, records: list[dict[str, Any]]) -> str:
     """The repository that a model came from, or that an adapter was trained on; "" where nothing states it."""
-    named: Any = ""
-    if ck.format == "adapter":
-        named = (ck.adapter_config or {}).get("base_model_name_or_path")
-    elif ck.layout is not None:
-        downloads = [record["downloaded"] for record in records if isinstance(record.get("downloaded"), dict)]
-        named = downloads[0].get("repo_id") if downloads else ""
+    named: Any = (ck.adapter_config or {}).get("base_model_name_or_path")
+    if ck.layout is not None or not named:
+        # Of an adapter, where it came from is no base; of one that was extracted, the first input is.
+        of_base = records if ck.layout is not None else [r for r in records if r.get("job") == "extract_lora"]
+        named = next((came["repo_id"] for came in map(download_in, of_base) if came), "")
     return named if isinstance(named, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", named) else ""
 
 
@@ -125,17 +124,18 @@ def _step(record: Mapping[str, Any]) -> str:
     for role, one in zip(roles, inputs, strict=True):
         size = human_bytes(one["bytes"]) if isinstance(one.get("bytes"), int) else "size unknown"
         text += f"\n   - {role} {_code(one.get('name', '?'))}, {size}, {_code(one.get('fingerprint', '?'))}"
+        text += _downloaded(one.get("downloaded"), indent="     ")
     return text + _downloaded(record.get("downloaded"))
 
 
-def _downloaded(record: Any) -> str:
+def _downloaded(record: Any, indent: str = "   ") -> str:
     if not isinstance(record, dict):
         return ""
-    text = f"\n   - downloaded from {_code(record.get('repo_id', '?'))}, commit {_code(record.get('commit', '?'))}"
+    text = f"\n{indent}- downloaded from {_code(record.get('repo_id', '?'))}, commit {_code(record.get('commit', '?'))}"
     for file in _list(record.get("files"))[:_SHOWN]:
         if isinstance(file, dict):
             sha256 = f", SHA-256 {_code(file['sha256'])}" if file.get("sha256") else ""
-            text += f"\n     - {_code(file.get('name', '?'))}{sha256}"
+            text += f"\n{indent}  - {_code(file.get('name', '?'))}{sha256}"
     return text
 
 

@@ -18,7 +18,7 @@ import torch
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, write_text
 from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.output_checks import check_free_space
-from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance, provenance_path, text_beside
+from rwkv_lab.checkpoint.provenance import RECORD, as_text, downloaded, provenance, provenance_path, text_beside
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.checkpoint.write import file_kind, write_stream
 from rwkv_lab.errors import NumericsError, ParameterError
@@ -157,7 +157,8 @@ def _written(
     found = [pair.kept for pair in pairs.values()]
     whole = tuple(n for n in changed if n not in pairs)
     alpha = max((m.rank for m in found), default=0)
-    made = provenance(spec.recipe(alpha), (file_facts(base), file_facts(tuned)), job="extract_lora")
+    inputs, downloads = (file_facts(base), file_facts(tuned)), (downloaded(base), downloaded(tuned))
+    made = provenance(spec.recipe(alpha), inputs, job="extract_lora", downloads=downloads)
     tensors = _tensors(changed, pairs, alpha, tuned)
     note = {NOTE: json.dumps(lora_note("lora", "none", float(alpha)))} if pairs else {}  # else it is no adapter
     file = file_layout(file_kind(out), tensors, {RECORD: as_text(made), **note})

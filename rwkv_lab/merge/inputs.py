@@ -9,6 +9,7 @@ from typing import Any
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, file_facts, open_checkpoint
+from rwkv_lab.checkpoint.provenance import downloaded
 from rwkv_lab.checkpoint.unchanged import FileState, file_states, refuse_changed, refuse_changed_header
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.merge.spec import SVD, MergeSpec
@@ -44,6 +45,11 @@ class MergeInputs:
         """Size and fingerprint of each; "sha256" reads every byte."""
         facts = [(role, file_facts(ck, hash)) for role, ck in self.with_roles]
         return tuple(InputFile(f.path, f.bytes, f.fingerprint, role) for role, f in facts)
+
+    @property
+    def downloads(self) -> list[dict[str, Any] | None]:
+        """How each came from the Hugging Face Hub; None where its provenance does not say so."""
+        return [downloaded(ck) for ck in self.checkpoints]
 
     @contextmanager
     def opened_again(self) -> Iterator[None]:

@@ -78,7 +78,8 @@ def plan_merge(
     # Hashing whole files waits until they are written; all fingerprints of a kind are of one length.
     facts = inputs.facts("records")
     blank = [FileFacts(f.path, f.bytes, f"{options.hash}:{'0' * 64}") for f in facts]
-    made = provenance(changes.spec.recipe(), blank, description.contains, bases=lineage(inputs.base, BLANK))
+    recipe, bases = changes.spec.recipe(), lineage(inputs.base, BLANK)
+    made = provenance(recipe, blank, description.contains, bases=bases, downloads=inputs.downloads)
     size = file_layout(kind, tensors, {RECORD: as_text(made)}).size
     memory = _memory_needed([inputs.base, *inputs.tuned], changes)
     disk_free, memory_free = check_free_space(path, size, memory, "the merge")

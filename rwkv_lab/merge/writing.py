@@ -52,7 +52,8 @@ def write_merge(plan: MergePlan, options: MergeOptions | None = None) -> MergeRe
         for note in seen:
             log.warning("%s: %s", plan.out.name, note)
         base = plan.files.base
-        made = provenance(recipe, inputs, contains, bases=lineage(base, weights_of(base)))
+        bases, downloads = lineage(base, weights_of(base)), plan.files.downloads
+        made = provenance(recipe, inputs, contains, bases=bases, downloads=downloads)
         log.info(
             "%s: %d of %d tensors change, output %s",
             plan.method,

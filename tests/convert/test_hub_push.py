@@ -14,6 +14,7 @@ from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.convert import ConvertOptions, convert, push_to_hub, to_gguf, to_huggingface, to_pth
 from rwkv_lab.convert.__main__ import main
 from rwkv_lab.errors import HubError, LayoutError, ParameterError
+from rwkv_lab.merge import extract_lora
 
 
 @pytest.fixture
@@ -288,6 +289,44 @@ def test_card_of_a_merge_that_was_downloaded(hub, token, tmp_path):
     assert "`apache-2.0`, as stated by who uploaded this." in text and "RWKV-7.0: 2 layers" in text
     assert "hf download me/it --local-dir it\n" in text and 'RWKV7ForCausalLM.from_pretrained("it")' in text
     assert "AutoTokenizer" not in text  # there is none
+
+
+@pytest.mark.parametrize("target", ["fla", "pth"])
+def test_a_merge_keeps_where_its_base_came_from(target, hub, token, tmp_path):
+    """hub → convert → merge → merge → push; the tuned model's own repository is listed too, and no base."""
+    for name in ("base", "tuned"):
+        write_checkpoint(tmp_path / f"{name}.pth", random_model(seed=len(name)))
+        hub.add(f"owner/{name}", {"m.pth": (tmp_path / f"{name}.pth").read_bytes()})
+    repo = hub.repos["owner/base"]
+    base = convert(repo_id="owner/base", to=target, out=tmp_path / ("b.pth" if target == "pth" else "b")).out
+    tuned = to_pth(repo_id="owner/tuned", out=tmp_path / "t.pth").out
+    write_checkpoint(tmp_path / "lora.pth", random_lora())
+    first = merge(base, tmp_path / "lora.pth", tmp_path / "first.pth", alpha=8).out
+    mixed = merge(first, tuned, tmp_path / "mixed.pth", method="linear", weights=[1, 1])
+    assert all(check.passed for check in mixed.checks)
+    push_to_hub(mixed.out, "me/mixed")
+    front, text = card_of(hub.repos["me/mixed"])
+    assert front["base_model"] == "owner/base" and "base_model_relation" not in front
+    commit = list(repo.commits)[-1]
+    assert f"\n     - downloaded from `owner/base`, commit `{commit}`\n       - `m.pth`, SHA-256" in text
+    assert "\n     - downloaded from `owner/tuned`" in text
+    merge(tmp_path / "base.pth", tuned, tmp_path / "other.pth", method="linear", weights=[1, 1])
+    push_to_hub(tmp_path / "other.pth", "me/other")  # a base that came from nowhere
+    assert "base_model" not in card_of(hub.repos["me/other"])[0]
+
+
+def test_an_extracted_adapter_names_its_base(hub, token, tmp_path):
+    key = "blocks.0.att.key.weight"
+    write_checkpoint(tmp_path / "tuned.pth", random_model() | {key: random_model(seed=1)[key]})
+    write_checkpoint(tmp_path / "base.pth", random_model())
+    hub.add("owner/base", {"m.pth": (tmp_path / "base.pth").read_bytes()})
+    base = to_pth(repo_id="owner/base", out=tmp_path / "b.pth").out
+    extract_lora(base, tmp_path / "tuned.pth", tmp_path / "lora.pth", rank=2)
+    convert(tmp_path / "lora.pth", "safetensors", tmp_path / "lora")
+    for path, name in ((tmp_path / "lora.pth", "me/file"), (tmp_path / "lora", "me/folder")):
+        push_to_hub(path, name)
+        front = card_of(hub.repos[name])[0]
+        assert (front["base_model"], front["base_model_relation"]) == ("owner/base", "adapter")
 
 
 def test_card_without_a_licence_or_a_base(hub, token, source):
