@@ -65,9 +65,8 @@ def records_of(ck: Checkpoint) -> list[Provenance]:
 
 
 def downloaded(ck: Checkpoint) -> Provenance | None:
-    """How the model that a checkpoint was made from came from the Hugging Face Hub, as conversions record it: that of the
-    checkpoint itself, of what it was converted from, or of the base that it was merged into; None where nothing states it.
-    """
+    """How what a checkpoint was made from came from the Hugging Face Hub, as conversions record it: the checkpoint
+    itself, what it was converted from, or the base of a merge; None where nothing states it."""
     return next(filter(None, map(download_in, records_of(ck))), None)
 
 

@@ -63,7 +63,7 @@ def convert(
         tokenizer: "world", "bytes" or the path of a vocabulary; "" for what the vocabulary's size tells.
         size: what the model is called, such as "0.4B"; it is checked against the weights.
         alpha: of a LoRA whose file does not state it.
-        generation: of an adapter whose layers several generations have: "7.0".
+        generation: of an adapter whose layers several generations have: "7.0"; of a model it is checked.
         rescale: halve att.output and ffn.value after every so many layers, and record it.
         allow_nonfinite: record NaN, Inf and overflow instead of refusing them.
         allowed_dir: the only folder (with those below it) that the output may go to.

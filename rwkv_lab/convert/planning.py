@@ -24,7 +24,7 @@ from rwkv_lab.checkpoint.foreign_format import (
     general_name,
     placed_rows,
 )
-from rwkv_lab.checkpoint.gguf_types import BY_NAME, require_gguf
+from rwkv_lab.checkpoint.gguf_types import BY_NAME
 from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
@@ -34,10 +34,11 @@ from rwkv_lab.convert.containers import CONTAINERS, Container, Content
 from rwkv_lab.convert.hub_download import Download, source_of
 from rwkv_lab.convert.hub_push import plan_push
 from rwkv_lab.convert.made_from import made_from
+from rwkv_lab.convert.option_checks import completed, without_effect
 from rwkv_lab.convert.output import Output, Tensors, copied
 from rwkv_lab.convert.plan import ConvertPlan, ConvertRow, Dropped
 from rwkv_lab.convert.quantised import fits, quantised
-from rwkv_lab.convert.spec import SIZES, ConvertOptions, ConvertSpec, with_dtype
+from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
 from rwkv_lab.convert.states import about_state, is_state_output, state_output
 from rwkv_lab.convert.targets import PLAIN, format_for
 from rwkv_lab.convert.tokenizer_files import generation_config, model_tokenizer, tokenizer_files
@@ -113,6 +114,7 @@ def _plan(
             *(downloaded.notes if downloaded else ()),
             *output.notes,
             *output.container.notes(content),
+            *without_effect(output, ck),
             *_left_behind(ck),
             *push_notes,
         ),
@@ -132,13 +134,17 @@ def _facts(ck: Checkpoint, downloaded: Download | None) -> FileFacts:
 def _output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
     """What goes into the output, by what the source is."""
     if is_state_output(ck, spec, out):
-        return state_output(ck, spec)
+        output = state_output(ck, spec)
+        completed(spec, None, ck.layout)
+        return output
     as_it_is = spec.to in PLAIN and out.suffix and ck.adapter_config is None and ck.foreign_format is None
     if is_adapter(ck) and (not as_it_is or spec.alpha):
-        return adapter_output(ck, spec, out)
+        output = adapter_output(ck, spec, out)
+        completed(spec, None, None)
+        return output
     layout = _layout_of(ck, spec)
     known = format_for(spec.to, layout) if layout else None
-    spec = _completed(spec, known, layout)
+    spec = completed(spec, known, layout)
     container = CONTAINERS[spec.to if known is None else known.container]
     if known is None or layout is None:
         kept = {NOTE: ck.metadata[NOTE]} if NOTE in ck.metadata else {}  # of an adapter
@@ -199,32 +205,6 @@ def _layout_of(ck: Checkpoint, spec: ConvertSpec) -> Layout | None:
             f"It can be written as {' or '.join(PLAIN)}."
         )
     return None
-
-
-def _completed(spec: ConvertSpec, known: ForeignFormat | None, layout: Layout | None) -> ConvertSpec:
-    """The spec with what the target decides filled in.
-
-    Raises:
-        ParameterError: options that do not go with the target or the weights.
-    """
-    if spec.size and layout and (layout.n_layer, layout.n_embd) not in SIZES[spec.size]:
-        wanted = " or ".join(f"{n} layers of {c} channels" for n, c in SIZES[spec.size])
-        raise ParameterError(
-            f"size={spec.size!r}: such a model has {wanted}; the weights have {layout.n_layer} layers of "
-            f"{layout.n_embd} channels."
-        )
-    if spec.rescale and (known is None or not known.rescales):
-        raise ParameterError(f"rescale={spec.rescale}: to={spec.to!r} has no place for rescaled weights.")
-    if spec.quantised:
-        if known is None or not known.quantised:
-            raise ParameterError(f"dtype={spec.dtype!r}: to={spec.to!r} has no quantised tensors; bf16, fp16 or fp32.")
-        if spec.rescale:
-            raise ParameterError(
-                f"rescale={spec.rescale} keeps activations in float16 from overflowing; beside {spec.dtype} weights "
-                "llama.cpp has them in float32.\nLeave rescale away, or choose a dtype of floats."
-            )
-        require_gguf(f"dtype={spec.dtype!r}")
-    return spec if known is None else with_dtype(spec, known)
 
 
 def _check_out(out: Path, container: Container, ck: Checkpoint, options: ConvertOptions) -> None:

@@ -125,7 +125,8 @@ class ConvertSpec(Spec):
     )
     alpha: Annotated[Number, Field(gt=0)] | None = Field(None, description="of a LoRA whose file does not state it")
     generation: Annotated[str, OneOf(lambda: ["", *GENERATIONS])] = Field(
-        "", description="of an adapter whose layers several have: 6.0, 7.0, …; empty: its layers tell"
+        "",
+        description="of an adapter whose layers several have: 7.0; of a model it is checked; empty: its layers tell",
     )
     rescale: Annotated[int, Field(ge=0)] = Field(
         0,
@@ -194,6 +195,10 @@ class ConvertOptions(Spec):
             raise ValueError("push_to_hub=True needs model_name, owner/name of the repository")
         if self.model_name and not self.push_to_hub:
             raise ValueError(f"model_name={self.model_name!r} is where push_to_hub=True uploads to; it is not set")
+        idle = "licence" if self.licence else "" if self.private else "private"
+        if idle and not self.push_to_hub:
+            value = getattr(self, idle)
+            raise ValueError(f"{idle}={value!r} is of what push_to_hub=True uploads; it is not set")
         if self.push_to_hub and not self.verify:
             raise ValueError("push_to_hub=True with verify=False: only what has been verified is uploaded")
         return self
