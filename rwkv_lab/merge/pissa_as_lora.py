@@ -14,7 +14,7 @@ from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.peft.adapter import Adapter
-from rwkv_lab.peft.kinds.lora import LoraTarget
+from rwkv_lab.peft.lora_target import LoraTarget
 
 _LOOKED_AT = 16  # matrices that the adapter changes
 _ALIKE = 0.85  # cosine of B A and W P: of PiSSA 0.99 and less by what training moved it, of a LoRA up to 0.3 or so

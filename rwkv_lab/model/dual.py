@@ -1,44 +1,37 @@
 """RWKV_Dual: one set of weights, run as a transformer (whole sequences) or as an RNN (token by token)."""
 
 from collections.abc import Callable, Iterable
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from rwkv_lab.arguments import Size, check, checked
-from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.dtypes import to_dtype
-from rwkv_lab.errors import DeviceError, OutputError, ParameterError
+from rwkv_lab.errors import DeviceError, ParameterError
 from rwkv_lab.model import rwkv7
 from rwkv_lab.model.block import GROUP_NORM_EPS
+from rwkv_lab.model.blocks import run_blocks
 from rwkv_lab.model.cpu import prefill, step
 from rwkv_lab.model.cpu.eligibility import eligible
 from rwkv_lab.model.device import device_errors, falls_back, parse_device, warn_of_fallback
 from rwkv_lab.model.generation import check_callback, generate_stream, read_to_end
 from rwkv_lab.model.initial_state import add_time_state, initial_state, take_time_state
 from rwkv_lab.model.inputs import check_tokens
-from rwkv_lab.model.loading import fill, model_file, open_model
+from rwkv_lab.model.loading import fill, open_model
+from rwkv_lab.model.mode import RWKVMode, to_mode
 from rwkv_lab.model.prompts import Prompt
 from rwkv_lab.model.protocol import Model, Tokens
 from rwkv_lab.model.ragged import read_ragged
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.sampling import Convention, Seed
-from rwkv_lab.model.standard_modules import replaced_module, standard
-from rwkv_lab.model.state import RWKVState, check_state, maker
+from rwkv_lab.model.saving import save
+from rwkv_lab.model.standard_modules import standard
+from rwkv_lab.model.state import RWKVState, check_state
 from rwkv_lab.model.state_cache import StateCache
 from rwkv_lab.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
-
-
-class RWKVMode(Enum):
-    """How a call runs through its tokens; both give the same logits and the same state up to rounding."""
-
-    TRANSFORMER = "transformer"  # all tokens at once, layer by layer
-    RNN = "rnn"  # one token after the other
 
 
 @standard
@@ -163,17 +156,7 @@ class RWKV_Dual(nn.Module):
             OutputError: the file is there already, or cannot be written.
             ParameterError: the model holds what a checkpoint does not: adapters, or rounded weights.
         """
-        if found := replaced_module(self):
-            raise ParameterError(
-                f"This model has {found}, which no checkpoint holds.\n"
-                "Adapters are saved by `save_adapter` and merged by `merge`; rounded weights are made anew each time."
-            )
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise OutputError(f"the folder {folder} cannot be made: {e.strerror or e}") from e
-        write_checkpoint(model_file(folder), self.state_dict())
-        return model_file(folder)
+        return save(self, folder)
 
     # ------------------------------------------------------------------ running
 
@@ -258,23 +241,7 @@ class RWKV_Dual(nn.Module):
         permit = eligible(self, "prefill", tokens, state)
         if permit and not return_v_first:
             return *prefill.run(self, permit, tokens, state), None
-        first: Any = self.blocks[0]
-        x = first.ln0(self.emb(tokens))  # [B,T,C]
-        v_first, att_shift, ffn_shift, wkv = None, [], [], []
-        for layer, block in enumerate(self.blocks):
-            given = (x, state.att_shift[:, layer], state.ffn_shift[:, layer], state.wkv[:, layer], v_first)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, att, ffn, S, v_first = checkpoint(block, *given, use_reentrant=False)
-            else:
-                x, att, ffn, S, v_first = block(*given)
-            att_shift.append(att)
-            ffn_shift.append(ffn)
-            wkv.append(S)
-        # Under autocast norms come out in float32; a state has the model's dtype all the same.
-        att_shift, ffn_shift = (torch.stack(z, 1).to(self.emb.weight.dtype) for z in (att_shift, ffn_shift))
-        layout = self.layout
-        parts = torch.stack(wkv, 1), att_shift, ffn_shift
-        return x, RWKVState(*parts, layout.version, layout.vocab_size, maker(self)), v_first
+        return run_blocks(self, tokens, state)
 
     def _logits(self, x):
         """x `[...,C]` before ln_out -> logits `[...,V]`."""
@@ -335,10 +302,7 @@ class RWKV_Dual(nn.Module):
         Raises:
             ParameterError: no such mode.
         """
-        try:
-            self.mode = RWKVMode(mode)
-        except ValueError as e:
-            raise ParameterError(f"There is no mode {mode!r}: RWKVMode.TRANSFORMER or RWKVMode.RNN.") from e
+        self.mode = to_mode(mode)
 
     def get_device(self) -> torch.device:
         return self.emb.weight.device

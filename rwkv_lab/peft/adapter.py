@@ -213,3 +213,9 @@ def refuse_overlap(adapters: Iterable[Adapter]) -> None:
                     "Leave it out of one of them."
                 )
             owner[name] = adapter
+
+
+def in_memory(values: Values, scale: float, dtype: torch.dtype) -> InMemory:
+    """Read now, in that dtype, and scaled."""
+    read = values.read().to(dtype)
+    return InMemory(read if scale == 1 else read * scale)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from rwkv_lab.arguments import Size, checked
 from rwkv_lab.errors import NumericsError, ParameterError
-from rwkv_lab.peft.quantised import FrozenLinear
+from rwkv_lab.peft.frozen_linear import FrozenLinear
 
 
 class AdaptedLinear(FrozenLinear):

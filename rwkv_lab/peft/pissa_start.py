@@ -12,7 +12,7 @@ import torch
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.peft.adapter import Adapter
-from rwkv_lab.peft.kinds.lora import LoraTarget, lora_targets
+from rwkv_lab.peft.lora_target import LoraTarget, lora_targets
 
 # Of the largest singular value: float32 finds vectors to about 1e-7 of it over their distance to the others.
 _DISTINCT = 1e-5

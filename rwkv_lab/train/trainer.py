@@ -1,6 +1,5 @@
 """Trains a model, an adapter or initial states, and measures on text it was not trained on what that changed."""
 
-import hashlib
 import json
 import logging
 import math
@@ -9,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from rwkv_lab.arguments import checked
@@ -40,6 +38,7 @@ from rwkv_lab.train.planning import TrainPlan, make_plan
 from rwkv_lab.train.processes import Processes, put
 from rwkv_lab.train.resume import resume_path
 from rwkv_lab.train.samples import Continuation, Question, questions, samples
+from rwkv_lab.train.settings import recorded_settings
 from rwkv_lab.train.spec import KINDS, ResolvedSpec, TrainOptions, TrainSpec
 from rwkv_lab.train.starting import notes_on_start
 from rwkv_lab.train.token_files import TokenCorpus
@@ -51,7 +50,6 @@ _CONTINUES = (
     "rate rises again over {warmup} steps to where the schedule of {steps} steps has it. One training of {steps} steps "
     "ends elsewhere."
 )
-_TOKENS_AT_ONCE = 1 << 24  # of a mapped file, while its fingerprint is taken
 
 
 @dataclass
@@ -278,7 +276,7 @@ def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
         log.warning("%s", note)
     corpus = load_corpus(spec.data) if plan.corpus is None else plan.corpus
     inputs = [file_facts(path) for path in (spec.base, spec.start) if path]
-    settings = _settings(spec, corpus, inputs)
+    settings = recorded_settings(spec, corpus, inputs)
     done = steps_to_continue(finished, out, spec.steps, settings, options.overwrite)
     model = make_model(spec, out if done and not resume_path(out).exists() else "")
     KINDS[spec.kind].check_savable(model, out)
@@ -338,62 +336,6 @@ def _write(training: _Training, result: TrainResult) -> None:
         bits = f"{result.bits_before:.3f} -> {result.bits_after:.3f}"
         log.info("%s: %s bits per byte of held-out %s", spec.kind, bits, training.corpus.name)
     processes.wait()
-
-
-def _settings(
-    spec: ResolvedSpec, corpus: Corpus | Examples | TokenCorpus, inputs: Sequence[FileFacts]
-) -> dict[str, object]:
-    """What decides the result, in terms of JSON: travels in the output, and must be the same to resume."""
-    defaults = KINDS[spec.kind].defaults
-    settings: dict[str, object] = {
-        "kind": spec.kind,
-        "dtype": spec.dtype,
-        "autocast": spec.autocast,
-        "device": torch.device(spec.device).type,
-        "quant": spec.quant,
-        "rank": spec.effective("rank"),
-        "alpha": spec.alpha,
-        "targets": spec.targets or None,
-        "train_parts": spec.train_parts,
-        "seed": spec.seed,
-        "data": spec.data,
-        "steps": spec.steps,
-        "batch_size": spec.batch_size,
-        "ctx_len": spec.ctx_len,
-        "lr": spec.lr,
-        "final_lr": defaults.final_lr,
-        "weight_decay": defaults.weight_decay,
-        "warmup": spec.warmup,
-        "accumulate": spec.accumulate,
-    }
-    if not inputs:
-        settings |= {"n_embd": spec.n_embd, "n_layer": spec.n_layer, "head_size": spec.head_size}
-    settings["text"] = _fingerprint(corpus)
-    settings |= {"tokenizer": _fingerprint_of(spec.tokenizer)} if spec.tokenizer else {}
-    settings |= {"long": spec.long} if spec.long else {}
-    settings |= {"started_from": inputs[-1].fingerprint} if spec.start else {}
-    settings |= {"eval_every": spec.eval_every, "patience": spec.patience} if spec.eval_every else {}
-    return settings | ({"base": inputs[0].fingerprint} if inputs else {})
-
-
-def _fingerprint(corpus: Corpus | Examples | TokenCorpus) -> str:
-    digest = hashlib.sha256()
-    for part in (corpus.train, corpus.held_out):
-        if isinstance(part, np.ndarray):
-            digest.update(len(part).to_bytes(8, "little") + part.dtype.str.encode())
-            for start in range(0, len(part), _TOKENS_AT_ONCE):
-                digest.update(part[start : start + _TOKENS_AT_ONCE].tobytes())
-            continue
-        texts = [part] if isinstance(part, bytes) else [text for e in part for turn in e.turns for text in turn]
-        for text in texts:
-            digest.update(len(text).to_bytes(8, "little") + text)
-    return digest.hexdigest()[:16]
-
-
-def _fingerprint_of(tokenizer: str) -> str:
-    """A tokenizer's name; of a file its hash, whatever it is called."""
-    path = Path(tokenizer)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else tokenizer
 
 
 def _whole_again(spec: TrainSpec, values: dict[str, torch.Tensor]) -> RWKV_Dual:

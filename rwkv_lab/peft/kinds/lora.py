@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732): what its numbers mean, and its files.
+"""LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732) in models and in files of both layouts.
 
 Files of PiSSA have the same parts, so they are read here too; what PiSSA does otherwise is in `pissa.py`.
 """
@@ -6,18 +6,17 @@ Files of PiSSA have the same parts, so they are read here too; what PiSSA does o
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
-from rwkv_lab.checkpoint.layout import Shape
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values
 from rwkv_lab.peft.config import AdapterKind, Layers, LoraConfig, register
 from rwkv_lab.peft.linear import AdaptedLinear, LoraLinear, lora_scaling
+from rwkv_lab.peft.lora_target import MAGNITUDE, LoraTarget, as_plain_lora, lora_targets
 from rwkv_lab.peft.options import AdapterOptions
 
 _FILE_PART = re.compile(
@@ -29,113 +28,7 @@ _FLAT = re.compile(r"^(?:lora|lycoris)_(?:[a-z0-9]+_)??blocks_(?P<layer>\d+)_(?P
 _FOLDER_PART = re.compile(
     r"^(?P<layer>.+)\.(?P<part>lora_[AB](?=.*\.weight$)|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$"
 )
-_MAGNITUDE = "lora_magnitude_vector"
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # they leave the base as it is
-
-
-@dataclass(frozen=True)
-class LoraTarget(Target):
-    """W + scaling · B A; with init_A and init_B, of PiSSA: (W - scaling · init_B init_A) + scaling · B A."""
-
-    A: Values  # [r, in]
-    B: Values  # [out, r]
-    alpha: float
-    use_rslora: bool = False
-    pissa: bool = False
-    init_A: Values | None = None  # [r, in]; without them, PiSSA goes with what the SVD left over of the base
-    init_B: Values | None = None  # [out, r]
-    magnitude: Values | None = None  # [out], of DoRA (arXiv 2402.09353): the length of each row of the merged weight
-    share: float = 1.0  # of DoRA: how much of the change is made
-
-    @property
-    def can_be_undone(self) -> bool:
-        return self.magnitude is None
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    @property
-    def scaling(self) -> float:
-        return lora_scaling(self.alpha, self.rank, self.use_rslora)
-
-    @property
-    def has_start(self) -> bool:
-        return self.init_A is not None
-
-    @property
-    def needs_residual(self) -> bool:
-        return self.pissa and not self.has_start
-
-    @property
-    def tensors(self) -> dict[str, Values]:
-        parts = {"lora_A": self.A, "lora_B": self.B, "init_lora_A": self.init_A, "init_lora_B": self.init_B}
-        parts[_MAGNITUDE] = self.magnitude
-        return {name: values for name, values in parts.items() if values is not None}
-
-    def settings(self) -> dict[str, float | str]:
-        return {"scaling": self.scaling}
-
-    def misfit(self, shape: Shape) -> str:
-        for A, B in ((self.A, self.B), (self.init_A, self.init_B)):
-            if A is None or B is None:
-                continue
-            fits = len(A.shape) == len(B.shape) == 2 and A.shape[0] == B.shape[1] > 0
-            if not fits or (B.shape[0], A.shape[1]) != tuple(shape):
-                found = f"lora_A {list(A.shape)} and lora_B {list(B.shape)}"
-                return f"{found}; [r, in] and [out, r] are needed, with r of at least 1"
-            if A.shape[0] > min(shape):
-                return f"rank {A.shape[0]}, which is larger than the layer"
-        if self.magnitude is not None and tuple(self.magnitude.shape) != tuple(shape[:1]):
-            return f"{_MAGNITUDE} {list(self.magnitude.shape)}; one value per row is needed"
-        return ""
-
-    def inner_misfit(self) -> str:
-        return self.misfit((*self.B.shape[:1], *self.A.shape[1:2]))
-
-    def residual_rows(self, weight: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-        """As of `Target`: for PiSSA less than the rows are."""
-        if self.init_A is None or self.init_B is None:
-            return weight
-        return self._plus(weight, self.init_A, self.init_B, first_row, -self.scaling)
-
-    def adapted_rows(self, residual: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-        changed = self._plus(residual, self.A, self.B, first_row, self.scaling)
-        if self.magnitude is None:
-            return changed
-        lengths = self.magnitude.read()[first_row : first_row + len(residual)].to(residual)
-        changed = changed * (lengths / torch.linalg.vector_norm(changed, dim=1))[:, None]
-        return changed if self.share == 1 else torch.lerp(residual, changed, self.share)
-
-    def restored_rows(self, merged: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-        residual = self._plus(merged, self.A, self.B, first_row, -self.scaling)
-        if self.init_A is None or self.init_B is None:
-            return residual
-        return self._plus(residual, self.init_A, self.init_B, first_row, self.scaling)
-
-    @staticmethod
-    def _plus(weight: torch.Tensor, A: Values, B: Values, first_row: int, factor: float) -> torch.Tensor:
-        rows = B.read()[first_row : first_row + len(weight)]
-        return torch.addmm(weight, rows.to(weight), A.read().to(weight), alpha=factor)
-
-    def prepared(self, weight: float, dtype: torch.dtype) -> Self:
-        if self.magnitude is not None:
-            parts = {"A": self.A, "B": self.B, "magnitude": self.magnitude}
-            return replace(self, share=weight, **{n: in_memory(values, 1, dtype) for n, values in parts.items()})
-        halves = {"A": in_memory(self.A, 1, dtype), "B": in_memory(self.B, weight, dtype)}
-        if self.init_A is not None and self.init_B is not None:
-            halves |= {"init_A": in_memory(self.init_A, 1, dtype), "init_B": in_memory(self.init_B, weight, dtype)}
-        return replace(self, **halves)
-
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """As of `Target`: the change of DoRA has none."""
-        if self.magnitude is not None:
-            return None
-        left, right = self.scaling * self.B.read().double(), self.A.read().double()  # [out,r], [r,in]
-        if self.init_A is not None and self.init_B is not None:
-            left = torch.cat([left, -self.scaling * self.init_B.read().double()], 1)  # [out,2r]
-            right = torch.cat([right, self.init_A.read().double()], 0)  # [2r,in]
-        return left, right
 
 
 class Lora(AdapterKind):
@@ -205,7 +98,7 @@ class Lora(AdapterKind):
             rank = A.shape[0] if A.shape else 0
             start = parts.get("init_lora_A"), parts.get("init_lora_B")
             own = stated.get(x, (rank or 1) if alpha is None else alpha)
-            targets[x] = LoraTarget(A, B, own, use_rslora, pissa, *start, magnitude=parts.get(_MAGNITUDE))
+            targets[x] = LoraTarget(A, B, own, use_rslora, pissa, *start, magnitude=parts.get(MAGNITUDE))
         return targets, "pissa" if pissa else "lora"
 
     def file_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
@@ -247,15 +140,15 @@ class Lora(AdapterKind):
                     f"{ck.path}: {x}.lora_A is {list(A.shape)}, adapter_config.json states rank {rank!r}."
                 )
             alpha = _number(ck, "lora_alpha", _of_layer(ck, config, "alpha_pattern", called, config.get("lora_alpha")))
-            if bool(config.get("use_dora")) != (_MAGNITUDE in parts):
+            if bool(config.get("use_dora")) != (MAGNITUDE in parts):
                 states = "states use_dora" if config.get("use_dora") else "does not state use_dora"
-                there = "there" if _MAGNITUDE in parts else "not there"
-                raise LayoutError(f"{ck.path} {states}, and {x}.{_MAGNITUDE} is {there}: save or download it again.")
-            targets[x] = LoraTarget(A, parts["lora_B"], alpha, use_rslora, pissa, magnitude=parts.get(_MAGNITUDE))
+                there = "there" if MAGNITUDE in parts else "not there"
+                raise LayoutError(f"{ck.path} {states}, and {x}.{MAGNITUDE} is {there}: save or download it again.")
+            targets[x] = LoraTarget(A, parts["lora_B"], alpha, use_rslora, pissa, magnitude=parts.get(MAGNITUDE))
         return targets, "pissa" if pissa else "lora"
 
     def folder_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
-        targets = {x: _as_plain_lora(t) for x, t in lora_targets(adapter).items()}
+        targets = {x: as_plain_lora(t) for x, t in lora_targets(adapter).items()}
         if any(t.magnitude is not None for t in targets.values()):
             raise ParameterError(f"{adapter.where} is DoRA, which is merged here and not saved; keep its folder.")
         ranks, alphas = {x: t.rank for x, t in targets.items()}, {x: t.alpha for x, t in targets.items()}
@@ -284,11 +177,6 @@ def with_values(layer: LoraLinear, target: LoraTarget) -> LoraLinear:
     return layer
 
 
-def lora_targets(adapter: Adapter) -> dict[str, LoraTarget]:
-    """Those of an adapter that is LoRA or PiSSA."""
-    return {x: target for x, target in adapter.targets.items() if isinstance(target, LoraTarget)}
-
-
 def lora_note(method: str, quant: str | None, alpha: float, use_rslora: bool = False) -> dict[str, Any]:
     """What a file in RWKV-PEFT's layout states beside the tensors of "lora" or "pissa".
 
@@ -296,12 +184,6 @@ def lora_note(method: str, quant: str | None, alpha: float, use_rslora: bool = F
         quant: how training stored the base; None where that is not known.
     """
     return {"method": method, "quant": quant, "alpha": alpha, "use_rslora": use_rslora}
-
-
-def in_memory(values: Values, scale: float, dtype: torch.dtype) -> InMemory:
-    """Read now, in that dtype, and scaled."""
-    read = values.read().to(dtype)
-    return InMemory(read if scale == 1 else read * scale)
 
 
 def _has_start(ck: Checkpoint, layers: Layers) -> bool:
@@ -403,17 +285,6 @@ def _number(ck: Checkpoint, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ParameterError(f"{ck.path}: adapter_config.json has {name} {value!r}; it must be a positive number.")
     return value
-
-
-def _as_plain_lora(target: LoraTarget) -> LoraTarget:
-    """The LoRA of twice the rank that does to the original weight what PiSSA does: B A - B₀A₀ as one product."""
-    if target.init_A is None or target.init_B is None:
-        return target
-    A = torch.cat([target.A.read(), target.init_A.read()])
-    B = torch.cat([target.B.read(), -target.init_B.read()], dim=1)
-    # The scaling stays what it was: alpha / r, or alpha / sqrt(r).
-    alpha = target.alpha * (math.sqrt(2) if target.use_rslora else 2)
-    return LoraTarget(InMemory(A), InMemory(B), alpha, target.use_rslora)
 
 
 register(Lora())

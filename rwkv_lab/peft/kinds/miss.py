@@ -11,9 +11,8 @@ from torch import nn
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.checkpoint.layout import Shape
 from rwkv_lab.errors import LayoutError, ParameterError
-from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values
+from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values, in_memory
 from rwkv_lab.peft.config import AdapterKind, Layers, LoraConfig, register
-from rwkv_lab.peft.kinds.lora import in_memory
 from rwkv_lab.peft.linear import AdaptedLinear
 from rwkv_lab.peft.miss import MissLinear, bat_change, check_variant
 from rwkv_lab.peft.options import AdapterOptions

@@ -12,8 +12,9 @@ from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values
 from rwkv_lab.peft.config import LoraConfig, register
-from rwkv_lab.peft.kinds.lora import Lora, LoraTarget, lora_targets, with_values
+from rwkv_lab.peft.kinds.lora import Lora, with_values
 from rwkv_lab.peft.linear import LoraLinear, PissaLinear
+from rwkv_lab.peft.lora_target import LoraTarget, lora_targets
 
 _HALF = re.compile(r"^(?P<layer>.+)\.(?:init_)?lora_(?P<half>[AB])(?:\.default)?(?:\.weight)?$")
 
