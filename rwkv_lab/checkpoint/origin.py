@@ -1,8 +1,9 @@
 """Which base a tuned file belongs to, as rwkv_lab notes it in adapters, states and fine-tunes that it trains.
 
-A base is known again by its values, whatever file they lie in: the first values of every tensor, rounded to each of
-three dtypes and hashed. A cast rounds values to what the original rounds to as well, so that one of the hashes at least
-is the same; a fine-tune has others in all of them.
+A base is known again by its values, whatever file they lie in: some values of every tensor, rounded to each of three
+dtypes and hashed. A cast rounds values to what the original rounds to as well, so that one of the hashes at least is
+the same; a fine-tune has others in all of them. There are hashes of the first values and, of files whose values can be
+read where they are, of values from the whole tensor, which tell bases apart of which only later rows differ.
 """
 
 import hashlib
@@ -19,10 +20,10 @@ from rwkv_lab.checkpoint.source import TensorInfo
 
 ORIGIN = "rwkv_lab.origin"  # its name in a file's metadata
 _ROUNDED_TO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_VALUES = 512  # of each tensor
+_VALUES, _PIECES = 512, 8  # of each tensor; as many pieces of it if they are spread
+_SPREAD = "spread "  # before the name of a dtype
 
 Weights = Mapping[str, str]  # dtype that values were rounded to -> hash
-BLANK: Weights = dict.fromkeys(_ROUNDED_TO, "0" * 64)  # as long as any
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,19 @@ def origin_of(ck: Checkpoint) -> Origin | None:
 
 @torch.no_grad()
 def weights_of(ck: Checkpoint) -> dict[str, str]:
-    """What a whole model is known again by. Read are the first values of every tensor; states (`time_state`) are left
-    out, since a model with one has the same weights."""
-    return hashes_of((name, t.shape, partial(_first_values, t)) for name, t in ck.info.items())
+    """What a whole model is known again by. Read are some values of every tensor; states (`time_state`) are left out,
+    since a model with one has the same weights."""
+    found = hashes_of((name, t.shape, partial(_first_values, t)) for name, t in ck.info.items())
+    if not _can_be_spread(ck):
+        return found
+    spread = hashes_of((name, t.shape, partial(_spread_values, t)) for name, t in ck.info.items())
+    return found | {_SPREAD + name: one for name, one in spread.items()}
+
+
+def blank_weights(ck: Checkpoint) -> Weights:
+    """As long as `weights_of`, and nothing is read."""
+    names = [*_ROUNDED_TO, *(_SPREAD + name for name in _ROUNDED_TO if _can_be_spread(ck))]
+    return dict.fromkeys(names, "0" * 64)
 
 
 def bases_of(ck: Checkpoint) -> list[Weights]:
@@ -88,8 +99,15 @@ def hashes_of(tensors: Iterable[tuple[str, Sequence[int], Callable[[], torch.Ten
 
 
 def same_weights(a: Weights, b: Weights) -> bool:
-    """Whether two models have the same values, up to a cast."""
-    return any(a[name] == b.get(name) for name in a)
+    """Whether two models have the same values, up to a cast. Where only one has hashes of spread values, as files of
+    earlier versions have none, the first values decide."""
+    spread = [name for name in a if name.startswith(_SPREAD) and name in b]
+    return any(a[name] == b.get(name) for name in spread or a)
+
+
+def _can_be_spread(ck: Checkpoint) -> bool:
+    """Whether every value can be read without the others."""
+    return all(t.plain for name, t in ck.info.items() if not name.endswith(".time_state"))
 
 
 def _first_values(info: TensorInfo) -> torch.Tensor:
@@ -98,5 +116,18 @@ def _first_values(info: TensorInfo) -> torch.Tensor:
         return torch.empty(0)
     if not info.plain:
         return next(iter(info.blocks()))[:count].float()
-    data = bytearray(info.file.read(info.offset, count * info.dtype.itemsize))
+    return _read(info, 0, count)
+
+
+def _spread_values(info: TensorInfo) -> torch.Tensor:
+    """Of pieces at equal distances, the first and the last value among them; all of a small tensor."""
+    if info.numel <= _VALUES:
+        return _first_values(info)
+    size = _VALUES // _PIECES
+    return torch.cat([_read(info, i * (info.numel - size) // (_PIECES - 1), size) for i in range(_PIECES)])
+
+
+def _read(info: TensorInfo, first: int, count: int) -> torch.Tensor:
+    size = info.dtype.itemsize
+    data = bytearray(info.file.read(info.offset + first * size, count * size))
     return torch.frombuffer(data, dtype=info.dtype).float()

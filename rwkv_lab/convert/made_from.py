@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts
 from rwkv_lab.checkpoint.foreign_format import RESCALED
-from rwkv_lab.checkpoint.origin import BLANK, ORIGIN, lineage, weights_of
+from rwkv_lab.checkpoint.origin import ORIGIN, blank_weights, lineage, weights_of
 from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance, provenance_of
 from rwkv_lab.convert.hub_download import Download
 from rwkv_lab.convert.output import Output
@@ -18,7 +18,8 @@ def made_from(output: Output, ck: Checkpoint, source: FileFacts, downloaded: Dow
     """The notes that travel in the output: how it was made, and which base the source says that it belongs to. The
     weights of a source that is a model are blank there, until `with_weights` has read them."""
     spec = output.spec
-    made = provenance(spec.recipe(), [source], job="convert", bases=lineage(ck, BLANK) if ck.kind == "model" else [])
+    bases = lineage(ck, blank_weights(ck)) if ck.kind == "model" else []
+    made = provenance(spec.recipe(), [source], job="convert", bases=bases)
     made |= {"downloaded": downloaded.record()} if downloaded else {}
     made |= {"dropped": _by_reason(output.dropped)} if output.dropped else {}
     before = provenance_of(ck)

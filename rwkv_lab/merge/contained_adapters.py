@@ -1,18 +1,18 @@
 """Which adapters a checkpoint says that it contains, and what follows: none goes in twice, and what comes out is what
 went in.
 
-An entry is {"name", "fingerprint", "weight"}, how the adapter was merged: {"scaling", "variant", "start", "quant",
-"include", "exclude"}, and what it is known again by in another file: its "content" (`adapter_content`) and, of those
-that rwkv_lab trained, its "training". After models were mixed it has "mixed": true in the place of how it was merged:
-how much of it is in there is unknown.
+An entry, as of `rwkv_lab.checkpoint.contents`, is {"name", "fingerprint", "weight"}, how the adapter was merged:
+{"scaling", "variant", "start", "quant", "include", "exclude"}, and what it is known again by in another file: its
+"content" (`adapter_content`) and, of those that rwkv_lab trained, its "training".
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, file_facts
+from rwkv_lab.checkpoint.contents import adapters_in, mixed
 from rwkv_lab.checkpoint.origin import origin_of
-from rwkv_lab.checkpoint.provenance import printable, records_of
+from rwkv_lab.checkpoint.provenance import printable
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.adapter_content import blank, closeness, content_of, is_same, same_layers, without_change
 from rwkv_lab.merge.adapter_set import AdapterSet
@@ -21,19 +21,6 @@ from rwkv_lab.merge.spec import MergeSpec
 from rwkv_lab.names import split_block
 from rwkv_lab.patterns import is_selected
 from rwkv_lab.peft.adapter import Adapter
-
-
-def adapters_in(*models: Checkpoint) -> list[dict]:
-    """The adapters that checkpoints say they contain, each once; none of a file by others, or one that cannot be
-    understood."""
-    held: dict[str, dict] = {}
-    for record in (record for ck in models for record in records_of(ck)):
-        try:
-            for one in [dict(one) for one in record["contains"] if isinstance(one["fingerprint"], str)]:
-                held.setdefault(one["fingerprint"], one)
-        except (KeyError, ValueError, TypeError):
-            continue
-    return list(held.values())
 
 
 def after_changes(base: Checkpoint, tuned: Sequence[Checkpoint], changes: Sequence[ChangedTensor]) -> list[dict]:
@@ -47,9 +34,7 @@ def after_changes(base: Checkpoint, tuned: Sequence[Checkpoint], changes: Sequen
     own = adapters_in(base)
     whole = {one["fingerprint"] for one in own} if kept else set()
     others = [one for one in adapters_in(base, *tuned) if one["fingerprint"] not in whole]
-    known_by = ("name", "fingerprint", "content", "training")
-    mixed = [{key: one[key] for key in known_by if key in one} | {"mixed": True} for one in others]
-    return [*(own if kept else []), *mixed]
+    return [*(own if kept else []), *map(mixed, others)]
 
 
 def after_merging(

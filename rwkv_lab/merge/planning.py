@@ -10,7 +10,7 @@ import torch
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo
 from rwkv_lab.checkpoint.file_layout import file_layout
-from rwkv_lab.checkpoint.origin import BLANK, lineage
+from rwkv_lab.checkpoint.origin import blank_weights, lineage
 from rwkv_lab.checkpoint.output_checks import check_free_space
 from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance
 from rwkv_lab.checkpoint.source import BLOCK
@@ -78,7 +78,7 @@ def plan_merge(
     # Hashing whole files waits until they are written; all fingerprints of a kind are of one length.
     facts = inputs.facts("records")
     blank = [FileFacts(f.path, f.bytes, f"{options.hash}:{'0' * 64}") for f in facts]
-    recipe, bases = changes.spec.recipe(), lineage(inputs.base, BLANK)
+    recipe, bases = changes.spec.recipe(), lineage(inputs.base, blank_weights(inputs.base))
     made = provenance(recipe, blank, description.contains, bases=bases, downloads=inputs.downloads)
     size = file_layout(kind, tensors, {RECORD: as_text(made)}).size
     memory = _memory_needed([inputs.base, *inputs.tuned], changes)

@@ -87,6 +87,14 @@ class ChatTemplate:
         return self.assistant.partition("{text}")[2]
 
 
+class EmptyTurn(ParameterError):
+    """A turn of the user or of the assistant without text."""
+
+    def __init__(self, where: str, role: str):
+        super().__init__(f"{where} ({role}) has no text; its {' or '.join(_TEXT_FIELDS)} must hold what was said.")
+        self.role = role
+
+
 TEMPLATES = {"world": ChatTemplate()}
 
 
@@ -220,7 +228,7 @@ def _said(message: Any, where: str, ignore: set[str]) -> tuple[str, str]:
             f"Put it into the content, or pass ignore={[*unused]} to leave it out."
         )
     if not text.strip() and role in ("user", "assistant"):
-        raise ParameterError(f"{where} ({role}) has no text; its {' or '.join(_TEXT_FIELDS)} must hold what was said.")
+        raise EmptyTurn(where, role)
     return role, text
 
 

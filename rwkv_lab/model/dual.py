@@ -27,7 +27,7 @@ from rwkv_lab.model.protocol import Model, Tokens
 from rwkv_lab.model.ragged import read_ragged
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.sampling import Convention, Seed
-from rwkv_lab.model.saving import save
+from rwkv_lab.model.saving import Loaded, loaded_from, save
 from rwkv_lab.model.standard_modules import standard
 from rwkv_lab.model.state import RWKVState, check_state
 from rwkv_lab.model.state_cache import StateCache
@@ -83,6 +83,7 @@ class RWKV_Dual(nn.Module):
         super().__init__()
         self.layout, self.ctx_len, self._tokenizer = layout, ctx_len, None
         self.gradient_checkpointing, self.fallback = False, None
+        self._loaded: Loaded | None = None
         self.set_mode(mode)
         with torch.device("meta"):
             self.emb = nn.Embedding(layout.vocab_size, layout.n_embd)
@@ -126,9 +127,9 @@ class RWKV_Dual(nn.Module):
             ParameterError: no such device or mode, or a dtype that is no floating one.
         """
         dtype, device = to_dtype(dtype), parse_device(device)
-        with open_model(path) as (layout, tensors, stated_eps):
-            model = cls.__new__(cls)
-            eps = next((e for e in (group_norm_eps, stated_eps) if e is not None), GROUP_NORM_EPS)
+        with open_model(path) as (ck, layout):
+            model, tensors = cls.__new__(cls), dict(ck.info)
+            eps = next((e for e in (group_norm_eps, ck.group_norm_eps) if e is not None), GROUP_NORM_EPS)
             model._build(layout, 1024, mode, eps, tensors)
             model.to(dtype)
             if any(name.endswith(".time_state") for name in tensors):
@@ -141,6 +142,7 @@ class RWKV_Dual(nn.Module):
                     raise
                 warn_of_fallback(e, model.fallback)
                 model._load(tensors, path, model.fallback)
+            model._loaded = loaded_from(model, ck)
         return model
 
     def _load(self, tensors, path, device: torch.device) -> None:
@@ -150,13 +152,14 @@ class RWKV_Dual(nn.Module):
 
     @checked
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `<folder>/model.safetensors` (the folder is made if need be) and return its path.
+        """Write `<folder>/model.safetensors` (the folder is made if need be) and return its path. What the model's own
+        file says of its origin, and of adapters that it contains, stands there too.
 
         Raises:
             OutputError: the file is there already, or cannot be written.
             ParameterError: the model holds what a checkpoint does not: adapters, or rounded weights.
         """
-        return save(self, folder)
+        return save(self, folder, self._loaded)
 
     # ------------------------------------------------------------------ running
 

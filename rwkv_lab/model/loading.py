@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rwkv_lab.checkpoint import Layout, TensorInfo, open_checkpoint
+from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, open_checkpoint
 from rwkv_lab.errors import LayoutError, NumericsError
 
 
 @contextmanager
-def open_model(path: str | Path) -> Iterator[tuple[Layout, dict[str, TensorInfo], float | None]]:
-    """Layout of a whole model, `{name: TensorInfo}` of its tensors, and the eps of `att.ln_x` where a folder states it.
+def open_model(path: str | Path) -> Iterator[tuple[Checkpoint, Layout]]:
+    """A whole model and its layout.
 
     Raises:
         LayoutError: not a whole model.
@@ -27,7 +27,7 @@ def open_model(path: str | Path) -> Iterator[tuple[Layout, dict[str, TensorInfo]
             raise LayoutError(f"{path}: {ck.reason}.")
         if ck.kind != "model" or ck.layout is None:
             raise LayoutError(f"{path} is no whole model ({ck.kind}): {ck.reason}.")
-        yield ck.layout, dict(ck.info), ck.group_norm_eps
+        yield ck, ck.layout
 
 
 def fill(module: nn.Module, tensors: Mapping[str, TensorInfo], path: str | Path) -> None:

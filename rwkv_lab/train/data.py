@@ -98,7 +98,7 @@ def _of_files(path: Path, reader: RecordReader) -> Corpus | Examples | TokenCorp
         return _of_text(source, (*notes, *reader.notes()))
     if source.kind in RECORDS:
         examples = read_examples(source, reader.example)
-        reader.refuse_unused(str(path))
+        reader.check_rest(str(path), examples)
         unit = "rows" if source.kind == "Parquet" else "records" if source.kind == "JSON array" else "lines"
         return split_examples(str(path), examples, (*notes, *reader.notes()), f"{unit} of the file", reader.stop)
     return split_tokens(path.name, [read_tokens(source)], (*notes, *reader.notes()))
@@ -143,7 +143,7 @@ def _of_folder(folder: Folder, reader: RecordReader) -> Corpus | Examples | Toke
         examples: list[Example] = []
         for source in sources.values():
             examples += read_examples(source, reader.example)
-        reader.refuse_unused(str(path))
+        reader.check_rest(str(path), examples)
         return split_examples(str(path), examples, (*notes, *reader.notes()), "records of the folder", reader.stop)
     return split_tokens(path.name, [read_tokens(source) for source in sources.values()], (*notes, *reader.notes()))
 

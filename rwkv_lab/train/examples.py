@@ -57,18 +57,19 @@ class Examples:
         return not any(read for e in (*self.train, *self.held_out) for read, _ in e.turns)
 
 
-def read_examples(source: Source, example: Callable[[Any, int, str], Example]) -> list[Example]:
+def read_examples(source: Source, example: Callable[[Any, int, str], Example | None]) -> list[Example]:
     """The examples in a file of records, in its order.
 
     Args:
-        example: makes one of a record, its line, and file and line in words.
+        example: makes one of a record, its line, and file and line in words; None where there is nothing to learn.
 
     Raises:
         ParameterError: a record that is none, with its line.
         CorruptFileError: broken Parquet.
     """
     path, what = source.path, "row" if source.kind == PARQUET else "line"
-    return [example(record, n, f"{path}, {what} {n}") for n, record in records(source)]
+    found = (example(record, n, f"{path}, {what} {n}") for n, record in records(source))
+    return [one for one in found if one is not None]
 
 
 def split_examples(

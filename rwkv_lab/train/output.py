@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checkpoint.atomic import check_target, refuse_inputs
+from rwkv_lab.checkpoint.contents import kept_notes
 from rwkv_lab.checkpoint.origin import ORIGIN, Origin, weights_of
 from rwkv_lab.checkpoint.provenance import printable
 from rwkv_lab.checkpoint.write import file_kind
@@ -63,8 +64,8 @@ def _refuse_around(folder: Path, sources: list[Path]) -> None:
 
 
 def origin_note(spec: TrainSpec, settings: Mapping[str, object]) -> dict[str, str]:
-    """What an output says of where it comes from, for its metadata: its base by values, and its training; {} of a fresh
-    model.
+    """What an output says of where it comes from, for its metadata: its base by values, and its training; of a whole
+    model also the adapters that its base contains. {} of a fresh model.
 
     Args:
         settings: what decides the result, with the training's id where it has one.
@@ -74,4 +75,6 @@ def origin_note(spec: TrainSpec, settings: Mapping[str, object]) -> dict[str, st
     training = str(settings.get(TRAINING_ID, ""))
     with open_checkpoint(spec.base) as ck:
         origin = Origin(printable(ck.path.name), weights_of(ck), str(spec.dtype), str(spec.quant), training)
-    return {ORIGIN: origin.text()}
+        is_model = KINDS[spec.kind].output_kind == "model"
+        contents = kept_notes(ck, "train", is_changed=True) if is_model else {}
+    return contents | {ORIGIN: origin.text()}

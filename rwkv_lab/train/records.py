@@ -6,7 +6,8 @@
   user's turn and the assistant's, by the chat template; with `system` before them.
 * `messages` or `conversations`: a conversation by the chat template, with `system` and `tools`.
 
-A field with content that is not used is refused, unless `ignore` names it: nothing is left out by accident.
+A record in which there is nothing to learn, such as an empty text or answer, is left out and counted. A field with
+content that is not used is refused, unless `ignore` names it: nothing is left out by accident.
 """
 
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model.chat import TEMPLATES, UNWRITTEN, ChatTemplate, chat_template, render_turns
+from rwkv_lab.model.chat import TEMPLATES, UNWRITTEN, ChatTemplate, EmptyTurn, chat_template, render_turns
 from rwkv_lab.paths import what_is_there
 from rwkv_lab.train.examples import Example
 from rwkv_lab.train.names import CHATS, INPUTS, KNOWN, MEANT, PROMPTS, RESPONSES, SYSTEMS, TEXTS, TOOLS, plain
@@ -27,6 +28,10 @@ from rwkv_lab.train.names import CHATS, INPUTS, KNOWN, MEANT, PROMPTS, RESPONSES
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, ())
 _SHOWN = 8  # names of fields in a message
 _OF_MESSAGES = ("role", "from", "content", "value")  # these are always used
+
+
+class _Empty(Exception):
+    """There is nothing to learn in a record; says what is empty."""
 
 
 class RecordReader:
@@ -47,39 +52,55 @@ class RecordReader:
         self._ignored: Counter[str] = Counter()
         self._unwritten: Counter[str] = Counter()
         self._matched: set[str] = set()  # of `ignore`
+        self._empty: Counter[str] = Counter()  # by what is empty
+        self._first_empty = ""
         self._templated = self._unanswered = self._read = 0
 
-    def example(self, record: Any, line: int, place: str) -> Example:
-        """The example in a record.
+    def example(self, record: Any, line: int, place: str) -> Example | None:
+        """The example in a record; None where there is nothing to learn.
 
         Args:
             place: file and line, for messages.
 
         Raises:
-            ParameterError: no record, a wrong type, nothing to learn, two fields of which only one can be meant.
+            ParameterError: no record, a wrong type, two fields of which only one can be meant.
         """
         if not isinstance(record, Mapping):
             raise ParameterError(f"{place}: {MEANT}.")
         self._read += 1
+        if not record:
+            return self._count_empty("an object without fields", place)
         given = self._without_ignored(record, place)
         names = {name: value for name, value in given.items() if name in KNOWN}
         if not {*names} & {*TEXTS, *PROMPTS, *INPUTS, *RESPONSES, *CHATS}:
             raise ParameterError(f"{place}: {MEANT}; it has {_listed(list(map(str, record)))}.")
         form = _form(names, place)
         used: set[str] = set()
-        turns = getattr(self, f"_{form}")(names, used, place)
+        try:
+            turns, empty = getattr(self, f"_{form}")(names, used, place), ""
+        except _Empty as e:
+            turns, empty = (), str(e)
         for name, value in given.items():
             if name not in used and value not in _EMPTY:
                 first, count = self._unused.get(name, (place, 0))
                 self._unused[name] = (first, count + 1)
-        return Example(turns, line, place)
+        return self._count_empty(empty, place) if empty else Example(turns, line, place)
 
-    def refuse_unused(self, name: str) -> None:
-        """Refuse fields with content that no example took up; after the last record of `name`.
+    def _count_empty(self, what: str, place: str) -> None:
+        self._empty[what] += 1
+        self._first_empty = self._first_empty or place
+
+    def check_rest(self, name: str, examples: Sequence[Example]) -> None:
+        """After the last record of `name`: refuse fields with content that no example took up, and too many records
+        that are empty.
 
         Raises:
             ParameterError: lists them all.
         """
+        if self._empty and len(examples) < 2:
+            raise ParameterError(
+                f"{name}: {self._left_out()}\nThat leaves {len(examples)} to learn; give two at least."
+            )
         if not self._unused:
             return
         fields_ = sorted(self._unused)
@@ -99,7 +120,8 @@ class RecordReader:
     def notes(self) -> list[str]:
         """What was ignored and how conversations are written, a sentence each."""
         counts = ", ".join(f"{name} ({count:,})" for name, count in sorted(self._ignored.items()))
-        notes = [f"Ignored fields, with the number of records that have content there: {counts}."] if counts else []
+        notes = [self._left_out()] if self._empty else []
+        notes += [f"Ignored fields, with the number of records that have content there: {counts}."] if counts else []
         if self._templated:
             notes.append(
                 f"{self._templated:,} of {self._read:,} records are written by the chat template "
@@ -115,6 +137,12 @@ class RecordReader:
         if self._unanswered:
             notes.append(f"{self._unanswered:,} conversations end with turns without an answer; these are left out.")
         return notes
+
+    def _left_out(self) -> str:
+        count = self._empty.total()
+        what = ", ".join(f"{what} ({n:,})" for what, n in self._empty.most_common())
+        are = "record is empty and was" if self._read == 1 else "records are empty and were"
+        return f"{count:,} of {self._read:,} {are} left out: {what}; the first is {self._first_empty}."
 
     def _is_ignored(self, name: Any) -> bool:
         matched = [pattern for pattern in self._ignore if fnmatchcase(str(name), pattern)]
@@ -154,7 +182,7 @@ class RecordReader:
         said |= {name: _text_of(given, name, place) for name in (context, system) if name and given[name] not in _EMPTY}
         used |= {*said}
         if not said[answer].strip():
-            raise ParameterError(f'{place}: there is nothing to learn, "{answer}" is empty.')
+            raise _Empty(f'no text in "{answer}"')
         if asked == "prompt" and len(said) == 2:
             return ((_bytes(said[asked], asked, place), _bytes(said[answer], answer, place)),)
         asks = "\n".join(filter(None, [said[asked], said.get(context or "", "")]))
@@ -167,7 +195,9 @@ class RecordReader:
         system, tools = _one_of(given, SYSTEMS, place), given.get("tools")
         used |= {name, *TOOLS, *([system] if system else [])}
         messages = _from_json(given[name], name, place)
-        if not isinstance(messages, list) or not messages:
+        if messages in _EMPTY and not isinstance(messages, dict):
+            raise _Empty(f'no messages in "{name}"')
+        if not isinstance(messages, list):
             raise ParameterError(f'{place}: "{name}" must be a list of messages, each with a role and a content.')
         if system and given[system] not in _EMPTY:
             messages = [{"role": "system", "content": _text_of(given, system, place)}, *messages]
@@ -187,11 +217,13 @@ class RecordReader:
         self._ignored.update({f"messages.{name}": n for name, n in ignored.items()})
         try:
             turns = render_turns(messages, self._template, tools, ignored)
+        except EmptyTurn as e:
+            raise _Empty(f"a turn of the {e.role} without text") from None
         except ParameterError as e:
             raise ParameterError(f"{place}: {e}") from None
-        self._templated += 1
         if not any(turn.is_assistant for turn in turns):
-            raise ParameterError(f"{place}: there is nothing to learn, the assistant says nothing in it.")
+            raise _Empty("no turn of the assistant")
+        self._templated += 1
         found, read = [], b""
         for turn in turns:
             text = _bytes(turn.text, turn.role, place)
@@ -242,12 +274,14 @@ def _one_of(given: Mapping[str, Any], names: Sequence[str], place: str) -> str |
 
 def _text_of(given: Mapping[str, Any], name: str, place: str) -> str:
     value = given.get(name)
+    if value is None and name in given:  # as a Parquet file and JSON write an empty cell
+        value = ""
     if not isinstance(value, str):
         missing = "is missing" if value is None else "is no text"
         what = "it must be a text" if name == "text" else "a prompt goes with a response, both are texts"
         raise ParameterError(f'{place}: "{name}" {missing}; {what}.')
-    if not value and name == "text":
-        raise ParameterError(f"{place}: there is nothing to learn, the text to be learned is empty.")
+    if not value.strip() and name == "text":
+        raise _Empty('no text in "text"')
     return value
 
 

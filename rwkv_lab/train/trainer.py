@@ -50,6 +50,10 @@ _CONTINUES = (
     "rate rises again over {warmup} steps to where the schedule of {steps} steps has it. One training of {steps} steps "
     "ends elsewhere."
 )
+_ONE_PROCESS = (
+    "parallel='fsdp' does nothing in one process: the whole model is in its memory. Start several by torchrun "
+    "--nproc-per-node 2 -m rwkv_lab.train …"
+)
 
 
 @dataclass
@@ -270,6 +274,8 @@ def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
     check_destinations(spec, out, options.changed(overwrite=True) if finished else options)
     refuse_changed(plan.base_files)
     found = notes_on_start(spec, options.allow_other_base) + notes_on_checkpoint(out, options)
+    if options.parallel == "fsdp" and processes.size == 1:
+        found.append(_ONE_PROCESS)
     if spec.eval_every > spec.steps:
         found.append(f"eval_every={spec.eval_every}: nothing is measured on the way, in {spec.steps} steps.")
     for note in found:

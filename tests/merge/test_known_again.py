@@ -11,11 +11,13 @@ from tuned_files import write_adapter
 from rwkv_lab import merge, open_checkpoint
 from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.checkpoint.origin import ORIGIN
+from rwkv_lab.checkpoint.provenance import RECORD
 from rwkv_lab.convert import convert
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge import verify_merge
 from rwkv_lab.merge.adapter_content import closeness, content_of, is_same, same_layers
 from rwkv_lab.merge.contained_adapters import adapters_in
+from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.peft import open_adapter, save_adapter
 
 LORA = {n: 0.2 * t for n, t in random_lora(full=False, dtype=torch.float32).items()}
@@ -239,3 +241,39 @@ def test_a_later_step_of_the_same_training_is_refused(merged):
     with pytest.raises(ParameterError, match="3.pth and 4.pth are the same adapter"):
         merge(merged / "base.pth", [merged / "3.pth", merged / "4.pth"], merged / "o.pth", **allowed)
     merge(out, merged / "5.pth", merged / "o.pth", **allowed)
+
+
+def from_pretrained_and_saved(folder):
+    return RWKV_Dual.from_pretrained(folder / "m.pth", dtype="bfloat16").save_pretrained(folder / "saved")
+
+
+def saved_twice(folder):
+    again = RWKV_Dual.from_pretrained(from_pretrained_and_saved(folder).parent)
+    return again.save_pretrained(folder / "saved again").parent
+
+
+def changed_and_saved(folder):
+    model = RWKV_Dual.from_pretrained(folder / "m.pth")
+    with torch.no_grad():
+        model.head.weight.mul_(1.1)
+    return model.save_pretrained(folder / "changed")
+
+
+@pytest.mark.parametrize("write", [from_pretrained_and_saved, saved_twice, changed_and_saved])
+def test_what_is_in_a_model_stands_in_files_that_it_is_written_to(write, merged):
+    made = write(merged)
+    with open_checkpoint(made) as ck:
+        assert [one["name"] for one in adapters_in(ck)] == ["a.pth"]
+    with pytest.raises(ParameterError, match="contains a.pth already"):
+        merge(made, merged / "a.pth", merged / "o.pth", alpha=4)
+    if write in (from_pretrained_and_saved, saved_twice):
+        merge(made, merged / "a.pth", merged / "o.pth", alpha=4, parameters=UNDO)
+    else:  # how much of it is left is unknown
+        with pytest.raises(ParameterError):
+            merge(made, merged / "a.pth", merged / "o.pth", alpha=4, parameters=UNDO)
+
+
+def test_a_model_of_no_merge_is_saved_without_a_record(merged):
+    file = RWKV_Dual.from_pretrained(merged / "base.pth").save_pretrained(merged / "saved")
+    with open_checkpoint(file) as ck:
+        assert RECORD not in ck.metadata

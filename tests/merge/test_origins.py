@@ -1,10 +1,11 @@
 """Which base tuned files belong to, and LoRAs that are none: what they say themselves, and what their values say."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from models import LAYOUTS, random_lora, random_model, random_state
+from models import LAYOUTS, SEVEN, random_lora, random_model, random_state
 from safetensors.torch import save_file
 from tuned_files import write_adapter
 
@@ -101,6 +102,41 @@ def test_a_base_of_sixteen_bits_is_known_in_other_dtypes(stored, tmp_path):
         torch.save({n: t.to(stored).to(dtype) for n, t in BASE.items()}, tmp_path / "same.pth")
         with open_checkpoint(tmp_path / "same.pth") as ck:
             assert same_weights(weights_of(ck), first)
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A base with an embedding of more values than a fingerprint takes, another whose last row differs, and what was
+    trained on the first."""
+    values = random_model(replace(SEVEN, vocab_size=999), dtype=torch.float32)
+    torch.save(values, tmp_path / "base.pth")
+    values["emb.weight"][-1] += 1
+    torch.save(values, tmp_path / "last row.pth")
+    write_checkpoint(tmp_path / "state.pth", random_state(), origin(tmp_path))
+    return tmp_path
+
+
+def test_a_base_of_which_only_the_last_row_differs_is_another(large):
+    notes = merge(large / "base.pth", large / "state.pth", large / "o.pth", dry_run=True).plan.notes
+    assert not any("trained on" in n for n in notes)
+    with pytest.raises(ParameterError, match="was trained on base.pth"):
+        merge(large / "last row.pth", large / "state.pth", large / "o.pth")
+    for base in ("base.pth", "last row.pth"):
+        result = merge(large / base, large / "state.pth", large / f"o {base}", allow_other_base=True)
+        assert result.plan.output_bytes == result.out.stat().st_size
+
+
+def test_fingerprints_of_earlier_versions_are_still_known(large):
+    with open_checkpoint(large / "base.pth") as ck:
+        now = weights_of(ck)
+    earlier = {name: now[name] for name in ("float32", "float16", "bfloat16")}
+    assert len(now) == 6 and same_weights(now, earlier) and same_weights(earlier, now)
+    note = {ORIGIN: Origin("base.pth", earlier, "float32", "none", "t").text()}
+    write_checkpoint(large / "earlier.pth", random_state(), note)
+    merge(large / "base.pth", large / "earlier.pth", large / "o.pth")
+    torch.save(OTHER, large / "third.pth")
+    with pytest.raises(ParameterError):
+        merge(large / "third.pth", large / "earlier.pth", large / "o2.pth")
 
 
 def test_what_was_made_from_the_base_takes_its_adapters_and_says_so(files):

@@ -101,7 +101,7 @@ def test_equal_examples_are_on_one_side(tmp_path):
         ([{"prompt": "a"}], 'line 1: "response" is missing'),
         ([{"response": "a"}], 'line 1: "prompt" is missing'),
         ([{"prompt": "a", "response": 1}], 'line 1: "response" is no text'),
-        ([{"prompt": "a", "response": ""}], "line 1: there is nothing to learn"),
+        ([{"prompt": "a", "response": ""}], r"1 of 1 record is empty .*line 1.\n.*leaves 0"),
         ([{"text": "a", "prompt": "b"}], "only one of the two"),
         (['{"text": "\\ud800"}'], "surrogate"),
         (["[" * 100_000], "line 1: this is no JSON"),

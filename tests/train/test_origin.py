@@ -22,9 +22,8 @@ def folder(tmp_path_factory):
 
 
 def trained(folder, kind, out, **given):
-    return train(
-        kind, folder / out, str(folder / "texts"), base=folder / "base.pth", **SHORT | {"lr": LRS[kind]} | given
-    )
+    given = SHORT | {"lr": LRS[kind], "base": folder / "base.pth"} | given
+    return train(kind, folder / out, str(folder / "texts"), **given)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +68,17 @@ def test_more_steps_are_the_same_training_and_another_seed_is_not(folder):
         merge(folder / "base.pth", [folder / "3.pth", folder / "4.pth"], folder / "o.pth")
     result = merge(merged, folder / "seed.pth", folder / "o.pth")
     assert any("seed.pth was trained on base.pth, which this base was made from" in n for n in result.plan.notes)
+
+
+def test_a_model_trained_whole_contains_what_its_base_contains(folder):
+    trained(folder, "lora", "a.pth")
+    merged = merge(folder / "base.pth", folder / "a.pth", folder / "with a.pth").out
+    trained(folder, "full", "all.pth", base=merged)
+    for options in ({}, {"parameters": {"unmerge": True}}):  # how much of it is left is unknown
+        with pytest.raises(ParameterError, match="a.pth"):
+            merge(folder / "all.pth", folder / "a.pth", folder / "o2.pth", allow_other_base=True, **options)
+    with pytest.raises(ParameterError, match="contains a.pth already"):
+        merge(folder / "all.pth", folder / "a.pth", folder / "o2.pth", allow_other_base=True)
 
 
 def test_what_is_trained_further_is_the_same_training(folder):

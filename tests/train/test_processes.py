@@ -127,3 +127,10 @@ def test_the_command_line_refuses_in_words(tmp_path, capsys):
     (tmp_path / "run.json").write_text('{"steps": "3"}')
     assert main([*words, "--json", str(tmp_path / "run.json")]) == 1
     assert capsys.readouterr().err == "ParameterError: steps='3': it should be a valid integer\n"
+
+
+def test_fsdp_in_one_process_says_that_it_does_nothing(tmp_path, caplog):
+    result = train("pretrain", tmp_path / "o.pth", parallel="fsdp", **SHORT)
+    assert any("parallel='fsdp' does nothing in one process" in note for note in result.notes)
+    assert "does nothing in one process" in caplog.text
+    assert not train("pretrain", tmp_path / "p.pth", **SHORT).notes

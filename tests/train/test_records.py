@@ -8,7 +8,7 @@ from tiny_training import SHORT
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.train import Corpus, Examples, TokenCorpus, load_corpus, train
+from rwkv_lab.train import Corpus, Examples, TokenCorpus, load_corpus, plan_training, train
 from rwkv_lab.train.batches import SKIP, in_batches
 
 
@@ -143,21 +143,14 @@ def says(*turns):
     ("record", "words"),
     [
         ({"chosen": "a", "rejected": "b"}, "it must be an object.*'chosen', 'rejected'"),
-        ({}, "it must be an object"),
+        ({"id": ""}, "it must be an object"),
         ("a text", "it must be an object"),
-        ({"messages": []}, "must be a list of messages"),
         ({"messages": "Hello"}, "is text, and no JSON"),
         ({"messages": {"role": "user"}}, "must be a list of messages"),
-        (says(("user", "a")), "the assistant says nothing"),
-        (says(("user", "a"), ("assistant", "")), r"message 2 \(assistant\) has no text"),
-        (says(("user", "a"), ("assistant", " \n")), r"message 2 \(assistant\) has no text"),
         (says(("usr", "a"), ("assistant", "b")), "message 1 has the role 'usr'"),
         ({"messages": [{"content": "a"}]}, "message 1 has no role"),
         ({"messages": [{"role": "assistant", "content": "a", "image": "x.png"}]}, "message 1 .* has 'image'"),
         ({"messages": [{"role": "assistant", "content": [{"type": "image_url"}]}]}, "no text"),
-        ({"instruction": "a", "output": ""}, '"output" is empty'),
-        ({"instruction": "a", "output": " \n"}, '"output" is empty'),
-        ({"instruction": "a", "output": None}, '"output" is missing'),
         ({"instruction": "a", "input": 3, "output": "b"}, '"input" is no text'),
         ({"instruction": "a"}, '"response" is missing'),
         ({"answer": "a"}, '"prompt" is missing'),
@@ -169,6 +162,57 @@ def says(*turns):
 def test_malformed_records_are_named_by_their_line(record, words, tmp_path):
     with pytest.raises(ParameterError, match=rf"x, line 2:? .*{words}"):
         examples(tmp_path, OTHER, record)
+
+
+EMPTY = {
+    "no fields": ({}, "an object without fields"),
+    "empty text": ({"text": ""}, 'no text in "text"'),
+    "blank text": ({"Text": " \n"}, 'no text in "text"'),
+    "null": ({"text": None}, 'no text in "text"'),
+    "empty answer": ({"prompt": "a", "response": ""}, 'no text in "response"'),
+    "blank answer": ({"instruction": "a", "input": "b", "output": " \n"}, 'no text in "output"'),
+    "null answer": ({"question": None, "answer": None}, 'no text in "answer"'),
+    "empty question": ({"question": "", "answer": "a"}, "a turn of the user without text"),
+    "no messages": ({"messages": []}, 'no messages in "messages"'),
+    "null messages": ({"conversations": None}, 'no messages in "conversations"'),
+    "blank cell": ({"messages": "  "}, 'no messages in "messages"'),
+    "silent assistant": (says(("user", "a"), ("assistant", "")), "a turn of the assistant without text"),
+    "blank turn": (says(("user", "a"), ("assistant", " \n")), "a turn of the assistant without text"),
+    "one silent turn": (
+        says(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "")),
+        "a turn of the assistant without text",
+    ),
+    "no assistant": (says(("user", "a")), "no turn of the assistant"),
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_empty_records_are_left_out_and_counted(kind, tmp_path):
+    record, words = EMPTY[kind]
+    found, notes = examples(tmp_path, OTHER, record, OTHER | {"text": "c"}, record)
+    assert {e.line for e in found} == {1, 3}
+    note = f"2 of 4 records are empty and were left out: {words} (2); the first is {tmp_path / 'x'}, line 2."
+    assert note in notes
+    with pytest.raises(ParameterError, match="2 of 2 records are empty .*\n.*leaves 0 to learn"):
+        examples(tmp_path, record, record)
+    with pytest.raises(ParameterError, match="1 of 2 records are empty .*\n.*leaves 1 to learn"):
+        examples(tmp_path, OTHER, record)
+
+
+def test_empty_records_are_in_plan_log_and_result(tmp_path, small, caplog):
+    data = jsonl(tmp_path / "x", *({"text": "" if i % 3 == 0 else f"= {i} =" * 30} for i in range(30)))
+    note = "10 of 30 records are empty and were left out"
+    plan = plan_training("full", small, data=str(data), steps=1, batch_size=1, ctx_len=8)
+    assert any(note in line for line in plan.notes)
+    with caplog.at_level("INFO", "rwkv_lab"):
+        result = train("full", tmp_path / "o.pth", str(data), small, log_folder=tmp_path, **SHORT)
+    assert any(note in line for line in result.notes) and note in caplog.text
+    assert note in (tmp_path / "log.json").read_text()
+
+
+def test_fields_with_content_of_an_empty_record_are_refused_all_the_same(tmp_path):
+    with pytest.raises(ParameterError, match="the field 'title' would not be used"):
+        examples(tmp_path, OTHER, {"text": "", "title": "a"}, {"text": "c"})
 
 
 def test_fields_inside_messages_are_ignored_by_name_too(tmp_path):
