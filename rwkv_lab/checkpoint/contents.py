@@ -27,7 +27,7 @@ def adapters_in(*models: Checkpoint) -> list[dict[str, Any]]:
 
 
 def mixed(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of an adapter of which nobody knows how much is left."""
+    """The entry of an adapter of which it is unknown how much is left."""
     known_by = ("name", "fingerprint", "content", "training")
     return {key: entry[key] for key in known_by if key in entry} | {"mixed": True}
 

@@ -106,9 +106,7 @@ class MergeSpec(Spec):
         "auto",
         description="auto reads it off the file; or state, overlay, lora, pissa, miss; linear, slerp, … mix models",
     )
-    alpha: Setting = Field(
-        None, description="0 to 1: how far to go; for a LoRA: its alpha; where deltas are added: their factor"
-    )
+    alpha: Setting = Field(None, description="0 to 1: how far to go; of a LoRA: its alpha; of deltas: a factor")
     weights: Setting = Field(None, description="linear: base, then each tuned; where deltas are added: each tuned")
     pissa_init: Annotated[Path | list[Path | None] | None, BeforeValidator(_paths_or_none)] = Field(
         None, description="of a PiSSA adapter: the file or folder that it started from, or svd"

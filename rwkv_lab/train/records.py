@@ -255,7 +255,7 @@ def _form(given: Mapping[str, Any], place: str) -> str:
         one, other = ('"' + '" or "'.join(has[form]) + '"' for form in forms[:2])
         raise ParameterError(
             f"{place} has {one} beside {other}; only one of the two can be meant.\n"
-            f"Pass ignore={json.dumps(has[forms[1]])} or {json.dumps(has[forms[0]])}, whichever is to be left out."
+            f"Pass ignore={json.dumps(has[forms[1]])} or ignore={json.dumps(has[forms[0]])}, whichever is not meant."
         )
     return forms[0]
 

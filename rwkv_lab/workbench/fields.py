@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from rwkv_lab.spec import OneOf
 from rwkv_lab.workbench.file_chooser import FileChooser
 from rwkv_lab.workbench.parameters import Files
+from rwkv_lab.workbench.words import takes_mapping
 
 _LABEL = {"description_width": "9rem"}
 _WIDE = {"width": "44rem"}  # no Layout: that would be a widget, made at import
@@ -64,6 +65,8 @@ def field_for(name: str, info: FieldInfo) -> Field:
     choices = _choices(kind, info.metadata)
     if choices:
         return _choice(name, choices)
+    if takes_mapping(info) and kind is not dict and origin is not dict:
+        return _setting(name, info.default)
     if origin is list:
         return _list(name, inside[0])
     if origin is dict or kind is dict:
@@ -147,6 +150,20 @@ def _numbers(name: str) -> Field:
         lambda v: ", ".join(f"{x:g}" for x in v),
         lambda text: [part.strip() for part in text.split(",") if part.strip()],
     )
+
+
+def _setting(name: str, default: object) -> Field:
+    """A number, numbers with commas between them, or JSON; the parameters read them as words."""
+    field = _text(name)
+
+    def shown(value: Any) -> str:
+        if value == default:
+            return ""
+        value = value if not isinstance(value, int | float) else [value]
+        several = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
+        return ", ".join(f"{x:g}" for x in value) if several else json.dumps(value)
+
+    return Field(name, field.widget, shown, lambda text: text.strip() or default)
 
 
 def _mapping(name: str, example: str) -> Field:

@@ -20,7 +20,7 @@ from rwkv_lab.paths import path_fault
 from rwkv_lab.spec import Advise, OneOf, Patterns, Spec, Text, unknown_name
 from rwkv_lab.train.held_out import WINDOW
 from rwkv_lab.wkv import backends
-from rwkv_lab.workbench.words import example, from_words, in_words
+from rwkv_lab.workbench.words import example, from_words, in_words, takes_mapping
 
 DEMO = ("demo:base", "demo:state")
 
@@ -148,6 +148,9 @@ def read_parameters(model: type[Parameters], namespace: Mapping[str, Any], names
     return model.read(values, _advice_for_papermill(model) if names_are_all else None)
 
 
+_BY_PATTERN = {"blocks.0.*": 0.5, "*": 1.0}
+
+
 def _advice_for_papermill(model: type[Parameters]) -> Advise:
     """How papermill's options pass a value of the type that is needed."""
 
@@ -157,6 +160,8 @@ def _advice_for_papermill(model: type[Parameters]) -> Advise:
             word = f"the word {given}" if given is None or isinstance(given, bool) else "text that looks like a number"
             also = f"; leave {name} out for its default" if given is None else ""
             return f"papermill's -p makes a value of {word}: -r {name} keeps it as text{also}."
+        if isinstance(given, str) and given.lstrip()[:1] in ("{", "[") and takes_mapping(model.model_fields[name]):
+            return f"It is no JSON; papermill takes mappings by -y: -y {shlex.quote(json.dumps({name: _BY_PATTERN}))}"
         if isinstance(given, float) and given.is_integer() and error in ("int_type", "int_from_float"):
             return f"Write it without a fraction or an exponent: -p {name} {int(given)}"
         return {

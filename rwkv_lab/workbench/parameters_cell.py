@@ -48,7 +48,8 @@ def _type(annotation: Any) -> str:
     if origin is Literal:
         return "str"
     if origin is list:
-        return f"list[{_type(inside[0])}]"
+        kind = _type(inside[0])
+        return "list" if kind.startswith(("Union", "Optional")) else f"list[{kind}]"
     return (origin or annotation).__name__
 
 

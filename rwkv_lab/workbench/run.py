@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rwkv_lab.errors import OutputError, ParameterError
+from rwkv_lab.errors import OutputError, ParameterError, RwkvLabError
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.resources import reports_folder
 from rwkv_lab.workbench.again import command
@@ -20,6 +20,7 @@ from rwkv_lab.workbench.report_folder import begin, close, note_on_earlier_run
 from rwkv_lab.workbench.result import Record
 from rwkv_lab.workbench.tables import Table
 from rwkv_lab.workbench.terminal import say
+from rwkv_lab.workbench.words import advice_in_words
 
 
 class Run:
@@ -153,6 +154,11 @@ class Run:
         if error is not None and self.record.status == "running":
             self.fail(error)
 
+    def advise_in_words(self, error: BaseException) -> None:
+        """In batch, have an error of ours say what to pass as papermill takes it."""
+        if isinstance(error, RwkvLabError) and not frontend_present():
+            error.args = (advice_in_words(str(error), self.model.model_fields),)
+
     def _repr_html_(self) -> str:
         return self._table()._repr_html_()
 
@@ -195,6 +201,7 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
             train_demo(config)
         config.check_files()
     except BaseException as e:
+        run.advise_in_words(e)
         run.fail(e)
         raise
     run.record.write()
@@ -223,6 +230,12 @@ def _join_kernel(run: Run) -> None:
         if isinstance(getattr(callback, "__self__", None), Run):
             shell.events.unregister("post_run_cell", callback)
     shell.events.register("post_run_cell", run.after_cell)
+
+    def show(shell: Any, kind: type[BaseException], error: BaseException, trace: Any, tb_offset: Any = None) -> None:
+        run.advise_in_words(error)
+        shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+
+    shell.set_custom_exc((RwkvLabError,), show)
     log = logging.getLogger("rwkv_lab")
     if not log.handlers:
         log.addHandler(logging.StreamHandler(sys.stdout))

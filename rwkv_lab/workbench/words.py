@@ -4,6 +4,8 @@ import ast
 import json
 import os
 import re
+import shlex
+from collections.abc import Iterable
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -11,31 +13,39 @@ from pydantic.fields import FieldInfo
 
 from rwkv_lab.spec import OneOf
 
+_ADVICE = re.compile(r"\b[Pp]ass .*")  # to the end of its line
 _COMMA = re.compile(r",(?![^\[]*\])")  # but not in a pattern such as blocks.[0,1].*
 
 
 def from_words(field: FieldInfo, value: object) -> object:
     """The value of a parameter that may be given in words; what is neither list nor mapping stays as it is.
 
-    A list is one word, words separated by commas, or JSON; a mapping is JSON. The path of a file that is there is one
-    word, whatever is in it. None is "nothing given" for parameters whose default is empty.
+    A list is one word, words separated by commas, or JSON; a mapping is JSON. Where one number serves too, one word
+    stays one number, and "None" in a list is nothing. The path of a file that is there is one word, whatever is in it.
+    None is "nothing given" for parameters whose default is empty.
     """
     if value is None and field.default in ("", [], {}):
         return field.default
     kinds = [_plain(kind) for kind in _alternatives(field.annotation)]
     if dict in kinds and isinstance(value, str):
-        return _parsed(value, dict, value) if value.strip() else {}
+        value = _parsed(value, dict, value) if value.strip() else field.default
     if list not in kinds or isinstance(value, (list, tuple, dict, bool)) or value is None:
         return list(value) if isinstance(value, tuple) and list in kinds else value
+    one_serves = str in kinds or float in kinds
     if not isinstance(value, str):
-        return value if str in kinds else [value]
-    if str in kinds and not _COMMA.search(value):
+        return value if one_serves else [value]
+    if one_serves and not _COMMA.search(value):
         return _parsed(value, list, value)  # a list may be given, and need not be
     inside = next(_inside(kind) for kind in _alternatives(field.annotation) if _plain(kind) is list)
     if inside is str and os.path.exists(os.path.expanduser(value)):
         return value if str in kinds else [value]
     words = [word.strip() for word in _COMMA.split(value) if word.strip()]
     return _parsed(value, list, [_number(word) if inside in (int, float) else word for word in words])
+
+
+def takes_mapping(field: FieldInfo) -> bool:
+    """Whether the parameter may be a mapping."""
+    return dict in [_plain(kind) for kind in _alternatives(field.annotation)]
 
 
 def example(name: str, field: FieldInfo) -> object:
@@ -55,6 +65,26 @@ def example(name: str, field: FieldInfo) -> object:
 def in_words(value: object) -> str:
     """The value as -p takes it: lists with commas, the rest as JSON."""
     return ",".join(map(str, value)) if isinstance(value, list) else json.dumps(value)
+
+
+def advice_in_words(message: str, names: Iterable[str]) -> str:
+    """A message in which values to pass stand as papermill takes them: `Pass ignore=["id"]` as `Pass -p ignore id`.
+
+    Args:
+        names: of the parameters that there are.
+    """
+    value = r"""\[[^\]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|\w[\w.+-]*(?<!\.)"""
+    given = re.compile(rf"(?<![\w.-])({'|'.join(names)})=({value})")
+
+    def option(found: re.Match) -> str:
+        name, value = found[1], _parsed(found[2], object, found[2])
+        if isinstance(value, dict):
+            return f"-y {shlex.quote(json.dumps({name: value}))}"
+        if isinstance(value, list):
+            return f"-p {name} {shlex.quote(in_words(value))}"
+        return f"-p {name} {shlex.quote(found[2].strip(chr(34) + chr(39)))}"
+
+    return _ADVICE.sub(lambda sentence: given.sub(option, sentence[0]), message)
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -90,7 +120,9 @@ def _parsed(text: str, kind: type, otherwise: object) -> object:
 
 
 def _number(word: str) -> object:
-    """A number where the word is one; other words are refused by the parameter's type."""
+    """A number where the word is one, None for that word; others are refused by the parameter's type."""
+    if word == "None":
+        return None
     for kind in (int, float):
         try:
             return kind(word)

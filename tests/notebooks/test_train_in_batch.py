@@ -18,6 +18,13 @@ def test_what_cannot_be_trained_fails_the_run_and_leaves_no_output(batch, demo_f
     assert "blocks.0.att.receptance: rank 99" in run.log
 
 
+def test_messages_say_what_to_pass_to_papermill(batch, demo_folder, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "id": 1}\n{"text": "b", "id": 2}\n')
+    run = batch("train", "-r", "data", "x.jsonl", cwd=tmp_path)
+    assert run.code != 0 and "Pass -p ignore id to leave it out" in run.log
+    assert "Pass -p ignore id to leave it out" in run.result["error"]["message"]
+
+
 def test_an_adapter_is_trained_in_batch(batch, demo_folder, tmp_path):
     lines = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(30)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -5,10 +5,15 @@ import shlex
 from typing import Any
 
 import pytest
+import torch
+from models import random_lora, random_model
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.merge import MergeOptions, run_merge
+from rwkv_lab.workbench.fields import field_for
 from rwkv_lab.workbench.parameters import read_parameters
 from rwkv_lab.workbench.registry import notebook_names, parameters_of
+from rwkv_lab.workbench.words import advice_in_words
 
 OWN = {"base": "/b.pth", "tuned": "/t.pth"}
 
@@ -98,7 +103,7 @@ def test_a_mapping_may_be_json():
     [
         ("merge", {"include": {"a": 1}}, "-p include 'blocks.0.*'"),
         ("merge", {"exclude": True}, "-p exclude emb,head"),
-        ("merge", {"weights": {}}, "-p weights 0.5,0.5"),
+        ("merge", {"weights": True}, "-p weights 0.5,0.5"),
         ("train", {"kind": "lora", "targets": {}}, "-p targets att.key,ffn.key"),
         ("modes", {"dtypes": {}}, "-p dtypes float64,float32,bfloat16"),
         ("modes", {"backends": {}}, "-p backends reference"),
@@ -118,6 +123,70 @@ def test_the_example_in_a_message_is_accepted(notebook, values, example):
 def test_the_example_of_a_mapping_is_the_parameters_own(notebook, needed):
     message = refusal(notebook, {"parameters": 3})
     assert needed in json.loads(shlex.split(message[message.index("-y ") :])[1])["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "value"),
+    [
+        ("alpha", "4,0", [4.0, 0.0]),
+        ("alpha", "4,None", [4.0, None]),
+        ("alpha", "[4, 0]", [4.0, 0.0]),
+        ("alpha", "4", 4.0),
+        ("alpha", "", None),
+        ("alpha", '{"blocks.0.*": 1, "*": 2}', {"blocks.0.*": 1, "*": 2}),
+        ("weights", '{"blocks.0.*": 0.5}', {"blocks.0.*": 0.5}),
+        ("weights", '[{"blocks.0.*": 0.5}, 1]', [{"blocks.0.*": 0.5}, 1.0]),
+    ],
+)
+def test_numbers_that_differ_by_file_or_by_tensor(name, word, value):
+    found = read("merge", **OWN, **{name: word})
+    assert getattr(found, name) == value
+    field = field_for(name, type(found).model_fields[name])
+    field.value = value  # as the panel has it
+    assert getattr(found.changed(**{name: field.value}), name) == value
+
+
+@pytest.mark.parametrize("name", ["alpha", "weights"])
+def test_a_mapping_that_is_no_json_is_told_how_to_be_given(name):
+    message = refusal("merge", {name: "{blocks.0.*: 1}"})
+    given = json.loads(shlex.split(message[message.index("-y ") :])[1])
+    assert isinstance(getattr(parameters_of("merge").read({**OWN, **given}), name), dict)
+
+
+def test_a_list_of_alphas_is_merged(tmp_path):
+    torch.save(random_model(), tmp_path / "base.pth")
+    for seed in (1, 2):
+        torch.save(random_lora(seed=seed, full=False), tmp_path / f"{seed}.pth")
+    tuned = ",".join(str(tmp_path / f"{seed}.pth") for seed in (1, 2))
+    spec = read("merge", base=str(tmp_path / "base.pth"), tuned=tuned, alpha="4,0").spec()
+    result = run_merge(spec, tmp_path / "o.pth", MergeOptions.read({}))
+    assert any("2.pth adds nothing" in note for note in result.notes)
+    by_pattern = read("merge", base=str(tmp_path / "base.pth"), tuned=tuned, alpha="4", weights='[{"*": 0.5}, 1]')
+    assert by_pattern.spec().weights == [{"*": 0.5}, 1.0]
+
+
+NAMES = ("ignore", "tokenizer", "alpha", "parameters")
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ('a: b\nPass ignore=["id", "meta"] to leave them out', "a: b\nPass -p ignore id,meta to leave them out"),
+        (
+            "Put it there, or pass ignore=['*d'] to leave it out.",
+            "Put it there, or pass -p ignore '*d' to leave it out.",
+        ),
+        ('Pass ignore=["a"] or ignore=["b"].', "Pass -p ignore a or -p ignore b."),
+        ("Pass tokenizer='world' or a path.", "Pass -p tokenizer world or a path."),
+        ("pass alpha=0.5.", "pass -p alpha 0.5."),
+        ("Pass parameters={'unmerge': True}.", """Pass -y '{"parameters": {"unmerge": true}}'."""),
+        ("pass alpha= (16, 32)", "pass alpha= (16, 32)"),
+        ("pass other=3", "pass other=3"),
+        ("ignore=['a'] has no effect", "ignore=['a'] has no effect"),
+    ],
+)
+def test_advice_says_what_to_pass_to_papermill(message, words):
+    assert advice_in_words(message, NAMES) == words
 
 
 def test_nothing_is_said_of_papermill_where_python_is_written():

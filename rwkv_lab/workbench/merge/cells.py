@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict
+from typing import Any
 
 from IPython.display import display
 
@@ -215,7 +216,7 @@ def _effect(result: MergeResult) -> str:
 def _what(made: MergePlan) -> str:
     """What is merged, in a line: for headlines and under figures."""
     alpha, base = made.spec.alpha, made.spec.base.name
-    share = "" if alpha is None else f", alpha {alpha:g}" if isinstance(alpha, float) else ", alpha by tensor"
+    share = "" if alpha is None else f", alpha {_setting(alpha)}"
     names = [path.name for path in made.spec.tuned]
     tuned = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
     method = MERGE_METHODS[made.method]
@@ -223,6 +224,13 @@ def _what(made: MergePlan) -> str:
         return f"{tuned} merged into {base}, method {method.name}{share}"
     with_them = f" and {tuned}" if tuned else ""
     return f"{base}{with_them}, method {method.name} ({_help(made)}){share}"
+
+
+def _setting(value: Any) -> str:
+    """A number, or one for each file, in words; those that differ by tensor are too many."""
+    if isinstance(value, list):
+        return ", ".join(map(_setting, value))
+    return "by tensor" if isinstance(value, dict) else "of the file" if value is None else f"{value:g}"
 
 
 def _help(made: MergePlan) -> str:

@@ -23,6 +23,7 @@ from rwkv_lab.workbench.parameters import (
     input_path,
 )
 
+Setting = Number | dict[str, Any]  # or one that differs by tensor: a mapping of patterns to numbers
 _IN_RECIPES = ("base", "tuned", "method", "alpha", "weights", "pissa_init", "parameters", "dtype")
 
 
@@ -44,8 +45,8 @@ class MergeParameters(ReadsText):
     base: InputPath = "demo:base"
     tuned: InputPaths = "demo:state"
     out: PathOrEmpty = Field("", description="empty: merged.pth in the report folder, replaced by the next run")
-    alpha: Number | None = None  # one that differs by tensor goes into parameters
-    weights: list[Number] = Field([], examples=[[0.5, 0.5]])
+    alpha: Number | dict[str, Any] | list[Number | None] | None = None
+    weights: list[Setting] | dict[str, Any] = Field([], examples=[[0.5, 0.5]])
     pissa_init: InputsOrEmpty = ""
     parameters: dict[str, Any] = Field({}, examples=[{"density": 0.3}])
     data: list[Text] = Field(
