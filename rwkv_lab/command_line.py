@@ -19,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser, fields: Mapping[str, FieldInfo]) 
     """`--json`, and a flag for every option; what is not given is None."""
     parser.add_argument("--json", help="a file with an object of options")
     for name, field in fields.items():
-        flag, kind, words = f"--{name.replace('_', '-')}", _type_of(field.annotation), field.description
+        flag, kind, words = f"--{name.replace('_', '-')}", type_of(field.annotation), field.description
         read = any(isinstance(mark, BeforeValidator) for mark in field.metadata)  # text, which the spec understands
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=words)
@@ -46,12 +46,12 @@ def settings_of(given: dict[str, Any], needed: Iterable[str], names: Iterable[st
     return settings
 
 
-def _type_of(annotation: Any) -> Any:
+def type_of(annotation: Any) -> Any:
     """The plain type of an option: `int` for `Annotated[int, …] | None`, `list` for `list[str]`."""
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
-        return _type_of(next(a for a in inside if a is not NoneType))
-    return _type_of(inside[0]) if origin is Annotated else origin or annotation
+        return type_of(next(a for a in inside if a is not NoneType))
+    return type_of(inside[0]) if origin is Annotated else origin or annotation
 
 
 def _from_json(path: str | None, names: list[str]) -> dict[str, Any]:

@@ -121,6 +121,7 @@ def wkv(name: str) -> dict[str, torch.Tensor]:
 def calls(world: World) -> list[Call]:
     """A valid call of everything that is public, fast: jobs find their output there already, and refuse."""
     from rwkv_lab import convert, merge, train
+    from rwkv_lab.export import ExportConfiguration
     from rwkv_lab.merge import MergeOptions, MergeSpec, open_inputs, run_merge
 
     w, there = world, world.folder / "there.pth"
@@ -252,6 +253,9 @@ def calls(world: World) -> list[Call]:
         "verify_convert": {"result": converted},
         "export_onnx": {"model": w.folder / "missing.pth", "folder": w.folder / "there"},
         "OnnxModel": {"folder": w.folder / "there"},
+        "CheckpointDetector": {"path": w.folder},
+        "ConfigurationManager": {"environment": {}},
+        "run": {"configuration": ExportConfiguration.read({"checkpoint_path": str(w.folder / "missing.pth")})},
         "compare_logits": {"result": converted},
         "write_convert": {"plan": converted.plan},
         "download": {"repo_id": "no name", "file": "x.pth"},

@@ -14,7 +14,8 @@ LAYERS = (
     {"analysis"},
     {"bench"},
     {""},  # rwkv_lab/__init__.py
-    {"merge", "train", "convert", "export"},
+    {"export"},
+    {"merge", "train", "convert"},
     {"peft"},
     {"model"},
     {"checkpoint", "tokenizer"},
@@ -38,6 +39,7 @@ LAYERS = (
         "samples",
         "text",
         "threads",
+        "yaml_file",
     },
 )
 BOTTOM = LAYERS[-1]

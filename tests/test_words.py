@@ -121,6 +121,9 @@ THEIRS = re.compile(
     r"|GGMLQuantizationType|llama_model_quantize\w*|quantization_version|organization"
     r"|(is_|register_)?initializers?|DynamicQuantizeLinear|optimizer|graph_optimization_level|GraphOptimizationLevel"
     r"|SerializeToString"
+    # Options and results of an export, whose names the first design fixed.
+    r"|quantization_level|EXPORT_QUANTIZATION_LEVEL|onnx_optimize_graph|EXPORT_ONNX_OPTIMIZE_GRAPH|optimization"
+    r"|optimized_size_mb"
 )
 
 

@@ -7,16 +7,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointInfo
+    from rwkv_lab.export.configuration import ConfigurationManager, ExportConfiguration
     from rwkv_lab.export.onnx.export import OnnxExport, export_onnx
     from rwkv_lab.export.onnx_model import OnnxModel
+    from rwkv_lab.export.pipeline import run
+    from rwkv_lab.export.result import ExportResult
 
 _HOME = {
+    "CheckpointDetector": "rwkv_lab.export.checkpoint_detector",
+    "CheckpointInfo": "rwkv_lab.export.checkpoint_detector",
+    "ConfigurationManager": "rwkv_lab.export.configuration",
+    "ExportConfiguration": "rwkv_lab.export.configuration",
+    "ExportResult": "rwkv_lab.export.result",
     "OnnxExport": "rwkv_lab.export.onnx.export",
     "OnnxModel": "rwkv_lab.export.onnx_model",
     "export_onnx": "rwkv_lab.export.onnx.export",
+    "run": "rwkv_lab.export.pipeline",
 }
 
-__all__ = ["OnnxExport", "OnnxModel", "export_onnx"]
+__all__ = [
+    "CheckpointDetector",
+    "CheckpointInfo",
+    "ConfigurationManager",
+    "ExportConfiguration",
+    "ExportResult",
+    "OnnxExport",
+    "OnnxModel",
+    "export_onnx",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,17 +16,17 @@ import torch
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.dtypes import short_name, to_dtype
-from rwkv_lab.errors import CorruptFileError, ParameterError
+from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.merge import AnyPath, run_merge
 from rwkv_lab.merge.plan import MergeResult
 from rwkv_lab.merge.settings import GRADIENT, REST, with_default
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
-from rwkv_lab.paths import missing_file, to_path
+from rwkv_lab.paths import to_path
 from rwkv_lab.spec import did_you_mean
+from rwkv_lab.yaml_file import read_mapping
 
 log = logging.getLogger(__name__)
 
-_MAX = 1_000_000  # bytes of a recipe
 _OUTPUT = (torch.float32, torch.float16, torch.bfloat16)
 _KEYS = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype")
 _OF_A_SLICE, _OF_A_MODEL = ("sources", "parameters", "base_model"), ("model", "parameters")
@@ -86,7 +86,7 @@ def read_recipe(recipe: AnyPath) -> MergeSpec:
 def _read(recipe: AnyPath) -> dict[str, Any]:
     """base, tuned, method, alpha, weights, parameters and dtype, as far as the recipe states them."""
     path = to_path(recipe, "recipe")
-    asked = _load(path)
+    asked = read_mapping(path, "a recipe", "merge_method, models, parameters, …")
     _refuse_unknown(path, asked, (*_KEYS, *_ELSEWHERE), "")
     for name in _ELSEWHERE:
         if name in asked:
@@ -101,49 +101,6 @@ def _read(recipe: AnyPath) -> dict[str, Any]:
         if asked.get(name) is not None:
             given["dtype"] = short_name(to_dtype(asked[name], f"{path}: {name}", _OUTPUT))
     return {"method": method, **given}
-
-
-def _load(path: Path) -> dict:
-    import yaml  # here, because only recipes need it
-
-    if not path.is_file():
-        raise missing_file(path)
-    try:
-        if path.stat().st_size > _MAX:
-            raise CorruptFileError(f"{path} has {path.stat().st_size} bytes; a recipe has at most {_MAX}")
-        loader = yaml.SafeLoader(path.read_text())
-        tree = loader.get_single_node()
-        _refuse_repeated(path, tree)
-        asked = None if tree is None else loader.construct_document(tree)
-    except OSError as e:
-        raise CorruptFileError(f"cannot read the recipe {path}: {e.strerror}") from e
-    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: bytes that are no text, a 30th of February
-        said = str(e).split("\n")[0]
-        raise CorruptFileError(f"{path} is not YAML ({said})") from e
-    if not isinstance(asked, dict):
-        raise ParameterError(f"{path} holds no mapping; a recipe has merge_method, models, parameters, …")
-    return asked
-
-
-def _refuse_repeated(path: Path, tree: Any) -> None:
-    """YAML's own reader takes the last of two values of one name, and forgets the other."""
-    waiting, seen = [tree], set()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
-            continue
-        seen.add(id(node))  # an alias is the same node again, and may stand inside itself
-        names = set()
-        for child in node.value:
-            if not isinstance(child, tuple):
-                waiting.append(child)
-                continue
-            key, value = child
-            if isinstance(key.value, str) and (key.tag, key.value) in names:
-                line = key.start_mark.line + 1
-                raise ParameterError(f"{path}: {key.value!r} stands twice in one mapping, again in line {line}")
-            names |= {(key.tag, key.value)} if isinstance(key.value, str) else set()
-            waiting += [key, value]
 
 
 def _refuse_unknown(path: Path, found: Mapping, known: tuple[str, ...], where: str) -> None:

@@ -57,6 +57,7 @@ def export_onnx(
     external_data: bool | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
+    optimise_graph: bool = True,
 ) -> OnnxExport:
     """Write a model as two ONNX graphs, for a sequence and for one token, that `rwkv_lab.export.OnnxModel` runs.
 
@@ -76,6 +77,7 @@ def export_onnx(
         tokenizer: "world", "bytes" or the path of a file; None for what the size of the vocabulary tells. Without one
             the folder has none, and is prompted by token ids.
         overwrite: replace a folder that is there.
+        optimise_graph: fold constants, and leave out nodes that compute what is known or nothing that is used.
 
     Raises:
         ONNXExportError: a model that cannot be written as ONNX, or a written graph that is not what was asked for.
@@ -92,9 +94,9 @@ def export_onnx(
             model = RWKV_Dual.from_pretrained(model)
     _check_model(model)
     spoken, name = _tokenizer(model, tokenizer)
-    recipe = {"weights": weights, "opset": opset, "logits": logits}
+    recipe = {"weights": weights, "opset": opset, "logits": logits, "optimise_graph": optimise_graph}
     with atomic_folder(Path(folder), overwrite) as inside:
-        nodes = _write_graphs(model, inside, weights, opset, logits, external_data)
+        nodes = _write_graphs(model, inside, weights, opset, logits, external_data, optimise_graph)
         _write_initial_state(model, inside / INITIAL_STATE)
         _write_tokenizer(spoken, name, tokenizer, inside)
         (inside / "README.md").write_text(readme(model.layout.version, weights, spoken is not None), encoding="utf-8")
@@ -117,13 +119,19 @@ def export_onnx(
 
 
 def _write_graphs(
-    model: RWKV_Dual, folder: Path, weights: Weights, opset: int, logits: Logits, external: bool | None
+    model: RWKV_Dual,
+    folder: Path,
+    weights: Weights,
+    opset: int,
+    logits: Logits,
+    external: bool | None,
+    optimise: bool,
 ) -> dict[str, int]:
     from rwkv_lab.export.onnx.files import check_graph, write_graphs
     from rwkv_lab.export.onnx.quantise import quantise
     from rwkv_lab.export.onnx.tracing import trace
 
-    graphs = {name: trace(model, opset, one_token=name == STEP, logits=logits) for name in (SEQUENCE, STEP)}
+    graphs = {name: trace(model, opset, name == STEP, logits, optimise) for name in (SEQUENCE, STEP)}
     for graph in graphs.values():
         quantise(graph, weights)
     write_graphs(graphs, folder, external)

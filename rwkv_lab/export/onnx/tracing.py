@@ -51,7 +51,7 @@ class Graph(nn.Module):
         return logits, torch.stack(wkv_out, 1), torch.stack(att_out, 1), torch.stack(ffn_out, 1)
 
 
-def trace(model: RWKV_Dual, opset: int, one_token: bool, logits: Logits) -> ir.Model:
+def trace(model: RWKV_Dual, opset: int, one_token: bool, logits: Logits, optimise: bool) -> ir.Model:
     """The graph of a float32 model on the CPU, whose weights it shares.
 
     Raises:
@@ -62,7 +62,8 @@ def trace(model: RWKV_Dual, opset: int, one_token: bool, logits: Logits) -> ir.M
             graph = _translated(_exported(model, one_token, logits), opset, one_token)
             _name_weights(graph)
             _transpose_weights(graph)
-            onnxscript.optimizer.optimize(graph)
+            if optimise:
+                onnxscript.optimizer.optimize(graph)
     except Exception as e:  # torch.export and torch.onnx raise errors of many kinds
         lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         raise ONNXExportError(f"RWKV-{model.layout.version} cannot be written as ONNX: {lines[-1][:300]}") from e

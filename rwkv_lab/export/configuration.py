@@ -1,0 +1,277 @@
+"""What an export takes: `ExportConfiguration`, and where its values come from: a YAML file, the environment, keywords.
+
+The last word has the keyword, then the environment, then the file, then the default.
+"""
+
+import os
+import string
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
+
+from rwkv_lab.arguments import checked
+from rwkv_lab.command_line import type_of
+from rwkv_lab.convert.spec import AbsolutePath, Line
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.paths import path_fault, to_path
+from rwkv_lab.spec import Number, Spec, Text, did_you_mean, unknown_name
+from rwkv_lab.yaml_file import read_mapping
+
+_PARTS = ("model_name", "timestamp", "quantization_level", "export_id")  # what a pattern of names is made of
+_EXAMPLE = dict.fromkeys(_PARTS, "x")
+
+
+def _pattern(text: str) -> str:
+    """A pattern of names of folders."""
+    try:
+        parts = [part for _, part, _, _ in string.Formatter().parse(text) if part is not None]
+        if wrong := [part for part in parts if part not in _PARTS]:
+            raise ValueError(f"it has {{{wrong[0]}}}{did_you_mean(wrong[0], _PARTS)}; there are {', '.join(_PARTS)}")
+        name = text.format(**_EXAMPLE)
+    except (IndexError, KeyError, AttributeError) as e:
+        raise ValueError(f"it is no pattern of names: {e}") from None
+    return _name(name) and text
+
+
+def _name(text: str) -> str:
+    """A name of a file or folder, or empty."""
+    if text and (not text.isprintable() or "/" in text or text.startswith(".") or len(text.encode()) > 150):
+        raise ValueError("it should be a name: without /, not hidden, of 150 bytes at most")
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
+
+
+def _a_path(text: str) -> str:
+    if text and (fault := path_fault(text)):
+        raise ValueError(fault)
+    return text
+
+
+class ExportConfiguration(Spec):
+    """What is exported, how, and where it goes."""
+
+    title: ClassVar[str] = "an export"
+    GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {  # of the YAML file, under `export:`
+        "checkpoint": ("checkpoint_path", "checkpoint_name"),
+        "base_model": ("base_model_name", "tokenizer", "alpha"),
+        "optimization": ("quantization_level", "remove_training_artifacts", "compress_weights"),
+        "formats": (
+            *("export_pytorch", "export_onnx", "export_tensorrt", "pytorch_format", "onnx_dynamic_axes"),
+            *("onnx_opset_version", "onnx_optimize_graph", "use_external_data_format"),
+        ),
+        "validation": ("run_validation_tests", "test_input_samples"),
+        "output": (
+            *("output_directory", "naming_pattern", "model_name", "overwrite"),
+            *("enable_progress_monitoring", "log_level"),
+        ),
+    }
+
+    checkpoint_path: AbsolutePath = Field(
+        description="an adapter, tuned state or model: a file, or a folder of checkpoints, of which the latest is taken"
+    )
+    checkpoint_name: Line = Field("", description="of a folder of checkpoints: the one to take; empty: the latest")
+    base_model_name: Annotated[str, AfterValidator(_a_path)] = Field(
+        "", description="path of the model that an adapter or a state is of; empty: the checkpoint is a whole model"
+    )
+    tokenizer: str = Field("", description="world, bytes or a vocabulary file; empty: what the vocabulary size tells")
+    alpha: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="alpha of a LoRA whose file does not state it"
+    )
+    quantization_level: Literal["none", "fp16", "int8", "int4"] = Field(
+        "none", description="how the weights of the ONNX graphs are stored; none: float32"
+    )
+    remove_training_artifacts: bool = Field(
+        True, description="leave out, and list, what a checkpoint has beside its model; False: refuse such a checkpoint"
+    )
+    compress_weights: bool = Field(
+        True, description="store the PyTorch model in float16 where the level is not none; False: in its own dtype"
+    )
+    export_pytorch: bool = Field(True, description="write the model for PyTorch")
+    export_onnx: bool = Field(True, description="write the model as ONNX")
+    export_tensorrt: bool = Field(False, description="is refused: TensorRT is not there yet")
+    pytorch_format: Literal["pth", "safetensors"] = Field("pth", description="of the model for PyTorch")
+    onnx_dynamic_axes: bool = Field(True, description="batch and length of any size; False is refused: not there yet")
+    onnx_opset_version: Annotated[int, Field(ge=18, le=25)] = Field(20, description="opset of the ONNX graphs")
+    onnx_optimize_graph: bool = Field(True, description="fold constants, leave out nodes without use")
+    use_external_data_format: bool | None = Field(
+        None, description="weights of the graphs in a file of their own; empty: where there are more than 16 MiB"
+    )
+    run_validation_tests: bool = Field(True, description="compare what was exported with the model")
+    test_input_samples: Annotated[int, Field(ge=1, le=64)] | Annotated[list[Text], Field(min_length=1)] = Field(
+        4, description="texts to compare on, or how many of the built-in English text"
+    )
+    output_directory: AbsolutePath = Field(
+        "exports",  # pyright: ignore[reportAssignmentType]  # made a path when it is validated
+        description="where the folder of the export goes",
+    )
+    naming_pattern: Annotated[str, AfterValidator(_not_blank), AfterValidator(_pattern)] = Field(
+        "{model_name}_{timestamp}", description=f"name of that folder; parts: {', '.join(_PARTS)}"
+    )
+    model_name: Annotated[str, AfterValidator(_name)] = Field("", description="empty: the name of the checkpoint")
+    overwrite: bool = Field(False, description="replace a folder of that name")
+    enable_progress_monitoring: bool = Field(True, description="log every stage with its time; False: warnings alone")
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"],
+        BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v),
+    ] = Field("INFO", description="from which level on messages go into export.log")
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where each value comes from: "default", the name of the file, of the variable, or "argument"."""
+        given = {name: "argument" for name in self.model_fields_set}
+        return {name: self._origins.get(name, given.get(name, "default")) for name in type(self).model_fields}
+
+    def described(self) -> str:
+        """A line for each value: its name, the value and where it comes from."""
+        return "\n".join(f"{name} = {getattr(self, name)!s}  ({where})" for name, where in self.origins.items())
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ExportConfiguration":
+        if self.export_tensorrt:
+            raise ValueError("export_tensorrt=True: TensorRT is not there yet; export ONNX, and build it by trtexec")
+        if not self.onnx_dynamic_axes:
+            raise ValueError(
+                "onnx_dynamic_axes=False: fixed sizes are not there yet; the graphs take any batch and length"
+            )
+        if not (self.export_pytorch or self.export_onnx):
+            raise ValueError("export_pytorch and export_onnx are both False: nothing would be written")
+        return self
+
+
+_OWN_NAMES = {"output_directory": "EXPORT_OUTPUT_DIR"}  # of variables that are not made from the option's name
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of an option: EXPORT_ and its name, and EXPORT_ENABLE_… for export_…."""
+    if name in _OWN_NAMES:
+        return _OWN_NAMES[name]
+    short = name.removeprefix("export_")
+    return f"EXPORT_{'ENABLE_' if short != name else ''}{short.upper()}"
+
+
+class ConfigurationManager:
+    """Puts a configuration together.
+
+    Args:
+        path: a YAML file with `export:` and its groups, or None.
+        environment: variables by name; None for those of the process.
+
+    Raises:
+        ParameterError: no such file, or a name in it that no option has.
+        CorruptFileError: it is not YAML.
+    """
+
+    @checked
+    def __init__(self, path: str | Path | None = None, environment: Mapping | None = None):
+        self.path = None if path is None else to_path(path, "config")
+        self._from_file = {} if self.path is None else _options_in(self.path)
+        self._from_variables = _options_of(os.environ if environment is None else environment)
+
+    def resolve(self, **keywords: Any) -> ExportConfiguration:
+        """The configuration; `keywords` have the last word, `origins` of the result says what came from where.
+
+        Raises:
+            ParameterError: an unknown name, a wrong type, or a value out of range; says where the value came from.
+        """
+        values: dict[str, Any] = dict(self._from_file)
+        origins = dict.fromkeys(values, self.path.name if self.path else "")
+        for name, text in self._from_variables.items():
+            values[name], origins[name] = _value_of(name, text), variable_of(name)
+        for name, value in keywords.items():
+            values[name], origins[name] = value, "argument"
+
+        def advise(kind: str, name: str, value: object) -> str:
+            if origins.get(name, "argument") != "argument":
+                return f"It comes from {origins[name]}."
+            if kind == "missing":
+                return f"Give it as a keyword, in the file under export:, or as {variable_of(name)}."
+            return ""
+
+        configuration = ExportConfiguration.read(values, advise)
+        configuration._origins = origins
+        return configuration
+
+
+def _options_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """The texts of variables that are set, by option; one that is nearly such a variable is refused."""
+    known = {variable_of(name): name for name in ExportConfiguration.model_fields}
+    for variable in environment:
+        if isinstance(variable, str) and variable.startswith("EXPORT_") and variable not in known:
+            short = {name.removeprefix("EXPORT_"): name for name in known}
+            near = did_you_mean(variable.removeprefix("EXPORT_"), short)
+            if near:
+                right = next(name for word, name in short.items() if word == near.split()[-1].rstrip("?"))
+                raise ParameterError(f"The environment variable {variable} is not known; did you mean {right}?")
+    return {option: environment[name] for name, option in known.items() if environment.get(name, "") != ""}
+
+
+def _value_of(name: str, text: str) -> Any:
+    """The value that the text of a variable stands for."""
+    import yaml
+
+    kind = type_of(ExportConfiguration.model_fields[name].annotation)
+    if kind is bool and text.strip() in ("0", "1"):
+        return text.strip() == "1"
+    if kind not in (bool, int, list):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text  # refused by its type
+
+
+def _options_in(path: Path) -> dict[str, Any]:
+    """The options in a file, by name."""
+    groups = ExportConfiguration.GROUPS
+    asked = read_mapping(path, "a configuration", f"export: with {', '.join(groups)}")
+    _refuse_unknown(path, asked, ["export"], "at its top")
+    inside = asked.get("export")
+    found: dict[str, Any] = {}
+    for group, values in _mapping(path, "export", inside).items():
+        if home := next((one for one, names in groups.items() if group in names), None):
+            raise ParameterError(f"{path}: {group} stands directly under export:; it belongs under {home}: there.")
+        _refuse_unknown(path, [group], list(groups), "under export:")
+        for key, value in _mapping(path, group, values).items():
+            name = _option(path, group, key)
+            if name in found:
+                raise ParameterError(f"{path}: {name} is given twice under {group}:, also as {key}.")
+            found[name] = value
+    return found
+
+
+def _option(path: Path, group: str, key: Any) -> str:
+    """The option that a key of a group stands for; the group's own word may be left away, and so may export_."""
+    names = ExportConfiguration.GROUPS[group]
+    for full in (key, f"{group}_{key}", f"export_{key}"):
+        if full in names:
+            return str(full)
+    for other, theirs in ExportConfiguration.GROUPS.items():
+        if key in theirs:
+            raise ParameterError(f"{path}: {key} stands under {group}:; it belongs under {other}:")
+    raise unknown_name(f"{path}: {group}:", str(key), names)
+
+
+def _mapping(path: Path, name: str, found: Any) -> dict:
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ParameterError(f"{path}: {name}: must hold names and values, and is {found!r:.80}")
+    return found
+
+
+def _refuse_unknown(path: Path, found: Iterable, known: list[str], where: str) -> None:
+    for name in found:
+        if name not in known:
+            raise ParameterError(
+                f"{path}: {name!r} is not known {where}{did_you_mean(str(name), known) or '.'}\n"
+                f"Known are: {', '.join(known)}"
+            )

@@ -1,0 +1,129 @@
+"""RWKV of every generation: merged by `rwkv_lab.merge`, written by `rwkv_lab.convert` and `export_onnx`."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint.stream import OutTensor
+from rwkv_lab.checkpoint.write import file_layout, write_stream
+from rwkv_lab.checks import Check
+from rwkv_lab.convert import convert
+from rwkv_lab.errors import FormatExportError, ModelMergeError, ParameterError
+from rwkv_lab.export.checkpoint_detector import CheckpointInfo
+from rwkv_lab.export.configuration import ExportConfiguration
+from rwkv_lab.export.family import ONNX_WEIGHTS, WholeModel
+from rwkv_lab.export.onnx.export import export_onnx
+from rwkv_lab.merge import merge, verify_merge
+from rwkv_lab.model import RWKV_Dual
+
+_SHOWN = 5  # names in a sentence
+
+
+class Rwkv:
+    """RWKV-4 to 7."""
+
+    name = "RWKV"
+
+    def recognises(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> bool:
+        """Its base is an RWKV model, or it is one itself."""
+        path = configuration.base_model_name or checkpoint.path
+        with open_checkpoint(path) as ck:
+            return ck.layout is not None
+
+    def merge(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo, folder: Path) -> WholeModel:
+        """See `Family.merge`."""
+        if checkpoint.kind == "model":
+            return _whole(configuration, checkpoint.path, folder)
+        base: str | Path = configuration.base_model_name
+        if checkpoint.kind == "unmerged" and not base:
+            base = checkpoint.path  # it holds its base
+        if not base:
+            raise ModelMergeError(
+                f"{checkpoint.path} is of kind {checkpoint.kind}, no whole model.\n"
+                "Give the model that it was tuned from as base_model_name."
+            )
+        out = folder / "merged.safetensors"
+        alpha = configuration.alpha if checkpoint.kind == "lora" else None
+        result = merge(base, checkpoint.path, out, alpha=alpha)
+        checks = [*result.checks, *verify_merge(result)]
+        if wrong := [check for check in checks if isinstance(check, Check) and not check.passed]:
+            raise ModelMergeError(f"The merge of {checkpoint.path} does not stand its check: {wrong[0]}")
+        return WholeModel(out, out.stat().st_size, [*checks], list(result.notes))
+
+    def write_pytorch(self, configuration: ExportConfiguration, model: WholeModel, out: Path) -> list[str]:
+        """See `Family.write_pytorch`."""
+        level = configuration.quantization_level
+        half = level != "none" and configuration.compress_weights or level == "fp16"
+        result = convert(model.path, configuration.pytorch_format, out, dtype="fp16" if half else None)
+        if wrong := [check for check in result.checks if not check.passed]:
+            raise FormatExportError(f"{out.name} is not what was to be written: {wrong[0]}")
+        said = list(result.notes)
+        if level in ("int8", "int4"):
+            kept = "float16" if half else "the dtype of its checkpoint"
+            said.append(f"{out.name} is in {kept}: no file of RWKV for PyTorch holds {level}; the ONNX graphs do.")
+        return said
+
+    def write_onnx(self, configuration: ExportConfiguration, model: WholeModel, folder: Path) -> None:
+        """See `Family.write_onnx`."""
+        export_onnx(
+            model.path,
+            folder,
+            ONNX_WEIGHTS[configuration.quantization_level],
+            configuration.onnx_opset_version,
+            external_data=configuration.use_external_data_format,
+            tokenizer=configuration.tokenizer or None,
+            optimise_graph=configuration.onnx_optimize_graph,
+        )
+
+    def reference(self, configuration: ExportConfiguration, model: WholeModel) -> "RwkvReference":
+        """See `Family.reference`."""
+        return RwkvReference(RWKV_Dual.from_pretrained(model.path, mode="transformer"), configuration.tokenizer)
+
+
+class RwkvReference:
+    """A model in torch, float32: see `rwkv_lab.export.family.Reference`."""
+
+    def __init__(self, model: RWKV_Dual, tokenizer: str):
+        self.model, self.vocab_size = model.eval().requires_grad_(False), model.layout.vocab_size
+        if tokenizer:
+            self.model.tokenizer = tokenizer
+
+    def run(self, tokens: np.ndarray, state: Any | None = None) -> tuple[np.ndarray, Any]:
+        """int64 `[B,T]` and an `RWKVState` -> logits float32 `[B,T,V]`, and the state."""
+        with torch.inference_mode():
+            logits, after = self.model.parallel(torch.from_numpy(tokens), state)[:2]
+        return logits.numpy(), after
+
+    def arrays(self, state: Any) -> dict[str, np.ndarray]:
+        """An `RWKVState` as arrays, float32."""
+        return {name: part.contiguous().numpy() for name, part in state.tensors().items()}
+
+    def tokens_of(self, text: str) -> list[int] | None:
+        """Tokens of a text; None where the size of the vocabulary tells no tokenizer."""
+        try:
+            return self.model.tokenizer.encode(text)
+        except ParameterError:
+            return None
+
+
+def _whole(configuration: ExportConfiguration, path: Path, folder: Path) -> WholeModel:
+    """A checkpoint that is a model; without what does not belong to it."""
+    said = []
+    if configuration.base_model_name:
+        said.append(f"{path.name} is a whole model, so base_model_name is not used.")
+    with open_checkpoint(path) as ck:
+        misfit = ck.identity.misfit
+        beside = [*(misfit.extra if misfit else ()), *map(str, ck.others)]
+        if not beside:
+            return WholeModel(path, ck.bytes, [], said)
+        named = f"{len(beside)} things beside the model: {', '.join(beside[:_SHOWN])}"
+        if not configuration.remove_training_artifacts:
+            raise ModelMergeError(f"{path} holds {named}.\nremove_training_artifacts=True leaves them out.")
+        said.append(f"left out of {path.name} were {named}.")
+        kept = [OutTensor(n, t.shape, t.dtype, source=t) for n, t in ck.info.items() if n not in beside]
+        out = folder / "model-alone.safetensors"
+        write_stream(out, kept, file_layout("safetensors", kept, {}), False, scan=lambda t: True)
+        return WholeModel(out, out.stat().st_size, [], said)

@@ -1,0 +1,83 @@
+"""What a family of models brings, so that the pipeline can export it. A family is one module in `families/`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from rwkv_lab.checks import Check, NotApplicable
+from rwkv_lab.export.checkpoint_detector import CheckpointInfo
+from rwkv_lab.export.configuration import ExportConfiguration
+from rwkv_lab.export.onnx_folder import Weights
+
+ONNX_WEIGHTS: dict[str, Weights] = {"none": "fp32", "fp16": "fp16", "int8": "int8", "int4": "int4"}
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A model with its adapters merged in, in a file.
+
+    checks: what the merge was compared by.
+    """
+
+    path: Path
+    bytes: int
+    checks: list[Check | NotApplicable] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Reference(Protocol):
+    """The model that the exported one is compared with, in float32."""
+
+    vocab_size: int
+
+    def run(self, tokens: np.ndarray, state: Any | None = None) -> tuple[np.ndarray, Any]:
+        """int64 `[B,T]` and a state -> logits float32 `[B,T,V]`, and the state."""
+        ...
+
+    def arrays(self, state: Any) -> dict[str, np.ndarray]:
+        """A state as the ONNX graphs have it, by name."""
+        ...
+
+    def tokens_of(self, text: str) -> list[int] | None:
+        """Tokens of a text; None where the model has no tokenizer."""
+        ...
+
+
+class Family(Protocol):
+    """How models of one family are merged, written, and run for comparison."""
+
+    name: str
+
+    def recognises(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> bool:
+        """Whether a checkpoint, or the base that it goes with, is of this family."""
+        ...
+
+    def merge(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo, folder: Path) -> WholeModel:
+        """The whole model, in `folder` where it has to be made.
+
+        Raises:
+            ModelMergeError: there is no base, it is another's, or the merge does not stand its checks.
+        """
+        ...
+
+    def write_pytorch(self, configuration: ExportConfiguration, model: WholeModel, out: Path) -> list[str]:
+        """Write the model for PyTorch at `out`, and say what should be known of it.
+
+        Raises:
+            FormatExportError: it cannot be written.
+        """
+        ...
+
+    def write_onnx(self, configuration: ExportConfiguration, model: WholeModel, folder: Path) -> None:
+        """Write the folder that `OnnxModel` runs.
+
+        Raises:
+            ONNXExportError: it cannot be written.
+        """
+        ...
+
+    def reference(self, configuration: ExportConfiguration, model: WholeModel) -> Reference:
+        """The model itself, run by torch."""
+        ...

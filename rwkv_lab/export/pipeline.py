@@ -1,0 +1,269 @@
+"""An export from a checkpoint to files that were compared with the model. They appear whole or not at all."""
+
+import logging
+import resource
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_lab.arguments import checked
+from rwkv_lab.checkpoint.atomic import atomic_folder, check_target
+from rwkv_lab.checks import Check
+from rwkv_lab.errors import (
+    CheckpointValidationError,
+    ExportError,
+    FormatExportError,
+    ModelMergeError,
+    OutputError,
+    RwkvLabError,
+    ValidationError,
+)
+from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointInfo
+from rwkv_lab.export.configuration import ExportConfiguration
+from rwkv_lab.export.families import FAMILIES
+from rwkv_lab.export.family import Family, Reference, WholeModel
+from rwkv_lab.export.result import RESULT, ExportResult
+from rwkv_lab.export.validation_tester import LONGEST, ValidationTester
+from rwkv_lab.train import load_corpus
+
+log = logging.getLogger(__name__)
+
+PYTORCH, ONNX, REPORT, LOG = "pytorch", "onnx", "validation.json", "export.log"  # in the folder of an export
+_WORK = "work"  # in it while it is made. Files are never written beside it: their writers lock the folder they are in
+FAILED = ".failed.json"  # what the name of a failed export's result ends in, beside where its folder would be
+_BYTES = 1200  # of a built-in sample
+_MB = 1e6
+
+
+@dataclass
+class _Job:
+    """One export under way."""
+
+    configuration: ExportConfiguration
+    result: ExportResult
+    checkpoint: CheckpointInfo
+    family: Family
+    out: Path  # where the folder will be
+    inside: Path  # where it is made
+
+
+@checked
+def run(configuration: ExportConfiguration) -> ExportResult:
+    """Detect, merge, write and compare, as the configuration states.
+
+    The folder `<output_directory>/<naming_pattern>` has `pytorch/`, `onnx/`, `validation.json`, `export.log`
+    and `result.json`. After an error there is none; `<naming_pattern>.failed.json` beside it says why.
+
+    Returns:
+        The result. Where quantisation costs more than its limit allows, the files are there, `validation_passed` is
+        False and the verdict is FAIL.
+
+    Raises:
+        CheckpointValidationError: the checkpoint is missing, damaged or still being written.
+        ModelMergeError: there is no base, it is another's, or the merge does not stand its checks.
+        FormatExportError, ONNXExportError: a format cannot be written.
+        ValidationError: what was written does not compute what the model does.
+        OutputError: the folder is there already, or cannot be written.
+    """
+    now = datetime.now(UTC)
+    result = ExportResult(secrets.token_hex(6), now.isoformat(timespec="seconds"))
+    result.configuration = {
+        name: {"value": getattr(configuration, name), "from": where} for name, where in configuration.origins.items()
+    }
+    name = _folder_name(configuration, result.export_id, now)
+    try:
+        _export(configuration, result, configuration.output_directory / name)
+    except BaseException as e:
+        result.success, result.error_message = False, f"{type(e).__name__}: {e}"
+        result.pytorch_model_path = result.onnx_model_path = result.validation_report_path = None
+        _write_failed(result, configuration.output_directory, name)
+        raise
+    return result
+
+
+def _export(configuration: ExportConfiguration, result: ExportResult, out: Path) -> None:
+    with _stage(result, configuration, "detect", CheckpointValidationError):
+        detector = CheckpointDetector(configuration.checkpoint_path)
+        checkpoint = detector.detect_latest_checkpoint(configuration.checkpoint_name)
+        result.warnings += checkpoint.passed_over
+    family = _family_of(configuration, checkpoint)
+    _make_folder(out.parent)
+    _refuse_around(out, checkpoint.path)
+    check_target(out, configuration.overwrite)
+    with atomic_folder(out, configuration.overwrite) as inside, _log_file(inside / LOG, configuration):
+        job = _Job(configuration, result, checkpoint, family, out, inside)
+        with _stage(result, configuration, "merge", ModelMergeError):
+            (inside / _WORK).mkdir()
+            model = family.merge(configuration, checkpoint, inside / _WORK)
+        result.checks += model.checks
+        result.warnings += model.warnings
+        _write_formats(job, model)
+        if configuration.run_validation_tests and configuration.export_onnx:
+            with _stage(result, configuration, "validate", ValidationError):
+                _validate(job, model)
+        elif configuration.run_validation_tests:
+            result.validation_passed = all(c.passed for c in result.checks if isinstance(c, Check))
+        shutil.rmtree(inside / _WORK)
+        result.memory_usage_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MB
+        result.success = True
+        result.write(inside / RESULT)
+
+
+def _write_formats(job: _Job, model: WholeModel) -> None:
+    configuration, result, inside = job.configuration, job.result, job.inside
+    written = 0
+    if configuration.export_pytorch:
+        name = f"{PYTORCH}/{_model_name(configuration, job.checkpoint.path)}.{configuration.pytorch_format}"
+        (inside / PYTORCH).mkdir()
+        with _stage(result, configuration, "pytorch", FormatExportError):
+            result.warnings += job.family.write_pytorch(configuration, model, inside / name)
+        result.pytorch_model_path = str(job.out / name)
+        written = (inside / name).stat().st_size
+    if configuration.export_onnx:
+        with _stage(result, configuration, "onnx", FormatExportError):
+            job.family.write_onnx(configuration, model, inside / ONNX)
+        result.onnx_model_path = str(job.out / ONNX)
+        written = sum(path.stat().st_size for path in (inside / ONNX).iterdir())
+    result.original_size_mb, result.optimized_size_mb = model.bytes / _MB, written / _MB
+    result.size_reduction_percentage = 100 * (1 - written / model.bytes)
+
+
+def _validate(job: _Job, model: WholeModel) -> None:
+    configuration, result = job.configuration, job.result
+    reference = job.family.reference(configuration, model)
+    samples, said = _samples(configuration, reference)
+    result.warnings += said
+    tester = ValidationTester(reference, job.inside / ONNX, samples)
+    checks = tester.test_model_functionality()
+    found = tester.compare_model_outputs()
+    checks += tester.checks(found)
+    tester.generate_validation_report(job.inside / REPORT, found, checks)
+    result.checks += checks
+    result.inference_speed_ms = tester.benchmark_inference_speed()
+    result.validation_report_path = str(job.out / REPORT)
+    result.validation_passed = all(check.passed for check in checks if isinstance(check, Check))
+    for check in checks:
+        log.info("%s", check)
+
+
+def _samples(configuration: ExportConfiguration, reference: Reference) -> tuple[list[list[int]], list[str]]:
+    """What is compared on, as tokens, and what should be known of it."""
+    given = configuration.test_input_samples
+    texts = _built_in(given) if isinstance(given, int) else given
+    samples = [reference.tokens_of(text) for text in texts]
+    found = [ids for ids in samples if ids is not None]
+    if not found:
+        if not isinstance(given, int):
+            raise ValidationError("test_input_samples are texts, and the model has no tokenizer: name it as tokenizer.")
+        draw = np.random.default_rng(0)
+        random = [draw.integers(0, reference.vocab_size, 200).tolist() for _ in texts]
+        return random, ["the model has no tokenizer, so it was compared on random tokens, not on text."]
+    long = sum(len(ids) > LONGEST for ids in found)
+    said = [f"{long} samples were cut to {LONGEST} tokens."] if long else []
+    found = [ids for ids in found if len(ids) > 1]
+    if not found:
+        raise ValidationError("test_input_samples hold no text of two tokens or more; give longer ones.")
+    return found, said
+
+
+def _built_in(count: int) -> list[str]:
+    """Parts of the English text that rwkv_lab brings, spread over what trainings hold out of it."""
+    text = load_corpus("english").held_out
+    assert isinstance(text, bytes)
+    starts = [i * len(text) // count for i in range(count)]
+    return [text[start : start + _BYTES].decode(errors="ignore") for start in starts]
+
+
+def _family_of(configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> Family:
+    try:
+        found = next((f for f in FAMILIES if f.recognises(configuration, checkpoint)), None)
+    except RwkvLabError as e:  # of the base
+        raise ModelMergeError(str(e)) from e
+    if found is None and not configuration.base_model_name:
+        raise ModelMergeError(
+            f"{checkpoint.path} is of kind {checkpoint.kind}, no whole model.\n"
+            "Give the model that it was tuned from as base_model_name."
+        )
+    if found is None:
+        known = ", ".join(family.name for family in FAMILIES)
+        raise ModelMergeError(f"{configuration.base_model_name} is no model of a family that is exported: {known}.")
+    return found
+
+
+# ------------------------------------------------------------------ names, folders, logs
+
+
+def _model_name(configuration: ExportConfiguration, path: Path) -> str:
+    return configuration.model_name or path.stem.lstrip(".") or "model"
+
+
+def _folder_name(configuration: ExportConfiguration, export_id: str, now: datetime) -> str:
+    return configuration.naming_pattern.format(
+        model_name=_model_name(configuration, Path(configuration.checkpoint_name or configuration.checkpoint_path)),
+        timestamp=now.strftime("%Y%m%d-%H%M%S-%f"),  # two exports may start in the same second
+        quantization_level=configuration.quantization_level,
+        export_id=export_id,
+    )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OutputError(f"output_directory {folder} cannot be made: {e.strerror or e}") from e
+
+
+def _refuse_around(out: Path, source: Path) -> None:
+    """An output that would replace the folder that its checkpoint lies in."""
+    if source.resolve().is_relative_to(out.resolve()):
+        raise OutputError(f"{out} holds the checkpoint {source}; choose another output_directory or naming_pattern.")
+
+
+@contextmanager
+def _stage(
+    result: ExportResult, configuration: ExportConfiguration, name: str, error: type[ExportError]
+) -> Iterator[None]:
+    """A stage of an export: timed, logged, and its errors are of the exporter's tree."""
+    start = time.perf_counter()
+    try:
+        yield
+    except (ExportError, OutputError):
+        raise
+    except RwkvLabError as e:
+        raise error(str(e)) from e
+    result.seconds[name] = time.perf_counter() - start
+    if configuration.enable_progress_monitoring:
+        log.info("%s: %.1f s", name, result.seconds[name])
+
+
+@contextmanager
+def _log_file(path: Path, configuration: ExportConfiguration) -> Iterator[None]:
+    """Messages of rwkv_lab from `log_level` on go into a file, too."""
+    logger, handler = logging.getLogger("rwkv_lab"), logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    before = logger.level
+    handler.setLevel(configuration.log_level)
+    logger.setLevel(min(logger.getEffectiveLevel(), handler.level))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+        logger.setLevel(before)
+
+
+def _write_failed(result: ExportResult, folder: Path, name: str) -> None:
+    """Say beside the place of the folder why it is not there; where that cannot be written, the error says it."""
+    try:
+        if folder.is_dir():
+            result.write(folder / f"{name}{FAILED}")
+    except (OSError, RwkvLabError):
+        log.warning("the result of the failed export could not be written into %s", folder)

@@ -1,0 +1,142 @@
+"""Configurations: file, environment and keywords, where values come from, and what is refused."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rwkv_lab.errors import CorruptFileError, ParameterError
+from rwkv_lab.export import ConfigurationManager, ExportConfiguration
+from rwkv_lab.export.configuration import variable_of
+
+ROOT = Path(__file__).parents[2]
+FILE = """
+export:
+  checkpoint: {path: A.pth}
+  base_model: {base_model_name: B.pth}
+  optimization: {quantization_level: int8, compress_weights: false}
+  formats: {onnx: false, onnx_opset_version: 21}
+  validation: {test_input_samples: [One text, another]}
+  output: {directory: out}
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "export.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_keywords_before_the_environment_before_the_file_before_defaults(tmp_path):
+    environment = {"EXPORT_QUANTIZATION_LEVEL": "int4", "EXPORT_LOG_LEVEL": "debug", "EXPORT_ENABLE_ONNX": "1"}
+    found = ConfigurationManager(written(tmp_path, FILE), environment).resolve(log_level="ERROR")
+    assert found.quantization_level == "int4" and found.log_level == "ERROR" and found.export_onnx is True
+    assert found.checkpoint_path == Path("A.pth").absolute() and found.output_directory == Path("out").absolute()
+    assert found.test_input_samples == ["One text", "another"] and found.onnx_opset_version == 21
+    where = found.origins
+    assert where["quantization_level"] == "EXPORT_QUANTIZATION_LEVEL" and where["export_onnx"] == "EXPORT_ENABLE_ONNX"
+    assert where["log_level"] == "argument" and where["checkpoint_path"] == where["output_directory"] == "export.yaml"
+    assert where["overwrite"] == "default" and where.keys() == ExportConfiguration.model_fields.keys()
+    assert "quantization_level = int4  (EXPORT_QUANTIZATION_LEVEL)" in found.described().splitlines()
+
+
+def test_every_option_has_a_group_and_a_variable_that_is_documented():
+    grouped = [name for names in ExportConfiguration.GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(ExportConfiguration.model_fields)
+    page = (ROOT / "docs/environment.md").read_text()
+    names = [variable_of(name) for name in grouped]
+    assert len(set(names)) == len(names) and [n for n in names if f"`{n}`" not in page] == []
+    wanted = {"EXPORT_CHECKPOINT_PATH", "EXPORT_OUTPUT_DIR", "EXPORT_QUANTIZATION_LEVEL", "EXPORT_ENABLE_ONNX"}
+    assert wanted | {"EXPORT_LOG_LEVEL"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "value"),
+    [
+        ("EXPORT_OVERWRITE", "yes", "overwrite", True),
+        ("EXPORT_OVERWRITE", "0", "overwrite", False),
+        ("EXPORT_MODEL_NAME", "7", "model_name", "7"),
+        ("EXPORT_ONNX_OPSET_VERSION", "22", "onnx_opset_version", 22),
+        ("EXPORT_USE_EXTERNAL_DATA_FORMAT", "true", "use_external_data_format", True),
+        ("EXPORT_ALPHA", "1e1", "alpha", 10.0),
+        ("EXPORT_TEST_INPUT_SAMPLES", "3", "test_input_samples", 3),
+        ("EXPORT_TEST_INPUT_SAMPLES", "[a text]", "test_input_samples", ["a text"]),
+        ("EXPORT_QUANTIZATION_LEVEL", "none", "quantization_level", "none"),
+    ],
+)
+def test_texts_of_variables(variable, text, name, value):
+    found = ConfigurationManager(environment={variable: text}).resolve(checkpoint_path="A.pth")
+    assert getattr(found, name) == value and found.origins[name] == variable
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("exports: {}", "'exports' is not known at its top; did you mean export"),
+        ("export: {optimisation: {}}", "'optimisation' is not known under export:; did you mean optimization"),
+        ("export: {checkpoint_path: A.pth}", "checkpoint_path stands directly under export:.*under checkpoint:"),
+        ("export: {output: {log_levl: INFO}}", "no parameter 'log_levl'; did you mean log_level"),
+        ("export: {output: {checkpoint_path: A}}", "stands under output:; it belongs under checkpoint:"),
+        ("export: {checkpoint: {path: A, checkpoint_path: A}}", "checkpoint_path is given twice"),
+        ("export: {checkpoint: A.pth}", "checkpoint: must hold names and values"),
+        ("export: {checkpoint: {path: A, path: B}}", "twice"),
+        ("- a", "holds no mapping; a configuration has export:"),
+        ("", "holds no mapping"),
+    ],
+)
+def test_files_that_are_refused(text, says, tmp_path):
+    with pytest.raises(ParameterError, match=says) as refusal:
+        ConfigurationManager(written(tmp_path, text))
+    assert len(str(refusal.value).splitlines()) <= 3
+
+
+def test_a_file_that_would_run_code_is_no_yaml_here(tmp_path):
+    (tmp_path / "x.yaml").write_text("export: !!python/object/apply:os.system ['touch ran']")
+    for text in ("export: !!python/object/apply:os.system ['touch ran']", "export: {a: [", "\0"):
+        with pytest.raises(CorruptFileError, match="is not YAML"):
+            ConfigurationManager(written(tmp_path, text))
+    with pytest.raises(ParameterError, match="no file .*exprot.yaml; did you mean export.yaml"):
+        ConfigurationManager(tmp_path / "exprot.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({}, "checkpoint_path is missing\nGive it as .* EXPORT_CHECKPOINT_PATH"),
+        ({"quantization_level": "int2"}, "quantization_level='int2': it should be 'none', 'fp16', 'int8' or 'int4'"),
+        ({"onnx_opset_version": 17}, "onnx_opset_version=17"),
+        ({"onnx_opset_version": 26}, "onnx_opset_version=26"),
+        ({"quantisation_level": "int8"}, "no parameter 'quantisation_level'; did you mean quantization_level"),
+        ({"naming_pattern": "../{model_name}"}, "it should be a name: without /"),
+        ({"naming_pattern": "{modelname}"}, "it has {modelname}; did you mean model_name"),
+        ({"naming_pattern": "{model_name.__class__}"}, "it has {model_name.__class__}"),
+        ({"naming_pattern": "{"}, "naming_pattern"),
+        ({"naming_pattern": " "}, "it is empty"),
+        ({"model_name": "a/b"}, "it should be a name"),
+        ({"test_input_samples": []}, "test_input_samples"),
+        ({"test_input_samples": 0}, "test_input_samples"),
+        ({"export_tensorrt": True}, "TensorRT is not there yet"),
+        ({"onnx_dynamic_axes": False}, "not there yet"),
+        ({"export_onnx": False, "export_pytorch": False}, "nothing would be written"),
+    ],
+)
+def test_values_that_are_refused(values, says):
+    given = {"checkpoint_path": "A.pth"} | values if values else {}
+    with pytest.raises(ParameterError, match=re.sub("[{}]", r"\\\g<0>", says)) as refusal:
+        ConfigurationManager(environment={}).resolve(**given)
+    assert len(str(refusal.value).splitlines()) <= 3
+
+
+def test_a_refusal_says_where_the_value_came_from(tmp_path):
+    with pytest.raises(ParameterError, match="'int3'.*\nIt comes from EXPORT_QUANTIZATION_LEVEL"):
+        ConfigurationManager(environment={"EXPORT_QUANTIZATION_LEVEL": "int3"}).resolve(checkpoint_path="A.pth")
+    with pytest.raises(ParameterError, match="\nIt comes from export.yaml"):
+        ConfigurationManager(written(tmp_path, FILE.replace("int8", "eight")), {}).resolve()
+
+
+def test_a_variable_that_is_nearly_one_is_refused_and_others_are_not_ours():
+    with pytest.raises(
+        ParameterError, match="EXPORT_QUANTISATION_LEVEL is not known; did you mean EXPORT_QUANTIZATION_LEVEL"
+    ):
+        ConfigurationManager(environment={"EXPORT_QUANTISATION_LEVEL": "int8"})
+    ConfigurationManager(environment={"EXPORT_XYZ": "1", "HOME": "/"})

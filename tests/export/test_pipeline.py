@@ -1,0 +1,176 @@
+"""The whole way, from a checkpoint and its base to files that were compared; and what is left after an error."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_models import make_layout, random_tensors, write_model
+from tuned_files import write_adapter, write_state
+
+from rwkv_lab import RWKV_Dual, merge
+from rwkv_lab.checkpoint import write_checkpoint
+from rwkv_lab.errors import CheckpointValidationError, FormatExportError, ModelMergeError, OutputError, ValidationError
+from rwkv_lab.export import ConfigurationManager, OnnxModel, run
+from rwkv_lab.export.__main__ import main
+from rwkv_lab.export.families.rwkv import RwkvReference
+from rwkv_lab.export.validation_tester import ValidationTester
+
+SIZES = {"n_layer": 1, "n_head": 1, "head_size": 32, "dim_ffn": 64, "vocab_size": 257}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A base and an adapter of it, in a folder."""
+    folder = tmp_path_factory.mktemp("files")
+    write_model(folder / "B.pth", make_layout("7.0", **SIZES))
+    write_adapter(folder / "lora.pth", folder / "B.pth", lora_r=3, lora_alpha=5)
+    return folder
+
+
+def configured(**values):
+    return ConfigurationManager(environment={}).resolve(**values)
+
+
+def test_an_adapter_becomes_a_model_that_runs(files, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    result = run(
+        configured(
+            **dict(checkpoint_path=files / "lora.pth", base_model_name=str(files / "B.pth"), output_directory=tmp_path),
+            **dict(
+                naming_pattern="{model_name}-{quantization_level}", test_input_samples=["The quick brown fox. " * 9]
+            ),
+        )
+    )
+    out = tmp_path / "lora-none"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora-none"]
+    names = {"export.log", "onnx", "pytorch", "result.json", "validation.json"}
+    assert {path.name for path in out.iterdir()} == names  # and nothing of the work on the way
+    merge(files / "B.pth", files / "lora.pth", tmp_path / "M.pth")
+    expected = RWKV_Dual.from_pretrained(tmp_path / "M.pth")([[1, 2, 3]])[0].detach().numpy()
+    pytorch = RWKV_Dual.from_pretrained(out / "pytorch/lora.pth")([[1, 2, 3]])[0].detach().numpy()
+    assert np.array_equal(pytorch, expected)
+    assert np.abs(OnnxModel(out / "onnx").run([[1, 2, 3]])[0] - expected).max() < 1e-5 * np.abs(expected).max()
+
+    written = json.loads((out / "result.json").read_text())
+    assert result.success and result.validation_passed and written["success"] and written["validation_passed"]
+    assert written["pytorch_model_path"] == str(out / "pytorch/lora.pth") and written["onnx_model_path"] == str(
+        out / "onnx"
+    )
+    assert written["tensorrt_model_path"] is written["error_message"] is None
+    assert written["inference_speed_ms"] > 0 and written["memory_usage_mb"] > 1
+    size = sum(path.stat().st_size for path in (out / "onnx").iterdir())
+    assert written["optimized_size_mb"] == size / 1e6
+    assert written["size_reduction_percentage"] == pytest.approx(100 * (1 - size / 1e6 / written["original_size_mb"]))
+    assert written["configuration"]["base_model_name"] == {"value": str(files / "B.pth"), "from": "argument"}
+    assert {"detect", "merge", "pytorch", "onnx", "validate"} == written["seconds"].keys()
+    names = [check["name"] for check in written["checks"]]
+    assert any("computed tensors" in name for name in names) and any("onnxruntime and torch" in name for name in names)
+    report = json.loads((out / "validation.json").read_text())
+    assert max(report["measured"]["errors"].values()) < 1e-5 and report["measured"]["tokens"] == 189
+    assert report["measured"]["greedy_prefix"] == 16 and report["measured"]["kl_percentiles"].keys() >= {"50", "99"}
+    assert "merge: " in (out / "export.log").read_text()
+
+
+def test_a_graph_of_another_model_is_found_out(exported, tmp_path):
+    model, folder = exported("7.0")
+    changed = random_tensors(model.layout)
+    changed["blocks.1.ffn.value.weight"] *= 1.01
+    write_checkpoint(tmp_path / "C.safetensors", changed)
+    samples = [[*b"Some text, and more of it."]]
+    for source, wrong in ((model, False), (RWKV_Dual.from_pretrained(tmp_path / "C.safetensors"), True)):
+        tester = ValidationTester(RwkvReference(source, ""), folder, samples)
+        found = tester.compare_model_outputs()
+        assert (max(found.errors.values()) > 1e-4) == wrong and found.kl_percentiles == {}
+        if wrong:
+            with pytest.raises(ValidationError, match="do not compute what the model does: .* at .* are .* apart"):
+                tester.checks(found)
+        else:
+            assert all(check.passed for check in (*tester.test_model_functionality(), *tester.checks(found)))
+
+
+def test_what_eight_bits_cost_is_measured(exported):
+    model, folder = exported("7.0", "int8")
+    tester = ValidationTester(RwkvReference(model, ""), folder, [[*b"Some text, and more of it. " * 8]])
+    found = tester.compare_model_outputs()
+    assert 1e-6 < found.kl_mean < 0.1 and found.kl_mean < found.kl_percentiles["99"] <= found.kl_largest
+    assert 0.5 < found.top1 <= 1 and 0.9 < found.perplexity_ratio < 1.1 and found.kl_standard_error > 0
+    kinds = [type(check).__name__ for check in (*tester.test_model_functionality(), *tester.checks(found))]
+    assert kinds == ["Check", "NotApplicable", "NotApplicable", "Check", "Check"]
+
+
+def pytorch_alone(folder: Path, **values):
+    return configured(**dict(output_directory=folder / "out", naming_pattern="it", export_onnx=False) | values)
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "out").iterdir()) if (folder / "out").exists() else []
+
+
+def test_what_the_pytorch_model_holds(files, tmp_path):
+    tensors = random_tensors(make_layout("7.0", **SIZES))
+    torch.save({**tensors, "optimizer.exp_avg": torch.ones(3), "step": 5}, tmp_path / "M.pth")
+    given = dict(checkpoint_path=tmp_path / "M.pth")
+    result = run(pytorch_alone(tmp_path, **given, quantization_level="fp16", pytorch_format="safetensors"))
+    assert any("2 things beside the model: optimizer.exp_avg, step" in line for line in result.warnings)
+    model = RWKV_Dual.from_pretrained(tmp_path / "out/it/pytorch/M.safetensors")
+    assert torch.equal(model.head.weight, tensors["head.weight"].half().float())
+    assert 40 < result.size_reduction_percentage < 60
+    with pytest.raises(ModelMergeError, match="2 things beside the model.*\nremove_training_artifacts=True"):
+        run(pytorch_alone(tmp_path, **given, naming_pattern="kept", remove_training_artifacts=False))
+    assert left(tmp_path) == ["it", "kept.failed.json"]
+
+
+def test_errors_leave_nothing_that_looks_finished(files, tmp_path):
+    write_model(tmp_path / "other.pth", make_layout("7.0", **SIZES | {"n_head": 2}))
+    tensors = random_tensors(make_layout("7.0", **SIZES))
+    tensors["head.weight"][0, 0] = 1e6
+    write_checkpoint(tmp_path / "large.pth", tensors)
+    write_state(tmp_path / "state.pth", files / "B.pth")
+    lora = files / "lora.pth"
+    cases = [
+        (dict(checkpoint_path=tmp_path / "no.pth"), CheckpointValidationError, "there is no file"),
+        (dict(checkpoint_path=lora), ModelMergeError, "of kind lora, no whole model.\nGive .* base_model_name"),
+        (dict(checkpoint_path=lora, base_model_name="no.pth"), ModelMergeError, "there is no file"),
+        (dict(checkpoint_path=lora, base_model_name=str(tmp_path / "other.pth")), ModelMergeError, "lora"),
+        (dict(checkpoint_path=tmp_path / "state.pth", base_model_name=str(lora)), ModelMergeError, "no model of a fam"),
+        (dict(checkpoint_path=tmp_path / "large.pth", quantization_level="fp16"), FormatExportError, "head.weight"),
+    ]
+    for values, error, says in cases:
+        with pytest.raises(error, match=says):
+            run(pytorch_alone(tmp_path, **values))
+        assert left(tmp_path) in ([], ["it.failed.json"]), values
+    failed = json.loads((tmp_path / "out/it.failed.json").read_text())
+    assert failed["success"] is False and failed["error_message"].startswith("FormatExportError: ")
+    assert failed["pytorch_model_path"] is None and failed["verdict"].startswith("FAIL: FormatExportError")
+
+
+def test_folders_that_are_not_written_to(files, tmp_path):
+    given = dict(checkpoint_path=files / "B.pth")
+    run(pytorch_alone(tmp_path, **given))
+    before = (tmp_path / "out/it/result.json").read_bytes()
+    with pytest.raises(OutputError, match="exists"):
+        run(pytorch_alone(tmp_path, **given))
+    assert (tmp_path / "out/it/result.json").read_bytes() == before
+    again = run(pytorch_alone(tmp_path, **given, overwrite=True))
+    assert json.loads((tmp_path / "out/it/result.json").read_text())["export_id"] == again.export_id
+    inside = dict(checkpoint_path=tmp_path / "out/it/pytorch/B.pth", overwrite=True)
+    with pytest.raises(OutputError, match="holds the checkpoint"):
+        run(pytorch_alone(tmp_path, **inside))
+    assert (tmp_path / "out/it/pytorch/B.pth").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be made"):
+        run(pytorch_alone(tmp_path, **given, output_directory=tmp_path / "file/out"))
+
+
+def test_from_a_command_line(files, tmp_path, capsys, monkeypatch):
+    text = f"export: {{checkpoint: {{path: {files / 'B.pth'}}}, formats: {{onnx: false}}}}"
+    (tmp_path / "export.yaml").write_text(text)
+    monkeypatch.setenv("EXPORT_OUTPUT_DIR", str(tmp_path / "out"))
+    words = ["--config", str(tmp_path / "export.yaml"), "--naming-pattern", "it"]
+    assert main(words) == 0 and left(tmp_path) == ["it"]
+    assert capsys.readouterr().out.splitlines()[-1] == f"PASS: {tmp_path / 'out/it/pytorch/B.pth'}"
+    assert main(words) == 1
+    assert "OutputError: " in capsys.readouterr().err
