@@ -30,7 +30,7 @@ def convert(
     revision: str = "",
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = 5 * 10**9,
-    tokenizer: str = "",
+    tokenizer: AnyPath = "",
     size: str = "",
     alpha: float | None = None,
     generation: str = "",

@@ -7,7 +7,8 @@ from rwkv_lab.checkpoint.gguf_layout import gguf_layout
 from rwkv_lab.checkpoint.stream import Findings
 from rwkv_lab.checkpoint.write import write_stream
 from rwkv_lab.convert.containers import Container, Content, register_container
-from rwkv_lab.convert.gguf_values import VOCABULARIES, header_values
+from rwkv_lab.convert.gguf_values import header_values
+from rwkv_lab.convert.gguf_vocabulary import other_tokens, why_none
 
 
 def _layout(content: Content) -> FileLayout:
@@ -21,10 +22,11 @@ def _write(path: Path, content: Content, overwrite: bool, refuse: bool) -> list[
 
 
 def _notes(content: Content) -> list[str]:
-    if isinstance(content.tokenizer, VOCABULARIES):
-        return []
-    why = "pass tokenizer=…" if content.tokenizer is None else "GGUF files get that of World, or bytes"
-    return [f"The file has no vocabulary, so its readers take numbers of tokens only: {why}."]
+    tokenizer = content.tokenizer
+    why = "pass tokenizer=…" if tokenizer is None else why_none(tokenizer)
+    if why:
+        return [f"The file has no vocabulary, so its readers take numbers of tokens only: {why}."]
+    return [other_tokens(tokenizer)] if tokenizer is not None and other_tokens(tokenizer) else []
 
 
 register_container(Container("gguf", (".gguf",), lambda content: _layout(content).size, _write, _notes))

@@ -54,6 +54,13 @@ def _path(value: Any) -> Path:
     return Path(os.path.expanduser(value)).absolute()
 
 
+def _path_text(value: Any) -> Any:
+    """The same as text, and None as an empty one."""
+    if isinstance(value, os.PathLike | str):
+        return os.path.expanduser(os.fsdecode(value))
+    return "" if value is None else value
+
+
 def _on_the_hub(address: re.Match[str]) -> str:
     """The options that stand for an address."""
     given = {"repo_id": address[1], "file": address[3], "revision": address[2] if address[2] != "main" else ""}
@@ -119,7 +126,9 @@ class ConvertSpec(Spec):
     max_shard_size: Annotated[int, BeforeValidator(_bytes), Field(ge=1)] = Field(
         5 * 10**9, description='of a folder: tensor data per file, "2GB", "500MB" or a number of bytes'
     )
-    tokenizer: str = Field("", description="world, bytes or a vocabulary file; empty: what the vocabulary size tells")
+    tokenizer: Annotated[str, BeforeValidator(_path_text)] = Field(
+        "", description="world, bytes or a vocabulary file; empty: what the vocabulary size tells"
+    )
     size: Annotated[str, OneOf(lambda: ["", *SIZES])] = Field(
         "", description="what the model is called, 0.4B; it is checked against the weights; empty: nothing is checked"
     )

@@ -11,7 +11,15 @@ from rwkv_lab.tokenizer.json_file import ByteLevelTokenizer, TextTokenizer, json
 from rwkv_lab.tokenizer.of_bytes import ByteTokenizer
 from rwkv_lab.tokenizer.world import WorldTokenizer
 
-__all__ = ["ByteTokenizer", "Tokenizer", "WorldTokenizer", "load_tokenizer", "tokenizer_for", "utf8"]
+__all__ = [
+    "ByteLevelTokenizer",
+    "ByteTokenizer",
+    "Tokenizer",
+    "WorldTokenizer",
+    "load_tokenizer",
+    "tokenizer_for",
+    "utf8",
+]
 
 Tokenizer = ByteTokenizer | WorldTokenizer | ByteLevelTokenizer | TextTokenizer
 

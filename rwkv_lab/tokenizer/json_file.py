@@ -46,6 +46,10 @@ class ByteLevelTokenizer(ByteDecoding):
                 bytes_of[i] = bytes(letters[letter] for letter in token)
         super().__init__(bytes_of, _size(library), _end_of_text(library))
 
+    def definition(self) -> dict[str, Any]:
+        """What a tokenizer.json of it holds: "model", "added_tokens", "pre_tokenizer", "normalizer", …"""
+        return json.loads(self._library.to_str())
+
     def encode(self, text: str | bytes) -> list[int]:
         """Tokens of a text; bytes must be UTF-8."""
         return _encode(self._library, text)

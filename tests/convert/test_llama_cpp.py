@@ -1,14 +1,17 @@
 """llama.cpp reads what is written: our logits, our tokens."""
 
 import json
+import random
 import subprocess
 import sys
+import unicodedata
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from bpe_files import BLANKS, write_bpe
 from random_models import make_layout, make_tokens, relative_rms, write_model
 
 from rwkv_lab import RWKV_Dual
@@ -168,6 +171,37 @@ def test_tokens_of_fifty_texts_in_several_scripts_and_the_chat_template(tmp_path
         assert found[f"text {i}"].tolist() == world.encode(text), text
     assert found["prompt"] == "".join(turn.text for turn in render_turns(messages)) + "Assistant:"
     assert found["ends"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("digits", [False, True])
+@pytest.mark.parametrize("nfc", [False, True])
+def test_tokens_of_a_tokenizer_json(digits, nfc, tmp_path):
+    """Of every text without a normaliser; with one, of those that it leaves as they are, and the plan says so."""
+    size = write_bpe(tmp_path / "tokenizer.json", TEXTS, 900, digits, nfc)
+    source = write_model(tmp_path / "m.pth", make_layout("7.0", vocab_size=size + 5, **SIZES["as usual"]))
+    out = to_gguf(source, tmp_path / "m.gguf", dtype="F16", tokenizer=tmp_path / "tokenizer.json").out
+    ours = load_tokenizer(tmp_path / "tokenizer.json")
+    draw = random.Random(0)
+    pieces = [
+        *"abcXYZ059 \n\t.,'<|>-_",
+        *BLANKS,
+        " " * 7,
+        "ß",
+        "é",
+        "中",
+        "한",
+        "😀",
+        "'ll",
+        "\u00a0",
+        "\u3000",
+        " 123456",
+    ]
+    texts = [*TEXTS, *("".join(draw.choices(pieces, k=draw.randrange(1, 40))) for _ in range(300))]
+    found = asked(out, tmp_path, texts=texts)
+    composed = [i for i, text in enumerate(texts) if not nfc or unicodedata.is_normalized("NFC", text)]
+    assert len(composed) >= len(texts) - 3
+    for i in composed:
+        assert found[f"text {i}"].tolist() == ours.encode(texts[i]), texts[i]
 
 
 def test_tokens_of_bytes(tmp_path):

@@ -2,8 +2,10 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
+from bpe_files import write_bpe
 from random_models import make_layout, write_model
 
 from rwkv_lab.convert import convert, to_huggingface
@@ -136,3 +138,11 @@ def test_a_vocabulary_that_tells_no_tokenizer(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 0
     with pytest.raises(ParameterError, match="256 or 257 tokens"):
         convert(path, "fla", tmp_path / "other", tokenizer="bytes")
+
+
+def test_a_path_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_model(tmp_path / "m.pth", make_layout("7.0", vocab_size=write_bpe(tmp_path / "20B.json", ["text"])))
+    for i, which in enumerate(("~/20B.json", tmp_path / "20B.json", Path("~/20B.json"))):
+        out = convert(path, "fla", tmp_path / str(i), tokenizer=which).out
+        assert (out / "tokenizer.json").read_bytes() == (tmp_path / "20B.json").read_bytes()

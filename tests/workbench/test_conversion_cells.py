@@ -197,7 +197,7 @@ def test_an_interrupted_run_leaves_the_older_output_as_it_was(model, tmp_path, m
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rwkv_lab.convert.writing.round_to", interrupted)
+    monkeypatch.setattr("rwkv_lab.convert.writing._add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         done(tmp_path, source=model, to="pth", dtype="fp16")
     result = result_of(tmp_path)
