@@ -24,6 +24,8 @@ from rwkv_lab.peft.adapter import Adapter, Target, Values
 from rwkv_lab.peft.config import ADAPTER_KINDS
 from rwkv_lab.peft.files import read_adapter
 
+_STATED_ELSEWHERE = ("pissa_init", "bat")  # of `open_adapter`: what `save_adapter` writes down
+
 
 def is_adapter(ck: Checkpoint) -> bool:
     """Whether it is an adapter of a kind that is known."""
@@ -37,7 +39,7 @@ def adapter_output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
         ParameterError: something that the file does not state was not given, or the layout cannot express the adapter.
         LayoutError: it adapts layers that the target does not have, or could be of several generations.
     """
-    adapter = read_adapter(ck, alpha=spec.alpha)
+    adapter = _read(ck, spec)
     if spec.to in PLAIN and out.suffix:
         tensors, note = rwkv_peft_layout.written(adapter)
         content = _content(tensors, {name: name for name in tensors}, spec.output_dtype)
@@ -53,6 +55,25 @@ def adapter_output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
     quant = {} if adapter.quant is None else {hf_layout.QUANT: adapter.quant}
     others = {"adapter_config.json": config}
     return Output(spec, CONTAINERS["adapter"], content, known, others=others, as_adapter=True, file_notes=quant)
+
+
+def _read(ck: Checkpoint, spec: ConvertSpec) -> Adapter:
+    """The adapter as `merge` reads it.
+
+    Raises:
+        ParameterError: something that the file does not state; says how an adapter file is made that states it.
+    """
+    try:
+        return read_adapter(ck, alpha=spec.alpha)
+    except ParameterError as e:
+        missing = [name for name in _STATED_ELSEWHERE if f"{name}=" in str(e)]
+        if not missing:
+            raise
+        text = str(e).replace(" instead.", "; or with this:").replace("\n", " ")
+        raise ParameterError(
+            f"{text}\nOnly alpha= is taken by convert. For the others make a file that states them, and convert that:\n"
+            f"with rwkv_lab.peft.open_adapter({str(ck.path)!r}, {missing[0]}=…) as a: save_adapter(a, 'stated.pth')"
+        ) from None
 
 
 def _content(tensors: dict[str, Values], names: dict[str, str], dtype: torch.dtype | None) -> Tensors:

@@ -24,12 +24,12 @@ _OTHER_BPE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byt
 
 def vocabulary(tokenizer: Tokenizer | None, vocab_size: int) -> Values:
     """Values of the header. Without a vocabulary that llama.cpp knows the file has numbers of tokens only."""
-    if tokenizer is None or why_none(tokenizer):
-        return [("tokenizer.ggml.model", "none")]
-    if isinstance(tokenizer, ByteLevelTokenizer):
+    if isinstance(tokenizer, WorldTokenizer | ByteTokenizer):
+        values = _byte_strings(tokenizer, vocab_size)
+    elif isinstance(tokenizer, ByteLevelTokenizer) and not why_none(tokenizer):
         values = _byte_level(tokenizer.definition(), vocab_size)
     else:
-        values = _byte_strings(tokenizer, vocab_size)
+        return [("tokenizer.ggml.model", "none")]
     values.append(("tokenizer.ggml.add_bos_token", False))
     if tokenizer.end_of_text is not None:
         values += [(f"tokenizer.ggml.{name}_token_id", tokenizer.end_of_text) for name in ("bos", "eos")]

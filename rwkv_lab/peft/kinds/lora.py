@@ -149,8 +149,13 @@ class Lora(AdapterKind):
 
     def folder_content(self, adapter: Adapter) -> tuple[dict[str, Values], dict[str, Any]]:
         targets = {x: as_plain_lora(t) for x, t in lora_targets(adapter).items()}
-        if any(t.magnitude is not None for t in targets.values()):
-            raise ParameterError(f"{adapter.where} is DoRA, which is merged here and not saved; keep its folder.")
+        with_lengths = [x for x, t in targets.items() if t.magnitude is not None]
+        if with_lengths and len(with_lengths) < len(targets):
+            other = next(x for x in targets if x not in with_lengths)
+            raise ParameterError(
+                f"{adapter.where}: {with_lengths[0]} is DoRA and {other} is not; peft has one way for all of them.\n"
+                "Save it as a .pth or .safetensors."
+            )
         ranks, alphas = {x: t.rank for x, t in targets.items()}, {x: t.alpha for x, t in targets.items()}
         r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
         if len({t.use_rslora for t in targets.values()}) > 1:
@@ -165,8 +170,10 @@ class Lora(AdapterKind):
             "alpha_pattern": {x.replace(".", r"\."): a for x, a in alphas.items() if a != alpha},
             "init_lora_weights": True,
             "fan_in_fan_out": False,
+            "use_dora": bool(with_lengths),
         }
-        return {f"{x}.{part}.weight": v for x, t in targets.items() for part, v in t.tensors.items()}, config
+        parts = [(x, part, v) for x, t in targets.items() for part, v in t.tensors.items()]
+        return {f"{x}.{part}" + ("" if part == MAGNITUDE else ".weight"): v for x, part, v in parts}, config
 
 
 def with_values(layer: LoraLinear, target: LoraTarget) -> LoraLinear:

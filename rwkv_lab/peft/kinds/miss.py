@@ -189,10 +189,10 @@ class Miss(AdapterKind):
         variants = {t.variant for t in targets.values()}
         shapes = {(t.rank, t.block.shape[1] if t.variant == "mini" else 1) for t in targets.values()}
         if len(variants) > 1 or "bat-rwkv-peft" in variants or len(shapes) > 1:
+            several = " with several ranks" if len(shapes) > 1 else ""
             raise ParameterError(
-                f"Hugging Face's peft has no MiSS of the kind {' and '.join(sorted(variants))} with "
-                f"{'several ranks' if len(shapes) > 1 else 'one rank'}.\n"
-                "Save it as a .pth or .safetensors, which becomes RWKV-PEFT's layout."
+                f"Hugging Face's peft has no MiSS of the kind {' and '.join(sorted(variants))}{several}.\n"
+                "Save it as a .pth or .safetensors, which becomes RWKV-PEFT's layout, or merge it into its base."
             )
         (variant,), ((r, mini_r),) = variants, shapes
         start = {"default": True, "mini": "mini", "bat-hf": "bat"}[variant]
