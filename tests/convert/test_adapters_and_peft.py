@@ -1,4 +1,4 @@
-"""PiSSA, MiSS and DoRA between RWKV-PEFT's file and peft's folder: peft itself on converted models is the judge."""
+"""PiSSA, MiSS and DoRA between RWKV-PEFT's file and peft's folder: peft itself loads them on converted models."""
 
 import json
 from types import SimpleNamespace
