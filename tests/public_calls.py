@@ -34,6 +34,23 @@ INTERNAL = {
     "RWKVMode": "an Enum",
 }
 
+# What notebooks and `python -m rwkv_lab.bench` call; helpers beside these are called by their own package.
+OFFERED = {
+    "bench.speed": ["measure_speed"],
+    "bench.growth": ["measure_growth"],
+    "bench.loading": ["measure_loading"],
+    "bench.busy": ["measure_beside_a_busy_loop"],
+    "bench.operators": ["measure_operators"],
+    "bench.training": ["measure_training"],
+    "bench.gpu_wkv": ["measure_gpu"],
+    "bench.merging": ["benchmark_merge"],
+    "bench.converting": ["benchmark_convert"],
+    "bench.peers": ["parse_peers"],
+    "workbench": ["start", "show_panel"],
+    "workbench.registry": ["notebook_names", "parameters_of", "cells_of"],
+    "workbench.runs": ["list_runs", "write_index"],
+}
+
 
 class Call(NamedTuple):
     name: str
@@ -52,6 +69,9 @@ def public() -> Iterator[tuple[str, Any]]:
                 seen.add(id(found))
                 yield name, found
     yield from analyses()
+    for module_name, names in OFFERED.items():
+        module = import_module(f"rwkv_lab.{module_name}")
+        yield from ((f"{module_name.split('.')[-1]}:{name}", getattr(module, name)) for name in names)
 
 
 def analyses() -> Iterator[tuple[str, Any]]:
@@ -262,6 +282,13 @@ def calls(world: World) -> list[Call]:
         "push_to_hub": {"path": w.folder / "missing.pth", "model_name": "owner/name"},
         **{f"{spec.__name__}.read": {"values": {}} for spec in (MergeSpec, MergeOptions, train.TrainSpec)},
         **calls_of_analyses(w, merged, converted),
+        **calls_of_benchmarks(w.folder / "missing.pth"),
+        "workbench:start": {"notebook": "none", "namespace": {}},  # a valid one trains the demo model
+        "workbench:show_panel": {"run": None},
+        "registry:parameters_of": {"notebook": "merge"},
+        "registry:cells_of": {"notebook": "merge"},
+        "runs:list_runs": {"folder": w.folder},
+        "runs:write_index": {"folder": w.folder},
     }
     instances = {
         "RWKV_Dual": w.model,
@@ -334,6 +361,26 @@ def calls_of_analyses(w: World, merged: Any, converted: Any) -> dict[str, dict[s
         "tuning:note_on_base": {"tuning": state},
         "tuning:tensor_part": {"name": f"{name}.weight"},
         "tuning:select_tensors": {"names": [f"{name}.weight"], "targets": ["att.key"]},
+    }
+
+
+def calls_of_benchmarks(missing: Path) -> dict[str, dict[str, Any]]:
+    """What is measured is not there, or nothing: measuring takes seconds each time."""
+    from rwkv_lab.bench.operators import Shape
+    from rwkv_lab.bench.speed import Plan
+
+    one = {"path": missing, "subject": "x", "rounds": 1}
+    return {
+        "speed:measure_speed": {"path": missing, "subject": "x", "plan": Plan()},
+        "growth:measure_growth": {**one, "dtype": "fp32", "contexts": [4]},
+        "loading:measure_loading": {**one, "dtypes": []},
+        "busy:measure_beside_a_busy_loop": one,
+        "operators:measure_operators": {"shape": Shape(), "backends": [], "rounds": 1, "operators": []},
+        "training:measure_training": {"backends": [], "rounds": 1, "length": 1},
+        "gpu_wkv:measure_gpu": {"rounds": 1, "B": 1, "T": 16, "H": 1},
+        "merging:benchmark_merge": {"folder": missing, "sizes": ["none"], "rounds": 1, "lora_rank": 1},
+        "converting:benchmark_convert": {"folder": missing, "sizes": ["none"], "rounds": 1, "llama_cpp": None},
+        "peers:parse_peers": {"wanted": ["auto"]},
     }
 
 

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import torch
 
-from rwkv_lab.bench.comparison import Row, interleave, log_row, median_share
+from rwkv_lab.arguments import checked
+from rwkv_lab.bench.comparison import Rounds, Row, interleave, log_row, median_share
 from rwkv_lab.bench.engines import OURS, Engine, as_rnn, busy_loop, decoder, load_model, seconds_of, tokens_for
 from rwkv_lab.bench.machine import child_environment
 from rwkv_lab.bench.training import demo_model, pretraining, training_steps
+from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.paths import to_path
 from rwkv_lab.threads import PASSIVE, VARIABLES
 from rwkv_lab.wkv import backends, use_backend
 
@@ -29,7 +32,8 @@ _START = "import sys; from rwkv_lab.bench.busy import _serve; _serve(*sys.argv[1
 _PROMPT, _TOKENS = 512, 32  # of prefill, and of the modes' text
 
 
-def measure_beside_a_busy_loop(path: Path, subject: str, rounds: int, dtype: str = "bf16") -> list[Row]:
+@checked
+def measure_beside_a_busy_loop(path: str | Path, subject: str, rounds: Rounds, dtype: str = "bf16") -> list[Row]:
     """Tokens per second of pretraining, modes, prefill and decode, alone and beside a busy loop.
 
     Args:
@@ -38,8 +42,10 @@ def measure_beside_a_busy_loop(path: Path, subject: str, rounds: int, dtype: str
         Rows with the shares "alone" (the same threads without the loop) and "threads spin" (the other way to wait, in
         the same place).
     Raises:
-        RwkvLabError: a process ended.
+        RwkvLabError: there is no checkpoint that can be opened, or a process ended.
     """
+    path = to_path(path, "path")
+    open_checkpoint(path).close()  # before processes are started that would all say the same
     with ExitStack() as stack:
         entries = {}
         for work in WORKS:

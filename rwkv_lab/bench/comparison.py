@@ -7,9 +7,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Le
 
 from rwkv_lab.bench.machine import watched
 
@@ -80,6 +81,9 @@ class Row:
         if self.agreement:
             found["agreement"] = asdict(self.agreement) | {"passed": self.agreement.passed}
         return found
+
+
+Rounds = Annotated[int, Ge(1), Le(100_000)]
 
 
 def interleave(

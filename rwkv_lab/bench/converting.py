@@ -21,16 +21,19 @@ from pathlib import Path
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.bench import file_jobs
+from rwkv_lab.bench.comparison import Rounds
 from rwkv_lab.bench.file_jobs import CP, copied, in_a_process, in_turn, measured, result
 from rwkv_lab.bench.machine import describe_machine
-from rwkv_lab.bench.models import SHAPES, random_model
+from rwkv_lab.bench.models import SHAPES, check_sizes, random_model
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checkpoint.gguf_types import BY_NAME
 from rwkv_lab.convert import convert
 from rwkv_lab.convert.quantised import quantised_values
 from rwkv_lab.errors import NumericsError, OutputError
 from rwkv_lab.machine import disk_free
+from rwkv_lab.paths import to_path
 from rwkv_lab.progress import human_bytes
 
 # Way -> (target, dtype, what ends the name of the output).
@@ -54,7 +57,8 @@ _SCRIPT = "convert_hf_to_gguf.py"
 _UNUSED = "blk.0.time_mix_v"  # nothing reads them: we write zeros, llama.cpp's script copies of others
 
 
-def benchmark_convert(folder: Path, sizes: list[str], rounds: int, llama_cpp: Path | None) -> dict:
+@checked
+def benchmark_convert(folder: str | Path, sizes: list[str], rounds: Rounds, llama_cpp: str | Path | None) -> dict:
     """Time every way at every size.
 
     Args:
@@ -66,9 +70,13 @@ def benchmark_convert(folder: Path, sizes: list[str], rounds: int, llama_cpp: Pa
         {"machine": …, "rates": …, "results": [{"size", "base_bytes", "way", "seconds": […], "anon_bytes": […],
         "written": […]}]}; "problem" instead of figures of a peer that is not there.
     Raises:
+        ParameterError: a size that there is not.
         NumericsError: two ways disagree about the output, or one of ours does not pass its own checks.
         OutputError: the disk has not enough space.
     """
+    folder = to_path(folder, "folder")
+    llama_cpp = None if llama_cpp is None else to_path(llama_cpp, "llama_cpp")
+    check_sizes(sizes)
     results = []
     absent = _absent(llama_cpp)
     for size in sizes:

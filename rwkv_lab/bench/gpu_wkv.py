@@ -2,11 +2,14 @@
 
 import statistics
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch.nn.functional import normalize
 
-from rwkv_lab.bench.comparison import Agreement, Floors, Row, log_row, refusal
+from rwkv_lab.arguments import checked
+from rwkv_lab.bench.comparison import Agreement, Floors, Rounds, Row, log_row, refusal
 from rwkv_lab.errors import DeviceError
 from rwkv_lab.wkv import cuda, wkv7
 
@@ -18,7 +21,13 @@ FLA = "flash-linear-attention"
 _DEVICE = "cuda"
 
 
-def measure_gpu(rounds: int = 30, B: int = 8, T: int = 4096, H: int = 32, N: int = 64) -> tuple[list[Row], Floors]:
+_Dim = Annotated[int, Ge(1), Le(2**16)]
+
+
+@checked
+def measure_gpu(
+    rounds: Rounds = 30, B: _Dim = 8, T: _Dim = 4096, H: _Dim = 32, N: _Dim = 64
+) -> tuple[list[Row], Floors]:
     """Time WKV7 in bfloat16 on the current GPU: our two forms, and flash-linear-attention where it is installed.
 
     Each is compared with `reference` in float32 on two heads first; one that disagrees gets no times.

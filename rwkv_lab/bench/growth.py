@@ -6,26 +6,36 @@ from pathlib import Path
 
 import torch
 
-from rwkv_lab.bench.comparison import OURS, Agreement, Row, compare, interleave, log_row, median_share, refusal
+from rwkv_lab.arguments import Size, checked
+from rwkv_lab.bench.comparison import OURS, Agreement, Rounds, Row, compare, interleave, log_row, median_share, refusal
 from rwkv_lab.bench.engines import as_rnn, load_model, seconds_of, tokens_for
 from rwkv_lab.bench.machine import memory_of
 from rwkv_lab.bench.speed import LIMITS
+from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import RWKV_Dual, RWKVState
+from rwkv_lab.paths import to_path
 
 _PIECE = 512  # tokens read at once
 _STEPS = 16  # tokens decoded in one sample
 
 
+@checked
 @torch.no_grad()
 def measure_growth(
-    path: Path, subject: str, dtype: str, contexts: Sequence[int], rounds: int, device: str = "cpu"
+    path: str | Path, subject: str, dtype: str, contexts: Sequence[Size], rounds: Rounds, device: str = "cpu"
 ) -> list[Row]:
     """Jobs "growth decode" and "growth prefill" in ms per token, "growth memory" in MB (size: tokens before).
 
     One text is read piece by piece. The state at each context is kept, so that contexts are measured in turn; memory is
     what the process holds when it gets there, above what it held with the model just loaded.
+
+    Raises:
+        ParameterError: no context, or a dtype that is not measured.
+        RwkvLabError: the checkpoint is no model that runs here.
     """
-    model = load_model(path, dtype, device)
+    if not contexts or dtype not in LIMITS:
+        raise ParameterError(f"contexts={contexts}, dtype={dtype!r}: one context at least, and of {', '.join(LIMITS)}.")
+    model = load_model(to_path(path, "path"), dtype, device)
     tokens = tokens_for(model.layout.vocab_size, 1, max(contexts)).to(model.get_device())
     agreement = _whole_or_in_pieces(model, tokens[:, : 2 * _PIECE], LIMITS[dtype])
     rows, states, held, state, read = [], {}, {}, None, 0

@@ -9,21 +9,30 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from rwkv_lab.bench.comparison import OURS, Row, interleave, log_row
+from rwkv_lab.arguments import checked
+from rwkv_lab.bench.comparison import OURS, Rounds, Row, interleave, log_row
 from rwkv_lab.bench.engines import load_model
 from rwkv_lab.bench.machine import child_environment, forget_peak, memory_of
 from rwkv_lab.bench.peers import Peer, PeerError, open_peer
-from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.errors import ParameterError, RwkvLabError
+from rwkv_lab.paths import to_path, what_is_there
 
 
+@checked
 def measure_loading(
-    path: Path, subject: str, dtypes: Sequence[str], rounds: int, peers: Sequence[Peer] = ()
+    path: str | Path, subject: str, dtypes: Sequence[str], rounds: Rounds, peers: Sequence[Peer] = ()
 ) -> list[Row]:
     """Jobs "load" in seconds and "load memory" in MB, each load in a process of its own; the file is in the page cache.
 
     Memory is the peak of resident memory while loading, less what was resident before, and its share is of the size
     that the model has in memory.
+
+    Raises:
+        ParameterError: there is no such file. What cannot be loaded is a row that says why.
     """
+    path = to_path(path, "path")
+    if not path.exists():
+        raise ParameterError(f"There is no file {path}{what_is_there(path)}")
     loads: dict[tuple[str, str], Callable[[], dict]] = {(OURS, dtype): partial(_load, path, dtype) for dtype in dtypes}
     for peer in peers:
         if not peer.command:  # a command loads once per request and reports nothing about it

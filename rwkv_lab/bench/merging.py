@@ -10,16 +10,20 @@ from pathlib import Path
 
 import torch
 
+from rwkv_lab.arguments import Size, checked
+from rwkv_lab.bench.comparison import Rounds
 from rwkv_lab.bench.file_jobs import CP, copied, in_a_process, in_turn, measured, result
 from rwkv_lab.bench.machine import describe_machine
-from rwkv_lab.bench.models import SHAPES, random_lora, random_model, random_state
+from rwkv_lab.bench.models import SHAPES, check_sizes, random_lora, random_model, random_state
 from rwkv_lab.errors import NumericsError
+from rwkv_lab.paths import to_path
 
 LORA_ALPHA = 32.0
 WAYS = (CP, "state, scan=changed", "state, scan=all", "lora, scan=all", "naive state", "naive lora")
 
 
-def benchmark_merge(folder: Path, sizes: list[str], rounds: int, lora_rank: int) -> dict:
+@checked
+def benchmark_merge(folder: str | Path, sizes: list[str], rounds: Rounds, lora_rank: Size) -> dict:
     """Time every way at every size.
 
     Args:
@@ -30,8 +34,11 @@ def benchmark_merge(folder: Path, sizes: list[str], rounds: int, lora_rank: int)
     Returns:
         {"machine": …, "results": [{"size", "base_bytes", "way", "seconds": […], "anon_bytes": […]}]}
     Raises:
+        ParameterError: a size that there is not.
         NumericsError: two ways disagree about the merged file.
     """
+    folder = to_path(folder, "folder")
+    check_sizes(sizes)
     results = []
     for size in sizes:
         inputs = _inputs(folder, size, lora_rank)

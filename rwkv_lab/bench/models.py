@@ -1,7 +1,7 @@
 """Checkpoints of real shapes with random weights, written without ever holding one in memory."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from rwkv_lab.checkpoint import Layout, expected_tensors, write_checkpoint
 from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.checkpoint.write import write_stream
+from rwkv_lab.errors import ParameterError
+from rwkv_lab.spec import did_you_mean
 
 # The shapes of released models; the 0.3B of RWKV-6 is none of them, it lies between.
 SHAPES = {
@@ -21,6 +23,15 @@ SHAPES = {
     "v4-169m": Layout("4.0", 12, 768, 768, 3072, 50277, 0, 0),
 }
 MATRICES = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
+
+
+def check_sizes(sizes: Iterable[str]) -> None:
+    """Raises:
+    ParameterError: a size that is not in `SHAPES`.
+    """
+    for size in sizes:
+        if size not in SHAPES:
+            raise ParameterError(f"sizes: {size!r} is none of {', '.join(SHAPES)}{did_you_mean(size, SHAPES)}.")
 
 
 def random_model(path: Path, layout: Layout) -> None:

@@ -9,9 +9,20 @@ from typing import Any
 import torch
 
 from rwkv_lab import wkv
-from rwkv_lab.bench.comparison import Agreement, Floors, Row, interleave, log_row, median_share, refusal, relative_rms
+from rwkv_lab.arguments import checked
+from rwkv_lab.bench.comparison import (
+    Agreement,
+    Floors,
+    Rounds,
+    Row,
+    interleave,
+    log_row,
+    median_share,
+    refusal,
+    relative_rms,
+)
 from rwkv_lab.bench.machine import multiply_add_rate, read_rate
-from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.errors import ParameterError, RwkvLabError
 from rwkv_lab.model.device import device_errors, parse_device
 
 OPERATORS = ("wkv4", "wkv5", "wkv6", "wkv7")
@@ -29,13 +40,20 @@ class Shape:
     head_size: int = 64
 
 
+@checked
 def measure_operators(
-    shape: Shape, backends: Sequence[str], rounds: int, device: str = "cpu", operators: Sequence[str] = OPERATORS
+    shape: Shape, backends: Sequence[str], rounds: Rounds, device: str = "cpu", operators: Sequence[str] = OPERATORS
 ) -> tuple[list[Row], Floors]:
     """Milliseconds of each operator and backend: jobs "wkv forward" and "wkv backward" (size: tokens).
 
     The backward pass is forward and backward together, less the forward of the same round.
+
+    Raises:
+        ParameterError: no such operator or device.
     """
+    for operator in operators:
+        if operator not in OPERATORS:
+            raise ParameterError(f"operators: {operator!r} is none of {', '.join(OPERATORS)}.")
     rows: list[Row] = []
     floors: Floors = {}
     where = parse_device(device)

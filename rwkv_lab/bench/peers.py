@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.bench.comparison import OURS
 from rwkv_lab.bench.machine import child_environment, package_version
 from rwkv_lab.errors import ParameterError, RwkvLabError
@@ -53,6 +54,7 @@ class Peer:
         return bool(self.command) or dtype in _RWKV_DTYPES
 
 
+@checked
 def parse_peers(wanted: Sequence[str]) -> list[Peer]:
     """Peers from texts: "auto" (`rwkv` where it is installed), "rwkv", or "name=command".
 

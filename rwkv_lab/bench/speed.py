@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.bench.comparison import OURS, Agreement, Floors, Row, compare, interleave, log_row, median_share, refusal
 from rwkv_lab.bench.engines import (
     BATCH_STEPS,
@@ -32,6 +33,7 @@ from rwkv_lab.bench.machine import matmul_rate, multiply_add_rate, read_rate
 from rwkv_lab.bench.peers import Peer, PeerError
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.model.device import parse_device
+from rwkv_lab.paths import to_path
 
 # How far logits may be from the reference, as relative RMS. In 16 bits rounding alone gives some 2e-2 on deep models.
 # int8 and int4 lose agreement for a reason, and how much is reported; the limit only separates a loss from nonsense.
@@ -60,8 +62,9 @@ class Plan:
     peers: tuple[Peer, ...] = ()
 
 
+@checked
 @torch.no_grad()
-def measure_speed(path: Path, subject: str, plan: Plan) -> tuple[list[Row], Floors]:
+def measure_speed(path: str | Path, subject: str, plan: Plan) -> tuple[list[Row], Floors]:
     """Decode and prefill rates of one checkpoint.
 
     Args:
@@ -73,6 +76,7 @@ def measure_speed(path: Path, subject: str, plan: Plan) -> tuple[list[Row], Floo
     Raises:
         RwkvLabError: the checkpoint is no model that runs here.
     """
+    path = to_path(path, "path")
     with ExitStack() as stack:
         comparison = _Comparison(subject, plan, expected_answers(path, plan.lengths, max(plan.batches, default=1)))
         for engine, problem in open_engines(path, plan.dtypes, plan.device, plan.peers, stack):

@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch.nn import functional as F
 
-from rwkv_lab.bench.comparison import Agreement, Row, interleave, log_row, median_share, refusal, relative_rms
+from rwkv_lab.arguments import checked
+from rwkv_lab.bench.comparison import Agreement, Rounds, Row, interleave, log_row, median_share, refusal, relative_rms
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.train import TrainSpec
@@ -18,7 +21,10 @@ _STEPS = 2  # of one sample
 _SIZES = {"n_embd": 128, "n_layer": 3, "vocab_size": 257, "head_size": 32}  # of the demo model
 
 
-def measure_training(backends: Sequence[str], rounds: int, length: int | None = None) -> list[Row]:
+@checked
+def measure_training(
+    backends: Sequence[str], rounds: Rounds, length: Annotated[int, Ge(1), Le(2**20)] | None = None
+) -> list[Row]:
     """Tokens per second of whole training steps (size: tokens of one step), and each backend's ratio to `chunked`.
 
     Args:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.errors import OutputError, ParameterError, RwkvLabError
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.resources import reports_folder
@@ -175,6 +176,7 @@ class Run:
         return Table(f"Parameters of this {self.notebook} run", ("parameter", "value", "what it is"), rows)
 
 
+@checked
 def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
     """Validate the parameters of a notebook and open its run; `result.json` has the status "running" from here on.
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import write_text
+from rwkv_lab.paths import to_path
 from rwkv_lab.text import shown
 from rwkv_lab.workbench.report import without_folders
 from rwkv_lab.workbench.result import RESULT, read_result, status_of
@@ -30,19 +32,23 @@ class ListedRun:
     good: Path | None  # report of an earlier run in the same folder that went well, where this one did not
 
 
-def list_runs(folder: Path) -> list[ListedRun]:
+@checked
+def list_runs(folder: str | Path) -> list[ListedRun]:
     """The runs in the folders below one, the last one first."""
+    folder = to_path(folder, "folder")
     paths = {path for depth in range(1, _DEEPEST + 1) for path in folder.glob("/".join(["*"] * depth + [RESULT]))}
     found = [_listed(path.parent) for path in paths if path.parent.name != "failed"]
     return sorted((run for run in found if run), key=lambda run: (run.started, str(run.folder)), reverse=True)
 
 
-def write_index(folder: Path) -> Path:
+@checked
+def write_index(folder: str | Path) -> Path:
     """Write `index.html`, a page with a line and a link for each run below a folder, and return its path.
 
     Raises:
         OutputError: the folder cannot be written to.
     """
+    folder = to_path(folder, "folder")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
