@@ -55,7 +55,7 @@ def what_is_there(path: Path) -> str:
     except OSError:
         names = []
     if path.name in names:
-        return ": it is a link to nothing"
+        return ": it is a link to nothing" if path.is_symlink() else ": it is neither a file nor a folder"
     # Without suffixes, which many files share whose names have nothing to do with each other.
     stems = {name: Path(name).stem.lower() for name in names}
     near = get_close_matches(path.stem.lower(), dict.fromkeys(stems.values()), n=3)

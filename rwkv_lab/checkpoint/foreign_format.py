@@ -109,7 +109,9 @@ def stated(facts: "Facts") -> Place:
     try:
         return Place(rescale_every=max(int(every), 0))
     except (TypeError, ValueError) as e:
-        raise CorruptFileError(f"{RESCALED} is recorded as {every!r}; a number of layers is expected.") from e
+        raise CorruptFileError(
+            f"{facts.path}: {RESCALED} is recorded as {every!r}; a number of layers is expected."
+        ) from e
 
 
 GROUP_NORM_EPS = "group_norm_eps"  # as it is recorded in config.json
@@ -123,7 +125,9 @@ def recorded_eps(facts: "Facts", head_size: int) -> float | None:
     """
     eps = facts.config.get(GROUP_NORM_EPS)
     if eps is not None and (not isinstance(eps, int | float) or not 0 < eps < 1):
-        raise CorruptFileError(f"{GROUP_NORM_EPS} is recorded as {eps!r}; a number between 0 and 1 is expected.")
+        raise CorruptFileError(
+            f"{facts.path}: {GROUP_NORM_EPS} is recorded as {eps!r}; a number between 0 and 1 is expected."
+        )
     return eps
 
 
@@ -153,6 +157,7 @@ class Facts:
 
     config: Mapping[str, Any] = field(default_factory=dict)  # config.json of a folder
     metadata: Mapping[str, Any] = field(default_factory=dict)  # of the header
+    path: str = "the file"  # for messages
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # of the tensors, under the names in the file
 
     @property

@@ -27,7 +27,7 @@ def whole_number(facts: Facts, key: str, default: int | None = None) -> int:
     if stated is None and default is not None:
         return default
     if stated is None or not stated.isdecimal():
-        raise CorruptFileError(f"{key} is {stated or 'missing'} in the header of the GGUF file; a number is expected.")
+        raise CorruptFileError(f"{facts.path}: {key} is {stated or 'missing'} in its header; a number is expected.")
     return int(stated)
 
 
@@ -39,7 +39,7 @@ def head_size(facts: Facts, architecture: str) -> int:
     """
     found = whole_number(facts, f"{architecture}.wkv.head_size")
     if not found:
-        raise CorruptFileError(f"{architecture}.wkv.head_size is 0.")
+        raise CorruptFileError(f"{facts.path}: {architecture}.wkv.head_size is 0 in its header; 64 is usual.")
     return found
 
 

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,13 @@ import rwkv_lab.checkpoint.formats  # noqa: F401  # makes the formats known
 from rwkv_lab.arguments import shown_value
 from rwkv_lab.checkpoint.adapter_names import adapter_format, our_targets, present_adapter
 from rwkv_lab.checkpoint.foreign_format import RESCALED, Facts, ForeignFormat, present
-from rwkv_lab.checkpoint.format import format_of
+from rwkv_lab.checkpoint.format import FORMATS, format_of
 from rwkv_lab.checkpoint.kind import Identity, identify
 from rwkv_lab.checkpoint.layout import Layout
 from rwkv_lab.checkpoint.prefixes import bare_names, removed_prefixes
 from rwkv_lab.checkpoint.rescaled import looks_rescaled
 from rwkv_lab.checkpoint.source import SourceFile, TensorInfo
+from rwkv_lab.checkpoint.stated import contradictions
 from rwkv_lab.checkpoint.unmerged import Unmerged, split_unmerged
 from rwkv_lab.checkpoint.unusable import split_folder
 from rwkv_lab.errors import CorruptFileError, LayoutError, UnsafeFileError
@@ -166,7 +167,9 @@ class Checkpoint:
         """Of `att.ln_x`, where a configuration states it."""
         if self.foreign_format is None or self.layout is None:
             return None
-        return self.foreign_format.group_norm_eps(Facts(self.config, self.metadata), self.layout.head_size)
+        return self.foreign_format.group_norm_eps(
+            Facts(self.config, self.metadata, str(self.path)), self.layout.head_size
+        )
 
     @property
     def reason(self) -> str:
@@ -222,29 +225,31 @@ def _present(ck: Checkpoint) -> None:
             targets = our_targets(known, ck.adapter_config.get("target_modules"))
             ck.adapter_config = ck.adapter_config | {"target_modules": targets}
         return
-    facts = Facts(ck.config, ck.metadata)
+    facts = Facts(ck.config, ck.metadata, str(ck.path))
     found = present(ck.info, facts)
     every = ck.config.get("rescale_every")
     if found is not None and found.format.rescales and facts.rescaled is None and isinstance(every, int) and every > 0:
         if looks_rescaled(found.tensors, every):
-            found = present(ck.info, Facts(ck.config | {RESCALED: every}, ck.metadata))
-            ck.notes.append(
+            found = present(ck.info, replace(facts, config=ck.config | {RESCALED: every}))
+            _note(
+                ck,
                 f"att.output and ffn.value lie halved after every {every} layers, as transformers' class leaves them "
-                "in evaluation; they are read as they were before."
+                "in evaluation; they are read as they were before.",
             )
-            log.warning("%s: %s", ck.path, ck.notes[-1])
     ours = any(key.startswith("rwkv_lab") for key in ck.metadata)
     if found is None and ck.format == "safetensors" and ck.kind == "state" and not ours:
-        ck.notes.append(
+        _note(
+            ck,
             "A tuned state in a .safetensors does not tell which of its dimensions is which: it is read as [H, V, K], "
-            "as trainers save it. Files for web-rwkv and ai00 hold [H, K, V]."
+            "as trainers save it. Files for web-rwkv and ai00 hold [H, K, V].",
         )
-        log.warning("%s: %s", ck.path, ck.notes[-1])
     if found is not None:
         ck.foreign_format, ck.info, ck.ignored = found.format, found.tensors, found.ignored
         ck.names_in_file, ck.inverses = found.theirs, found.inverses
         _tie(ck)
-        _compare_with_config(ck)
+        if ck.layout is not None:
+            for note in contradictions(found.format, ck.layout, ck.config, ck.metadata):
+                _note(ck, note)
 
 
 def _tie(ck: Checkpoint) -> None:
@@ -255,16 +260,9 @@ def _tie(ck: Checkpoint) -> None:
         ck.inverses["head.weight"] = ck.inverses["emb.weight"]
 
 
-def _compare_with_config(ck: Checkpoint) -> None:
-    """Note where a configuration states other dimensions than the tensors have."""
-    if ck.layout is None:
-        return
-    has = {"num_hidden_layers": ck.layout.n_layer, "hidden_size": ck.layout.n_embd, "vocab_size": ck.layout.vocab_size}
-    for name, value in has.items():
-        stated = ck.config.get(name)
-        if stated is not None and stated != value:
-            ck.notes.append(f"config.json states {name} {stated!r}, the tensors have {value}; the tensors count.")
-            log.warning("%s: %s", ck.path, ck.notes[-1])
+def _note(ck: Checkpoint, note: str) -> None:
+    ck.notes.append(note)
+    log.warning("%s: %s", ck.path, note)
 
 
 def _open_file(ck: Checkpoint, path: Path) -> None:
@@ -320,8 +318,6 @@ def _not_a_checkpoint(path: Path, head: bytes, size: int) -> Exception:
             f"{path} is a bare pickle, which can run code when it is read; nothing was run.\n"
             "Save it again with a current torch.save(model.state_dict(), ...) where it comes from."
         )
-    if text.startswith(b"{") and (path.name.endswith(".index.json") or b'"weight_map"' in head):
-        return LayoutError(f"{path} is the index of a model's shards, and no tensors.\nPass the folder: {path.parent}")
     return CorruptFileError(f"{path} is neither a torch zip (.pth), safetensors nor GGUF; it begins with {head[:8]!r}")
 
 
@@ -342,14 +338,24 @@ def _open_folder(ck: Checkpoint, folder: Path) -> None:
         there = sorted(p.name for p in folder.iterdir())
         if shard := next((name for name in there if _SHARD.search(name)), None):
             raise LayoutError(f"{folder} has shards ({shard}) and no index of them, {INDEXES[0]}; download it too.")
+        advice = _files_in(folder, there)
         there = there[:8]
-        raise LayoutError(f"{folder} holds none of {', '.join(names)}.\nIt holds: {', '.join(there) or 'nothing'}")
+        raise LayoutError(
+            f"{folder} holds none of {', '.join(names)}.\nIt holds: {', '.join(there) or 'nothing'}{advice}"
+        )
     if (folder / "config.json").is_file():
         ck.config = _read_json(folder / "config.json")
     if found.name in INDEXES:
         _open_shards(ck, folder, found)
     else:
         _open_file(ck, found)
+
+
+def _files_in(folder: Path, names: Sequence[str]) -> str:
+    """The advice to give one of the checkpoints in a folder by itself; "" where none is there."""
+    suffixes = {suffix for known in FORMATS.values() for suffix in known.suffixes}
+    found = next((name for name in names if Path(name).suffix in suffixes), None)
+    return f"\nGive the file by itself: {folder / found}" if found else ""
 
 
 def _open_shards(ck: Checkpoint, folder: Path, index: Path) -> None:
@@ -363,6 +369,10 @@ def _open_shards(ck: Checkpoint, folder: Path, index: Path) -> None:
             raise UnsafeFileError(f"{index} names the shard {shard!r}, which is outside its folder; nothing was opened")
         if not target.is_file():
             raise LayoutError(f"{index} names the shard {shard}, which is not there; download it too")
+    others = sorted(p.name for p in folder.iterdir() if p.suffix == Path(shards[0]).suffix) if shards else []
+    left = [name for name in others if name not in shards and name not in ADAPTERS]
+    if left:
+        _note(ck, f"{index.name} does not name {', '.join(left[:3])}, beside its {len(shards)} shards: not read.")
     for shard in shards:
         _open_file(ck, folder / shard)
     for name, shard in weight_map.items():

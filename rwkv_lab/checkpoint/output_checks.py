@@ -11,6 +11,7 @@ from rwkv_lab.machine import disk_free, memory_free
 from rwkv_lab.progress import human_bytes
 
 NAME_MAX = 255  # bytes of a file name, on every common file system
+PATH_MAX = 4095  # bytes of a path, on Linux
 
 
 def check_output(out: Path, inputs: Sequence[Checkpoint], allowed_dir: Path | None, overwrite: bool) -> None:
@@ -22,17 +23,30 @@ def check_output(out: Path, inputs: Sequence[Checkpoint], allowed_dir: Path | No
         OutputError: states which rule.
         ParameterError: `allowed_dir` is not a folder, or the name has characters that cannot be printed.
     """
+    check_name(out)
     if allowed_dir is not None:
         if not allowed_dir.is_dir():
             raise ParameterError(f"allowed_dir={str(allowed_dir)!r} is not a folder")
         if not out.resolve().is_relative_to(allowed_dir.resolve()):
             raise OutputError(f"{out} is outside {allowed_dir}, the only folder that allowed_dir lets outputs go to")
-    if not out.name.isprintable():
-        raise ParameterError(f"out={str(out)!r}: a name of printable characters is needed")
-    if len(os.fsencode(out.name)) > NAME_MAX:
-        raise OutputError(f"the name {out.name[:60]}… has {len(os.fsencode(out.name))} bytes; {NAME_MAX} are the limit")
     refuse_inputs(out, [(file.path, os.fstat(file.fd)) for ck in inputs for file in ck.files])
     check_target(out, overwrite)
+
+
+def check_name(out: Path) -> None:
+    """Refuse a path that no file can have; nothing is looked up on the disk.
+
+    Raises:
+        OutputError: it is too long.
+        ParameterError: the name has characters that cannot be printed.
+    """
+    if not out.name.isprintable():
+        raise ParameterError(f"out={str(out)!r}: a name of printable characters is needed")
+    for name in reversed(out.parts):
+        if len(os.fsencode(name)) > NAME_MAX:
+            raise OutputError(f"the name {name[:60]}… has {len(os.fsencode(name))} bytes; {NAME_MAX} are the limit")
+    if len(os.fsencode(out)) > PATH_MAX:
+        raise OutputError(f"the path {str(out)[:60]}… has {len(os.fsencode(out))} bytes; {PATH_MAX} are the limit")
 
 
 def check_free_space(out: Path, output_bytes: int, memory_needed: int, job: str) -> tuple[int, int]:

@@ -22,7 +22,7 @@ _PACKED = [
     (r"\.(qweight|qzeros)$", "few bits by GPTQ or AWQ"),
     (r"\.(W_q|weight_packed)$", "few bits by HQQ or compressed-tensors"),
     (r"\.weight\._(data|scale)$|\._packed_params(\.|$)", "8 bits or fewer by quanto or torch"),
-    (r"\.weight_(mx|rx|my|ry)$|\.weight_scale(_inv)?$", "8 bits with scales of their own"),
+    (r"\.weight_scale(_inv)?$", "8 bits with scales of their own"),
     (r"\.packed\.(codes|absmax)$", "few bits by rwkv_lab, as frozen weights in training"),
 ]
 _ADAPTERS = [

@@ -35,6 +35,7 @@ class Container:
         write: `(path, content, overwrite, refuse)` -> what is wrong with the values. Streams; whole or not at all. With
             `refuse`, NaN, Inf and overflow raise NumericsError.
         notes: what such an output cannot hold of the content, in words.
+        holds_vocabulary: whether the tokenizer of a model goes into it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Container:
     size: Callable[[Content], int]
     write: Callable[[Path, Content, bool, bool], list[Findings]]
     notes: Callable[[Content], Sequence[str]] = lambda content: ()
+    holds_vocabulary: bool = False
 
     @property
     def is_folder(self) -> bool:
@@ -104,5 +106,5 @@ def _write_adapter(path: Path, content: Content, overwrite: bool, refuse: bool) 
 register_container(_file("pth", (".pth",)))
 register_container(_file("safetensors", (".safetensors", ".st")))
 register_container(replace(_file("pth", (".pth",)), name="state"))  # a tuned state alone
-register_container(Container("folder", (), _folder_size, _write_folder))
+register_container(Container("folder", (), _folder_size, _write_folder, holds_vocabulary=True))
 register_container(Container("adapter", (), _adapter_size, _write_adapter))  # as Hugging Face's peft holds one

@@ -29,4 +29,6 @@ def _notes(content: Content) -> list[str]:
     return [other_tokens(tokenizer)] if tokenizer is not None and other_tokens(tokenizer) else []
 
 
-register_container(Container("gguf", (".gguf",), lambda content: _layout(content).size, _write, _notes))
+register_container(
+    Container("gguf", (".gguf",), lambda content: _layout(content).size, _write, _notes, holds_vocabulary=True)
+)

@@ -25,10 +25,12 @@ from rwkv_lab.checkpoint.foreign_format import (
     placed_rows,
 )
 from rwkv_lab.checkpoint.gguf_types import BY_NAME
-from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
+from rwkv_lab.checkpoint.open import ADAPTERS, SINGLES
+from rwkv_lab.checkpoint.output_checks import check_free_space, check_name, check_output
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
 from rwkv_lab.checkpoint.unchanged import file_states
+from rwkv_lab.convert.about_source import about_source, refuse_odd_weights
 from rwkv_lab.convert.adapters import adapter_output, is_adapter
 from rwkv_lab.convert.containers import CONTAINERS, Container, Content
 from rwkv_lab.convert.hub_download import Download, source_of
@@ -47,7 +49,6 @@ from rwkv_lab.paths import to_path
 from rwkv_lab.peft.rwkv_peft_layout import NOTE
 from rwkv_lab.tokenizer import Tokenizer
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _FILES = (".pth", ".safetensors", ".st", ".gguf", ".bin")  # no folder is called so
 _END_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -115,7 +116,7 @@ def _plan(
             *output.notes,
             *output.container.notes(content),
             *without_effect(output, ck),
-            *_left_behind(ck),
+            *about_source(ck, output),
             *push_notes,
         ),
         checkpoint=ck,
@@ -146,7 +147,11 @@ def _output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
     known = format_for(spec.to, layout) if layout else None
     spec = completed(spec, known, layout)
     container = CONTAINERS[spec.to if known is None else known.container]
+    if layout:
+        refuse_odd_weights(ck)
     if known is None or layout is None:
+        if layout and spec.tokenizer:  # reports continue text with it
+            model_tokenizer(spec.tokenizer, layout.vocab_size)
         kept = {NOTE: ck.metadata[NOTE]} if NOTE in ck.metadata else {}  # of an adapter
         notes = about_state(ck, spec.to)
         return Output(spec, container, _plain(ck, spec.output_dtype), layout=layout, notes=notes, file_notes=kept)
@@ -173,27 +178,13 @@ def _about_quantised(spec: ConvertSpec, content: Tensors, known: ForeignFormat) 
     ]
 
 
-def _left_behind(ck: Checkpoint) -> list[str]:
-    """What the source holds and a conversion does not take along, in words."""
-    notes = [*ck.notes, *(f"{name} of the source is not read: {why}." for name, why in ck.ignored.items())]
-    if ck.others:
-        notes.append(
-            f"{len(ck.others)} entries that are no tensors stay behind: {', '.join(map(str, ck.others))[:80]}."
-        )
-    notes += [f"{n} tensors of the source are {kind}, dequantised to float32." for kind, n in ck.quantised.items()]
-    eps = ck.group_norm_eps
-    if eps is not None and abs(eps - 64e-5) > 1e-9:
-        notes.append(f"The source states group_norm_eps={eps:.3g}, not 0.00064; only its config.json records that.")
-    return notes
-
-
 def _layout_of(ck: Checkpoint, spec: ConvertSpec) -> Layout | None:
     """Of a whole model; None of what only `PLAIN` targets take.
 
     Raises:
         LayoutError: neither.
     """
-    if ck.kind in ("converted", "unsupported", "unknown"):
+    if ck.kind in ("converted", "unsupported", "unknown", "unusable"):
         raise LayoutError(f"{ck.path} cannot be converted: {ck.reason}.")
     if ck.kind == "model":
         return ck.layout
@@ -213,6 +204,7 @@ def _check_out(out: Path, container: Container, ck: Checkpoint, options: Convert
     Raises:
         OutputError, ParameterError: says why.
     """
+    check_name(out)
     if container.is_folder:
         if out.suffix in _FILES:
             raise ParameterError(f"out={str(out)!r}: a folder is written; name it without {out.suffix}")
@@ -227,6 +219,8 @@ def _check_out(out: Path, container: Container, ck: Checkpoint, options: Convert
             raise ParameterError(f"out={str(out)!r}: its name must end in {' or '.join(container.suffixes)}")
         if out.is_dir():
             raise OutputError(f"{out} is a folder; name a file in it, such as {out / ('m' + container.suffixes[0])}")
+        if out.name in (*SINGLES, *ADAPTERS) and out.resolve().parent == ck.path.resolve():
+            raise OutputError(f"{out} would be taken for the weights of {ck.path}, the source. Choose another name.")
     check_output(out, [ck], options.allowed_dir, options.overwrite)
 
 
@@ -265,11 +259,8 @@ def _by_table(ck: Checkpoint, spec: ConvertSpec, known: ForeignFormat, layout: L
     """Every tensor under the format's name, and those that it has no place for.
 
     Raises:
-        LayoutError: a tensor that is no float, or that the table does not have.
+        LayoutError: a tensor that the table does not have.
     """
-    odd = next((t for t in ck.info.values() if t.dtype not in _FLOATS), None)
-    if odd is not None:
-        raise LayoutError(f"{odd.name} in {ck.path} is {odd.dtype}; weights must be floats of 16 bits or more.")
     required, optional = tensors_of(layout, ck.info)
     shapes, dropped = required | optional, [Dropped(n, why) for n in ck.info if (why := known.why_dropped(n))]
     left = {name: info for name, info in ck.info.items() if not known.why_dropped(name)}

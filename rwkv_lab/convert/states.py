@@ -27,7 +27,7 @@ def is_state_output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> bool:
         return False
     if ck.kind == "state":
         return True
-    of_folders = all(f.container == "folder" for f in formats)
+    of_folders = all(f.container == "folder" for f in formats) and any(f.state_rows for f in formats)
     return of_folders and out.suffix == ".safetensors" and any(name.endswith(_STATE) for name in ck.info)
 
 
@@ -85,7 +85,7 @@ def _format(target: str, layout: Layout | None) -> ForeignFormat:
     """The format of a target that has states, that of the model where it is known.
 
     Raises:
-        LayoutError: what reads it takes none.
+        LayoutError: what reads it takes none, or none of such a model.
     """
     formats = [f for f in FOREIGN_FORMATS.values() if f.target == target and f.state_rows]
     if not formats:
@@ -93,7 +93,16 @@ def _format(target: str, layout: Layout | None) -> ForeignFormat:
         raise LayoutError(
             f"to={target!r}: its readers take no tuned state. {', '.join([*targets, 'safetensors', 'pth'])} take one."
         )
-    return next((f for f in formats if layout and layout.version in f.versions), formats[0])
+    if layout is None:
+        return formats[0]
+    found = next((f for f in formats if layout.version in f.versions), None)
+    if found is None:
+        versions = ", ".join(sorted({version for f in formats for version in f.versions}))
+        raise LayoutError(
+            f"to={target!r} takes tuned states of RWKV-{versions}; this model is RWKV-{layout.version}.\n"
+            f"to={STATE!r} writes its state as it is."
+        )
+    return found
 
 
 def _others(ck: Checkpoint, states: Mapping[str, TensorInfo]) -> list[Dropped]:

@@ -61,7 +61,7 @@ PACKED = {
     },
     "8 bits with scales of their own": {
         MATRIX: torch.ones(16, 16, dtype=torch.int8),
-        "blocks.0.att.key.weight_mx": torch.ones(16),
+        "blocks.0.att.key.weight_scale": torch.ones(16),
     },
     "few bits by HQQ": {"blocks.0.att.key.W_q": torch.ones(8, 16, dtype=torch.uint8)},
 }

@@ -1,0 +1,48 @@
+"""What a plan says of its source, in words: what stays behind, and how it differs from a model."""
+
+from rwkv_lab.checkpoint import Checkpoint
+from rwkv_lab.convert.output import Output
+from rwkv_lab.errors import LayoutError
+
+_VOCABULARY = "tokenizer.json"  # of a folder: what `tokenizer` takes
+_NO_WHOLE_MODEL = ("partial", "unmerged")
+
+
+def refuse_odd_weights(ck: Checkpoint) -> None:
+    """Refuse weights of a whole model that are no floats.
+
+    Raises:
+        LayoutError: names the first.
+    """
+    misfit = ck.identity.misfit
+    if ck.kind != "model" or misfit is None:
+        return
+    weights = (t for name, t in ck.info.items() if name not in misfit.extra)
+    odd = next((t for t in weights if not t.dtype.is_floating_point or t.dtype.itemsize < 2), None)
+    if odd is not None:
+        raise LayoutError(f"{odd.name} in {ck.path} is {odd.dtype}; weights must be floats of 16 bits or more.")
+
+
+def about_source(ck: Checkpoint, output: Output) -> list[str]:
+    """What the source holds and a conversion does not take along, and how it differs from a model."""
+    notes = [*ck.notes, *(f"{name} of the source is not read: {why}." for name, why in ck.ignored.items())]
+    if ck.others:
+        notes.append(
+            f"{len(ck.others)} entries that are no tensors stay behind: {', '.join(map(str, ck.others))[:80]}."
+        )
+    notes += [f"{n} tensors of the source are {kind}, dequantised to float32." for kind, n in ck.quantised.items()]
+    eps = ck.group_norm_eps
+    if eps is not None and abs(eps - 64e-5) > 1e-9:
+        notes.append(f"The source states group_norm_eps={eps:.3g}, not 0.00064; only its config.json records that.")
+    if ck.kind in _NO_WHOLE_MODEL:
+        notes.append(f"The source is no whole model, and is written as it is: {ck.reason}.")
+    extra = ck.identity.misfit.extra if ck.kind == "model" and ck.identity.misfit else ()
+    if extra and output.format is None:
+        notes.append(
+            f"{len(extra)} tensors that no RWKV-{ck.layout.version if ck.layout else ''} has are written as they are, "
+            f"first {extra[0]}: RWKV_Dual does not load such a model."
+        )
+    vocabulary = ck.path / _VOCABULARY
+    if output.layout and output.container.holds_vocabulary and not output.spec.tokenizer and vocabulary.is_file():
+        notes.append(f"{_VOCABULARY} of the source stays behind. To take it along: tokenizer={str(vocabulary)!r}.")
+    return notes

@@ -1,0 +1,104 @@
+"""What a plan says of its source, and what it refuses of source and output."""
+
+import pytest
+import torch
+from models import LAYOUTS, random_model, random_state, snapshot
+
+from rwkv_lab.checkpoint import write_checkpoint
+from rwkv_lab.convert import convert, to_huggingface, to_safetensors
+from rwkv_lab.errors import LayoutError, OutputError, ParameterError
+
+
+def saved(folder, tensors, name="m.pth"):
+    write_checkpoint(folder / name, tensors, overwrite=True)
+    return folder / name
+
+
+def notes(*args, **options):
+    return "\n".join(convert(*args, dry_run=True, **options).notes)
+
+
+@pytest.mark.parametrize(("to", "out"), [("pth", "o.pth"), ("safetensors", "o.safetensors")])
+@pytest.mark.parametrize("left_out", ["head.weight", "blocks.0.ln0.weight", "blocks.1.att.value.weight"])
+def test_a_source_that_is_no_whole_model_is_called_so(left_out, to, out, tmp_path):
+    model = random_model()
+    assert "no whole model" not in notes(saved(tmp_path, model), to, tmp_path / out)
+    del model[left_out]
+    assert f"no whole model, and is written as it is: 1 tensors are missing or of another shape, first {left_out}" in (
+        notes(saved(tmp_path, model), to, tmp_path / out)
+    )
+
+
+def test_tensors_that_no_model_has_are_counted(tmp_path):
+    path = saved(tmp_path, random_model() | {"banana": torch.ones(3), "blocks.0.att.qqq": torch.ones(16)})
+    assert "2 tensors that no RWKV-7.0 has are written as they are, first banana" in (
+        notes(path, "pth", tmp_path / "o.pth")
+    )
+
+
+@pytest.mark.parametrize("to", ["pth", "safetensors", "fla", "gguf"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.int32, torch.complex64])
+def test_weights_that_are_no_floats_are_refused_by_every_target(dtype, to, tmp_path):
+    name = "blocks.0.att.key.weight"
+    torch.save(random_model() | {name: torch.ones(16, 16).to(dtype)}, tmp_path / "m.pth")
+    out = tmp_path / ("o" if to == "fla" else f"o.{to}")
+    with pytest.raises(LayoutError, match=f"{name} in .* is {dtype}; weights must be floats"):
+        convert(tmp_path / "m.pth", to, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("to", ["pth", "safetensors", "web-rwkv", "fla", "gguf"])
+def test_a_tokenizer_that_does_not_fit_is_refused_before_anything_is_written(to, tmp_path):
+    path, out = saved(tmp_path, random_model()), {"fla": "o", "web-rwkv": "o.st"}.get(to, f"o.{to}")
+    for tokenizer, message in [("world", "do not belong together"), ("/no/such", "There is no tokenizer")]:
+        with pytest.raises(ParameterError, match=message):
+            convert(path, to, tmp_path / out, tokenizer=tokenizer)
+    assert not (tmp_path / out).exists()
+
+
+def test_a_tokenizer_json_of_the_source_that_stays_behind_is_told(tmp_path):
+    folder = to_huggingface(saved(tmp_path, random_model()), tmp_path / "folder").out
+    assert "stays behind" not in notes(folder, "fla", tmp_path / "o")
+    (folder / "tokenizer.json").write_text("{}")
+    assert f"To take it along: tokenizer='{folder / 'tokenizer.json'}'" in notes(folder, "fla", tmp_path / "o")
+    assert "stays behind" not in notes(folder, "pth", tmp_path / "o.pth")
+
+
+@pytest.mark.parametrize(("version", "to"), [("7.0", "world"), ("5.2", "fla"), ("5.0", "world")])
+def test_states_of_a_model_that_the_target_does_not_have(version, to, tmp_path):
+    layout = LAYOUTS[version]
+    path = saved(tmp_path, random_model(layout) | random_state(layout))
+    with pytest.raises(LayoutError, match=f"takes tuned states of RWKV-.*this model is RWKV-{version}.\n.*'state'"):
+        convert(path, to, tmp_path / "s.safetensors")
+
+
+def test_a_model_with_a_state_to_transformers_is_not_taken_for_a_state(tmp_path):
+    path = saved(tmp_path, random_model() | random_state())
+    with pytest.raises(ParameterError, match="a folder is written; name it without .safetensors"):
+        convert(path, "transformers", tmp_path / "o.safetensors")
+
+
+@pytest.mark.parametrize("to", ["pth", "gguf", "fla"])
+@pytest.mark.parametrize("where", ["name", "folder", "path"])
+def test_outputs_with_names_that_are_too_long(where, to, tmp_path):
+    suffix = "" if to == "fla" else f".{to}"
+    long = {"name": "x" * 300 + suffix, "folder": f"{'x' * 300}/o{suffix}", "path": f"{'x' * 200}/" * 30 + f"o{suffix}"}
+    with pytest.raises(OutputError, match="are the limit"):
+        convert(saved(tmp_path, random_model()), to, tmp_path / long[where])
+
+
+def test_a_file_that_would_become_the_weights_of_its_source(tmp_path):
+    folder = convert(saved(tmp_path, random_model()), "fla", tmp_path / "folder", max_shard_size="3KB").out
+    before = snapshot(tmp_path)
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        with pytest.raises(OutputError, match="would be taken for the weights of"):
+            to_safetensors(folder, folder / name)
+    assert snapshot(tmp_path) == before
+    to_safetensors(folder, folder / "blinkdl.safetensors")
+
+
+def test_an_empty_dtype_keeps_each_tensors_own(tmp_path):
+    assert (
+        convert(saved(tmp_path, random_model()), "pth", tmp_path / "o.pth", dtype="", dry_run=True).plan.spec.dtype
+        is None
+    )
