@@ -45,9 +45,9 @@ def missing_file(path: Path) -> ParameterError:
 def what_is_there(path: Path) -> str:
     """What there is in the place of a file that is missing, to go behind its name: the nearest names in its folder, or
     the folder that there is; "" where nothing is near."""
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir fails on names that are too long
         return ": it is a folder"
-    folder = next(parent for parent in (*path.absolute().parents, Path()) if parent.is_dir())
+    folder = next(parent for parent in (*path.absolute().parents, Path()) if os.path.isdir(parent))
     if folder != path.absolute().parent:
         return f": of its folders there is only {folder}"
     try:

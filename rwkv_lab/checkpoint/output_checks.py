@@ -25,7 +25,7 @@ def check_output(out: Path, inputs: Sequence[Checkpoint], allowed_dir: Path | No
     """
     check_name(out)
     if allowed_dir is not None:
-        if not allowed_dir.is_dir():
+        if not os.path.isdir(allowed_dir):
             raise ParameterError(f"allowed_dir={str(allowed_dir)!r} is not a folder")
         if not out.resolve().is_relative_to(allowed_dir.resolve()):
             raise OutputError(f"{out} is outside {allowed_dir}, the only folder that allowed_dir lets outputs go to")
@@ -34,10 +34,10 @@ def check_output(out: Path, inputs: Sequence[Checkpoint], allowed_dir: Path | No
 
 
 def check_name(out: Path) -> None:
-    """Refuse a path that no file can have; nothing is looked up on the disk.
+    """Refuse a path that no file can have.
 
     Raises:
-        OutputError: it is too long.
+        OutputError: it is too long, or leads through links in a circle.
         ParameterError: the name has characters that cannot be printed.
     """
     if not out.name.isprintable():
@@ -47,6 +47,10 @@ def check_name(out: Path) -> None:
             raise OutputError(f"the name {name[:60]}… has {len(os.fsencode(name))} bytes; {NAME_MAX} are the limit")
     if len(os.fsencode(out)) > PATH_MAX:
         raise OutputError(f"the path {str(out)[:60]}… has {len(os.fsencode(out))} bytes; {PATH_MAX} are the limit")
+    try:
+        out.resolve()
+    except (OSError, RuntimeError) as e:
+        raise OutputError(f"{out} leads through links in a circle. Name another output.") from e
 
 
 def check_free_space(out: Path, output_bytes: int, memory_needed: int, job: str) -> tuple[int, int]:

@@ -51,7 +51,7 @@ def load_tokenizer(which: str | Path, vocab_size: int | None = None) -> Tokenize
         tokenizer = WorldTokenizer()
     else:
         path = Path(os.path.expanduser(which))
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file fails on names that are too long
             raise ParameterError(
                 f'There is no tokenizer {str(which)!r}: name "world", "bytes" or the path of a file.\n'
                 f"There is no file {path}{what_is_there(path)}"

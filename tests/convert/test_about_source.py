@@ -50,7 +50,8 @@ def test_weights_that_are_no_floats_are_refused_by_every_target(dtype, to, tmp_p
 @pytest.mark.parametrize("to", ["pth", "safetensors", "web-rwkv", "fla", "gguf"])
 def test_a_tokenizer_that_does_not_fit_is_refused_before_anything_is_written(to, tmp_path):
     path, out = saved(tmp_path, random_model()), {"fla": "o", "web-rwkv": "o.st"}.get(to, f"o.{to}")
-    for tokenizer, message in [("world", "do not belong together"), ("/no/such", "There is no tokenizer")]:
+    wrong = [("world", "do not belong together"), ("/no/such", "no tokenizer"), ("x" * 300, "There is no tokenizer")]
+    for tokenizer, message in [*wrong, (tmp_path, "it is a folder")]:
         with pytest.raises(ParameterError, match=message):
             convert(path, to, tmp_path / out, tokenizer=tokenizer)
     assert not (tmp_path / out).exists()
@@ -102,3 +103,20 @@ def test_an_empty_dtype_keeps_each_tensors_own(tmp_path):
         convert(saved(tmp_path, random_model()), "pth", tmp_path / "o.pth", dtype="", dry_run=True).plan.spec.dtype
         is None
     )
+
+
+@pytest.mark.parametrize("to", ["fla", "pth"])
+@pytest.mark.parametrize("below", [False, True])
+def test_outputs_through_links_in_a_circle(below, to, tmp_path):
+    path, suffix = saved(tmp_path, random_model()), "" if to == "fla" else ".pth"
+    one, other = tmp_path / f"one{suffix}", tmp_path / f"other{suffix}"
+    one.symlink_to(other)
+    other.symlink_to(one)
+    with pytest.raises(OutputError, match="links in a circle|a link to a file that is not there|is not there"):
+        convert(path, to, one / f"o{suffix}" if below else one)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "m.pth", "nothing"])
+def test_an_allowed_dir_that_is_no_folder(name, tmp_path):
+    with pytest.raises(ParameterError, match="is not a folder"):
+        convert(saved(tmp_path, random_model()), "pth", tmp_path / "o.pth", allowed_dir=tmp_path / name)
