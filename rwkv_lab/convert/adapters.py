@@ -45,8 +45,8 @@ def adapter_output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
         content = _content(tensors, {name: name for name in tensors}, spec.output_dtype)
         note_of = {rwkv_peft_layout.NOTE: note}
         return Output(spec, CONTAINERS[spec.to], content, as_adapter=True, file_notes=note_of)
-    parts, settings = hf_layout.written(adapter)
     known = None if spec.to in PLAIN else _format(adapter, spec)
+    parts, settings = hf_layout.written(adapter)
     names = {name: name if known is None else _their_name(known, name) for name in parts}
     if known is not None:
         settings = _their_settings(known, settings)
@@ -54,7 +54,22 @@ def adapter_output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
     config = (json.dumps(dict(sorted(settings.items())), indent=2) + "\n").encode()
     quant = {} if adapter.quant is None else {hf_layout.QUANT: adapter.quant}
     others = {"adapter_config.json": config}
-    return Output(spec, CONTAINERS["adapter"], content, known, others=others, as_adapter=True, file_notes=quant)
+    notes = _recomputed(adapter, parts)
+    return Output(
+        spec, CONTAINERS["adapter"], content, known, notes=notes, others=others, as_adapter=True, file_notes=quant
+    )
+
+
+def _recomputed(adapter: Adapter, parts: dict[str, Values]) -> list[str]:
+    """Layers whose change is held by other matrices than in the source, in words."""
+    made = [name for name, values in parts.items() if not isinstance(values, TensorInfo)]
+    changed = [x for x in adapter.targets if any(name.startswith(f"{x}.") for name in made)]
+    if not changed:
+        return []
+    return [
+        f"{len(changed)} layers of the {adapter.method} adapter become LoRA of another rank, which makes the same "
+        "change; what they started from is not kept."
+    ]
 
 
 def _read(ck: Checkpoint, spec: ConvertSpec) -> Adapter:
@@ -92,6 +107,7 @@ def _format(adapter: Adapter, spec: ConvertSpec) -> ForeignFormat:
 
     Raises:
         LayoutError: none has, or several have.
+        ParameterError: `generation` is not one that its layers can be of.
     """
     if not any(f.target == spec.to and f.container == "folder" for f in FOREIGN_FORMATS.values()):
         raise LayoutError(
@@ -99,23 +115,30 @@ def _format(adapter: Adapter, spec: ConvertSpec) -> ForeignFormat:
             f"Merge the adapter into its base, then convert the merged model to {spec.to}."
         )
     names = [f"{x}.weight" for x in adapter.targets]
-    versions = possible_versions([*names, *adapter.full])[0]
-    if spec.generation:
-        versions &= {spec.generation}
-    fitting = [
-        f
-        for f in FOREIGN_FORMATS.values()
-        if f.target == spec.to and versions & set(f.versions) and all(their_module(f, x) for x in adapter.targets)
-    ]
+    could_be = possible_versions([*names, *adapter.full])[0]
+    versions = could_be & {spec.generation} if spec.generation else could_be
+    if could_be and not versions:
+        raise ParameterError(
+            f"generation={spec.generation!r}: the layers of {adapter.where} are those of RWKV-"
+            f"{' or '.join(sorted(could_be))}."
+        )
+    formats = [f for f in FOREIGN_FORMATS.values() if f.target == spec.to]
+    of_generation = [f for f in formats if not versions or versions & set(f.versions)]
+    if not of_generation:
+        takes = ", ".join(sorted({version for f in formats for version in f.versions}))
+        raise LayoutError(
+            f"to={spec.to!r} takes adapters of RWKV-{takes}; this is of RWKV-{' or '.join(sorted(versions))}."
+        )
+    fitting = [f for f in of_generation if all(their_module(f, x) for x in adapter.targets)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         could = ", ".join(version for f in fitting for version in f.versions)
         raise LayoutError(f"The adapter could be of RWKV-{could}. Pass generation=, the one of its base.")
-    missing = next(iter(adapter.targets))
+    missing = next(x for x in adapter.targets if not their_module(of_generation[-1], x))
     raise LayoutError(
         f"to={spec.to!r} has no layer for every one that the adapter changes, such as {missing}, in RWKV-"
-        f"{' or '.join(sorted(versions)) or spec.generation}."
+        f"{' or '.join(sorted(versions)) or 'x'}."
     )
 
 

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from models import random_lora, random_model, random_state, same
+from models import LAYOUTS, random_lora, random_model, random_state, same
 from random_models import make_layout, make_tokens, random_tensors, relative_rms, write_model
 from rwkv_package import in_its_order, run_rwkv_package
 from safetensors.torch import load_file, save_file
+from tuned_files import write_adapter
 
 from rwkv_lab import RWKV_Dual
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
@@ -84,7 +85,11 @@ def test_peft_loads_a_converted_adapter(tmp_path):
     [
         ({"to": "fla"}, ParameterError, "pass alpha="),
         ({"to": "fla", "alpha": ALPHA}, LayoutError, "could be of RWKV-.*generation="),
-        ({"to": "world", "alpha": ALPHA, "generation": "7.0"}, LayoutError, "has no layer for every one"),
+        (
+            {"to": "world", "alpha": ALPHA, "generation": "7.0"},
+            LayoutError,
+            "takes adapters of RWKV-5.2, 6.0; .* RWKV-7.0",
+        ),
         ({"to": "fla", "alpha": ALPHA, "generation": "9.0"}, ParameterError, "generation='9.0'"),
     ],
 )
@@ -92,6 +97,27 @@ def test_what_an_adapter_needs(options, error, message, tmp_path):
     with pytest.raises(error, match=message):
         convert(lora_file(tmp_path), options.pop("to"), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def adapter_of_version(folder, version, **config):
+    write_checkpoint(folder / "base.pth", random_model(LAYOUTS[version], dtype=torch.float32))
+    return write_adapter(folder / "adapter.pth", folder / "base.pth", **config)
+
+
+@pytest.mark.parametrize("generation", ["5.2", "6.0"])
+def test_an_adapter_of_another_generation_is_told_which(generation, tmp_path):
+    write_checkpoint(tmp_path / "v7.pth", random_lora() | {"blocks.0.att.k_k": torch.ones(1, 1, 16)})
+    with pytest.raises(ParameterError, match=f"generation='{generation}': the layers of .* are those of RWKV-7.0"):
+        convert(tmp_path / "v7.pth", "fla", tmp_path / "out", alpha=ALPHA, generation=generation)
+    with pytest.raises(LayoutError, match="to='world' takes adapters of RWKV-5.2, 6.0; this is of RWKV-7.0"):
+        convert(tmp_path / "v7.pth", "world", tmp_path / "out", alpha=ALPHA)
+
+
+@pytest.mark.parametrize(("method", "told"), [("lora", False), ("pissa", True), ("miss", False)])
+def test_changes_that_are_held_by_other_matrices_are_told(method, told, tmp_path):
+    path = adapter_of_version(tmp_path, "7.0", method=method, lora_r=4, lora_alpha=4)
+    notes = passed(convert(path, "fla", tmp_path / "out", generation="7.0")).notes
+    assert any("pissa adapter become LoRA of another rank" in note for note in notes) == told
 
 
 def test_a_state_there_and_back(tmp_path):
