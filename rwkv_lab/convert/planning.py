@@ -1,6 +1,7 @@
 """Plans a conversion: every tensor of the output with its source, from headers alone."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -166,15 +167,21 @@ def _output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
 
 
 def _about_quantised(spec: ConvertSpec, content: Tensors, known: ForeignFormat) -> list[str]:
-    """Matrices that were to be quantised and are not, in words."""
+    """How much is quantised, and matrices that were to be and are not, in words."""
     if not spec.quantised:
         return []
+    made = [row for row, _ in content if row.quantised]
+    values = sum(math.prod(row.shape) for row in made)
+    counted = (
+        f"{len(made)} matrices with {values:,} values are quantised to {spec.quantised}; the other tensors are cast."
+    )
     names = {row.name for row, _ in content if general_name(row.name)[0] in known.quantised and not row.quantised}
     if not names:
-        return []
+        return [counted]
     return [
+        counted,
         f"{len(names)} matrices keep float16: their rows are no multiple of {BY_NAME[spec.quantised].elements} values "
-        f"({', '.join(sorted(names)[:3])})."
+        f"({', '.join(sorted(names)[:3])}).",
     ]
 
 
