@@ -94,9 +94,7 @@ def _bytes(value: Any) -> Any:
 
 
 def _dtype(value: Any) -> Any:
-    """Its short name, in any spelling; None where it is empty."""
-    if value == "":
-        return None
+    """Its short name, in any spelling."""
     if isinstance(value, str) and value.strip().upper() in QUANTISED:
         return value.strip().upper()
     return in_short(value)

@@ -98,13 +98,6 @@ def test_a_file_that_would_become_the_weights_of_its_source(tmp_path):
     to_safetensors(folder, folder / "blinkdl.safetensors")
 
 
-def test_an_empty_dtype_keeps_each_tensors_own(tmp_path):
-    assert (
-        convert(saved(tmp_path, random_model()), "pth", tmp_path / "o.pth", dtype="", dry_run=True).plan.spec.dtype
-        is None
-    )
-
-
 @pytest.mark.parametrize("to", ["fla", "pth"])
 @pytest.mark.parametrize("below", [False, True])
 def test_outputs_through_links_in_a_circle(below, to, tmp_path):
