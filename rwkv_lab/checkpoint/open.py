@@ -309,6 +309,8 @@ def _not_a_checkpoint(path: Path, head: bytes, size: int) -> Exception:
         return CorruptFileError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return CorruptFileError(f"{path} is a web page, probably an error message of the site; download it again")
+    if text.startswith(b"{") and (path.name.endswith(".index.json") or b'"weight_map"' in head):
+        return LayoutError(f"{path} is the index of a model's shards, and no tensors.\nPass the folder: {path.parent}")
     if text.startswith(b"{"):
         return CorruptFileError(f"{path} is a JSON text, which holds no tensors; give the folder that it lies in")
     if head[257:262] == b"ustar":

@@ -174,14 +174,13 @@ def check_state(state: RWKVState, model: Any, batch_size: int) -> None:
             raise ParameterError(f"The state's {name} {missing}; take one that is whole.")
         if part.device != device:
             raise ParameterError(f"The state is on {part.device}, the model on {device}: state.to({str(device)!r}).")
-    refuse_other_weights(state, model)
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     for name in ("att_shift", "ffn_shift"):
-        if (found := getattr(state, name).dtype) != dtype:
+        if (found := getattr(state, name).dtype) != dtype and not autocast:
             raise ParameterError(
                 f"The state is of a model in {found} (its {name}), this one is in {dtype}: state.to(dtype={dtype})."
             )
+    refuse_other_weights(state, model)
 
 
 def refuse_other_weights(state: RWKVState, model: Any) -> None:

@@ -341,7 +341,7 @@ REFUSED = [
     ({"method": "ties", "parameters": {"density": {1, 2}}}, ParameterError, "mappings are needed"),
     ({"method": "dare_ties", "parameters": {"seed": 0.5}}, ParameterError, "whole number"),
     ({"method": "dare_ties", "parameters": {"seed": -1}}, ParameterError, "seed"),
-    ({"method": "ties", "parameters": {"alpha": {"blocks.*.atn": 1}}}, ParameterError, "matches none.*\n.*for example"),
+    ({"method": "ties", "parameters": {"alpha": {"blocks.*.atn": 1}}}, ParameterError, "none.*\n.*mean blocks.0.att"),
     ({"method": "ties", "parameters": {"alpha": {"gradient": []}}}, ParameterError, "list of numbers"),
     ({"method": "ties", "alpha": 1, "parameters": {"alpha": 1}}, ParameterError, "given twice"),
     ({"method": "linear", "parameters": {"weights": {"emb": [1, 1, 1]}}}, ParameterError, "no pattern matches"),

@@ -154,7 +154,7 @@ def test_too_few_tokens_say_nothing_about_growth(run, tmp_path):
     [
         ({"length": 8}, "greater than or equal to 16"),
         ({"batch": 0}, "greater than or equal to 1"),
-        ({"dtypes": []}, "at least 1"),
+        ({"dtypes": []}, "it is empty"),
         ({"dtypes": ["int8"]}, "'float64'"),
         ({"dtypes": {}}, "-p dtypes float64,float32"),
         ({"backends": ["fast"]}, "reference, chunked"),
