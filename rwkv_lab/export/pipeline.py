@@ -85,6 +85,7 @@ def run(configuration: ExportConfiguration) -> ExportResult:
         result.pytorch_model_path = result.onnx_model_path = result.validation_report_path = None
         _write_failed(result, configuration.output_directory, name)
         raise
+    (configuration.output_directory / f"{name}{FAILED}").unlink(missing_ok=True)  # of an earlier try
     return result
 
 

@@ -1,6 +1,11 @@
 """The whole way, from a checkpoint and its base to files that were compared; and what is left after an error."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +150,42 @@ def test_errors_leave_nothing_that_looks_finished(files, tmp_path):
     failed = json.loads((tmp_path / "out/it.failed.json").read_text())
     assert failed["success"] is False and failed["error_message"].startswith("FormatExportError: ")
     assert failed["pytorch_model_path"] is None and failed["verdict"].startswith("FAIL: FormatExportError")
+    run(pytorch_alone(tmp_path, checkpoint_path=files / "B.pth"))
+    assert left(tmp_path) == ["it"]  # what an earlier try left to say is out of date
+
+
+KILLED = """
+import os, signal, sys
+from rwkv_lab.export import ConfigurationManager, run
+from rwkv_lab.export.families.rwkv import Rwkv
+
+def killed(*arguments):
+    write(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write, Rwkv.write_pytorch = Rwkv.write_pytorch, killed
+base, out = sys.argv[1:]
+given = dict(checkpoint_path=base, output_directory=out, naming_pattern="it", export_onnx=False)
+run(ConfigurationManager(environment={}).resolve(**given))
+"""
+
+
+def test_a_killed_export_leaves_nothing_that_looks_finished(files, tmp_path):
+    words = [sys.executable, "-c", KILLED, str(files / "B.pth"), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [name[0] for name in left(tmp_path)] == ["."]  # hidden, and removed by the next export of that name
+    run(pytorch_alone(tmp_path, checkpoint_path=files / "B.pth"))
+    assert left(tmp_path) == ["it"]
+
+
+def test_two_exports_at_once(files, tmp_path):
+    given = dict(checkpoint_path=files / "B.pth", naming_pattern="{model_name}_{timestamp}")
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: run(pytorch_alone(tmp_path, **given)), range(2)))
+    assert len(left(tmp_path)) == 2 and len({result.export_id for result in results}) == 2
+    for result in results:
+        assert (Path(result.pytorch_model_path).parents[1] / "result.json").read_text() == result.as_json()
 
 
 def test_folders_that_are_not_written_to(files, tmp_path):
