@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 PYTORCH, ONNX, REPORT, LOG = "pytorch", "onnx", "validation.json", "export.log"  # in the folder of an export
 _WORK = "work"  # in it while it is made. Files are never written beside it: their writers lock the folder they are in
 FAILED = ".failed.json"  # what the name of a failed export's result ends in, beside where its folder would be
-_BYTES = 1200  # of a built-in sample
+_BYTES = 1000  # of a built-in sample: never more than LONGEST tokens
 _MB = 1e6
 
 

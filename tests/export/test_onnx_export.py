@@ -103,6 +103,16 @@ def test_the_highest_opset(tmp_path):
     assert np.abs(found - model(tokens)[0].numpy()).max() < 1e-5 * model(tokens)[0].abs().max()
 
 
+def test_a_graph_that_is_not_optimised(tmp_path):
+    model = load_model(tmp_path, "7.0", n_layer=1, vocab_size=256)
+    plain = export_onnx(model, tmp_path / "plain", "int8", optimise_graph=False)
+    assert json.loads((tmp_path / "plain/export.json").read_text())["optimise_graph"] is False
+    assert plain.nodes["model.onnx"] > export_onnx(model, tmp_path / "out", "int8").nodes["model.onnx"]
+    tokens = make_tokens(2, 7, 256).numpy()
+    found, expected = (OnnxModel(tmp_path / name).run(tokens)[0] for name in ("plain", "out"))
+    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+
+
 def test_what_is_refused_before_any_work(tmp_path):
     model = load_model(tmp_path, "4.0", vocab_size=256)
     for opset in (17, 26, 0, "20", True):

@@ -56,14 +56,15 @@ class Rwkv:
     def write_pytorch(self, configuration: ExportConfiguration, model: WholeModel, out: Path) -> list[str]:
         """See `Family.write_pytorch`."""
         level = configuration.quantization_level
-        half = level != "none" and configuration.compress_weights or level == "fp16"
+        half = level != "none" and configuration.compress_weights
         result = convert(model.path, configuration.pytorch_format, out, dtype="fp16" if half else None)
         if wrong := [check for check in result.checks if not check.passed]:
             raise FormatExportError(f"{out.name} is not what was to be written: {wrong[0]}")
         said = list(result.notes)
-        if level in ("int8", "int4"):
+        if level in ("int8", "int4") or level == "fp16" and not half:
             kept = "float16" if half else "the dtype of its checkpoint"
-            said.append(f"{out.name} is in {kept}: no file of RWKV for PyTorch holds {level}; the ONNX graphs do.")
+            why = "compress_weights is False" if level == "fp16" else f"no file of RWKV for PyTorch holds {level}"
+            said.append(f"{out.name} is in {kept}: {why}.")
         return said
 
     def write_onnx(self, configuration: ExportConfiguration, model: WholeModel, folder: Path) -> None:
