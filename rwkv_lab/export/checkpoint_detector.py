@@ -100,8 +100,8 @@ class CheckpointDetector:
             CheckpointValidationError: there is none, or none of that name, or it is damaged or still being written.
         """
         found = self.list_available_checkpoints()
-        if name:
-            return self._named(name, found)
+        if name or self.path.is_file():
+            return self._named(name or self.path.name, found)
         passed = []
         for one in found:
             if not (fault := one.fault or self._damage(one.path)):

@@ -186,7 +186,7 @@ def _family_of(configuration: ExportConfiguration, checkpoint: CheckpointInfo) -
     try:
         found = next((f for f in FAMILIES if f.recognises(configuration, checkpoint)), None)
     except RwkvLabError as e:  # of the base
-        raise ModelMergeError(str(e)) from e
+        raise ModelMergeError(f"base_model_name: {e}" if configuration.base_model_name else str(e)) from e
     if found is None and not configuration.base_model_name:
         raise ModelMergeError(
             f"{checkpoint.path} is of kind {checkpoint.kind}, no whole model.\n"

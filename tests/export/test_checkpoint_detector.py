@@ -120,5 +120,5 @@ def test_one_file_one_folder_or_nothing(tmp_path):
     (tmp_path / "empty/text.txt").write_text("x")
     with pytest.raises(CheckpointValidationError, match="has no checkpoint that can be exported"):
         CheckpointDetector(tmp_path / "empty").detect_latest_checkpoint()
-    with pytest.raises(CheckpointValidationError, match="has no checkpoint that can be exported: text.txt was not"):
+    with pytest.raises(CheckpointValidationError, match="text.txt cannot be exported: it is damaged, or still"):
         CheckpointDetector(tmp_path / "empty/text.txt").detect_latest_checkpoint()

@@ -141,7 +141,7 @@ def test_errors_leave_nothing_that_looks_finished(files, tmp_path):
     cases = [
         (dict(checkpoint_path=tmp_path / "no.pth"), CheckpointValidationError, "there is no file"),
         (dict(checkpoint_path=lora), ModelMergeError, "of kind lora, no whole model.\nGive .* base_model_name"),
-        (dict(checkpoint_path=lora, base_model_name="no.pth"), ModelMergeError, "there is no file"),
+        (dict(checkpoint_path=lora, base_model_name="no.pth"), ModelMergeError, "base_model_name: there is no"),
         (dict(checkpoint_path=lora, base_model_name=str(tmp_path / "other.pth")), ModelMergeError, "lora"),
         (dict(checkpoint_path=tmp_path / "state.pth", base_model_name=str(lora)), ModelMergeError, "no model of a fam"),
         (dict(checkpoint_path=tmp_path / "large.pth", quantization_level="fp16"), FormatExportError, "head.weight"),
