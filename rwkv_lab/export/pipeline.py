@@ -109,8 +109,8 @@ def _export(configuration: ExportConfiguration, result: ExportResult, out: Path)
         if configuration.run_validation_tests and configuration.export_onnx:
             with _stage(result, configuration, "validate", ValidationError):
                 _validate(job, model)
-        elif configuration.run_validation_tests:
-            result.validation_passed = all(c.passed for c in result.checks if isinstance(c, Check))
+        elif configuration.run_validation_tests and (of_merge := [c for c in result.checks if isinstance(c, Check)]):
+            result.validation_passed = all(check.passed for check in of_merge)
         shutil.rmtree(inside / _WORK)
         result.memory_usage_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MB
         result.success = True

@@ -26,7 +26,7 @@ class ExportResult:
     size_reduction_percentage: float | None = None  # negative where it grew: bfloat16 to float32
     inference_speed_ms: float | None = None  # of one token through onnxruntime, the median
     memory_usage_mb: float | None = None  # the largest that this process has held so far, files in memory included
-    validation_passed: bool | None = None  # None where it was not asked for
+    validation_passed: bool | None = None  # None where nothing was compared
     validation_report_path: str | None = None
     error_message: str | None = None
     warnings: list[str] = field(default_factory=list)
