@@ -39,7 +39,6 @@ OFFERED = {
     "bench.speed": ["measure_speed"],
     "bench.growth": ["measure_growth"],
     "bench.loading": ["measure_loading"],
-    "bench.busy": ["measure_beside_a_busy_loop"],
     "bench.operators": ["measure_operators"],
     "bench.training": ["measure_training"],
     "bench.gpu_wkv": ["measure_gpu"],
@@ -371,10 +370,9 @@ def calls_of_benchmarks(missing: Path) -> dict[str, dict[str, Any]]:
 
     one = {"path": missing, "subject": "x", "rounds": 1}
     return {
-        "speed:measure_speed": {"path": missing, "subject": "x", "plan": Plan()},
+        "speed:measure_speed": {"path": missing, "subject": "x", "plan": Plan(("fp32",), (), (), 1)},
         "growth:measure_growth": {**one, "dtype": "fp32", "contexts": [4]},
         "loading:measure_loading": {**one, "dtypes": []},
-        "busy:measure_beside_a_busy_loop": one,
         "operators:measure_operators": {"shape": Shape(), "backends": [], "rounds": 1, "operators": []},
         "training:measure_training": {"backends": [], "rounds": 1, "length": 1},
         "gpu_wkv:measure_gpu": {"rounds": 1, "B": 1, "T": 16, "H": 1},
