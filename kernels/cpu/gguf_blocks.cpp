@@ -218,10 +218,11 @@ float excess(const void *values, const uint8_t *made, int64_t blocks, float per_
         memcpy(&half, block, 2);
         const float step = float_of(half);
         Values x = block_of<DTYPE>(values, b);
+        const float needed = std::bit_cast<float>(largest_magnitude(x)) / (BITS == 8 ? 127 : 8);
         const Values levels = levels_of<BITS>(block + 2);
         for (int k = 0; k < K; k++) x.v[k] -= rounded(levels.v[k] * step);
         const float difference = std::bit_cast<float>(largest_magnitude(x));
-        const float allowed = per_step * std::bit_cast<float>(magnitude(step)) + least;
+        const float allowed = per_step * needed + least;
         if (difference < nearly * allowed) continue;  // the common case, without a division; not where both are infinite
         const float found = difference / allowed;
         if (found <= most) continue;
@@ -254,6 +255,7 @@ extern "C" int64_t gguf_blocks(Span values, int64_t dtype, Span made, int64_t bl
 }
 
 // The largest |value - what its block means| / (per_step |step| + least) into most [1] float32; infinity where it is NaN.
+// The step is that which the values need, not the one in the block: a step too large would allow itself any difference.
 extern "C" int64_t gguf_excess(Span values, int64_t dtype, Span made, int64_t blocks, int64_t bits, float per_step, float least,
                                Span most) {
     if (!fit(values, dtype, made, blocks, bits) || !holds(most, 4, {1})) return MISFIT;

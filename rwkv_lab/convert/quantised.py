@@ -21,8 +21,8 @@ from rwkv_lab.wkv.pointers import DTYPES, Span, check, span
 
 log = logging.getLogger(__name__)
 
-# Largest difference between a value and what a block makes of it, in the block's steps: half a step from rounding (a
-# whole one at the end of Q4_0's range that has no level), and the step itself is rounded to float16, times the levels.
+# Largest difference between a value and what a block makes of it, in steps that its values need: half a step from rounding
+# (a whole one at the end of Q4_0's range that has no level), and the step itself is rounded to float16, times the levels.
 STEPS = {"Q8_0": 0.5 + 127 * 2**-11, "Q4_0": 1 + 8 * 2**-11}
 LEVELS = {"Q8_0": 127, "Q4_0": 8}
 _SMALLEST = 2.0**-24  # of float16, in which the step is stored
@@ -130,7 +130,8 @@ _BELOW_HALF = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0))  # 0.5 itsel
 
 
 def excess(source: TensorInfo, written: TensorInfo) -> float:
-    """By how much the largest difference between a tensor and its blocks exceeds what they allow: 1 and less is right.
+    """By how much the largest difference between a tensor and its blocks exceeds what blocks of its values allow: 1 and
+    less is right.
 
     Args:
         source: with the values.
@@ -155,6 +156,7 @@ def _excess(values: torch.Tensor, blocks: torch.Tensor, kind: TensorType) -> flo
         spans = span(values, values.shape), DTYPES[values.dtype], span(blocks, blocks.shape, torch.uint8)
         check(functions.gguf_excess(*spans, n, _BITS[kind.name], *limits, span(most, (1,))), "gguf_excess")
         return float(most)
-    steps = blocks.view(-1, kind.nbytes)[:, :2].contiguous().view(torch.float16).float().abs()
-    found = (values.float() - dequantised(blocks, kind)).abs().view(-1, kind.elements)
+    rows = values.float().view(-1, kind.elements)
+    steps = rows.abs().amax(1, keepdim=True) / LEVELS[kind.name]
+    found = (rows - dequantised(blocks, kind).view(rows.shape)).abs()
     return float((found / (limits[0] * steps + limits[1])).max()) if n else 0.0

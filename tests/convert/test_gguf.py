@@ -191,7 +191,7 @@ def test_blocks_and_differences_of_every_dtype(compiled, dtype, kind, monkeypatc
     blocks = torch.cat(list(quantised_values("values", [values.flatten()], BY_NAME[kind]))).view(len(values), -1)
     assert same(blocks, torch.from_numpy(gguf.quantize(values.float().numpy(), GGUF_TYPE[kind])))
 
-    step = blocks[:, :2].contiguous().view(torch.float16).float().abs()
+    step = values.float().abs().amax(1, keepdim=True) / quantised.LEVELS[kind]
     meant = torch.from_numpy(gguf.dequantize(blocks.numpy(), GGUF_TYPE[kind]))
     allowed = quantised.STEPS[kind] * step + quantised.LEVELS[kind] * 2**-24
     expected = float(((values.float() - meant).abs() / allowed).max())
@@ -202,7 +202,7 @@ def test_blocks_and_differences_of_every_dtype(compiled, dtype, kind, monkeypatc
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("wrong", ["a level", "a sign", "infinity", "NaN"])
+@pytest.mark.parametrize("wrong", ["a level", "a sign", "a large step", "infinity", "NaN"])
 def test_blocks_that_mean_something_else_are_found(wrong, compiled, kind, tmp_path, monkeypatch):
     """In the last block of the last matrix of a file."""
     if not compiled:
@@ -218,6 +218,8 @@ def test_blocks_that_mean_something_else_are_found(wrong, compiled, kind, tmp_pa
         data[end - 1] ^= 64
     elif wrong == "a sign":
         data[at + 1] ^= 0x80
+    elif wrong == "a large step":  # 32768, and levels that mean 0
+        data[at:end] = b"\x00\x78" + (b"\x00" * 32 if kind == "Q8_0" else b"\x88" * 16)
     else:
         data[at : at + 2] = b"\x00\x7c" if wrong == "infinity" else b"\x01\x7c"
     result.out.write_bytes(data)

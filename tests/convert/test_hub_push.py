@@ -164,7 +164,7 @@ def test_what_arrives_otherwise_fails_a_check(hub, token, source, monkeypatch):
         ("hf_expired1", "me/new", "does not accept the token"),
         ("hf_expired1", "new", "does not accept the token"),
         (READ_TOKEN, "me/new", "The token has no right to write to me"),
-        (TOKEN, "somebody/new", "The token has no right to write to somebody"),
+        (TOKEN, "other/new", "The token has no right to write to other"),
     ],
 )
 def test_tokens(set_to, name, message, hub, source, monkeypatch, tmp_path):
