@@ -21,8 +21,9 @@ from rwkv_lab.wkv.pointers import DTYPES, Span, check, span
 
 log = logging.getLogger(__name__)
 
-# Largest difference between a value and what a block makes of it, in steps that its values need: half a step from rounding
-# (a whole one at the end of Q4_0's range that has no level), and the step itself is rounded to float16, times the levels.
+# Largest difference between a value and what a block makes of it, in steps that the values of the block need: half a
+# step from rounding (a whole one at the end of Q4_0's range that has no level), and the step itself is rounded to
+# float16, times the levels.
 STEPS = {"Q8_0": 0.5 + 127 * 2**-11, "Q4_0": 1 + 8 * 2**-11}
 LEVELS = {"Q8_0": 127, "Q4_0": 8}
 _SMALLEST = 2.0**-24  # of float16, in which the step is stored
