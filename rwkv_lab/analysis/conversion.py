@@ -191,12 +191,14 @@ def _said(model: RWKV_Dual, prompt: str, count: int, tokenizer: str) -> tuple[to
     return logits, tuple(new), shown, text(new)
 
 
-def _greedy_check(result: ConvertResult, continued: Continued) -> Check:
-    """The same tokens where no value was rounded; else how many are, which no bound holds for."""
+def _greedy_check(result: ConvertResult, continued: Continued) -> Check | NotApplicable:
+    """The same tokens where no value was rounded; else no bound holds for how many are."""
     rounded = any(row.quantised for row in result.plan.rows) or any(r.rounded or r.flushed for r in result.rounding)
     count = len(continued.source)
     name = f"{_SAME}, from the first of {count} on"
-    return Check(name, continued.same, "any: rounded" if rounded else count, rounded or continued.same == count)
+    if rounded:
+        return NotApplicable(name, f"{continued.same}; values were rounded, so that any number may be")
+    return Check(name, continued.same, count, continued.same == count)
 
 
 def _not_run(reason: str) -> ConversionAgreement:

@@ -11,7 +11,7 @@ from rwkv_lab.model import RWKV_Dual
 _TOKENS = 32  # of the prompt: every so many ids of the vocabulary
 _EXACT = 2e-5  # relative RMS: the same weights in float32
 _ROUNDINGS = 64  # a rounding of each weight adds up over the layers to no more than so many
-_NO_LIMIT = "none: quantised"
+_NO_LIMIT = "finite: quantised values have no other bound"
 
 
 @checked

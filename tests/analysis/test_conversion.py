@@ -40,7 +40,8 @@ def test_the_numbers_are_those_of_the_two_models(tmp_path):
     p, q = (torch.softmax(x, -1) for x in (expected, output))
     torch.testing.assert_close(found.divergence, (p * (p / q).log2()).sum(-1), rtol=1e-6, atol=1e-12)
     assert float(found.by_position.square().mean().sqrt()) == pytest.approx(found.relative)
-    assert found.checks[1].limit == "any: rounded"
+    assert found.checks[0].passed and isinstance(found.checks[1], NotApplicable)
+    assert found.checks[1].reason.startswith(f"{found.continued.same}; values were rounded")
 
 
 def test_greedy_tokens_are_what_each_model_writes(tmp_path):
@@ -56,7 +57,7 @@ def test_greedy_tokens_are_what_each_model_writes(tmp_path):
     ):
         model = RWKV_Dual.from_pretrained(path)
         assert text == model.tokenizer.decode(ids)
-        assert text.startswith(model.generate_with_streaming("The cat", 12, 0.0)[:1])
+        assert text == model.generate_with_streaming("The cat", 12, 0.0)
     assert found.continued.same < 12 and not found.checks[0].passed and not found.checks[1].passed
 
 
