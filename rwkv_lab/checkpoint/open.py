@@ -15,7 +15,7 @@ import rwkv_lab.checkpoint.formats  # noqa: F401  # makes the formats known
 from rwkv_lab.arguments import shown_value
 from rwkv_lab.checkpoint.adapter_names import adapter_format, our_targets, present_adapter
 from rwkv_lab.checkpoint.foreign_format import RESCALED, Facts, ForeignFormat, present
-from rwkv_lab.checkpoint.format import FORMATS, format_of
+from rwkv_lab.checkpoint.format import FORMATS, format_of, no_checkpoint
 from rwkv_lab.checkpoint.kind import Identity, identify
 from rwkv_lab.checkpoint.layout import Layout
 from rwkv_lab.checkpoint.prefixes import bare_names, removed_prefixes
@@ -278,7 +278,7 @@ def _open_file(ck: Checkpoint, path: Path) -> None:
     head = file.read(0, min(file.size, 512))
     known = format_of(head, file.size)
     if known is None:
-        raise _not_a_checkpoint(path, head, file.size)
+        raise no_checkpoint(path, head, file.size)
     if path.suffix not in known.suffixes:
         log.info("%s holds %s, whatever its name says", path, known.described)
     header = known.read(file)
@@ -299,28 +299,6 @@ def _name_tensors(ck: Checkpoint) -> None:
     bare = bare_names(ck.stored, str(ck.path))
     ck.info = {bare[name]: info for name, info in ck.stored.items()}
     ck.prefixes = removed_prefixes(bare)
-
-
-def _not_a_checkpoint(path: Path, head: bytes, size: int) -> Exception:
-    text = head.lstrip().lower()
-    if size == 0:
-        return CorruptFileError(f"{path} is empty (0 bytes); download or copy it again")
-    if head.startswith(b"version https://git-lfs"):
-        return CorruptFileError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return CorruptFileError(f"{path} is a web page, probably an error message of the site; download it again")
-    if text.startswith(b"{") and (path.name.endswith(".index.json") or b'"weight_map"' in head):
-        return LayoutError(f"{path} is the index of a model's shards, and no tensors.\nPass the folder: {path.parent}")
-    if text.startswith(b"{"):
-        return CorruptFileError(f"{path} is a JSON text, which holds no tensors; give the folder that it lies in")
-    if head[257:262] == b"ustar":
-        return UnsafeFileError(f"{path} is in torch's legacy tar format, which can run code when it is read; refused")
-    if len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:
-        return UnsafeFileError(
-            f"{path} is a bare pickle, which can run code when it is read; nothing was run.\n"
-            "Save it again with a current torch.save(model.state_dict(), ...) where it comes from."
-        )
-    return CorruptFileError(f"{path} is neither a torch zip (.pth), safetensors nor GGUF; it begins with {head[:8]!r}")
 
 
 def _open_folder(ck: Checkpoint, folder: Path) -> None:

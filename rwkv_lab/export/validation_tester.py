@@ -186,7 +186,7 @@ class ValidationTester:
         error = NotApplicable(error_name, f"{worst:.3g}; weights are {stored}, so predictions count")
         on = f"on {found.tokens} tokens"
         return [
-            error if gate.error is None else Check(error_name, worst, gate.error, True),
+            error if gate.error is None else Check(error_name, worst, gate.error, worst <= gate.error),
             Check(f"mean KL in nats per token, {on}", found.kl_mean, gate.kl, found.kl_mean <= gate.kl),
             Check(f"share of likeliest tokens that stay, {on}", found.top1, gate.top1, found.top1 >= gate.top1),
         ]
