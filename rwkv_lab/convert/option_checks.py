@@ -33,7 +33,7 @@ def completed(spec: ConvertSpec, known: ForeignFormat | None, layout: Layout | N
         if spec.rescale:
             raise ParameterError(
                 f"rescale={spec.rescale} keeps activations in float16 from overflowing; beside {spec.dtype} weights "
-                "llama.cpp has them in float32.\nLeave rescale away, or choose a dtype of floats."
+                "llama.cpp has them in float32.\nLeave out rescale, or choose a dtype of floats."
             )
         require_gguf(f"dtype={spec.dtype!r}")
     return spec if known is None else with_dtype(spec, known)

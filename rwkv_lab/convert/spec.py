@@ -47,7 +47,7 @@ def _path(value: Any) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise ValueError("it should be a path")
     if isinstance(value, str) and (found := _HUB_ADDRESS.match(value)):
-        raise ValueError(f"it is an address of the Hugging Face Hub: leave it away and give {_on_the_hub(found)}")
+        raise ValueError(f"it is an address of the Hugging Face Hub: leave it out and give {_on_the_hub(found)}")
     fault = path_fault(os.fsdecode(value))
     if fault:
         raise ValueError(fault)

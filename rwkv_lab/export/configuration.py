@@ -249,7 +249,7 @@ def _options_in(path: Path) -> dict[str, Any]:
 
 
 def _option(path: Path, group: str, key: Any) -> str:
-    """The option that a key of a group stands for; the group's own word may be left away, and so may export_."""
+    """The option that a key of a group stands for; the group's own word may be left out, and so may export_."""
     names = ExportConfiguration.GROUPS[group]
     for full in (key, f"{group}_{key}", f"export_{key}"):
         if full in names:

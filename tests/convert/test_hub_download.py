@@ -305,7 +305,7 @@ def test_an_output_that_cannot_be_is_refused_before_a_download(hub, model, tmp_p
             {"repo_id": "https://huggingface.co/owner/m"},
             "it is an address: the name of the repository alone is 'owner/m'",
         ),
-        ({"source": "hf://owner/m/a/b.pth"}, "leave it away and give repo_id='owner/m', file='a/b.pth'"),
+        ({"source": "hf://owner/m/a/b.pth"}, "leave it out and give repo_id='owner/m', file='a/b.pth'"),
         (
             {"source": "https://huggingface.co/owner/m/resolve/v2/b.pth?download=true"},
             "give repo_id='owner/m', file='b.pth', revision='v2'",
