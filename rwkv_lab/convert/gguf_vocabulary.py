@@ -78,8 +78,9 @@ def _byte_strings(tokenizer: WorldTokenizer | ByteTokenizer, vocab_size: int) ->
     Ids without bytes are the end of text, 0, and padding.
     """
     tokens, kinds = [], []
+    known = tokenizer.byte_strings()
     for i in range(vocab_size):
-        data = tokenizer.decode_bytes([i]) if i < tokenizer.vocab_size else b""
+        data = known[i] if i < len(known) else b""
         special = (b"<s>", _CONTROL) if i == tokenizer.end_of_text else _padding(i)
         text, kind = (repr(data)[2:-1].encode(), _NORMAL) if data else special
         tokens.append(text)

@@ -13,6 +13,10 @@ class ByteDecoding:
     def __init__(self, bytes_of: Mapping[int, bytes], vocab_size: int, end_of_text: int | None):
         self._bytes_of, self.vocab_size, self.end_of_text = bytes_of, vocab_size, end_of_text
 
+    def byte_strings(self) -> list[bytes]:
+        """What each id stands for, in order of ids; b"" for the end of text and padding."""
+        return [self._bytes_of.get(i, b"") for i in range(self.vocab_size)]
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes behind token ids; the end of text and padding stand for no byte.
 

@@ -1,5 +1,6 @@
 """World, tokenizer.json and bytes: ids, whole characters in streams, and files that are refused."""
 
+import ast
 import copy
 import os
 
@@ -234,6 +235,29 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     path.write_text("\n".join(lines_of_bytes()[:200]))
     with pytest.raises(CorruptFileError, match="single byte 200"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    "literal",
+    [
+        "'ab'",
+        '"it\'s"',
+        r"'\n\n'",
+        r"'\''",
+        r"b'\xff\x00'",
+        "'\u00e9'",
+        r"r'\n'",
+        "'a' 'b'",
+        "('ab')",
+        "'''ab'''",
+        '"a" \'b"\'',
+    ],
+)
+def test_tokens_are_what_python_reads_in_their_literals(tmp_path, literal):
+    value = ast.literal_eval(literal)
+    token = value if isinstance(value, bytes) else value.encode()
+    tokenizer = load_tokenizer(vocabulary(tmp_path, f"257 {literal} {len(token)}"))
+    assert tokenizer.byte_strings()[257] == tokenizer.decode_bytes([257]) == token
 
 
 @pytest.mark.parametrize("which", ["world", "bytes"])
