@@ -74,6 +74,13 @@ def test_import_is_light_and_does_nothing_on_the_side():
     assert done.stdout.split() == ["[]", "True"]
 
 
+def test_the_process_that_starts_a_kernel_is_light():
+    """The kernel imports torch; its parent, which waits for it, need not."""
+    code = "import sys, rwkv_lab.workbench.batch; print([m for m in ['torch', 'lark'] if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["[]"]
+
+
 def test_merge_is_the_function_whatever_of_its_package_was_imported():
     code = (
         "import rwkv_lab.merge, rwkv_lab.merge.plan, importlib; importlib.import_module('rwkv_lab.merge.recipe');"

@@ -5,10 +5,17 @@
 
 The arguments are papermill's; the folder of the executed notebook is made where it is not there. The kernel is reached
 through sockets in a folder of its own instead of TCP ports, so nothing of the run goes over the network, and ipykernel
-has nothing to warn of.
+has nothing to warn of. This process starts a kernel and waits for it: it imports no torch.
 """
 
+# ruff: noqa: E402  the first statement comes before what it is for
+
 import sys
+
+# Notebooks hold no addresses in other alphabets. jsonschema checks such where it finds this package, whose import alone
+# takes a second.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +29,6 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from rwkv_lab.errors import RwkvLabError
-from rwkv_lab.workbench.again import recorded_arguments
 
 
 class _Kernel(AsyncKernelManager):
@@ -83,6 +89,8 @@ def _arguments(words: Sequence[str]) -> list[str]:
     """papermill's arguments; those of an earlier run where its folder is given."""
     if "--again" not in words:
         return list(words)
+    from rwkv_lab.workbench.again import recorded_arguments  # brings torch
+
     at = list(words).index("--again")
     if at + 1 == len(words):
         sys.exit("--again needs the folder that a report lies in.")
