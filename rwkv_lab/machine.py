@@ -40,6 +40,30 @@ def memory_free() -> int:
     return max(min([free, *_memory_left_in_groups()]), 0)
 
 
+def memory_of(what: str, process: int | str = "self") -> int | None:
+    """Bytes of a process: "VmRSS" now, "VmHWM" at the peak, "RssAnon"; None where the system does not report it."""
+    values = _table(proc(str(process), "status"))
+    return values[what] * 1024 if what in values else None
+
+
+def anonymous_memory() -> int | None:
+    """Bytes that this process and those it has started hold, files in memory excepted; None where none are reported."""
+    own = memory_of("RssAnon")
+    return None if own is None else own + sum(memory_of("RssAnon", child) or 0 for child in _descendants("self"))
+
+
+def _descendants(process: int | str) -> Iterator[int]:
+    """The processes that a process has started, and those that they have."""
+    for thread in proc(str(process), "task").glob("*/children"):
+        try:
+            children = [int(word) for word in thread.read_text().split()]
+        except OSError:  # the thread has ended
+            continue
+        for child in children:
+            yield child
+            yield from _descendants(child)
+
+
 def cores() -> int:
     """Cores this process may use: those of the machine, less what its affinity or a container's quota keeps from it."""
     allowed = getattr(os, "sched_getaffinity", None)  # macOS has none

@@ -274,6 +274,8 @@ def calls(world: World) -> list[Call]:
         "OnnxModel": {"folder": w.folder / "there"},
         "CheckpointDetector": {"path": w.folder},
         "ConfigurationManager": {"environment": {}},
+        "MonitoringLogger": {},
+        "run_levels": {"configurations": []},
         "run": {"configuration": ExportConfiguration.read({"checkpoint_path": str(w.folder / "missing.pth")})},
         "compare_logits": {"result": converted},
         "write_convert": {"plan": converted.plan},

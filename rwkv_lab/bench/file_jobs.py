@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rwkv_lab.bench.machine import child_environment, memory_of
+from rwkv_lab.bench.machine import child_environment
+from rwkv_lab.machine import memory_of
 from rwkv_lab.progress import human_bytes
 
 CP = "cp"

@@ -9,9 +9,9 @@ import torch
 from rwkv_lab.arguments import Size, checked
 from rwkv_lab.bench.comparison import OURS, Agreement, Rounds, Row, compare, interleave, log_row, median_share, refusal
 from rwkv_lab.bench.engines import as_rnn, load_model, seconds_of, tokens_for
-from rwkv_lab.bench.machine import memory_of
 from rwkv_lab.bench.speed import LIMITS
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.machine import memory_of
 from rwkv_lab.model import RWKV_Dual, RWKVState
 from rwkv_lab.paths import to_path
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from rwkv_lab.arguments import checked
 from rwkv_lab.bench.comparison import OURS, Rounds, Row, interleave, log_row
 from rwkv_lab.bench.engines import load_model
-from rwkv_lab.bench.machine import child_environment, forget_peak, memory_of
+from rwkv_lab.bench.machine import child_environment, forget_peak
 from rwkv_lab.bench.peers import Peer, PeerError, open_peer
 from rwkv_lab.errors import ParameterError, RwkvLabError
+from rwkv_lab.machine import memory_of
 from rwkv_lab.paths import to_path, what_is_there
 
 

@@ -175,15 +175,6 @@ def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
 # ---------------------------------------------------------------------- memory
 
 
-def memory_of(what: str) -> int | None:
-    """Bytes of this process: "VmRSS" now, "VmHWM" at the peak, "RssAnon"; None where the system does not report it."""
-    try:
-        with open(proc("self", "status")) as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(what + ":"))
-    except (OSError, StopIteration):
-        return None
-
-
 def forget_peak() -> None:
     """Let VmHWM begin anew from what is in use now, where the system can."""
     try:

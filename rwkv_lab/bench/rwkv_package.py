@@ -10,7 +10,8 @@ import time
 
 import numpy as np
 
-from rwkv_lab.bench.machine import forget_peak, memory_of
+from rwkv_lab.bench.machine import forget_peak
+from rwkv_lab.machine import memory_of
 
 
 def main() -> None:

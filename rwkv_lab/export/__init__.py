@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointInfo
     from rwkv_lab.export.configuration import ConfigurationManager, ExportConfiguration
+    from rwkv_lab.export.monitoring_logger import MonitoringLogger
     from rwkv_lab.export.onnx.export import OnnxExport, export_onnx
     from rwkv_lab.export.onnx_model import OnnxModel
-    from rwkv_lab.export.pipeline import run
+    from rwkv_lab.export.pipeline import run, run_levels
     from rwkv_lab.export.result import ExportResult
 
 _HOME = {
@@ -20,10 +21,12 @@ _HOME = {
     "ConfigurationManager": "rwkv_lab.export.configuration",
     "ExportConfiguration": "rwkv_lab.export.configuration",
     "ExportResult": "rwkv_lab.export.result",
+    "MonitoringLogger": "rwkv_lab.export.monitoring_logger",
     "OnnxExport": "rwkv_lab.export.onnx.export",
     "OnnxModel": "rwkv_lab.export.onnx_model",
     "export_onnx": "rwkv_lab.export.onnx.export",
     "run": "rwkv_lab.export.pipeline",
+    "run_levels": "rwkv_lab.export.pipeline",
 }
 
 __all__ = [
@@ -32,10 +35,12 @@ __all__ = [
     "ConfigurationManager",
     "ExportConfiguration",
     "ExportResult",
+    "MonitoringLogger",
     "OnnxExport",
     "OnnxModel",
     "export_onnx",
     "run",
+    "run_levels",
 ]
 
 

@@ -13,7 +13,7 @@ import sys
 
 from rwkv_lab.command_line import add_flags, settings_of
 from rwkv_lab.errors import RwkvLabError
-from rwkv_lab.export import ConfigurationManager, ExportConfiguration, run
+from rwkv_lab.export import ConfigurationManager, ExportConfiguration, run_levels
 
 
 def main(words: list[str] | None = None) -> int:
@@ -26,15 +26,17 @@ def main(words: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config = given.pop("config")
-        configuration = ConfigurationManager(config).resolve(**settings_of(given, (), fields))
-        result = run(configuration)
+        configurations = ConfigurationManager(config).resolve_levels(**settings_of(given, (), fields))
+        failed = False
+        for result in run_levels(configurations):
+            for line in (*result.warnings, *result.checks):
+                print(line)
+            print(f"{result.verdict}: {result.onnx_model_path or result.pytorch_model_path}")
+            failed |= result.verdict.startswith("FAIL")
     except RwkvLabError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return 1
-    for line in (*result.warnings, *result.checks):
-        print(line)
-    print(f"{result.verdict}: {result.onnx_model_path or result.pytorch_model_path}")
-    return 1 if result.verdict.startswith("FAIL") else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -116,7 +116,9 @@ class ExportConfiguration(Spec):
     )
     model_name: Annotated[str, AfterValidator(_name)] = Field("", description="empty: the name of the checkpoint")
     overwrite: bool = Field(False, description="replace a folder of that name")
-    enable_progress_monitoring: bool = Field(True, description="log every stage with its time; False: warnings alone")
+    enable_progress_monitoring: bool = Field(
+        True, description="log every stage, and sample memory and disk; False: log warnings alone"
+    )
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
         BeforeValidator(lambda v: v.upper() if isinstance(v, str) else v),
@@ -182,23 +184,61 @@ class ConfigurationManager:
         Raises:
             ParameterError: an unknown name, a wrong type, or a value out of range; says where the value came from.
         """
+        return _read(*self._gathered(keywords))
+
+    def resolve_levels(self, **keywords: Any) -> list[ExportConfiguration]:
+        """As `resolve`, a configuration for each level where `quantization_level` has several: a list, or words with
+        commas between them. Their folders are told apart by the level, and the first alone writes the PyTorch model.
+
+        Raises:
+            ParameterError: as `resolve`.
+        """
+        values, origins = self._gathered(keywords)
+        levels = _several(values.get("quantization_level", "none"))
+        if len(levels) == 1:
+            return [_read(values | {"quantization_level": levels[0]}, origins)]
+        pattern = values.get("naming_pattern", ExportConfiguration.model_fields["naming_pattern"].default)
+        if isinstance(pattern, str) and "{quantization_level" not in pattern:
+            values["naming_pattern"] = f"{pattern}-{{quantization_level}}"
+            origins["naming_pattern"] = f"{origins.get('naming_pattern', 'default')}, and the level"
+        found = [_read(values | {"quantization_level": levels[0]}, origins)]
+        if found[0].export_onnx and found[0].export_pytorch:
+            values["export_pytorch"], origins["export_pytorch"] = False, f"written with level {levels[0]}"
+        return found + [_read(values | {"quantization_level": level}, origins) for level in levels[1:]]
+
+    def _gathered(self, keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """The values that are given, and where from, by option."""
         values: dict[str, Any] = dict(self._from_file)
         origins = dict.fromkeys(values, self.path.name if self.path else "")
         for name, text in self._from_variables.items():
             values[name], origins[name] = _value_of(name, text), variable_of(name)
         for name, value in keywords.items():
             values[name], origins[name] = value, "argument"
+        return values, origins
 
-        def advise(kind: str, name: str, value: object) -> str:
-            if origins.get(name, "argument") != "argument":
-                return f"It comes from {origins[name]}."
-            if kind == "missing":
-                return f"Give it as a keyword, in the file under export:, or as {variable_of(name)}."
-            return ""
 
-        configuration = ExportConfiguration.read(values, advise)
-        configuration._origins = origins
-        return configuration
+def _read(values: Mapping[str, Any], origins: Mapping[str, str]) -> ExportConfiguration:
+    def advise(kind: str, name: str, value: object) -> str:
+        if isinstance(value, list) and name == "quantization_level":
+            return "One export has one level; resolve_levels takes several."
+        if origins.get(name, "argument") != "argument":
+            return f"It comes from {origins[name]}."
+        if kind == "missing":
+            return f"Give it as a keyword, in the file under export:, or as {variable_of(name)}."
+        return ""
+
+    configuration = ExportConfiguration.read(values, advise)
+    configuration._origins = dict(origins)
+    return configuration
+
+
+def _several(level: Any) -> list:
+    """Levels that are given as a list or with commas, each once; anything else is one."""
+    if isinstance(level, str) and "," in level:
+        level = [word.strip() for word in level.strip().removeprefix("[").removesuffix("]").split(",")]
+    if isinstance(level, list) and level and all(isinstance(one, str) for one in level):
+        return list(dict.fromkeys(level))
+    return [level]
 
 
 def _options_of(environment: Mapping[str, str]) -> dict[str, str]:

@@ -4,12 +4,12 @@ import logging
 import resource
 import secrets
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from rwkv_lab.errors import (
     FormatExportError,
     ModelMergeError,
     OutputError,
+    ParameterError,
     RwkvLabError,
     ValidationError,
 )
@@ -29,6 +30,7 @@ from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointIn
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.families import FAMILIES
 from rwkv_lab.export.family import Family, Reference, WholeModel
+from rwkv_lab.export.monitoring_logger import MonitoringLogger
 from rwkv_lab.export.result import RESULT, ExportResult
 from rwkv_lab.export.validation_tester import LONGEST, ValidationTester
 from rwkv_lab.train import load_corpus
@@ -38,8 +40,20 @@ log = logging.getLogger(__name__)
 PYTORCH, ONNX, REPORT, LOG = "pytorch", "onnx", "validation.json", "export.log"  # in the folder of an export
 _WORK = "work"  # in it while it is made. Files are never written beside it: their writers lock the folder they are in
 FAILED = ".failed.json"  # what the name of a failed export's result ends in, beside where its folder would be
+_SOURCE = ("checkpoint_path", "checkpoint_name", "base_model_name", "alpha", "remove_training_artifacts")
 _BYTES = 1000  # of a built-in sample: never more than LONGEST tokens
 _MB = 1e6
+
+
+@dataclass
+class _Merged:
+    """The whole model: several exports of it share one, which the first makes.
+
+    folder: where it is kept; None: in the folder of the export.
+    """
+
+    folder: Path | None = None
+    model: WholeModel | None = None
 
 
 @dataclass
@@ -50,6 +64,8 @@ class _Job:
     result: ExportResult
     checkpoint: CheckpointInfo
     family: Family
+    monitor: MonitoringLogger
+    merged: _Merged
     out: Path  # where the folder will be
     inside: Path  # where it is made
 
@@ -72,6 +88,42 @@ def run(configuration: ExportConfiguration) -> ExportResult:
         ValidationError: what was written does not compute what the model does.
         OutputError: the folder is there already, or cannot be written.
     """
+    return _run(configuration, _Merged())
+
+
+@checked
+def run_levels(configurations: Sequence[ExportConfiguration]) -> Iterator[ExportResult]:
+    """Exports of one model whose weights are stored differently, one after the other; it is merged once.
+
+    Args:
+        configurations: as `ConfigurationManager.resolve_levels` gives them.
+
+    Returns:
+        The results, each as soon as it is there.
+
+    Raises:
+        ParameterError: they are of different models.
+        For the others see `run`.
+    """
+    sources = {tuple(getattr(one, name) for name in _SOURCE) for one in configurations}
+    if len(sources) > 1:
+        raise ParameterError(f"The configurations are of different models: one of {', '.join(_SOURCE)} differs.")
+    return _run_levels(configurations)
+
+
+def _run_levels(configurations: Sequence[ExportConfiguration]) -> Iterator[ExportResult]:
+    if len(configurations) < 2:
+        yield from map(run, configurations)
+        return
+    folder = configurations[0].output_directory
+    _make_folder(folder)
+    with TemporaryDirectory(prefix=".merged-", dir=folder) as kept:
+        merged = _Merged(Path(kept))
+        for configuration in configurations:
+            yield _run(configuration, merged)
+
+
+def _run(configuration: ExportConfiguration, merged: _Merged) -> ExportResult:
     now = datetime.now(UTC)
     result = ExportResult(secrets.token_hex(6), now.isoformat(timespec="seconds"))
     result.configuration = {
@@ -79,7 +131,7 @@ def run(configuration: ExportConfiguration) -> ExportResult:
     }
     name = _folder_name(configuration, result.export_id, now)
     try:
-        _export(configuration, result, configuration.output_directory / name)
+        _export(configuration, result, configuration.output_directory / name, merged)
     except BaseException as e:
         result.success, result.error_message = False, f"{type(e).__name__}: {e}"
         result.pytorch_model_path = result.onnx_model_path = result.validation_report_path = None
@@ -89,32 +141,51 @@ def run(configuration: ExportConfiguration) -> ExportResult:
     return result
 
 
-def _export(configuration: ExportConfiguration, result: ExportResult, out: Path) -> None:
-    with _stage(result, configuration, "detect", CheckpointValidationError):
-        detector = CheckpointDetector(configuration.checkpoint_path)
-        checkpoint = detector.detect_latest_checkpoint(configuration.checkpoint_name)
-        result.warnings += checkpoint.passed_over
-    family = _family_of(configuration, checkpoint)
-    _make_folder(out.parent)
-    _refuse_around(out, checkpoint.path)
-    check_target(out, configuration.overwrite)
-    with atomic_folder(out, configuration.overwrite) as inside, _log_file(inside / LOG, configuration):
-        job = _Job(configuration, result, checkpoint, family, out, inside)
-        with _stage(result, configuration, "merge", ModelMergeError):
-            (inside / _WORK).mkdir()
-            model = family.merge(configuration, checkpoint, inside / _WORK)
-        result.checks += model.checks
-        result.warnings += model.warnings
-        _write_formats(job, model)
-        if configuration.run_validation_tests and configuration.export_onnx:
-            with _stage(result, configuration, "validate", ValidationError):
-                _validate(job, model)
-        elif configuration.run_validation_tests and (of_merge := [c for c in result.checks if isinstance(c, Check)]):
-            result.validation_passed = all(check.passed for check in of_merge)
-        shutil.rmtree(inside / _WORK)
-        result.memory_usage_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MB
-        result.success = True
-        result.write(inside / RESULT)
+def _export(configuration: ExportConfiguration, result: ExportResult, out: Path, merged: _Merged) -> None:
+    stages, enabled = _stages(configuration), configuration.enable_progress_monitoring
+    with MonitoringLogger(stages, configuration.log_level, enabled) as monitor:
+        result.monitoring = monitor.found
+        with _stage(monitor, "detect", CheckpointValidationError):
+            detector = CheckpointDetector(configuration.checkpoint_path)
+            checkpoint = detector.detect_latest_checkpoint(configuration.checkpoint_name)
+            result.warnings += checkpoint.passed_over
+        family = _family_of(configuration, checkpoint)
+        _make_folder(out.parent)
+        _refuse_around(out, checkpoint.path)
+        check_target(out, configuration.overwrite)
+        with atomic_folder(out, configuration.overwrite) as inside:
+            with monitor.writing(inside, LOG):
+                _write(_Job(configuration, result, checkpoint, family, monitor, merged, out, inside))
+            result.seconds = monitor.seconds
+            result.success = True
+            result.write(inside / RESULT)
+
+
+def _stages(configuration: ExportConfiguration) -> list[str]:
+    validated = configuration.run_validation_tests and configuration.export_onnx
+    asked = {"pytorch": configuration.export_pytorch, "onnx": configuration.export_onnx, "validate": validated}
+    return ["detect", "merge", *(name for name, wanted in asked.items() if wanted)]
+
+
+def _write(job: _Job) -> None:
+    """All that the folder of an export holds, but its result."""
+    configuration, result = job.configuration, job.result
+    with _stage(job.monitor, "merge", ModelMergeError):
+        (job.inside / _WORK).mkdir()
+        merged = job.merged
+        if merged.model is None:
+            merged.model = job.family.merge(configuration, job.checkpoint, merged.folder or job.inside / _WORK)
+        model = merged.model
+    result.checks += model.checks
+    result.warnings += model.warnings
+    _write_formats(job, model)
+    if configuration.run_validation_tests and configuration.export_onnx:
+        with _stage(job.monitor, "validate", ValidationError):
+            _validate(job, model)
+    elif configuration.run_validation_tests and (of_merge := [c for c in result.checks if isinstance(c, Check)]):
+        result.validation_passed = all(check.passed for check in of_merge)
+    shutil.rmtree(job.inside / _WORK)
+    result.memory_usage_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MB
 
 
 def _write_formats(job: _Job, model: WholeModel) -> None:
@@ -123,12 +194,12 @@ def _write_formats(job: _Job, model: WholeModel) -> None:
     if configuration.export_pytorch:
         name = f"{PYTORCH}/{_model_name(configuration, job.checkpoint.path)}.{configuration.pytorch_format}"
         (inside / PYTORCH).mkdir()
-        with _stage(result, configuration, "pytorch", FormatExportError):
+        with _stage(job.monitor, "pytorch", FormatExportError):
             result.warnings += job.family.write_pytorch(configuration, model, inside / name)
         result.pytorch_model_path = str(job.out / name)
         written = (inside / name).stat().st_size
     if configuration.export_onnx:
-        with _stage(result, configuration, "onnx", FormatExportError):
+        with _stage(job.monitor, "onnx", FormatExportError):
             job.family.write_onnx(configuration, model, inside / ONNX)
         result.onnx_model_path = str(job.out / ONNX)
         written = sum(path.stat().st_size for path in (inside / ONNX).iterdir())
@@ -228,37 +299,15 @@ def _refuse_around(out: Path, source: Path) -> None:
 
 
 @contextmanager
-def _stage(
-    result: ExportResult, configuration: ExportConfiguration, name: str, error: type[ExportError]
-) -> Iterator[None]:
-    """A stage of an export: timed, logged, and its errors are of the exporter's tree."""
-    start = time.perf_counter()
+def _stage(monitor: MonitoringLogger, name: str, error: type[ExportError]) -> Iterator[None]:
+    """A stage of an export; its errors are of the exporter's tree."""
     try:
-        yield
+        with monitor.stage(name):
+            yield
     except (ExportError, OutputError):
         raise
     except RwkvLabError as e:
         raise error(str(e)) from e
-    result.seconds[name] = time.perf_counter() - start
-    if configuration.enable_progress_monitoring:
-        log.info("%s: %.1f s", name, result.seconds[name])
-
-
-@contextmanager
-def _log_file(path: Path, configuration: ExportConfiguration) -> Iterator[None]:
-    """Messages of rwkv_lab from `log_level` on go into a file, too."""
-    logger, handler = logging.getLogger("rwkv_lab"), logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    before = logger.level
-    handler.setLevel(configuration.log_level)
-    logger.setLevel(min(logger.getEffectiveLevel(), handler.level))
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
-        logger.setLevel(before)
 
 
 def _write_failed(result: ExportResult, folder: Path, name: str) -> None:

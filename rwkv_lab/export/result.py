@@ -7,6 +7,7 @@ from typing import Any
 
 from rwkv_lab.checkpoint import write_text
 from rwkv_lab.checks import Check, NotApplicable
+from rwkv_lab.export.monitoring_logger import Monitoring
 
 RESULT = "result.json"  # in the folder of an export
 
@@ -33,6 +34,7 @@ class ExportResult:
     checks: list[Check | NotApplicable] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     configuration: dict[str, Any] = field(default_factory=dict)  # option -> value and where it came from
+    monitoring: Monitoring = field(default_factory=Monitoring)  # stages, memory and disk over time
 
     @property
     def verdict(self) -> str:

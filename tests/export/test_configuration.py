@@ -140,3 +140,38 @@ def test_a_variable_that_is_nearly_one_is_refused_and_others_are_not_ours():
     ):
         ConfigurationManager(environment={"EXPORT_QUANTISATION_LEVEL": "int8"})
     ConfigurationManager(environment={"EXPORT_XYZ": "1", "HOME": "/"})
+
+
+@pytest.mark.parametrize(
+    ("text", "variable", "keyword", "where"),
+    [("[none, int8]", "", None, "export.yaml"), ("int4", "none, int8", None, "EXPORT_QUANTIZATION_LEVEL"),
+     ("int4", "int4", ["none", "int8", "int8"], "argument"), ("int4", "", "none,int8", "argument")],
+)  # fmt: skip
+def test_a_configuration_for_each_of_several_levels(tmp_path, text, variable, keyword, where):
+    file = written(tmp_path, f"export: {{checkpoint: {{path: A.pth}}, optimization: {{quantization_level: {text}}}}}")
+    manager = ConfigurationManager(file, {"EXPORT_QUANTIZATION_LEVEL": variable})
+    first, second = manager.resolve_levels(**({} if keyword is None else {"quantization_level": keyword}))
+    assert (first.quantization_level, second.quantization_level) == ("none", "int8")
+    assert first.origins["quantization_level"] == second.origins["quantization_level"] == where
+    assert first.naming_pattern == "{model_name}_{timestamp}-{quantization_level}"
+    assert first.origins["naming_pattern"] == "default, and the level"
+    assert (first.export_pytorch, second.export_pytorch) == (True, False)
+    assert second.origins["export_pytorch"] == "written with level none"
+
+
+def test_one_level_is_one_configuration():
+    manager = ConfigurationManager(environment={})
+    for given in ({}, {"quantization_level": "int8"}, {"quantization_level": ["int8"]}):
+        (found,) = manager.resolve_levels(checkpoint_path="A.pth", **given)
+        assert found.quantization_level == ("int8" if given else "none") and found.export_pytorch
+        assert found.naming_pattern == "{model_name}_{timestamp}"
+    alone = manager.resolve_levels(checkpoint_path="A.pth", quantization_level="none,int8", export_onnx=False)
+    assert [one.export_pytorch for one in alone] == [True, True]
+
+
+@pytest.mark.parametrize("level", [[], ["int8", "int7"], ["int8", 4], "int8,int7"])
+def test_a_wrong_level_among_several_is_refused(level):
+    with pytest.raises(ParameterError, match="quantization_level="):
+        ConfigurationManager(environment={}).resolve_levels(checkpoint_path="A.pth", quantization_level=level)
+    with pytest.raises(ParameterError, match="quantization_level="):
+        ConfigurationManager(environment={}).resolve(checkpoint_path="A.pth", quantization_level=level)

@@ -16,10 +16,17 @@ from tuned_files import write_adapter, write_state
 
 from rwkv_lab import RWKV_Dual, merge
 from rwkv_lab.checkpoint import write_checkpoint
-from rwkv_lab.errors import CheckpointValidationError, FormatExportError, ModelMergeError, OutputError, ValidationError
-from rwkv_lab.export import ConfigurationManager, OnnxModel, run
+from rwkv_lab.errors import (
+    CheckpointValidationError,
+    FormatExportError,
+    ModelMergeError,
+    OutputError,
+    ParameterError,
+    ValidationError,
+)
+from rwkv_lab.export import ConfigurationManager, OnnxModel, run, run_levels
 from rwkv_lab.export.__main__ import main
-from rwkv_lab.export.families.rwkv import RwkvReference
+from rwkv_lab.export.families.rwkv import Rwkv, RwkvReference
 from rwkv_lab.export.validation_tester import ValidationTester
 
 SIZES = {"n_layer": 1, "n_head": 1, "head_size": 32, "dim_ffn": 64, "vocab_size": 257}
@@ -190,6 +197,24 @@ def test_two_exports_at_once(files, tmp_path):
     assert len(left(tmp_path)) == 2 and len({result.export_id for result in results}) == 2
     for result in results:
         assert (Path(result.pytorch_model_path).parents[1] / "result.json").read_text() == result.as_json()
+
+
+def test_several_levels_are_merged_once(files, tmp_path, monkeypatch):
+    merged, merge_once = [], Rwkv.merge
+    monkeypatch.setattr(Rwkv, "merge", lambda *arguments: merged.append(1) or merge_once(*arguments))
+    given = dict(checkpoint_path=files / "lora.pth", base_model_name=str(files / "B.pth"), export_onnx=False)
+    given |= dict(output_directory=tmp_path / "out", naming_pattern="it", quantization_level=["none", "fp16"])
+    configurations = ConfigurationManager(environment={}).resolve_levels(**given)
+    first, second = run_levels(configurations)
+    assert left(tmp_path) == ["it-fp16", "it-none"] and len(merged) == 1
+    exact, half = (RWKV_Dual.from_pretrained(result.pytorch_model_path).head.weight for result in (first, second))
+    assert torch.equal(exact.half().float(), half) and first.checks == second.checks and first.validation_passed
+    other = configurations[1].changed(base_model_name="")
+    with pytest.raises(ParameterError, match="different models"):
+        run_levels([configurations[0], other])
+    with pytest.raises(OutputError, match="it-none exists"):
+        list(run_levels(configurations))
+    assert left(tmp_path) == ["it-fp16", "it-none", "it-none.failed.json"]
 
 
 def test_folders_that_are_not_written_to(files, tmp_path):
