@@ -140,7 +140,9 @@ def wkv(name: str) -> dict[str, torch.Tensor]:
 def calls(world: World) -> list[Call]:
     """A valid call of everything that is public, fast: jobs find their output there already, and refuse."""
     from rwkv_lab import convert, merge, train
-    from rwkv_lab.export import ExportConfiguration
+    from rwkv_lab.export import ExportConfiguration, FormatExporter
+    from rwkv_lab.export.families.rwkv import Rwkv
+    from rwkv_lab.export.family import WholeModel
     from rwkv_lab.merge import MergeOptions, MergeSpec, open_inputs, run_merge
 
     w, there = world, world.folder / "there.pth"
@@ -157,6 +159,7 @@ def calls(world: World) -> list[Call]:
     corpus = train.load_corpus(str(w.folder / "text.txt"))
     quantised = peft.quantize_nf4(w.linear.weight.detach())
     eight = peft.quantize_int8(w.linear.weight.detach())
+    exported = ExportConfiguration.read({"checkpoint_path": str(w.folder / "missing.pth")})
     messages = [{"role": "user", "content": "Hello"}]
     tensor_info = w.checkpoint.info["emb.weight"]
     found: dict[str, dict[str, Any]] = {
@@ -272,11 +275,16 @@ def calls(world: World) -> list[Call]:
         "verify_convert": {"result": converted},
         "export_onnx": {"model": w.folder / "missing.pth", "folder": w.folder / "there"},
         "OnnxModel": {"folder": w.folder / "there"},
+        "FormatExporter": {"family": Rwkv(), "configuration": exported, "model": WholeModel(w.base, 1)},
+        "FormatExporter.export_pytorch_model": {"out": there},
+        "FormatExporter.export_onnx_model": {"folder": w.folder / "there"},
+        "FormatExporter.validate_onnx_export": {"path": w.folder / "missing.onnx"},
+        "FormatExporter.optimize_onnx_graph": {"path": w.folder / "missing.onnx", "folder": w.folder / "there"},
         "CheckpointDetector": {"path": w.folder},
         "ConfigurationManager": {"environment": {}},
         "MonitoringLogger": {},
         "run_levels": {"configurations": []},
-        "run": {"configuration": ExportConfiguration.read({"checkpoint_path": str(w.folder / "missing.pth")})},
+        "run": {"configuration": exported},
         "compare_logits": {"result": converted},
         "write_convert": {"plan": converted.plan},
         "download": {"repo_id": "no name", "file": "x.pth"},
@@ -299,6 +307,7 @@ def calls(world: World) -> list[Call]:
         "StateCache": StateCache(10**6),
         "Checkpoint": w.checkpoint,
         "TensorInfo": tensor_info,
+        "FormatExporter": FormatExporter(Rwkv(), exported, WholeModel(w.base, 1)),
         "Adapter": w.adapter,
         "LoraLinear": w.adapted.blocks[0].att.key,
     }

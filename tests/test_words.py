@@ -123,7 +123,7 @@ THEIRS = re.compile(
     r"|SerializeToString"
     # Options and results of an export, whose names the first design fixed.
     r"|quantization_level|EXPORT_QUANTIZATION_LEVEL|onnx_optimize_graph|EXPORT_ONNX_OPTIMIZE_GRAPH|optimization"
-    r"|optimized_size_mb"
+    r"|optimized_size_mb|optimize_onnx_graph"
 )
 
 

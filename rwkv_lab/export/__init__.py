@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointInfo
     from rwkv_lab.export.configuration import ConfigurationManager, ExportConfiguration
+    from rwkv_lab.export.format_exporter import FormatExporter
     from rwkv_lab.export.monitoring_logger import MonitoringLogger
     from rwkv_lab.export.onnx.export import OnnxExport, export_onnx
     from rwkv_lab.export.onnx_model import OnnxModel
@@ -21,6 +22,7 @@ _HOME = {
     "ConfigurationManager": "rwkv_lab.export.configuration",
     "ExportConfiguration": "rwkv_lab.export.configuration",
     "ExportResult": "rwkv_lab.export.result",
+    "FormatExporter": "rwkv_lab.export.format_exporter",
     "MonitoringLogger": "rwkv_lab.export.monitoring_logger",
     "OnnxExport": "rwkv_lab.export.onnx.export",
     "OnnxModel": "rwkv_lab.export.onnx_model",
@@ -35,6 +37,7 @@ __all__ = [
     "ConfigurationManager",
     "ExportConfiguration",
     "ExportResult",
+    "FormatExporter",
     "MonitoringLogger",
     "OnnxExport",
     "OnnxModel",

@@ -70,8 +70,8 @@ class Family(Protocol):
         """
         ...
 
-    def write_onnx(self, configuration: ExportConfiguration, model: WholeModel, folder: Path) -> None:
-        """Write the folder that `OnnxModel` runs.
+    def write_onnx(self, configuration: ExportConfiguration, model: WholeModel, folder: Path) -> list[Check]:
+        """Write the folder that `OnnxModel` runs, and say what was checked by `rwkv_lab.export.onnx.check`.
 
         Raises:
             ONNXExportError: it cannot be written.

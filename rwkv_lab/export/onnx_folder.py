@@ -8,6 +8,8 @@ Logits = Literal["all", "last"]
 SEQUENCE, STEP = "model.onnx", "step.onnx"
 INITIAL_STATE, MANIFEST = "initial_state.npz", "export.json"
 STATES = ("wkv", "att_shift", "ffn_shift")  # what a graph takes beside tokens, and gives as <name>_out beside logits
+AXES = {"tokens": ("batch", "length"), **{name: ("batch",) for name in STATES}}  # that can have any size
+CONTRIB = "com.microsoft"  # the domain of operators that onnxruntime alone has
 
 _EXAMPLE = """\
 from rwkv_lab.export import OnnxModel
@@ -15,6 +17,13 @@ from rwkv_lab.export import OnnxModel
 model = OnnxModel(".")
 print({call})
 """
+
+
+def axes_of(one_token: bool, logits: Logits) -> dict[str, tuple[str | int, ...]]:
+    """The first axes of inputs and outputs, as they must be: a name for one of any size."""
+    tokens: tuple[str | int, ...] = ("batch", 1) if one_token else AXES["tokens"]
+    states = {f"{name}{end}": AXES[name] for name in STATES for end in ("", "_out")}
+    return {"tokens": tokens, "logits": ("batch",) if one_token or logits == "last" else AXES["tokens"], **states}
 
 
 def readme(version: str, weights: str, has_tokenizer: bool) -> str:

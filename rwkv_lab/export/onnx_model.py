@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Le
 
 from rwkv_lab.arguments import checked, shown_value, whole_numbers
 from rwkv_lab.errors import CorruptFileError, NumericsError, ParameterError
+from rwkv_lab.export.external_data import check_external_data
 from rwkv_lab.export.onnx_folder import INITIAL_STATE, MANIFEST, SEQUENCE, STATES, STEP
 from rwkv_lab.tokenizer import Tokenizer, load_tokenizer
 from rwkv_lab.tokenizer.stopping import StopText, stop_texts
@@ -35,6 +36,7 @@ class OnnxModel:
     Raises:
         ParameterError: no such folder or provider, or onnxruntime is missing.
         CorruptFileError: a file of the folder is missing, has another size, or cannot be opened.
+        UnsafeFileError: a graph wants its weights from outside the folder, or through a link.
     """
 
     @checked
@@ -265,6 +267,7 @@ def _session(path: Path, providers: Sequence[str] | None, threads: int | None) -
     there = onnxruntime.get_available_providers()
     if wrong := [name for name in wanted if name not in there]:
         raise ParameterError(f"onnxruntime has no provider {wrong[0]!r} here; it has {', '.join(there)}.")
+    check_external_data(path)  # onnxruntime follows links
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; it warns of each initialiser that is not used by its optimiser
     if threads is not None:

@@ -30,6 +30,7 @@ from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointIn
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.families import FAMILIES
 from rwkv_lab.export.family import Family, Reference, WholeModel
+from rwkv_lab.export.format_exporter import FormatExporter
 from rwkv_lab.export.monitoring_logger import MonitoringLogger
 from rwkv_lab.export.result import RESULT, ExportResult
 from rwkv_lab.export.validation_tester import LONGEST, ValidationTester
@@ -190,17 +191,17 @@ def _write(job: _Job) -> None:
 
 def _write_formats(job: _Job, model: WholeModel) -> None:
     configuration, result, inside = job.configuration, job.result, job.inside
-    written = 0
+    exporter, written = FormatExporter(job.family, configuration, model), 0
     if configuration.export_pytorch:
         name = f"{PYTORCH}/{_model_name(configuration, job.checkpoint.path)}.{configuration.pytorch_format}"
         (inside / PYTORCH).mkdir()
         with _stage(job.monitor, "pytorch", FormatExportError):
-            result.warnings += job.family.write_pytorch(configuration, model, inside / name)
+            result.warnings += exporter.export_pytorch_model(inside / name)
         result.pytorch_model_path = str(job.out / name)
         written = (inside / name).stat().st_size
     if configuration.export_onnx:
         with _stage(job.monitor, "onnx", FormatExportError):
-            job.family.write_onnx(configuration, model, inside / ONNX)
+            result.checks += exporter.export_onnx_model(inside / ONNX)
         result.onnx_model_path = str(job.out / ONNX)
         written = sum(path.stat().st_size for path in (inside / ONNX).iterdir())
     result.original_size_mb, result.optimized_size_mb = model.bytes / _MB, written / _MB

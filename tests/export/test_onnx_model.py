@@ -83,7 +83,7 @@ def test_folders_that_are_refused(exported, tmp_path):
         (lambda folder: (folder / "export.json").write_text("{"), "does not describe"),
         (lambda folder: (folder / "export.json").write_text("[]"), "does not describe"),
         (lambda folder: rename_file(folder, "../model.onnx"), "has no ../model.onnx"),
-        (lambda folder: overwrite(folder / "model.onnx"), "cannot open"),
+        (lambda folder: overwrite(folder / "model.onnx"), "is no ONNX file"),
         (lambda folder: overwrite(folder / "initial_state.npz"), "holds no state"),
     ):
         with pytest.raises(CorruptFileError, match=re.escape(message)):

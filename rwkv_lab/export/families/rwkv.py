@@ -67,9 +67,9 @@ class Rwkv:
             said.append(f"{out.name} is in {kept}: {why}.")
         return said
 
-    def write_onnx(self, configuration: ExportConfiguration, model: WholeModel, folder: Path) -> None:
+    def write_onnx(self, configuration: ExportConfiguration, model: WholeModel, folder: Path) -> list[Check]:
         """See `Family.write_onnx`."""
-        export_onnx(
+        written = export_onnx(
             model.path,
             folder,
             ONNX_WEIGHTS[configuration.quantization_level],
@@ -78,6 +78,7 @@ class Rwkv:
             tokenizer=configuration.tokenizer or None,
             optimise_graph=configuration.onnx_optimize_graph,
         )
+        return written.checks
 
     def reference(self, configuration: ExportConfiguration, model: WholeModel) -> "RwkvReference":
         """See `Family.reference`."""

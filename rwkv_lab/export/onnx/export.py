@@ -3,8 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -16,13 +15,24 @@ from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import file_facts
 from rwkv_lab.checkpoint.atomic import atomic_folder
 from rwkv_lab.checkpoint.provenance import provenance
+from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.export.onnx_folder import INITIAL_STATE, MANIFEST, SEQUENCE, STEP, Logits, Weights, readme
+from rwkv_lab.export.onnx import need_packages
+from rwkv_lab.export.onnx_folder import (
+    CONTRIB,
+    INITIAL_STATE,
+    MANIFEST,
+    SEQUENCE,
+    STEP,
+    Logits,
+    Weights,
+    axes_of,
+    readme,
+)
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.model.standard_modules import replaced_module
 from rwkv_lab.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer, load_tokenizer, tokenizer_for
 
-_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 # What was measured: torch.onnx silently writes 18 for 17, and an invalid file for 26.
 Opset = Annotated[int, Ge(18), Le(25)]
 
@@ -33,6 +43,7 @@ class OnnxExport:
 
     files: size in bytes, by name.
     nodes: number of nodes of each graph, by file name.
+    checks: what was seen to of the written graphs.
     """
 
     folder: Path
@@ -40,6 +51,7 @@ class OnnxExport:
     weights: str
     files: dict[str, int]
     nodes: dict[str, int]
+    checks: list[Check] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -86,8 +98,7 @@ def export_onnx(
         OutputError: the folder is there already, or cannot be written.
         LayoutError, CorruptFileError, UnsafeFileError: the checkpoint; as `RWKV_Dual.from_pretrained`.
     """
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise ParameterError(f"ONNX needs the package {missing[0]}.\nInstall it: pip install 'rwkv_lab[export]'")
+    need_packages()
     source = [] if isinstance(model, RWKV_Dual) else [file_facts(model)]
     if not isinstance(model, RWKV_Dual):
         with torch.inference_mode(False):
@@ -96,7 +107,7 @@ def export_onnx(
     spoken, name = _tokenizer(model, tokenizer)
     recipe = {"weights": weights, "opset": opset, "logits": logits, "optimise_graph": optimise_graph}
     with atomic_folder(Path(folder), overwrite) as inside:
-        nodes = _write_graphs(model, inside, weights, opset, logits, external_data, optimise_graph)
+        nodes, checks = _write_graphs(model, inside, weights, opset, logits, external_data, optimise_graph)
         _write_initial_state(model, inside / INITIAL_STATE)
         _write_tokenizer(spoken, name, tokenizer, inside)
         (inside / "README.md").write_text(readme(model.layout.version, weights, spoken is not None), encoding="utf-8")
@@ -106,6 +117,8 @@ def export_onnx(
             "layout": asdict(model.layout),
             **recipe,
             "graphs": {"sequence": SEQUENCE, "step": STEP},
+            "axes": {name: axes_of(name == STEP, logits) for name in (SEQUENCE, STEP)},
+            "domains": _domains(weights),
             "initial_state": INITIAL_STATE,
             "tuned_state": model.has_time_state,
             "tokenizer": name,
@@ -115,7 +128,7 @@ def export_onnx(
         (inside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for path in inside.iterdir():
             _sync(path)
-    return OnnxExport(Path(folder), opset, weights, files, nodes)
+    return OnnxExport(Path(folder), opset, weights, files, nodes, checks)
 
 
 def _write_graphs(
@@ -126,8 +139,10 @@ def _write_graphs(
     logits: Logits,
     external: bool | None,
     optimise: bool,
-) -> dict[str, int]:
-    from rwkv_lab.export.onnx.files import check_graph, write_graphs
+) -> tuple[dict[str, int], list[Check]]:
+    """Write the graphs; how many nodes each has, and what was checked."""
+    from rwkv_lab.export.onnx.check import check_graph
+    from rwkv_lab.export.onnx.files import write_graphs
     from rwkv_lab.export.onnx.quantise import quantise
     from rwkv_lab.export.onnx.tracing import trace
 
@@ -135,9 +150,13 @@ def _write_graphs(
     for graph in graphs.values():
         quantise(graph, weights)
     write_graphs(graphs, folder, external)
-    for name in graphs:
-        check_graph(folder / name, opset, one_token=name == STEP)
-    return {name: len(graph.graph) for name, graph in graphs.items()}
+    checks = [check_graph(folder / name, opset, axes_of(name == STEP, logits), _domains(weights)) for name in graphs]
+    return {name: len(graph.graph) for name, graph in graphs.items()}, sum(checks, [])
+
+
+def _domains(weights: Weights) -> list[str]:
+    """Domains of operators that are needed beside ONNX's own."""
+    return [CONTRIB] if weights == "int4" else []
 
 
 def _write_initial_state(model: RWKV_Dual, path: Path) -> None:

@@ -8,19 +8,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
 from torch import nn
 
 from rwkv_lab.errors import ONNXExportError
 from rwkv_lab.export.onnx.operators import translations
-from rwkv_lab.export.onnx_folder import STATES, Logits
+from rwkv_lab.export.onnx.optimise import optimise_graph
+from rwkv_lab.export.onnx_folder import AXES, STATES, Logits
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.wkv import trace_operators
 
 INPUTS = ("tokens", *STATES)
 OUTPUTS = ("logits", *(f"{name}_out" for name in STATES))
-AXES = {"tokens": ("batch", "length"), **{name: ("batch",) for name in STATES}}  # that can have any size
 _TRACED = {"batch": 2, "length": 5}  # sizes to trace at: not 1, which torch.export takes for constant
 _NOISY = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 
@@ -63,7 +62,7 @@ def trace(model: RWKV_Dual, opset: int, one_token: bool, logits: Logits, optimis
             _name_weights(graph)
             _transpose_weights(graph)
             if optimise:
-                onnxscript.optimizer.optimize(graph)
+                optimise_graph(graph)
     except Exception as e:  # torch.export and torch.onnx raise errors of many kinds
         lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         raise ONNXExportError(f"RWKV-{model.layout.version} cannot be written as ONNX: {lines[-1][:300]}") from e
