@@ -137,6 +137,19 @@ def wkv(name: str) -> dict[str, torch.Tensor]:
     return {"r": x, "w": w, "k": x, "v": x, **rest}
 
 
+def calls_of_processor(w: World) -> dict[str, dict[str, Any]]:
+    """Of `OptimizationProcessor`."""
+    files = {"source": w.base, "out": w.folder / "there.pth"}
+    return {
+        "plan_quantisation": {"source": w.base},
+        "apply_quantization": {"model": w.model},
+        "remove_training_artifacts": files,
+        "optimize_model_structure": files,
+        "compress_model_weights": files | {"pytorch_format": "pth"},
+        "calculate_size_reduction": {"original": 2, "optimised": 1},
+    }
+
+
 def calls(world: World) -> list[Call]:
     """A valid call of everything that is public, fast: jobs find their output there already, and refuse."""
     from rwkv_lab import convert, merge, train
@@ -280,6 +293,8 @@ def calls(world: World) -> list[Call]:
         "FormatExporter.export_onnx_model": {"folder": w.folder / "there"},
         "FormatExporter.validate_onnx_export": {"path": w.folder / "missing.onnx"},
         "FormatExporter.optimize_onnx_graph": {"path": w.folder / "missing.onnx", "folder": w.folder / "there"},
+        "OptimizationProcessor": {},
+        **{f"OptimizationProcessor.{name}": given for name, given in calls_of_processor(w).items()},
         "CheckpointDetector": {"path": w.folder},
         "ConfigurationManager": {"environment": {}},
         "MonitoringLogger": {},

@@ -124,6 +124,7 @@ THEIRS = re.compile(
     # Options and results of an export, whose names the first design fixed.
     r"|quantization_level|EXPORT_QUANTIZATION_LEVEL|onnx_optimize_graph|EXPORT_ONNX_OPTIMIZE_GRAPH|optimization"
     r"|optimized_size_mb|optimize_onnx_graph"
+    r"|(test_)?optimization_processor|OptimizationProcessor|apply_quantization|optimize_model_structure"
 )
 
 

@@ -18,6 +18,7 @@ from rwkv_lab.checkpoint.foreign_format import RESCALED, Facts, ForeignFormat, p
 from rwkv_lab.checkpoint.format import FORMATS, format_of, no_checkpoint
 from rwkv_lab.checkpoint.kind import Identity, identify
 from rwkv_lab.checkpoint.layout import Layout
+from rwkv_lab.checkpoint.packed import unpacked
 from rwkv_lab.checkpoint.prefixes import bare_names, removed_prefixes
 from rwkv_lab.checkpoint.rescaled import looks_rescaled
 from rwkv_lab.checkpoint.source import SourceFile, TensorInfo
@@ -285,7 +286,7 @@ def _open_file(ck: Checkpoint, path: Path) -> None:
     ck.format = ck.format or known.name
     ck.others |= header.others
     ck.metadata |= header.metadata
-    tensors = header.tensors
+    tensors = unpacked(header.tensors, header.metadata)
     twice = next((n for n in tensors if n in ck.stored), None)
     if twice:
         raise LayoutError(

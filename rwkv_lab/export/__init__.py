@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rwkv_lab.export.monitoring_logger import MonitoringLogger
     from rwkv_lab.export.onnx.export import OnnxExport, export_onnx
     from rwkv_lab.export.onnx_model import OnnxModel
+    from rwkv_lab.export.optimization_processor import OptimizationProcessor
     from rwkv_lab.export.pipeline import run, run_levels
     from rwkv_lab.export.result import ExportResult
 
@@ -26,6 +27,7 @@ _HOME = {
     "MonitoringLogger": "rwkv_lab.export.monitoring_logger",
     "OnnxExport": "rwkv_lab.export.onnx.export",
     "OnnxModel": "rwkv_lab.export.onnx_model",
+    "OptimizationProcessor": "rwkv_lab.export.optimization_processor",
     "export_onnx": "rwkv_lab.export.onnx.export",
     "run": "rwkv_lab.export.pipeline",
     "run_levels": "rwkv_lab.export.pipeline",
@@ -41,6 +43,7 @@ __all__ = [
     "MonitoringLogger",
     "OnnxExport",
     "OnnxModel",
+    "OptimizationProcessor",
     "export_onnx",
     "run",
     "run_levels",

@@ -15,6 +15,7 @@ from rwkv_lab.arguments import checked
 from rwkv_lab.command_line import type_of
 from rwkv_lab.convert.spec import AbsolutePath, Line
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.export.weight_storage import Level, PytorchFormat
 from rwkv_lab.paths import path_fault, to_path
 from rwkv_lab.spec import Number, Spec, Text, did_you_mean, unknown_name
 from rwkv_lab.yaml_file import read_mapping
@@ -61,7 +62,9 @@ class ExportConfiguration(Spec):
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {  # of the YAML file, under `export:`
         "checkpoint": ("checkpoint_path", "checkpoint_name"),
         "base_model": ("base_model_name", "tokenizer", "alpha"),
-        "optimization": ("quantization_level", "remove_training_artifacts", "compress_weights"),
+        "optimization": (
+            *("quantization_level", "remove_training_artifacts", "optimise_structure", "compress_weights"),
+        ),
         "formats": (
             *("export_pytorch", "export_onnx", "export_tensorrt", "pytorch_format", "onnx_dynamic_axes"),
             *("onnx_opset_version", "onnx_optimize_graph", "use_external_data_format"),
@@ -84,19 +87,24 @@ class ExportConfiguration(Spec):
     alpha: Annotated[Number, Field(gt=0)] | None = Field(
         None, description="alpha of a LoRA whose file does not state it"
     )
-    quantization_level: Literal["none", "fp16", "int8", "int4"] = Field(
-        "none", description="how the weights of the ONNX graphs are stored; none: float32"
+    quantization_level: Level = Field(
+        "none", description="how weights are stored; none: float32 in ONNX graphs; nf4 is for PyTorch alone"
     )
     remove_training_artifacts: bool = Field(
         True, description="leave out, and list, what a checkpoint has beside its model; False: refuse such a checkpoint"
     )
+    optimise_structure: bool = Field(
+        False, description="leave out, and list, tensors that no layer reads; ONNX graphs never have them"
+    )
     compress_weights: bool = Field(
-        True, description="store the PyTorch model in float16 where the level is not none; False: in its own dtype"
+        True, description="store the PyTorch model at that level, too; False: in its own dtype"
     )
     export_pytorch: bool = Field(True, description="write the model for PyTorch")
     export_onnx: bool = Field(True, description="write the model as ONNX")
     export_tensorrt: bool = Field(False, description="is refused: TensorRT is not there yet")
-    pytorch_format: Literal["pth", "safetensors"] = Field("pth", description="of the model for PyTorch")
+    pytorch_format: PytorchFormat = Field(
+        "pth", description="of the model for PyTorch; gguf, of RWKV-6 and 7: int8 is Q8_0 and int4 Q4_0"
+    )
     onnx_dynamic_axes: bool = Field(True, description="batch and length of any size; False is refused: not there yet")
     onnx_opset_version: Annotated[int, Field(ge=18, le=25)] = Field(20, description="opset of the ONNX graphs")
     onnx_optimize_graph: bool = Field(True, description="fold constants, leave out nodes without use")
@@ -143,6 +151,10 @@ class ExportConfiguration(Spec):
         if not self.onnx_dynamic_axes:
             raise ValueError(
                 "onnx_dynamic_axes=False: fixed sizes are not there yet; the graphs take any batch and length"
+            )
+        if self.quantization_level == "nf4" and (self.export_onnx or self.pytorch_format == "gguf"):
+            raise ValueError(
+                "quantization_level='nf4' is for PyTorch alone: export_onnx=False, pytorch_format pth or safetensors"
             )
         if not (self.export_pytorch or self.export_onnx):
             raise ValueError("export_pytorch and export_onnx are both False: nothing would be written")

@@ -6,7 +6,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +32,7 @@ from rwkv_lab.export.families import FAMILIES
 from rwkv_lab.export.family import Family, Reference, WholeModel
 from rwkv_lab.export.format_exporter import FormatExporter
 from rwkv_lab.export.monitoring_logger import MonitoringLogger
+from rwkv_lab.export.optimization_processor import OptimizationProcessor, by_storage, described
 from rwkv_lab.export.result import RESULT, ExportResult
 from rwkv_lab.export.validation_tester import LONGEST, ValidationTester
 from rwkv_lab.train import load_corpus
@@ -165,7 +166,7 @@ def _export(configuration: ExportConfiguration, result: ExportResult, out: Path,
 def _stages(configuration: ExportConfiguration) -> list[str]:
     validated = configuration.run_validation_tests and configuration.export_onnx
     asked = {"pytorch": configuration.export_pytorch, "onnx": configuration.export_onnx, "validate": validated}
-    return ["detect", "merge", *(name for name, wanted in asked.items() if wanted)]
+    return ["detect", "merge", "optimise", *(name for name, wanted in asked.items() if wanted)]
 
 
 def _write(job: _Job) -> None:
@@ -179,6 +180,8 @@ def _write(job: _Job) -> None:
         model = merged.model
     result.checks += model.checks
     result.warnings += model.warnings
+    with _stage(job.monitor, "optimise", FormatExportError):
+        model = _optimised(job, model)
     _write_formats(job, model)
     if configuration.run_validation_tests and configuration.export_onnx:
         with _stage(job.monitor, "validate", ValidationError):
@@ -189,23 +192,47 @@ def _write(job: _Job) -> None:
     result.memory_usage_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MB
 
 
+def _optimised(job: _Job, model: WholeModel) -> WholeModel:
+    """The model without tensors that no layer reads, where that is asked for; how it will be stored goes into the
+    result."""
+    configuration, result = job.configuration, job.result
+    processor = OptimizationProcessor(configuration.quantization_level)
+    if configuration.optimise_structure:
+        reduced = processor.optimize_model_structure(model.path, job.inside / _WORK / "read.safetensors")
+        result.left_out = list(reduced.left_out)
+        model = replace(model, path=reduced.path)
+    if configuration.export_onnx or _is_packed(configuration):
+        tensors = processor.plan_quantisation(model.path)
+        result.storage = by_storage(tensors)
+        for line in described(tensors):
+            log.info("%s", line)
+    return model
+
+
+def _is_packed(configuration: ExportConfiguration) -> bool:
+    """Whether the PyTorch model is written with packed matrices."""
+    few_bits = configuration.quantization_level in ("int8", "int4", "nf4")
+    return few_bits and configuration.compress_weights and configuration.pytorch_format != "gguf"
+
+
 def _write_formats(job: _Job, model: WholeModel) -> None:
     configuration, result, inside = job.configuration, job.result, job.inside
-    exporter, written = FormatExporter(job.family, configuration, model), 0
+    exporter, written = FormatExporter(job.family, configuration, model), inside
     if configuration.export_pytorch:
         name = f"{PYTORCH}/{_model_name(configuration, job.checkpoint.path)}.{configuration.pytorch_format}"
         (inside / PYTORCH).mkdir()
         with _stage(job.monitor, "pytorch", FormatExportError):
             result.warnings += exporter.export_pytorch_model(inside / name)
         result.pytorch_model_path = str(job.out / name)
-        written = (inside / name).stat().st_size
+        written = inside / name
     if configuration.export_onnx:
         with _stage(job.monitor, "onnx", FormatExportError):
             result.checks += exporter.export_onnx_model(inside / ONNX)
         result.onnx_model_path = str(job.out / ONNX)
-        written = sum(path.stat().st_size for path in (inside / ONNX).iterdir())
-    result.original_size_mb, result.optimized_size_mb = model.bytes / _MB, written / _MB
-    result.size_reduction_percentage = 100 * (1 - written / model.bytes)
+        written = inside / ONNX
+    sizes = OptimizationProcessor().calculate_size_reduction(model.bytes, written)
+    result.original_size_mb, result.optimized_size_mb = sizes.original_mb, sizes.optimised_mb
+    result.size_reduction_percentage = sizes.percentage
 
 
 def _validate(job: _Job, model: WholeModel) -> None:

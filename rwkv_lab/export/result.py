@@ -25,6 +25,9 @@ class ExportResult:
     original_size_mb: float | None = None  # the whole model in its own dtype, adapters merged
     optimized_size_mb: float | None = None  # the ONNX folder; where there is none, the PyTorch model
     size_reduction_percentage: float | None = None  # negative where it grew: bfloat16 to float32
+    left_out: list[str] = field(default_factory=list)  # by optimise_structure: names of tensors that no layer reads
+    # Way of storing -> names of tensors, bytes before and after: those of the ONNX graphs, else of the PyTorch model.
+    storage: dict[str, dict[str, Any]] = field(default_factory=dict)
     inference_speed_ms: float | None = None  # of one token through onnxruntime, the median
     memory_usage_mb: float | None = None  # the largest that this process has held so far, files in memory included
     validation_passed: bool | None = None  # None where nothing was compared

@@ -16,31 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkv_lab.arguments import Size, checked, shown_value
+from rwkv_lab.checkpoint.rounding import NF4_BLOCK, NF4_LEVELS
 from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import NumericsError, ParameterError
 
-NF4_LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 # By code: the sign, then which of eight magnitudes.
 _FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 FP4_LEVELS = (*_FP4_MAGNITUDES, *(-m for m in _FP4_MAGNITUDES))
-BLOCK_SIZE = 64
+BLOCK_SIZE = NF4_BLOCK
 _AT_ONCE = 1 << 20  # values; what a quantiser needs besides its input and output stays near 20 MB
 QUANTS = ("none", "int8", "nf4", "fp4", "bnb-int8")
 BITS = {"int8": 8.0, "nf4": 4 + 32 / 64, "fp4": 4 + 32 / 64, "bnb-int8": 8.0}  # per value, with the scales of blocks

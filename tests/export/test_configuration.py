@@ -103,7 +103,8 @@ def test_a_file_that_would_run_code_is_no_yaml_here(tmp_path):
     ("values", "says"),
     [
         ({}, "checkpoint_path is missing\nGive it as .* EXPORT_CHECKPOINT_PATH"),
-        ({"quantization_level": "int2"}, "quantization_level='int2': it should be 'none', 'fp16', 'int8' or 'int4'"),
+        ({"quantization_level": "int2"}, "quantization_level='int2': it should be 'none', .* or 'nf4'"),
+        ({"quantization_level": "nf4"}, "quantization_level='nf4' is for PyTorch alone: export_onnx=False"),
         ({"onnx_opset_version": 17}, "onnx_opset_version=17"),
         ({"onnx_opset_version": 26}, "onnx_opset_version=26"),
         ({"quantisation_level": "int8"}, "no parameter 'quantisation_level'; did you mean quantization_level"),

@@ -15,7 +15,7 @@ from random_models import make_layout, random_tensors, write_model
 from tuned_files import write_adapter, write_state
 
 from rwkv_lab import RWKV_Dual, merge
-from rwkv_lab.checkpoint import write_checkpoint
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.errors import (
     CheckpointValidationError,
     FormatExportError,
@@ -77,7 +77,7 @@ def test_an_adapter_becomes_a_model_that_runs(files, tmp_path):
     assert written["optimized_size_mb"] == size / 1e6
     assert written["size_reduction_percentage"] == pytest.approx(100 * (1 - size / 1e6 / written["original_size_mb"]))
     assert written["configuration"]["base_model_name"] == {"value": str(files / "B.pth"), "from": "argument"}
-    assert {"detect", "merge", "pytorch", "onnx", "validate"} == written["seconds"].keys()
+    assert {"detect", "merge", "optimise", "pytorch", "onnx", "validate"} == written["seconds"].keys()
     names = [check["name"] for check in written["checks"]]
     assert any("computed tensors" in name for name in names) and any("onnxruntime and torch" in name for name in names)
     report = json.loads((out / "validation.json").read_text())
@@ -126,17 +126,36 @@ def test_what_the_pytorch_model_holds(files, tmp_path):
     torch.save({**tensors, "optimizer.exp_avg": torch.ones(3), "step": 5}, tmp_path / "M.pth")
     given = dict(checkpoint_path=tmp_path / "M.pth")
     result = run(pytorch_alone(tmp_path, **given, quantization_level="fp16", pytorch_format="safetensors"))
-    assert any("2 things beside the model: optimizer.exp_avg, step" in line for line in result.warnings)
+    assert any("beside its model: 2 things, 12 bytes: optimizer.exp_avg, step" in line for line in result.warnings)
     model = RWKV_Dual.from_pretrained(tmp_path / "out/it/pytorch/M.safetensors")
     assert torch.equal(model.head.weight, tensors["head.weight"].half().float())
     assert 40 < result.size_reduction_percentage < 60
     assert result.validation_passed is None and "not compared" in result.verdict
     result = run(pytorch_alone(tmp_path, **given, quantization_level="int8", compress_weights=False, overwrite=True))
     assert torch.equal(RWKV_Dual.from_pretrained(result.pytorch_model_path).head.weight, tensors["head.weight"])
-    assert "M.pth is in the dtype of its checkpoint: no file of RWKV for PyTorch holds int8." in result.warnings
+    assert "M.pth is in the dtype of its checkpoint: compress_weights is False." in result.warnings
     with pytest.raises(ModelMergeError, match="2 things beside the model.*\nremove_training_artifacts=True"):
         run(pytorch_alone(tmp_path, **given, naming_pattern="kept", remove_training_artifacts=False))
     assert left(tmp_path) == ["it", "kept.failed.json"]
+
+
+def test_a_pytorch_model_in_few_bits(files, tmp_path):
+    """And without tensors that no layer reads, all of it named."""
+    layout = make_layout("7.0", **SIZES | {"n_layer": 2})
+    unread = {f"blocks.0.att.{n}": torch.ones(s) for n, s in (("v0", (1, 1, 32)), ("v1", (32, 3)), ("v2", (3, 32)))}
+    write_checkpoint(tmp_path / "M.pth", {**random_tensors(layout), **unread})
+    given = dict(checkpoint_path=tmp_path / "M.pth", optimise_structure=True, overwrite=True)
+    for level, kind, stored in (("nf4", "pth", "nf4"), ("int8", "gguf", "Q8_0")):
+        result = run(pytorch_alone(tmp_path, **given, quantization_level=level, pytorch_format=kind))
+        assert sorted(result.left_out) == sorted(unread) and result.size_reduction_percentage > 40
+        with open_checkpoint(result.pytorch_model_path) as ck:
+            assert ck.quantised[stored] >= 12 and not unread.keys() & {*ck}
+        if level == "nf4":
+            assert len(result.storage["nf4"]["tensors"]) == 12 and result.storage["int8"]["tensors"] == ["head.weight"]
+    with pytest.raises(FormatExportError, match="48 inputs"):
+        path = write_model(tmp_path / "48.pth", make_layout("4.0", n_layer=1, n_head=1, head_size=48, vocab_size=256))
+        run(pytorch_alone(tmp_path, checkpoint_path=path, quantization_level="int4", naming_pattern="no"))
+    assert left(tmp_path) == ["it", "no.failed.json"]
 
 
 def test_errors_leave_nothing_that_looks_finished(files, tmp_path):

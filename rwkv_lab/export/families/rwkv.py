@@ -7,15 +7,13 @@ import numpy as np
 import torch
 
 from rwkv_lab.checkpoint import open_checkpoint
-from rwkv_lab.checkpoint.stream import OutTensor
-from rwkv_lab.checkpoint.write import file_layout, write_stream
 from rwkv_lab.checks import Check
-from rwkv_lab.convert import convert
-from rwkv_lab.errors import FormatExportError, ModelMergeError, ParameterError
+from rwkv_lab.errors import ModelMergeError, ParameterError
 from rwkv_lab.export.checkpoint_detector import CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.family import ONNX_WEIGHTS, WholeModel
 from rwkv_lab.export.onnx.export import export_onnx
+from rwkv_lab.export.optimization_processor import OptimizationProcessor, training_artifacts
 from rwkv_lab.merge import merge, verify_merge
 from rwkv_lab.model import RWKV_Dual
 
@@ -55,16 +53,10 @@ class Rwkv:
 
     def write_pytorch(self, configuration: ExportConfiguration, model: WholeModel, out: Path) -> list[str]:
         """See `Family.write_pytorch`."""
-        level = configuration.quantization_level
-        half = level != "none" and configuration.compress_weights
-        result = convert(model.path, configuration.pytorch_format, out, dtype="fp16" if half else None)
-        if wrong := [check for check in result.checks if not check.passed]:
-            raise FormatExportError(f"{out.name} is not what was to be written: {wrong[0]}")
-        said = list(result.notes)
-        if level in ("int8", "int4") or level == "fp16" and not half:
-            kept = "float16" if half else "the dtype of its checkpoint"
-            why = "compress_weights is False" if level == "fp16" else f"no file of RWKV for PyTorch holds {level}"
-            said.append(f"{out.name} is in {kept}: {why}.")
+        level = configuration.quantization_level if configuration.compress_weights else "none"
+        _, said = OptimizationProcessor(level).compress_model_weights(model.path, out, configuration.pytorch_format)
+        if level != configuration.quantization_level:
+            said.append(f"{out.name} is in the dtype of its checkpoint: compress_weights is False.")
         return said
 
     def write_onnx(self, configuration: ExportConfiguration, model: WholeModel, folder: Path) -> list[Check]:
@@ -117,15 +109,15 @@ def _whole(configuration: ExportConfiguration, path: Path, folder: Path) -> Whol
     if configuration.base_model_name:
         said.append(f"{path.name} is a whole model, so base_model_name is not used.")
     with open_checkpoint(path) as ck:
-        misfit = ck.identity.misfit
-        beside = [*(misfit.extra if misfit else ()), *map(str, ck.others)]
-        if not beside:
-            return WholeModel(path, ck.bytes, [], said)
-        named = f"{len(beside)} things beside the model: {', '.join(beside[:_SHOWN])}"
-        if not configuration.remove_training_artifacts:
-            raise ModelMergeError(f"{path} holds {named}.\nremove_training_artifacts=True leaves them out.")
-        said.append(f"left out of {path.name} were {named}.")
-        kept = [OutTensor(n, t.shape, t.dtype, source=t) for n, t in ck.info.items() if n not in beside]
-        out = folder / "model-alone.safetensors"
-        write_stream(out, kept, file_layout("safetensors", kept, {}), False, scan=lambda t: True)
-        return WholeModel(out, out.stat().st_size, [], said)
+        beside = training_artifacts(ck)
+    if not beside:
+        return WholeModel(path, ck.bytes, [], said)
+    if not configuration.remove_training_artifacts:
+        more = f" and {len(beside) - _SHOWN} more" if len(beside) > _SHOWN else ""
+        raise ModelMergeError(
+            f"{path} holds {len(beside)} things beside the model: {', '.join(beside[:_SHOWN])}{more}.\n"
+            "remove_training_artifacts=True leaves them out."
+        )
+    reduced = OptimizationProcessor().remove_training_artifacts(path, folder / "model-alone.safetensors")
+    said.append(f"left out of {path.name}, beside its model: {reduced}.")
+    return WholeModel(reduced.path, reduced.path.stat().st_size, [], said)

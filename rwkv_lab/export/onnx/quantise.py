@@ -1,73 +1,65 @@
-"""Weights of a graph in 16, 8 or 4 bits. Everything that is no large matrix stays float32, and so does the WKV state.
+"""Weights of a graph in 16, 8 or 4 bits; which ones is for `rwkv_lab.export.weight_storage` to say. The WKV state stays
+float32."""
 
-Which matrices: those of time mix and channel mix, and the head, which stays at 8 bits where the others have 4. The
-embedding, low-rank pairs and vectors are where quantisation costs most, and small; they are kept.
-"""
-
-import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from rwkv_lab.checkpoint.rounding import BLOCK, int4, int8
 from rwkv_lab.errors import ONNXExportError
 from rwkv_lab.export.onnx_folder import Weights
-
-BLOCK = 32  # weights along the input that share a scale in 4 bits
-_MATRIX = re.compile(r"blocks\.\d+\.(att|ffn)\.(receptance|key|value|gate|output)\.weight$")
-_HEAD = "head.weight"
-_SMALL = 1024  # values; smaller tensors stay float32 in fp16, too
+from rwkv_lab.export.weight_storage import Choice, fault_of, stored_as
 
 
-def quantise(model: ir.Model, weights: Weights) -> None:
+def quantise(model: ir.Model, weights: Weights, choice: Choice | None = None) -> None:
     """Store the weights of a graph in fewer bits, in place.
 
     fp16: matrices as float16, and computed in float32: what is stored is half as large, and no product can overflow.
     int8: matrices by output channel; activations are quantised as they come (DynamicQuantizeLinear, MatMulInteger).
     int4: blocks of 32 with a scale and a zero point each (onnxruntime's MatMulNBits), the head as in int8.
 
+    Args:
+        choice: how single matrices are stored, by name, whatever `weights` says.
+
     Raises:
         ONNXExportError: a matrix whose input is no multiple of 32, for int4; a value that float16 cannot hold.
     """
-    if weights == "fp16":
-        _to_float16(model)
-    elif weights != "fp32":
-        for node in list(model.graph):
-            weight = node.inputs[1] if node.op_type == "MatMul" else None
-            if weight is None or not weight.is_initializer():
-                continue
-            if weights == "int4" and _MATRIX.match(str(weight.name)):
-                _replace(model, node, _int4_nodes)
-            elif weight.name == _HEAD or _MATRIX.match(str(weight.name)):
-                _replace(model, node, _int8_nodes)
-    if weights == "int4":
+    makers = {"int8": _int8_nodes, "int4": _int4_nodes}
+    for node in list(model.graph):
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None or not weight.is_initializer():
+            continue
+        stored = stored_as(str(weight.name), _shape(weight)[::-1], weights, choice)
+        if stored in makers:
+            _replace(model, node, makers[stored])
+    for name, value in list(model.graph.initializers.items()):
+        if value.dtype == ir.DataType.FLOAT and value.shape:
+            if stored_as(name, _shape(value), weights, choice) == "fp16":
+                _to_float16(model, name, value)
+    if any(node.op_type == "MatMulNBits" for node in model.graph):
         model.graph.opset_imports["com.microsoft"] = 1
 
 
-def _to_float16(model: ir.Model) -> None:
-    for name, value in list(model.graph.initializers.items()):
-        if value.dtype != ir.DataType.FLOAT or not value.shape or len(value.shape) < 2 or _size(value) < _SMALL:
-            continue
-        uses = list(value.uses())
-        half = _stored(
-            model, value, f"{name}.fp16", ir.DataType.FLOAT16, value.shape, lambda w, name=name: _half(w, name)
-        )
-        for node, place in uses:
-            if node.op_type == "Gather" and place == 0:  # what is looked up is cast, not the whole table
-                node.replace_input_with(0, half)
-                output = node.outputs[0]
-                readers = list(output.uses())
-                cast = _cast(output, f"{output.name}.fp32")
-                output.dtype = ir.DataType.FLOAT16
-                for reader, at in readers:
-                    reader.replace_input_with(at, cast.outputs[0])
-                model.graph.insert_after(node, cast)
-            else:
-                cast = _cast(half, f"{name}.{node.name or node.outputs[0].name}")
-                node.replace_input_with(place, cast.outputs[0])
-                model.graph.insert_before(node, cast)
-        del model.graph.initializers[name]
+def _to_float16(model: ir.Model, name: str, value: ir.Value) -> None:
+    uses = list(value.uses())
+    half = _stored(model, value, f"{name}.fp16", ir.DataType.FLOAT16, value.shape, lambda w: _half(w, name))
+    for node, place in uses:
+        if node.op_type == "Gather" and place == 0:  # what is looked up is cast, not the whole table
+            node.replace_input_with(0, half)
+            output = node.outputs[0]
+            readers = list(output.uses())
+            cast = _cast(output, f"{output.name}.fp32")
+            output.dtype = ir.DataType.FLOAT16
+            for reader, at in readers:
+                reader.replace_input_with(at, cast.outputs[0])
+            model.graph.insert_after(node, cast)
+        else:
+            cast = _cast(half, f"{name}.{node.name or node.outputs[0].name}")
+            node.replace_input_with(place, cast.outputs[0])
+            model.graph.insert_before(node, cast)
+    del model.graph.initializers[name]
 
 
 def _half(weight: np.ndarray, name: str) -> np.ndarray:
@@ -117,10 +109,8 @@ def _int8_nodes(model: ir.Model, node: ir.Node) -> list[ir.Node]:
 def _int4_nodes(model: ir.Model, node: ir.Node) -> list[ir.Node]:
     x, weight = (value for value in node.inputs if value is not None)
     name, (K, N) = str(weight.name), _shape(weight)
-    if K % BLOCK:
-        raise ONNXExportError(
-            f"{name} has {K} inputs, which is no multiple of {BLOCK}, the block of int4.\nExport this model as int8."
-        )
+    if fault := fault_of(name, (N, K), "int4"):
+        raise ONNXExportError(fault)
     blocks = K // BLOCK
     shapes = {
         "int4": (ir.DataType.UINT8, (N, blocks, BLOCK // 2)),
@@ -156,36 +146,3 @@ def _stored(model: ir.Model, source: ir.Value, name: str, dtype: Any, shape: Any
 def _shape(value: ir.Value) -> tuple[int, ...]:
     assert value.shape is not None
     return tuple(value.shape.numpy())
-
-
-def _size(value: ir.Value) -> int:
-    return int(np.prod(_shape(value)))
-
-
-# ------------------------------------------------------------------ numbers
-
-
-def int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`[K,N]` float32 -> int8 `[K,N]` and a scale per column, float32 `[N]`: weight ≈ int8 * scale."""
-    scale = np.abs(weight).max(axis=0) / 127
-    scale[scale == 0] = 1
-    return np.rint(weight / scale).astype(np.int8), scale.astype(np.float32)
-
-
-def int4(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`[K,N]` float32 -> what MatMulNBits reads: codes, two in a byte, the first in the low half `[N,K/32,16]`;
-    scales `[N,K/32]`; zero points, two in a byte `[N,ceil(K/64)]`. weight ≈ (code - zero point) * scale."""
-    blocks = np.ascontiguousarray(weight.T).reshape(weight.shape[1], -1, BLOCK)  # [N,K/32,32]
-    low = np.minimum(blocks.min(-1, keepdims=True), 0)
-    high = np.maximum(blocks.max(-1, keepdims=True), 0)
-    scale = (high - low) / 15
-    scale[scale == 0] = 1
-    zero = np.clip(np.rint(-low / scale), 0, 15)
-    codes = np.clip(np.rint(blocks / scale + zero), 0, 15).astype(np.uint8)
-    return _pairs(codes), scale[..., 0].astype(np.float32), _pairs(zero[..., 0].astype(np.uint8))
-
-
-def _pairs(codes: np.ndarray) -> np.ndarray:
-    if codes.shape[-1] % 2:
-        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    return codes[..., ::2] | (codes[..., 1::2] << 4)
