@@ -42,6 +42,8 @@ STAND_INS = [
     (r"python -m rwkv_lab.bench models --quick", rf"{PYTHON} -m rwkv_lab.bench models --models B.pth --lengths 4 "
      "--batches 1 --rounds 1 --dtypes fp32 --peers --report bench"),
     (r"python (.*)", rf"{PYTHON} \1"),
+    (r'eval "\$\(rwkv-lab (.*)\)"', rf"{PYTHON} -m rwkv_lab.cli \1"),
+    (r"rwkv-lab (.*)", rf"{PYTHON} -m rwkv_lab.cli \1"),
 ]  # fmt: skip
 RECIPE = """
 merge_method: task_arithmetic

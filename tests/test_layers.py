@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # From top to bottom; packages of one row do not import each other. The modules of the last row may.
 LAYERS = (
     {"cli"},
+    {"doctor"},
     {"workbench"},
     {"analysis"},
     {"bench"},

@@ -10,6 +10,7 @@ has nothing to warn of. This process starts a kernel and waits for it: it import
 
 # ruff: noqa: E402  the first statement comes before what it is for
 
+import logging
 import sys
 
 # Notebooks hold no addresses in other alphabets. jsonschema checks such where it finds this package, whose import alone
@@ -17,12 +18,13 @@ import sys
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from jupyter_client.manager import AsyncKernelManager
+from papermill import execute_notebook
 from papermill.cli import papermill
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
@@ -65,7 +67,7 @@ class Engine(NBClientEngine):
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run a notebook; ends the process, with papermill's exit code."""
-    papermill_engines.register(None, Engine)
+    papermill_engines.register(None, Engine)  # None: where no engine is named
     # What the cells print takes the place of a bar that counts cells.
     given = ["--no-progress-bar", "--log-level", "WARNING", *_arguments(sys.argv[1:] if words is None else words)]
     try:
@@ -83,6 +85,28 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(f"{type(e).__name__}: {e}")
     except PapermillExecutionError as e:
         sys.exit(f"{e.ename}: {e.evalue}")  # the traceback is in the notebook
+
+
+def execute(notebook: Path, executed: Path, parameters: Mapping[str, Any]) -> str:
+    """Run a notebook with these parameters, from the current folder, showing what its cells print.
+
+    Args:
+        executed: where the executed notebook goes; its folder is made where it is not there.
+    Returns:
+        The error that ended it, in a line or a few; "" where none did.
+    Raises:
+        OSError: the executed notebook cannot be written.
+    """
+    papermill_engines.register(None, Engine)
+    logging.getLogger("papermill").setLevel(logging.WARNING)
+    executed.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # Braces in a path would be filled with parameters.
+        paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed))
+        execute_notebook(*paths, parameters=dict(parameters), progress_bar=False)
+    except PapermillExecutionError as e:
+        return f"{e.ename}: {e.evalue}".strip()
+    return ""
 
 
 def _arguments(words: Sequence[str]) -> list[str]:

@@ -4,9 +4,7 @@ papermill only warns of a wrong name; here it is an error. Each notebook's own p
 """
 
 import ast
-import json
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from rwkv_lab.paths import path_fault
 from rwkv_lab.spec import Advise, OneOf, Patterns, Spec, Text, unknown_name
 from rwkv_lab.train.held_out import WINDOW
 from rwkv_lab.wkv import backends
-from rwkv_lab.workbench.words import example, from_words, in_words, takes_mapping
+from rwkv_lab.workbench.words import as_option, example, from_words, in_command, takes_mapping
 
 DEMO = ("demo:base", "demo:state")
 
@@ -145,14 +143,15 @@ def read_parameters(model: type[Parameters], namespace: Mapping[str, Any], names
             if not hidden and name not in model.model_fields and isinstance(value, _PLAIN):
                 raise unknown_name(model.title, name, model.model_fields)
     values = {name: namespace[name] for name in model.model_fields if name in namespace}
-    return model.read(values, _advice_for_papermill(model) if names_are_all else None)
+    return model.read(values, _advice_in_batch(model) if names_are_all else None)
 
 
 _BY_PATTERN = {"blocks.0.*": 0.5, "*": 1.0}
+_OF_PAPERMILL = ("papermill takes a mapping by -y", "papermill's -p takes")
 
 
-def _advice_for_papermill(model: type[Parameters]) -> Advise:
-    """How papermill's options pass a value of the type that is needed."""
+def _advice_in_batch(model: type[Parameters]) -> Advise:
+    """How papermill's options, or the words of rwkv-lab, pass a value of the type that is needed."""
 
     def advise(error: str, name: str, given: object) -> str:
         value = example(name, model.model_fields[name]) if name else None
@@ -160,14 +159,15 @@ def _advice_for_papermill(model: type[Parameters]) -> Advise:
             word = f"the word {given}" if given is None or isinstance(given, bool) else "text that looks like a number"
             also = f"; leave {name} out for its default" if given is None else ""
             return f"papermill's -p makes a value of {word}: -r {name} keeps it as text{also}."
+        mapping, booleans = ("Give a mapping as JSON", "Write") if in_command() else _OF_PAPERMILL
         if isinstance(given, str) and given.lstrip()[:1] in ("{", "[") and takes_mapping(model.model_fields[name]):
-            return f"It is no JSON; papermill takes mappings by -y: -y {shlex.quote(json.dumps({name: _BY_PATTERN}))}"
+            return f"It is no JSON. {mapping}: {as_option(name, _BY_PATTERN)}"
         if isinstance(given, float) and given.is_integer() and error in ("int_type", "int_from_float"):
-            return f"Write it without a fraction or an exponent: -p {name} {int(given)}"
+            return f"Write it without a fraction or an exponent: {as_option(name, int(given))}"
         return {
-            "bool_type": "papermill's -p takes True and False, spelled like this.",
-            "dict_type": f"papermill takes a mapping by -y: -y {shlex.quote(json.dumps({name: value}))}",
-            "list_type": f"Give words with commas between them: -p {name} {shlex.quote(in_words(value))}",
+            "bool_type": f"{booleans} True and False, spelled like this.",
+            "dict_type": f"{mapping}: {as_option(name, value)}",
+            "list_type": f"Give words with commas between them: {as_option(name, value)}",
         }.get(error, "")
 
     return advise

@@ -1,4 +1,4 @@
-"""Values as papermill's -p and -r pass them: one word or number also where a list or a mapping is meant."""
+"""Values in words, of papermill or of `rwkv-lab`: one word or number also where a list or a mapping is meant."""
 
 import ast
 import json
@@ -67,8 +67,23 @@ def in_words(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else json.dumps(value)
 
 
+def in_command() -> bool:
+    """Whether this kernel was started by the command rwkv-lab, whose parameters are words `name=value`."""
+    return bool(os.environ.get("RWKV_LAB_COMMAND"))
+
+
+def as_option(name: str, value: object) -> str:
+    """A parameter with its value as papermill takes it, or rwkv-lab where that runs the notebook."""
+    if in_command():
+        text = value if isinstance(value, str) else in_words(value)
+        return shlex.quote(f"{name}={text}")
+    if isinstance(value, dict):
+        return f"-y {shlex.quote(json.dumps({name: value}))}"
+    return f"-p {name} {shlex.quote(value if isinstance(value, str) else in_words(value))}"
+
+
 def advice_in_words(message: str, names: Iterable[str]) -> str:
-    """A message in which values to pass stand as papermill takes them: `Pass ignore=["id"]` as `Pass -p ignore id`.
+    """A message in which values to pass stand as `as_option` has them: `Pass ignore=["id"]` as `Pass -p ignore id`.
 
     Args:
         names: of the parameters that there are.
@@ -78,11 +93,7 @@ def advice_in_words(message: str, names: Iterable[str]) -> str:
 
     def option(found: re.Match) -> str:
         name, value = found[1], _parsed(found[2], object, found[2])
-        if isinstance(value, dict):
-            return f"-y {shlex.quote(json.dumps({name: value}))}"
-        if isinstance(value, list):
-            return f"-p {name} {shlex.quote(in_words(value))}"
-        return f"-p {name} {shlex.quote(found[2].strip(chr(34) + chr(39)))}"
+        return as_option(name, value if isinstance(value, dict | list) else found[2].strip("\"'"))
 
     return _ADVICE.sub(lambda sentence: given.sub(option, sentence[0]), message)
 
