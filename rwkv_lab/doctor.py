@@ -144,12 +144,12 @@ def _gpu() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
         files = "There is one: install torch for CUDA, and NVIDIA's driver." if _has_nvidia() and not hidden else ""
-        yield Finding("note", "GPU", "none that torch can use: everything runs on the processor", files)
+        yield Finding("note", "gpu", "none that torch can use: everything runs on the processor", files)
         return
     for i in range(torch.cuda.device_count()):
         free, whole = torch.cuda.mem_get_info(i)
         name = torch.cuda.get_device_name(i)
-        yield Finding("ok", "GPU", f"{name}, {human_bytes(free)} of {human_bytes(whole)} free")
+        yield Finding("ok", "gpu", f"{name}, {human_bytes(free)} of {human_bytes(whole)} free")
     nvcc = shutil.which("nvcc") or next((p for p in _nvcc_places() if Path(p).is_file()), None)
     advice = "" if nvcc else f"Install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME; else torch computes."
     yield Finding("ok" if nvcc else "note", "nvcc", nvcc or "not found: no kernels for the GPU", advice)

@@ -18,7 +18,7 @@ def found(what: str) -> Finding:
 
 def test_one_line_each_and_what_to_do(capsys):
     findings = examine()
-    assert {"python", "rwkv_lab", "torch", "threads", "waiting", "backends", "GPU", "memory", "reports", "cache"} <= {
+    assert {"python", "rwkv_lab", "torch", "threads", "waiting", "backends", "gpu", "memory", "reports", "cache"} <= {
         finding.what for finding in findings
     }
     assert all("\n" not in str(finding) for finding in findings)

@@ -30,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> int:
     _complete(parser)
     given, others = parser.parse_known_args(sys.argv[1:] if words is None else words)
     if others and not hasattr(given, "words"):
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        parser.error(f"no such option: {' '.join(others)}")
     if others:
         given.words = [*others, *given.words]  # said to be no parameters, in words that help
     try:
@@ -134,7 +134,7 @@ def _doctor(given: argparse.Namespace) -> int:
 
 def _completion(given: argparse.Namespace) -> int:
     try:
-        from argcomplete import shellcode
+        from argcomplete.shell_integration import shellcode
     except ImportError:
         print("argcomplete is not installed; pip install 'rwkv_lab[workbench]' brings it.", file=sys.stderr)
         return 1
