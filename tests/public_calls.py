@@ -153,7 +153,7 @@ def calls_of_processor(w: World) -> dict[str, dict[str, Any]]:
 def calls(world: World) -> list[Call]:
     """A valid call of everything that is public, fast: jobs find their output there already, and refuse."""
     from rwkv_lab import convert, merge, train
-    from rwkv_lab.export import ExportConfiguration, FormatExporter
+    from rwkv_lab.export import ExportConfiguration, FormatExporter, ModelMerger
     from rwkv_lab.export.families.rwkv import Rwkv
     from rwkv_lab.export.family import WholeModel
     from rwkv_lab.merge import MergeOptions, MergeSpec, open_inputs, run_merge
@@ -169,6 +169,8 @@ def calls(world: World) -> list[Call]:
 
     convert_spec = conversion.ConvertSpec.read({"source": str(w.base), "to": "safetensors"})
     converted = conversion.run_convert(convert_spec, w.folder / "converted.safetensors")
+    merger = ModelMerger()
+    to_merge = merger.merge_lora_weights(merger.load_base_model(w.base), merger.load_lora_adapter(w.adapter_file))
     corpus = train.load_corpus(str(w.folder / "text.txt"))
     quantised = peft.quantize_nf4(w.linear.weight.detach())
     eight = peft.quantize_int8(w.linear.weight.detach())
@@ -295,6 +297,11 @@ def calls(world: World) -> list[Call]:
         "FormatExporter.optimize_onnx_graph": {"path": w.folder / "missing.onnx", "folder": w.folder / "there"},
         "OptimizationProcessor": {},
         **{f"OptimizationProcessor.{name}": given for name, given in calls_of_processor(w).items()},
+        "ModelMerger.load_base_model": {"path": w.base},
+        "ModelMerger.load_lora_adapter": {"path": w.adapter_file},
+        "ModelMerger.merge_lora_weights": {"base": to_merge.base, "adapter": to_merge.adapter},
+        "ModelMerger.save_merged_model": {"planned": to_merge, "out": there},
+        "ModelMerger.verify_merge_integrity": {"merged": merger.save_merged_model(to_merge, w.folder / "adapted.pth")},
         "CheckpointDetector": {"path": w.folder},
         "ConfigurationManager": {"environment": {}},
         "MonitoringLogger": {},
@@ -323,6 +330,7 @@ def calls(world: World) -> list[Call]:
         "Checkpoint": w.checkpoint,
         "TensorInfo": tensor_info,
         "FormatExporter": FormatExporter(Rwkv(), exported, WholeModel(w.base, 1)),
+        "ModelMerger": merger,
         "Adapter": w.adapter,
         "LoraLinear": w.adapted.blocks[0].att.key,
     }

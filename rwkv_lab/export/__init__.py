@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointInfo
     from rwkv_lab.export.configuration import ConfigurationManager, ExportConfiguration
     from rwkv_lab.export.format_exporter import FormatExporter
+    from rwkv_lab.export.model_merger import ModelMerger
     from rwkv_lab.export.monitoring_logger import MonitoringLogger
     from rwkv_lab.export.onnx.export import OnnxExport, export_onnx
     from rwkv_lab.export.onnx_model import OnnxModel
@@ -25,6 +26,7 @@ _HOME = {
     "ExportResult": "rwkv_lab.export.result",
     "FormatExporter": "rwkv_lab.export.format_exporter",
     "MonitoringLogger": "rwkv_lab.export.monitoring_logger",
+    "ModelMerger": "rwkv_lab.export.model_merger",
     "OnnxExport": "rwkv_lab.export.onnx.export",
     "OnnxModel": "rwkv_lab.export.onnx_model",
     "OptimizationProcessor": "rwkv_lab.export.optimization_processor",
@@ -41,6 +43,7 @@ __all__ = [
     "ExportResult",
     "FormatExporter",
     "MonitoringLogger",
+    "ModelMerger",
     "OnnxExport",
     "OnnxModel",
     "OptimizationProcessor",

@@ -1,0 +1,1 @@
+"""Causal language models of Hugging Face: their folders, adapters of peft, and what is made of both."""

@@ -1,0 +1,109 @@
+"""Models of Hugging Face in torch, read from the disk alone: no download, and no code out of a folder is run."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
+
+Quantisation = Literal["none", "8bit", "4bit"]
+_NOISY = ("transformers", "peft", "accelerate", "torchao")
+
+
+def need(package: str, what: str) -> None:
+    """Refuse a job whose package is not installed.
+
+    Raises:
+        ParameterError: it is not; says how to install it.
+    """
+    if find_spec(package) is None:
+        extra = package if package == "bitsandbytes" else "'rwkv_lab[huggingface]'"
+        raise ParameterError(f"{what} needs the package {package}.\nInstall it: pip install {extra}")
+
+
+def load_causal_lm(folder: Path, quantisation: Quantisation = "none") -> Any:
+    """A model for inference on the CPU: float32, or with matrices in 8 or 4 bits by bitsandbytes.
+
+    Raises:
+        ParameterError: transformers or bitsandbytes is not installed.
+        LayoutError: transformers has no causal language model of this type.
+        CorruptFileError: its files cannot be loaded.
+    """
+    need("transformers", f"{folder}")
+    if quantisation != "none":
+        need("bitsandbytes", f"quantisation={quantisation!r}")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {}
+    if quantisation != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantisation == "8bit", load_in_4bit=quantisation == "4bit", bnb_4bit_quant_type="nf4"
+        )
+    known_type(folder)
+    try:
+        with quiet(), torch.inference_mode(False):
+            model, said = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+    except Exception as e:  # transformers raises errors of many kinds
+        raise CorruptFileError(f"transformers cannot load {folder}: {str(e).splitlines()[0][:300]}") from e
+    if missing := sorted(said["missing_keys"]):
+        raise CorruptFileError(
+            f"{folder} has no {missing[0]}, which its config.json asks for ({len(missing)} missing)."
+        )
+    return model.eval().requires_grad_(False)
+
+
+def known_type(folder: Path) -> str:
+    """The model_type of a folder, which transformers has a causal language model for.
+
+    Raises:
+        LayoutError: it has none; code that lies in the folder is not run.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from rwkv_lab.export.causal_lm.folder import read_config
+
+    named = (read_config(folder) or {}).get("model_type")
+    if named not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise LayoutError(f"{folder}: transformers has no causal language model of type {named!r}.")
+    try:
+        with quiet():
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as e:
+        raise LayoutError(f"{folder}/config.json is not taken by transformers: {str(e).splitlines()[0][:300]}") from e
+    return str(named)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of transformers and peft, and without their bars."""
+    from transformers.utils import logging as theirs
+
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels, bars = [logger.level for logger in loggers], theirs.is_progress_bar_enabled()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        theirs.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            theirs.enable_progress_bar()
