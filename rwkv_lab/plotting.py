@@ -7,10 +7,11 @@ import io
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -21,6 +22,9 @@ from rwkv_lab.text import shown
 _WIDTH = 9.0  # inches
 _DPI = 144
 ROWS = 60  # of a heat map or a bar chart; a hostile file may have any number of names
+_DARK, _LIGHT = np.array([0.051, 0.067, 0.09]), np.array([0.9, 0.93, 0.95])  # page and text of a dark report
+_GREYISH = 0.12  # largest distance between red, green and blue of what counts as grey
+_COLOURED = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor")
 NAME = {"family": "monospace", "parse_math": False}  # a `$` in a tensor's name is no formula
 # Okabe and Ito's colours: told apart with every kind of colour vision.
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8a8f98"
@@ -32,6 +36,30 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")
     return buffer.getvalue()
+
+
+def dark_png(figure: Figure) -> bytes:
+    """As `png`, on a dark page: grey, black and white change places, colours stay. Changes the figure."""
+    on_data = {text for axes in figure.axes if axes.images for text in axes.texts}  # their colour suits their cell
+    for artist in figure.findobj():
+        mapped = getattr(artist, "get_array", lambda: None)() is not None
+        whole = isinstance(artist, (Figure, Axes))  # what these are asked for is the colour of another artist
+        for what in () if mapped or whole or artist in on_data else _COLOURED:
+            colour = getattr(artist, f"get_{what}", lambda: None)()
+            if colour is not None and not (isinstance(colour, str) and colour in ("none", "auto", "inherit")):
+                getattr(artist, f"set_{what}")(_in_dark(colour))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, facecolor=figure.get_facecolor())
+    return buffer.getvalue()
+
+
+def _in_dark(colour: Any) -> np.ndarray:
+    """RGBA of a colour, or of several, on a dark page: greys from black to white become those from light to dark."""
+    rgba = to_rgba_array(colour)
+    grey = np.ptp(rgba[:, :3], axis=1) < _GREYISH
+    light = rgba[:, :3].mean(1, keepdims=True)
+    rgba[grey, :3] = (light * _DARK + (1 - light) * _LIGHT)[grey]
+    return rgba if len(rgba) != 1 else rgba[0]
 
 
 def layer_map(

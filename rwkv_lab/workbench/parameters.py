@@ -54,6 +54,11 @@ class Parameters(Spec):
     """Base of all notebooks' parameters. Field order is the order in the notebook, descriptions are its comments."""
 
     basic: ClassVar[tuple[str, ...]] = ()  # what most people set; a panel shows the others folded
+    takes_kinds: ClassVar[
+        tuple[str, ...]
+    ] = ()  # of checkpoints that other notebooks write: reports lead on to this one
+    takes_output: ClassVar[str] = ""  # the parameter that takes such a checkpoint
+    purpose: ClassVar[str] = ""  # what it does with the checkpoint, for a person who has one
 
     @classmethod
     def applies(cls, name: str, values: Mapping[str, Any]) -> bool:

@@ -15,17 +15,19 @@ from rwkv_lab.checks import Check
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.samples import Sample
 from rwkv_lab.text import shown
+from rwkv_lab.workbench.next_steps import next_steps
 from rwkv_lab.workbench.result import Record, versions
 from rwkv_lab.workbench.tables import Table
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as PNG."""
+    """A figure as PNG, for light pages and for dark ones."""
 
     title: str
     caption: str  # how to read it, one or two sentences
     png: bytes
+    dark: bytes
     name: str  # of its file, without .png
 
 
@@ -70,10 +72,19 @@ def write_report(path: Path, page: Page, record: Record, can_repeat: bool) -> No
         checks=[(c, isinstance(c, Check)) for c in record.checks],
         files=[(getattr(f, "role", "read"), f) for f in record.inputs] + [("written", f) for f in record.outputs],
         can_repeat=can_repeat,
-        versions=versions(),
+        next_steps=next_steps(record),
+        parameters=[(name, _as_text(value)) for name, value in record.parameters.items()],
+        environment=[
+            ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
+            ("seconds", ", ".join(f"{name} {value:.2f}" for name, value in record.seconds.items())),
+        ],
         when=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
     write_text(path, text.encode("utf-8", "replace").decode(), overwrite=True)
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) and value else repr(value)
 
 
 def without_folders(text: str, known: Iterable[str]) -> str:

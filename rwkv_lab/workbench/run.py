@@ -104,9 +104,9 @@ class Run:
         from IPython.core.display import Image
         from IPython.display import display
 
-        from rwkv_lab.plotting import png  # matplotlib takes a second that validation need not wait for
+        from rwkv_lab.plotting import dark_png, png  # matplotlib takes a second that validation need not wait for
 
-        picture = Picture(title, caption, png(figure), name)
+        picture = Picture(title, caption, png(figure), dark_png(figure), name)
         self.page.pictures.append(picture)
         display(Image(picture.png, width=900))
 

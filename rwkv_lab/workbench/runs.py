@@ -1,12 +1,18 @@
-"""What became of each run, and where its report is: for a page that lists them, and for the terminal.
+"""What became of each run, and where its report is: for a page that lists and compares them, and for the terminal.
 
 A run whose process was killed cannot say so; in the list it is "interrupted".
 """
 
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import write_text
@@ -17,6 +23,8 @@ from rwkv_lab.workbench.result import RESULT, read_result, status_of
 
 INDEX = "index.html"
 _DEEPEST = 3  # folders below the one that is listed
+_COLUMNS = ("status", "notebook", "started (UTC)", "folder", "inputs", "found")
+_LONGEST = 300  # characters of a value that is compared
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,11 @@ class ListedRun:
     notebook: str
     status: str  # "running", "interrupted", "ok" or "failed"
     started: str  # ISO 8601, UTC; "" of runs by older versions
+    inputs: tuple[str, ...]  # names of the files that it read
     summary: str  # what was found, or why it failed
     report: Path | None  # of this run
     good: Path | None  # report of an earlier run in the same folder that went well, where this one did not
+    result: Mapping[str, Any]  # content of its result.json
 
 
 @checked
@@ -45,6 +55,8 @@ def list_runs(folder: str | Path) -> list[ListedRun]:
 def write_index(folder: str | Path) -> Path:
     """Write `index.html`, a page with a line and a link for each run below a folder, and return its path.
 
+    It sorts, filters and compares without a server. `index.html#run=merge&run=merge-2` opens with these compared.
+
     Raises:
         OutputError: the folder cannot be written to.
     """
@@ -54,12 +66,59 @@ def write_index(folder: str | Path) -> Path:
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
-        finalize=lambda value: without_folders(shown(value), []),  # as in the reports
+        finalize=lambda v: v if isinstance(v, Markup) else without_folders(shown(v), []),  # as in the reports
     )
     link = lambda path: path.relative_to(folder).as_posix()  # noqa: E731
-    text = environment.get_template("index.html.jinja").render(runs=list_runs(folder), link=link)
+    runs, script = list_runs(folder), (Path(__file__).parent / "index.js").read_text("utf-8")
+    text = environment.get_template("index.html.jinja").render(
+        runs=runs,
+        link=link,
+        columns=_COLUMNS,
+        data=Markup(_as_script_data([_compared(run, folder) for run in runs])),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
     write_text(folder / INDEX, text.encode("utf-8", "replace").decode(), overwrite=True)
     return folder / INDEX
+
+
+def _compared(run: ListedRun, folder: Path) -> dict[str, Any]:
+    """What the page needs to show a run beside others; names no folder of this disk."""
+    result = run.result
+    figures = [path for f in result.get("figures") or () if (path := Path(f)).is_relative_to(folder) and path.is_file()]
+    checks = [check for check in result.get("checks") or () if isinstance(check, dict)]
+    return {
+        "folder": run.folder.relative_to(folder).as_posix(),
+        "parameters": dict(_flat(result.get("parameters") or {})),
+        "metrics": dict(_flat(result.get("metrics") or {})),
+        "checks": {str(c.get("name")): _verdict_of(c) for c in checks},
+        "figures": [path.relative_to(folder).as_posix() for path in figures],
+    }
+
+
+def _verdict_of(check: Mapping[str, Any]) -> str:
+    word = {True: "PASS", False: "FAIL"}.get(check.get("passed"), "n/a")
+    return f"{word}: {_short(check.get('value'))}"
+
+
+def _flat(values: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers and texts by name, those inside mappings as "outer.inner"; long lists as text."""
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            number = value is None or isinstance(value, bool | int | float)
+            yield shown(f"{before}{name}"), value if number else _short(value)
+
+
+def _short(value: object) -> str:
+    text = without_folders(shown(value), [])
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+
+
+def _as_script_data(content: object) -> str:
+    """JSON that cannot end the script element that it stands in."""
+    return json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def _listed(folder: Path) -> ListedRun | None:
@@ -75,7 +134,9 @@ def _listed(folder: Path) -> ListedRun | None:
         notebook=str(result.get("notebook", "")),
         status=status,
         started=str(result.get("started", "")),
+        inputs=tuple(Path(f["path"]).name for f in result.get("inputs") or () if isinstance(f, dict) and "path" in f),
         summary=str(error.get("message") or (result.get("metrics") or {}).get("summary") or ""),
         report=report,
         good=good if good.is_file() and good != report else None,
+        result=result,
     )

@@ -147,7 +147,7 @@ def test_reports_lie_in_the_current_folder(tmp_path, monkeypatch, demo_folder):
     run = start("inspect", {})
     assert run.folder == tmp_path / "reports" / "inspect"
     run.finish(must_pass=False)
-    assert '<a href="inspect/report.html">ok</a>' in (tmp_path / "reports" / "index.html").read_text()
+    assert '<a href="inspect/report.html">inspect</a>' in (tmp_path / "reports" / "index.html").read_text()
 
 
 def test_in_the_folder_of_the_notebooks_reports_are_those_of_the_checkout(monkeypatch):

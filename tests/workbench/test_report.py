@@ -1,14 +1,19 @@
 """The report is one file, offline, escaped, and silent about the disk it came from."""
 
+import base64
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
+from random_models import make_layout, write_model
 
 from rwkv_lab.checkpoint import FileFacts
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import CorruptFileError
+from rwkv_lab.workbench.next_steps import next_steps
+from rwkv_lab.workbench.registry import notebook_names, parameters_of
 from rwkv_lab.workbench.report import Page, Picture, Sample, without_folders, write_report
 from rwkv_lab.workbench.result import NotApplicable, Record
 from rwkv_lab.workbench.tables import Table
@@ -28,7 +33,7 @@ def page() -> str:
         headline=EVIL,
         summary=EVIL,
         facts=[(EVIL, EVIL)],
-        pictures=[Picture(EVIL, EVIL, b"\x89PNG", "x")],
+        pictures=[Picture(EVIL, EVIL, b"\x89PNG", b"\x89PNG", "x")],
         samples=[Sample(EVIL, {EVIL: EVIL})],
         tables=[Table(EVIL, (EVIL, "n"), [(EVIL, 3)], EVIL)],
     )
@@ -76,6 +81,60 @@ def test_paths_are_cut_and_other_slashes_are_not():
     assert without_folders("see /a/b/c.pth, ~/x/y.pth; 3/4 of a / b [H/V] notebooks/merge.ipynb 5 MB/s", []) == (
         "see c.pth, y.pth; 3/4 of a / b [H/V] notebooks/merge.ipynb 5 MB/s"
     )
+
+
+def test_figures_follow_light_and_dark(page, tmp_path):
+    page[0].pictures[:] = [Picture("one", "", b"light", b"dark", "one")]
+    tags = Tags(render(page, tmp_path)).found
+    sources = [attrs for tag, attrs in tags if tag == "source"]
+    assert [s["media"] for s in sources] == ["(prefers-color-scheme: dark)"]
+    assert base64.b64decode(sources[0]["srcset"].partition(",")[2]) == b"dark"
+    assert [attrs["src"].partition(",")[2] for tag, attrs in tags if tag == "img"] == [
+        base64.b64encode(b"light").decode()
+    ]
+
+
+def test_checks_are_folded_unless_one_fails(page, tmp_path):
+    content, record = page
+    record.status, record.error = "ok", None
+    assert "<details open><summary>1 of 2 checks failed" in render(page, tmp_path)
+    record.checks = [check for check in record.checks if isinstance(check, Check) and check.passed]
+    assert "<details><summary>The check passed." in render(page, tmp_path)
+
+
+def test_the_conclusion_comes_first(page, tmp_path):
+    content, record = page
+    content.headline, content.summary = "merged.pth of base.pth.", "3.0 to 2.0 bits per byte."
+    text = render(page, tmp_path)
+    assert (
+        text.index("3.0 to 2.0")
+        < text.index("merged.pth of base.pth")
+        < text.index("checks failed")
+        < text.index("<figure")
+    )
+
+
+def test_it_leads_on_to_the_notebooks_that_take_the_output(tmp_path):
+    out = tmp_path / "merged here.pth"
+    write_model(out, make_layout("7.0"))
+    record = Record(tmp_path, "merge", {"base": "/elsewhere/base.pth"}, status="ok")
+    record.outputs = [FileFacts(out, 12, "")]
+    steps = dict(next_steps(record))
+    assert steps["See what is in it"] == "rwkv-lab run inspect 'checkpoint=merged here.pth'"
+    assert not any("merge " in command for command in steps.values())
+    state = tmp_path / "state.pth"
+    torch.save({"blocks.0.att.time_state": torch.zeros(2, 32, 32)}, state)
+    record.notebook, record.outputs = "train", [FileFacts(state, 12, "")]
+    assert dict(next_steps(record))["Merge it into its base"] == "rwkv-lab run merge tuned=state.pth base=base.pth"
+    record.status = "failed"
+    assert next_steps(record) == []
+
+
+@pytest.mark.parametrize("notebook", notebook_names())
+def test_what_a_notebook_says_it_takes_it_takes(notebook):
+    model = parameters_of(notebook)
+    assert bool(model.takes_kinds) == bool(model.takes_output) == bool(model.purpose)
+    assert not model.takes_output or model.takes_output in model.model_fields
 
 
 def test_verdict_and_checks(page, tmp_path):

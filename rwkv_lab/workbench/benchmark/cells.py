@@ -11,13 +11,14 @@ from rwkv_lab.bench import figures
 from rwkv_lab.bench.comparison import COLUMNS, OURS, Floors, Row, cells
 from rwkv_lab.bench.growth import measure_growth
 from rwkv_lab.bench.loading import measure_loading
-from rwkv_lab.bench.machine import describe_machine, floors_are_compiled
+from rwkv_lab.bench.machine import describe_machine, floors_are_compiled, watched
 from rwkv_lab.bench.operators import Shape, measure_operators
 from rwkv_lab.bench.peers import parse_peers
 from rwkv_lab.bench.speed import Plan, measure_speed
 from rwkv_lab.checkpoint import Layout, file_facts, open_checkpoint
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import LayoutError
+from rwkv_lab.machine import cores
 from rwkv_lab.model.device import parse_device
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.wkv import backends
@@ -27,6 +28,7 @@ from rwkv_lab.workbench.steps import Step
 from rwkv_lab.workbench.tables import Table
 
 _LOADS = 2  # at most, since each starts a process that imports torch
+_QUIET = 0.2  # cores that other processes may use before figures are doubted
 _GROWTH = (1, 4, 16)  # contexts, in the longest of the prompts
 
 
@@ -65,7 +67,7 @@ def load(run: Run) -> Measured:
     )
     described = describe_machine()
     run.record.metrics |= {"layout": str(layout), "machine": described}
-    run.page.headline = f"How fast is {path.name}, an RWKV-{layout.version}, on this machine?"
+    run.page.headline = f"{path.name}, an RWKV-{layout.version}, on {described['cpu']}."
     run.page.facts = [
         ("model", f"{path.name}, {human_bytes(facts.bytes)}: {layout}"),
         ("machine", f"{described['cpu']}, {described['threads']} threads on {described['cores']} cores"),
@@ -80,10 +82,10 @@ def load(run: Run) -> Measured:
 
 def measure_rates(run: Run, measured: Measured) -> None:
     """Decode and prefill rates beside the peers; answers are compared first."""
-    with run.timed("rates"):
+    with run.timed("rates"), watched() as load:
         rows, floors = measure_speed(measured.path, measured.path.name, measured.plan)
     _note(run, measured, rows, floors, "Rates")
-    run.page.summary = _summary(rows)
+    run.page.summary = _summary(rows) + _of_load(load.other_load)
 
 
 def measure_wkv(run: Run, measured: Measured) -> None:
@@ -141,6 +143,16 @@ def _summary(rows: Sequence[Row]) -> str:
             of = f"{ours.size} {'sequences' if job == 'decode' else 'tokens'}"
             found.append(f"{job} {ours.median:,.0f} {ours.unit} ({ours.dtype}, {of})")
     return f"{'; '.join(found)}." if found else "No rate was measured."
+
+
+def _of_load(cores_of_others: float) -> str:
+    """What other processes mean for the rates; "" where they hardly ran."""
+    if cores_of_others < _QUIET:
+        return ""
+    return (
+        f" Other processes used {cores_of_others:.1f} of {cores()} cores meanwhile: the rates are too low, "
+        "and ratios between them are not to be trusted."
+    )
 
 
 def _note(run: Run, measured: Measured, rows: Sequence[Row], floors: Floors, title: str) -> None:

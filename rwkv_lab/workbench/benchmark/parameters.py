@@ -20,6 +20,9 @@ _Dtype = Annotated[Literal["bf16", "fp32", "fp16", "int8", "int4"], BeforeValida
 
 class BenchmarkParameters(Parameters):
     title: ClassVar[str] = "benchmark"
+    takes_kinds: ClassVar[tuple[str, ...]] = ("model",)
+    takes_output: ClassVar[str] = "model"
+    purpose: ClassVar[str] = "Measure how fast it is on this machine"
     basic: ClassVar[tuple[str, ...]] = ("model", "lengths", "batches", "dtypes", "device")
 
     model: InputPath = Field("demo:base", description="a whole model of any generation: .pth, .safetensors, a folder")

@@ -18,6 +18,9 @@ from rwkv_lab.workbench.parameters import DEMO, InputPath, Parameters, PathOrEmp
 @takes(ConvertSpec, ConvertOptions)
 class ConvertParameters(Parameters):
     title: ClassVar[str] = "convert"
+    takes_kinds: ClassVar[tuple[str, ...]] = ("model", "state", "lora", "pissa", "miss")
+    takes_output: ClassVar[str] = "source"
+    purpose: ClassVar[str] = "Convert it for other programs"
     basic: ClassVar[tuple[str, ...]] = (
         "source",
         "repo_id",

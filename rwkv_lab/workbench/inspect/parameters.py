@@ -9,6 +9,9 @@ from rwkv_lab.workbench.parameters import InputPath, Parameters, PathOrEmpty
 
 class InspectParameters(Parameters):
     title: ClassVar[str] = "inspect"
+    takes_kinds: ClassVar[tuple[str, ...]] = ("model", "state", "lora", "pissa", "miss")
+    takes_output: ClassVar[str] = "checkpoint"
+    purpose: ClassVar[str] = "See what is in it"
     basic: ClassVar[tuple[str, ...]] = ("checkpoint",)
 
     checkpoint: InputPath = Field("demo:base", description="any checkpoint: .pth, .safetensors, a folder, an adapter")

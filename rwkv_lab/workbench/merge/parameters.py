@@ -30,6 +30,9 @@ _IN_RECIPES = ("base", "tuned", "method", "alpha", "weights", "pissa_init", "par
 @takes(MergeSpec, MergeOptions)
 class MergeParameters(ReadsText):
     title: ClassVar[str] = "merge"
+    takes_kinds: ClassVar[tuple[str, ...]] = ("state", "lora", "pissa", "miss")
+    takes_output: ClassVar[str] = "tuned"
+    purpose: ClassVar[str] = "Merge it into its base"
     basic: ClassVar[tuple[str, ...]] = (
         "base",
         "tuned",

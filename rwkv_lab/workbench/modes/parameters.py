@@ -12,6 +12,9 @@ _Dtype = Annotated[Literal["float64", "float32", "bfloat16", "float16"], BeforeV
 
 class ModesParameters(Parameters):
     title: ClassVar[str] = "modes"
+    takes_kinds: ClassVar[tuple[str, ...]] = ("model",)
+    takes_output: ClassVar[str] = "model"
+    purpose: ClassVar[str] = "Check that its parallel and its recurrent mode agree"
     basic: ClassVar[tuple[str, ...]] = ("model", "compare_with", "length", "batch", "dtypes", "backends")
 
     model: InputPath = Field("demo:base", description="a whole model of any generation: .pth, .safetensors, a folder")

@@ -14,6 +14,9 @@ from rwkv_lab.workbench.parameters import DEMO, InputOrEmpty, InputPath, InputsO
 @takes()
 class PeftParameters(ReadsText):
     title: ClassVar[str] = "peft"
+    takes_kinds: ClassVar[tuple[str, ...]] = ("state", "lora", "pissa", "miss")
+    takes_output: ClassVar[str] = "adapter"
+    purpose: ClassVar[str] = "Look into what the tuning changed"
     basic: ClassVar[tuple[str, ...]] = ("base", "adapter", "second", "rank", "data")
 
     base: InputPath = Field("demo:base", description="the model that was tuned: .pth, .safetensors or a folder")

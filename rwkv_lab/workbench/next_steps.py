@@ -1,0 +1,44 @@
+"""What a person may do with the output of a run: the notebooks that take it, as commands."""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.workbench.registry import notebook_names, parameters_of
+from rwkv_lab.workbench.result import Record
+
+
+def next_steps(record: Record) -> list[tuple[str, str]]:
+    """(what for, command) of every notebook that takes what a run wrote; none after a run that failed.
+
+    The commands are for the folder of the report, and name no other folder unless the output lies in one.
+    """
+    if record.status != "ok":
+        return []
+    return [step for facts in record.outputs[:1] for step in _of_output(facts.path, record)]
+
+
+def _of_output(out: Path, record: Record) -> Iterator[tuple[str, str]]:
+    try:
+        with open_checkpoint(out) as ck:
+            kind = ck.kind
+    except (OSError, RwkvLabError):
+        return  # a folder for another program
+    for notebook in notebook_names():
+        model = parameters_of(notebook)
+        if notebook == record.notebook or kind not in model.takes_kinds:
+            continue
+        given = {model.takes_output: _seen_from(out, record.folder)}
+        base = record.parameters.get("base")
+        if kind != "model" and "base" in model.model_fields and isinstance(base, str) and base:
+            given["base"] = base if base.startswith("demo:") else _seen_from(Path(base), record.folder)
+        words = shlex.join(f"{name}={value}" for name, value in given.items())
+        yield model.purpose, f"rwkv-lab run {notebook} {words}"
+
+
+def _seen_from(path: Path, folder: Path) -> str:
+    """A path for a report that may be passed on: relative where it is below the report's folder, else its name."""
+    path = path.absolute()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
