@@ -1,0 +1,1 @@
+"""chat.ipynb: its parameters, cells and the box to write in."""
