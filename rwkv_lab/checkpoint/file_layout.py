@@ -19,6 +19,7 @@ from isal.isal_zlib import crc32
 from rwkv_lab.checkpoint.safetensors_header import DTYPE_NAMES
 from rwkv_lab.checkpoint.source import is_name
 from rwkv_lab.checkpoint.torch_pickle import STORAGE_DTYPES
+from rwkv_lab.dtypes import long_name
 from rwkv_lab.errors import OutputError
 from rwkv_lab.torch_private import rebuild_tensor
 
@@ -56,7 +57,7 @@ def file_layout(kind: str, tensors: Sequence[Described], notes: dict[str, str]) 
     if unfit is not None:
         raise OutputError(f"a tensor cannot be called {unfit!r}; name it in printable text")
     known = STORAGE_DTYPES.values() if kind == "pth" else DTYPE_NAMES
-    odd = next((t for t in tensors if t.dtype not in known), None)
+    odd = next((t for t in tensors if long_name(t.dtype) not in known), None)
     if odd is not None:
         raise OutputError(
             f"{odd.name} is {odd.dtype}, which a .{kind} file cannot hold; choose another dtype or format"
@@ -73,7 +74,11 @@ def _safetensors_layout(tensors: Sequence[Described], notes: dict[str, str]) -> 
         t = tensors[i]
         starts[i] = end
         end += t.nbytes
-        header[t.name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [starts[i], end]}
+        header[t.name] = {
+            "dtype": DTYPE_NAMES[long_name(t.dtype)],
+            "shape": list(t.shape),
+            "data_offsets": [starts[i], end],
+        }
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     head = len(raw).to_bytes(8, "little") + raw
@@ -156,7 +161,7 @@ def _directory_end(count: int, size: int, offset: int) -> bytes:
 
 class _Storage:
     def __init__(self, dtype: torch.dtype, key: int, numel: int):
-        name = next(n for n, d in STORAGE_DTYPES.items() if d == dtype)
+        name = next(n for n, d in STORAGE_DTYPES.items() if d == long_name(dtype))
         self.persistent_id = ("storage", getattr(torch, name), str(key), "cpu", numel)
 
 

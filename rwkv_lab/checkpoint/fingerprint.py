@@ -42,7 +42,7 @@ def file_facts(source: str | Path | Checkpoint, hash: str = "records") -> FileFa
                 digest.update(file.read(offset, min(1 << 20, file.size - offset)))
     else:
         for t in source.stored.values():
-            digest.update(f"{t.name}\0{t.shape}\0{t.dtype}\0{t.file.size}\0{t.crc32}\n".encode())
+            digest.update(f"{t.name}\0{t.shape}\0torch.{t.dtype_name}\0{t.file.size}\0{t.crc32}\n".encode())
             if t.crc32 is None:
                 digest.update(t.file.read(t.offset, min(SAMPLE, t.span)))
     return FileFacts(source.path, source.bytes, f"{hash}:{digest.hexdigest()}")

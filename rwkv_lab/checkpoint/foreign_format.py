@@ -5,18 +5,18 @@ BlinkDL's names by its table, `rwkv_lab.convert` writes by the same table. A row
 inverse only views its argument, reading a tensor costs what reading it under its own name costs.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from rwkv_lab.checkpoint.dimensions import Layout, Shape
 from rwkv_lab.checkpoint.source import Derived, TensorInfo, dense_stride
 from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
+from rwkv_lab.lazy_torch import torch
 
 LAYER = "{i}"  # stands in a row's names for the number of the layer
 
@@ -42,8 +42,8 @@ class Transform:
     """
 
     described: str
-    forward: Callable[[Sequence[Tensor], Place], Tensor]
-    inverse: Callable[[Tensor, Place], Sequence[Tensor]]
+    forward: Callable[[Sequence[torch.Tensor], Place], torch.Tensor]
+    inverse: Callable[[torch.Tensor, Place], Sequence[torch.Tensor]]
     unit: bool = False
 
 
@@ -60,7 +60,7 @@ FLAT = Transform(
 )
 
 
-def stacked(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+def stacked(tensors: Sequence[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
     """Tensors of one size in one, each in this shape. For shapes alone, torch.stack would import a large part of torch
     that nothing else here needs."""
     out = tensors[0].new_empty((len(tensors), *shape))
@@ -99,7 +99,7 @@ FORMAT_NOTE = "rwkv_lab.format"  # in the metadata of files whose names do not t
 RESCALED = "weights_rescaled_every"  # what `Place.rescale_every` is recorded as, in config.json or the metadata
 
 
-def stated(facts: "Facts") -> Place:
+def stated(facts: Facts) -> Place:
     """What rwkv_lab records.
 
     Raises:
@@ -117,7 +117,7 @@ def stated(facts: "Facts") -> Place:
 GROUP_NORM_EPS = "group_norm_eps"  # as it is recorded in config.json
 
 
-def recorded_eps(facts: "Facts", head_size: int) -> float | None:
+def recorded_eps(facts: Facts, head_size: int) -> float | None:
     """What rwkv_lab records.
 
     Raises:
@@ -189,7 +189,7 @@ class ForeignFormat:
         refused: `layout` -> why its readers cannot take such a model; "" if they can.
         group_norm_eps: of `att.ln_x` by the facts and the head size; None where they do not state it.
         notes: `layout` -> what its readers do otherwise than the checkpoint means, in words.
-        dtype: the only one that its readers take; None for any.
+        dtype: torch's name of the only one that its readers take; None for any.
         dtype_of: `(name of theirs, shape, wanted dtype)` -> the one that its readers take for this tensor.
         unread: `layout` -> name and shape of what its readers ask for and make no use of: zeros are written.
         quantised: names of theirs that may be written in blocks of fewer bits.
@@ -215,7 +215,7 @@ class ForeignFormat:
     refused: Callable[[Layout], str] = _allowed
     group_norm_eps: Callable[[Facts, int], float | None] = recorded_eps
     notes: Callable[[Layout], Sequence[str]] = _nothing
-    dtype: torch.dtype | None = None
+    dtype: str | None = None
     dtype_of: Callable[[str, Shape, torch.dtype], torch.dtype] = _as_wanted
     unread: Callable[[Layout], Mapping[str, Shape]] = _none
     quantised: Collection[str] = ()
@@ -259,7 +259,7 @@ class Presented:
     format: ForeignFormat
     tensors: dict[str, TensorInfo]
     theirs: dict[str, str]  # our name -> the name in the file
-    inverses: dict[str, Callable[[Tensor], Tensor]]  # our name -> our tensor from the one in the file
+    inverses: dict[str, Callable[[torch.Tensor], torch.Tensor]]  # our name -> our tensor from the one in the file
     ignored: dict[str, str]  # their name -> why it is not read
 
 
@@ -330,11 +330,11 @@ def general_name(name: str) -> tuple[str, int]:
     return f"{name[: found.start(2)]}{LAYER}{name[found.end(2) :]}", int(found[2])
 
 
-def _same(theirs: Tensor) -> Tensor:
+def _same(theirs: torch.Tensor) -> torch.Tensor:
     return theirs
 
 
-def _inverse(row: Row, at: Place, k: int, theirs: Tensor) -> Tensor:
+def _inverse(row: Row, at: Place, k: int, theirs: torch.Tensor) -> torch.Tensor:
     return row.transform.inverse(theirs, at)[k]
 
 
@@ -356,7 +356,7 @@ def ours_of(row: Row, info: TensorInfo, at: Place) -> list[TensorInfo]:
     return [_part(row, info, at, whole, part, k) for k, part in enumerate(parts)]
 
 
-def _part(row: Row, info: TensorInfo, at: Place, whole: Tensor, part: Tensor, k: int) -> TensorInfo:
+def _part(row: Row, info: TensorInfo, at: Place, whole: torch.Tensor, part: torch.Tensor, k: int) -> TensorInfo:
     shape = tuple(part.shape)
     same_order = part is whole or (part._base is whole and part.is_contiguous() and part.numel() == whole.numel())
     if info.derived is not None and same_order:
@@ -367,12 +367,20 @@ def _part(row: Row, info: TensorInfo, at: Place, whole: Tensor, part: Tensor, k:
             info,
             shape=shape,
             stride=stride,
-            offset=info.offset + part.storage_offset() * info.dtype.itemsize,
+            offset=info.offset + part.storage_offset() * info.itemsize,
         )
         whole_record = view.offset == info.offset and view.span == info.span
         return view if whole_record else replace(view, crc32=None)
     derived = Derived(info, partial(_inverse, row, at, k), (1, 1) if row.transform.unit else None)
-    return replace(info, shape=shape, dtype=part.dtype, stride=None, crc32=None, storage=None, derived=derived)
+    return replace(
+        info,
+        shape=shape,
+        dtype_name=str(part.dtype).removeprefix("torch."),
+        stride=None,
+        crc32=None,
+        storage=None,
+        derived=derived,
+    )
 
 
 def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:

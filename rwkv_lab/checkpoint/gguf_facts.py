@@ -1,12 +1,13 @@
 """What the two generations of RWKV that llama.cpp reads have in common in GGUF."""
 
-from collections.abc import Callable, Collection
+from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Collection
 
 from rwkv_lab.checkpoint.dimensions import Layout, Shape
 from rwkv_lab.checkpoint.foreign_format import Facts
 from rwkv_lab.errors import CorruptFileError
+from rwkv_lab.lazy_torch import torch
 
 READ_BY = "llama.cpp and its relatives"
 USE = """

@@ -20,6 +20,7 @@ from rwkv_lab.checkpoint.gguf_types import (
     TensorType,
 )
 from rwkv_lab.checkpoint.stream import OutTensor
+from rwkv_lab.dtypes import long_name
 from rwkv_lab.errors import OutputError
 
 Value = bool | int | float | str | Sequence[int] | Sequence[bytes]
@@ -59,9 +60,9 @@ def tensor_type(t: OutTensor) -> TensorType:
     """
     if t.quantised:
         return BY_NAME[t.quantised]
-    if t.dtype not in BY_DTYPE:
+    if long_name(t.dtype) not in BY_DTYPE:
         raise OutputError(f"{t.name} is {t.dtype}, which a GGUF file cannot hold; choose another dtype or format")
-    return BY_DTYPE[t.dtype]
+    return BY_DTYPE[long_name(t.dtype)]
 
 
 def _text(data: bytes) -> bytes:

@@ -6,8 +6,6 @@ Facts of ggml's own documentation: a quantised tensor is a run of blocks, each w
 import struct
 from dataclasses import dataclass
 
-import torch
-
 from rwkv_lab.errors import ParameterError
 
 MAGIC = b"GGUF"
@@ -39,7 +37,7 @@ class TensorType:
     name: str  # ggml's
     elements: int  # of a block; 1 where they are not quantised
     nbytes: int  # of a block
-    dtype: torch.dtype | None = None  # of elements that are not quantised
+    dtype: str | None = None  # torch's name of it; of elements that are not quantised
 
     def bytes_of(self, numel: int) -> int:
         """Bytes of so many elements."""
@@ -49,14 +47,14 @@ class TensorType:
 TYPES = {
     t.number: t
     for t in (
-        TensorType(0, "F32", 1, 4, torch.float32),
-        TensorType(1, "F16", 1, 2, torch.float16),
-        TensorType(30, "BF16", 1, 2, torch.bfloat16),
-        TensorType(28, "F64", 1, 8, torch.float64),
-        TensorType(24, "I8", 1, 1, torch.int8),
-        TensorType(25, "I16", 1, 2, torch.int16),
-        TensorType(26, "I32", 1, 4, torch.int32),
-        TensorType(27, "I64", 1, 8, torch.int64),
+        TensorType(0, "F32", 1, 4, "float32"),
+        TensorType(1, "F16", 1, 2, "float16"),
+        TensorType(30, "BF16", 1, 2, "bfloat16"),
+        TensorType(28, "F64", 1, 8, "float64"),
+        TensorType(24, "I8", 1, 1, "int8"),
+        TensorType(25, "I16", 1, 2, "int16"),
+        TensorType(26, "I32", 1, 4, "int32"),
+        TensorType(27, "I64", 1, 8, "int64"),
         TensorType(2, "Q4_0", 32, 18),
         TensorType(3, "Q4_1", 32, 20),
         TensorType(6, "Q5_0", 32, 22),

@@ -1,5 +1,7 @@
 """Opens any checkpoint lazily: headers now, a tensor when it is read. A file's kind is decided by its bytes."""
 
+from __future__ import annotations
+
 import json
 import logging
 import re
@@ -8,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-
-import torch
 
 import rwkv_lab.checkpoint.formats  # noqa: F401  # makes the formats known
 from rwkv_lab.arguments import shown_value
@@ -26,6 +26,7 @@ from rwkv_lab.checkpoint.stated import contradictions
 from rwkv_lab.checkpoint.unmerged import Unmerged, split_unmerged
 from rwkv_lab.checkpoint.unusable import split_folder
 from rwkv_lab.errors import CorruptFileError, LayoutError, UnsafeFileError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.paths import missing_file, to_path
 from rwkv_lab.spec import did_you_mean
 
@@ -87,7 +88,7 @@ class Checkpoint:
     def __len__(self) -> int:
         return len(self.info)
 
-    def __enter__(self) -> "Checkpoint":
+    def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -5,12 +5,13 @@ afterwards; nothing in the folder tells. The step down by two can be seen: it is
 both matrices, and nowhere else. A few kilobytes of each are read.
 """
 
+from __future__ import annotations
+
 import statistics
 from collections.abc import Mapping
 
-import torch
-
 from rwkv_lab.checkpoint.source import TensorInfo
+from rwkv_lab.lazy_torch import torch
 
 _MATRICES = ("att.output.weight", "ffn.value.weight")
 _CHUNKS, _CHUNK = 8, 512  # values read: their mean square is known to about 2 per cent
@@ -43,7 +44,7 @@ def _steps_down(tensors: Mapping[str, TensorInfo], matrix: str, every: int) -> b
 
 def _log_size(info: TensorInfo) -> float:
     """log2 of the root mean square of some of its values; -inf where all are zero."""
-    squares, itemsize = 0.0, info.dtype.itemsize
+    squares, itemsize = 0.0, info.itemsize
     for k in range(_CHUNKS):
         first = k * (info.numel - _CHUNK) // max(_CHUNKS - 1, 1)
         data = info.file.read(info.offset + first * itemsize, _CHUNK * itemsize)

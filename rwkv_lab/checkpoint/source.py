@@ -4,6 +4,8 @@ Files are read by `pread`: a mapped file that shrinks, or a network disk that fa
 message.
 """
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -12,13 +14,20 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 from annotated_types import Ge, Le
 from isal.isal_zlib import crc32
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import CorruptFileError, ParameterError
+from rwkv_lab.lazy_torch import torch
 
+ITEM_BYTES = {  # of an element, by torch's name of its dtype
+    **dict.fromkeys(("complex128",), 16),
+    **dict.fromkeys(("float64", "int64", "complex64"), 8),
+    **dict.fromkeys(("float32", "int32"), 4),
+    **dict.fromkeys(("float16", "bfloat16", "int16"), 2),
+    **dict.fromkeys(("int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2"), 1),
+}
 _READ_MAX = 1 << 30  # bytes of one call; macOS refuses 2 GiB
 BLOCK = 1 << 20  # bytes; smaller ones cost more calls than they save, larger ones leave the caches
 
@@ -104,7 +113,7 @@ class Derived:
         quantised: the type in the file where it has fewer bits per value than `dtype`, such as "Q8_0".
     """
 
-    of: "TensorInfo"
+    of: TensorInfo
     compute: Callable[[torch.Tensor], torch.Tensor]
     unit: tuple[int, int] | None = None
     quantised: str = ""
@@ -116,13 +125,23 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype_name: str  # torch's, "bfloat16"
     file: SourceFile
     offset: int  # where the bytes of its first element lie in the file
     stride: tuple[int, ...] | None = None  # in elements; None where row-major and dense, as nearly always
     crc32: int | None = None  # of the bytes it spans, where the file records it and they are the whole record
     storage: tuple[int, int] | None = None  # (offset, bytes) of the storage it is a view of; equal for tied tensors
     derived: Derived | None = None  # where its values are computed from those at `offset`
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its elements; this imports torch."""
+        return getattr(torch, self.dtype_name)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return ITEM_BYTES[self.dtype_name]
 
     @property
     def plain(self) -> bool:
@@ -146,7 +165,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes of its elements written one after the other."""
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.itemsize
 
     @property
     def span(self) -> int:
@@ -156,7 +175,7 @@ class TensorInfo:
         if self.stride is None or self.numel == 0:
             return self.nbytes
         last = sum((d - 1) * s for d, s in zip(self.shape, self.stride, strict=True))
-        return (last + 1) * self.dtype.itemsize
+        return (last + 1) * self.itemsize
 
     @checked
     def check(self, crc: int) -> None:
@@ -195,7 +214,7 @@ class TensorInfo:
     def blocks(self, multiple: Annotated[int, Ge(1), Le(2**31)] = 1) -> Iterator[torch.Tensor]:
         """Its values in order, as flat tensors of about `BLOCK` bytes, each a whole number of `multiple` elements."""
         whole = math.lcm(multiple, self._whole)
-        return self.pieces(max(BLOCK // self.dtype.itemsize // whole, 1) * whole)
+        return self.pieces(max(BLOCK // self.itemsize // whole, 1) * whole)
 
     @property
     def _whole(self) -> int:
@@ -224,7 +243,7 @@ class TensorInfo:
         if self.stride is not None:  # a strided view has to be gathered first, in memory as large as what it spans
             yield from self.read().flatten().split(size)
             return
-        step, crc = size * self.dtype.itemsize, 0
+        step, crc = size * self.itemsize, 0
         for start in range(0, self.nbytes, step):
             data = np.empty(min(step, self.nbytes - start), np.uint8)  # a bytearray would be filled with zeros first
             self.file.read_into(data.data, self.offset + start)

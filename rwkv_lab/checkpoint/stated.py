@@ -1,13 +1,14 @@
 """What a configuration or a header states of a model's dimensions, beside what its tensors have."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from rwkv_lab.checkpoint.dimensions import Layout
 from rwkv_lab.checkpoint.foreign_format import ForeignFormat
+from rwkv_lab.lazy_torch import torch
 
 _LAYER_NORM_EPS = 1e-5  # of every norm but that over heads, in every generation
 _EPS = ("norm_eps", "layer_norm_epsilon")

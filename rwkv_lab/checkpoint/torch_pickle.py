@@ -10,24 +10,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-
 from rwkv_lab.checkpoint.unusable import what_to_do_about
 from rwkv_lab.errors import CorruptFileError, LayoutError, RwkvLabError, UnsafeFileError
 
-STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
+STORAGE_DTYPES = {  # torch's name of the dtype by that of the class
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
 }
 _ORDERED_DICT = "collections OrderedDict"
 _TENSOR = "torch._utils _rebuild_tensor_v2"
@@ -41,7 +39,7 @@ class PickledTensor:
     """A tensor as the pickle describes it: a view of the record `key`."""
 
     key: str
-    dtype: torch.dtype
+    dtype: str  # torch's name
     storage_numel: int
     storage_offset: int  # in elements
     shape: tuple[int, ...]
@@ -56,7 +54,7 @@ class _Global:
 @dataclass(frozen=True)
 class _Storage:
     key: str
-    dtype: torch.dtype
+    dtype: str  # torch's name
     numel: int
 
 

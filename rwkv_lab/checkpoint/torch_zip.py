@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from isal.isal_zlib import crc32
 
-from rwkv_lab.checkpoint.source import SourceFile, TensorInfo, dense_stride, is_name
+from rwkv_lab.checkpoint.source import ITEM_BYTES, SourceFile, TensorInfo, dense_stride, is_name
 from rwkv_lab.checkpoint.torch_pickle import PickledTensor, read_tensor_pickle
 from rwkv_lab.errors import CorruptFileError, UnsafeFileError
 
@@ -76,10 +76,11 @@ def _notes(records: dict[str, Record], folder: str, file: SourceFile) -> dict[st
 def _tensor_info(name: str, t: PickledTensor, record: Record | None, file: SourceFile) -> TensorInfo:
     if record is None:
         raise CorruptFileError(f"{file.path}: the data of {name} (record {t.key}) is not in the file")
-    itemsize = t.dtype.itemsize
+    itemsize = ITEM_BYTES[t.dtype]
     if t.storage_numel * itemsize != record.nbytes:
         raise CorruptFileError(
-            f"{file.path}: {name} claims {t.storage_numel} values of {t.dtype}, its record has {record.nbytes} bytes"
+            f"{file.path}: {name} claims {t.storage_numel} values of torch.{t.dtype}, "
+            f"its record has {record.nbytes} bytes"
         )
     whole = TensorInfo(name, t.shape, t.dtype, file, 0, None if dense_stride(t.shape, t.stride) else t.stride)
     if whole.nbytes >= 1 << 63:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from rwkv_lab.checkpoint.foreign_format import ForeignFormat
 from rwkv_lab.checkpoint.generation import GENERATIONS
 from rwkv_lab.convert.targets import target_names
-from rwkv_lab.dtypes import in_short, short_name, to_dtype
+from rwkv_lab.dtypes import in_short, to_dtype
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import path_fault
 from rwkv_lab.spec import Number, OneOf, Spec
@@ -176,7 +176,7 @@ def with_dtype(spec: ConvertSpec, known: ForeignFormat) -> ConvertSpec:
     """
     if known.dtype is None:
         return spec
-    name = short_name(known.dtype)
+    name = in_short(known.dtype)
     if spec.dtype not in (None, name):
         raise ParameterError(f"dtype={spec.dtype!r}: the readers of {spec.to} take {name} only.")
     return spec.changed(dtype=name)

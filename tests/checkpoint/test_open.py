@@ -99,13 +99,30 @@ def test_only_headers_until_a_tensor_is_asked_for(way, tmp_path, reads):
         assert reads == [(info.file.path.name, info.offset, info.offset + info.nbytes)]
 
 
+def test_describing_a_file_imports_no_torch(tmp_path):
+    """It takes a second, which is long for a look at a file."""
+    write_checkpoint(tmp_path / "m.pth", random_model(SEVEN))
+    write_checkpoint(tmp_path / "m.safetensors", random_model(SEVEN))
+    code = (
+        "import sys; from rwkv_lab.checkpoint import file_facts, open_checkpoint\n"
+        "for path in sys.argv[1:]:\n"
+        "    with open_checkpoint(path) as ck:\n"
+        "        print(ck.layout.version, ck.kind, ck.evidence != (), file_facts(ck).bytes == ck.bytes)\n"
+        "        print({t.dtype_name for t in ck.info.values()}, sum(t.nbytes for t in ck.info.values()) <= ck.bytes)\n"
+        "        print('torch' in sys.modules)"
+    )
+    files = [tmp_path / "m.pth", tmp_path / "m.safetensors"]
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["7.0 model True True", "{'bfloat16'} True", "False"] * 2
+
+
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_the_system_reads_little_of_a_big_file(suffix, tmp_path):
     """Counted by the kernel, so that no reader goes unseen."""
     path = tmp_path / f"big.{suffix}"
     write_checkpoint(path, {"emb.weight": torch.zeros(BIG // 4), "x": torch.zeros(10)})
     code = (
-        "import sys; from rwkv_lab import open_checkpoint\n"
+        "import sys, torch; from rwkv_lab import open_checkpoint\n"
         "count = lambda: int(open('/proc/self/io').readline().split()[1])\n"
         "before = count(); ck = open_checkpoint(sys.argv[1]); ck.kind, ck.layout\n"
         "opened = count(); ck['x']; one = count(); ck['emb.weight']\n"

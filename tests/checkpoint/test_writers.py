@@ -19,8 +19,9 @@ from rwkv_lab.checkpoint.safetensors_header import DTYPES
 from rwkv_lab.errors import OutputError, ParameterError
 
 # A tensor's bits come from int64 random numbers, so NaN, Inf and denormals of every format are among them.
-PTH = [d for d in DTYPES.values() if not str(d).startswith("torch.float8")] + [torch.complex128]
-BOTH = {"pth": PTH, "safetensors": list(DTYPES.values())}
+KNOWN = [getattr(torch, name) for name in DTYPES.values()]
+PTH = [d for d in KNOWN if not str(d).startswith("torch.float8")] + [torch.complex128]
+BOTH = {"pth": PTH, "safetensors": KNOWN}
 printable = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20).filter(lambda n: n != "__metadata__")
 
 

@@ -3,11 +3,10 @@
 Low-rank pairs lie transposed there, and the five mixes in the order r, w, k, v, g; BlinkDL's is w, k, v, r, g.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from rwkv_lab.checkpoint.dimensions import Layout
 from rwkv_lab.checkpoint.foreign_format import (
@@ -23,28 +22,29 @@ from rwkv_lab.checkpoint.foreign_format import (
     register_foreign_format,
     stacked,
 )
+from rwkv_lab.lazy_torch import torch
 
 _THEIRS = [3, 0, 1, 2, 4]  # where r, w, k, v, g stand in w, k, v, r, g
 _OURS = [1, 2, 3, 0, 4]  # where w, k, v, r, g stand in r, w, k, v, g
 
 
-def _w1(ours: Sequence[Tensor], at: Place) -> Tensor:
+def _w1(ours: Sequence[torch.Tensor], at: Place) -> torch.Tensor:
     """[C, 5 D] -> [5 D, C]"""
     C = ours[0].shape[0]
     return ours[0].reshape(C, 5, -1)[:, _THEIRS].reshape(C, -1).t()
 
 
-def _w1_back(theirs: Tensor, at: Place) -> list[Tensor]:
+def _w1_back(theirs: torch.Tensor, at: Place) -> list[torch.Tensor]:
     C = theirs.shape[1]
     return [theirs.t().reshape(C, 5, -1)[:, _OURS].reshape(C, -1)]
 
 
-def _w2(ours: Sequence[Tensor], at: Place) -> Tensor:
+def _w2(ours: Sequence[torch.Tensor], at: Place) -> torch.Tensor:
     """[5, D, C] -> [C, 5 D]"""
     return ours[0][_THEIRS].reshape(-1, ours[0].shape[2]).t()
 
 
-def _w2_back(theirs: Tensor, at: Place) -> list[Tensor]:
+def _w2_back(theirs: torch.Tensor, at: Place) -> list[torch.Tensor]:
     return [theirs.t().reshape(5, -1, theirs.shape[0])[_OURS]]
 
 

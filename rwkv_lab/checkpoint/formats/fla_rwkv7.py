@@ -3,11 +3,11 @@
 Low-rank pairs lie transposed there, as weights of linear layers; vectors lose their leading ones.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from rwkv_lab.checkpoint.dimensions import Layout
 from rwkv_lab.checkpoint.foreign_format import (
@@ -22,6 +22,7 @@ from rwkv_lab.checkpoint.foreign_format import (
     register_foreign_format,
     stacked,
 )
+from rwkv_lab.lazy_torch import torch
 
 ROWS = (
     Row("emb.weight", "model.embeddings.weight"),

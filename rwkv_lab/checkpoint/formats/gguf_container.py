@@ -1,14 +1,15 @@
 """GGUF, the container of llama.cpp and its relatives. Quantised tensors are read as float32, block by block."""
 
+from __future__ import annotations
+
 import numpy as np
-import torch
-from torch import Tensor
 
 from rwkv_lab.checkpoint.format import Format, Header, register
 from rwkv_lab.checkpoint.gguf_header import GgufTensor, read_gguf_header
 from rwkv_lab.checkpoint.gguf_types import MAGIC, TensorType, require_gguf
 from rwkv_lab.checkpoint.source import Derived, SourceFile, TensorInfo
 from rwkv_lab.errors import CorruptFileError
+from rwkv_lab.lazy_torch import torch
 
 ARCHITECTURES = ("rwkv6", "rwkv7")
 
@@ -24,13 +25,13 @@ def _read(file: SourceFile) -> Header:
 def _info(t: GgufTensor, file: SourceFile) -> TensorInfo:
     if t.type.dtype is not None:
         return TensorInfo(t.name, t.shape, t.type.dtype, file, t.offset)
-    raw = TensorInfo(t.name, (t.nbytes,), torch.uint8, file, t.offset)
+    raw = TensorInfo(t.name, (t.nbytes,), "uint8", file, t.offset)
     unit = (t.type.nbytes, t.type.elements)
     derived = Derived(raw, lambda values: dequantised(values, t.type), unit, t.type.name)
-    return TensorInfo(t.name, t.shape, torch.float32, file, t.offset, derived=derived)
+    return TensorInfo(t.name, t.shape, "float32", file, t.offset, derived=derived)
 
 
-def dequantised(data: Tensor, kind: TensorType) -> Tensor:
+def dequantised(data: torch.Tensor, kind: TensorType) -> torch.Tensor:
     """Flat float32 values of whole blocks, which are given as flat uint8.
 
     Raises:

@@ -3,13 +3,14 @@
 Tensors keep BlinkDL's names and shapes; the code is `rwkv_lab/convert/written/modeling_rwkv*.py`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import torch
-
 from rwkv_lab.checkpoint.dimensions import Layout
 from rwkv_lab.checkpoint.foreign_format import GROUP_NORM_EPS, Facts, ForeignFormat, Row, register_foreign_format
+from rwkv_lab.lazy_torch import torch
 
 _AROUND = (
     "emb.weight",

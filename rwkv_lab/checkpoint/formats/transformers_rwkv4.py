@@ -1,12 +1,13 @@
 """RWKV-4 as `RwkvForCausalLM` of transformers reads it (model_type "rwkv"). No tensor is changed, only named."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from rwkv_lab.checkpoint.dimensions import Layout
 from rwkv_lab.checkpoint.foreign_format import HALVED, Facts, ForeignFormat, Row, register_foreign_format
+from rwkv_lab.lazy_torch import torch
 
 ROWS = (
     Row("emb.weight", "rwkv.embeddings.weight"),

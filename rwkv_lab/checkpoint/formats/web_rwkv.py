@@ -8,8 +8,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
-
 from rwkv_lab.checkpoint.dimensions import Layout
 from rwkv_lab.checkpoint.foreign_format import TRANSPOSED, Facts, ForeignFormat, Row, register_foreign_format
 
@@ -123,7 +121,7 @@ for _major, _version, _rows, _recognise in _FORMATS:
             recognise=_recognise,
             refused=_refused,
             notes=_notes,
-            dtype=torch.float16,
+            dtype="float16",
             read_by="web-rwkv and ai00",
             use=_USE,
         )

@@ -3,13 +3,14 @@
 Named as transformers' RWKV-4; no tensor is changed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from rwkv_lab.checkpoint.dimensions import Layout
 from rwkv_lab.checkpoint.foreign_format import HALVED, TRANSPOSED, Facts, ForeignFormat, Row, register_foreign_format
+from rwkv_lab.lazy_torch import torch
 
 _BOTH = (
     Row("emb.weight", "rwkv.embeddings.weight"),
