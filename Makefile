@@ -5,6 +5,7 @@
 # make lint   ruff on Python and notebooks; pyright against the number of findings that are left
 # make bench  measures models, kernels, loading, merging and conversion beside others (15 GB of disk, an hour)
 # make sanitize  tests compiled code under AddressSanitizer and UBSan, with 2,000 random changes of models (an hour)
+# make compat  exports tiny models with the oldest and the newest packages that pyproject.toml allows (12 GB of disk)
 # make clean  removes .venv, the demo model, build folders and compiled kernels; reports stay
 #
 # Each sets up in .venv what it needs.
@@ -21,7 +22,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 RUN := $(BIN)/python -m rwkv_lab.workbench.batch --cwd .
 DEMO := reports/demo
 
-.PHONY: demo test consumers lab lint bench sanitize clean
+.PHONY: demo test consumers lab lint bench sanitize compat clean
 
 # What notebooks need; nothing of the tests.
 $(READY): pyproject.toml constraints.txt
@@ -79,7 +80,10 @@ bench: $(TESTS_READY)
 sanitize: $(TESTS_READY)
 	RWKV_LAB_LOOPS=1000 $(BIN)/python tests/sanitize.py
 
+compat: $(READY)
+	$(BIN)/python tests/compat.py
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo
+	rm -rf .venv .compat build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf "$${RWKV_LAB_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/rwkv_lab}/kernels"

@@ -15,6 +15,7 @@ from rwkv_lab.arguments import checked
 from rwkv_lab.command_line import type_of
 from rwkv_lab.convert.spec import AbsolutePath, Line
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.export.profiles import PROFILES
 from rwkv_lab.export.weight_storage import Level, PytorchFormat
 from rwkv_lab.paths import path_fault, to_path
 from rwkv_lab.spec import Number, Spec, Text, did_you_mean, unknown_name
@@ -69,6 +70,7 @@ class ExportConfiguration(Spec):
             *("export_pytorch", "export_onnx", "export_tensorrt", "pytorch_format", "onnx_dynamic_axes"),
             *("onnx_opset_version", "onnx_optimize_graph", "use_external_data_format"),
         ),
+        "recovery": ("profile", "max_attempts", "attempt_time_limit"),
         "validation": ("run_validation_tests", "test_input_samples"),
         "output": (
             *("output_directory", "naming_pattern", "model_name", "overwrite"),
@@ -111,6 +113,13 @@ class ExportConfiguration(Spec):
     use_external_data_format: bool | None = Field(
         None, description="weights of the graphs in a file of their own; empty: where there are more than 16 MiB"
     )
+    profile: Literal["auto", "conservative", "balanced", "aggressive"] = Field(
+        "auto", description="sets what was not given, of graphs and of recovery; auto: by size and earlier errors"
+    )
+    max_attempts: Annotated[int, Field(ge=1, le=20)] = Field(
+        5, description="to write the ONNX graphs: after an error, with what its cause asks for; 1: no recovery"
+    )
+    attempt_time_limit: Annotated[Number, Field(gt=0)] = Field(3600.0, description="seconds for each of them")
     run_validation_tests: bool = Field(True, description="compare what was exported with the model")
     test_input_samples: Annotated[int, Field(ge=1, le=64)] | Annotated[list[Text], Field(min_length=1)] = Field(
         4, description="texts to compare on, or how many of the built-in English text"
@@ -139,6 +148,18 @@ class ExportConfiguration(Spec):
         """Where each value comes from: "default", the name of the file, of the variable, or "argument"."""
         given = {name: "argument" for name in self.model_fields_set}
         return {name: self._origins.get(name, given.get(name, "default")) for name in type(self).model_fields}
+
+    def with_profile(self, name: str, why: str = "") -> "ExportConfiguration":
+        """The same with a profile's values where none was given; `origins` says "profile" of them.
+
+        Args:
+            why: the profile was chosen, where it was not given.
+        """
+        origins = self.origins
+        values = {key: value for key, value in PROFILES[name].items() if origins[key] in ("default", "profile")}
+        changed = self.changed(**values, profile=name)
+        changed._origins = origins | dict.fromkeys(values, "profile") | ({"profile": f"auto: {why}"} if why else {})
+        return changed
 
     def described(self) -> str:
         """A line for each value: its name, the value and where it comes from."""
@@ -241,7 +262,7 @@ def _read(values: Mapping[str, Any], origins: Mapping[str, str]) -> ExportConfig
 
     configuration = ExportConfiguration.read(values, advise)
     configuration._origins = dict(origins)
-    return configuration
+    return configuration if configuration.profile == "auto" else configuration.with_profile(configuration.profile)
 
 
 def _several(level: Any) -> list:

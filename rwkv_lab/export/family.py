@@ -49,6 +49,7 @@ class Family(Protocol):
     """How models of one family are merged, written, and run for comparison."""
 
     name: str
+    varies: tuple[str, ...]  # options that change how `write_onnx` works, for recovery after an error
 
     def recognises(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> bool:
         """Whether a checkpoint, or the base that it goes with, is of this family."""

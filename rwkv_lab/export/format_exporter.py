@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 from rwkv_lab.arguments import checked
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import ONNXExportError, ParameterError
+from rwkv_lab.export.attempt import Attempt
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.family import Family, WholeModel
 from rwkv_lab.export.onnx import need_packages
+from rwkv_lab.export.onnx_attempts import write_onnx
 from rwkv_lab.export.onnx_folder import MANIFEST
 from rwkv_lab.paths import missing_file
 
@@ -44,6 +46,7 @@ class FormatExporter:
     @checked
     def __init__(self, family: Family, configuration: ExportConfiguration, model: WholeModel):
         self.family, self.configuration, self.model = family, configuration, model
+        self.attempts: list[Attempt] = []  # to write ONNX, those that failed too
 
     @checked
     def export_pytorch_model(self, out: str | Path) -> list[str]:
@@ -59,11 +62,15 @@ class FormatExporter:
     def export_onnx_model(self, folder: str | Path) -> list[Check]:
         """Write the folder that `OnnxModel` runs; its graphs are checked as by `validate_onnx_export`.
 
+        It is written in a process of its own. Where that fails, it is tried again with what the cause of the error asks
+        for; `attempts` has all tries, and what the last one lost.
+
         Raises:
             ONNXExportError: the model cannot be written as ONNX, or a graph is not what was asked for.
+            DeviceError: memory ran out.
             OutputError: the folder is there already, or cannot be written.
         """
-        return self.family.write_onnx(self.configuration, self.model, Path(folder))
+        return write_onnx(self.configuration, self.family, self.model, Path(folder), self.attempts)
 
     @staticmethod
     @checked

@@ -32,8 +32,9 @@ from rwkv_lab.export.families import FAMILIES
 from rwkv_lab.export.family import Family, Reference, WholeModel
 from rwkv_lab.export.format_exporter import FormatExporter
 from rwkv_lab.export.monitoring_logger import MonitoringLogger
+from rwkv_lab.export.onnx_attempts import with_chosen_profile
 from rwkv_lab.export.optimization_processor import OptimizationProcessor, by_storage, described
-from rwkv_lab.export.result import RESULT, ExportResult
+from rwkv_lab.export.result import FAILED, RESULT, ExportResult
 from rwkv_lab.export.validation_tester import LONGEST, ValidationTester
 from rwkv_lab.train import load_corpus
 
@@ -41,7 +42,6 @@ log = logging.getLogger(__name__)
 
 PYTORCH, ONNX, REPORT, LOG = "pytorch", "onnx", "validation.json", "export.log"  # in the folder of an export
 _WORK = "work"  # in it while it is made. Files are never written beside it: their writers lock the folder they are in
-FAILED = ".failed.json"  # what the name of a failed export's result ends in, beside where its folder would be
 _SOURCE = ("checkpoint_path", "checkpoint_name", "base_model_name", "alpha", "remove_training_artifacts")
 _BYTES = 1000  # of a built-in sample: never more than LONGEST tokens
 _MB = 1e6
@@ -128,9 +128,7 @@ def _run_levels(configurations: Sequence[ExportConfiguration]) -> Iterator[Expor
 def _run(configuration: ExportConfiguration, merged: _Merged) -> ExportResult:
     now = datetime.now(UTC)
     result = ExportResult(secrets.token_hex(6), now.isoformat(timespec="seconds"))
-    result.configuration = {
-        name: {"value": getattr(configuration, name), "from": where} for name, where in configuration.origins.items()
-    }
+    _state(configuration, result)
     name = _folder_name(configuration, result.export_id, now)
     try:
         _export(configuration, result, configuration.output_directory / name, merged)
@@ -178,6 +176,8 @@ def _write(job: _Job) -> None:
         if merged.model is None:
             merged.model = job.family.merge(configuration, job.checkpoint, merged.folder or job.inside / _WORK)
         model = merged.model
+    job.configuration = with_chosen_profile(configuration, model)
+    _state(job.configuration, result)
     result.checks += model.checks
     result.warnings += model.warnings
     with _stage(job.monitor, "optimise", FormatExportError):
@@ -189,7 +189,15 @@ def _write(job: _Job) -> None:
     elif configuration.run_validation_tests and (of_merge := [c for c in result.checks if isinstance(c, Check)]):
         result.validation_passed = all(check.passed for check in of_merge)
     shutil.rmtree(job.inside / _WORK)
-    result.memory_usage_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MB
+    used = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    result.memory_usage_mb = max(used) * 1024 / _MB
+
+
+def _state(configuration: ExportConfiguration, result: ExportResult) -> None:
+    """Put the configuration, and where its values come from, into the result."""
+    result.configuration = {
+        name: {"value": getattr(configuration, name), "from": where} for name, where in configuration.origins.items()
+    }
 
 
 def _optimised(job: _Job, model: WholeModel) -> WholeModel:
@@ -227,7 +235,9 @@ def _write_formats(job: _Job, model: WholeModel) -> None:
         written = inside / name
     if configuration.export_onnx:
         with _stage(job.monitor, "onnx", FormatExportError):
+            result.attempts = exporter.attempts  # those that fail stay there
             result.checks += exporter.export_onnx_model(inside / ONNX)
+            result.degraded += result.attempts[-1].lost
         result.onnx_model_path = str(job.out / ONNX)
         written = inside / ONNX
     sizes = OptimizationProcessor().calculate_size_reduction(model.bytes, written)

@@ -7,9 +7,11 @@ from typing import Any
 
 from rwkv_lab.checkpoint import write_text
 from rwkv_lab.checks import Check, NotApplicable
+from rwkv_lab.export.attempt import Attempt
 from rwkv_lab.export.monitoring_logger import Monitoring
 
 RESULT = "result.json"  # in the folder of an export
+FAILED = ".failed.json"  # what the name of a failed export's result ends in, beside where its folder would be
 
 
 @dataclass
@@ -38,6 +40,8 @@ class ExportResult:
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     configuration: dict[str, Any] = field(default_factory=dict)  # option -> value and where it came from
     monitoring: Monitoring = field(default_factory=Monitoring)  # stages, memory and disk over time
+    attempts: list[Attempt] = field(default_factory=list)  # to write the ONNX graphs
+    degraded: list[str] = field(default_factory=list)  # what the graphs lack of what was asked for
 
     @property
     def verdict(self) -> str:
@@ -47,6 +51,8 @@ class ExportResult:
         wrong = [str(check.name) for check in self.checks if isinstance(check, Check) and not check.passed]
         if wrong:
             return f"FAIL: {wrong[0]}"
+        if self.degraded:
+            return f"DEGRADED: {'; '.join(self.degraded)}"
         if self.validation_passed is None:
             return "WARN: exported, and not compared with the model"
         return f"WARN: {self.warnings[0]}" if self.warnings else "PASS"

@@ -24,6 +24,7 @@ class Rwkv:
     """RWKV-4 to 7."""
 
     name = "RWKV"
+    varies = ("onnx_opset_version", "onnx_optimize_graph", "use_external_data_format")
 
     def recognises(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> bool:
         """Its base is an RWKV model, or it is one itself."""
