@@ -41,20 +41,11 @@ def fill(module: nn.Module, tensors: Mapping[str, TensorInfo], path: str | Path)
         LayoutError: a name that is missing or left over, or a shape that does not fit.
         NumericsError: a value too large for the module's dtype, as bfloat16 values may be for float16.
     """
-    expected = dict(module.named_parameters())
-    missing = [name for name in expected if name not in tensors and not name.endswith(".time_state")]
-    extra = [name for name in tensors if name not in expected]
-    if missing or extra:
-        which = f"{missing[0]} is missing" if missing else f"{extra[0]} belongs to no part of the model"
-        raise LayoutError(f"{path}: {which} ({len(missing)} missing, {len(extra)} left over).")
-    for name, parameter in expected.items():
+    check_tensors(module, tensors, path)
+    for name, parameter in module.named_parameters():
         if name not in tensors:
             parameter.detach().zero_()
             continue
-        if _without_ones(tensors[name].shape) != _without_ones(parameter.shape):
-            raise LayoutError(
-                f"{path}: {name} has shape {list(tensors[name].shape)}; the model needs {list(parameter.shape)}."
-            )
         flat = parameter.detach().view(-1)
         at = 0
         for block in tensors[name].blocks():
@@ -66,6 +57,35 @@ def fill(module: nn.Module, tensors: Mapping[str, TensorInfo], path: str | Path)
                     f"{path}: {name} holds {float(block.abs().max()):.4g}; float16 ends at 65504.\n"
                     "Load it with dtype=torch.bfloat16 or torch.float32."
                 )
+
+
+def read_tensor(info: TensorInfo, shape: torch.Size) -> torch.Tensor:
+    """A tensor of a file in float32 and in this shape, read in blocks."""
+    tensor = torch.empty(shape, dtype=torch.float32, device="cpu")
+    at, flat = 0, tensor.view(-1)
+    for block in info.blocks():
+        flat[at : at + len(block)] = block
+        at += len(block)
+    return tensor
+
+
+def check_tensors(module: nn.Module, tensors: Mapping[str, TensorInfo], path: str | Path) -> None:
+    """Whether a file's tensors are those of a module, from the header alone; see `fill`.
+
+    Raises:
+        LayoutError: a name that is missing or left over, or a shape that does not fit.
+    """
+    expected = dict(module.named_parameters())
+    missing = [name for name in expected if name not in tensors and not name.endswith(".time_state")]
+    extra = [name for name in tensors if name not in expected]
+    if missing or extra:
+        which = f"{missing[0]} is missing" if missing else f"{extra[0]} belongs to no part of the model"
+        raise LayoutError(f"{path}: {which} ({len(missing)} missing, {len(extra)} left over).")
+    for name, parameter in expected.items():
+        if name in tensors and _without_ones(tensors[name].shape) != _without_ones(parameter.shape):
+            raise LayoutError(
+                f"{path}: {name} has shape {list(tensors[name].shape)}; the model needs {list(parameter.shape)}."
+            )
 
 
 def read_time_states(path: str | Path, n_layer: int, shape: tuple[int, ...]) -> list[torch.Tensor]:

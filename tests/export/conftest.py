@@ -10,7 +10,7 @@ from random_models import load_model
 
 from rwkv_lab.model import RWKV_Dual
 
-SIZES = {"n_head": 2, "head_size": 32, "dim_ffn": 96, "vocab_size": 257}  # all that int4 has blocks of 32 for
+SIZES = {"n_layer": 3, "n_head": 2, "head_size": 32, "dim_ffn": 96, "vocab_size": 257}  # int4 has blocks of 32
 
 
 class Exported(NamedTuple):
@@ -20,7 +20,7 @@ class Exported(NamedTuple):
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory) -> Callable[..., Exported]:
-    """`exported(version, weights)`: the folder of a random model with two layers."""
+    """`exported(version, weights)`: the folder of a random model with three layers, the last of which is not traced."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     from rwkv_lab.export import export_onnx

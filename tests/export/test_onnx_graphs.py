@@ -73,8 +73,8 @@ def test_what_is_written(exported, version):
     assert axes(sequence)["tokens"] == axes(sequence)["logits"][:2] == ["batch", "length"]
     assert axes(step)["tokens"] == ["batch", 1]
     kinds = [[node.op_type for node in graph.graph.node] for graph in (sequence, step)]
-    assert kinds[0].count("Scan") == 2 and not {"Scan", "Loop", "If"} & set(kinds[1])
-    assert {weight.name for weight in sequence.graph.initializer} >= {"emb.weight", "blocks.1.att.key.weight"}
+    assert kinds[0].count("Scan") == 3 and not {"Scan", "Loop", "If"} & set(kinds[1])
+    assert {weight.name for weight in sequence.graph.initializer} >= {"emb.weight", "blocks.2.att.key.weight"}
 
 
 def axes(model: onnx.ModelProto) -> dict[str, list]:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -30,9 +32,12 @@ from rwkv_lab.export.onnx_folder import (
     readme,
 )
 from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.model.loading import check_tensors, open_model, read_tensor
+from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.standard_modules import replaced_module
 from rwkv_lab.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer, load_tokenizer, tokenizer_for
 
+Values = Callable[[str], torch.Tensor]  # a parameter's name -> its values in float32, in the shape that the model has
 # What was measured: torch.onnx silently writes 18 for 17, and an invalid file for 26.
 Opset = Annotated[int, Ge(18), Le(25)]
 
@@ -99,16 +104,11 @@ def export_onnx(
         LayoutError, CorruptFileError, UnsafeFileError: the checkpoint; as `RWKV_Dual.from_pretrained`.
     """
     need_packages()
-    source = [] if isinstance(model, RWKV_Dual) else [file_facts(model)]
-    if not isinstance(model, RWKV_Dual):
-        with torch.inference_mode(False):
-            model = RWKV_Dual.from_pretrained(model)
-    _check_model(model)
-    spoken, name = _tokenizer(model, tokenizer)
     recipe = {"weights": weights, "opset": opset, "logits": logits, "optimise_graph": optimise_graph}
-    with atomic_folder(Path(folder), overwrite) as inside:
-        nodes, checks = _write_graphs(model, inside, weights, opset, logits, external_data, optimise_graph)
-        _write_initial_state(model, inside / INITIAL_STATE)
+    with _opened(model) as (model, values, source), atomic_folder(Path(folder), overwrite) as inside:
+        spoken, name = _tokenizer(model, tokenizer)
+        nodes, checks = _write_graphs(model, values, inside, weights, opset, logits, external_data, optimise_graph)
+        _write_initial_state(model, values, inside / INITIAL_STATE)
         _write_tokenizer(spoken, name, tokenizer, inside)
         (inside / "README.md").write_text(readme(model.layout.version, weights, spoken is not None), encoding="utf-8")
         files = {path.name: path.stat().st_size for path in sorted(inside.iterdir())}
@@ -131,8 +131,28 @@ def export_onnx(
     return OnnxExport(Path(folder), opset, weights, files, nodes, checks)
 
 
+@contextmanager
+def _opened(model: RWKV_Dual | str | Path) -> Iterator[tuple[RWKV_Dual, Values, list]]:
+    """A model, its values by name, and the facts of its file, which is not read yet."""
+    if isinstance(model, RWKV_Dual):
+        _check_model(model)
+        parameters = dict(model.named_parameters())
+        yield model, lambda name: parameters[name].detach(), []
+        return
+    with open_model(model) as (ck, layout), torch.inference_mode(False):
+        outline = RWKV_Dual.outline(ck, layout)
+        check_tensors(outline, ck.info, model)
+        shapes = {name: parameter.shape for name, parameter in outline.named_parameters()}
+
+        def read(name: str) -> torch.Tensor:
+            return read_tensor(ck.info[name], shapes[name]) if name in ck.info else torch.zeros(shapes[name])
+
+        yield outline, read, [file_facts(ck)]
+
+
 def _write_graphs(
     model: RWKV_Dual,
+    values: Values,
     folder: Path,
     weights: Weights,
     opset: int,
@@ -145,8 +165,10 @@ def _write_graphs(
     from rwkv_lab.export.onnx.files import write_graphs
     from rwkv_lab.export.onnx.quantise import quantise
     from rwkv_lab.export.onnx.tracing import trace
+    from rwkv_lab.export.onnx.weights import WeightTensors
 
-    graphs = {name: trace(model, opset, name == STEP, logits, optimise) for name in (SEQUENCE, STEP)}
+    tensors = WeightTensors(values)
+    graphs = {name: trace(model, tensors, opset, name == STEP, logits, optimise) for name in (SEQUENCE, STEP)}
     for graph in graphs.values():
         quantise(graph, weights)
     write_graphs(graphs, folder, external)
@@ -159,12 +181,15 @@ def _domains(weights: Weights) -> list[str]:
     return [CONTRIB] if weights == "int4" else []
 
 
-def _write_initial_state(model: RWKV_Dual, path: Path) -> None:
-    with torch.no_grad():
-        state = model.create_state(1)
-    parts = [part.contiguous().numpy() for part in state.tensors().values()]
+def _write_initial_state(model: RWKV_Dual, values: Values, path: Path) -> None:
+    layout = model.layout
+    if model.has_time_state:
+        wkv = torch.stack([values(f"blocks.{layer}.att.time_state") for layer in range(layout.n_layer)])
+    else:
+        wkv = generation_of(layout).first_wkv(layout, torch.device("cpu"))
+    shift = np.zeros((1, layout.n_layer, layout.n_embd), np.float32)
     with open(path, "wb") as file:
-        np.savez_compressed(file, wkv=parts[0], att_shift=parts[1], ffn_shift=parts[2])
+        np.savez_compressed(file, wkv=wkv[None].contiguous().numpy(), att_shift=shift, ffn_shift=shift)
 
 
 def _tokenizer(model: RWKV_Dual, which: str | Path | None) -> tuple[Tokenizer | None, str | None]:

@@ -30,7 +30,7 @@ def write_graphs(
     size = sum(value.const_value.nbytes for value in _largest(graphs).graph.initializers.values() if value.const_value)
     if external_data or external_data is None and size > INLINE:
         with open(folder / data, "wb") as file:
-            places: dict[str, tuple[int, int]] = {}
+            places: dict[Any, tuple[int, int]] = {}
             for model in graphs.values():
                 _move_weights(model, file, folder / data, places)
             file.flush()
@@ -45,19 +45,27 @@ def _largest(graphs: Mapping[str, ir.Model]) -> ir.Model:
     return max(graphs.values(), key=lambda model: len(model.graph.initializers))
 
 
-def _move_weights(model: ir.Model, file: BinaryIO, path: Path, places: dict[str, tuple[int, int]]) -> None:
-    """Write the initialisers of a graph to the file, one at a time, and have the graph refer to it."""
+def _move_weights(model: ir.Model, file: BinaryIO, path: Path, places: dict[Any, tuple[int, int]]) -> None:
+    """Write the initialisers of a graph to the file, one at a time, and have the graph refer to it. What another graph
+    has, the same tensor or one with the same bytes, is there already."""
     for value in model.graph.initializers.values():
         tensor: Any = value.const_value
         if tensor is None or tensor.nbytes < _SMALL:
             continue
-        data = np.ascontiguousarray(tensor.numpy())
-        digest = hashlib.sha256(data.data).hexdigest() if data.size else ""
-        if digest not in places:
-            file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
-            places[digest] = file.tell(), data.nbytes
-            file.write(data.reshape(-1).view(np.uint8).data)  # not data.tofile: its errors do not say why
-        offset, length = places[digest]
+        if tensor not in places:  # tensors are equal to themselves alone
+            places[tensor] = _place(tensor, file, places)
+        offset, length = places[tensor]
         value.const_value = ir.ExternalTensor(
             path.name, offset, length, tensor.dtype, shape=tensor.shape, name=str(value.name), base_dir=path.parent
         )
+
+
+def _place(tensor: Any, file: BinaryIO, places: dict[Any, tuple[int, int]]) -> tuple[int, int]:
+    """Where the bytes of a tensor are in the file, to which they are added where they were not there yet."""
+    data = np.ascontiguousarray(tensor.numpy())
+    digest = hashlib.sha256(data.data).hexdigest() if data.size else ""
+    if digest not in places:
+        file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
+        places[digest] = file.tell(), data.nbytes
+        file.write(data.reshape(-1).view(np.uint8).data)  # not data.tofile: its errors do not say why
+    return places[digest]

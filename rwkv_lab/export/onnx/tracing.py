@@ -3,8 +3,9 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import onnx_ir as ir
@@ -12,96 +13,139 @@ import torch
 from torch import nn
 
 from rwkv_lab.errors import ONNXExportError
+from rwkv_lab.export.onnx.layers import TRANSPOSED, X, join_states, repeat_last_layer
 from rwkv_lab.export.onnx.operators import translations
 from rwkv_lab.export.onnx.optimise import optimise_graph
+from rwkv_lab.export.onnx.weights import WeightTensors
 from rwkv_lab.export.onnx_folder import AXES, STATES, Logits
 from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.model.registry import generation_of
 from rwkv_lab.wkv import trace_operators
 
 INPUTS = ("tokens", *STATES)
 OUTPUTS = ("logits", *(f"{name}_out" for name in STATES))
 _TRACED = {"batch": 2, "length": 5}  # sizes to trace at: not 1, which torch.export takes for constant
+_WEIGHTS = ("emb.", "blocks.", "ln_out.", "head.")  # what names of a model's parameters begin with
 _NOISY = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
+
+Parts = list[torch.Tensor]  # one for each layer
 
 
 class Graph(nn.Module):
-    """What is traced: tokens `[B,T]` and the state `[B,L,…]` -> logits and the new state; `one_token`: T = 1.
+    """What is traced: the first layers of a model, with its embedding and head; `one_token`: T = 1.
 
     Logits are `[B,T,V]`, or `[B,V]` of the last token.
     """
 
-    def __init__(self, model: RWKV_Dual, one_token: bool, logits: Logits):
+    def __init__(self, model: RWKV_Dual, layers: int, one_token: bool, logits: Logits):
         super().__init__()
-        self.model, self.last = model, one_token or logits == "last"
+        self.emb, self.ln_out, self.head = model.emb, model.ln_out, model.head
+        self.blocks = nn.ModuleList(list(model.blocks)[:layers])
+        self.last = one_token or logits == "last"
 
     def forward(
-        self, tokens: torch.Tensor, wkv: torch.Tensor, att_shift: torch.Tensor, ffn_shift: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All that `RWKV_Dual.forward` does in TRANSFORMER mode, without its checks of values."""
-        model: Any = self.model
-        x, v_first = model.blocks[0].ln0(model.emb(tokens)), None
-        wkv_out, att_out, ffn_out = [], [], []
-        for layer, block in enumerate(model.blocks):
-            x, att, ffn, S, v_first = block(x, att_shift[:, layer], ffn_shift[:, layer], wkv[:, layer], v_first)
-            wkv_out.append(S)
-            att_out.append(att)
-            ffn_out.append(ffn)
-        logits = model.head(model.ln_out(x[:, -1] if self.last else x))
-        return logits, torch.stack(wkv_out, 1), torch.stack(att_out, 1), torch.stack(ffn_out, 1)
+        self, tokens: torch.Tensor, wkv: Parts, att_shift: Parts, ffn_shift: Parts
+    ) -> tuple[torch.Tensor, Parts, Parts, Parts, Parts]:
+        """All that `RWKV_Dual.forward` does in TRANSFORMER mode, without its checks of values.
+
+        Args:
+            tokens: `[B,T]`.
+            wkv, att_shift, ffn_shift: the state of each layer, `[B,…]`.
+
+        Returns:
+            logits, the new state of each layer, and x `[B,T,C]` behind each layer.
+        """
+        blocks: Any = self.blocks
+        x, v_first = blocks[0].ln0(self.emb(tokens)), None
+        found = []
+        for block, *state in zip(blocks, att_shift, ffn_shift, wkv, strict=True):
+            x, att, ffn, S, v_first = block(x, *state, v_first)
+            found.append((S, att, ffn, x))
+        logits = self.head(self.ln_out(x[:, -1] if self.last else x))
+        return logits, *(list(parts) for parts in zip(*found, strict=True))  # pyright: ignore[reportReturnType]
 
 
-def trace(model: RWKV_Dual, opset: int, one_token: bool, logits: Logits, optimise: bool) -> ir.Model:
-    """The graph of a float32 model on the CPU, whose weights it shares.
+def trace(
+    model: RWKV_Dual,
+    weights: WeightTensors,
+    opset: int,
+    one_token: bool,
+    logits: Logits,
+    optimise: bool,
+    whole: bool = False,
+) -> ir.Model:
+    """The graph of a float32 model. Its weights are read when they are written.
+
+    Two layers are traced, and the second stands for all that follow, where they are alike.
+
+    Args:
+        model: on the CPU or on the device "meta"; its values are not used.
+        weights: its values.
+        whole: trace all layers.
 
     Raises:
         ONNXExportError: torch.export or torch.onnx refuses it.
     """
+    layers = model.layout.n_layer if whole or not _alike(model) else min(2, model.layout.n_layer)
     try:
         with _plain_torch():
-            graph = _translated(_exported(model, one_token, logits), opset, one_token)
-            _name_weights(graph)
+            graph = _translated(_exported(model, layers, one_token, logits), layers, opset, one_token)
+            _forget_values(graph)
             _transpose_weights(graph)
             if optimise:
                 optimise_graph(graph)
+            _without_notes(graph)
+            repeat_last_layer(graph, layers, model.layout.n_layer)
+            join_states(graph, model.layout.n_layer)
+            _set_values(graph, weights)
     except Exception as e:  # torch.export and torch.onnx raise errors of many kinds
         lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         raise ONNXExportError(f"RWKV-{model.layout.version} cannot be written as ONNX: {lines[-1][:300]}") from e
     _name_axes(graph)
-    _without_notes(graph)
     return graph
 
 
-def _exported(model: RWKV_Dual, one_token: bool, logits: Logits) -> torch.export.ExportedProgram:
-    dynamic = [{axis: torch.export.Dim.DYNAMIC for axis in range(len(AXES[name]))} for name in INPUTS]
-    if one_token:
-        del dynamic[0][1]
+def _alike(model: RWKV_Dual) -> bool:
+    """Whether the layers behind the first have the same weights, by name and shape."""
+    kinds = [{name: tuple(w.shape) for name, w in block.named_parameters()} for block in model.blocks]
+    return all(kind == kinds[1] for kind in kinds[2:])
+
+
+def _exported(model: RWKV_Dual, layers: int, one_token: bool, logits: Logits) -> torch.export.ExportedProgram:
+    graph = Graph(model, layers, one_token, logits).eval()
+    if model.emb.weight.is_meta:  # memory that is never touched takes none
+        graph = deepcopy(graph).to_empty(device="cpu")
+    batch, length = (torch.export.Dim.DYNAMIC,) * 2
+    dynamic = ({0: batch} if one_token else {0: batch, 1: length}, *([{0: batch}] * layers for _ in STATES))
     with trace_operators():
-        inputs = _example(model, one_token)
-        program = torch.export.export(
-            Graph(model, one_token, logits).eval(), inputs, dynamic_shapes=tuple(dynamic), strict=False
-        )
+        inputs = _example(model, layers, one_token)
+        program = torch.export.export(graph, inputs, dynamic_shapes=dynamic, strict=False)
     _without_empty_parts(program.graph)
     return program
 
 
-def _translated(program: torch.export.ExportedProgram, opset: int, one_token: bool) -> ir.Model:
+def _translated(program: torch.export.ExportedProgram, layers: int, opset: int, one_token: bool) -> ir.Model:
+    def names(of: Iterable[str]) -> list[str]:
+        return [f"{name}.{layer}" for name in of for layer in range(layers)]
+
     onnx_program: Any = torch.onnx.export(
         program,
         dynamo=True,
         verbose=False,
         optimize=False,  # it would copy every matrix: see _transpose_weights
         opset_version=opset,
-        input_names=INPUTS,
-        output_names=OUTPUTS,
+        input_names=["tokens", *names(STATES)],
+        output_names=["logits", *names((*OUTPUTS[1:], X))],
         custom_translation_table=translations(one_token),
     )
     return onnx_program.model
 
 
-def _example(model: RWKV_Dual, one_token: bool) -> tuple[torch.Tensor, ...]:
+def _example(model: RWKV_Dual, layers: int, one_token: bool) -> tuple:
     B, T = _TRACED["batch"], 1 if one_token else _TRACED["length"]
-    parts = model.create_state(B).tensors()
-    return torch.zeros(B, T, dtype=torch.int64), *(part.detach().contiguous() for part in parts.values())
+    shift = (B, model.layout.n_embd)
+    shapes = ((B, *generation_of(model.layout).wkv_shape(model.layout)), shift, shift)
+    return torch.zeros(B, T, dtype=torch.int64), *([torch.zeros(shape) for _ in range(layers)] for shape in shapes)
 
 
 @contextmanager
@@ -157,24 +201,32 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
+def _forget_values(model: ir.Model) -> None:
+    """Have weights without values: nothing is to be computed from them in advance."""
+    for name, value in model.graph.initializers.items():
+        if name.startswith(_WEIGHTS):
+            value.const_value = None
+
+
 def _transpose_weights(model: ir.Model) -> None:
-    """Store matrices as they are multiplied, `[in,out]`, in place of nodes that transpose them. A transposed copy is
-    made when it is written, one matrix at a time."""
+    """Have matrices as they are multiplied, `[in,out]`, in place of nodes that transpose them."""
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or not weight.is_initializer() or len(weight.uses()) != 1:
+        if weight is None or not weight.is_initializer() or len(weight.uses()) != 1 or weight.shape is None:
             continue
-        stored: Any = weight.const_value
-        transposed = ir.LazyTensor(
-            lambda stored=stored: ir.tensor(stored.numpy().T),
-            dtype=stored.dtype,
-            shape=ir.Shape(reversed(stored.shape.numpy())),
-            name=weight.name,
-        )
-        output = node.outputs[0]
-        output.replace_all_uses_with(weight)
+        node.outputs[0].replace_all_uses_with(weight)
         model.graph.remove(node, safe=True)
-        weight.const_value, weight.shape = transposed, transposed.shape
+        weight.shape = ir.Shape(reversed(weight.shape.numpy()))
+        weight.meta[TRANSPOSED] = True
+
+
+def _set_values(model: ir.Model, weights: WeightTensors) -> None:
+    """Give weights their values, which are read when they are written; those that no node reads are taken out."""
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses():
+            del model.graph.initializers[name]
+        elif value.const_value is None:
+            value.const_value = weights.tensor(name, value.shape or (), TRANSPOSED in value.meta)
 
 
 def _without_notes(model: ir.Model) -> None:
@@ -189,10 +241,3 @@ def _without_notes(model: ir.Model) -> None:
     for holder in (model, model.graph):
         holder.metadata_props.clear()
         holder.doc_string = None
-
-
-def _name_weights(model: ir.Model) -> None:
-    """Call weights by the tensor names of the checkpoint."""
-    for name, value in list(model.graph.initializers.items()):
-        if name.startswith("model."):
-            value.name = name.removeprefix("model.")
