@@ -20,12 +20,11 @@ from rwkv_lab.export.onnx.weights import WeightTensors
 def test_repeated_layers_are_those_that_would_be_traced(tmp_path, one_token, optimise):
     model = load_model(tmp_path, "7.0", n_layer=3)
     weights = WeightTensors(dict(model.named_parameters()).__getitem__)
-    found, expected = (
-        trace(model, weights, 20, one_token, "all", optimise, whole=whole) for whole in (False, True)
-    )
+    found, expected = (trace(model, weights, 20, one_token, "all", optimise, whole=whole) for whole in (False, True))
     kinds = [Counter(node.op_type for node in graph.graph) for graph in (found, expected)]
-    assert abs(kinds[0].total() - kinds[1].total()) <= 2  # of constants
-    for kind in ("MatMul", "Scan", "LayerNormalization", "Tanh", "Gather", "Concat"):
+    more = kinds[1].total() - kinds[0].total()  # what depends on sizes alone is not copied
+    assert -2 <= more <= 2 if optimise else more >= 0
+    for kind in ("MatMul", "Scan", "LayerNormalization", "Tanh", "Sigmoid", "Mul", "Add"):
         assert kinds[0][kind] == kinds[1][kind], kind
     names = [{name for name in graph.graph.initializers if name.startswith("blocks.")} for graph in (found, expected)]
     assert names[0] == names[1] and "blocks.2.att.v0" in names[0]
