@@ -22,8 +22,7 @@ from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.wkv import trace_operators
 
-INPUTS = ("tokens", *STATES)
-OUTPUTS = ("logits", *(f"{name}_out" for name in STATES))
+_FOUND = [f"{name}_out" for name in STATES]
 _TRACED = {"batch": 2, "length": 5}  # sizes to trace at: not 1, which torch.export takes for constant
 _WEIGHTS = ("emb.", "blocks.", "ln_out.", "head.")  # what names of a model's parameters begin with
 _NOISY = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
@@ -135,7 +134,7 @@ def _translated(program: torch.export.ExportedProgram, layers: int, opset: int, 
         optimize=False,  # it would copy every matrix: see _transpose_weights
         opset_version=opset,
         input_names=["tokens", *names(STATES)],
-        output_names=["logits", *names((*OUTPUTS[1:], X))],
+        output_names=["logits", *names((*_FOUND, X))],
         custom_translation_table=translations(one_token),
     )
     return onnx_program.model
