@@ -3,6 +3,7 @@
 import numpy as np
 
 BLOCK = 32  # weights along the input that share a scale in int4
+_COLUMNS = 1024  # that int8 computes at a time: whole matrices would be in memory several times
 NF4_BLOCK = 64  # weights, row by row, that share one in NF4
 NF4_LEVELS = (
     -1.0,
@@ -26,9 +27,14 @@ NF4_LEVELS = (
 
 def int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`[K,N]` float32 -> int8 `[K,N]` and a scale per column, float32 `[N]`: weight ≈ int8 * scale."""
-    scale = np.abs(weight).max(axis=0) / 127
-    scale[scale == 0] = 1
-    return np.rint(weight / scale).astype(np.int8), scale.astype(np.float32)
+    values, scales = np.empty(weight.shape, np.int8), np.empty(weight.shape[1], np.float32)
+    for at in range(0, weight.shape[1], _COLUMNS):
+        columns = slice(at, at + _COLUMNS)
+        scale = np.abs(weight[:, columns]).max(axis=0) / 127
+        scale[scale == 0] = 1
+        values[:, columns] = np.rint(weight[:, columns] / scale)
+        scales[columns] = scale
+    return values, scales
 
 
 def from_int8(values: np.ndarray, scale: np.ndarray) -> np.ndarray:

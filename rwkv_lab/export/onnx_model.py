@@ -52,7 +52,8 @@ class OnnxModel:
         self.weights: str = manifest["weights"]
         self._tokenizer_name, self._tokenizer = manifest["tokenizer"], None
         self._sequence = _session(self.folder / SEQUENCE, providers, threads)
-        self._step = _session(self.folder / STEP, providers, threads)
+        # One row times a matrix is as fast either way, and weights in the file's order are not copied.
+        self._step = _session(self.folder / STEP, providers, threads, reorder=self.weights != "fp32")
         try:
             with np.load(self.folder / INITIAL_STATE, allow_pickle=False) as parts:
                 self._initial = {name: parts[name] for name in STATES}
@@ -258,7 +259,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _session(path: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
+def _session(path: Path, providers: Sequence[str] | None, threads: int | None, reorder: bool = True) -> Any:
+    """`reorder`: have weights copied into the order that products of matrices read them in."""
     try:
         import onnxruntime
     except ImportError as e:
@@ -270,6 +272,8 @@ def _session(path: Path, providers: Sequence[str] | None, threads: int | None) -
     check_external_data(path)  # onnxruntime follows links
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; it warns of each initialiser that is not used by its optimiser
+    if not reorder:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

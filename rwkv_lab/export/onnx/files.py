@@ -13,6 +13,7 @@ DATA = "model.onnx.data"
 INLINE = 16 * 2**20  # bytes of weights up to which a graph holds them itself
 _SMALL = 1024  # bytes; smaller tensors stay in the graph
 _ALIGNMENT = 4096
+_BLOCK = 2**24  # bytes that are written at once
 
 
 def write_graphs(
@@ -50,7 +51,7 @@ def _move_weights(model: ir.Model, file: BinaryIO, path: Path, places: dict[Any,
     has, the same tensor or one with the same bytes, is there already."""
     for value in model.graph.initializers.values():
         tensor: Any = value.const_value
-        if tensor is None or tensor.nbytes < _SMALL:
+        if tensor is None or tensor.nbytes < _SMALL or not tensor.shape:
             continue
         if tensor not in places:  # tensors are equal to themselves alone
             places[tensor] = _place(tensor, file, places)
@@ -62,10 +63,18 @@ def _move_weights(model: ir.Model, file: BinaryIO, path: Path, places: dict[Any,
 
 def _place(tensor: Any, file: BinaryIO, places: dict[Any, tuple[int, int]]) -> tuple[int, int]:
     """Where the bytes of a tensor are in the file, to which they are added where they were not there yet."""
-    data = np.ascontiguousarray(tensor.numpy())
-    digest = hashlib.sha256(data.data).hexdigest() if data.size else ""
-    if digest not in places:
-        file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
-        places[digest] = file.tell(), data.nbytes
-        file.write(data.reshape(-1).view(np.uint8).data)  # not data.tofile: its errors do not say why
-    return places[digest]
+    array, before = tensor.numpy(), file.tell()
+    file.seek(-before % _ALIGNMENT, os.SEEK_CUR)
+    start, digest = file.tell(), hashlib.sha256()
+    rows = max(1, _BLOCK // array[:1].nbytes)
+    for at in range(0, len(array), rows):  # a matrix may be a view whose rows are not together
+        data = np.ascontiguousarray(array[at : at + rows]).reshape(-1).view(np.uint8).data
+        digest.update(data)
+        file.write(data)  # not data.tofile: its errors do not say why
+    key = digest.digest()
+    if key in places:
+        file.seek(before)
+        file.truncate()
+    else:
+        places[key] = start, array.nbytes
+    return places[key]

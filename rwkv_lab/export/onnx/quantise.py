@@ -12,6 +12,8 @@ from rwkv_lab.errors import ONNXExportError
 from rwkv_lab.export.onnx_folder import Weights
 from rwkv_lab.export.weight_storage import Choice, fault_of, stored_as
 
+_MADE = "made"  # in `meta` of a tensor: parts of what was made from it that are not written yet
+
 
 def quantise(model: ir.Model, weights: Weights, choice: Choice | None = None) -> None:
     """Store the weights of a graph in fewer bits, in place.
@@ -44,7 +46,7 @@ def quantise(model: ir.Model, weights: Weights, choice: Choice | None = None) ->
 
 def _to_float16(model: ir.Model, name: str, value: ir.Value) -> None:
     uses = list(value.uses())
-    half = _stored(model, value, f"{name}.fp16", ir.DataType.FLOAT16, value.shape, lambda w: _half(w, name))
+    half = _stored(model, value, f"{name}.fp16", ir.DataType.FLOAT16, value.shape, lambda w: [_half(w, name)], 0)
     for node, place in uses:
         if node.op_type == "Gather" and place == 0:  # what is looked up is cast, not the whole table
             node.replace_input_with(0, half)
@@ -63,7 +65,7 @@ def _to_float16(model: ir.Model, name: str, value: ir.Value) -> None:
 
 
 def _half(weight: np.ndarray, name: str) -> np.ndarray:
-    largest = float(np.abs(weight).max())
+    largest = float(np.maximum(weight.max(), -weight.min()))
     if largest > np.finfo(np.float16).max:
         raise ONNXExportError(f"{name} holds {largest:.4g}; float16 ends at 65504. Export it as fp32 or int8.")
     return weight.astype(np.float16)
@@ -96,8 +98,8 @@ def _replace(model: ir.Model, node: ir.Node, make: Callable[[ir.Model, ir.Node],
 def _int8_nodes(model: ir.Model, node: ir.Node) -> list[ir.Node]:
     x, weight = (value for value in node.inputs if value is not None)
     name, columns = str(weight.name), (_shape(weight)[1],)
-    values = _stored(model, weight, f"{name}.int8", ir.DataType.INT8, weight.shape, lambda w: int8(w)[0])
-    scale = _stored(model, weight, f"{name}.scale", ir.DataType.FLOAT, ir.Shape(columns), lambda w: int8(w)[1])
+    values = _stored(model, weight, f"{name}.int8", ir.DataType.INT8, weight.shape, int8, 0)
+    scale = _stored(model, weight, f"{name}.scale", ir.DataType.FLOAT, ir.Shape(columns), int8, 1)
     rounded = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
     product = ir.node("MatMulInteger", [rounded.outputs[0], values, rounded.outputs[2]])
     as_float = ir.node("Cast", [product.outputs[0]], {"to": int(ir.DataType.FLOAT)})
@@ -118,7 +120,7 @@ def _int4_nodes(model: ir.Model, node: ir.Node) -> list[ir.Node]:
         "zero_points": (ir.DataType.UINT8, (N, -(-blocks // 2))),
     }
     parts = [
-        _stored(model, weight, f"{name}.{part}", dtype, ir.Shape(shape), lambda w, i=i: int4(w)[i])
+        _stored(model, weight, f"{name}.{part}", dtype, ir.Shape(shape), int4, i)
         for i, (part, (dtype, shape)) in enumerate(shapes.items())
     ]
     attributes = {"K": K, "N": N, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
@@ -132,12 +134,22 @@ def _named(nodes: list[ir.Node], prefix: str) -> list[ir.Node]:
     return nodes
 
 
-def _stored(model: ir.Model, source: ir.Value, name: str, dtype: Any, shape: Any, make: Callable) -> ir.Value:
-    """An initialiser made from another one's values when it is written."""
+def _stored(
+    model: ir.Model, source: ir.Value, name: str, dtype: Any, shape: Any, make: Callable[[np.ndarray], Any], part: int
+) -> ir.Value:
+    """An initialiser that is a part of what is made from another one's values, when it is written. Graphs that have the
+    same weight get the same tensor, and what is made of it at once is taken part by part."""
     if name in model.graph.initializers:
         return model.graph.initializers[name]
     stored: Any = source.const_value
-    tensor = ir.LazyTensor(lambda: ir.tensor(make(stored.numpy())), dtype=dtype, shape=shape, name=name)
+    left: dict[tuple[Callable, int], np.ndarray] = stored.meta.setdefault(_MADE, {})
+
+    def take() -> ir.Tensor:
+        if (make, part) not in left:
+            left.update({(make, i): array for i, array in enumerate(make(stored.numpy()))})
+        return ir.tensor(left.pop((make, part)), name=name)
+
+    tensor = stored.meta.setdefault(name, ir.LazyTensor(take, dtype=dtype, shape=shape, name=name))
     value = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value
