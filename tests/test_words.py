@@ -121,6 +121,9 @@ THEIRS = re.compile(
     r"|GGMLQuantizationType|llama_model_quantize\w*|quantization_version|quantization_config|organization"
     r"|(is_|register_)?initializers?|DynamicQuantizeLinear|optimizer|graph_optimization_level|GraphOptimizationLevel"
     r"|SerializeToString"
+    # Operators of ONNX and calls of TensorRT.
+    r"|\w+Normalization|(De)?[qQ]uantizeLinear|(add|create)_optimization_profile|build_serialized_network"
+    r"|deserialize_cuda_engine"
     # Options and results of an export, whose names the first design fixed.
     r"|quantization_level|EXPORT_QUANTIZATION_LEVEL|onnx_optimize_graph|EXPORT_ONNX_OPTIMIZE_GRAPH|optimization"
     r"|optimized_size_mb|optimize_onnx_graph"

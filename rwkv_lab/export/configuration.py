@@ -50,6 +50,24 @@ def _not_blank(text: str) -> str:
     return text
 
 
+def _numbers(value: Any) -> Any:
+    """Numbers as commands give them: texts, or one text with commas."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list):
+        return value
+    return [int(x) if isinstance(x, str) and x.strip().isdecimal() else x for x in parts]
+
+
+def _sizes(sizes: list[int]) -> list[int]:
+    """Least, optimal and largest size of an axis."""
+    if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2] < 2**31:
+        raise ValueError("it should be three sizes: the least, the optimal and the largest, from 1 on")
+    return sizes
+
+
+Sizes = Annotated[list[int], BeforeValidator(_numbers), AfterValidator(_sizes)]
+
+
 def _a_path(text: str) -> str:
     if text and (fault := path_fault(text)):
         raise ValueError(fault)
@@ -69,6 +87,7 @@ class ExportConfiguration(Spec):
         "formats": (
             *("export_pytorch", "export_onnx", "export_tensorrt", "pytorch_format", "onnx_dynamic_axes"),
             *("onnx_opset_version", "onnx_optimize_graph", "use_external_data_format"),
+            *("tensorrt_batch", "tensorrt_length"),
         ),
         "recovery": ("profile", "max_attempts", "attempt_time_limit"),
         "validation": ("run_validation_tests", "test_input_samples"),
@@ -103,7 +122,9 @@ class ExportConfiguration(Spec):
     )
     export_pytorch: bool = Field(True, description="write the model for PyTorch")
     export_onnx: bool = Field(True, description="write the model as ONNX")
-    export_tensorrt: bool = Field(False, description="is refused: TensorRT is not there yet")
+    export_tensorrt: bool = Field(
+        False, description="check the graphs for TensorRT and write what builds engines; built where TensorRT is there"
+    )
     pytorch_format: PytorchFormat = Field(
         "pth", description="of the model for PyTorch; gguf, of RWKV-6 and 7: int8 is Q8_0 and int4 Q4_0"
     )
@@ -113,6 +134,8 @@ class ExportConfiguration(Spec):
     use_external_data_format: bool | None = Field(
         None, description="weights of the graphs in a file of their own; empty: where there are more than 16 MiB"
     )
+    tensorrt_batch: Sizes = Field([1, 1, 8], description="least, optimal and largest batch of engines")
+    tensorrt_length: Sizes = Field([1, 128, 1024], description="the same of their length in tokens")
     profile: Literal["auto", "conservative", "balanced", "aggressive"] = Field(
         "auto", description="sets what was not given, of graphs and of recovery; auto: by size and earlier errors"
     )
@@ -167,8 +190,13 @@ class ExportConfiguration(Spec):
 
     @model_validator(mode="after")
     def _possible(self) -> "ExportConfiguration":
-        if self.export_tensorrt:
-            raise ValueError("export_tensorrt=True: TensorRT is not there yet; export ONNX, and build it by trtexec")
+        if self.export_tensorrt and not self.export_onnx:
+            raise ValueError("export_tensorrt=True needs export_onnx=True: engines are built from those graphs")
+        if self.export_tensorrt and self.quantization_level not in ("none", "fp16"):
+            raise ValueError(
+                f"export_tensorrt=True and quantization_level={self.quantization_level!r}: TensorRT has no operator "
+                "for weights stored like that; take none or fp16"
+            )
         if not self.onnx_dynamic_axes:
             raise ValueError(
                 "onnx_dynamic_axes=False: fixed sizes are not there yet; the graphs take any batch and length"

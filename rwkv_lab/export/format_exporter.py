@@ -10,10 +10,11 @@ from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import ONNXExportError, ParameterError
 from rwkv_lab.export.attempt import Attempt
 from rwkv_lab.export.configuration import ExportConfiguration
-from rwkv_lab.export.family import Family, WholeModel
+from rwkv_lab.export.family import Family, Reference, WholeModel
 from rwkv_lab.export.onnx import need_packages
 from rwkv_lab.export.onnx_attempts import write_onnx
 from rwkv_lab.export.onnx_folder import MANIFEST
+from rwkv_lab.export.tensorrt import TensorRTExport, export_tensorrt
 from rwkv_lab.paths import missing_file
 
 if TYPE_CHECKING:  # a model can be written for PyTorch without onnx
@@ -71,6 +72,35 @@ class FormatExporter:
             OutputError: the folder is there already, or cannot be written.
         """
         return write_onnx(self.configuration, self.family, self.model, Path(folder), self.attempts)
+
+    @checked
+    def export_tensorrt_model(
+        self,
+        onnx_folder: str | Path,
+        folder: str | Path,
+        reference: Reference | None = None,
+        overwrite: bool = False,
+    ) -> TensorRTExport:
+        """Check the graphs of an exported folder for TensorRT, write what builds engines, build them where it is there.
+
+        Without the package tensorrt and a GPU nothing is built, and the result says so: what is checked then are
+        operators and types, those of sub-graphs too, the opset, the shapes of inputs, weights in other files, and what
+        onnxruntime computes from these very files.
+
+        Args:
+            onnx_folder: what `export_onnx_model` wrote; it stays where it is, and is needed when engines are built.
+            folder: what is written: `build_engine.py`, `profiles.json`, `expected.npz`, README.md, and engines.
+            reference: the model, to compare with; None: it is not compared.
+            overwrite: replace a folder that is there.
+
+        Raises:
+            FormatExportError: a graph has what TensorRT does not take, or computes something else than the model.
+            OutputError: the folder is there already, or cannot be written.
+        """
+        need_packages()
+        asked = self.configuration
+        sizes = {"batch": asked.tensorrt_batch, "length": asked.tensorrt_length}
+        return export_tensorrt(Path(onnx_folder), Path(folder), sizes, reference, overwrite)
 
     @staticmethod
     @checked

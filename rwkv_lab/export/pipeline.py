@@ -40,7 +40,8 @@ from rwkv_lab.train import load_corpus
 
 log = logging.getLogger(__name__)
 
-PYTORCH, ONNX, REPORT, LOG = "pytorch", "onnx", "validation.json", "export.log"  # in the folder of an export
+PYTORCH, ONNX, TENSORRT = "pytorch", "onnx", "tensorrt"  # in the folder of an export
+REPORT, LOG = "validation.json", "export.log"
 _WORK = "work"  # in it while it is made. Files are never written beside it: their writers lock the folder they are in
 _SOURCE = ("checkpoint_path", "checkpoint_name", "base_model_name", "alpha", "remove_training_artifacts")
 _BYTES = 1000  # of a built-in sample: never more than LONGEST tokens
@@ -70,6 +71,7 @@ class _Job:
     merged: _Merged
     out: Path  # where the folder will be
     inside: Path  # where it is made
+    reference: Reference | None = None  # the model that what is written is compared with, once it is read
 
 
 @checked
@@ -134,7 +136,8 @@ def _run(configuration: ExportConfiguration, merged: _Merged) -> ExportResult:
         _export(configuration, result, configuration.output_directory / name, merged)
     except BaseException as e:
         result.success, result.error_message = False, f"{type(e).__name__}: {e}"
-        result.pytorch_model_path = result.onnx_model_path = result.validation_report_path = None
+        result.pytorch_model_path = result.onnx_model_path = result.tensorrt_model_path = None
+        result.validation_report_path = None
         _write_failed(result, configuration.output_directory, name)
         raise
     (configuration.output_directory / f"{name}{FAILED}").unlink(missing_ok=True)  # of an earlier try
@@ -163,7 +166,8 @@ def _export(configuration: ExportConfiguration, result: ExportResult, out: Path,
 
 def _stages(configuration: ExportConfiguration) -> list[str]:
     validated = configuration.run_validation_tests and configuration.export_onnx
-    asked = {"pytorch": configuration.export_pytorch, "onnx": configuration.export_onnx, "validate": validated}
+    asked = {name: getattr(configuration, f"export_{name}") for name in (PYTORCH, ONNX, TENSORRT)}
+    asked["validate"] = validated
     return ["detect", "merge", "optimise", *(name for name, wanted in asked.items() if wanted)]
 
 
@@ -240,6 +244,15 @@ def _write_formats(job: _Job, model: WholeModel) -> None:
             result.degraded += result.attempts[-1].lost
         result.onnx_model_path = str(job.out / ONNX)
         written = inside / ONNX
+    if configuration.export_tensorrt:
+        with _stage(job.monitor, "tensorrt", FormatExportError):
+            reference = _reference(job, model) if configuration.run_validation_tests else None
+            engines = exporter.export_tensorrt_model(inside / ONNX, inside / TENSORRT, reference)
+        result.checks += engines.checks
+        if engines.built:
+            result.tensorrt_model_path = str(job.out / TENSORRT)
+        if engines.reason:
+            result.warnings.insert(0, f"{engines}; {TENSORRT}/README.md says how to build on another machine.")
     sizes = OptimizationProcessor().calculate_size_reduction(model.bytes, written)
     result.original_size_mb, result.optimized_size_mb = sizes.original_mb, sizes.optimised_mb
     result.size_reduction_percentage = sizes.percentage
@@ -247,7 +260,7 @@ def _write_formats(job: _Job, model: WholeModel) -> None:
 
 def _validate(job: _Job, model: WholeModel) -> None:
     configuration, result = job.configuration, job.result
-    reference = job.family.reference(configuration, model)
+    reference = _reference(job, model)
     samples, said = _samples(configuration, reference)
     result.warnings += said
     tester = ValidationTester(reference, job.inside / ONNX, samples)
@@ -261,6 +274,12 @@ def _validate(job: _Job, model: WholeModel) -> None:
     result.validation_passed = all(check.passed for check in checks if isinstance(check, Check))
     for check in checks:
         log.info("%s", check)
+
+
+def _reference(job: _Job, model: WholeModel) -> Reference:
+    if job.reference is None:
+        job.reference = job.family.reference(job.configuration, model)
+    return job.reference
 
 
 def _samples(configuration: ExportConfiguration, reference: Reference) -> tuple[list[list[int]], list[str]]:

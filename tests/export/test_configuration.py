@@ -116,7 +116,7 @@ def test_a_file_that_would_run_code_is_no_yaml_here(tmp_path):
         ({"model_name": "a/b"}, "it should be a name"),
         ({"test_input_samples": []}, "test_input_samples"),
         ({"test_input_samples": 0}, "test_input_samples"),
-        ({"export_tensorrt": True}, "TensorRT is not there yet"),
+        ({"export_tensorrt": True, "export_onnx": False}, "needs export_onnx=True"),
         ({"onnx_dynamic_axes": False}, "not there yet"),
         ({"export_onnx": False, "export_pytorch": False}, "nothing would be written"),
     ],

@@ -24,7 +24,7 @@ from rwkv_lab.errors import (
     ParameterError,
     ValidationError,
 )
-from rwkv_lab.export import ConfigurationManager, OnnxModel, run, run_levels
+from rwkv_lab.export import ConfigurationManager, OnnxModel, run, run_levels, tensorrt
 from rwkv_lab.export.__main__ import main
 from rwkv_lab.export.families.rwkv import Rwkv, RwkvReference
 from rwkv_lab.export.validation_tester import ValidationTester
@@ -45,20 +45,22 @@ def configured(**values):
     return ConfigurationManager(environment={}).resolve(**values)
 
 
-def test_an_adapter_becomes_a_model_that_runs(files, tmp_path):
+def test_an_adapter_becomes_a_model_that_runs(files, tmp_path, monkeypatch):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
+    monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)  # as where it is not installed
     result = run(
         configured(
             **dict(checkpoint_path=files / "lora.pth", base_model_name=str(files / "B.pth"), output_directory=tmp_path),
             **dict(
                 naming_pattern="{model_name}-{quantization_level}", test_input_samples=["The quick brown fox. " * 9]
             ),
+            **dict(export_tensorrt=True, tensorrt_length="1,4,8"),
         )
     )
     out = tmp_path / "lora-none"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora-none"]
-    names = {"export.log", "onnx", "pytorch", "result.json", "validation.json"}
+    names = {"export.log", "onnx", "pytorch", "tensorrt", "result.json", "validation.json"}
     assert {path.name for path in out.iterdir()} == names  # and nothing of the work on the way
     merge(files / "B.pth", files / "lora.pth", tmp_path / "M.pth")
     expected = RWKV_Dual.from_pretrained(tmp_path / "M.pth")([[1, 2, 3]])[0].detach().numpy()
@@ -77,9 +79,11 @@ def test_an_adapter_becomes_a_model_that_runs(files, tmp_path):
     assert written["optimized_size_mb"] == size / 1e6
     assert written["size_reduction_percentage"] == pytest.approx(100 * (1 - size / 1e6 / written["original_size_mb"]))
     assert written["configuration"]["base_model_name"] == {"value": str(files / "B.pth"), "from": "argument"}
-    assert {"detect", "merge", "optimise", "pytorch", "onnx", "validate"} == written["seconds"].keys()
+    assert {"detect", "merge", "optimise", "pytorch", "onnx", "tensorrt", "validate"} == written["seconds"].keys()
     names = [check["name"] for check in written["checks"]]
     assert any("computed tensors" in name for name in names) and any("onnxruntime and torch" in name for name in names)
+    assert written["verdict"].startswith("WARN: TensorRT: not built (the package tensorrt is not installed)")
+    assert (out / "tensorrt" / json.loads((out / "tensorrt/profiles.json").read_text())["onnx"] / "step.onnx").exists()
     report = json.loads((out / "validation.json").read_text())
     assert max(report["measured"]["errors"].values()) < 1e-5 and report["measured"]["tokens"] == 189
     assert report["measured"]["greedy_prefix"] == 16 and report["measured"]["kl_percentiles"].keys() >= {"50", "99"}

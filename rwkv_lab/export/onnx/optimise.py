@@ -1,7 +1,6 @@
 """Graphs with what is known computed beforehand and what is not used left out, compared with what they were."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -11,11 +10,11 @@ import onnxscript.optimizer
 from rwkv_lab.checkpoint.atomic import atomic_folder
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import ONNXExportError
-from rwkv_lab.export.onnx.check import check_graph, first_line, shapes_of
+from rwkv_lab.export.onnx.check import check_graph, first_line
 from rwkv_lab.export.onnx.files import write_graphs
+from rwkv_lab.export.onnx.run import random_inputs, run_file
 
 _LIMIT = 1e-5  # largest error relative to the scale of an output: sums may be taken in another order
-_SIZES = (2, 3, 5, 7)  # of axes of any size, by their order: each is told from the others
 
 
 def optimise_graph(model: ir.Model) -> None:
@@ -55,41 +54,20 @@ def _count(model: ir.Model) -> int:
 def _compared(before: Path, after: Path) -> Check | NotApplicable:
     """Outputs of two files on the same random inputs."""
     name = f"{before.name}: largest relative change of an output on random inputs"
-    inputs = _random_inputs(onnx.load(str(before), load_external_data=False))
+    inputs = random_inputs(onnx.load(str(before), load_external_data=False))
     try:
-        expected = _run(before, inputs)
+        expected = run_file(before, inputs)
     except Exception as e:  # of onnxruntime: axes that must fit together in a way that their names do not tell
         return NotApplicable(name, f"the graph does not run on them as it is: {first_line(e)}")
-    worst = 0.0
-    for found, wanted in zip(_run(after, inputs), expected, strict=True):
+    try:
+        outputs, worst = run_file(after, inputs), 0.0
+    except Exception as e:
+        raise ONNXExportError(f"{before.name} no longer runs once it is optimised: {first_line(e)}") from e
+    for output, wanted in expected.items():
+        found = outputs[output]
         same_shape = found.shape == wanted.shape and found.dtype == wanted.dtype
         difference = np.abs(found.astype(np.float64) - wanted) if same_shape else np.array(np.inf)
         worst = max(worst, float(difference.max(initial=0)) / max(1.0, float(np.abs(wanted).max(initial=0))))
     if not worst <= _LIMIT:
         raise ONNXExportError(f"{before.name} does not compute the same once it is optimised: {worst:.3g} apart.")
     return Check(name, worst, _LIMIT, True)
-
-
-def _random_inputs(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    shapes, names = shapes_of(model), {}
-    draw, inputs = np.random.default_rng(0), {}
-    for value in model.graph.input:
-        if value.name not in shapes:
-            continue
-        for dim in shapes[value.name]:
-            if isinstance(dim, str):
-                names.setdefault(dim, _SIZES[len(names) % len(_SIZES)])
-        shape = [names[dim] if isinstance(dim, str) else dim for dim in shapes[value.name]]
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        drawn = draw.normal(0, 0.1, shape) if np.issubdtype(dtype, np.floating) else draw.integers(0, 2, shape)
-        inputs[value.name] = drawn.astype(dtype)
-    return inputs
-
-
-def _run(path: Path, inputs: dict[str, np.ndarray]) -> list[Any]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return list(onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"]).run(None, inputs))
