@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from rwkv_lab.checkpoint.dimensions import Layout, Shape
@@ -306,11 +306,31 @@ def _format_of(names: list[str], facts: Facts) -> ForeignFormat | None:
 
 def _holds_a_part(known: ForeignFormat, names: list[str]) -> bool:
     """Whether all names are of its table, some of them of layers and none of them BlinkDL's."""
-    blinkdl = {name for other in FOREIGN_FORMATS.values() for row in other.rows for name in row.names}
-    theirs = {row.theirs for row in (*known.rows, *known.older)} - blinkdl
-    around = {row.theirs for row in known.rows if LAYER not in row.theirs}
-    general = {name if name in around else general_name(name)[0] for name in names}
-    return general <= theirs | around and any(LAYER in name for name in general & theirs)
+    theirs, around = _names_of_parts(tuple(FOREIGN_FORMATS))[known.name]
+    layered = False
+    for name in names:
+        if name in around:
+            continue
+        general = general_name(name)[0]
+        if general not in theirs and general not in around:
+            return False
+        layered = layered or (general in theirs and LAYER in general)
+    return layered
+
+
+@lru_cache(maxsize=1)
+def _names_of_parts(formats: tuple[str, ...]) -> dict[str, tuple[set[str], set[str]]]:
+    """Of each format (the names that it has and BlinkDL has not, its names outside the layers); asked for every file
+    that is opened."""
+    known = [FOREIGN_FORMATS[name] for name in formats]
+    blinkdl = {name for one in known for row in one.rows for name in row.names}
+    return {
+        one.name: (
+            {row.theirs for row in (*one.rows, *one.older)} - blinkdl,
+            {row.theirs for row in one.rows if LAYER not in row.theirs},
+        )
+        for one in known
+    }
 
 
 def _holds_states(known: ForeignFormat, names: list[str]) -> bool:
