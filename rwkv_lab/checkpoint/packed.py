@@ -9,17 +9,19 @@ In place of a matrix `NAME` `[out,in]` such a file has the parts of one kind:
 and a note `rwkv_lab.packed`. The first two hold the numbers of the ONNX graphs, the third those of bitsandbytes.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import torch
 
 from rwkv_lab.checkpoint.rounding import BLOCK, NF4_BLOCK, from_int4, from_int8, from_nf4
 from rwkv_lab.checkpoint.source import Derived, TensorInfo
 from rwkv_lab.errors import CorruptFileError, LayoutError
+from rwkv_lab.lazy_torch import torch
 
 NOTE, VERSION = "rwkv_lab.packed", "1"
 PARTS: dict[str, tuple[str, ...]] = {  # kind -> what is appended to the name, codes first
@@ -30,19 +32,19 @@ PARTS: dict[str, tuple[str, ...]] = {  # kind -> what is appended to the name, c
 Shape = tuple[int, ...]
 
 
-def part_shapes(kind: str, shape: Shape) -> dict[str, tuple[Shape, torch.dtype]]:
+def part_shapes(kind: str, shape: Shape) -> dict[str, tuple[Shape, str]]:
     """Shape and dtype of every part of a matrix `[out,in]`, by what its name ends in."""
     rows, columns = shape
     if kind == "int8":
-        return {"int8": (shape, torch.int8), "scale": ((rows,), torch.float32)}
+        return {"int8": (shape, "int8"), "scale": ((rows,), "float32")}
     if kind == "nf4":
         scales = -(-rows * columns // NF4_BLOCK)
-        return {"nf4": ((rows, columns // 2), torch.uint8), "absmax": ((scales,), torch.float32)}
+        return {"nf4": ((rows, columns // 2), "uint8"), "absmax": ((scales,), "float32")}
     blocks = columns // BLOCK
     return {
-        "int4": ((rows, blocks, BLOCK // 2), torch.uint8),
-        "scales": ((rows, blocks), torch.float32),
-        "zero_points": ((rows, (blocks + 1) // 2), torch.uint8),
+        "int4": ((rows, blocks, BLOCK // 2), "uint8"),
+        "scales": ((rows, blocks), "float32"),
+        "zero_points": ((rows, (blocks + 1) // 2), "uint8"),
     }
 
 
@@ -81,14 +83,14 @@ def _matrix(name: str, kind: str, tensors: Mapping[str, TensorInfo], parts: list
     shape = (codes.shape[0], per_code * math.prod(codes.shape[1:])) if len(codes.shape) > 1 else (0, 0)
     expected = part_shapes(kind, shape)
     for info, (needed, dtype) in zip((codes, *others), expected.values(), strict=True):
-        if info.shape != needed or info.dtype != dtype:
+        if info.shape != needed or info.dtype_name != dtype:
             raise CorruptFileError(
-                f"{path}: {info.name} is {info.dtype} {list(info.shape)}; as a part of {name} {list(shape)} it would "
-                f"be {dtype} {list(needed)}."
+                f"{path}: {info.name} is {info.dtype_name} {list(info.shape)}; as a part of {name} {list(shape)} "
+                f"it would be {dtype} {list(needed)}."
             )
     back: Callable[..., np.ndarray] = {"int8": _from_int8, "int4": _from_int4, "nf4": from_nf4}[kind]
     derived = Derived(codes, partial(_values, back, others), quantised=kind)
-    return replace(codes, name=name, shape=shape, dtype=torch.float32, crc32=None, storage=None, derived=derived)
+    return replace(codes, name=name, shape=shape, dtype_name="float32", crc32=None, storage=None, derived=derived)
 
 
 def _values(back: Callable[..., np.ndarray], others: list[TensorInfo], codes: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,7 @@ def _dtype(value: Any) -> Any:
 AbsolutePath = Annotated[Path, BeforeValidator(_path)]
 RepositoryName = Annotated[str, AfterValidator(_repository)]
 Line = Annotated[str, AfterValidator(_one_line)]
+ByteCount = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
 
 
 _SOURCE = ("source", "repo_id", "file", "revision")
@@ -123,7 +124,7 @@ class ConvertSpec(Spec):
     dtype: Annotated[Literal["bf16", "fp16", "fp32", "Q8_0", "Q4_0"] | None, BeforeValidator(_dtype)] = Field(
         None, description="bf16, fp16 or fp32 for every tensor, Q8_0 or Q4_0 of gguf; empty: each keeps its own"
     )
-    max_shard_size: Annotated[int, BeforeValidator(_bytes), Field(ge=1)] = Field(
+    max_shard_size: ByteCount = Field(
         5 * 10**9, description='of a folder: tensor data per file, "2GB", "500MB" or a number of bytes'
     )
     tokenizer: Annotated[str, BeforeValidator(_path_text)] = Field(

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.command_line import type_of
-from rwkv_lab.convert.spec import AbsolutePath, Line
+from rwkv_lab.convert.spec import AbsolutePath, ByteCount, Line
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.export.profiles import PROFILES
 from rwkv_lab.export.weight_storage import Level, PytorchFormat
@@ -83,6 +83,7 @@ class ExportConfiguration(Spec):
         "base_model": ("base_model_name", "tokenizer", "alpha"),
         "optimization": (
             *("quantization_level", "remove_training_artifacts", "optimise_structure", "compress_weights"),
+            *("sensitivity_scan", "size_budget", "kl_budget", "calibration_data", "calibration_samples"),
         ),
         "formats": (
             *("export_pytorch", "export_onnx", "export_tensorrt", "pytorch_format", "onnx_dynamic_axes"),
@@ -119,6 +120,21 @@ class ExportConfiguration(Spec):
     )
     compress_weights: bool = Field(
         True, description="store the PyTorch model at that level, too; False: in its own dtype"
+    )
+    sensitivity_scan: bool = Field(
+        False, description="measure what int8 or int4 costs each part, and give parts more bits where a budget needs it"
+    )
+    size_budget: ByteCount | None = Field(
+        None, description='of a scan: bytes of all weights of an ONNX graph, "20MB" or a number; empty: any'
+    )
+    kl_budget: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="of a scan: KL in nats per token; empty and no size_budget: what validation allows the level"
+    )
+    calibration_data: Annotated[str, AfterValidator(_a_path)] = Field(
+        "", description="what a scan reads: english, python, a file, a folder; empty: english, or what was trained on"
+    )
+    calibration_samples: Annotated[int, Field(ge=1, le=256)] = Field(
+        8, description="texts of it, of 256 tokens at most"
     )
     export_pytorch: bool = Field(True, description="write the model for PyTorch")
     export_onnx: bool = Field(True, description="write the model as ONNX")
@@ -205,9 +221,20 @@ class ExportConfiguration(Spec):
             raise ValueError(
                 "quantization_level='nf4' is for PyTorch alone: export_onnx=False, pytorch_format pth or safetensors"
             )
+        self._scan_possible()
         if not (self.export_pytorch or self.export_onnx):
             raise ValueError("export_pytorch and export_onnx are both False: nothing would be written")
         return self
+
+    def _scan_possible(self) -> None:
+        of_scan = ("size_budget", "kl_budget", "calibration_data")
+        if not self.sensitivity_scan:
+            if given := next((name for name in of_scan if getattr(self, name)), None):
+                raise ValueError(f"{given} is of sensitivity_scan=True, which is not set")
+        elif self.quantization_level not in ("int8", "int4"):
+            raise ValueError(f"sensitivity_scan is of int8 and int4, not of {self.quantization_level!r}")
+        elif self.export_pytorch and self.pytorch_format == "gguf" and self.compress_weights:
+            raise ValueError("sensitivity_scan: a GGUF file has one level; choose pytorch_format pth or safetensors")
 
 
 _OWN_NAMES = {"output_directory": "EXPORT_OUTPUT_DIR"}  # of variables that are not made from the option's name

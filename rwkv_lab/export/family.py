@@ -10,6 +10,7 @@ from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.export.checkpoint_detector import CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.onnx_folder import Weights
+from rwkv_lab.export.weight_storage import Stored
 
 ONNX_WEIGHTS: dict[str, Weights] = {"none": "fp32", "fp16": "fp16", "int8": "int8", "int4": "int4"}
 
@@ -19,12 +20,14 @@ class WholeModel:
     """A model with its adapters merged in, in a file.
 
     checks: what the merge was compared by.
+    choice: how single matrices are stored, by name, whatever the level says.
     """
 
     path: Path
     bytes: int
     checks: list[Check | NotApplicable] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    choice: dict[str, Stored] = field(default_factory=dict)
 
 
 class Reference(Protocol):

@@ -50,7 +50,11 @@ def write_onnx(
     options = {name: _json(getattr(configuration, name)) for name in type(configuration).model_fields}
     work = Work(
         f"{__name__}:write_in_process",
-        {"family": family.name, "options": options, "model": {"path": str(model.path), "bytes": model.bytes}},
+        {
+            "family": family.name,
+            "options": options,
+            "model": {"path": str(model.path), "bytes": model.bytes, "choice": model.choice},
+        },
     )
     asked = {name: options[name] for name in family.varies}
     most, limit = configuration.max_attempts, configuration.attempt_time_limit
@@ -67,7 +71,8 @@ def write_in_process(
     """
     configuration = ExportConfiguration.read(options).changed(**settings)
     writer = next(one for one in FAMILIES if one.name == family)
-    checks = writer.write_onnx(configuration, WholeModel(Path(model["path"]), model["bytes"]), folder)
+    whole = WholeModel(Path(model["path"]), model["bytes"], choice=model["choice"])
+    checks = writer.write_onnx(configuration, whole, folder)
     graph = OnnxModel(folder)
     for shape in _UNTRACED if configuration.onnx_dynamic_axes else ():
         try:

@@ -207,8 +207,8 @@ class OptimizationProcessor:
             FormatExportError: it cannot be written, or is not what was to be written.
             OutputError: `out` is there, or cannot be written.
         """
-        if self.choice:
-            raise ParameterError("choice is of ONNX graphs; a checkpoint has one level for all matrices.")
+        if self.choice and (pytorch_format == "gguf" or self.level not in ("int8", "int4")):
+            raise ParameterError("choice is for int8 and int4 in .pth and .safetensors; other files have one level.")
         if self.level in ("int8", "int4", "nf4") and pytorch_format != "gguf":
             return self._pack(Path(source), Path(out), pytorch_format)
         if self.level not in _GGUF:
@@ -228,6 +228,9 @@ class OptimizationProcessor:
                 if t.stored == "fp32":
                     parts.append(OutTensor(t.name, info.shape, info.dtype, source=info))
                     tensors.append(StoredTensor(t.name, t.shape, "fp32", t.original_bytes, info.nbytes))
+                elif t.stored == "fp16":
+                    parts.append(OutTensor(t.name, info.shape, torch.float16, compute=info.blocks))
+                    tensors.append(t)
                 else:
                     parts += _packed_parts(t.name, info, t.stored)
                     tensors.append(t)
@@ -308,7 +311,9 @@ def _packed_parts(name: str, info: TensorInfo, kind: str) -> list[OutTensor]:
     shapes = part_shapes(kind, info.shape)
     size = 4 * info.numel * 3  # of what rounding takes
     return [
-        OutTensor(f"{name}.{end}", *shapes[end], compute=lambda i=i: part(i), gathered=size)
+        OutTensor(
+            f"{name}.{end}", shapes[end][0], getattr(torch, shapes[end][1]), compute=lambda i=i: part(i), gathered=size
+        )
         for i, end in enumerate(PARTS[kind])
     ]
 

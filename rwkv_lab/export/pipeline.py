@@ -6,7 +6,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +33,8 @@ from rwkv_lab.export.family import Family, Reference, WholeModel
 from rwkv_lab.export.format_exporter import FormatExporter
 from rwkv_lab.export.monitoring_logger import MonitoringLogger
 from rwkv_lab.export.onnx_attempts import with_chosen_profile
-from rwkv_lab.export.optimization_processor import OptimizationProcessor, by_storage, described
+from rwkv_lab.export.optimising import optimised
+from rwkv_lab.export.optimization_processor import OptimizationProcessor
 from rwkv_lab.export.result import FAILED, RESULT, ExportResult
 from rwkv_lab.export.validation_tester import LONGEST, ValidationTester
 from rwkv_lab.train import load_corpus
@@ -185,7 +186,7 @@ def _write(job: _Job) -> None:
     result.checks += model.checks
     result.warnings += model.warnings
     with _stage(job.monitor, "optimise", FormatExportError):
-        model = _optimised(job, model)
+        model = optimised(configuration, model, job.checkpoint.path, result, job.inside / _WORK)
     _write_formats(job, model)
     if configuration.run_validation_tests and configuration.export_onnx:
         with _stage(job.monitor, "validate", ValidationError):
@@ -202,29 +203,6 @@ def _state(configuration: ExportConfiguration, result: ExportResult) -> None:
     result.configuration = {
         name: {"value": getattr(configuration, name), "from": where} for name, where in configuration.origins.items()
     }
-
-
-def _optimised(job: _Job, model: WholeModel) -> WholeModel:
-    """The model without tensors that no layer reads, where that is asked for; how it will be stored goes into the
-    result."""
-    configuration, result = job.configuration, job.result
-    processor = OptimizationProcessor(configuration.quantization_level)
-    if configuration.optimise_structure:
-        reduced = processor.optimize_model_structure(model.path, job.inside / _WORK / "read.safetensors")
-        result.left_out = list(reduced.left_out)
-        model = replace(model, path=reduced.path)
-    if configuration.export_onnx or _is_packed(configuration):
-        tensors = processor.plan_quantisation(model.path)
-        result.storage = by_storage(tensors)
-        for line in described(tensors):
-            log.info("%s", line)
-    return model
-
-
-def _is_packed(configuration: ExportConfiguration) -> bool:
-    """Whether the PyTorch model is written with packed matrices."""
-    few_bits = configuration.quantization_level in ("int8", "int4", "nf4")
-    return few_bits and configuration.compress_weights and configuration.pytorch_format != "gguf"
 
 
 def _write_formats(job: _Job, model: WholeModel) -> None:

@@ -30,6 +30,9 @@ class ExportResult:
     left_out: list[str] = field(default_factory=list)  # by optimise_structure: names of tensors that no layer reads
     # Way of storing -> names of tensors, bytes before and after: those of the ONNX graphs, else of the PyTorch model.
     storage: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # Of what a sensitivity scan read: where it is from, how many texts, and `TokenStatistics`.
+    calibration: dict[str, Any] = field(default_factory=dict)
+    sensitivity: Any = None  # a `Sensitivity`, with the proposal that was written, where a scan was asked for
     inference_speed_ms: float | None = None  # of one token through onnxruntime, the median
     memory_usage_mb: float | None = None  # the largest that this process has held so far, files in memory included
     validation_passed: bool | None = None  # None where nothing was compared

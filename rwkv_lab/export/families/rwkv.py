@@ -1,7 +1,7 @@
 """RWKV of every generation: merged by `rwkv_lab.merge`, written by `rwkv_lab.convert` and `export_onnx`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.family import ONNX_WEIGHTS, WholeModel
 from rwkv_lab.export.onnx.export import export_onnx
 from rwkv_lab.export.optimization_processor import OptimizationProcessor, training_artifacts
+from rwkv_lab.export.weight_storage import Choice
 from rwkv_lab.merge import merge, verify_merge
 from rwkv_lab.model import RWKV_Dual
 
@@ -55,7 +56,8 @@ class Rwkv:
     def write_pytorch(self, configuration: ExportConfiguration, model: WholeModel, out: Path) -> list[str]:
         """See `Family.write_pytorch`."""
         level = configuration.quantization_level if configuration.compress_weights else "none"
-        _, said = OptimizationProcessor(level).compress_model_weights(model.path, out, configuration.pytorch_format)
+        processor = OptimizationProcessor(level, model.choice if level != "none" else None)
+        _, said = processor.compress_model_weights(model.path, out, configuration.pytorch_format)
         if level != configuration.quantization_level:
             said.append(f"{out.name} is in the dtype of its checkpoint: compress_weights is False.")
         return said
@@ -70,6 +72,7 @@ class Rwkv:
             external_data=configuration.use_external_data_format,
             tokenizer=configuration.tokenizer or None,
             optimise_graph=configuration.onnx_optimize_graph,
+            choice=cast(Choice, model.choice) or None,
         )
         return written.checks
 

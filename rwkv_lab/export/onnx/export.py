@@ -31,6 +31,8 @@ from rwkv_lab.export.onnx_folder import (
     axes_of,
     readme,
 )
+from rwkv_lab.export.optimization_processor import OptimizationProcessor
+from rwkv_lab.export.weight_storage import Choice
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.model.loading import check_tensors, open_model, read_tensor
 from rwkv_lab.model.registry import generation_of
@@ -75,6 +77,7 @@ def export_onnx(
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
     optimise_graph: bool = True,
+    choice: Choice | None = None,
 ) -> OnnxExport:
     """Write a model as two ONNX graphs, for a sequence and for one token, that `rwkv_lab.export.OnnxModel` runs.
 
@@ -95,6 +98,7 @@ def export_onnx(
             the folder has none, and is prompted by token ids.
         overwrite: replace a folder that is there.
         optimise_graph: fold constants, and leave out nodes that compute what is known or nothing that is used.
+        choice: how single matrices are stored, by name, whatever `weights` says: "fp32", "fp16", "int8" or "int4".
 
     Raises:
         ONNXExportError: a model that cannot be written as ONNX, or a written graph that is not what was asked for.
@@ -105,9 +109,13 @@ def export_onnx(
     """
     need_packages()
     recipe = {"weights": weights, "opset": opset, "logits": logits, "optimise_graph": optimise_graph}
+    recipe |= {"choice": dict(choice)} if choice else {}
     with _opened(model) as (model, values, source), atomic_folder(Path(folder), overwrite) as inside:
         spoken, name = _tokenizer(model, tokenizer)
-        nodes, checks = _write_graphs(model, values, inside, weights, opset, logits, external_data, optimise_graph)
+        OptimizationProcessor("none", choice).plan_quantisation(model)  # refuses names that the model does not have
+        nodes, checks = _write_graphs(
+            *(model, values, inside, weights, opset, logits, external_data, optimise_graph, choice)
+        )
         _write_initial_state(model, values, inside / INITIAL_STATE)
         _write_tokenizer(spoken, name, tokenizer, inside)
         (inside / "README.md").write_text(readme(model.layout.version, weights, spoken is not None), encoding="utf-8")
@@ -118,7 +126,7 @@ def export_onnx(
             **recipe,
             "graphs": {"sequence": SEQUENCE, "step": STEP},
             "axes": {name: axes_of(name == STEP, logits) for name in (SEQUENCE, STEP)},
-            "domains": _domains(weights),
+            "domains": _domains(weights, choice),
             "initial_state": INITIAL_STATE,
             "tuned_state": model.has_time_state,
             "tokenizer": name,
@@ -159,6 +167,7 @@ def _write_graphs(
     logits: Logits,
     external: bool | None,
     optimise: bool,
+    choice: Choice | None,
 ) -> tuple[dict[str, int], list[Check]]:
     """Write the graphs; how many nodes each has, and what was checked."""
     from rwkv_lab.export.onnx.check import check_graph
@@ -170,15 +179,17 @@ def _write_graphs(
     tensors = WeightTensors(values)
     graphs = {name: trace(model, tensors, opset, name == STEP, logits, optimise) for name in (SEQUENCE, STEP)}
     for graph in graphs.values():
-        quantise(graph, weights)
+        quantise(graph, weights, choice)
     write_graphs(graphs, folder, external)
-    checks = [check_graph(folder / name, opset, axes_of(name == STEP, logits), _domains(weights)) for name in graphs]
+    checks = [
+        check_graph(folder / name, opset, axes_of(name == STEP, logits), _domains(weights, choice)) for name in graphs
+    ]
     return {name: len(graph.graph) for name, graph in graphs.items()}, sum(checks, [])
 
 
-def _domains(weights: Weights) -> list[str]:
-    """Domains of operators that are needed beside ONNX's own."""
-    return [CONTRIB] if weights == "int4" else []
+def _domains(weights: Weights, choice: Choice | None) -> list[str]:
+    """Domains of operators that may be needed beside ONNX's own."""
+    return [CONTRIB] if "int4" in (weights, *(choice or {}).values()) else []
 
 
 def _write_initial_state(model: RWKV_Dual, values: Values, path: Path) -> None:

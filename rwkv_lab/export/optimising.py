@@ -1,0 +1,89 @@
+"""The stage of an export that decides how the model is stored: what is left out, which level, where a scan is asked for
+what each part has."""
+
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from rwkv_lab.errors import FormatExportError, LayoutError, ParameterError
+from rwkv_lab.export.calibration import Calibration, load_calibration
+from rwkv_lab.export.checkpoint_detector import CheckpointDetector
+from rwkv_lab.export.configuration import ExportConfiguration
+from rwkv_lab.export.family import WholeModel
+from rwkv_lab.export.optimization_processor import OptimizationProcessor, by_storage, described
+from rwkv_lab.export.result import ExportResult
+from rwkv_lab.export.sensitivity import propose, scan_sensitivity
+from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.train import CORPORA
+
+log = logging.getLogger(__name__)
+
+
+def optimised(
+    configuration: ExportConfiguration, model: WholeModel, checkpoint: Path, result: ExportResult, folder: Path
+) -> WholeModel:
+    """The model as it will be written: without tensors that no layer reads, where that is asked for, and with a choice
+    for each matrix, where a scan is. What was found goes into the result.
+
+    Args:
+        checkpoint: that is exported: it may state what it was trained on.
+        folder: for what has to be written on the way.
+
+    Raises:
+        FormatExportError: a matrix that the level cannot store, or a scan of a model that is no RWKV.
+        ParameterError: calibration data that cannot be read, or a budget that no choice is within.
+    """
+    processor = OptimizationProcessor(configuration.quantization_level)
+    if configuration.optimise_structure:
+        reduced = processor.optimize_model_structure(model.path, folder / "read.safetensors")
+        result.left_out = list(reduced.left_out)
+        model = replace(model, path=reduced.path)
+    if configuration.sensitivity_scan:
+        model = replace(model, choice=_scan(configuration, model, checkpoint, result))
+        processor = OptimizationProcessor(configuration.quantization_level, model.choice)
+    if configuration.export_onnx or _is_packed(configuration):
+        tensors = processor.plan_quantisation(model.path)
+        result.storage = by_storage(tensors)
+        for line in described(tensors):
+            log.info("%s", line)
+    return model
+
+
+def _is_packed(configuration: ExportConfiguration) -> bool:
+    """Whether the PyTorch model is written with packed matrices."""
+    few_bits = configuration.quantization_level in ("int8", "int4", "nf4")
+    return few_bits and configuration.compress_weights and configuration.pytorch_format != "gguf"
+
+
+def _scan(configuration: ExportConfiguration, whole: WholeModel, checkpoint: Path, result: ExportResult) -> dict:
+    """How each matrix is stored, by the scan and the budgets."""
+    level = configuration.quantization_level
+    assert level in ("int8", "int4"), "refused by ExportConfiguration"
+    try:
+        with torch.inference_mode(False):
+            model = RWKV_Dual.from_pretrained(whole.path)
+    except LayoutError as e:
+        raise FormatExportError(f"sensitivity_scan is for RWKV alone: {e}") from e
+    if configuration.tokenizer:
+        model.tokenizer = configuration.tokenizer
+    read = _calibration(configuration, model, checkpoint)
+    result.calibration = {"data": read.data, "texts": len(read.texts), **asdict(read.statistics), "notes": read.notes}
+    found = scan_sensitivity(model, read.texts, level)
+    proposal = propose(model, read.texts, found, configuration.size_budget, configuration.kl_budget)
+    result.sensitivity = replace(found, proposal=proposal)
+    log.info("KL %.3g measured on %d tokens, %d bytes of weights", proposal.kl, found.tokens, proposal.bytes)
+    return proposal.choice
+
+
+def _calibration(configuration: ExportConfiguration, model: RWKV_Dual, checkpoint: Path) -> Calibration:
+    data = configuration.calibration_data
+    if not data:  # a training states the names of its data, not their folder: those that Python brings are found again
+        training = CheckpointDetector(checkpoint).get_checkpoint_metadata(checkpoint)["training"] or {}
+        data = training["data"] if training.get("data") in CORPORA else CORPORA[0]
+    try:
+        encode = model.tokenizer.encode
+    except ParameterError:  # the vocabulary does not tell
+        encode = None
+    return load_calibration(data, model.layout.vocab_size, encode, configuration.calibration_samples)
