@@ -166,7 +166,7 @@ def answer(path: str) -> None:
         ours = isinstance(e, RwkvLabError)
         lines = [line for line in _plain(e).splitlines() if line.strip()]
         message = _plain(e) if ours else (lines[-1][:300] if lines else "without a message")
-        text = json.dumps({"kind": type(e).__name__, "ours": ours, "message": message, "text": _all_text(e)})
+        text = json.dumps({"kind": type(e).__name__, "ours": ours, "message": message, "text": all_text(e)})
     whole = Path(request["answer"])
     whole.with_suffix(".part").write_text(text)
     whole.with_suffix(".part").rename(whole)
@@ -178,7 +178,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _all_text(error: BaseException) -> str:
+def all_text(error: BaseException) -> str:
     """Classes and messages of an error and of those that it came from, without the lines of code they passed."""
     texts: list[str] = []
     following: BaseException | None = error

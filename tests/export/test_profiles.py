@@ -5,8 +5,8 @@ import json
 import pytest
 from random_models import make_layout, write_model
 
-from rwkv_lab.errors import ParameterError
-from rwkv_lab.export import ConfigurationManager, ExportConfiguration, run
+from rwkv_lab.errors import ONNXExportError, ParameterError
+from rwkv_lab.export import ConfigurationManager, ExportConfiguration, ExportResult, run
 from rwkv_lab.export.profiles import PROFILES, choose_profile, earlier_failures
 
 
@@ -60,14 +60,29 @@ def test_errors_are_read_from_earlier_results(tmp_path):
     assert earlier_failures(tmp_path, B) == 2
 
 
-def test_an_export_states_its_profile(tmp_path):
+def test_an_export_states_its_profile_and_its_attempts(tmp_path):
     write_model(tmp_path / "B.pth", make_layout("7.0", n_layer=1, n_head=1, head_size=32, dim_ffn=64, vocab_size=257))
     given = dict(checkpoint_path=tmp_path / "B.pth", output_directory=tmp_path / "out", export_onnx=False)
+    limits = dict(export_onnx=True, attempt_time_limit=0.01, max_attempts=2, naming_pattern="hurried")
+    with pytest.raises(ONNXExportError, match="2 attempts failed; the first: .* did not end within 0.01 seconds"):
+        run(ConfigurationManager(environment={}).resolve(**given | limits))
+    failed = json.loads((tmp_path / "out/hurried.failed.json").read_text())
+    assert [one["why"] for one in failed["attempts"]] == [
+        "as asked for",
+        "the cause is not known: use_external_data_format = True",
+    ]
+    assert failed["configuration"]["max_attempts"] == {"value": 2, "from": "argument"}
     result = run(ConfigurationManager(environment={}).resolve(**given, naming_pattern="it"))
     found = json.loads((tmp_path / "out/it/result.json").read_text())["configuration"]
-    why = "auto: 0.0 million parameters, no earlier exports with a failed attempt"
-    assert found["profile"] == {"value": "aggressive", "from": why} == result.configuration["profile"]
-    assert found["max_attempts"] == {"value": 9, "from": "profile"}
-    result = run(ExportConfiguration(**given, naming_pattern="other", profile="balanced"))
-    assert result.configuration["profile"] == {"value": "balanced", "from": "argument"}
-    assert result.configuration["max_attempts"] == {"value": 5, "from": "profile"}
+    why = "auto: 0.0 million parameters, 1 earlier exports with a failed attempt"
+    assert found["profile"] == {"value": "balanced", "from": why} == result.configuration["profile"]
+    assert found["max_attempts"] == {"value": 5, "from": "profile"}
+    result = run(ExportConfiguration(**given, naming_pattern="other", profile="aggressive"))
+    assert result.configuration["profile"] == {"value": "aggressive", "from": "argument"}
+    assert result.configuration["max_attempts"] == {"value": 9, "from": "profile"}
+
+
+def test_a_degraded_result_says_so():
+    lost = ["opset 22, not 23 as asked for"]
+    assert ExportResult("", "", True, validation_passed=True, degraded=lost).verdict == f"DEGRADED: {lost[0]}"
+    assert ExportResult("", "", False, error_message="it ended", degraded=lost).verdict == "FAIL: it ended"

@@ -87,6 +87,9 @@ def test_each_named_error_has_a_cause_and_every_fix_a_setting():
         assert {*one.fix, *one.when} <= {*SETTINGS} and one.advice.endswith(".")
     assert all(rung.change.keys() <= {*SETTINGS} for rung in LADDER)
     assert diagnose("unordered_map::at", {}).error is UnorderedMapError
+    unsupported = "Exporting the operator 'aten::linalg_eigvalsh' to ONNX opset version 20 is not supported"
+    assert diagnose(unsupported, {"onnx_exporter": "legacy"}).fix == {"onnx_exporter": "dynamo"}
+    assert diagnose(unsupported, {"onnx_exporter": "dynamo"}).fix == {}
     assert diagnose("GuardOnDataDependentSymNode: u0 > 0", {}).error is TracerWarningError
 
 
