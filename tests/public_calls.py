@@ -311,6 +311,7 @@ def calls(world: World) -> list[Call]:
         "ConfigurationManager": {"environment": {}},
         "MonitoringLogger": {},
         "run_levels": {"configurations": []},
+        "plan_export": {"configurations": [exported]},
         "run": {"configuration": exported},
         "compare_logits": {"result": converted},
         "write_convert": {"plan": converted.plan},

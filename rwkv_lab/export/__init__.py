@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rwkv_lab.export.onnx_model import OnnxModel
     from rwkv_lab.export.optimization_processor import OptimizationProcessor
     from rwkv_lab.export.pipeline import run, run_levels
+    from rwkv_lab.export.planning import ExportPlan, plan_export
     from rwkv_lab.export.result import ExportResult
 
 _HOME = {
@@ -23,6 +24,7 @@ _HOME = {
     "CheckpointInfo": "rwkv_lab.export.checkpoint_detector",
     "ConfigurationManager": "rwkv_lab.export.configuration",
     "ExportConfiguration": "rwkv_lab.export.configuration",
+    "ExportPlan": "rwkv_lab.export.planning",
     "ExportResult": "rwkv_lab.export.result",
     "FormatExporter": "rwkv_lab.export.format_exporter",
     "MonitoringLogger": "rwkv_lab.export.monitoring_logger",
@@ -31,6 +33,7 @@ _HOME = {
     "OnnxModel": "rwkv_lab.export.onnx_model",
     "OptimizationProcessor": "rwkv_lab.export.optimization_processor",
     "export_onnx": "rwkv_lab.export.onnx.export",
+    "plan_export": "rwkv_lab.export.planning",
     "run": "rwkv_lab.export.pipeline",
     "run_levels": "rwkv_lab.export.pipeline",
 }
@@ -40,6 +43,7 @@ __all__ = [
     "CheckpointInfo",
     "ConfigurationManager",
     "ExportConfiguration",
+    "ExportPlan",
     "ExportResult",
     "FormatExporter",
     "MonitoringLogger",
@@ -48,6 +52,7 @@ __all__ = [
     "OnnxModel",
     "OptimizationProcessor",
     "export_onnx",
+    "plan_export",
     "run",
     "run_levels",
 ]

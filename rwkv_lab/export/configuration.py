@@ -200,6 +200,13 @@ class ExportConfiguration(Spec):
         changed._origins = origins | dict.fromkeys(values, "profile") | ({"profile": f"auto: {why}"} if why else {})
         return changed
 
+    def from_where(self, words: Mapping[str, str]) -> "ExportConfiguration":
+        """The same, with other words for where options come from that were given as keywords."""
+        theirs = {name: words.get(name, where) for name, where in self.origins.items() if where.startswith("argument")}
+        same = self.model_copy()
+        same._origins = self.origins | theirs
+        return same
+
     def described(self) -> str:
         """A line for each value: its name, the value and where it comes from."""
         return "\n".join(f"{name} = {getattr(self, name)!s}  ({where})" for name, where in self.origins.items())
@@ -265,6 +272,11 @@ class ConfigurationManager:
         self.path = None if path is None else to_path(path, "config")
         self._from_file = {} if self.path is None else _options_in(self.path)
         self._from_variables = _options_of(os.environ if environment is None else environment)
+
+    @property
+    def stated(self) -> dict[str, str]:
+        """What file and environment state: option -> the name of the file or of the variable."""
+        return self._gathered({})[1]
 
     def resolve(self, **keywords: Any) -> ExportConfiguration:
         """The configuration; `keywords` have the last word, `origins` of the result says what came from where.

@@ -17,6 +17,7 @@ from rwkv_lab.machine import anonymous_memory, disk_free
 from rwkv_lab.progress import Progress, human_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _EVERY = 0.1  # seconds between two samples, at first
 _MOST = 600  # samples; beyond that every second one is dropped, and they are taken half as often
+_NAMED = 0.06  # of the whole: shorter stages have no space for their names
 _PACKAGE = logging.getLogger("rwkv_lab")
 
 
@@ -264,7 +266,7 @@ def _free(folder: Path) -> int | None:
 
 
 def timeline(found: Monitoring, subtitle: str = "") -> "Figure":
-    """Memory and disk of an export over time; the stages are named above, their ends are lines."""
+    """Memory and disk of an export over time; lines are where stages begin, the long ones are named above."""
     from rwkv_lab.plotting import BLUE, GREY, ORANGE, quiet, titled
 
     figure = titled(3.6, "Memory and disk over time", subtitle)
@@ -282,8 +284,16 @@ def timeline(found: Monitoring, subtitle: str = "") -> "Figure":
         for stage in found.stages:
             axes.axvline(stage.start, color=GREY, linewidth=0.8, linestyle="--")
         quiet(axes)
-    for stage in found.stages:
-        words = stage.name if stage.end is None else f"{stage.name} {stage.end - stage.start:.1f} s"
-        above.annotate(words, (stage.start, 1.02), xycoords=("data", "axes fraction"), fontsize=8, rotation=20)
+    _name_stages(above, found.stages, seconds[-1] if seconds else 0.0)
     below.set_xlabel("seconds since the start")
     return figure
+
+
+def _name_stages(axes: "Axes", stages: Sequence[Stage], whole: float) -> None:
+    """The names of stages above their part of the axis, in two rows, where there is space for them."""
+    shown = [stage for stage in stages if (stage.end or whole) - stage.start >= _NAMED * whole]
+    for place, stage in enumerate(shown):
+        end = whole if stage.end is None else stage.end
+        words = f"{stage.name} {end - stage.start:.1f} s"
+        at = ((stage.start + end) / 2, 1.04 + 0.13 * (place % 2))
+        axes.annotate(words, at, xycoords=("data", "axes fraction"), fontsize=8, ha="center")

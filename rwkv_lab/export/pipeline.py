@@ -132,7 +132,8 @@ def _run(configuration: ExportConfiguration, merged: _Merged) -> ExportResult:
     now = datetime.now(UTC)
     result = ExportResult(secrets.token_hex(6), now.isoformat(timespec="seconds"))
     _state(configuration, result)
-    name = _folder_name(configuration, result.export_id, now)
+    stamp = now.strftime("%Y%m%d-%H%M%S-%f")  # two exports may start in the same second
+    name = folder_name(configuration, result.export_id, stamp)
     try:
         _export(configuration, result, configuration.output_directory / name, merged)
     except BaseException as e:
@@ -153,7 +154,7 @@ def _export(configuration: ExportConfiguration, result: ExportResult, out: Path,
             detector = CheckpointDetector(configuration.checkpoint_path)
             checkpoint = detector.detect_latest_checkpoint(configuration.checkpoint_name)
             result.warnings += checkpoint.passed_over
-        family = _family_of(configuration, checkpoint)
+        family = family_of(configuration, checkpoint)
         _make_folder(out.parent)
         _refuse_around(out, checkpoint.path)
         check_target(out, configuration.overwrite)
@@ -288,7 +289,12 @@ def _built_in(count: int) -> list[str]:
     return [text[start : start + _BYTES].decode(errors="ignore") for start in starts]
 
 
-def _family_of(configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> Family:
+def family_of(configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> Family:
+    """The family that a checkpoint, or the base that it goes with, is of.
+
+    Raises:
+        ModelMergeError: there is no base, or it is of none that is known.
+    """
     try:
         found = next((f for f in FAMILIES if f.recognises(configuration, checkpoint)), None)
     except RwkvLabError as e:  # of the base
@@ -311,10 +317,11 @@ def _model_name(configuration: ExportConfiguration, path: Path) -> str:
     return configuration.model_name or path.stem.lstrip(".") or "model"
 
 
-def _folder_name(configuration: ExportConfiguration, export_id: str, now: datetime) -> str:
+def folder_name(configuration: ExportConfiguration, export_id: str, timestamp: str) -> str:
+    """The name of an export's folder."""
     return configuration.naming_pattern.format(
         model_name=_model_name(configuration, Path(configuration.checkpoint_name or configuration.checkpoint_path)),
-        timestamp=now.strftime("%Y%m%d-%H%M%S-%f"),  # two exports may start in the same second
+        timestamp=timestamp,
         quantization_level=configuration.quantization_level,
         export_id=export_id,
     )

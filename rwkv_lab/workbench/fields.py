@@ -57,10 +57,16 @@ class Field:
 
 def field_for(name: str, info: FieldInfo) -> Field:
     """The field for a parameter, by its type."""
-    files = _marked(info.metadata, Files)
+    kind, optional = _without_none(info.annotation)
+    if optional and kind is not int and kind is not float:
+        return _flag_or_none(name) if kind is bool else _or_none(_given_field(name, info, kind))
+    return _given_field(name, info, kind, optional)
+
+
+def _given_field(name: str, info: FieldInfo, kind: Any, optional: bool = False) -> Field:
+    files = _marked([*info.metadata, *_marks(info.annotation)], Files)
     if files:
         return _paths(name) if files.several else _path(name)
-    kind, optional = _without_none(info.annotation)
     origin, inside = get_origin(kind), get_args(kind)
     choices = _choices(kind, info.metadata)
     if choices:
@@ -107,6 +113,13 @@ def _without_none(annotation: Any) -> tuple[Any, bool]:
         return annotation, False
     kinds = [a for a in get_args(annotation) if a is not type(None)]
     return _without_none(kinds[0])[0], len(kinds) < len(get_args(annotation))
+
+
+def _marks(annotation: Any) -> tuple[Any, ...]:
+    """What `Annotated` adds to a type, or to the first of several."""
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = get_args(annotation)[0]
+    return get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
 
 
 def _least(info: FieldInfo) -> int:
@@ -177,6 +190,20 @@ def _from_json(text: str) -> object:
         return json.loads(text) if text.strip() else {}
     except ValueError:
         return text
+
+
+def _or_none(field: Field) -> Field:
+    """A field that is empty where nothing is given."""
+    if isinstance(field.widget, widgets.Dropdown):
+        field.widget.options = (("(default)", ""), *field.widget.options)
+    to_widget, from_widget = field._to_widget, field._from_widget
+    read = lambda v: None if v in ("", (), []) else from_widget(v)  # noqa: E731
+    return Field(field.name, field.widget, lambda v: to_widget("" if v is None else v), read)
+
+
+def _flag_or_none(name: str) -> Field:
+    options = (("(default)", None), ("True", True), ("False", False))
+    return Field(name, widgets.Dropdown(options=options, description=name, style=_LABEL, value=None))
 
 
 def _whole(name: str, least: int) -> Field:

@@ -1,4 +1,4 @@
-"""A file chooser for checkpoints: a text field, and under it a list to walk through folders."""
+"""A file chooser for checkpoints and YAML files: a text field, and under it a list to walk through folders."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import ipywidgets as widgets
 from traitlets import HasTraits, Unicode
 
-_SUFFIXES = (".pth", ".safetensors")
+_SUFFIXES = (".pth", ".safetensors", ".yaml", ".yml")  # and recipes and configurations
 _MARKS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "adapter_config.json")
 _HERE = "use this folder"
 

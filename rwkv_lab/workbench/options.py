@@ -4,7 +4,7 @@ stated there alone.
 papermill passes words, so paths are text here, and "" or [] is used where a spec has None.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -47,6 +47,21 @@ def takes(*specs: type[Spec], without: Collection[str] = ()) -> Callable[[type[P
     return decorate
 
 
+def unset(spec: type[Spec], several: Mapping[str, list]) -> type[Spec]:
+    """A spec whose options are all None at first: not given, so that something else decides.
+
+    Args:
+        several: options of which a list is taken, with an example.
+    """
+    fields: Any = {}
+    for name, option in spec.model_fields.items():
+        annotation, examples = _annotation(option), option.examples
+        if name in several:
+            annotation, examples = list[annotation], [several[name]]
+        fields[name] = annotation | None, Field(None, description=option.description, examples=examples)
+    return create_model(f"Unset{spec.__name__}", __base__=Spec, **fields)
+
+
 def values_for(spec: type[Spec], parameters: Parameters) -> dict[str, Any]:
     """The values of the spec's options among the parameters, with None again where none is given."""
     values = {name: getattr(parameters, name) for name in spec.model_fields if name in type(parameters).model_fields}
@@ -61,7 +76,7 @@ def _in_words(option: FieldInfo) -> tuple[Any, FieldInfo]:
     annotation = _annotation(option)
     if plain is Path:
         annotation, default = PathOrEmpty, "" if default is None else default
-    elif _may_be_none(option) and get_origin(plain) is list:
+    elif _may_be_none(option) and get_origin(kind) is list:  # one that is checked further may not be empty
         annotation, default = kind, []
     elif _may_be_none(option) and get_origin(plain) is Literal:
         annotation, default = Literal[("", *get_args(plain))], ""

@@ -22,7 +22,8 @@ def parameters_cell(model: type[Parameters]) -> str:
         f"{name}: {_type(field.annotation)} = {_literal(field.default)}  # {field.description}"
         for name, field in model.model_fields.items()
     ]
-    imported = [name for name in ("Optional", "Union") if any(f": {name}[" in line for line in lines)]
+    types = " ".join(_type(field.annotation) for field in model.model_fields.values())
+    imported = [name for name in ("Optional", "Union") if f"{name}[" in types]
     head = [f"from typing import {', '.join(imported)}", ""] if imported else []
     return "\n".join(head + lines)
 

@@ -171,7 +171,7 @@ class Run:
         stands_for = self.model.stands_for(values)
         rows = []
         for name, field in self.model.model_fields.items():
-            here = f", here {stands_for[name]}" if values[name] is None and name in stands_for else ""
+            here = f", here {stands_for[name]}" if values[name] in (None, "", []) and name in stands_for else ""
             rows.append((name, _as_literal(values[name]) + here, field.description))
         return Table(f"Parameters of this {self.notebook} run", ("parameter", "value", "what it is"), rows)
 

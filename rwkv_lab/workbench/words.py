@@ -33,7 +33,7 @@ def from_words(field: FieldInfo, value: object) -> object:
         return list(value) if isinstance(value, tuple) and list in kinds else value
     one_serves = str in kinds or float in kinds
     if not isinstance(value, str):
-        return value if one_serves else [value]
+        return value if one_serves or type(value) in kinds else [value]
     if one_serves and not _COMMA.search(value):
         return _parsed(value, list, value)  # a list may be given, and need not be
     inside = next(_inside(kind) for kind in _alternatives(field.annotation) if _plain(kind) is list)

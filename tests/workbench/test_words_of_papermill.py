@@ -64,6 +64,7 @@ LISTS = [
     ("benchmark", "lengths", "64", [64]),
     ("benchmark", "batches", "1, 8", [1, 8]),
     ("benchmark", "peers", "auto", ["auto"]),
+    ("export", "quantization_level", "none,int8", ["none", "int8"]),
 ]
 
 
@@ -71,6 +72,11 @@ LISTS = [
 def test_a_word_serves_where_a_list_is_meant(notebook, name, word, value):
     also = {"kind": "lora"} if notebook == "train" else {}
     assert getattr(read(notebook, **{name: word}, **also), name) == value
+
+
+@pytest.mark.parametrize(("word", "value"), [(3, 3), ("A text.,another", ["A text.", "another"]), ("one", ["one"])])
+def test_a_number_or_words_serve_where_a_number_or_a_list_is_meant(word, value):
+    assert read("export", test_input_samples=word).test_input_samples == value
 
 
 def test_every_list_of_every_notebook_is_among_them():

@@ -1,0 +1,174 @@
+"""What an export would do, from headers alone: what is read and written, and about what it takes."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+from rwkv_lab.arguments import checked
+from rwkv_lab.checkpoint import TensorInfo, open_checkpoint
+from rwkv_lab.checkpoint.atomic import check_target
+from rwkv_lab.errors import CheckpointValidationError, ModelMergeError, OutputError, RwkvLabError
+from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointInfo
+from rwkv_lab.export.configuration import ExportConfiguration
+from rwkv_lab.export.pipeline import ONNX, PYTORCH, family_of, folder_name
+from rwkv_lab.machine import disk_free, memory_free
+from rwkv_lab.progress import human_bytes
+
+# Matrices that are stored in 8 or 4 bits, by their names in RWKV models and in those of transformers.
+_QUANTISED = re.compile(
+    r"\.(att|ffn)\.(receptance|key|value|gate|output)\.weight$|\.(self_attn|mlp)\.\w+_proj\.weight$"
+)
+_HEAD = ("head.weight", "lm_head.weight")
+_BITS = {
+    "none": 32.0,
+    "fp16": 16.0,
+    "int8": 8.0,
+    "int4": 5.0,
+    "nf4": 4.5,
+}  # of a weight, its share of scales and zero points in it
+_INSIDE = 16 * 2**20  # bytes of weights up to which each graph holds them itself
+_PROCESS = 400_000_000  # bytes that torch, onnx and onnxruntime take without a model
+
+
+@dataclass(frozen=True)
+class PlannedOutput:
+    """A part of what is written."""
+
+    level: str
+    format: str  # "pytorch" or "onnx"
+    bytes: int  # about
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What exports of one model would do.
+
+    base: the model that the checkpoint is merged into; None where it is a whole model.
+    source_bytes: tensors of the whole model as they are stored; None where no header tells.
+    memory_needed: about, anonymous memory.
+    disk_needed: about, work files included.
+    """
+
+    configurations: tuple[ExportConfiguration, ...]
+    checkpoint: CheckpointInfo
+    base: Path | None
+    family: str
+    described: str
+    source_bytes: int | None
+    outputs: tuple[PlannedOutput, ...]
+    disk_needed: int
+    disk_free: int
+    memory_needed: int
+    memory_free: int
+    notes: list[str] = field(default_factory=list)
+
+
+@checked
+def plan_export(configurations: Sequence[ExportConfiguration]) -> ExportPlan:
+    """Look at what exports need before they begin.
+
+    Args:
+        configurations: of one model, as `ConfigurationManager.resolve_levels` gives them.
+
+    Raises:
+        CheckpointValidationError: the checkpoint is missing, damaged or still being written.
+        ModelMergeError: there is no base, or it is of no family that is known.
+        OutputError: a folder of an export is there already, or the disk has not enough space.
+    """
+    first = configurations[0]
+    try:
+        checkpoint = CheckpointDetector(first.checkpoint_path).detect_latest_checkpoint(first.checkpoint_name)
+    except CheckpointValidationError:
+        raise
+    except RwkvLabError as e:
+        raise CheckpointValidationError(str(e)) from e
+    family = family_of(first, checkpoint)
+    whole = checkpoint.kind == "model"
+    base = None if whole or not first.base_model_name else Path(first.base_model_name)
+    for one in configurations:
+        _check_folder(one)
+    described, tensors = _tensors(checkpoint.path if base is None else base)
+    outputs = [output for one in configurations for output in _outputs(one, tensors)]
+    source = sum(info.nbytes for info in tensors.values())
+    merged = 0 if whole else source
+    disk, free = merged + sum(output.bytes for output in outputs), disk_free(_existing(first.output_directory))
+    if disk > free:
+        raise OutputError(
+            f"The export needs about {human_bytes(disk)} of disk, {human_bytes(free)} are free "
+            f"where {first.output_directory} is.\nChoose another output_directory, or fewer levels and formats."
+        )
+    notes = list(checkpoint.passed_over)
+    if whole and first.base_model_name:
+        notes.append(f"{checkpoint.name} is a whole model, so base_model_name is not used.")
+    memory, there = _memory(configurations, tensors), memory_free()
+    if memory > there:
+        notes.append(f"about {human_bytes(memory)} of memory are needed, and {human_bytes(there)} are free.")
+    size = source if tensors else None
+    return ExportPlan(
+        tuple(configurations), checkpoint, base, family.name, described, size, tuple(outputs),
+        disk, free, memory, there, notes,
+    )  # fmt: skip
+
+
+def _tensors(path: Path) -> tuple[str, Mapping[str, TensorInfo]]:
+    """A model in words, and its tensors by name; nothing where it is no path, such as a name on a hub."""
+    if not path.exists():
+        return str(path), {}
+    try:
+        with open_checkpoint(path) as ck:
+            return str(ck.layout or ck.kind), dict(ck.info)
+    except RwkvLabError as e:
+        raise ModelMergeError(f"base_model_name: {e}") from e
+
+
+def _outputs(configuration: ExportConfiguration, tensors: Mapping[str, TensorInfo]) -> list[PlannedOutput]:
+    level = configuration.quantization_level
+    found = []
+    if configuration.export_pytorch:
+        stored = level if configuration.compress_weights else "none"
+        size = sum(_pytorch_bytes(name, t, stored) for name, t in tensors.items())
+        found.append(PlannedOutput(level, PYTORCH, size))
+    if configuration.export_onnx:
+        size = int(sum(prod(t.shape) * _bits(name, t, level) / 8 for name, t in tensors.items()))
+        inside = size <= _INSIDE and not configuration.use_external_data_format
+        found.append(PlannedOutput(level, ONNX, 2 * size if inside else size))  # of two graphs
+    return found
+
+
+def _pytorch_bytes(name: str, tensor: TensorInfo, level: str) -> int:
+    """Bytes of a tensor in a file for PyTorch; what is not quantised keeps its dtype."""
+    if level == "fp16":
+        return 2 * prod(tensor.shape)
+    return int(prod(tensor.shape) * _BITS[level] / 8) if level != "none" and _QUANTISED.search(name) else tensor.nbytes
+
+
+def _bits(name: str, tensor: TensorInfo, level: str) -> float:
+    """Bits that ONNX stores a value of a tensor in."""
+    if level == "fp16":
+        return 16.0 if len(tensor.shape) > 1 else 32.0
+    if level == "int4" and name in _HEAD:
+        return _BITS["int8"]
+    return _BITS[level] if name in _HEAD or _QUANTISED.search(name) else 32.0
+
+
+def _memory(configurations: Sequence[ExportConfiguration], tensors: Mapping[str, TensorInfo]) -> int:
+    """Of float32 weights: once in torch, and in both graphs where onnxruntime is compared with it."""
+    weights = 4 * sum(prod(t.shape) for t in tensors.values())
+    compared = any(one.run_validation_tests and one.export_onnx for one in configurations)
+    traced = any(one.export_onnx for one in configurations)
+    return _PROCESS + weights * (3 if compared else 2 if traced else 0)
+
+
+def _check_folder(configuration: ExportConfiguration) -> None:
+    """Refuse a folder that is there already; where its name depends on the time, it is new."""
+    pattern, folder = configuration.naming_pattern, configuration.output_directory
+    if "{timestamp" in pattern or "{export_id" in pattern or not folder.is_dir():
+        return
+    check_target(folder / folder_name(configuration, "", ""), configuration.overwrite)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next((one for one in (folder, *folder.parents) if one.is_dir()), Path("/"))

@@ -1,0 +1,1 @@
+"""export.ipynb: its parameters and cells."""

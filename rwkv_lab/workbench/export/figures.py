@@ -1,0 +1,96 @@
+"""Figures of export.ipynb: sizes, agreement with the model, speed."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rwkv_lab.plotting import BLUE, CYCLE, GREEN, GREY, ORANGE, quiet, single, titled
+from rwkv_lab.workbench.export.exported import Exported, size_of
+
+_FLOOR = 1e-12  # of a divergence that is zero, on a logarithmic scale
+_SHAPE = re.compile(r"(?P<name>.+) at (?P<batch>\d+)x(?P<length>\d+)$")
+
+
+def sizes(results: Sequence[Exported], subtitle: str) -> Figure:
+    """A bar for the model, and one for each output."""
+    rows = [("model", (results[0].result.original_size_mb or 0) * 1e6, GREY)]
+    for one in results:
+        rows += [(f"PyTorch, {one.label}", size_of(one.pytorch), GREEN)] if one.pytorch else []
+        rows += [(f"ONNX, {one.label}", size_of(one.onnx), BLUE)] if one.onnx else []
+    figure, axes = single(0.9 + 0.32 * len(rows), "How large is what was exported?", subtitle)
+    bars = axes.barh([name for name, _, _ in rows], [size / 1e6 for _, size, _ in rows], color=[c for *_, c in rows])
+    share = rows[0][1] or 1
+    axes.bar_label(bars, [f" {size / 1e6:.3g} MB, {size / share:.0%}" for _, size, _ in rows], fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlabel("MB")
+    quiet(axes)
+    return figure
+
+
+def agreement(results: Sequence[Exported], subtitle: str) -> Figure:
+    """Divergence and changed likeliest tokens of each level, with their limits; errors over the length."""
+    figure = titled(3.6, "Does it compute what the model does?", subtitle)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.5))
+    labels = [one.label for one in results]
+    kl = [one.measured["kl_mean"] for one in results]
+    _bars(left, labels, kl, [one.gate["kl"] for one in results], "mean KL, nats per token")
+    left.set_yscale("log")
+    left.set_ylim(bottom=max(min([value for value in kl if value > 0], default=_FLOOR) / 10, _FLOOR))
+    changed = [100 * (1 - one.measured["top1"]) for one in results]
+    _bars(middle, labels, changed, [100 * (1 - one.gate["top1"]) for one in results], "other likeliest token, %")
+    middle.set_ylim(bottom=0)
+    for place, one in enumerate(results):
+        _errors(right, one, CYCLE[place % len(CYCLE)])
+    right.set_xscale("log")
+    right.set_yscale("log")
+    right.set_xlabel("tokens")
+    right.set_ylabel("largest relative error")
+    right.legend(frameon=False, fontsize=8, loc="best")
+    quiet(right)
+    return figure
+
+
+def speed(results: Sequence[Exported], subtitle: str) -> Figure:
+    """Tokens per second, one after the other."""
+    rows = [(one.label, 1000 / one.result.inference_speed_ms) for one in results if one.result.inference_speed_ms]
+    figure, axes = single(0.9 + 0.32 * len(rows), "How fast does onnxruntime write one token after another?", subtitle)
+    bars = axes.barh([name for name, _ in rows], [rate for _, rate in rows], color=BLUE)
+    axes.bar_label(bars, [f" {rate:,.0f}/s, {1000 / rate:.2f} ms" for _, rate in rows], fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlabel("tokens per second")
+    quiet(axes)
+    return figure
+
+
+def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], limits: Sequence[float], unit: str) -> None:
+    """A bar per level: blue within its limit, which is a short line, orange beyond."""
+    places = np.arange(len(labels))
+    colours = [BLUE if value <= limit else ORANGE for value, limit in zip(values, limits, strict=True)]
+    bars = axes.bar(places, values, 0.6, color=colours)
+    axes.bar_label(bars, [f"{value:.2g}" for value in values], fontsize=8)
+    axes.hlines(limits, places - 0.4, places + 0.4, color=GREY, linestyle="--", linewidth=1.2)
+    axes.set_xticks(places, labels, fontsize=8)
+    axes.set_ylabel(unit, fontsize=9)
+    axes.margins(y=0.15)
+    quiet(axes)
+
+
+def _errors(axes: Axes, one: Exported, colour: str) -> None:
+    """Largest errors of logits (solid) and of the state (dashed) by length."""
+    found: dict[str, dict[int, float]] = {"logits": {}, "state": {}}
+    for name, error in one.measured["errors"].items():
+        match = _SHAPE.match(name)
+        if match is None or not float(error) > 0:
+            continue
+        lengths = found["logits" if match["name"] == "logits" else "state"]
+        length = int(match["length"])
+        lengths[length] = max(float(error), lengths.get(length, 0.0))
+    for (part, lengths), style in zip(found.items(), ("-o", "--s"), strict=True):
+        if lengths:
+            points = sorted(lengths.items())
+            axes.plot(*zip(*points, strict=True), style, color=colour, markersize=3, label=f"{one.label}, {part}")
