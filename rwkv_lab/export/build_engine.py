@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,7 @@ class NotBuiltError(Exception):
 
 def main(words: list[str] | None = None) -> int:
     """Build, compare, print a line per graph as JSON; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--graph", action="append", help="of profiles.json; may be repeated; all of them by default")
     parser.add_argument("--onnx", help="the folder of the ONNX files, where it is another than profiles.json says")
     parser.add_argument("--workspace-gib", type=float, help="GPU memory for layers at most; by default all there is")
@@ -35,8 +36,7 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     plan = json.loads((HERE / "profiles.json").read_text("utf-8"))
     try:
-        import tensorrt as trt
-
+        trt = import_module("tensorrt")
         logger = trt.Logger(trt.Logger.WARNING)
         builder = trt.Builder(logger)  # needs a driver
     except Exception as e:

@@ -88,7 +88,7 @@ class ExportConfiguration(Spec):
         "formats": (
             *("export_pytorch", "export_onnx", "export_tensorrt", "pytorch_format", "onnx_dynamic_axes"),
             *("onnx_opset_version", "onnx_optimize_graph", "use_external_data_format"),
-            *("tensorrt_batch", "tensorrt_length"),
+            *("onnx_recurrence", "tensorrt_batch", "tensorrt_length"),
         ),
         "recovery": ("profile", "max_attempts", "attempt_time_limit"),
         "validation": ("run_validation_tests", "test_input_samples"),
@@ -149,6 +149,9 @@ class ExportConfiguration(Spec):
     onnx_optimize_graph: bool = Field(True, description="fold constants, leave out nodes without use")
     use_external_data_format: bool | None = Field(
         None, description="weights of the graphs in a file of their own; empty: where there are more than 16 MiB"
+    )
+    onnx_recurrence: Literal["scan", "linear_attention"] = Field(
+        "scan", description="of RWKV's sequence graph; linear_attention, for RWKV-5 and 6: an operator of onnxruntime"
     )
     tensorrt_batch: Sizes = Field([1, 1, 8], description="least, optimal and largest batch of engines")
     tensorrt_length: Sizes = Field([1, 128, 1024], description="the same of their length in tokens")
@@ -215,6 +218,8 @@ class ExportConfiguration(Spec):
     def _possible(self) -> "ExportConfiguration":
         if self.export_tensorrt and not self.export_onnx:
             raise ValueError("export_tensorrt=True needs export_onnx=True: engines are built from those graphs")
+        if self.export_tensorrt and self.onnx_recurrence != "scan":
+            raise ValueError("export_tensorrt=True needs onnx_recurrence='scan': TensorRT has no LinearAttention")
         if self.export_tensorrt and self.quantization_level not in ("none", "fp16"):
             raise ValueError(
                 f"export_tensorrt=True and quantization_level={self.quantization_level!r}: TensorRT has no operator "

@@ -14,7 +14,7 @@ from rwkv_lab.export.family import Family, Reference, WholeModel
 from rwkv_lab.export.onnx import need_packages
 from rwkv_lab.export.onnx_attempts import write_onnx
 from rwkv_lab.export.onnx_folder import MANIFEST
-from rwkv_lab.export.tensorrt import TensorRTExport, export_tensorrt
+from rwkv_lab.export.tensorrt_engines import TensorRTExport, export_tensorrt
 from rwkv_lab.paths import missing_file
 
 if TYPE_CHECKING:  # a model can be written for PyTorch without onnx

@@ -4,6 +4,8 @@ from typing import Literal
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
 Logits = Literal["all", "last"]
+Recurrence = Literal["scan", "linear_attention"]  # of the sequence graph
+LINEAR = ("5.0", "5.1", "5.2", "6.0")  # generations that linear_attention is for
 
 SEQUENCE, STEP = "model.onnx", "step.onnx"
 INITIAL_STATE, MANIFEST = "initial_state.npz", "export.json"

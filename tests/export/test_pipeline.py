@@ -24,7 +24,7 @@ from rwkv_lab.errors import (
     ParameterError,
     ValidationError,
 )
-from rwkv_lab.export import ConfigurationManager, OnnxModel, run, run_levels, tensorrt
+from rwkv_lab.export import ConfigurationManager, OnnxModel, run, run_levels, tensorrt_engines
 from rwkv_lab.export.__main__ import main
 from rwkv_lab.export.families.rwkv import Rwkv, RwkvReference
 from rwkv_lab.export.validation_tester import ValidationTester
@@ -48,7 +48,7 @@ def configured(**values):
 def test_an_adapter_becomes_a_model_that_runs(files, tmp_path, monkeypatch):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
-    monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)  # as where it is not installed
+    monkeypatch.setattr(tensorrt_engines, "find_spec", lambda name: None)  # as where it is not installed
     result = run(
         configured(
             **dict(checkpoint_path=files / "lora.pth", base_model_name=str(files / "B.pth"), output_directory=tmp_path),

@@ -20,10 +20,10 @@ from onnx import TensorProto, helper  # noqa: E402
 
 from rwkv_lab.checks import Check, NotApplicable  # noqa: E402
 from rwkv_lab.errors import FormatExportError, ParameterError  # noqa: E402
-from rwkv_lab.export import ConfigurationManager, build_engine, tensorrt  # noqa: E402
+from rwkv_lab.export import ConfigurationManager, build_engine, tensorrt_engines  # noqa: E402
 from rwkv_lab.export.families.rwkv import RwkvReference  # noqa: E402
 from rwkv_lab.export.onnx.tensorrt_operators import check_for_tensorrt  # noqa: E402
-from rwkv_lab.export.tensorrt import export_tensorrt  # noqa: E402
+from rwkv_lab.export.tensorrt_engines import export_tensorrt  # noqa: E402
 
 SIZES = {"batch": [1, 2, 4], "length": [1, 8, 32]}
 FLOAT = TensorProto.FLOAT
@@ -169,7 +169,7 @@ def ready(exported, tmp_path_factory):
     model, folder = exported("7.0")
     out = tmp_path_factory.mktemp("engines")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tensorrt, "find_spec", lambda name: None)
+        patched.setattr(tensorrt_engines, "find_spec", lambda name: None)
         return export_tensorrt(folder, out / "tensorrt", SIZES, RwkvReference(model, ""), False), folder
 
 

@@ -73,6 +73,7 @@ class Rwkv:
             tokenizer=configuration.tokenizer or None,
             optimise_graph=configuration.onnx_optimize_graph,
             choice=cast(Choice, model.choice) or None,
+            recurrence=configuration.onnx_recurrence,
         )
         return written.checks
 

@@ -18,15 +18,17 @@ from rwkv_lab.checkpoint import file_facts
 from rwkv_lab.checkpoint.atomic import atomic_folder
 from rwkv_lab.checkpoint.provenance import provenance
 from rwkv_lab.checks import Check
-from rwkv_lab.errors import ParameterError
+from rwkv_lab.errors import ONNXExportError, ParameterError
 from rwkv_lab.export.onnx import need_packages
 from rwkv_lab.export.onnx_folder import (
     CONTRIB,
     INITIAL_STATE,
+    LINEAR,
     MANIFEST,
     SEQUENCE,
     STEP,
     Logits,
+    Recurrence,
     Weights,
     axes_of,
     readme,
@@ -78,6 +80,7 @@ def export_onnx(
     overwrite: bool = False,
     optimise_graph: bool = True,
     choice: Choice | None = None,
+    recurrence: Recurrence = "scan",
 ) -> OnnxExport:
     """Write a model as two ONNX graphs, for a sequence and for one token, that `rwkv_lab.export.OnnxModel` runs.
 
@@ -99,6 +102,8 @@ def export_onnx(
         overwrite: replace a folder that is there.
         optimise_graph: fold constants, and leave out nodes that compute what is known or nothing that is used.
         choice: how single matrices are stored, by name, whatever `weights` says: "fp32", "fp16", "int8" or "int4".
+        recurrence: of the sequence graph: "scan", in ONNX's own operators; "linear_attention", for RWKV-5 and 6, one
+            operator per layer that onnxruntime alone has.
 
     Raises:
         ONNXExportError: a model that cannot be written as ONNX, or a written graph that is not what was asked for.
@@ -110,11 +115,13 @@ def export_onnx(
     need_packages()
     recipe = {"weights": weights, "opset": opset, "logits": logits, "optimise_graph": optimise_graph}
     recipe |= {"choice": dict(choice)} if choice else {}
+    recipe["recurrence"] = recurrence
     with _opened(model) as (model, values, source), atomic_folder(Path(folder), overwrite) as inside:
+        _check_recurrence(model, recurrence)
         spoken, name = _tokenizer(model, tokenizer)
         OptimizationProcessor("none", choice).plan_quantisation(model)  # refuses names that the model does not have
         nodes, checks = _write_graphs(
-            *(model, values, inside, weights, opset, logits, external_data, optimise_graph, choice)
+            *(model, values, inside, weights, opset, logits, external_data, optimise_graph, choice, recurrence)
         )
         _write_initial_state(model, values, inside / INITIAL_STATE)
         _write_tokenizer(spoken, name, tokenizer, inside)
@@ -126,7 +133,7 @@ def export_onnx(
             **recipe,
             "graphs": {"sequence": SEQUENCE, "step": STEP},
             "axes": {name: axes_of(name == STEP, logits) for name in (SEQUENCE, STEP)},
-            "domains": _domains(weights, choice),
+            "domains": _domains(weights, choice, recurrence),
             "initial_state": INITIAL_STATE,
             "tuned_state": model.has_time_state,
             "tokenizer": name,
@@ -168,6 +175,7 @@ def _write_graphs(
     external: bool | None,
     optimise: bool,
     choice: Choice | None,
+    recurrence: Recurrence,
 ) -> tuple[dict[str, int], list[Check]]:
     """Write the graphs; how many nodes each has, and what was checked."""
     from rwkv_lab.export.onnx.check import check_graph
@@ -177,19 +185,31 @@ def _write_graphs(
     from rwkv_lab.export.onnx.weights import WeightTensors
 
     tensors = WeightTensors(values)
-    graphs = {name: trace(model, tensors, opset, name == STEP, logits, optimise) for name in (SEQUENCE, STEP)}
+    graphs = {
+        name: trace(model, tensors, opset, name == STEP, logits, optimise, recurrence=recurrence)
+        for name in (SEQUENCE, STEP)
+    }
     for graph in graphs.values():
         quantise(graph, weights, choice)
     write_graphs(graphs, folder, external)
-    checks = [
-        check_graph(folder / name, opset, axes_of(name == STEP, logits), _domains(weights, choice)) for name in graphs
-    ]
+    domains = _domains(weights, choice, recurrence)
+    checks = [check_graph(folder / name, opset, axes_of(name == STEP, logits), domains) for name in graphs]
     return {name: len(graph.graph) for name, graph in graphs.items()}, sum(checks, [])
 
 
-def _domains(weights: Weights, choice: Choice | None) -> list[str]:
+def _domains(weights: Weights, choice: Choice | None, recurrence: Recurrence) -> list[str]:
     """Domains of operators that may be needed beside ONNX's own."""
-    return [CONTRIB] if "int4" in (weights, *(choice or {}).values()) else []
+    needed = "int4" in (weights, *(choice or {}).values()) or recurrence == "linear_attention"
+    return [CONTRIB] if needed else []
+
+
+def _check_recurrence(model: RWKV_Dual, recurrence: Recurrence) -> None:
+    version = model.layout.version
+    if recurrence == "linear_attention" and version not in LINEAR:
+        raise ONNXExportError(
+            f"The recurrence of RWKV-{version} cannot be said in onnxruntime's LinearAttention; that of "
+            f"{', '.join(LINEAR)} can.\nExport it with recurrence='scan'."
+        )
 
 
 def _write_initial_state(model: RWKV_Dual, values: Values, path: Path) -> None:

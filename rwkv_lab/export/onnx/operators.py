@@ -12,6 +12,8 @@ import torch
 from onnxscript import FLOAT, graph, script
 from onnxscript import opset18 as op
 
+from rwkv_lab.export.onnx.linear_attention import attend6
+from rwkv_lab.export.onnx_folder import Recurrence
 from rwkv_lab.wkv import operators  # noqa: F401  makes torch.ops.rwkv_lab known
 
 # Types of values, whose names stand for axes; within a body, onnxruntime wants all of them.
@@ -180,9 +182,11 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     return y if bias is None else op.Add(y, bias)
 
 
-def translations(one_token: bool) -> dict[Callable, Callable]:
+def translations(one_token: bool, recurrence: Recurrence) -> dict[Callable, Callable]:
     """torch's operators -> how they are written in ONNX; for a graph of one token, or of a sequence."""
     wkv4, wkv6, wkv7 = (_step4, _step6, _step7) if one_token else (_scan4, _scan6, _scan7)
+    if recurrence == "linear_attention" and not one_token:
+        wkv6 = attend6
     ops: Any = torch.ops
     return {
         ops.rwkv_lab.wkv4.default: wkv4,

@@ -41,4 +41,4 @@ def run_file(path: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+    return dict(zip(names, map(np.asarray, session.run(names, dict(inputs))), strict=True))

@@ -17,7 +17,7 @@ from rwkv_lab.export.onnx.layers import TRANSPOSED, X, join_states, repeat_last_
 from rwkv_lab.export.onnx.operators import translations
 from rwkv_lab.export.onnx.optimise import optimise_graph
 from rwkv_lab.export.onnx.weights import WeightTensors
-from rwkv_lab.export.onnx_folder import AXES, STATES, Logits
+from rwkv_lab.export.onnx_folder import AXES, STATES, Logits, Recurrence
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.wkv import trace_operators
@@ -72,6 +72,7 @@ def trace(
     logits: Logits,
     optimise: bool,
     whole: bool = False,
+    recurrence: Recurrence = "scan",
 ) -> ir.Model:
     """The graph of a float32 model. Its weights are read when they are written.
 
@@ -88,7 +89,9 @@ def trace(
     layers = model.layout.n_layer if whole or not _alike(model) else min(2, model.layout.n_layer)
     try:
         with _plain_torch():
-            graph = _translated(_exported(model, layers, one_token, logits), layers, opset, one_token)
+            graph = _translated(
+                _exported(model, layers, one_token, logits), layers, opset, translations(one_token, recurrence)
+            )
             _forget_values(graph)
             _transpose_weights(graph)
             if optimise:
@@ -123,7 +126,7 @@ def _exported(model: RWKV_Dual, layers: int, one_token: bool, logits: Logits) ->
     return program
 
 
-def _translated(program: torch.export.ExportedProgram, layers: int, opset: int, one_token: bool) -> ir.Model:
+def _translated(program: torch.export.ExportedProgram, layers: int, opset: int, operators: dict) -> ir.Model:
     def names(of: Iterable[str]) -> list[str]:
         return [f"{name}.{layer}" for name in of for layer in range(layers)]
 
@@ -135,7 +138,7 @@ def _translated(program: torch.export.ExportedProgram, layers: int, opset: int, 
         opset_version=opset,
         input_names=["tokens", *names(STATES)],
         output_names=["logits", *names((*_FOUND, X))],
-        custom_translation_table=translations(one_token),
+        custom_translation_table=operators,
     )
     return onnx_program.model
 
