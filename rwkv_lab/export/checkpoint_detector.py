@@ -18,6 +18,7 @@ from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, file_facts, open_checkpoint
 from rwkv_lab.checkpoint.provenance import provenance_of
 from rwkv_lab.errors import CheckpointValidationError, RwkvLabError
+from rwkv_lab.export.causal_lm.folder import architecture
 from rwkv_lab.paths import missing_file, to_path
 from rwkv_lab.progress import Progress
 from rwkv_lab.spec import did_you_mean
@@ -218,8 +219,10 @@ def _look_at(path: Path) -> CheckpointInfo:
         return replace(blank, fault=fault)
     try:
         with open_checkpoint(path) as ck:
-            found = replace(blank, kind=ck.kind, step=_step(path, ck))
-            wrong = "" if ck.kind in _EXPORTED else ck.reason or f"it is of kind {ck.kind}, which is not exported"
+            other = ck.format == "folder" and ck.layout is None and architecture(ck.config) is not None
+            found = replace(blank, kind="model" if other else ck.kind, step=_step(path, ck))
+            reason = "" if ck.adapter_config is not None else ck.reason
+            wrong = "" if found.kind in _EXPORTED else reason or f"it is of kind {ck.kind}, which is not exported"
             return replace(found, fault=wrong)
     except RwkvLabError as e:
         return replace(blank, fault=f"it is damaged, or still being written: {str(e).splitlines()[0]}")

@@ -10,6 +10,7 @@ from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.export.checkpoint_detector import CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.onnx_folder import Weights
+from rwkv_lab.export.onnx_model import OnnxModel
 from rwkv_lab.export.weight_storage import Stored
 
 ONNX_WEIGHTS: dict[str, Weights] = {"none": "fp32", "fp16": "fp16", "int8": "int8", "int4": "int4"}
@@ -34,6 +35,7 @@ class Reference(Protocol):
     """The model that the exported one is compared with, in float32."""
 
     vocab_size: int
+    context: int | None  # tokens that a text may have; None for any number
 
     def run(self, tokens: np.ndarray, state: Any | None = None) -> tuple[np.ndarray, Any]:
         """int64 `[B,T]` and a state -> logits float32 `[B,T,V]`, and the state."""
@@ -45,6 +47,11 @@ class Reference(Protocol):
 
     def tokens_of(self, text: str) -> list[int] | None:
         """Tokens of a text; None where the model has no tokenizer."""
+        ...
+
+    def own_checks(self, graph: OnnxModel, limit: float | None) -> list[Check]:
+        """What models of this family alone are compared by; `limit` is of relative errors, None where they do not
+        count."""
         ...
 
 
@@ -64,6 +71,10 @@ class Family(Protocol):
         Raises:
             ModelMergeError: there is no base, it is another's, or the merge does not stand its checks.
         """
+        ...
+
+    def pytorch_name(self, configuration: ExportConfiguration, name: str) -> str:
+        """What `write_pytorch` writes is called, for a model of that name."""
         ...
 
     def write_pytorch(self, configuration: ExportConfiguration, model: WholeModel, out: Path) -> list[str]:

@@ -13,6 +13,14 @@ STATES = ("wkv", "att_shift", "ffn_shift")  # what a graph takes beside tokens, 
 AXES = {"tokens": ("batch", "length"), **{name: ("batch",) for name in STATES}}  # that can have any size
 CONTRIB = "com.microsoft"  # the domain of operators that onnxruntime alone has
 
+CAUSAL_LM = "rwkv_lab.causal_lm 1"  # the format that a manifest states of a model of Hugging Face
+
+
+def past_names(layers: int) -> list[str]:
+    """What a graph of a causal language model takes beside tokens and mask: keys and values of each layer."""
+    return [f"past_key_values.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+
+
 _EXAMPLE = """\
 from rwkv_lab.export import OnnxModel
 

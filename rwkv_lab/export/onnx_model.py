@@ -1,21 +1,20 @@
 """Exported models run by onnxruntime and NumPy alone: text goes in, text comes out. torch is not imported."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
 
-from rwkv_lab.arguments import checked, shown_value, whole_numbers
+from rwkv_lab.arguments import checked, whole_numbers
 from rwkv_lab.errors import CorruptFileError, NumericsError, ParameterError
-from rwkv_lab.export.external_data import check_external_data
-from rwkv_lab.export.onnx_folder import INITIAL_STATE, MANIFEST, SEQUENCE, STATES, STEP
+from rwkv_lab.export.causal_lm.chat_template import render_chat
+from rwkv_lab.export.onnx_folder import CAUSAL_LM, MANIFEST
+from rwkv_lab.export.onnx_graphs import CachedGraph, Graphs, RecurrentGraphs, State
 from rwkv_lab.tokenizer import Tokenizer, load_tokenizer
 from rwkv_lab.tokenizer.stopping import StopText, stop_texts
-
-State = dict[str, np.ndarray]  # wkv [B,L,…], att_shift and ffn_shift [B,L,C], float32
 
 _PIECE = 256  # tokens of a prompt that are read at once: their logits are [B,T,V]
 
@@ -24,13 +23,13 @@ class OnnxModel:
     """An exported model. It keeps nothing between two calls: a state goes in, and the next one comes out.
 
     Args:
-        folder: what `export_onnx` wrote.
+        folder: what `export_onnx` or `run` wrote.
         providers: of onnxruntime, the first that can is taken; None for the CPU. `onnxruntime.get_available_providers`
             names those that are there.
         threads: of onnxruntime within an operator; None for as many as there are cores.
 
     Attributes:
-        layout: generation and dimensions: version, n_layer, n_embd, vocab_size, …
+        layout: generation or type, and dimensions: n_layer, n_embd, vocab_size, …
         weights: how they are stored: fp32, fp16, int8, int4.
 
     Raises:
@@ -51,19 +50,22 @@ class OnnxModel:
         self.layout: dict[str, Any] = manifest["layout"]
         self.weights: str = manifest["weights"]
         self._tokenizer_name, self._tokenizer = manifest["tokenizer"], None
-        self._sequence = _session(self.folder / SEQUENCE, providers, threads)
-        # One row times a matrix is as fast either way, and weights in the file's order are not copied.
-        self._step = _session(self.folder / STEP, providers, threads, reorder=self.weights != "fp32")
+        self._manifest = manifest
+        of = CachedGraph if manifest.get("format") == CAUSAL_LM else RecurrentGraphs
         try:
-            with np.load(self.folder / INITIAL_STATE, allow_pickle=False) as parts:
-                self._initial = {name: parts[name] for name in STATES}
-        except (OSError, ValueError, KeyError) as e:
-            raise CorruptFileError(f"{self.folder / INITIAL_STATE} holds no state: {e}") from e
+            self._graphs: Graphs = of(self.folder, manifest, providers, threads)
+        except (KeyError, TypeError, ValueError) as e:
+            raise CorruptFileError(f"{self.folder / MANIFEST} does not describe an exported model: {e!r}.") from e
 
     @property
     def vocab_size(self) -> int:
         """How many tokens the model knows."""
-        return self.layout["vocab_size"]
+        return self._graphs.vocab_size
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens a text may have; None for any number."""
+        return self._graphs.context
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -78,30 +80,52 @@ class OnnxModel:
                     f"{self.folder} has no tokenizer; prompt it with token ids, or export it with tokenizer=…."
                 )
             which = self._tokenizer_name
-            self._tokenizer = load_tokenizer(which if which == "bytes" else self.folder / which, self.vocab_size)
+            own = self.context is None
+            found = load_tokenizer(which if which == "bytes" else self.folder / which, self.vocab_size if own else None)
+            found.vocab_size = max(found.vocab_size, self.vocab_size)  # of others, embeddings have rows to spare
+            self._tokenizer = found
         return self._tokenizer
 
     @checked
     def create_state(self, batch_size: Annotated[int, Ge(1), Le(2**31)] = 1) -> State:
         """The state before the first token, tuned where the model's was."""
-        return {name: np.repeat(part, batch_size, axis=0) for name, part in self._initial.items()}
+        return self._graphs.create_state(batch_size)
 
     @checked
-    def run(self, tokens: Any, state: dict | None = None) -> tuple[np.ndarray, State]:
+    def run(self, tokens: Any, state: dict | None = None, attention_mask: Any = None) -> tuple[np.ndarray, State]:
         """Run tokens `[B,T]` from a state, None for `create_state`.
+
+        Args:
+            attention_mask: of models with attention: 0 where a row is padded, in front, and 1 elsewhere, `[B,T]`; None
+                for rows without padding.
 
         Returns:
             logits float32 `[B,T,V]`, or `[B,V]` of the last token where T = 1 or the model was exported with
             logits="last"; and the state after the last token.
 
         Raises:
-            ParameterError: tokens of a wrong shape, dtype or value; a state of another model or batch.
+            ParameterError: tokens of a wrong shape, dtype or value; a state of another model or batch; a text that is
+                longer than the model's context.
         """
         ids = self._checked_tokens(tokens)
-        state = self._checked_state(self.create_state(len(ids)) if state is None else state, len(ids))
-        session = self._step if ids.shape[1] == 1 else self._sequence
-        logits, *parts = session.run(["logits", *(f"{name}_out" for name in STATES)], {"tokens": ids, **state})
-        return logits, dict(zip(STATES, parts, strict=True))
+        return self._graphs.run(ids, self.create_state(len(ids)) if state is None else state, attention_mask)
+
+    @checked
+    def chat_prompt(self, messages: Sequence[Mapping], add_generation_prompt: bool = True) -> str:
+        """A conversation as the prompt that its model was trained on, by the chat template saved with it.
+
+        Args:
+            messages: each with "role" and "content", as in [{"role": "user", "content": "Hello"}].
+            add_generation_prompt: end with what begins an answer.
+
+        Raises:
+            ParameterError: the folder has no template, jinja2 is missing, or the template refuses the messages.
+        """
+        name = self._manifest.get("chat_template")
+        if name is None:
+            raise ParameterError(f"{self.folder} has no chat template; write the prompt as the model knows it.")
+        special = self._manifest["special_tokens"]
+        return render_chat(self.folder / name, messages, add_generation_prompt, special)
 
     @checked
     def generate(
@@ -159,6 +183,13 @@ class OnnxModel:
         if self._tokenizer_name is None and isinstance(prompt, str):
             self.tokenizer  # noqa: B018  says that there is none
         ids, ends = self._prompt(prompt), set(whole_numbers(stop_tokens, "stop_tokens"))
+        ends.update(self._manifest.get("end_tokens", ()))
+        if self.context is not None and len(ids) + max_new_tokens > self.context:
+            left = max(self.context - len(ids), 0)
+            raise ParameterError(
+                f"The prompt has {len(ids)} tokens; with {max_new_tokens} new ones it is longer than the model's "
+                f"context of {self.context}.\nPass max_new_tokens={left}, or a shorter prompt."
+            )
         text = _Text(self.tokenizer if self._tokenizer_name else None, StopText(stop_texts(stop)), ends)
         return self._stream(ids, max_new_tokens, temperature, top_p, np.random.default_rng(seed), text)
 
@@ -183,6 +214,9 @@ class OnnxModel:
 
     def _prompt(self, prompt: str | Iterable[int]) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else whole_numbers(prompt, "prompt")
+        begin = self._manifest.get("begin_tokens", [])
+        if isinstance(prompt, str) and ids[: len(begin)] != begin:  # a chat's prompt has them already
+            ids = begin + ids
         end = self.tokenizer.end_of_text if self._tokenizer_name else None
         if not ids and end is None:
             raise ParameterError("The prompt is empty, and this vocabulary has no token to begin a text with.")
@@ -201,18 +235,6 @@ class OnnxModel:
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise ParameterError(f"Token {wrong} is outside the vocabulary: 0 to {self.vocab_size - 1}.")
         return ids.astype(np.int64)
-
-    def _checked_state(self, state: dict, batch_size: int) -> State:
-        for name, initial in self._initial.items():
-            part = state.get(name)
-            if not isinstance(part, np.ndarray) or part.dtype != np.float32:
-                raise ParameterError(f"The state's {name} is {shown_value(part)}; it must be a float32 array.")
-            if part.shape != (batch_size, *initial.shape[1:]):
-                raise ParameterError(
-                    f"The state's {name} has shape {list(part.shape)}; "
-                    f"for these tokens it must be {[batch_size, *initial.shape[1:]]}."
-                )
-        return {name: state[name] for name in STATES}
 
 
 class _Text:
@@ -257,29 +279,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
         if file.stat().st_size != size and name != "README.md":
             raise CorruptFileError(f"{file} has {file.stat().st_size} bytes; {MANIFEST} says {size}. Export it again.")
     return manifest
-
-
-def _session(path: Path, providers: Sequence[str] | None, threads: int | None, reorder: bool = True) -> Any:
-    """`reorder`: have weights copied into the order that products of matrices read them in."""
-    try:
-        import onnxruntime
-    except ImportError as e:
-        raise ParameterError(f"{path} needs the package onnxruntime.\nInstall it: pip install onnxruntime") from e
-    wanted = ["CPUExecutionProvider"] if providers is None else list(providers)
-    there = onnxruntime.get_available_providers()
-    if wrong := [name for name in wanted if name not in there]:
-        raise ParameterError(f"onnxruntime has no provider {wrong[0]!r} here; it has {', '.join(there)}.")
-    check_external_data(path)  # onnxruntime follows links
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; it warns of each initialiser that is not used by its optimiser
-    if not reorder:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=wanted)
-    except Exception as e:  # onnxruntime has no class of its own for them
-        raise CorruptFileError(f"onnxruntime cannot open {path}: {str(e).splitlines()[0][:300]}") from e
 
 
 def _sample(logits: np.ndarray, temperature: float, top_p: float, draw: np.random.Generator) -> int:

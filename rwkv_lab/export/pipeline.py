@@ -210,7 +210,8 @@ def _write_formats(job: _Job, model: WholeModel) -> None:
     configuration, result, inside = job.configuration, job.result, job.inside
     exporter, written = FormatExporter(job.family, configuration, model), inside
     if configuration.export_pytorch:
-        name = f"{PYTORCH}/{_model_name(configuration, job.checkpoint.path)}.{configuration.pytorch_format}"
+        name = job.family.pytorch_name(configuration, _model_name(configuration, job.checkpoint.path))
+        name = f"{PYTORCH}/{name}"
         (inside / PYTORCH).mkdir()
         with _stage(job.monitor, "pytorch", FormatExportError):
             result.warnings += exporter.export_pytorch_model(inside / name)
@@ -245,7 +246,7 @@ def _validate(job: _Job, model: WholeModel) -> None:
     tester = ValidationTester(reference, job.inside / ONNX, samples)
     checks = tester.test_model_functionality()
     found = tester.compare_model_outputs()
-    checks += tester.checks(found)
+    checks += [*tester.checks(found), *reference.own_checks(tester.graph, tester.gate.error)]
     tester.generate_validation_report(job.inside / REPORT, found, checks)
     result.checks += checks
     result.inference_speed_ms = tester.benchmark_inference_speed()
@@ -273,12 +274,24 @@ def _samples(configuration: ExportConfiguration, reference: Reference) -> tuple[
         draw = np.random.default_rng(0)
         random = [draw.integers(0, reference.vocab_size, 200).tolist() for _ in texts]
         return random, ["the model has no tokenizer, so it was compared on random tokens, not on text."]
-    long = sum(len(ids) > LONGEST for ids in found)
-    said = [f"{long} samples were cut to {LONGEST} tokens."] if long else []
+    longest = LONGEST if reference.context is None else min(LONGEST, reference.context)
+    if not isinstance(given, int) and reference.context is not None:
+        _refuse_longer(found, reference.context)
+    long = sum(len(ids) > longest for ids in found)
+    said = [f"{long} samples were cut to {longest} tokens."] if long else []
     found = [ids for ids in found if len(ids) > 1]
     if not found:
         raise ValidationError("test_input_samples hold no text of two tokens or more; give longer ones.")
     return found, said
+
+
+def _refuse_longer(samples: list[list[int]], context: int) -> None:
+    for number, ids in enumerate(samples, 1):
+        if len(ids) > context:
+            raise ValidationError(
+                f"Text {number} of test_input_samples has {len(ids)} tokens; the model's context ends at {context}.\n"
+                "Give a shorter one."
+            )
 
 
 def _built_in(count: int) -> list[str]:

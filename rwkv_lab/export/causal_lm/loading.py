@@ -13,6 +13,7 @@ import torch
 from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
 
 Quantisation = Literal["none", "8bit", "4bit"]
+_CHANGING = ("dynamic", "longrope")  # rotations, of which a graph would have one
 _NOISY = ("transformers", "peft", "accelerate", "torchao")
 
 
@@ -66,8 +67,8 @@ def load_causal_lm(folder: Path, quantisation: Quantisation = "none") -> Any:
     return model.eval().requires_grad_(False)
 
 
-def known_type(folder: Path) -> str:
-    """The model_type of a folder, which transformers has a causal language model for.
+def known_type(folder: Path) -> Any:
+    """The configuration of a folder, whose model_type transformers has a causal language model for.
 
     Raises:
         LayoutError: it has none; code that lies in the folder is not run.
@@ -82,10 +83,25 @@ def known_type(folder: Path) -> str:
         raise LayoutError(f"{folder}: transformers has no causal language model of type {named!r}.")
     try:
         with quiet():
-            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:
         raise LayoutError(f"{folder}/config.json is not taken by transformers: {str(e).splitlines()[0][:300]}") from e
-    return str(named)
+
+
+def refuse_attention(config: Any) -> None:
+    """Refuse a model whose attention one ONNX graph cannot have.
+
+    Raises:
+        LayoutError: it does not see a whole text, or sees it by a rotation that changes with its length.
+    """
+    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()} - {"full_attention"}
+    window = getattr(config, "sliding_window", None)
+    if kinds or window and not hasattr(config, "layer_types"):
+        what = ", ".join(sorted(kinds)) or f"a sliding window of {window} tokens"
+        raise LayoutError(f"A {config.model_type} with {what} is not exported: its cache is not the whole text.")
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if kind in _CHANGING:
+        raise LayoutError(f"rope_type {kind!r} changes with the length of a text, so it is not exported.")
 
 
 @contextmanager

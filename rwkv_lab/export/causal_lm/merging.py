@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -212,7 +213,7 @@ def write_merge(plan: MergePlan, out: Path, others: Mapping[str, bytes], overwri
     inputs = [file_facts(base.ck), file_facts(plan.adapter.ck)]
     record = provenance({"method": "lora", "untied": plan.untied}, inputs)
     notes = {"format": "pt", RECORD: json.dumps(record)}
-    files = {CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **others}
+    files = {CONFIG: config_file(config), **others}
     with plan.adapter.ck, base.ck:
         write_folder(out, shard_files(tensors, shard), notes, files, overwrite, scan=lambda t: True)
     if gone := {name: share for name, share in plan.lost.items() if share > _LOST}:
@@ -221,6 +222,11 @@ def write_merge(plan: MergePlan, out: Path, others: Mapping[str, bytes], overwri
             f"in {len(gone)} of {len(plan.changes)} tensors rounding takes away more than {_LOST:.0%} of what the "
             f"adapter adds; most in {worst}: {gone[worst]:.0%}."
         )
+
+
+def config_file(config: Mapping[str, Any]) -> bytes:
+    """config.json."""
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _written(plan: MergePlan, name: str, info: TensorInfo) -> OutTensor:

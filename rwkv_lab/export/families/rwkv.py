@@ -13,6 +13,7 @@ from rwkv_lab.export.checkpoint_detector import CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.family import ONNX_WEIGHTS, WholeModel
 from rwkv_lab.export.onnx.export import export_onnx
+from rwkv_lab.export.onnx_model import OnnxModel
 from rwkv_lab.export.optimization_processor import OptimizationProcessor, training_artifacts
 from rwkv_lab.export.weight_storage import Choice
 from rwkv_lab.merge import merge, verify_merge
@@ -53,6 +54,10 @@ class Rwkv:
             raise ModelMergeError(f"The merge of {checkpoint.path} does not stand its check: {wrong[0]}")
         return WholeModel(out, out.stat().st_size, [*checks], list(result.notes))
 
+    def pytorch_name(self, configuration: ExportConfiguration, name: str) -> str:
+        """See `Family.pytorch_name`."""
+        return f"{name}.{configuration.pytorch_format}"
+
     def write_pytorch(self, configuration: ExportConfiguration, model: WholeModel, out: Path) -> list[str]:
         """See `Family.write_pytorch`."""
         level = configuration.quantization_level if configuration.compress_weights else "none"
@@ -85,6 +90,8 @@ class Rwkv:
 class RwkvReference:
     """A model in torch, float32: see `rwkv_lab.export.family.Reference`."""
 
+    context = None
+
     def __init__(self, model: RWKV_Dual, tokenizer: str):
         self.model, self.vocab_size = model.eval().requires_grad_(False), model.layout.vocab_size
         if tokenizer:
@@ -99,6 +106,10 @@ class RwkvReference:
     def arrays(self, state: Any) -> dict[str, np.ndarray]:
         """An `RWKVState` as arrays, float32."""
         return {name: part.contiguous().numpy() for name, part in state.tensors().items()}
+
+    def own_checks(self, graph: OnnxModel, limit: float | None) -> list[Check]:
+        """None: the state is compared with all others."""
+        return []
 
     def tokens_of(self, text: str) -> list[int] | None:
         """Tokens of a text; None where the size of the vocabulary tells no tokenizer."""

@@ -1,10 +1,6 @@
 """A model as an ONNX graph: traced by torch.export, translated by torch.onnx, named so that a person can read it."""
 
-import logging
-import re
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -13,6 +9,7 @@ import torch
 from torch import nn
 
 from rwkv_lab.errors import ONNXExportError
+from rwkv_lab.export.onnx.graphs import name_axes, plain_torch, without_notes
 from rwkv_lab.export.onnx.layers import TRANSPOSED, X, join_states, repeat_last_layer
 from rwkv_lab.export.onnx.operators import translations
 from rwkv_lab.export.onnx.optimise import optimise_graph
@@ -25,7 +22,6 @@ from rwkv_lab.wkv import trace_operators
 _FOUND = [f"{name}_out" for name in STATES]
 _TRACED = {"batch": 2, "length": 5}  # sizes to trace at: not 1, which torch.export takes for constant
 _WEIGHTS = ("emb.", "blocks.", "ln_out.", "head.")  # what names of a model's parameters begin with
-_NOISY = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 
 Parts = list[torch.Tensor]  # one for each layer
 
@@ -88,7 +84,7 @@ def trace(
     """
     layers = model.layout.n_layer if whole or not _alike(model) else min(2, model.layout.n_layer)
     try:
-        with _plain_torch():
+        with plain_torch():
             graph = _translated(
                 _exported(model, layers, one_token, logits), layers, opset, translations(one_token, recurrence)
             )
@@ -96,14 +92,14 @@ def trace(
             _transpose_weights(graph)
             if optimise:
                 optimise_graph(graph)
-            _without_notes(graph)
+            without_notes(graph)
             repeat_last_layer(graph, layers, model.layout.n_layer)
             join_states(graph, model.layout.n_layer)
             _set_values(graph, weights)
     except Exception as e:  # torch.export and torch.onnx raise errors of many kinds
         lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         raise ONNXExportError(f"RWKV-{model.layout.version} cannot be written as ONNX: {lines[-1][:300]}") from e
-    _name_axes(graph)
+    name_axes(graph, AXES)
     return graph
 
 
@@ -150,26 +146,6 @@ def _example(model: RWKV_Dual, layers: int, one_token: bool) -> tuple:
     return torch.zeros(B, T, dtype=torch.int64), *([torch.zeros(shape) for _ in range(layers)] for shape in shapes)
 
 
-@contextmanager
-def _plain_torch() -> Iterator[None]:
-    """torch as it is by default, and silent, whatever a program has set: tracing follows the defaults."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    levels = [logger.level for logger in loggers]
-    dtype = torch.get_default_dtype()
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        torch.set_default_dtype(torch.float32)
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-            warnings.simplefilter("ignore")  # of torch and onnxscript, about themselves
-            with torch.autocast("cpu", enabled=False):
-                yield
-    finally:
-        torch.set_default_dtype(dtype)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _without_empty_parts(graph: torch.fx.Graph) -> None:
     """Take away concatenations with nothing: the token shift of a single token reads none of the present ones."""
     for node in list(graph.nodes):
@@ -179,28 +155,6 @@ def _without_empty_parts(graph: torch.fx.Graph) -> None:
                 node.replace_all_uses_with(filled[0])
                 graph.erase_node(node)
     graph.eliminate_dead_code()
-
-
-def _name_axes(model: ir.Model) -> None:
-    """Call axes `batch` and `length`, which torch.export calls s23 and s27."""
-    names = {}
-    for value in model.graph.inputs:
-        for dim, name in zip(value.shape or (), AXES[str(value.name)], strict=False):
-            if isinstance(dim, ir.SymbolicDim) and dim.value:
-                names[dim.value] = name
-    if not names:
-        return
-    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names))
-    for value in _values(model.graph):
-        if value.shape is not None:
-            dims = [d.value if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
-            value.shape = ir.Shape([pattern.sub(lambda m: names[m[0]], d) if isinstance(d, str) else d for d in dims])
-
-
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        yield from node.outputs
 
 
 def _forget_values(model: ir.Model) -> None:
@@ -229,17 +183,3 @@ def _set_values(model: ir.Model, weights: WeightTensors) -> None:
             del model.graph.initializers[name]
         elif value.const_value is None:
             value.const_value = weights.tensor(name, value.shape or (), TRANSPOSED in value.meta)
-
-
-def _without_notes(model: ir.Model) -> None:
-    """Take out what torch.onnx notes of every node: its place in our sources, by the paths of this machine."""
-    for value in _values(model.graph):
-        value.metadata_props.clear()
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        node.metadata_props.clear()
-        node.doc_string = None
-    for value in model.graph.initializers.values():
-        value.metadata_props.clear()
-    for holder in (model, model.graph):
-        holder.metadata_props.clear()
-        holder.doc_string = None

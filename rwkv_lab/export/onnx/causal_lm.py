@@ -1,0 +1,191 @@
+"""A causal language model of Hugging Face as one ONNX graph, which reads a prompt and continues it.
+
+Keys and values of what was read go in, and come out with those of the new tokens. There may be none yet.
+
+The names are those that other exporters write: input_ids, attention_mask, past_key_values.N.key; logits, present.N.key.
+Positions are counted from the mask, so that rows padded on the left begin at 0.
+"""
+
+import inspect
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from rwkv_lab.errors import LayoutError, ONNXExportError
+from rwkv_lab.export.causal_lm.loading import quiet, refuse_attention
+from rwkv_lab.export.onnx.graphs import name_axes, plain_torch, without_notes
+from rwkv_lab.export.onnx.optimise import optimise_graph
+from rwkv_lab.export.onnx_folder import past_names
+
+TRACED = (2, 3, 5)  # batch, new tokens and past ones to trace at: not 1, which torch.export takes for constant
+
+
+class CausalLmGraph(nn.Module):
+    """What is traced: tokens `[B,T]`, mask `[B,P+T]`, and of each layer keys and values `[B,H,P,D]` ->
+    logits `[B,T,V]`, and keys and values `[B,H,P+T,D]`."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"  # newer and older transformers
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *past: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """See the class; the mask has 0 where a row is padded, in front, and 1 elsewhere."""
+        before = past[0].shape[2]
+        total = attention_mask.shape[1]
+        positions = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, before:]
+        column = torch.arange(total)[None, :]
+        row = torch.arange(input_ids.shape[1])[:, None] + before
+        seen = (column <= row)[None, None] & (attention_mask[:, None, None, :] > 0)
+        mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+        cache = past_cache(past)
+        given = {"attention_mask": mask, "position_ids": positions, self.cache_name: cache}
+        logits = self.model(input_ids=input_ids, use_cache=True, **given).logits
+        return logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))
+
+
+def past_cache(past: tuple[torch.Tensor, ...]) -> Any:
+    """A cache of transformers that holds keys and values of each layer, `[B,H,P,D]` in turn."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class PastLayer(DynamicLayer):
+        def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+            super().__init__()
+            self.keys, self.values, self.is_initialized = keys, values, True
+            self.dtype, self.device = keys.dtype, keys.device
+
+        def get_seq_length(self) -> int:  # theirs asks whether it is empty, which would be fixed by tracing
+            return self.keys.shape[-2]
+
+    return Cache(layers=[PastLayer(*past[i : i + 2]) for i in range(0, len(past), 2)])
+
+
+def cache_shapes(model: Any) -> list[tuple[int, int]]:
+    """(heads, size of a head) of the keys and values of each layer, in turn.
+
+    Raises:
+        LayoutError: the model remembers a text by something else, or by a part of it.
+    """
+    refuse_attention(model.config)
+    with torch.no_grad(), quiet():
+        out = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True)
+    cache = getattr(out, "cache", None) or getattr(out, "past_key_values", None)
+    parts = [getattr(layer, part, None) for layer in getattr(cache, "layers", ()) for part in ("keys", "values")]
+    if not parts or any(part is None or part.dim() != 4 for part in parts):
+        raise LayoutError(f"A {model.config.model_type} is not exported: its cache is not keys and values alone.")
+    return [(part.shape[1], part.shape[3]) for part in parts]
+
+
+def axes_of(layers: int) -> dict[str, tuple[str | None, ...]]:
+    """The first axes of inputs and outputs, as they must be: a name for one of any size, None for a fixed one."""
+    axes: dict[str, tuple[str | None, ...]] = {
+        "input_ids": ("batch", "length"),
+        "attention_mask": ("batch", "past + length"),
+        "logits": ("batch", "length"),
+    }
+    for name in past_names(layers):
+        axes[name] = ("batch", None, "past")
+        axes[name.replace("past_key_values", "present")] = ("batch", None, "past + length")
+    return axes
+
+
+def trace(model: Any, opset: int, optimise: bool, own_head: bool) -> ir.Model:
+    """The graph of a float32 model on the CPU, whose weights it shares.
+
+    Args:
+        own_head: a head that is tied to the embedding becomes a matrix of its own, which can be quantised.
+
+    Raises:
+        ONNXExportError: torch.export or torch.onnx refuses it.
+    """
+    shapes = cache_shapes(model)
+    try:
+        with plain_torch(), quiet():
+            graph = _translated(_exported(model, shapes), opset, len(shapes) // 2)
+            _name_weights(graph)
+            _transpose_weights(graph)
+            if own_head:
+                _split_head(graph, model)
+            if optimise:
+                optimise_graph(graph)
+    except Exception as e:  # torch.export and torch.onnx raise errors of many kinds
+        lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+        raise ONNXExportError(f"A {model.config.model_type} cannot be written as ONNX: {lines[-1][:300]}") from e
+    name_axes(graph, {name: [a or "" for a in axes] for name, axes in axes_of(len(shapes) // 2).items()})
+    without_notes(graph)
+    return graph
+
+
+def _exported(model: Any, shapes: list[tuple[int, int]]) -> torch.export.ExportedProgram:
+    B, T, P = TRACED
+    past = [torch.zeros(B, heads, P, size) for heads, size in shapes]
+    inputs = (torch.zeros(B, T, dtype=torch.int64), torch.ones(B, P + T, dtype=torch.int64), *past)
+    any_size = torch.export.Dim.DYNAMIC  # an axis that tracing would fix is an error
+    two = {0: any_size, 1: any_size}
+    dynamic = (two, two, tuple({0: any_size, 2: any_size} for _ in past))
+    return torch.export.export(CausalLmGraph(model).eval(), inputs, dynamic_shapes=dynamic, strict=False)
+
+
+def _translated(program: torch.export.ExportedProgram, opset: int, layers: int) -> ir.Model:
+    names = past_names(layers)
+    onnx_program: Any = torch.onnx.export(
+        program,
+        dynamo=True,
+        verbose=False,
+        optimize=False,  # it would copy every matrix, and with opset 23 fuse a rotation that fails for two texts
+        opset_version=opset,
+        input_names=["input_ids", "attention_mask", *names],
+        output_names=["logits", *(name.replace("past_key_values", "present") for name in names)],
+    )
+    return onnx_program.model
+
+
+def _name_weights(model: ir.Model) -> None:
+    """Call weights by the tensor names of the checkpoint."""
+    for name, value in list(model.graph.initializers.items()):
+        if name.startswith("model."):
+            value.name = name.removeprefix("model.")
+
+
+def _transpose_weights(model: ir.Model) -> None:
+    """Store matrices as they are multiplied, `[in,out]`, in place of nodes that transpose them. A transposed copy is
+    made when it is written, one matrix at a time."""
+    for node in list(model.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer() or len(weight.uses()) != 1:
+            continue
+        stored: Any = weight.const_value
+        transposed = ir.LazyTensor(
+            lambda stored=stored: ir.tensor(stored.numpy().T),
+            dtype=stored.dtype,
+            shape=ir.Shape(reversed(stored.shape.numpy())),
+            name=weight.name,
+        )
+        output = node.outputs[0]
+        output.replace_all_uses_with(weight)
+        model.graph.remove(node, safe=True)
+        weight.const_value, weight.shape = transposed, transposed.shape
+
+
+def _split_head(graph: ir.Model, model: Any) -> None:
+    """Give the head that is the embedding, transposed, a matrix of its own, made when it is written."""
+    modules = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    embedding, head_name = modules[id(model.get_input_embeddings())], modules[id(model.get_output_embeddings())]
+    for node in list(graph.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer() or len(weight.uses()) < 2:
+            continue
+        stored: Any = weight.const_value
+        weight.name, shape = embedding, ir.Shape(reversed(stored.shape.numpy()))  # it had one of both names
+        tensor = ir.LazyTensor(
+            lambda stored=stored: ir.tensor(stored.numpy().T), dtype=stored.dtype, shape=shape, name=head_name
+        )
+        head = ir.Value(name=head_name, shape=shape, type=ir.TensorType(stored.dtype), const_value=tensor)
+        graph.graph.register_initializer(head)
+        node.outputs[0].replace_all_uses_with(head)
+        graph.graph.remove(node, safe=True)
