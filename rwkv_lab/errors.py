@@ -78,7 +78,11 @@ class ONNXExportError(FormatExportError):
 
 
 class TracerWarningError(ONNXExportError):
-    """Tracing fixed a value or a size that must stay open."""
+    """Tracing fixed a value or a size that must stay open.
+
+    torch.export raises where code branches on a value, and written axes are looked at; TorchScript's tracer, which
+    writes such values as constants with a TracerWarning, writes none of our graphs.
+    """
 
 
 class UnorderedMapError(ONNXExportError):

@@ -71,6 +71,7 @@ def export_tensorrt(
     from rwkv_lab.export.onnx.check import check_graph
     from rwkv_lab.export.onnx.tensorrt_operators import check_for_tensorrt
 
+    sizes = _with_cache(sizes)
     paths = sorted(onnx_folder.glob("*.onnx"))
     if not paths:
         raise FormatExportError(f"{onnx_folder} has no ONNX file to build an engine from.")
@@ -85,6 +86,12 @@ def export_tensorrt(
         _write(inside, onnx_folder, plan, sizes)
         engines, reason, compared = _build(inside, paths)
     return TensorRTExport(folder, {name: folder / path for name, path in engines.items()}, reason, checks + compared)
+
+
+def _with_cache(sizes: Sizes) -> dict[str, Sequence[int]]:
+    """Sizes of a cache and of an attention mask over it, too: as many tokens may lie behind as are read at once."""
+    least, optimal, largest = sizes["length"]
+    return {**sizes, "past": (0, optimal, largest), "past + length": (least, 2 * optimal, 2 * largest)}
 
 
 def _profile(path: Path, sizes: Sizes) -> dict[str, list[list[int]]]:
@@ -147,11 +154,13 @@ def _write(folder: Path, onnx_folder: Path, plan: dict[str, Any], sizes: Sizes) 
     shutil.copyfile(_SCRIPT, folder / _SCRIPT.name)
     (folder / PROFILES).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     chosen = {name: min(max(three[0], _LONGEST), three[2]) for name, three in sizes.items()}
-    chosen["batch"] = sizes["batch"][1]
+    chosen |= {"batch": sizes["batch"][1], "past + length": chosen["past"] + chosen["length"]}
     cases = {}
     for name in plan["graphs"]:
         path = onnx_folder / name
         inputs = random_inputs(onnx.load(str(path), load_external_data=False), chosen)
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] = np.ones_like(inputs["attention_mask"])
         cases |= {f"{name}/in/{one}": array for one, array in inputs.items()}
         cases |= {f"{name}/out/{one}": array for one, array in run_file(path, inputs).items()}
     with open(folder / EXPECTED, "wb") as file:

@@ -1,6 +1,7 @@
 """ONNX files against what was asked for: those that we write, and what is wrong in files made by hand."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -252,6 +253,21 @@ def test_a_graph_is_optimised_and_compared(tmp_path):
     with pytest.raises(ONNXExportError, match="m.onnx"):
         optimise(path, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """A limit on the size of files refuses a write as a full disk does."""
+    floats(tmp_path / "w.bin", 100_000)
+    path = made(tmp_path / "m.onnx", stored("w.bin", dims=(100_000,)), axes=("batch", 100_000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot write .*out: File too large; nothing was left behind"):
+            optimise(path, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "w.bin"]
+    assert optimise(path, tmp_path / "out").checks
 
 
 def test_an_optimiser_that_changes_the_graph_is_found_out(tmp_path, monkeypatch):

@@ -372,6 +372,36 @@ def test_shapes_that_do_not_fit(tmp_path, profile, says):
         check_for_tensorrt(path, profile)
 
 
+def test_a_cache_has_shapes_of_its_own(tmp_path):
+    """A graph of the axes that causal language models have."""
+    values = {
+        "input_ids": ["batch", "length"],
+        "attention_mask": ["batch", "past + length"],
+        "past_key_values.0.key": ["batch", 2, "past", 4],
+    }
+    inputs = [
+        helper.make_tensor_value_info(n, FLOAT if "key" in n else TensorProto.INT64, d) for n, d in values.items()
+    ]
+    shapes = {"y": ["batch", "past + length"], "z": ["batch", 2, "past", 4]}
+    outputs = [helper.make_tensor_value_info(name, FLOAT, dims) for name, dims in shapes.items()]
+    nodes = [node("Cast", "attention_mask", to=FLOAT), node("Relu", "past_key_values.0.key", output="z")]
+    whole = helper.make_graph(nodes, "g", inputs, outputs)
+    model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    source = tmp_path / "onnx"
+    source.mkdir()
+    onnx.save(model, str(source / "model.onnx"))
+    found = export_tensorrt(source, tmp_path / "out", SIZES, None, False)
+    shapes = json.loads((found.folder / "profiles.json").read_text())["graphs"]["model.onnx"]
+    assert shapes["past_key_values.0.key"] == [[1, 2, 0, 4], [2, 2, 8, 4], [4, 2, 32, 4]]
+    assert shapes["attention_mask"] == [[1, 1], [2, 16], [4, 64]]
+    with np.load(found.folder / "expected.npz") as stored:
+        assert stored["model.onnx/in/attention_mask"].shape == (2, 32) and stored["model.onnx/out/y"].all()
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "rows"
+    onnx.save(model, str(source / "model.onnx"))
+    with pytest.raises(FormatExportError, match="the axis rows of input_ids can have any size, and none is stated"):
+        export_tensorrt(source, tmp_path / "other", SIZES, None, False)
+
+
 def test_options():
     def resolve(**values):
         return ConfigurationManager(environment={}).resolve(checkpoint_path="A.pth", **values)
