@@ -50,23 +50,6 @@ inline PackedRows pack(const Tensor &w, const Rows &x, int64_t B, float *scratch
     return out;
 }
 
-// Codes of 8 or 4 bits, LANES of them from number `at` of their row on.
-INLINE Vec codes_of(const Tensor &w, int64_t row, int at) {
-    if (w.format == INT8) return widened<INT8>(w.data, row * round_up(w.columns, GROUP8) + at);
-    const auto *words = static_cast<const uint16_t *>(w.data) + row * round_up(w.columns, LINE4) / 4 + at / LINE4 * 32;
-    Halves some;
-    memcpy(&some, words + at % GROUP4, sizeof some);
-    const Ints codes = (__builtin_convertvector(some, Ints) >> (4 * (at % LINE4 / GROUP4)) & 15) - 8;
-    return __builtin_convertvector(codes, Vec);
-}
-
-INLINE int group_of(const Tensor &w) { return w.format == INT8 ? GROUP8 : GROUP4; }
-
-INLINE float scale_of(const Tensor &w, int64_t row, int group) {
-    const int groups = w.format == INT8 ? (w.columns + GROUP8 - 1) / GROUP8 : round_up(w.columns, LINE4) / GROUP4;
-    return bfloat_to_float(w.scales[row * groups + group]);
-}
-
 // One row of a matrix as float32; `to` holds whole groups.
 inline void decode_row(const Tensor &w, int64_t row, float *to) {
     if (w.format != INT8 && w.format != INT4) {

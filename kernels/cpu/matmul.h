@@ -2,11 +2,13 @@
 //
 // Both factors are packed anew in units of 32 bits, one float32 or two bfloat16 that follow each other along k, so that
 // the innermost loop reads both in order: X in tiles of TILE rows [k][TILE], W in panels of PANEL columns [k][PANEL]. Who
-// computes X packs it, while it is in the cache; W is packed block by block on the way, so that no copy is kept.
+// computes X packs it, while it is in the cache; W is packed block by block on the way, so that no copy is kept. Weights in
+// 8 and 4 bits become numbers there, code times scale: they are read once for as many tokens as a call has.
 #pragma once
 
 #include <vector>
 
+#include "quantised.h"
 #include "torch_threads.h"
 #include "transpose.h"
 
@@ -66,7 +68,36 @@ struct Weight {
     const void *data;
     int dtype;
     int64_t stride_n, stride_k;  // strides in elements, one of them 1
+    const uint16_t *scales;      // of codes
 };
+
+inline bool is_coded(int64_t dtype) { return dtype == INT8 || dtype == INT4; }
+
+// What numbers at .. at+count-1 of column n of a coded W[k,n] are; `at` is a multiple of 64, and whole groups are written.
+inline void decode(float *to, const Weight &w, int64_t k, int64_t n, int64_t at, int64_t count) {
+    const Tensor matrix{w.data, w.scales, int32_t(w.dtype), int32_t(n + 1), int32_t(k), 0, 0, 0};
+    const int group = group_of(matrix);
+    for (int64_t i = 0; i < count; i += LANES)
+        store(to + i, codes_of(matrix, n, int(at + i)) * scale_of(matrix, n, int(at + i) / group));
+}
+
+// The same, rounded to bfloat16; `numbers` holds whole groups.
+inline void decode_pairs(float *to, float *numbers, const Weight &w, int64_t k, int64_t n, int64_t at, int64_t count) {
+    decode(numbers, w, k, n, at, count);
+    char *bytes = reinterpret_cast<char *>(to);
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + 16 <= count; i += 16) {
+        __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(numbers + i));
+        memcpy(bytes + 2 * i, &half, 32);
+    }
+#endif
+    for (; i < count; i++) {
+        const uint16_t rounded = float_to_bfloat(numbers[i]);
+        memcpy(bytes + 2 * i, &rounded, 2);
+    }
+    if (count % 2) memset(bytes + 2 * count, 0, 2);
+}
 
 // Units begin .. end-1 of columns first .. first+columns-1 of W, to[unit][PANEL], zeros behind the last column.
 inline void pack_panel(float *to, const Weight &w, int64_t k, int64_t begin, int64_t end, int64_t first, int columns,
@@ -75,14 +106,23 @@ inline void pack_panel(float *to, const Weight &w, int64_t k, int64_t begin, int
     const bool last_is_half = pairs && end * 2 > k;
     const uint16_t *halves = static_cast<const uint16_t *>(w.data);
     if (w.stride_k == 1) {  // rows of n: transpose
-        float rows[LANES * 64];
+        float rows[LANES * 64], numbers[2 * 64];
         for (int c0 = 0; c0 < PANEL; c0 += LANES) {
             const int count = std::clamp(columns - c0, 0, LANES);
             for (int64_t u = 0; u < units; u += 64) {
                 const int64_t some = std::min<int64_t>(64, units - u), k0 = (begin + u) * per_unit;
                 const float *from = rows;
                 int64_t stride = 64;
-                if (w.dtype == FLOAT32) {
+                if (is_coded(w.dtype)) {
+                    const int64_t there = std::min(some * per_unit, k - k0);
+                    for (int i = 0; i < count; i++) {
+                        float *row = rows + i * 64;
+                        if (pairs)
+                            decode_pairs(row, numbers, w, k, first + c0 + i, k0, there);
+                        else
+                            decode(row, w, k, first + c0 + i, k0, there);
+                    }
+                } else if (w.dtype == FLOAT32) {
                     from = static_cast<const float *>(w.data) + (first + c0) * w.stride_n + k0;
                     stride = w.stride_n;
                 } else if (!pairs) {
@@ -178,15 +218,28 @@ struct Product {
     int64_t y_dtype, y_stride;
     int64_t add;  // to what y holds, which is float32 then
     int64_t x_bytes, w_bytes, y_bytes;
+    const uint16_t *scales;  // of a W of codes
+    int64_t scales_bytes;
+
+    Weight weight() const { return {w, int(w_dtype), w_stride_n, w_stride_k, scales}; }
 };
 
 inline int64_t packed_floats_of(int64_t rows, int64_t k, bool pairs) { return (rows + TILE - 1) / TILE * TILE * units_of(k, pairs); }
 
+// Whether there is memory for all of W, and it can be multiplied so.
+inline bool weight_fits(const Product &p, bool pairs) {
+    if (is_coded(p.w_dtype)) {
+        constexpr int64_t MOST = INT32_MAX - LINE4;
+        if (p.n > MOST || p.k > MOST || p.w_stride_k != 1) return false;
+        return Tensor{p.w, p.scales, int32_t(p.w_dtype), int32_t(p.n), int32_t(p.k), 0, p.w_bytes, p.scales_bytes}.is(p.n, p.k);
+    }
+    return is_dtype(p.w_dtype) && (!pairs || p.w_dtype == BFLOAT16) && (p.w_stride_k == 1 || p.w_stride_n == 1) &&
+           reaches({const_cast<void *>(p.w), p.w_bytes}, size_of(p.w_dtype), {p.n, p.k}, {p.w_stride_n, p.w_stride_k});
+}
+
 inline bool fits(const Product &p, bool pairs) {
-    return p.rows > 0 && p.k > 0 && p.n > 0 && is_dtype(p.w_dtype) && is_dtype(p.y_dtype) && (!pairs || p.w_dtype == BFLOAT16) &&
-           (!p.add || p.y_dtype == FLOAT32) && (p.w_stride_k == 1 || p.w_stride_n == 1) && p.y_stride >= p.n &&
-           holds({const_cast<float *>(p.x), p.x_bytes}, 4, {packed_floats_of(p.rows, p.k, pairs)}) &&
-           reaches({const_cast<void *>(p.w), p.w_bytes}, size_of(p.w_dtype), {p.n, p.k}, {p.w_stride_n, p.w_stride_k}) &&
+    return p.rows > 0 && p.k > 0 && p.n > 0 && is_dtype(p.y_dtype) && weight_fits(p, pairs) && (!p.add || p.y_dtype == FLOAT32) &&
+           p.y_stride >= p.n && holds({const_cast<float *>(p.x), p.x_bytes}, 4, {packed_floats_of(p.rows, p.k, pairs)}) &&
            reaches({p.y, p.y_bytes}, size_of(p.y_dtype), {p.rows, p.n}, {p.y_stride, 1});
 }
 
@@ -194,7 +247,7 @@ inline bool fits(const Product &p, bool pairs) {
 template <bool PAIRS>
 void multiply_block(const Product &p, int64_t begin, int64_t end, int64_t first, int columns) {
     thread_local Buffer packed(BLOCK_UNITS * PANEL * BLOCK_PANELS);
-    const Weight weight{p.w, int(p.w_dtype), p.w_stride_n, p.w_stride_k};
+    const Weight weight = p.weight();
     const int64_t units = units_of(p.k, PAIRS), first_row = begin * TILE, rows = std::min(end * TILE, p.rows) - first_row;
     const bool direct = p.y_dtype == FLOAT32;
     Buffer own(direct ? 0 : size_t(rows * columns));
@@ -224,7 +277,9 @@ void multiply_few(const Product &p, int64_t first, int columns) {
     for (int64_t i = 0; i < p.rows; i++)
         for (int64_t u = 0; u < units; u++) x.get()[i * units + u] = p.x[u * TILE + i];
     const int size = p.w_dtype == FLOAT32 ? 4 : 2;
-    Buffer wide(units), y(columns);
+    const bool coded = is_coded(p.w_dtype);
+    const int64_t decoded = round_up(int(p.k), LINE4);
+    Buffer wide(coded ? decoded : units), numbers(coded && PAIRS ? decoded : 0), y(columns);
     for (int64_t i = 0; i < p.rows; i++) {
         const float *row = x.get() + i * units;
         const int64_t at = i * p.y_stride + first;
@@ -232,7 +287,13 @@ void multiply_few(const Product &p, int64_t first, int columns) {
         for (int c = 0; c < columns; c++) {
             const char *column = static_cast<const char *>(p.w) + (first + c) * p.w_stride_n * size;
             const float *w = reinterpret_cast<const float *>(column);
-            if (!PAIRS && size == 2) {
+            if (coded) {
+                if (PAIRS)
+                    decode_pairs(wide.get(), numbers.get(), p.weight(), p.k, first + c, 0, p.k);
+                else
+                    decode(wide.get(), p.weight(), p.k, first + c, 0, p.k);
+                w = wide.get();
+            } else if (!PAIRS && size == 2) {
                 load_row(wide.get(), {column, int(p.w_dtype)}, 0, int(p.k), int(p.k));
                 w = wide.get();
             }

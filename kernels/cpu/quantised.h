@@ -5,6 +5,23 @@
 
 namespace rwkv_lab {
 
+// Codes of 8 or 4 bits, LANES of them from number `at` of their row on.
+INLINE Vec codes_of(const Tensor &w, int64_t row, int at) {
+    if (w.format == INT8) return widened<INT8>(w.data, row * round_up(w.columns, GROUP8) + at);
+    const auto *words = static_cast<const uint16_t *>(w.data) + row * round_up(w.columns, LINE4) / 4 + at / LINE4 * 32;
+    Halves some;
+    memcpy(&some, words + at % GROUP4, sizeof some);
+    const Ints codes = (__builtin_convertvector(some, Ints) >> (4 * (at % LINE4 / GROUP4)) & 15) - 8;
+    return __builtin_convertvector(codes, Vec);
+}
+
+INLINE int group_of(const Tensor &w) { return w.format == INT8 ? GROUP8 : GROUP4; }
+
+INLINE float scale_of(const Tensor &w, int64_t row, int group) {
+    const int groups = w.format == INT8 ? (w.columns + GROUP8 - 1) / GROUP8 : round_up(w.columns, LINE4) / GROUP4;
+    return bfloat_to_float(w.scales[row * groups + group]);
+}
+
 template <int TR, int TB>
 INLINE void int8_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
     const int groups = (w.columns + GROUP8 - 1) / GROUP8;

@@ -1,7 +1,8 @@
 """Weights in 8 or 4 bits with a scale per group: a model that needs a half or a quarter of the memory to decode.
 
-Everything else keeps the model's dtype. The compiled step unpacks weights in registers; the torch modules, which read
-prompts and are the reference, unpack one matrix at a time into float32. Both compute with the same rounded weights.
+Everything else keeps the model's dtype. The compiled step unpacks weights in registers, the compiled prefill block by
+block; the torch modules, the reference, unpack one matrix at a time into float32. All compute with the same rounded
+weights; in a bfloat16 model the prefill rounds them to that.
 """
 
 import copy

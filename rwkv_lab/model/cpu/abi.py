@@ -79,6 +79,8 @@ class Product(ctypes.Structure):
         *((name, POINTER) for name in ("x", "w", "y")),
         *((name, INT64) for name in ("rows", "k", "n", "w_dtype", "w_stride_n", "w_stride_k")),
         *((name, INT64) for name in ("y_dtype", "y_stride", "add", "x_bytes", "w_bytes", "y_bytes")),
+        ("scales", POINTER),
+        ("scales_bytes", INT64),
     ]
 
 

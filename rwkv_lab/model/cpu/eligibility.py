@@ -33,7 +33,7 @@ from rwkv_lab import torch_private
 from rwkv_lab.errors import KernelError
 from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.lazy_state import is_lazy
-from rwkv_lab.model.cpu.model_faults import PACKED, fault_of_modules, fault_of_tensors, refuse_tensors_without_values
+from rwkv_lab.model.cpu.model_faults import fault_of_modules, fault_of_tensors, refuse_tensors_without_values
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.standard_modules import patched_class
 from rwkv_lab.model.state import RWKVState
@@ -224,9 +224,8 @@ class Eligibility:
         self._kinds = self._kinds_now()
         self._kept: Callable[..., bool] | None = None
         self._large = sum(x.nbytes for x in self.tensors) > _LARGE
-        packed = any(type(m) in PACKED for m in self.modules)
         self.faults = {
-            "prefill": fault or ("its weights are in 8 or 4 bits" if packed else ""),
+            "prefill": fault,
             "step": fault or ("" if self.norm_eps() else "its norms differ in eps"),
         }
 

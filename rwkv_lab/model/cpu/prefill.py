@@ -3,7 +3,7 @@
 PyTorch's form in rwkv4.py to rwkv7.py of `rwkv_lab/model` is the definition; files of those names here have the layers'
 compiled form. Everything between two matrix products is float32, the residual stream too, so that float16 needs no
 rescaling; what products read is rounded to bfloat16 where the model is bfloat16 and the processor multiplies pairs of
-it. Products take the weights as they are stored: no copy is kept.
+it. Products take the weights as they are stored, in 8 or 4 bits too: no copy is kept.
 """
 
 import ctypes
@@ -18,6 +18,7 @@ from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.eligibility import Eligibility, Permit
 from rwkv_lab.model.registry import compiled_form
 from rwkv_lab.model.state import RWKVState, maker
+from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
 from rwkv_lab.wkv.pointers import NOTHING, Span, check, new, span, span_of_new, strided_span
 
 _BLOCK = 512  # rows (batch times tokens) at once: enough to pay for reading a layer's weights, few enough for the cache
@@ -57,7 +58,7 @@ def logits(model: Any, permit: Permit, x: Tensor) -> Tensor:
             *("norm_out", prefill.floats(rows, len(rows), C), *prefill.norm(model.ln_out), len(rows), C),
             *(prefill.floats(packed), prefill.pairs),
         )
-        prefill.multiply(len(rows), (packed, model.head.weight, y))
+        prefill.multiply(len(rows), (packed, model.head, y))
     return out
 
 
@@ -124,17 +125,21 @@ class Pass:
         return self.library.packed_floats(rows, k, self.pairs)
 
     def multiply(self, rows: int, *products: tuple, add: bool = False) -> None:
-        """y = x W, or y += x W, for each (x packed, W, y `[rows,n]`); all at once."""
+        """y = x W, or y += x W, for each (x packed, a Linear or a `Transposed`, y `[rows,n]`); all at once."""
         wanted = (abi.Product * len(products))()
-        for p, (x, weight, y) in zip(wanted, products, strict=True):
-            transposed = isinstance(weight, Transposed)
-            weight = weight.weight if transposed else weight
-            k, n = weight.shape if transposed else weight.shape[::-1]
-            packed, matrix = self.floats(x), self.weights(weight)
+        for p, (x, layer, y) in zip(wanted, products, strict=True):
+            transposed = isinstance(layer, Transposed)
+            k, n = layer.weight.shape if transposed else layer.weight.shape[::-1]
+            if isinstance(layer, PackedLinear):
+                matrix, scales = self.weights(layer.codes), self.weights(layer.scales)
+                p.w_dtype, p.scales, p.scales_bytes = abi.QUANTISED[layer.bits], scales.data, scales.bytes
+            else:
+                matrix, p.w_dtype = self.weights(layer.weight), abi.DTYPES[layer.weight.dtype]
+            packed = self.floats(x)
             out = self._strided(y, (rows, n), (torch.float32, self.torch_dtype))
             p.x, p.w, p.y = packed.data, matrix.data, out.data
             p.x_bytes, p.w_bytes, p.y_bytes = packed.bytes, matrix.bytes, out.bytes
-            p.rows, p.k, p.n, p.w_dtype = rows, k, n, abi.DTYPES[weight.dtype]
+            p.rows, p.k, p.n = rows, k, n
             p.w_stride_n, p.w_stride_k = (1, n) if transposed else (k, 1)
             p.y_dtype, p.y_stride, p.add = abi.DTYPES[y.dtype], y.stride(0), add
         self.call("multiply_all", _of_array(wanted), len(products), self.pairs)
@@ -201,23 +206,23 @@ class Pass:
             *(*(self.floats(z, rows, A) for z in (r, k, v)), self.weights(r_k), self.floats(gate, rows, A)),
             *(int(silu), dtype, rows, att.n_head, att.head_size, self.floats(packed), self.pairs),
         )
-        self.multiply(rows, (packed, att.output.weight, x), add=True)
+        self.multiply(rows, (packed, att.output, x), add=True)
 
     # ------------------------------------------------------------------ the model
 
     def over(self, tokens: Tensor, x: Tensor, att: list[Tensor], ffn: list[Tensor], wkv: list[Tensor]) -> None:
         """Fill x `[B*T,C]` from tokens `[B,T]`; the lists of states, one entry per layer, are brought up to date."""
         model, form, v_first = self.model, compiled_form(self.model.layout), None
-        (rows, C), emb = x.shape, model.emb.weight
+        (rows, C), shape, emb = x.shape, tokens.shape, model.emb.weight
+        if isinstance(model.emb, PackedEmbedding):  # the rows that are read, once each
+            emb, tokens = model.emb(tokens).reshape(rows, C).contiguous(), torch.arange(rows)
         self.call(
             *("embed", span(tokens, tokens.shape, torch.int64), self.weights(emb)),
             *(*self.norm(model.blocks[0].ln0), rows, len(emb), C, self.floats(x, rows, C)),
         )
         for layer, block in enumerate(model.blocks):
-            att[layer], wkv[layer], v_first = form.time_mix(
-                self, block, x, tokens.shape, att[layer], wkv[layer], v_first
-            )
-            ffn[layer] = form.channel_mix(self, block, x, tokens.shape, ffn[layer])
+            att[layer], wkv[layer], v_first = form.time_mix(self, block, x, shape, att[layer], wkv[layer], v_first)
+            ffn[layer] = form.channel_mix(self, block, x, shape, ffn[layer])
 
 
 def _of_array(array: ctypes.Array) -> Span:

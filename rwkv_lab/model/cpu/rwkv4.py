@@ -19,12 +19,12 @@ def time_mix(
     mu = (att.time_mix_k, att.time_mix_v, att.time_mix_r)
     (xk, xv, xr), shift = p.mix_in(block.ln1, x, shape, shift, mu, "kvr", of_present=True)
     k, v, r = (p.scratch(z, rows, A) for z in "kvr")
-    p.multiply(rows, (xk, att.key.weight, k), (xv, att.value.weight, v), (xr, att.receptance.weight, r))
+    p.multiply(rows, (xk, att.key, k), (xv, att.value, v), (xr, att.receptance, r))
     y, wkv = wkv4(-torch.exp(att.time_decay.float()), att.time_first, k.view(*shape, A), v.view(*shape, A), wkv)
     packed = p.packed("out", rows, A)
     y = y.contiguous().view(rows, A)
     p.call("gate4", p.floats(r, rows, A), p.floats(y, rows, A), rows, A, p.floats(packed), p.pairs)
-    p.multiply(rows, (packed, att.output.weight, x), add=True)
+    p.multiply(rows, (packed, att.output, x), add=True)
     return shift, wkv, v_first
 
 
@@ -42,8 +42,8 @@ def gated_channel_mix(
     (xk, xr), shift = p.mix_in(block.ln2, x, shape, shift, mu, "kr", of_present=of_present)
     hidden = p.scratch("ffn", rows, ffn.key.weight.shape[0])
     r, y = p.scratch("ffn r", rows, C), p.scratch("ffn y", rows, C)
-    p.multiply(rows, (xk, ffn.key.weight, hidden), (xr, ffn.receptance.weight, r))
+    p.multiply(rows, (xk, ffn.key, hidden), (xr, ffn.receptance, r))
     (packed,) = p.activate(rows, ("ffn", hidden, abi.RELU_SQUARE))
-    p.multiply(rows, (packed, ffn.value.weight, y))
+    p.multiply(rows, (packed, ffn.value, y))
     p.call("add_gated", *(p.floats(z, rows, C) for z in (x, r, y)), rows, C)
     return shift

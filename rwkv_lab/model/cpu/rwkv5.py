@@ -23,7 +23,7 @@ def time_mix(
     inputs, shift = p.mix_in(block.ln1, x, shape, shift, mu, names, of_present=True)
     weights = {"k": att.key, "v": att.value, "r": att.receptance} | ({"g": att.gate} if att.gated else {})
     out = {z: p.scratch(z, rows, A) for z in names}
-    p.multiply(rows, *((one, weights[z].weight, out[z]) for z, one in zip(names, inputs, strict=True)))
+    p.multiply(rows, *((one, weights[z], out[z]) for z, one in zip(names, inputs, strict=True)))
     log_decay, bonus = att.decay_and_bonus(torch.float32)
     y, wkv = wkv5(out["r"].view(heads), log_decay, out["k"].view(heads), out["v"].view(heads), bonus, wkv)
     p.heads_out(att, x, y, out.get("g"), silu=True)

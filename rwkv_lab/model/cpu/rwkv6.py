@@ -28,8 +28,8 @@ def time_mix(
     r, k, v, g, w = (p.scratch(z, rows, A) for z in "rkvgw")
     low = p.scratch("decay", rows, att.time_decay_w1.shape[1])
     p.multiply(
-        *(rows, (xr, att.receptance.weight, r), (xk, att.key.weight, k), (xv, att.value.weight, v)),
-        *((xg, att.gate.weight, g), (xw, Transposed(att.time_decay_w1), low)),
+        *(rows, (xr, att.receptance, r), (xk, att.key, k), (xv, att.value, v)),
+        *((xg, att.gate, g), (xw, Transposed(att.time_decay_w1), low)),
     )
     (low,) = p.activate(rows, ("decay", low, abi.TANH))
     p.multiply(rows, (low, Transposed(att.time_decay_w2), w))

@@ -26,7 +26,7 @@ def time_mix(
     hidden = {z: p.scratch(f"hidden {z}", rows, weight.shape[1]) for z, weight in low.items()}
     inputs = {"w": xw, "a": xa, "g": xg, "v": xv}
     p.multiply(
-        *(rows, (xr, att.receptance.weight, r), (xk, att.key.weight, k), (xv, att.value.weight, v)),
+        *(rows, (xr, att.receptance, r), (xk, att.key, k), (xv, att.value, v)),
         *((inputs[z], Transposed(weight), hidden[z]) for z, weight in low.items()),
     )
     activation = {"w": abi.TANH, "a": abi.NONE, "g": abi.SIGMOID, "v": abi.NONE}
@@ -50,7 +50,7 @@ def channel_mix(p: Pass, block: Any, x: Tensor, shape: Size, shift: Tensor) -> T
     ffn = block.ffn
     (xk,), shift = p.mix_in(block.ln2, x, shape, shift, [ffn.x_k], "k")
     hidden = p.scratch("ffn", len(x), ffn.key.weight.shape[0])
-    p.multiply(len(x), (xk, ffn.key.weight, hidden))
+    p.multiply(len(x), (xk, ffn.key, hidden))
     (packed,) = p.activate(len(x), ("ffn", hidden, abi.RELU_SQUARE))
-    p.multiply(len(x), (packed, ffn.value.weight, x), add=True)
+    p.multiply(len(x), (packed, ffn.value, x), add=True)
     return shift
