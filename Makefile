@@ -6,6 +6,7 @@
 # make bench  measures models, kernels, loading, merging and conversion beside others (15 GB of disk, an hour)
 # make sanitize  tests compiled code under AddressSanitizer and UBSan, with 2,000 random changes of models (an hour)
 # make compat  exports tiny models with the oldest and the newest packages that pyproject.toml allows (12 GB of disk)
+# make torture  10,000 damaged checkpoints, 200 kills and full disks, 100,000 tokens, 100 notebooks in a row (two hours)
 # make clean  removes .venv, the demo model, build folders and compiled kernels; reports stay
 #
 # Each sets up in .venv what it needs.
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 RUN := $(BIN)/python -m rwkv_lab.workbench.batch --cwd .
 DEMO := reports/demo
 
-.PHONY: demo test consumers lab lint bench sanitize compat clean
+.PHONY: demo test consumers lab lint bench sanitize torture compat clean
 
 # What notebooks need; nothing of the tests.
 $(READY): pyproject.toml constraints.txt
@@ -82,6 +83,9 @@ sanitize: $(TESTS_READY)
 
 compat: $(READY)
 	$(BIN)/python tests/compat.py
+
+torture: $(TESTS_READY)
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m torture
 
 clean:
 	rm -rf .venv .compat build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo
