@@ -11,7 +11,6 @@ from rwkv_lab.export.checkpoint_detector import CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.onnx_folder import Weights
 from rwkv_lab.export.onnx_model import OnnxModel
-from rwkv_lab.export.weight_storage import Stored
 
 ONNX_WEIGHTS: dict[str, Weights] = {"none": "fp32", "fp16": "fp16", "int8": "int8", "int4": "int4"}
 
@@ -28,7 +27,7 @@ class WholeModel:
     bytes: int
     checks: list[Check | NotApplicable] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    choice: dict[str, Stored] = field(default_factory=dict)
+    choice: dict[str, Weights] = field(default_factory=dict)
 
 
 class Reference(Protocol):

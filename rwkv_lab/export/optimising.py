@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
+from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import FormatExportError, LayoutError, ParameterError
 from rwkv_lab.export.calibration import Calibration, load_calibration
 from rwkv_lab.export.checkpoint_detector import CheckpointDetector
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.family import WholeModel
+from rwkv_lab.export.onnx_folder import Weights
 from rwkv_lab.export.optimization_processor import OptimizationProcessor, by_storage, described
 from rwkv_lab.export.result import ExportResult
 from rwkv_lab.export.sensitivity import propose, scan_sensitivity
@@ -43,7 +45,7 @@ def optimised(
     if configuration.sensitivity_scan:
         model = replace(model, choice=_scan(configuration, model, checkpoint, result))
         processor = OptimizationProcessor(configuration.quantization_level, model.choice)
-    if configuration.export_onnx or _is_packed(configuration):
+    if configuration.export_onnx or _is_packed(configuration, model.path):
         tensors = processor.plan_quantisation(model.path)
         result.storage = by_storage(tensors)
         for line in described(tensors):
@@ -51,13 +53,17 @@ def optimised(
     return model
 
 
-def _is_packed(configuration: ExportConfiguration) -> bool:
-    """Whether the PyTorch model is written with packed matrices."""
-    few_bits = configuration.quantization_level in ("int8", "int4", "nf4")
-    return few_bits and configuration.compress_weights and configuration.pytorch_format != "gguf"
+def _is_packed(configuration: ExportConfiguration, path: Path) -> bool:
+    """Whether the PyTorch model is written with packed matrices: one of RWKV, in few bits."""
+    if not configuration.compress_weights or configuration.pytorch_format == "gguf":
+        return False
+    with open_checkpoint(path) as ck:
+        return configuration.quantization_level in ("int8", "int4", "nf4") and ck.layout is not None
 
 
-def _scan(configuration: ExportConfiguration, whole: WholeModel, checkpoint: Path, result: ExportResult) -> dict:
+def _scan(
+    configuration: ExportConfiguration, whole: WholeModel, checkpoint: Path, result: ExportResult
+) -> dict[str, Weights]:
     """How each matrix is stored, by the scan and the budgets."""
     level = configuration.quantization_level
     assert level in ("int8", "int4"), "refused by ExportConfiguration"

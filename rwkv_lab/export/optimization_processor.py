@@ -22,6 +22,7 @@ from rwkv_lab.checkpoint.tensors import expected_tensors
 from rwkv_lab.checkpoint.write import file_kind, write_stream
 from rwkv_lab.convert import convert
 from rwkv_lab.errors import FormatExportError, NumericsError, ParameterError
+from rwkv_lab.export.onnx_folder import Weights
 from rwkv_lab.export.weight_storage import Choice, Level, PytorchFormat, Stored, bytes_of, fault_of, stored_as
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.peft.quantised import quantised_and_back, quantize_nf4
@@ -116,7 +117,7 @@ class OptimizationProcessor:
     @checked
     def __init__(self, level: Level = "none", choice: Choice | None = None):
         self.level: Level = level
-        self.choice: dict[str, Stored] = dict(choice or {})
+        self.choice: dict[str, Weights] = dict(choice or {})
         if level == "nf4" and self.choice:
             raise ParameterError("choice is of ONNX graphs; checkpoints in nf4 have one level for all matrices.")
 

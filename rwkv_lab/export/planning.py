@@ -1,6 +1,5 @@
 """What an export would do, from headers alone: what is read and written, and about what it takes."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -13,21 +12,11 @@ from rwkv_lab.errors import CheckpointValidationError, ModelMergeError, OutputEr
 from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.pipeline import ONNX, PYTORCH, family_of, folder_name
+from rwkv_lab.export.weight_storage import Level, bytes_of, stored_as
 from rwkv_lab.machine import disk_free, memory_free
 from rwkv_lab.progress import human_bytes
 
 # Matrices that are stored in 8 or 4 bits, by their names in RWKV models and in those of transformers.
-_QUANTISED = re.compile(
-    r"\.(att|ffn)\.(receptance|key|value|gate|output)\.weight$|\.(self_attn|mlp)\.\w+_proj\.weight$"
-)
-_HEAD = ("head.weight", "lm_head.weight")
-_BITS = {
-    "none": 32.0,
-    "fp16": 16.0,
-    "int8": 8.0,
-    "int4": 5.0,
-    "nf4": 4.5,
-}  # of a weight, its share of scales and zero points in it
 _INSIDE = 16 * 2**20  # bytes of weights up to which each graph holds them itself
 _PROCESS = 400_000_000  # bytes that torch, onnx and onnxruntime take without a model
 
@@ -131,26 +120,18 @@ def _outputs(configuration: ExportConfiguration, tensors: Mapping[str, TensorInf
         size = sum(_pytorch_bytes(name, t, stored) for name, t in tensors.items())
         found.append(PlannedOutput(level, PYTORCH, size))
     if configuration.export_onnx:
-        size = int(sum(prod(t.shape) * _bits(name, t, level) / 8 for name, t in tensors.items()))
+        size = sum(bytes_of(t.shape, stored_as(name, t.shape, level)) for name, t in tensors.items())
         inside = size <= _INSIDE and not configuration.use_external_data_format
         found.append(PlannedOutput(level, ONNX, 2 * size if inside else size))  # of two graphs
     return found
 
 
-def _pytorch_bytes(name: str, tensor: TensorInfo, level: str) -> int:
+def _pytorch_bytes(name: str, tensor: TensorInfo, level: Level) -> int:
     """Bytes of a tensor in a file for PyTorch; what is not quantised keeps its dtype."""
     if level == "fp16":
         return 2 * prod(tensor.shape)
-    return int(prod(tensor.shape) * _BITS[level] / 8) if level != "none" and _QUANTISED.search(name) else tensor.nbytes
-
-
-def _bits(name: str, tensor: TensorInfo, level: str) -> float:
-    """Bits that ONNX stores a value of a tensor in."""
-    if level == "fp16":
-        return 16.0 if len(tensor.shape) > 1 else 32.0
-    if level == "int4" and name in _HEAD:
-        return _BITS["int8"]
-    return _BITS[level] if name in _HEAD or _QUANTISED.search(name) else 32.0
+    stored = stored_as(name, tensor.shape, level)
+    return tensor.nbytes if stored == "fp32" else bytes_of(tensor.shape, stored)
 
 
 def _memory(configurations: Sequence[ExportConfiguration], tensors: Mapping[str, TensorInfo]) -> int:

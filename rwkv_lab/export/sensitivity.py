@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from annotated_types import Ge, Gt
@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint.rounding import BLOCK
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.export.onnx_folder import Weights
 from rwkv_lab.export.optimization_processor import restored
 from rwkv_lab.export.validation_tester import GATES
-from rwkv_lab.export.weight_storage import Stored, bytes_of, fault_of, is_head, is_matrix, stored_as
+from rwkv_lab.export.weight_storage import bytes_of, fault_of, is_head, is_matrix, stored_as
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.progress import Progress
 
@@ -29,7 +30,7 @@ ScanLevel = Literal["int8", "int4"]
 Budget = Annotated[float, Gt(0)]
 
 # From few bits to many: the order in which a group is given more of them.
-_STEPS: dict[str, tuple[Stored, ...]] = {"int4": ("int4", "int8", "fp16"), "int8": ("int8", "fp16")}
+_STEPS: dict[str, tuple[Weights, ...]] = {"int4": ("int4", "int8", "fp16"), "int8": ("int8", "fp16")}
 _HALF_MAX = 65504.0
 _ROWS = 64  # positions whose predictions are compared at a time: in float64 they take memory
 
@@ -43,7 +44,7 @@ class GroupDamage:
     """
 
     group: str
-    stored: Stored
+    stored: Weights
     names: tuple[str, ...]
     kl: float
     kl_standard_error: float
@@ -62,7 +63,7 @@ class FrontierPoint:
     bytes: int
     predicted_kl: float
     raised: str  # the group that has more bits than in the point before; "" of the first
-    stored: dict[str, Stored]  # by group
+    stored: dict[str, Weights]  # by group
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class Proposal:
     top1: share of positions whose likeliest token stays.
     """
 
-    choice: dict[str, Stored]
-    stored: dict[str, Stored]  # by group
+    choice: dict[str, Weights]
+    stored: dict[str, Weights]  # by group
     bytes: int
     predicted_kl: float
     kl: float
@@ -187,6 +188,8 @@ class _Reader:
     What enters each layer is kept: of a group in layer 5, layers 0 to 4 need not be run again.
     """
 
+    model: Any
+
     def __init__(self, model: RWKV_Dual, texts: Sequence[Sequence[int]]):
         vocab = model.layout.vocab_size
         for ids in texts:
@@ -215,7 +218,7 @@ class _Reader:
             yield x, v_first
 
     @torch.inference_mode()
-    def measure(self, stored: Mapping[str, Stored]) -> tuple[float, float, float]:
+    def measure(self, stored: Mapping[str, Weights]) -> tuple[float, float, float]:
         """Mean KL, its standard error, and the share of likeliest tokens that stay, with matrices stored so."""
         layers = [int(name.split(".")[1]) for name in stored if name.startswith("blocks.")]
         first = min(layers, default=len(self.model.blocks))
@@ -239,7 +242,7 @@ class _Reader:
 
 
 @contextmanager
-def as_exported(model: RWKV_Dual, stored: Mapping[str, Stored]) -> Iterator[None]:
+def as_exported(model: RWKV_Dual, stored: Mapping[str, Weights]) -> Iterator[None]:
     """Within it the model has some matrices as the ONNX graphs hold them, and rounds what they multiply as the graphs
     do."""
     linears = {name: model.get_submodule(name.removesuffix(".weight")) for name in stored}
@@ -295,17 +298,17 @@ def _groups(model: RWKV_Dual, by: GroupBy) -> dict[str, list[str]]:
     return found
 
 
-def _ways(model: RWKV_Dual, group: str, names: Sequence[str], level: ScanLevel) -> list[Stored]:
+def _ways(model: RWKV_Dual, group: str, names: Sequence[str], level: ScanLevel) -> list[Weights]:
     """How a group can be stored, from the fewest bits on; as the level says, the head has 8 at least."""
     shapes = [(name, tuple(model.get_parameter(name).shape)) for name in names]
-    fewest = stored_as(*shapes[0], level)
+    fewest = cast(Weights, stored_as(*shapes[0], level))  # nf4 is of files alone
     ways = _STEPS[level][_STEPS[level].index(fewest) :]
     ways = [way for way in ways if not any(fault_of(name, shape, way) for name, shape in shapes)]
     large = any(float(model.get_parameter(name).detach().abs().max()) > _HALF_MAX for name in names)
     return ["fp32" if way == "fp16" and large else way for way in ways]
 
 
-def _bytes(model: RWKV_Dual, stored: Mapping[str, Stored]) -> int:
+def _bytes(model: RWKV_Dual, stored: Mapping[str, Weights]) -> int:
     return sum(bytes_of(tuple(model.get_parameter(name).shape), way) for name, way in stored.items())
 
 

@@ -14,6 +14,7 @@ from rwkv_lab.errors import CheckpointValidationError, ModelMergeError, OutputEr
 from rwkv_lab.export import ExportConfiguration
 from rwkv_lab.export.monitoring_logger import Monitoring, Sample, Stage
 from rwkv_lab.export.result import ExportResult
+from rwkv_lab.export.sensitivity import FrontierPoint, GroupDamage, Proposal, Sensitivity
 from rwkv_lab.plotting import png
 from rwkv_lab.workbench import panel as panels
 from rwkv_lab.workbench import start
@@ -65,6 +66,30 @@ def test_pytorch_alone(model, tmp_path):
     assert "RWKV_Dual.from_pretrained(" in (tmp_path / "report/report.html").read_text()
     run_all(begun(tmp_path, **given))  # its output is in the report folder, and replaced
     assert result_of(tmp_path)["status"] == "ok"
+
+
+def test_a_scan_is_shown(model, tmp_path):
+    given = dict(checkpoint_path=str(model), export_onnx=False, quantization_level="int8", kl_budget=1e-3)
+    run_all(begun(tmp_path, **given, sensitivity_scan=True, calibration_data="english", calibration_samples=1))
+    assert "sensitivity-int8.png" in {Path(figure).name for figure in result_of(tmp_path)["figures"]}
+    page = (tmp_path / "report/report.html").read_text()
+    assert "What suffers most, int8" in page and "256 tokens of english" in page
+
+
+def test_the_figure_of_a_scan():
+    damages = [
+        GroupDamage("blocks.0.att", "int4", ("a",), 1e-3, 1e-5, 10, 90),
+        GroupDamage("head", *("int8", ("b",)), 0.0, 0.0, 20, 80),
+    ]
+    frontier = [FrontierPoint(30, 1e-3, "", {}), FrontierPoint(40, 1e-4, "blocks.0.att", {})]
+    chosen = Proposal({}, {}, 40, 1e-4, 2e-4, 1e-5, 0.99)
+    left, right = figures.sensitivity(Sensitivity("int4", 99, damages, frontier, chosen), "It").axes
+    texts = [text.get_text() for axes in (left, right) for text in axes.get_legend().get_texts()]
+    assert texts == ["int4", "int8, 1 parts cost nothing", "predicted: the sum of the parts"] + [
+        "taken: KL 0.0002 measured, 4e-05 MB"
+    ]
+    assert [text.get_text() for text in left.texts] == ["0.att"]
+    assert left.lines[0].get_xydata().tolist() == [[9e-05, 1e-3]]
 
 
 def test_the_panel_leaves_out_what_is_not_given(model, tmp_path, monkeypatch):

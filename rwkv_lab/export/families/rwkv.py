@@ -1,7 +1,7 @@
 """RWKV of every generation: merged by `rwkv_lab.merge`, written by `rwkv_lab.convert` and `export_onnx`."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from rwkv_lab.export.family import ONNX_WEIGHTS, WholeModel
 from rwkv_lab.export.onnx.export import export_onnx
 from rwkv_lab.export.onnx_model import OnnxModel
 from rwkv_lab.export.optimization_processor import OptimizationProcessor, training_artifacts
-from rwkv_lab.export.weight_storage import Choice
 from rwkv_lab.merge import merge, verify_merge
 from rwkv_lab.model import RWKV_Dual
 
@@ -77,7 +76,7 @@ class Rwkv:
             external_data=configuration.use_external_data_format,
             tokenizer=configuration.tokenizer or None,
             optimise_graph=configuration.onnx_optimize_graph,
-            choice=cast(Choice, model.choice) or None,
+            choice=model.choice or None,
             recurrence=configuration.onnx_recurrence,
         )
         return written.checks

@@ -96,12 +96,21 @@ def carry_out(run: Run, plan: ExportPlan) -> list[Exported]:
 
 
 def show_sizes(run: Run, results: list[Exported]) -> None:
-    """How large every output is, beside the model that it was made from."""
+    """How large every output is, beside the model that it was made from; and after a scan, what which part costs."""
     if not results:
         print(_DRY)
         return
     caption = "Bytes on disk: the whole model in its own dtype, and what was written from it."
     run.show_figure("sizes", "Sizes", caption, figures.sizes(results, run.page.headline))
+    for one in results:
+        if one.result.sensitivity is not None:
+            read = f"{one.result.sensitivity.tokens:,} tokens of {one.result.calibration['data']}"
+            caption = (
+                f"Each part alone in few bits, on {read}. Right: all of them, from the fewest bits on with more for "
+                "one part at a time, and the choice that was written."
+            )
+            figure = figures.sensitivity(one.result.sensitivity, run.page.headline)
+            run.show_figure(f"sensitivity-{one.level}", f"What suffers most, {one.label}", caption, figure)
 
 
 def show_agreement(run: Run, results: list[Exported]) -> None:

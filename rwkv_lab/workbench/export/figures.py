@@ -1,4 +1,4 @@
-"""Figures of export.ipynb: sizes, agreement with the model, speed."""
+"""Figures of export.ipynb: sizes, what quantisation costs each part, agreement with the model, speed."""
 
 import re
 from collections.abc import Sequence
@@ -7,9 +7,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rwkv_lab.export.sensitivity import Sensitivity
 from rwkv_lab.plotting import BLUE, CYCLE, GREEN, GREY, ORANGE, quiet, single, titled
 from rwkv_lab.workbench.export.exported import Exported, size_of
 
+_NAMED = 5  # parts that lose most
 _FLOOR = 1e-12  # of a divergence that is zero, on a logarithmic scale
 _SHAPE = re.compile(r"(?P<name>.+) at (?P<batch>\d+)x(?P<length>\d+)$")
 
@@ -64,6 +66,37 @@ def speed(results: Sequence[Exported], subtitle: str) -> Figure:
     axes.margins(x=0.2)
     axes.set_xlabel("tokens per second")
     quiet(axes)
+    return figure
+
+
+def sensitivity(found: Sensitivity, subtitle: str) -> Figure:
+    """What each part costs in few bits, against the bytes that it saves; and the mixed choices, with the one taken."""
+    figure = titled(3.8, "Which parts lose most in few bits?", subtitle)
+    left, right = figure.subplots(1, 2)
+    for stored, colour, mark in (("int4", ORANGE, "o"), ("int8", BLUE, "s")):
+        every = [d for d in found.damages if d.stored == stored]
+        some = [d for d in every if d.kl > 0]
+        label = stored + (f", {len(every) - len(some)} parts cost nothing" if len(some) < len(every) else "")
+        left.plot([d.saved_bytes / 1e6 for d in some], [d.kl for d in some], mark, color=colour, ms=4, label=label)
+    for d in sorted(found.damages, key=lambda d: -d.kl)[:_NAMED]:
+        if not d.kl:
+            continue
+        text = d.group.removeprefix("blocks.")
+        left.annotate(text, (d.saved_bytes / 1e6, d.kl), (5, 2), textcoords="offset points", fontsize=8)
+    left.set_xlabel("MB saved against float32")
+    left.margins(x=0.2)
+    left.legend(frameon=False, fontsize=8)
+    sizes_of, kls = zip(*[(p.bytes / 1e6, p.predicted_kl) for p in found.frontier if p.predicted_kl > 0], strict=True)
+    right.plot(sizes_of, kls, "-o", color=GREY, markersize=3, label="predicted: the sum of the parts")
+    if chosen := found.proposal:
+        where = chosen.bytes / 1e6, max(chosen.kl, _FLOOR)
+        right.plot(*where, "D", color=GREEN, label=f"taken: KL {chosen.kl:.2g} measured, {where[0]:.3g} MB")
+    right.set_xlabel("MB of weights")
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.set_yscale("log")
+        axes.set_ylabel("mean KL, nats per token")
+        quiet(axes)
     return figure
 
 
