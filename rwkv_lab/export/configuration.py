@@ -15,7 +15,7 @@ from rwkv_lab.arguments import checked
 from rwkv_lab.command_line import type_of
 from rwkv_lab.convert.spec import AbsolutePath, ByteCount, Line
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.export.profiles import PROFILES
+from rwkv_lab.export.profiles import PROFILES, ProfileName
 from rwkv_lab.export.weight_storage import Level, PytorchFormat
 from rwkv_lab.paths import path_fault, to_path
 from rwkv_lab.spec import Number, Spec, Text, did_you_mean, unknown_name
@@ -191,11 +191,15 @@ class ExportConfiguration(Spec):
         given = {name: "argument" for name in self.model_fields_set}
         return {name: self._origins.get(name, given.get(name, "default")) for name in type(self).model_fields}
 
-    def with_profile(self, name: str, why: str = "") -> "ExportConfiguration":
+    @checked
+    def with_profile(self, name: ProfileName, why: str = "") -> "ExportConfiguration":
         """The same with a profile's values where none was given; `origins` says "profile" of them.
 
         Args:
             why: the profile was chosen, where it was not given.
+
+        Raises:
+            ParameterError: there is no such profile.
         """
         origins = self.origins
         values = {key: value for key, value in PROFILES[name].items() if origins[key] in ("default", "profile")}

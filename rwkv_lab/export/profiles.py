@@ -6,11 +6,13 @@ A profile sets options that were not given. `aggressive` tries most, `conservati
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rwkv_lab.export.result import FAILED, RESULT
 
-PROFILES: dict[str, dict[str, Any]] = {
+ProfileName = Literal["aggressive", "balanced", "conservative"]
+
+PROFILES: dict[ProfileName, dict[str, Any]] = {
     "aggressive": {"max_attempts": 9, "attempt_time_limit": 1800.0},
     "balanced": {"max_attempts": 5, "attempt_time_limit": 3600.0},
     "conservative": {
@@ -25,7 +27,7 @@ _BALANCED, _CONSERVATIVE = 1_000_000_000, 5_000_000_000  # parameters from which
 _READ = 200  # earlier results, the newest
 
 
-def choose_profile(parameters: int, failures: int) -> tuple[str, str]:
+def choose_profile(parameters: int, failures: int) -> tuple[ProfileName, str]:
     """The profile for a model, and why: by its size, and one step further for every earlier export with an error.
 
     Args:

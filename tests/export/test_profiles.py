@@ -27,6 +27,8 @@ def test_a_profile_sets_what_was_not_given():
     assert configured().onnx_optimize_graph is True  # "auto" is settled when the model is known
     with pytest.raises(ParameterError, match="profile"):
         configured(profile="brave")
+    with pytest.raises(ParameterError, match="name"):
+        found.with_profile("brave")
     assert all(values.keys() <= ExportConfiguration.model_fields.keys() for values in PROFILES.values())
 
 
