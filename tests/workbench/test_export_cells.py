@@ -12,6 +12,7 @@ from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import CheckpointValidationError, ModelMergeError, OutputError, ParameterError
 from rwkv_lab.export import ExportConfiguration
+from rwkv_lab.export.attempt import Attempt
 from rwkv_lab.export.monitoring_logger import Monitoring, Sample, Stage
 from rwkv_lab.export.result import ExportResult
 from rwkv_lab.export.sensitivity import FrontierPoint, GroupDamage, Proposal, Sensitivity
@@ -19,6 +20,7 @@ from rwkv_lab.plotting import png
 from rwkv_lab.workbench import panel as panels
 from rwkv_lab.workbench import start
 from rwkv_lab.workbench.export import cells, figures
+from rwkv_lab.workbench.export.details import storage_as_csv, tables_of_exports
 from rwkv_lab.workbench.export.exported import Exported, one_after_the_other
 from rwkv_lab.workbench.registry import parameters_of
 from rwkv_lab.workbench.steps import run_all
@@ -182,8 +184,8 @@ def exported(level: str, tmp_path, **measured) -> Exported:
     result.inference_speed_ms, result.seconds = 2.0, {"merge": 1.0}
     result.monitoring = Monitoring([Stage("merge", 0.0, 1.0)], [Sample(0.5, 7, 5, 9), Sample(1.0, None, 6, 9)])
     result.checks = [Check("of the merge", 0, 0, True), Check("KL", measured.get("kl_mean", 0), 1, True)]
-    gate = {"kl": 1e-3, "top1": 0.975}
-    return Exported(result, level, measured, gate)
+    report = {"gate": {"kl": 1e-3, "top1": 0.975}, "measured": measured, "speed": {"torch_decode_ms": 4.0}}
+    return Exported(result, level, report)
 
 
 def test_figures_of_values_that_no_scale_can_show(tmp_path):
@@ -193,7 +195,27 @@ def test_figures_of_values_that_no_scale_can_show(tmp_path):
     for made in (figures.agreement([exact], "m"), figures.agreement([exact, wrong], "m"), figures.sizes([wrong], "m")):
         assert png(made)[:4] == b"\x89PNG"
     text = [t.get_text() for t in figures.speed([exact, wrong], "m").axes[0].texts]
-    assert [t.strip() for t in text] == ["500/s, 2.00 ms"] * 2
+    assert [t.strip() for t in text] == ["500/s, 2.00 ms", "250/s, 4.00 ms"] * 2
+    wrong.measured["drift"] = {"64": {"wkv": 1e-3, "att_shift": 0.0}, "8": {"wkv": 2e-3}}
+    lines = figures.drift([exact, wrong], "m").axes[0].lines
+    assert [list(line.get_xdata()) for line in lines] == [[8, 64]] * 2 and list(lines[0].get_ydata()) == [2e-3, 1e-3]
+
+
+def test_what_was_stored_tried_and_lost_is_listed(tmp_path):
+    one = exported("int8", tmp_path, kl_mean=0.1, top1=0.9)
+    assert tables_of_exports([one]) == []
+    one.result.storage = {"int8": {"original_bytes": 8, "bytes": 2, "tensors": ["a", "b"]}}
+    one.result.left_out = ["blocks.0.x"]
+    one.result.attempts = [
+        Attempt({}, "as asked for", 1.0, "ONNXExportError: no\nmore", "a cause"),
+        Attempt({}, "a cause", 2.0, lost=["fixed sizes"]),
+    ]
+    one.result.degraded = ["fixed sizes"]
+    storage, left_out, attempts = tables_of_exports([one])
+    assert storage.rows == [("int8", "int8", 2, 8, 2)] and left_out.rows == [("blocks.0.x",)]
+    assert [row[3:] for row in attempts.rows] == [(1.0, "ONNXExportError: no", ""), (2.0, "", "fixed sizes")]
+    assert storage_as_csv([one]) == "level,tensor,stored as\nint8,a,int8\nint8,b,int8\n"
+    assert cells._sentence(one).startswith("int8 (degraded: fixed sizes): 2 MB -> 1 MB, KL 0.1 nats per token")
 
 
 def test_checks_of_several_levels_have_their_names(tmp_path):

@@ -65,6 +65,7 @@ LISTS = [
     ("benchmark", "batches", "1, 8", [1, 8]),
     ("benchmark", "peers", "auto", ["auto"]),
     ("export", "quantization_level", "none,int8", ["none", "int8"]),
+    ("chat", "stop", "one,two", ["one", "two"]),
 ]
 
 

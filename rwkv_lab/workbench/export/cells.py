@@ -16,6 +16,7 @@ from rwkv_lab.export.planning import ExportPlan, plan_export
 from rwkv_lab.progress import human_bytes, human_seconds
 from rwkv_lab.samples import Sample
 from rwkv_lab.workbench.export import figures
+from rwkv_lab.workbench.export.details import STORAGE, storage_as_csv, tables_of_exports
 from rwkv_lab.workbench.export.exported import Exported, facts_of, one_after_the_other, read_exported
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step, show_verdict
@@ -89,8 +90,10 @@ def carry_out(run: Run, plan: ExportPlan) -> list[Exported]:
     run.record.metrics["exports"] = {one.level: _metrics(one) for one in found}
     run.page.headline = f"{_what(plan)}."
     run.page.facts += [("to know", note) for note in run.record.notes if note not in plan.notes]
-    run.page.tables.insert(0, _results_table(found))
-    display(run.page.tables[0])
+    tables = [_results_table(found), *tables_of_exports(found)]
+    run.page.tables = tables + run.page.tables
+    run.page.attached = {STORAGE: storage_as_csv(found)}
+    display(*tables)
     print(run.page.summary)
     return found
 
@@ -128,6 +131,9 @@ def show_agreement(run: Run, results: list[Exported]) -> None:
         "Middle: positions whose likeliest token is another. Right: largest errors after so many tokens."
     )
     run.show_figure("agreement", title, caption, figures.agreement(compared, run.page.headline))
+    if any(one.measured.get("drift") for one in compared):
+        caption = "Largest error of each part of the state after so many tokens of text, relative to its scale."
+        run.show_figure("drift", "Drift of the state", caption, figures.drift(compared, run.page.headline))
 
 
 def show_cost(run: Run, results: list[Exported]) -> None:
@@ -136,7 +142,7 @@ def show_cost(run: Run, results: list[Exported]) -> None:
         print(_DRY)
         return
     if any(one.result.inference_speed_ms for one in results):
-        caption = "Median of 32 tokens, one after the other, on this machine with all its threads."
+        caption = "One token after the other, medians of one run on this machine."
         run.show_figure("speed", "Speed", caption, figures.speed(results, run.page.headline))
     seen = one_after_the_other(results)
     if seen.samples:
@@ -269,7 +275,8 @@ def _sentence(one: Exported) -> str:
     before, after = (
         human_bytes(1e6 * (size or 0)) for size in (one.result.original_size_mb, one.result.optimized_size_mb)
     )
-    text = f"{one.label}: {before} -> {after}"
+    lost = f" (degraded: {'; '.join(one.result.degraded)})" if one.result.degraded else ""
+    text = f"{one.label}{lost}: {before} -> {after}"
     if not one.measured:
         return f"{text}, not compared with the model"
     kl, top1 = one.measured["kl_mean"], one.measured["top1"]
@@ -288,6 +295,10 @@ def _metrics(one: Exported) -> dict[str, object]:
         "peak_disk": result.monitoring.peak_disk,
         "seconds": result.seconds,
         "measured": one.measured,
+        "speed": one.report.get("speed"),
+        "memory": one.report.get("memory"),
+        "degraded": result.degraded,
+        "attempts": len(result.attempts),
         "onnx_model_path": result.onnx_model_path,
         "pytorch_model_path": result.pytorch_model_path,
     }

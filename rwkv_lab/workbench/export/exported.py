@@ -17,13 +17,22 @@ from rwkv_lab.export.result import ExportResult
 class Exported:
     """An export that succeeded.
 
-    measured: `Comparison` as a dict, gate: its limits; both empty where nothing was compared.
+    report: of the comparison with the model, as `validation.json` has it; empty where nothing was compared.
     """
 
     result: ExportResult
     level: str
-    measured: dict[str, Any] = field(default_factory=dict)
-    gate: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """A `Comparison` as a dict; empty where nothing was compared."""
+        return self.report.get("measured", {})
+
+    @property
+    def gate(self) -> dict[str, Any]:
+        """The limits of what was measured."""
+        return self.report.get("gate", {})
 
     @property
     def label(self) -> str:
@@ -50,8 +59,7 @@ class Exported:
 def read_exported(result: ExportResult) -> Exported:
     """A result, with the numbers of its validation report."""
     report = {} if result.validation_report_path is None else _json(Path(result.validation_report_path))
-    level = str(result.configuration["quantization_level"]["value"])
-    return Exported(result, level, report.get("measured", {}), report.get("gate", {}))
+    return Exported(result, str(result.configuration["quantization_level"]["value"]), report)
 
 
 def facts_of(one: Exported) -> list[FileFacts]:

@@ -13,6 +13,7 @@ from rwkv_lab.workbench.export.exported import Exported, size_of
 
 _NAMED = 5  # parts that lose most
 _FLOOR = 1e-12  # of a divergence that is zero, on a logarithmic scale
+_STYLES = ("-o", "--s", ":^", "-.v")
 _SHAPE = re.compile(r"(?P<name>.+) at (?P<batch>\d+)x(?P<length>\d+)$")
 
 
@@ -56,12 +57,36 @@ def agreement(results: Sequence[Exported], subtitle: str) -> Figure:
     return figure
 
 
+def drift(results: Sequence[Exported], subtitle: str) -> Figure:
+    """The error of the state along a text."""
+    figure, axes = single(3.0, "Does the state drift away from the model's?", subtitle)
+    for place, one in enumerate(results):
+        points = sorted((int(n), parts) for n, parts in one.measured.get("drift", {}).items())
+        for part, style in zip(dict.fromkeys(p for _, parts in points for p in parts), _STYLES, strict=False):
+            errors = [parts.get(part, 0.0) for _, parts in points]
+            shown = [error if error > 0 else float("nan") for error in errors]
+            label = f"{one.label}, {part}"
+            axes.plot([n for n, _ in points], shown, style, color=CYCLE[place % len(CYCLE)], markersize=3, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens read")
+    axes.set_ylabel("largest relative error")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    quiet(axes)
+    return figure
+
+
 def speed(results: Sequence[Exported], subtitle: str) -> Figure:
-    """Tokens per second, one after the other."""
-    rows = [(one.label, 1000 / one.result.inference_speed_ms) for one in results if one.result.inference_speed_ms]
-    figure, axes = single(0.9 + 0.32 * len(rows), "How fast does onnxruntime write one token after another?", subtitle)
-    bars = axes.barh([name for name, _ in rows], [rate for _, rate in rows], color=BLUE)
-    axes.bar_label(bars, [f" {rate:,.0f}/s, {1000 / rate:.2f} ms" for _, rate in rows], fontsize=9)
+    """Tokens per second, one after the other; torch's own beside them where it was measured in the same run."""
+    rows = []
+    for one in results:
+        measured = one.report.get("speed") or {}
+        if one.result.inference_speed_ms:
+            rows.append((f"{one.label}, onnxruntime", 1000 / one.result.inference_speed_ms, BLUE))
+        if measured.get("torch_decode_ms"):
+            rows.append((f"{one.label}, the model in torch", 1000 / measured["torch_decode_ms"], GREY))
+    figure, axes = single(0.9 + 0.3 * len(rows), "How fast is one token after another?", subtitle)
+    bars = axes.barh([name for name, *_ in rows], [rate for _, rate, _ in rows], color=[c for *_, c in rows])
+    axes.bar_label(bars, [f" {rate:,.0f}/s, {1000 / rate:.2f} ms" for _, rate, _ in rows], fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set_xlabel("tokens per second")
