@@ -68,7 +68,6 @@ def export_tensorrt(
         FormatExportError: a graph has what TensorRT does not take, or computes something else than the model.
         OutputError: the folder is there already, or cannot be written.
     """
-    from rwkv_lab.export.onnx.check import check_graph
     from rwkv_lab.export.onnx.tensorrt_operators import check_for_tensorrt
 
     sizes = _with_cache(sizes)
@@ -78,7 +77,6 @@ def export_tensorrt(
     checks: list[Check | NotApplicable] = []
     profiles = {path.name: _profile(path, sizes) for path in paths}
     for path in paths:
-        checks += check_graph(path, domains=None)
         checks += check_for_tensorrt(path, profiles[path.name])
     checks.append(_parity(onnx_folder, sizes, reference))
     with atomic_folder(folder, overwrite) as inside:

@@ -25,7 +25,7 @@ from rwkv_lab.errors import (
     ParameterError,
     ValidationError,
 )
-from rwkv_lab.export import CheckpointDetector, ConfigurationManager, OnnxModel, run, run_levels
+from rwkv_lab.export import CheckpointDetector, ConfigurationManager, OnnxModel, run, run_levels, tensorrt_engines
 from rwkv_lab.export.attempt import Attempt
 from rwkv_lab.export.causal_lm.loading import load_causal_lm
 from rwkv_lab.export.causal_lm.onnx_folder import export_causal_lm
@@ -82,6 +82,19 @@ def test_the_whole_pipeline(exports, trained):
 
     used = [node.op_type for node in onnx.load(f"{exports['int8'].onnx_model_path}/model.onnx").graph.node]
     assert used.count("MatMulInteger") == 15  # those of two layers, and of the head, which is tied to the embedding
+
+
+def test_the_graph_is_ready_for_tensorrt(exports, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorrt_engines, "find_spec", lambda name: None)  # as where it is not installed
+    sizes = {"batch": [1, 2, 4], "length": [1, 8, 32]}
+    source = Path(exports["none"].onnx_model_path)
+    found = tensorrt_engines.export_tensorrt(source, tmp_path / "out", sizes, None, False)
+    assert str(found) == "TensorRT: not built (the package tensorrt is not installed)"
+    shapes = json.loads((tmp_path / "out/profiles.json").read_text())["graphs"]["model.onnx"]
+    assert shapes["attention_mask"] == [[1, 1], [2, 16], [4, 64]]
+    with pytest.raises(FormatExportError, match="DynamicQuantizeLinear.* is no operator that it has"):
+        source = Path(exports["int8"].onnx_model_path)
+        tensorrt_engines.export_tensorrt(source, tmp_path / "int8", sizes, None, False)
 
 
 def test_the_folder_for_pytorch_is_loaded_by_transformers(exports):

@@ -38,7 +38,8 @@ class CausalLmGraph(nn.Module):
         """See the class; the mask has 0 where a row is padded, in front, and 1 elsewhere."""
         before = past[0].shape[2]
         total = attention_mask.shape[1]
-        positions = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, before:]
+        counted = attention_mask.float().cumsum(1)  # exact up to 2^24 tokens; TensorRT sums and clips no integers
+        positions = (counted - 1).clamp_min(0).long()[:, before:]
         column = torch.arange(total)[None, :]
         row = torch.arange(input_ids.shape[1])[:, None] + before
         seen = (column <= row)[None, None] & (attention_mask[:, None, None, :] > 0)

@@ -29,7 +29,25 @@ def check_graph(
         ONNXExportError: another opset or shape, an operator of another domain, a graph that onnx or onnxruntime
             refuses, weights that are missing, or that lie outside its folder.
     """
-    name = path.name
+    name, (model, weights) = path.name, open_graph(path)
+    checks = [_check_opset(name, model, opset), _check_domains(name, model, domains)]
+    if axes is not None:
+        checks.append(_check_axes(name, model, axes))
+    checks.append(weights)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as e:  # onnx raises errors of several kinds
+        raise ONNXExportError(f"{name} is no valid ONNX file: {first_line(e)}") from e
+    open_session(path)
+    return [*checks, Check(f"{name}: onnx.checker, and onnxruntime from its path", "open it", "open it", True)]
+
+
+def open_graph(path: Path) -> tuple[onnx.ModelProto, Check]:
+    """A graph without the weights that are in other files, and what was checked of these.
+
+    Raises:
+        ONNXExportError: it is no ONNX file; such weights are missing, or lie outside its folder.
+    """
     try:
         elsewhere = check_external_data(path)
         model = onnx.load(str(path), load_external_data=False)
@@ -38,19 +56,10 @@ def check_graph(
     except OSError as e:
         raise ONNXExportError(f"{path} cannot be read: {e.strerror or e}.") from e
     except Exception as e:  # protobuf's own
-        raise ONNXExportError(f"{name} is no ONNX file: {first_line(e)}") from e
-    checks = [_check_opset(name, model, opset), _check_domains(name, model, domains)]
-    if axes is not None:
-        checks.append(_check_axes(name, model, axes))
+        raise ONNXExportError(f"{path.name} is no ONNX file: {first_line(e)}") from e
     files = {tensor.location for tensor in elsewhere}
     held = f"{len(elsewhere)} tensors in {', '.join(sorted(files))}" if elsewhere else "none"
-    checks.append(Check(f"{name}: weights in other files", held, "whole, in its folder", True))
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except Exception as e:  # onnx raises errors of several kinds
-        raise ONNXExportError(f"{name} is no valid ONNX file: {first_line(e)}") from e
-    open_session(path)
-    return [*checks, Check(f"{name}: onnx.checker, and onnxruntime from its path", "open it", "open it", True)]
+    return model, Check(f"{path.name}: weights in other files", held, "whole, in its folder", True)
 
 
 def _check_opset(name: str, model: onnx.ModelProto, opset: int | None) -> Check:

@@ -13,7 +13,7 @@ from onnx import TensorProto
 
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import FormatExportError
-from rwkv_lab.export.onnx.check import first_line, shapes_of
+from rwkv_lab.export.onnx.check import first_line, open_graph, shapes_of
 
 OPSETS = (9, 25)  # of TensorRT 11; 10.15 ends at 24, 10.0 at 20
 _FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16})
@@ -89,7 +89,7 @@ def check_for_tensorrt(path: Path, shapes: Shapes) -> list[Check]:
     Raises:
         FormatExportError: an operator, type, opset or axis that TensorRT does not take, by name.
     """
-    name, model = path.name, onnx.load(str(path), load_external_data=False)
+    name, (model, weights) = path.name, open_graph(path)
     opset = {entry.domain: entry.version for entry in model.opset_import}.get("", 0)
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise FormatExportError(f"{name} is of opset {opset}; TensorRT takes {OPSETS[0]} to {OPSETS[1]}.")
@@ -107,6 +107,7 @@ def check_for_tensorrt(path: Path, shapes: Shapes) -> list[Check]:
     _check_shapes(name, model, shapes)
     kinds = sorted({node.op_type for node in _all_nodes(model.graph)})
     return [
+        weights,
         Check(f"{name}: opset for TensorRT", opset, f"{OPSETS[0]} to {OPSETS[1]}", True),
         Check(f"{name}: operators, in sub-graphs too, and their types", ", ".join(kinds), "TensorRT's table", True),
         Check(f"{name}: inputs with least, optimal and largest shape", len(shapes), len(shapes), True),
