@@ -87,6 +87,9 @@ def files(tmp_path_factory, demo_folder) -> Path:
     write_model(folder / "M.pth", make_layout("7.0", vocab_size=260))
     write_tokenizer(folder / "20B_tokenizer.json")
     (folder / "recipe.yml").write_text(RECIPE)
+    (folder / "grid.yaml").write_text(
+        "grid: {alpha: [0.5, 1.0]}\nfixed: {base: B.pth, tuned: T1.pth, method: overlay}\n"
+    )
     lines = [{"prompt": f"What is {i}?", "response": f" It is {i + 1} minus 1."} for i in range(200)]
     (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder

@@ -10,14 +10,22 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 from rwkv_lab.cli import notebooks
+from rwkv_lab.command_line import add_flags
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.version import __version__
+from rwkv_lab.workbench.sweep.spec import SweepOptions
 
 _NOTES = """\
 A run ends with its verdict and the path of its report. Exit codes: 0 the run is ok, 1 it was refused or a check failed,
 2 the command line is wrong, 130 stopped by Ctrl-C.
 Completion of commands and parameters: eval "$(rwkv-lab completion bash)"
 """
+
+_SWEEPS = """\
+GRID.yaml has grid (parameter: list of values; every combination is a run), runs (a list), or random with draws; \
+fixed; and minimise and maximise, names of metrics.
+
+A sweep that was stopped goes on where the same command is given again."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -91,6 +99,10 @@ def _add_words(parser: argparse.ArgumentParser, name: str | None) -> None:
 
 
 def _add_others(add: Callable[..., argparse.ArgumentParser]) -> None:
+    sweep = add("sweep", _sweep, "Run a notebook many times, and summarise what came out.", _SWEEPS)
+    sweep.add_argument("notebook", metavar="NOTEBOOK", help="a name that `rwkv-lab list` shows, or its path")
+    sweep.add_argument("grid", metavar="GRID.yaml", help="what the runs differ in")
+    add_flags(sweep, SweepOptions.model_fields)
     report = add("report", _report, "Show what became of runs.", "Without a folder: lists those below reports/.")
     report.add_argument("folder", nargs="?", help="of a run, or one with runs below it; or a notebook's name")
     report.add_argument("--open", action="store_true", help="open the report, or the list, in a browser")
@@ -115,6 +127,12 @@ def _list(given: argparse.Namespace) -> int:
         print(f"{name:<10} {book.title}\n{'':<10} {book.purpose}\n")
     print("Run one by its name: rwkv-lab merge base=B.pth tuned=T.pth out=O.pth; its parameters: rwkv-lab merge --help")
     return 0
+
+
+def _sweep(given: argparse.Namespace) -> int:
+    from rwkv_lab.cli.sweeping import run_sweep
+
+    return run_sweep(vars(given))
 
 
 def _report(given: argparse.Namespace) -> int:
