@@ -23,7 +23,7 @@ def run_sweep(given: dict[str, Any]) -> int:
     try:
         result = sweep(Path(notebook).stem if notebook.endswith(".ipynb") else notebook, grid, **options)
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here; what is finished is not run again.")
+        print("Stopped. The same command continues from here; what is finished is not run again.")
         raise
     if result.summary is None:
         for run in result.runs:
