@@ -1,7 +1,7 @@
 # make demo   trains the demo model, tunes a state, merges it; ends with what changed and the path of a report
 # make test   runs all tests
 # make consumers  adds llama.cpp, built from source (some minutes), for the tests that compare with it
-# make lab    opens JupyterLab on the notebooks
+# make lab    opens JupyterLab on notebooks/index.ipynb; it saves a notebook only when you say so
 # make lint   ruff on Python and notebooks; pyright against the number of findings that are left
 # make bench  measures models, kernels, loading, merging and conversion beside others (15 GB of disk, an hour)
 # make sanitize  tests compiled code under AddressSanitizer and UBSan, with 2,000 random changes of models (an hour)
@@ -66,7 +66,9 @@ consumers: $(TESTS_READY)
 	@$(PIP) llama-cpp-python
 
 lab: $(READY)
-	$(BIN)/jupyter lab --KernelManager.transport=ipc notebooks
+	@mkdir -p .venv/share/jupyter/lab/settings
+	@echo '{"@jupyterlab/docmanager-extension:plugin": {"autosave": false}}' > .venv/share/jupyter/lab/settings/overrides.json
+	$(BIN)/jupyter lab --KernelManager.transport=ipc --ServerApp.root_dir=. notebooks/index.ipynb
 
 lint: $(TESTS_READY)
 	$(BIN)/ruff check .

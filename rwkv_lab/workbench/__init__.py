@@ -30,4 +30,15 @@ def show_panel(run: "Run") -> "Panel | None":
     return show_panel(run)
 
 
-__all__ = ["Run", "show_panel", "start"]
+def show_runs() -> None:
+    """Show the runs whose reports lie in the usual folder, the last one first, with links to the reports."""
+    from IPython.core.display import HTML
+    from IPython.display import display
+
+    from rwkv_lab.resources import reports_folder
+    from rwkv_lab.workbench.runs import runs_as_html
+
+    display(HTML(runs_as_html(reports_folder())))
+
+
+__all__ = ["Run", "show_panel", "show_runs", "start"]

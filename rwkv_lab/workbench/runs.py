@@ -6,8 +6,10 @@ A run whose process was killed cannot say so; in the list it is "interrupted".
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,23 @@ def write_index(folder: str | Path) -> Path:
     )
     write_text(folder / INDEX, text.encode("utf-8", "replace").decode(), overwrite=True)
     return folder / INDEX
+
+
+def runs_as_html(folder: Path) -> str:
+    """The runs below a folder as a table whose links are seen from the current folder, for a notebook."""
+    link = lambda path: escape(os.path.relpath(path))  # noqa: E731
+    rows = []
+    for run in list_runs(folder):
+        name = escape(shown(run.folder.relative_to(folder).as_posix()))
+        report = run.report or run.good
+        linked = f'<a href="{link(report)}" target="_blank">{name}</a>' if report else name
+        cells = (escape(run.status), escape(shown(run.notebook)), run.started[:16].replace("T", " "), linked)
+        summary = escape(without_folders(shown(run.summary), []))
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in (*cells, summary)) + "</tr>")
+    if not rows:
+        return f"<p>There are no runs in {escape(str(folder))} yet.</p>"
+    head = "".join(f"<th>{name}</th>" for name in ("status", "notebook", "started (UTC)", "report", "found"))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _compared(run: ListedRun, folder: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import pytest
 from rwkv_lab.workbench.parameters_cell import parameters_cell
 from rwkv_lab.workbench.registry import cells_of, notebook_names, parameters_of
 
-FILES = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+FOLDER = Path(__file__).parents[2] / "notebooks"
+FILES = sorted(path for path in FOLDER.glob("*.ipynb") if path.stem != "index")
 
 
 @pytest.fixture(params=FILES, ids=lambda p: p.stem)
@@ -32,6 +33,18 @@ def code_cells(notebook) -> list:
 
 def test_every_job_with_parameters_has_its_notebook():
     assert set(notebook_names()) == {p.stem for p in FILES}
+
+
+def test_the_index_leads_to_every_job():
+    index = nbformat.read(FOLDER / "index.ipynb", as_version=4)
+    nbformat.validate(index)
+    text = index.cells[0].source
+    assert set(re.findall(r"\]\((\w+)\.ipynb\)", text)) == set(notebook_names())
+    for notebook, given in re.findall(r"`rwkv-lab (?:run )?(\w+) (.*?)`", text):
+        assert {word.partition("=")[0] for word in given.split() if "=" in word} <= {
+            *parameters_of(notebook).model_fields
+        }
+    assert index.metadata.kernelspec.name == "python3" and not index.cells[-1].outputs
 
 
 def test_no_output_is_committed(notebook):

@@ -16,7 +16,7 @@ from rwkv_lab.workbench import start
 from rwkv_lab.workbench.process import is_running, start_of, this_process
 from rwkv_lab.workbench.reports import main as list_in_terminal
 from rwkv_lab.workbench.result import read_result, status_of
-from rwkv_lab.workbench.runs import list_runs, write_index
+from rwkv_lab.workbench.runs import list_runs, runs_as_html, write_index
 
 
 def begun(folder: Path):
@@ -170,6 +170,16 @@ def test_the_list_names_the_good_report_beside_a_run_that_failed(good, monkeypat
     assert list_in_terminal() == 0 and "failed" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["reports", str(good)])
     assert list_in_terminal() == 1
+
+
+def test_a_notebook_lists_them_with_links(good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ParameterError):
+        start("merge", {"report": str(tmp_path / "second"), "alpha": "<b>"})
+    text = runs_as_html(tmp_path)
+    assert '<a href="merge/report.html" target="_blank">merge</a>' in text and 'href="second/report.html"' in text
+    assert "&lt;b&gt;" in text and "<b>" not in text
+    assert "no runs" in runs_as_html(tmp_path / "merge")
 
 
 def test_a_result_that_cannot_be_read_is_no_run(tmp_path):
