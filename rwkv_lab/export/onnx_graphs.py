@@ -33,7 +33,7 @@ class Graphs(Protocol):
 class RecurrentGraphs:
     """RWKV: a graph for a sequence and one for a token; the state is wkv, att_shift and ffn_shift, float32."""
 
-    context = None
+    context: int | None = None
 
     def __init__(
         self, folder: Path, manifest: dict[str, Any], providers: Sequence[str] | None, threads: int | None

@@ -49,7 +49,7 @@ def load_causal_lm(folder: Path, quantisation: Quantisation = "none") -> Any:
     known_type(folder)
     try:
         with quiet(), torch.inference_mode(False):
-            model, said = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 attn_implementation="eager",
@@ -60,6 +60,7 @@ def load_causal_lm(folder: Path, quantisation: Quantisation = "none") -> Any:
             )
     except Exception as e:  # transformers raises errors of many kinds
         raise CorruptFileError(f"transformers cannot load {folder}: {str(e).splitlines()[0][:300]}") from e
+    model, said = loaded
     if missing := sorted(said["missing_keys"]):
         raise CorruptFileError(
             f"{folder} has no {missing[0]}, which its config.json asks for ({len(missing)} missing)."

@@ -99,7 +99,7 @@ def _write_graph(
     from rwkv_lab.export.onnx.files import write_graphs
     from rwkv_lab.export.onnx.quantise import quantise
 
-    choice = {**_matrices(model, weights), **given}
+    choice: dict[str, Weights] = {**_matrices(model, weights), **given}
     shapes = cache_shapes(model)
     graph = trace(model, opset, optimise, own_head=bool(choice))
     quantise(graph, weights, choice)

@@ -37,7 +37,7 @@ class HuggingFace:
     """Causal language models that transformers has a class for."""
 
     name = "Hugging Face"
-    varies = ("onnx_opset_version", "onnx_optimize_graph", "use_external_data_format")
+    varies: tuple[str, ...] = ("onnx_opset_version", "onnx_optimize_graph", "use_external_data_format")
 
     def recognises(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> bool:
         """It is a folder of such a model, or an adapter of one."""

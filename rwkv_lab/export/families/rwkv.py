@@ -25,7 +25,7 @@ class Rwkv:
     """RWKV-4 to 7."""
 
     name = "RWKV"
-    varies = ("onnx_opset_version", "onnx_optimize_graph", "use_external_data_format")
+    varies: tuple[str, ...] = ("onnx_opset_version", "onnx_optimize_graph", "use_external_data_format")
 
     def recognises(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> bool:
         """Its base is an RWKV model, or it is one itself."""
@@ -89,7 +89,7 @@ class Rwkv:
 class RwkvReference:
     """A model in torch, float32: see `rwkv_lab.export.family.Reference`."""
 
-    context = None
+    context: int | None = None
 
     def __init__(self, model: RWKV_Dual, tokenizer: str):
         self.model, self.vocab_size = model.eval().requires_grad_(False), model.layout.vocab_size

@@ -61,7 +61,7 @@ def past_cache(past: tuple[torch.Tensor, ...]) -> Any:
             self.dtype, self.device = keys.dtype, keys.device
 
         def get_seq_length(self) -> int:  # theirs asks whether it is empty, which would be fixed by tracing
-            return self.keys.shape[-2]
+            return 0 if self.keys is None else self.keys.shape[-2]
 
     return Cache(layers=[PastLayer(*past[i : i + 2]) for i in range(0, len(past), 2)])
 
@@ -76,7 +76,9 @@ def cache_shapes(model: Any) -> list[tuple[int, int]]:
     with torch.no_grad(), quiet():
         out = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True)
     cache = getattr(out, "cache", None) or getattr(out, "past_key_values", None)
-    parts = [getattr(layer, part, None) for layer in getattr(cache, "layers", ()) for part in ("keys", "values")]
+    parts: list[Any] = [
+        getattr(layer, part, None) for layer in getattr(cache, "layers", ()) for part in ("keys", "values")
+    ]
     if not parts or any(part is None or part.dim() != 4 for part in parts):
         raise LayoutError(f"A {model.config.model_type} is not exported: its cache is not keys and values alone.")
     return [(part.shape[1], part.shape[3]) for part in parts]
