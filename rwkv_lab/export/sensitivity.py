@@ -120,12 +120,15 @@ def scan_sensitivity(
     reader = _Reader(model, texts)
     groups = _groups(model, by)
     damages: list[GroupDamage] = []
-    ways = {name: [w for w in _ways(model, name, names, level) if w != "fp16"] for name, names in groups.items()}
+    ways: dict[str, list[Weights]] = {
+        name: [w for w in _ways(model, name, names, level) if w != "fp16"] for name, names in groups.items()
+    }
     with Progress("measuring what quantisation costs", sum(map(len, ways.values()))) as progress:
         for group, names in groups.items():
             for stored in ways[group]:
-                kl, error, _ = reader.measure(dict.fromkeys(names, stored))
-                size = _bytes(model, dict.fromkeys(names, stored))
+                one: dict[str, Weights] = dict.fromkeys(names, stored)
+                kl, error, _ = reader.measure(one)
+                size = _bytes(model, one)
                 saved = _bytes(model, dict.fromkeys(names, "fp32")) - size
                 damages.append(GroupDamage(group, stored, tuple(names), kl, error, size, saved))
                 progress.advance(1)
@@ -245,7 +248,7 @@ class _Reader:
 def as_exported(model: RWKV_Dual, stored: Mapping[str, Weights]) -> Iterator[None]:
     """Within it the model has some matrices as the ONNX graphs hold them, and rounds what they multiply as the graphs
     do."""
-    linears = {name: model.get_submodule(name.removesuffix(".weight")) for name in stored}
+    linears: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".weight")) for name in stored}
     before = {name: linear.weight for name, linear in linears.items()}
     hooks = []
     try:
@@ -302,10 +305,12 @@ def _ways(model: RWKV_Dual, group: str, names: Sequence[str], level: ScanLevel) 
     """How a group can be stored, from the fewest bits on; as the level says, the head has 8 at least."""
     shapes = [(name, tuple(model.get_parameter(name).shape)) for name in names]
     fewest = cast(Weights, stored_as(*shapes[0], level))  # nf4 is of files alone
-    ways = _STEPS[level][_STEPS[level].index(fewest) :]
-    ways = [way for way in ways if not any(fault_of(name, shape, way) for name, shape in shapes)]
     large = any(float(model.get_parameter(name).detach().abs().max()) > _HALF_MAX for name in names)
-    return ["fp32" if way == "fp16" and large else way for way in ways]
+    found: list[Weights] = []
+    for way in _STEPS[level][_STEPS[level].index(fewest) :]:
+        if not any(fault_of(name, shape, way) for name, shape in shapes):
+            found.append("fp32" if way == "fp16" and large else way)
+    return found
 
 
 def _bytes(model: RWKV_Dual, stored: Mapping[str, Weights]) -> int:
@@ -318,10 +323,12 @@ def _frontier(
     """From the fewest bits for every group to the most, one group at a time, by KL per byte."""
     kl = {(d.group, d.stored): d.kl for d in damages}  # 16 bits and more cost next to nothing
     ways = {group: _ways(model, group, names, level) for group, names in groups.items()}
-    stored = {group: found[0] for group, found in ways.items()}
+    stored: dict[str, Weights] = {group: found[0] for group, found in ways.items()}
     matrices = {name for names in groups.values() for name in names}
     kept = sum(4 * p.numel() for name, p in model.named_parameters() if name not in matrices)
-    size = {(g, way): _bytes(model, dict.fromkeys(groups[g], way)) for g in groups for way in ways[g]}
+    size: dict[tuple[str, Weights], int] = {
+        (g, way): _bytes(model, dict.fromkeys(groups[g], way)) for g in groups for way in ways[g]
+    }
 
     def point(raised: str) -> FrontierPoint:
         total = kept + sum(size[g, way] for g, way in stored.items())
@@ -342,6 +349,6 @@ def _frontier(
 
 def _measured(model: RWKV_Dual, reader: _Reader, found: Sensitivity, point: FrontierPoint) -> Proposal:
     names = {damage.group: damage.names for damage in found.damages}
-    choice = {name: way for group, way in point.stored.items() for name in names[group]}
+    choice: dict[str, Weights] = {name: way for group, way in point.stored.items() for name in names[group]}
     kl, error, top1 = reader.measure(choice)
     return Proposal(choice, point.stored, point.bytes, point.predicted_kl, kl, error, top1)

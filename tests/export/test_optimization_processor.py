@@ -1,10 +1,8 @@
 """Fewer bits for weights and nothing that no layer reads: the numbers, the files, what is listed, what is refused."""
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 from random_models import load_model, make_layout, random_tensors, write_model
 
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
@@ -27,6 +25,9 @@ def source(tmp_path_factory):
 @pytest.mark.parametrize("level", ["int8", "int4"])
 def test_weights_in_torch_are_those_of_the_graph_bit_for_bit(exported, level):
     model, folder = exported("7.0", level)
+    import onnx  # where it is there
+    from onnx import numpy_helper
+
     graph = onnx.load(str(folder / "model.onnx"))
     written = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer}
     quantised = OptimizationProcessor(level).apply_quantization(model)
