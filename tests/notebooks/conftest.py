@@ -4,16 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
+from warm_kernels import warm_kernels
 
 ROOT = Path(__file__).parents[2]
-# `python -m papermill` without a package whose import takes a second, and which checks what no notebook holds.
-PAPERMILL = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.cli import papermill; papermill()"
+# papermill's own command without a package whose import takes a second, and which checks what no notebook holds.
+PAPERMILL = "import sys\nsys.modules['rfc3987_syntax'] = None\nfrom papermill.cli import papermill\npapermill()\n"
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,17 @@ def environment(demo_folder) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def batch(environment, tmp_path_factory):
-    """batch("merge", "-p", "alpha", "nan") -> Batch."""
+def warm(environment) -> dict[str, str]:
+    """The same, where kernels start at once. `environment` starts them as users do, which takes seconds."""
+    with tempfile.TemporaryDirectory() as folder, warm_kernels(Path(folder), environment) as warm:  # a short path
+        yield warm
+
+
+@pytest.fixture(scope="session")
+def batch(warm, tmp_path_factory):
+    """batch("merge", "-p", "alpha", "nan") -> Batch, by papermill."""
+    papermill = tmp_path_factory.mktemp("command") / "papermill"
+    papermill.write_text(PAPERMILL)
 
     def run(
         notebook: str, *options: str, cwd: Path = ROOT, variables: Mapping[str, str] = MappingProxyType({})
@@ -54,8 +65,7 @@ def batch(environment, tmp_path_factory):
         executed = folder / "run.ipynb"
         command = [
             sys.executable,
-            "-c",
-            PAPERMILL,
+            papermill,
             "--no-progress-bar",
             ROOT / "notebooks" / f"{notebook}.ipynb",
             executed,
@@ -63,7 +73,7 @@ def batch(environment, tmp_path_factory):
         done = subprocess.run(
             [*command, "-r", "report", str(folder / "report"), *options],
             cwd=cwd,
-            env={**environment, **variables},
+            env={**warm, **variables},
             capture_output=True,
             text=True,
             timeout=300,

@@ -20,7 +20,7 @@ def test_benchmark(batch):
     assert all(check["passed"] for check in result["checks"]) and result["metrics"]["machine"]["threads"] == 1
     assert {check["limit"] for check in result["checks"]} >= {LIMITS["fp32"]}
     report = (run.folder / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == len(result["figures"]) == 5
+    assert report.count('src="data:image/png;base64,') == len(result["figures"]) == 5
     assert str(run.folder.parent) not in report
     verdicts = run.output_of("cells.show_verdict").splitlines()
     assert len(verdicts) == len(result["checks"]) and all(line.startswith("PASS  ") for line in verdicts)

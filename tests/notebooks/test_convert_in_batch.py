@@ -26,7 +26,7 @@ def test_convert_on_its_defaults(batch, demo_folder):
         "result.json",
     }
     report = (run.folder / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 1 and str(run.folder.parent) not in report
+    assert report.count('src="data:image/png;base64,') == 1 and str(run.folder.parent) not in report
     assert "AutoModelForCausalLM.from_pretrained" in report and 'from_pretrained("' in run.output_of("cells.show_use")
     verdicts = run.output_of("cells.prove").splitlines()
     assert len(verdicts) == 8 and all(line.startswith("PASS  ") for line in verdicts)

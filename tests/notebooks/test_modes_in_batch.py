@@ -14,7 +14,7 @@ def test_modes_on_its_defaults(batch):
     assert {row["dtype"] for row in result["metrics"]["rows"]} == {"float64", "float32", "bfloat16"}
     assert "held-out text" in result["metrics"]["tokens"]  # the demo model reads bytes
     report = (run.folder / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 5 and str(run.folder.parent) not in report
+    assert report.count('src="data:image/png;base64,') == 5 and str(run.folder.parent) not in report
     verdicts = run.output_of("cells.show_verdict").splitlines()
     assert len(verdicts) == len(result["checks"]) and all(line.startswith("PASS  ") for line in verdicts)
 

@@ -8,7 +8,7 @@ import sys
 import nbformat
 
 
-def test_a_second_run_gives_the_same_verdicts_and_another_one_would_be_noticed(merged, environment, tmp_path):
+def test_a_second_run_gives_the_same_verdicts_and_another_one_would_be_noticed(merged, warm, tmp_path):
     notebook = nbformat.read(merged.notebook, as_version=4)
     (place,) = [i for i, c in enumerate(notebook.cells) if "NBVAL_CHECK_OUTPUT" in c.source]
     # nbval looks only at cells with a count and an output: without them it would pass whatever happens.
@@ -20,6 +20,6 @@ def test_a_second_run_gives_the_same_verdicts_and_another_one_would_be_noticed(m
 
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider"]
     where = ["-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path / "merge.ipynb")]
-    done = subprocess.run([*command, *where], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *where], env=warm, capture_output=True, text=True, timeout=300)
     assert "something that is not there" in done.stdout
     assert re.search(r"\b1 failed, \d+ passed", done.stdout), done.stdout[-3000:]

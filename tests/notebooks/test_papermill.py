@@ -65,7 +65,7 @@ def test_merge_on_its_defaults(merged, demo_folder):
         assert ck.kind == "model" and "blocks.1.att.time_state" in ck
     assert len(result["figures"]) == 4
     report = (merged.folder / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 4 and str(merged.folder.parent) not in report
+    assert report.count('src="data:image/png;base64,') == 4 and str(merged.folder.parent) not in report
 
 
 def test_merge_prints_its_verdicts(merged):

@@ -22,7 +22,7 @@ def test_peft_on_its_defaults(batch, demo_folder):
         "ablation",
     }
     report = (run.folder / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 7 and str(run.folder.parent) not in report
+    assert report.count('src="data:image/png;base64,') == 7 and str(run.folder.parent) not in report
     verdicts = run.output_of("cells.show_verdict").splitlines()
     assert len(verdicts) == len(result["checks"]) and all(line.startswith("PASS  ") for line in verdicts)
     assert "The tuned state, head by head" in report and ">nan<" not in report

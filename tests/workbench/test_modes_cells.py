@@ -60,7 +60,7 @@ def test_a_model_of_every_generation_passes(version, run, tmp_path, capsys):
     assert [figure.split("/")[-1] for figure in found["figures"]] == [
         f"{name}.png" for name in ("agreement", "growth", "decays", "states", "heads")
     ]
-    assert (run.folder / "report.html").read_text().count("data:image/png;base64,") == 5
+    assert (run.folder / "report.html").read_text().count('src="data:image/png;base64,') == 5
     assert "there is no mismatch to look for" in capsys.readouterr().out
 
 

@@ -116,7 +116,7 @@ def test_every_kind_ends_well(run, made, kind, capsys):
     assert found["status"] == "ok" and all(check["passed"] is not False for check in found["checks"])
     assert [figure.split("/")[-1] for figure in found["figures"]] == [f"{name}.png" for name in FIGURES[kind]]
     report = (run.folder / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == len(FIGURES[kind]) and str(run.folder.parent) not in report
+    assert report.count('src="data:image/png;base64,') == len(FIGURES[kind]) and str(run.folder.parent) not in report
     printed = capsys.readouterr().out
     assert ("holds no tuned state" in printed) == ("heads" not in FIGURES[kind])
     assert ("No matrix of the base is changed" in printed) == ("spectra" not in FIGURES[kind])
