@@ -59,7 +59,7 @@ $(MERGEKIT): $(TESTS_READY)
 	@touch $(MERGEKIT)
 
 test: $(TESTS_READY) $(MERGEKIT)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 consumers: $(TESTS_READY)
 	@echo "building llama.cpp into .venv (once)"

@@ -9,6 +9,7 @@ another PYTHONPATH than the server's it is started as ever.
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -35,14 +36,14 @@ def serve(path: str) -> None:
     server.bind(path)
     server.listen(16)
     print("ready", flush=True)
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
-    while True:
+    while sys.stdin not in select.select([server, sys.stdin], [], [])[0]:  # no thread: a fork has only its own
         connection, _ = server.accept()
         _reap()
         if os.fork() == 0:
             server.close()
             _be_kernel(connection)
         connection.close()
+    _reap()
 
 
 def _reap() -> None:
@@ -50,12 +51,6 @@ def _reap() -> None:
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-
-
-def _end_with_stdin() -> None:
-    sys.stdin.read()
-    _reap()
-    os._exit(0)
 
 
 def _be_kernel(connection: socket.socket) -> None:
