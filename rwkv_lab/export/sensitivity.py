@@ -335,16 +335,18 @@ def _frontier(
         return FrontierPoint(total, sum(kl.get((g, way), 0.0) for g, way in stored.items()), raised, dict(stored))
 
     points = [point("")]
-    while raises := [
-        ((kl.get((g, now), 0.0) - kl.get((g, way), 0.0)) / (size[g, way] - size[g, now]), g, way)
-        for g, now in stored.items()
-        for way in ways[g][ways[g].index(now) + 1 :]
-        if kl.get((g, way), 0.0) < kl.get((g, now), 0.0)  # int8 also rounds inputs, and may cost more than int4
-    ]:
+    while True:
+        raises: list[tuple[float, str, Weights]] = [
+            ((kl.get((g, now), 0.0) - kl.get((g, way), 0.0)) / (size[g, way] - size[g, now]), g, way)
+            for g, now in stored.items()
+            for way in ways[g][ways[g].index(now) + 1 :]
+            if kl.get((g, way), 0.0) < kl.get((g, now), 0.0)  # int8 also rounds inputs, and may cost more than int4
+        ]
+        if not raises:
+            return points
         _, group, way = max(raises, key=lambda one: one[0])
         stored[group] = way
         points.append(point(group))
-    return points
 
 
 def _measured(model: RWKV_Dual, reader: _Reader, found: Sensitivity, point: FrontierPoint) -> Proposal:
