@@ -102,7 +102,7 @@ def _in_process(work: Work, settings: Settings, folder: Path, place: Path, limit
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            return _fault(f"it did not end within {limit:g} seconds", said)
+            return _fault(f"it did not end within {limit:g} seconds, its attempt_time_limit", said)
         finally:
             _end(process)
     answer = place / "answer.json"
