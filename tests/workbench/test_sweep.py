@@ -300,6 +300,6 @@ def test_a_folder_that_is_of_something_else(tmp_path, demo_folder):
 
 
 def test_parameters_in_a_line():
-    assert (
-        shown({"alpha": 1 / 3, "include": ["a", "b"], "method": "ties"}) == "alpha=0.333333, include=a,b, method=ties"
-    )
+    given = {"alpha": 1 / 3, "include": ["a", "b"], "method": "ties"}
+    assert shown(given) == "alpha=0.333333, include=a,b, method=ties"
+    assert shown({"include": [], "out": ""}) == "include=[], out=''"

@@ -4,6 +4,7 @@ Narrow enough to be read on a phone; `rwkv_lab.plotting.themed_svg` makes them f
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def by_parameter(points: Sequence[Point], name: str, metric: str, names: Sequenc
         axes.set_xticks(range(len(labels)), labels, rotation=20 if max(map(len, labels)) > 8 else 0, ha="center")
         axes.set_xlim(-0.5, len(labels) - 0.5)
     axes.set_xlabel(name)
-    axes.set_ylabel(metric)
+    axes.set_ylabel(_in_lines(metric))
     _legend(figure, axes, colour)
     return figure
 
@@ -65,7 +66,7 @@ def trade_off(points: Sequence[Point], x: str, y: str, front: Sequence[int], nam
     if on:
         axes.plot(*zip(*on, strict=True), color="#8a8f98", linewidth=1.3, linestyle="--", label="front", zorder=0)
     axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set_ylabel(_in_lines(y))
     _legend(figure, axes, colour)
     return figure
 
@@ -111,6 +112,11 @@ def _legend(figure: Figure, axes: Axes, name: str) -> None:
         figure.legend(
             handles, labels, title=short(name), ncols=columns, loc="outside lower left", frameon=False, fontsize=9
         )
+
+
+def _in_lines(metric: str) -> str:
+    """A dotted name in lines that are short enough for the height of a figure."""
+    return "\n".join(textwrap.wrap(short(metric).replace(".", ". "), 22)).replace(". ", ".")
 
 
 def _label(value: Any) -> str:

@@ -109,6 +109,8 @@ def shown(parameters: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
+    if value in ("", [], {}):
+        return repr(value)
     return ",".join(map(_short, value)) if isinstance(value, list) else str(value)
 
 

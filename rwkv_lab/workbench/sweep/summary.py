@@ -167,8 +167,8 @@ class _Facts:
         if len(self.objectives) > 1:
             first, second = list(self.objectives)[:2]
             said.append(
-                f"{len(self.on_front)} runs are on the front of {first} and {second}: "
-                "no other is better by one of the two without being worse by the other."
+                f"On the front of {first} and {second}: {len(self.on_front)} of {len(self.ok)} runs. "
+                "No other is better by one of the two without being worse by the other."
             )
         return said
 
