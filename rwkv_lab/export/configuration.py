@@ -305,7 +305,8 @@ class ConfigurationManager:
         values, origins = self._gathered(keywords)
         levels = _several(values.get("quantization_level", "none"))
         if len(levels) == 1:
-            return [_read(values | {"quantization_level": levels[0]}, origins)]
+            given = {"quantization_level": levels[0]} if "quantization_level" in values else {}
+            return [_read(values | given, origins)]
         pattern = values.get("naming_pattern", ExportConfiguration.model_fields["naming_pattern"].default)
         if isinstance(pattern, str) and "{quantization_level" not in pattern:
             values["naming_pattern"] = f"{pattern}-{{quantization_level}}"

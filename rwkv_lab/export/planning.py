@@ -18,7 +18,7 @@ from rwkv_lab.progress import human_bytes
 
 # Matrices that are stored in 8 or 4 bits, by their names in RWKV models and in those of transformers.
 _INSIDE = 16 * 2**20  # bytes of weights up to which each graph holds them itself
-_PROCESS = 400_000_000  # bytes that torch, onnx and onnxruntime take without a model
+_PROCESS, _TWO_PROCESSES = 400_000_000, 700_000_000  # bytes without a model; graphs are traced in one of their own
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def plan_export(configurations: Sequence[ExportConfiguration]) -> ExportPlan:
         raise CheckpointValidationError(str(e)) from e
     family = family_of(first, checkpoint)
     whole = checkpoint.kind == "model"
-    base = None if whole or not first.base_model_name else Path(first.base_model_name)
+    base = None if whole else _base(first, checkpoint)
     for one in configurations:
         _check_folder(one)
     described, tensors = _tensors(checkpoint.path if base is None else base)
@@ -101,13 +101,23 @@ def plan_export(configurations: Sequence[ExportConfiguration]) -> ExportPlan:
     )  # fmt: skip
 
 
+def _base(configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> Path | None:
+    """What the checkpoint is merged into: the model that is given, or that an adapter of peft names."""
+    if configuration.base_model_name:
+        return Path(configuration.base_model_name).expanduser()
+    with open_checkpoint(checkpoint.path) as ck:
+        named = (ck.adapter_config or {}).get("base_model_name_or_path")
+    return Path(named) if named else None
+
+
 def _tensors(path: Path) -> tuple[str, Mapping[str, TensorInfo]]:
     """A model in words, and its tensors by name; nothing where it is no path, such as a name on a hub."""
     if not path.exists():
         return str(path), {}
     try:
         with open_checkpoint(path) as ck:
-            return str(ck.layout or ck.kind), dict(ck.info)
+            architectures = (ck.config or {}).get("architectures") or [ck.kind]
+            return str(ck.layout or architectures[0]), dict(ck.info)
     except RwkvLabError as e:
         raise ModelMergeError(f"base_model_name: {e}") from e
 
@@ -135,11 +145,11 @@ def _pytorch_bytes(name: str, tensor: TensorInfo, level: Level) -> int:
 
 
 def _memory(configurations: Sequence[ExportConfiguration], tensors: Mapping[str, TensorInfo]) -> int:
-    """Of float32 weights: once in torch, and in both graphs where onnxruntime is compared with it."""
+    """By what was measured, in float32 weights: three times to trace them, five to compare onnxruntime with torch."""
     weights = 4 * sum(prod(t.shape) for t in tensors.values())
-    compared = any(one.run_validation_tests and one.export_onnx for one in configurations)
     traced = any(one.export_onnx for one in configurations)
-    return _PROCESS + weights * (3 if compared else 2 if traced else 0)
+    compared = any(one.run_validation_tests and one.export_onnx for one in configurations)
+    return (_TWO_PROCESSES if traced else _PROCESS) + weights * (5 if compared else 3 if traced else 0)
 
 
 def _check_folder(configuration: ExportConfiguration) -> None:

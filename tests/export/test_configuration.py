@@ -166,6 +166,7 @@ def test_one_level_is_one_configuration():
         (found,) = manager.resolve_levels(checkpoint_path="A.pth", **given)
         assert found.quantization_level == ("int8" if given else "none") and found.export_pytorch
         assert found.naming_pattern == "{model_name}_{timestamp}"
+        assert found.origins["quantization_level"] == ("argument" if given else "default")
     alone = manager.resolve_levels(checkpoint_path="A.pth", quantization_level="none,int8", export_onnx=False)
     assert [one.export_pytorch for one in alone] == [True, True]
 

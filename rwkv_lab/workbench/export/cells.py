@@ -85,7 +85,7 @@ def carry_out(run: Run, plan: ExportPlan) -> list[Exported]:
         run.record.outputs += facts_of(one)
         run.record.notes += [note for note in result.warnings if note not in run.record.notes]
         run.record.seconds |= {f"{one.level}: {stage}": taken for stage, taken in result.seconds.items()}
-        run.page.summary = f"Exported {'; '.join(map(_sentence, found))}."
+        run.page.summary = _summary(found)
     run.record.checks = _checks(found)
     run.record.metrics["exports"] = {one.level: _metrics(one) for one in found}
     run.page.headline = f"{_what(plan)}."
@@ -170,10 +170,17 @@ def show_use(run: Run, results: list[Exported]) -> None:
     if not results:
         print(_DRY)
         return
-    run.page.code = [(f"{one.label}, by onnxruntime:", _lines(one.onnx, one.has_text)) for one in results if one.onnx]
-    run.page.code += [(f"{one.label}, for PyTorch:", _pytorch(one.pytorch)) for one in results if one.pytorch]
-    for title, code in run.page.code:
-        print(title, code, sep="\n", end="\n\n")
+    for one in results:
+        where = Path(one.result.onnx_model_path or one.result.pytorch_model_path or "").absolute()
+        folder = where.parents[1] if one.onnx else where.parents[2]  # output_directory
+        if one.onnx:
+            run.page.code.append(
+                (f"{one.label}, in {folder.name}/:", _lines(one.onnx.relative_to(folder), one.has_text))
+            )
+            print(f"{one.label}, by onnxruntime:", _lines(one.onnx, one.has_text), sep="\n", end="\n\n")
+        if one.pytorch:
+            run.page.code.append((f"{one.label}, for PyTorch:", _pytorch(one.pytorch, folder)))
+            print(f"{one.label}, for PyTorch:", _pytorch(one.pytorch, Path("/")), sep="\n", end="\n\n")
 
 
 def prove(run: Run, results: list[Exported]) -> None:
@@ -270,13 +277,21 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def _sentence(one: Exported) -> str:
-    """ "int8: 3.4 MB -> 1.1 MB, KL 0.0021 nats per token, same likeliest token 98.2 %"."""
-    before, after = (
-        human_bytes(1e6 * (size or 0)) for size in (one.result.original_size_mb, one.result.optimized_size_mb)
+def _summary(results: list[Exported]) -> str:
+    """ "Exported int8: 3.4 MB -> 1.1 MB, KL 0.0021 nats per token, same likeliest token 98.2 %."; of several levels the
+    smallest stands for all, and every one that lost something is named."""
+    last = min(results, key=lambda one: one.result.optimized_size_mb or 0.0)
+    lost = "".join(
+        f"; {one.label} is degraded: {', '.join(one.result.degraded)}" for one in results if one.result.degraded
     )
-    lost = f" (degraded: {'; '.join(one.result.degraded)})" if one.result.degraded else ""
-    text = f"{one.label}{lost}: {before} -> {after}"
+    if len(results) == 1:
+        return f"Exported {_sentence(last)}{lost}."
+    return f"Exported {', '.join(one.label for one in results)}; the smallest is {_sentence(last)}{lost}."
+
+
+def _sentence(one: Exported) -> str:
+    before, after = (human_bytes(1e6 * (s or 0)) for s in (one.result.original_size_mb, one.result.optimized_size_mb))
+    text = f"{one.label}: {before} -> {after}"
     if not one.measured:
         return f"{text}, not compared with the model"
     kl, top1 = one.measured["kl_mean"], one.measured["top1"]
@@ -334,8 +349,13 @@ def _lines(folder: Path, has_text: bool) -> str:
     return f'from rwkv_lab.export import OnnxModel\nmodel = OnnxModel("{folder}")\nprint({call})'
 
 
-def _pytorch(path: Path) -> str:
-    return f'from rwkv_lab import RWKV_Dual\nmodel = RWKV_Dual.from_pretrained("{path}")'
+def _pytorch(path: Path, folder: Path) -> str:
+    """Lines that load a model for PyTorch; `path` is shown as below `folder`."""
+    shown = folder / path.relative_to(folder) if folder == Path("/") else path.relative_to(folder)
+    if path.is_dir():
+        load = f'model = AutoModelForCausalLM.from_pretrained("{shown}")'
+        return f"from transformers import AutoModelForCausalLM\n{load}"
+    return f'from rwkv_lab import RWKV_Dual\nmodel = RWKV_Dual.from_pretrained("{shown}")'
 
 
 def _label(level: str) -> str:

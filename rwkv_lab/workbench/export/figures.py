@@ -52,7 +52,7 @@ def agreement(results: Sequence[Exported], subtitle: str) -> Figure:
     right.set_yscale("log")
     right.set_xlabel("tokens")
     right.set_ylabel("largest relative error")
-    right.legend(frameon=False, fontsize=8, loc="best")
+    right.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     quiet(right)
     return figure
 
