@@ -15,6 +15,7 @@ from rwkv_lab.bench.busy import measure_beside_a_busy_loop
 from rwkv_lab.bench.comparison import Floors, Row, as_json, table
 from rwkv_lab.bench.converting import benchmark_convert
 from rwkv_lab.bench.converting import table as convert_table
+from rwkv_lab.bench.exported import LENGTHS, WEIGHTS, measure_exported
 from rwkv_lab.bench.file_jobs import table as file_table
 from rwkv_lab.bench.gpu_wkv import FLA, measure_gpu
 from rwkv_lab.bench.growth import measure_growth
@@ -40,6 +41,7 @@ JOBS = {
     "loading": "seconds and memory of loading a checkpoint",
     "growth": "time per token and memory along a context of up to 65,536 tokens",
     "busy": "pretraining, modes, prefill and decode beside a busy loop, by how threads wait",
+    "export": "decode rates of exported models through onnxruntime, beside our own step and peers",
     "gpu": "WKV7 on a GPU, beside a copy and flash-linear-attention",
 }
 log = logging.getLogger(__name__)
@@ -207,6 +209,9 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
                         floors.setdefault(name, []).extend(samples)
                 elif job == "loading":
                     rows += measure_loading(path, subject, plan.dtypes, rounds, peers)
+                elif job == "export":
+                    weights = [dtype for dtype in WEIGHTS if dtype in plan.dtypes]
+                    rows += measure_exported(path, subject, folder, rounds, options.lengths or LENGTHS, peers, weights)
                 elif job == "busy":
                     rows += measure_beside_a_busy_loop(path, subject, rounds, plan.dtypes[0])
                 else:

@@ -247,9 +247,10 @@ def _validate(job: _Job, model: WholeModel) -> None:
     checks = tester.test_model_functionality()
     found = tester.compare_model_outputs()
     checks += [*tester.checks(found), *reference.own_checks(tester.graph, tester.gate.error)]
-    tester.generate_validation_report(job.inside / REPORT, found, checks)
+    speed, memory = tester.benchmark_inference_speed(), tester.measure_memory_usage()
+    tester.generate_validation_report(job.inside / REPORT, found, checks, speed, memory)
     result.checks += checks
-    result.inference_speed_ms = tester.benchmark_inference_speed()
+    result.inference_speed_ms = speed.decode_ms
     result.validation_report_path = str(job.out / REPORT)
     result.validation_passed = all(check.passed for check in checks if isinstance(check, Check))
     for check in checks:

@@ -1,29 +1,35 @@
 """Whether an exported model computes what the model does: onnxruntime beside torch, at shapes that were not traced.
 
-In float32, logits and state are held to errors; with fewer bits, predictions on text are:
-mean Kullback-Leibler divergence (KL) and how often the likeliest token stays the same. The limits are `GATES`.
+In float32, logits and state are held to errors; with fewer bits, predictions on text are: mean Kullback-Leibler
+divergence (KL) and how often the likeliest token stays the same. The limits are `GATES`.
 """
 
 import json
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from rwkv_lab.checkpoint import write_text
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import ValidationError
 from rwkv_lab.export.family import Reference
+from rwkv_lab.export.onnx_folder import MANIFEST
 from rwkv_lab.export.onnx_model import OnnxModel
-from rwkv_lab.model.weight_only import agreement_of_logits
+from rwkv_lab.export.validation_metrics import ArrayError, PredictionErrors, Predictions, array_error
+from rwkv_lab.machine import memory_of
 
 SHAPES = ((1, 1), (1, 2), (3, 17), (1, 67), (1, 521))  # batch and length; what was traced is (2, 5)
 LONGEST = 1024  # tokens of a sample that are compared
+_PIECE = 256  # tokens that are read at once: their logits are [T,V]
 _SPLIT = 7  # tokens of the first part, where a text is read in two
-_ENOUGH = 100  # tokens below which percentiles mean nothing
-_TIMED = 32  # tokens
+_DRIFT = (1, 2, 5, 16, 67, 256, 521, LONGEST)  # tokens after which states are compared
+_GREEDY = 16  # tokens that both write after a sample
+_TIMED, _PROMPT, _ROUNDS = 32, 128, 3  # tokens decoded one by one; tokens read at once, and how often
 
 
 @dataclass(frozen=True)
@@ -53,19 +59,52 @@ GATES = {
 
 
 @dataclass
-class Comparison:
-    """What was found. Errors are the largest ones, relative to the scale of what was expected."""
+class Comparison(Predictions):
+    """What was found; the predictions are those on the samples.
 
-    errors: dict[str, float] = field(default_factory=dict)  # by shape and output
-    tokens: int = 0  # of text
-    kl_mean: float = float("nan")
-    kl_standard_error: float = float("nan")
-    kl_percentiles: dict[str, float] = field(default_factory=dict)  # empty below 100 tokens
-    kl_largest: float = float("nan")
-    top1: float = float("nan")
-    top1_standard_error: float = float("nan")
-    perplexity_ratio: float = float("nan")  # of the exported model to the model, on the next tokens of the text
-    greedy_prefix: int = 0  # of 16 tokens that both write, how many are the same from the first on
+    errors: by shape and output, such as "logits at 3x17", the largest error relative to the scale of what was expected.
+    arrays: the same in detail.
+    drift: tokens read -> by part of the state, its error relative to its scale; along the first sample.
+    greedy_prefix: of 16 tokens that both write after the first sample, how many are the same from the first on.
+    greedy_prefixes: the same after each sample.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    arrays: dict[str, ArrayError] = field(default_factory=dict)
+    drift: dict[int, dict[str, float]] = field(default_factory=dict)
+    greedy_prefix: int = 0
+    greedy_prefixes: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians, both measured in turn in one run. A ratio above 1: onnxruntime is faster.
+
+    decode_ms: of one token through onnxruntime, in milliseconds.
+    prefill_ms: of a prompt of `prompt` tokens.
+    """
+
+    decode_ms: float
+    torch_decode_ms: float
+    decode_ratio: float
+    prompt: int
+    prefill_ms: float
+    torch_prefill_ms: float
+    prefill_ratio: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes; None where the system reports none.
+
+    loaded: what opening the folder and running it once takes, beside files that are mapped into memory.
+    files: of the folder.
+    ratio: of loaded to files.
+    """
+
+    loaded: int | None
+    files: int
+    ratio: float | None
 
 
 class ValidationTester:
@@ -78,10 +117,10 @@ class ValidationTester:
     """
 
     def __init__(self, reference: Reference, folder: Path, samples: list[list[int]]):
-        self.reference, self.graph = reference, OnnxModel(folder)
-        context = LONGEST if reference.context is None else min(LONGEST, reference.context)
-        self.samples = [ids[:context] for ids in samples if len(ids) > 1]
-        self.shapes = [(B, min(T, context)) for B, T in SHAPES]
+        self.reference, self.folder, self.graph = reference, folder, OnnxModel(folder)
+        self.context = LONGEST if reference.context is None else min(LONGEST, reference.context)
+        self.samples = [ids[: self.context] for ids in samples if len(ids) > 1]
+        self.shapes = [(B, min(T, self.context)) for B, T in SHAPES]
         self.gate = GATES[self.graph.weights]
 
     def test_model_functionality(self) -> list[Check | NotApplicable]:
@@ -92,83 +131,104 @@ class ValidationTester:
             logits, state = self.graph.run(tokens)
             finite = all(np.isfinite(part).all() for part in (logits, *state.values()))
             wrong += not finite or logits.shape[-1] != self.reference.vocab_size
-        checks: list[Check | NotApplicable] = [
-            Check(
-                f"shapes at which onnxruntime gives NaN, infinity or another size, of {len(self.shapes)}",
-                wrong,
-                0,
-                not wrong,
-            )
-        ]
+        name = f"shapes at which onnxruntime gives NaN, infinity or another size, of {len(self.shapes)}"
+        checks: list[Check | NotApplicable] = [Check(name, wrong, 0, not wrong)]
         name = "a text read in two parts, and token by token: largest relative error of logits and state"
         if self.gate.split is None:
             return [*checks, NotApplicable(name, "activations are rounded for all tokens of a call together")]
-        tokens = self._random((2, 23))
+        worst = self._split_error(self._random((2, 23)))
+        return [*checks, Check(name, worst, self.gate.split, worst <= self.gate.split)]
+
+    def _split_error(self, tokens: np.ndarray) -> float:
         whole, last = self.graph.run(tokens)
         _, first = self.graph.run(tokens[:, :_SPLIT])
         second, ended = self.graph.run(tokens[:, _SPLIT:], first)
-        errors = [_error(second[:, -1], whole[:, -1]), *(_error(ended[n], last[n]) for n in last)]
+        pairs = [(second[:, -1], whole[:, -1]), *((ended[name], last[name]) for name in last)]
         state = None
         for t in range(tokens.shape[1]):
             step, state = self.graph.run(tokens[:, t : t + 1], state)
-            errors.append(_error(step, whole[:, t]))
-        return [*checks, Check(name, max(errors), self.gate.split, max(errors) <= self.gate.split)]
+            pairs.append((step, whole[:, t]))
+        return max(array_error(*pair).relative for pair in pairs)
 
     def compare_model_outputs(self) -> Comparison:
-        """Logits and states at every shape, and predictions on the samples."""
-        found = Comparison()
+        """Logits and states at every shape, predictions on the samples, states along the first of them, and what both
+        write after each."""
+        found = Comparison(**asdict(self._predictions()))
         for shape in self.shapes:
             tokens = self._random(shape)
             logits, state = self.graph.run(tokens)
             expected, after = self.reference.run(tokens)
             parts = {"logits": (logits, expected[:, -1] if shape[1] == 1 else expected)}
             parts |= {name: (state[name], part) for name, part in self.reference.arrays(after).items()}
-            found.errors |= {f"{name} at {shape[0]}x{shape[1]}": _error(*pair) for name, pair in parts.items()}
-        self._compare_texts(found)
-        found.greedy_prefix = self._greedy(self.samples[0][:32])
+            found.arrays |= {f"{name} at {shape[0]}x{shape[1]}": array_error(*pair) for name, pair in parts.items()}
+        found.errors = {name: error.relative for name, error in found.arrays.items()}
+        found.drift = self._drift(self.samples[0])
+        found.greedy_prefixes = [self._greedy(ids[:32]) for ids in self.samples]
+        found.greedy_prefix = found.greedy_prefixes[0]
         return found
 
-    def _compare_texts(self, found: Comparison) -> None:
-        kl, same, loss = [], [], np.zeros(2)
+    def _predictions(self) -> Predictions:
+        errors = PredictionErrors()
         for ids in self.samples:
-            tokens = np.array([ids], np.int64)
-            q, p = (torch.from_numpy(run(tokens)[0][0]).double() for run in (self.graph.run, self.reference.run))
-            off = agreement_of_logits(q, p)  # refuses other shapes
-            found.kl_largest = max(off.kl_worst, 0.0 if np.isnan(found.kl_largest) else found.kl_largest)
-            log_q, log_p = q.log_softmax(-1), p.log_softmax(-1)
-            kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0).numpy())
-            same.append(_same_likeliest(q, p))
-            following = tokens[0, 1:]
-            loss -= [float(log[np.arange(len(following)), following].sum()) for log in (log_q, log_p)]
-        every, alike = np.concatenate(kl), np.concatenate(same)
-        found.tokens = n = len(every)
-        found.kl_mean, found.kl_standard_error = float(every.mean()), float(every.std() / n**0.5)
-        found.top1 = float(alike.mean())
-        found.top1_standard_error = float((found.top1 * (1 - found.top1) / n) ** 0.5)
-        found.perplexity_ratio = float(np.exp((loss[0] - loss[1]) / max(n - len(kl), 1)))
-        if n >= _ENOUGH:
-            found.kl_percentiles = {str(q): float(np.percentile(every, q)) for q in (50, 90, 99, 99.9)}
+            mine, theirs = None, None
+            for at in range(0, len(ids), _PIECE):
+                tokens = np.array([ids[at : at + _PIECE]], np.int64)
+                q, mine = self.graph.run(tokens, mine)
+                p, theirs = self.reference.run(tokens, theirs)
+                errors.add(q.reshape(-1, q.shape[-1]), p[0], np.array(ids[at + 1 : at + 1 + len(p[0])], np.int64))
+        return errors.result()
 
-    def _greedy(self, ids: list[int], count: int = 16) -> int:
+    def _drift(self, ids: list[int]) -> dict[int, dict[str, float]]:
+        mine, theirs, found, at = None, None, {}, 0
+        for end in (*(end for end in _DRIFT if end < len(ids)), len(ids)):
+            tokens = np.array([ids[at:end]], np.int64)
+            (_, mine), (_, theirs) = self.graph.run(tokens, mine), self.reference.run(tokens, theirs)
+            expected, at = self.reference.arrays(theirs), end
+            found[end] = {name: array_error(mine[name], part).relative for name, part in expected.items()}
+        return found
+
+    def _greedy(self, ids: list[int]) -> int:
         """How many tokens both choose alike after the same text."""
         given = np.array([ids], np.int64)
         (mine, state), (theirs, after) = self.graph.run(given), self.reference.run(given)
-        for done in range(count):
+        for done in range(_GREEDY):
             token = int(theirs[0, -1].argmax())
             if int((mine[0, -1] if mine.ndim == 3 else mine[0]).argmax()) != token:
                 return done
             given = np.array([[token]], np.int64)
             (mine, state), (theirs, after) = self.graph.run(given, state), self.reference.run(given, after)
-        return count
+        return _GREEDY
 
-    def benchmark_inference_speed(self) -> float:
-        """Milliseconds that onnxruntime takes for one token: the median of 32, after some to warm up."""
-        state, taken = self.graph.create_state(1), []
-        for _ in range(4 + _TIMED):
-            start = time.perf_counter()
-            _, state = self.graph.run([[0]], state)
-            taken.append(time.perf_counter() - start)
-        return float(np.median(taken[4:]) * 1000)
+    def benchmark_inference_speed(self) -> Speed:
+        """Milliseconds of onnxruntime and of the model in torch, each in turn."""
+        one, prompt = np.zeros((1, 1), np.int64), self._random((1, min(_PROMPT, self.context)))
+        state, after = self.graph.create_state(1), None
+        mine: list[float] = []
+        theirs: list[float] = []
+        for number in range(min(4 + _TIMED, self.context)):  # the first are to warm up
+            seconds, (_, state) = _timed(lambda state=state: self.graph.run(one, state))
+            other, (_, after) = _timed(lambda after=after: self.reference.run(one, after))
+            if number >= 4 or self.context <= 4:
+                mine.append(seconds)
+                theirs.append(other)
+        read, read_too = [], []
+        for _ in range(_ROUNDS):
+            read.append(_timed(lambda: self.graph.run(prompt))[0])
+            read_too.append(_timed(lambda: self.reference.run(prompt))[0])
+        a, b, c, d = (float(np.median(taken)) * 1000 for taken in (mine, theirs, read, read_too))
+        return Speed(a, b, b / a, prompt.shape[1], c, d, d / c)
+
+    def measure_memory_usage(self) -> Memory:
+        """What another copy of the exported model takes, opened and run once in this process."""
+        files = sum(path.stat().st_size for path in self.folder.iterdir())
+        before = memory_of("RssAnon")
+        other = OnnxModel(self.folder)
+        other.run(np.zeros((1, 1), np.int64))
+        other.run(np.zeros((1, 2), np.int64))
+        after = memory_of("RssAnon")
+        if before is None or after is None:
+            return Memory(None, files, None)
+        return Memory(max(after - before, 0), files, max(after - before, 0) / files)
 
     def checks(self, found: Comparison) -> list[Check | NotApplicable]:
         """What was found, against the gate.
@@ -186,23 +246,35 @@ class ValidationTester:
                 f"scale.\nThe limit is {gate.error:g}."
             )
         error = NotApplicable(error_name, f"{worst:.3g}; weights are {stored}, so predictions count")
-        on = f"on {found.tokens} tokens"
+        kl, top1, on = found.kl_mean, found.top1, f"on {found.tokens} tokens"
         return [
             error if gate.error is None else Check(error_name, worst, gate.error, worst <= gate.error),
-            Check(f"mean KL in nats per token, {on}", found.kl_mean, gate.kl, found.kl_mean <= gate.kl),
-            Check(f"share of likeliest tokens that stay, {on}", found.top1, gate.top1, found.top1 >= gate.top1),
+            Check(f"mean KL in nats per token, {on}", kl, gate.kl, kl <= gate.kl),
+            Check(f"share of likeliest tokens that stay, {on}", top1, gate.top1, top1 >= gate.top1),
         ]
 
-    def generate_validation_report(self, path: Path, found: Comparison, checks: list[Check | NotApplicable]) -> None:
-        """Write what was measured as JSON.
+    def generate_validation_report(
+        self,
+        path: Path,
+        found: Comparison,
+        checks: list[Check | NotApplicable],
+        speed: Speed | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        """Write what was measured as JSON, with the verdict.
 
         Raises:
             OutputError: it cannot be written.
         """
+        failed = [str(check.name) for check in checks if isinstance(check, Check) and not check.passed]
         report = {
+            "verdict": f"FAIL: {failed[0]}" if failed else "PASS",
             "weights": self.graph.weights,
             "gate": asdict(self.gate),
+            "structure": structure(self.folder),
             "measured": asdict(found),
+            "speed": None if speed is None else asdict(speed),
+            "memory": None if memory is None else asdict(memory),
             "checks": [str(check) for check in checks],
         }
         write_text(path, json.dumps(report, indent=1) + "\n", overwrite=True)
@@ -211,15 +283,27 @@ class ValidationTester:
         return np.random.default_rng(sum(shape)).integers(0, self.reference.vocab_size, shape)
 
 
-def _error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest error relative to the scale of what is expected; infinite where it is another shape or not finite."""
-    if found.shape != expected.shape or not np.isfinite(found).all():
-        return float("inf")
-    return float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))
+def structure(folder: Path) -> dict[str, Any]:
+    """Of each graph in a folder: opset, IR version, axes of inputs and outputs, and how many operators of each kind it
+    has, in sub-graphs too; and size and SHA-256 of every file as the folder's manifest states them."""
+    import onnx
+
+    from rwkv_lab.export.onnx.check import nodes_of, shapes_of
+
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.onnx")):
+        model = onnx.load(str(path), load_external_data=False)
+        kinds = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in nodes_of(model))
+        found[path.name] = {
+            "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+            "ir_version": model.ir_version,
+            "shapes": shapes_of(model),
+            "operators": dict(kinds.most_common()),
+        }
+    return {"graphs": found, "files": json.loads((folder / MANIFEST).read_text("utf-8")).get("files", {})}
 
 
-def _same_likeliest(found: torch.Tensor, expected: torch.Tensor) -> np.ndarray:
-    """Whether the likeliest token is the same, `[T]`; two that are equally likely but for rounding are the same."""
-    chosen = expected.gather(-1, found.argmax(-1, keepdim=True))[:, 0]
-    best = expected.max(-1).values
-    return ((best - chosen) <= 1e-5 * best.abs().clamp_min(1)).numpy()
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    found = work()
+    return time.perf_counter() - start, found

@@ -86,6 +86,9 @@ def test_an_adapter_becomes_a_model_that_runs(files, tmp_path, monkeypatch):
     assert (out / "tensorrt" / json.loads((out / "tensorrt/profiles.json").read_text())["onnx"] / "step.onnx").exists()
     report = json.loads((out / "validation.json").read_text())
     assert max(report["measured"]["errors"].values()) < 1e-5 and report["measured"]["tokens"] == 189
+    assert report["verdict"] == "PASS" and report["speed"]["decode_ratio"] > 0 and report["memory"]["files"] > 1e5
+    assert report["structure"]["graphs"]["step.onnx"]["opset"] == {"ai.onnx": 20}
+    assert report["structure"]["files"]["model.onnx"]["sha256"] and report["measured"]["greedy_prefixes"] == [16]
     assert report["measured"]["greedy_prefix"] == 16 and report["measured"]["kl_percentiles"].keys() >= {"50", "99"}
     assert "merge: " in (out / "export.log").read_text()
 
@@ -107,7 +110,7 @@ def test_a_graph_of_another_model_is_found_out(exported, tmp_path):
             assert all(check.passed for check in (*tester.test_model_functionality(), *tester.checks(found)))
 
 
-def test_what_eight_bits_cost_is_measured(exported):
+def test_what_eight_bits_cost_is_measured(exported, tmp_path):
     model, folder = exported("7.0", "int8")
     tester = ValidationTester(RwkvReference(model, ""), folder, [[*b"Some text, and more of it. " * 8]])
     found = tester.compare_model_outputs()
@@ -115,6 +118,21 @@ def test_what_eight_bits_cost_is_measured(exported):
     assert 0.5 < found.top1 <= 1 and 0.9 < found.perplexity_ratio < 1.1 and found.kl_standard_error > 0
     kinds = [type(check).__name__ for check in (*tester.test_model_functionality(), *tester.checks(found))]
     assert kinds == ["Check", "NotApplicable", "NotApplicable", "Check", "Check"]
+    assert found.drift.keys() == {1, 2, 5, 16, 67, 216} and 0 < found.drift[216]["wkv"] < 0.1
+    changed = random_tensors(model.layout)
+    changed["blocks.2.ffn.value.weight"] *= 3
+    write_checkpoint(tmp_path / "C.safetensors", changed)
+    other = RWKV_Dual.from_pretrained(tmp_path / "C.safetensors", mode="rnn")
+    tester = ValidationTester(RwkvReference(other, ""), folder, tester.samples)
+    assert [check.passed for check in tester.checks(tester.compare_model_outputs())[1:]] == [False, False]
+
+
+def test_speed_and_memory_are_ratios_of_one_run(exported):
+    model, folder = exported("7.0", "int8")
+    tester = ValidationTester(RwkvReference(model, ""), folder, [[*b"Some text."]])
+    speed, memory = tester.benchmark_inference_speed(), tester.measure_memory_usage()
+    assert speed.decode_ratio == pytest.approx(speed.torch_decode_ms / speed.decode_ms) and speed.prefill_ms > 0
+    assert memory.files == sum(path.stat().st_size for path in folder.iterdir()) and memory.ratio is not None
 
 
 def pytorch_alone(folder: Path, **values):

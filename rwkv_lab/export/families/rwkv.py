@@ -83,7 +83,7 @@ class Rwkv:
 
     def reference(self, configuration: ExportConfiguration, model: WholeModel) -> "RwkvReference":
         """See `Family.reference`."""
-        return RwkvReference(RWKV_Dual.from_pretrained(model.path, mode="transformer"), configuration.tokenizer)
+        return RwkvReference(RWKV_Dual.from_pretrained(model.path, mode="rnn"), configuration.tokenizer)
 
 
 class RwkvReference:
@@ -98,8 +98,9 @@ class RwkvReference:
 
     def run(self, tokens: np.ndarray, state: Any | None = None) -> tuple[np.ndarray, Any]:
         """int64 `[B,T]` and an `RWKVState` -> logits float32 `[B,T,V]`, and the state."""
+        step = tokens.shape[1] == 1  # in the model's own mode: token by token where it is loaded for that
         with torch.inference_mode():
-            logits, after = self.model.parallel(torch.from_numpy(tokens), state)[:2]
+            logits, after = (self.model if step else self.model.parallel)(torch.from_numpy(tokens), state)
         return logits.numpy(), after
 
     def arrays(self, state: Any) -> dict[str, np.ndarray]:

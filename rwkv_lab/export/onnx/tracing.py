@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from rwkv_lab.checkpoint import Layout
 from rwkv_lab.errors import ONNXExportError
 from rwkv_lab.export.onnx.graphs import name_axes, plain_torch, without_notes
 from rwkv_lab.export.onnx.layers import TRANSPOSED, X, join_states, repeat_last_layer
@@ -23,6 +24,9 @@ _FOUND = [f"{name}_out" for name in STATES]
 _TRACED = {"batch": 2, "length": 5}  # sizes to trace at: not 1, which torch.export takes for constant
 _WEIGHTS = ("emb.", "blocks.", "ln_out.", "head.")  # what names of a model's parameters begin with
 
+_MOST_KEPT = 4  # graphs of a few hundred nodes, without weights
+_KEPT: dict[str, ir.Model] = {}
+
 Parts = list[torch.Tensor]  # one for each layer
 
 
@@ -36,7 +40,7 @@ class Graph(nn.Module):
         super().__init__()
         self.emb, self.ln_out, self.head = model.emb, model.ln_out, model.head
         self.blocks = nn.ModuleList(list(model.blocks)[:layers])
-        self.last = one_token or logits == "last"
+        self.one_token, self.last = one_token, one_token or logits == "last"
 
     def forward(
         self, tokens: torch.Tensor, wkv: Parts, att_shift: Parts, ffn_shift: Parts
@@ -85,14 +89,8 @@ def trace(
     layers = model.layout.n_layer if whole or not _alike(model) else min(2, model.layout.n_layer)
     try:
         with plain_torch():
-            graph = _translated(
-                _exported(model, layers, one_token, logits), layers, opset, translations(one_token, recurrence)
-            )
-            _forget_values(graph)
-            _transpose_weights(graph)
-            if optimise:
-                optimise_graph(graph)
-            without_notes(graph)
+            module = Graph(model, layers, one_token, logits).eval()
+            graph = _first_layers(module, model.layout, opset, optimise, recurrence)
             repeat_last_layer(graph, layers, model.layout.n_layer)
             join_states(graph, model.layout.n_layer)
             _set_values(graph, weights)
@@ -103,21 +101,41 @@ def trace(
     return graph
 
 
+def _first_layers(
+    module: Graph, layout: Layout, opset: int, optimise: bool, recurrence: Recurrence
+) -> ir.Model:
+    """What was traced, of all layers of `module`. The last few are kept: the same model in other bits has the same."""
+    shapes = [(name, *w.shape) for name, w in module.named_parameters()]
+    key = repr((module, layout, shapes, module.last, module.one_token, opset, optimise, recurrence))
+    if key not in _KEPT:
+        operators = translations(module.one_token, recurrence)
+        graph = _translated(_exported(module, layout), len(module.blocks), opset, operators)
+        _forget_values(graph)
+        _transpose_weights(graph)
+        if optimise:
+            optimise_graph(graph)
+        without_notes(graph)
+        if len(_KEPT) >= _MOST_KEPT:
+            del _KEPT[next(iter(_KEPT))]
+        _KEPT[key] = graph
+    return _KEPT[key].clone()
+
+
 def _alike(model: RWKV_Dual) -> bool:
     """Whether the layers behind the first have the same weights, by name and shape."""
     kinds = [{name: tuple(w.shape) for name, w in block.named_parameters()} for block in model.blocks]
     return all(kind == kinds[1] for kind in kinds[2:])
 
 
-def _exported(model: RWKV_Dual, layers: int, one_token: bool, logits: Logits) -> torch.export.ExportedProgram:
-    graph = Graph(model, layers, one_token, logits).eval()
-    if model.emb.weight.is_meta:  # memory that is never touched takes none
-        graph = deepcopy(graph).to_empty(device="cpu")
+def _exported(module: Graph, layout: Layout) -> torch.export.ExportedProgram:
+    if module.emb.weight.is_meta:  # memory that is never touched takes none
+        module = deepcopy(module).to_empty(device="cpu")
+    layers, one_token = len(module.blocks), module.one_token
     batch, length = (torch.export.Dim.DYNAMIC,) * 2
     dynamic = ({0: batch} if one_token else {0: batch, 1: length}, *([{0: batch}] * layers for _ in STATES))
     with trace_operators():
-        inputs = _example(model, layers, one_token)
-        program = torch.export.export(graph, inputs, dynamic_shapes=dynamic, strict=False)
+        inputs = _example(layout, layers, one_token)
+        program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
     _without_empty_parts(program.graph)
     return program
 
@@ -139,10 +157,10 @@ def _translated(program: torch.export.ExportedProgram, layers: int, opset: int, 
     return onnx_program.model
 
 
-def _example(model: RWKV_Dual, layers: int, one_token: bool) -> tuple:
+def _example(layout: Layout, layers: int, one_token: bool) -> tuple:
     B, T = _TRACED["batch"], 1 if one_token else _TRACED["length"]
-    shift = (B, model.layout.n_embd)
-    shapes = ((B, *generation_of(model.layout).wkv_shape(model.layout)), shift, shift)
+    shift = (B, layout.n_embd)
+    shapes = ((B, *generation_of(layout).wkv_shape(layout)), shift, shift)
     return torch.zeros(B, T, dtype=torch.int64), *([torch.zeros(shape) for _ in range(layers)] for shape in shapes)
 
 
