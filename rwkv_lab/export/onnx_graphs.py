@@ -13,6 +13,7 @@ from rwkv_lab.export.onnx_folder import INITIAL_STATE, SEQUENCE, STATES, STEP, p
 
 State = dict[str, np.ndarray]
 MASK = "attention_mask"
+_COPIED = 2 * 2**30  # bytes of a folder up to which float32 weights are copied to read prompts faster
 
 
 class Graphs(Protocol):
@@ -39,9 +40,11 @@ class RecurrentGraphs:
         self, folder: Path, manifest: dict[str, Any], providers: Sequence[str] | None, threads: int | None
     ) -> None:
         self.vocab_size: int = manifest["layout"]["vocab_size"]
-        self._sequence = open_session(folder / SEQUENCE, providers, threads)
-        # One row times a matrix is as fast either way, and weights in the file's order are not copied.
-        self._step = open_session(folder / STEP, providers, threads, reorder=manifest["weights"] != "fp32")
+        # float32 weights can be used where the file is mapped. For one token that is as fast as a copy in the order of
+        # the products; a prompt takes a seventh longer, and a large model half the memory.
+        rounded, size = manifest["weights"] != "fp32", sum(facts["bytes"] for facts in manifest["files"].values())
+        self._sequence = open_session(folder / SEQUENCE, providers, threads, reorder=rounded or size <= _COPIED)
+        self._step = open_session(folder / STEP, providers, threads, reorder=rounded)
         try:
             with np.load(folder / INITIAL_STATE, allow_pickle=False) as parts:
                 self._initial = {name: parts[name] for name in STATES}

@@ -129,7 +129,7 @@ class RWKV_Dual(nn.Module):
         """
         dtype, device = to_dtype(dtype), parse_device(device)
         with open_model(path) as (ck, layout):
-            model, tensors = cls.outline(ck, layout, mode, group_norm_eps, dtype), dict(ck.info)
+            model, tensors = outline(ck, layout, mode, group_norm_eps, dtype, cls), dict(ck.info)
             model.fallback = None if fallback is None else parse_device(fallback)
             try:
                 model._load(tensors, path, device)
@@ -139,24 +139,6 @@ class RWKV_Dual(nn.Module):
                 warn_of_fallback(e, model.fallback)
                 model._load(tensors, path, model.fallback)
             model._loaded = loaded_from(model, ck)
-        return model
-
-    @classmethod
-    def outline(
-        cls,
-        ck: Checkpoint,
-        layout: Layout,
-        mode: RWKVMode | str = RWKVMode.TRANSFORMER,
-        group_norm_eps: float | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> "RWKV_Dual":
-        """The model of an open checkpoint without values, on the device "meta": names and shapes from the header."""
-        model, tensors = cls.__new__(cls), dict(ck.info)
-        eps = next((e for e in (group_norm_eps, ck.group_norm_eps) if e is not None), GROUP_NORM_EPS)
-        model._build(layout, 1024, mode, eps, tensors)
-        model.to(dtype)
-        if any(name.endswith(".time_state") for name in tensors):
-            model.add_time_state()
         return model
 
     def _load(self, tensors, path, device: torch.device) -> None:
@@ -412,3 +394,21 @@ def init_state_with_past(model: RWKV_Dual, tokens: Tokens, lengths: Iterable[int
     """
     check("init_state_with_past", "model", model, Model)
     return model.prefill(tokens, lengths=lengths)[1]
+
+
+def outline(
+    ck: Checkpoint,
+    layout: Layout,
+    mode: RWKVMode | str = RWKVMode.TRANSFORMER,
+    group_norm_eps: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    kind: type[RWKV_Dual] = RWKV_Dual,
+) -> RWKV_Dual:
+    """The model of an open checkpoint without values, on the device "meta": names and shapes from the header."""
+    model, tensors = kind.__new__(kind), dict(ck.info)
+    eps = next((e for e in (group_norm_eps, ck.group_norm_eps) if e is not None), GROUP_NORM_EPS)
+    model._build(layout, 1024, mode, eps, tensors)
+    model.to(dtype)
+    if any(name.endswith(".time_state") for name in tensors):
+        model.add_time_state()
+    return model

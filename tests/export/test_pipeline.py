@@ -16,6 +16,7 @@ from tuned_files import write_adapter, write_state
 
 from rwkv_lab import RWKV_Dual, merge
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
+from rwkv_lab.checks import Check
 from rwkv_lab.errors import (
     CheckpointValidationError,
     FormatExportError,
@@ -107,7 +108,8 @@ def test_a_graph_of_another_model_is_found_out(exported, tmp_path):
             with pytest.raises(ValidationError, match="do not compute what the model does: .* at .* are .* apart"):
                 tester.checks(found)
         else:
-            assert all(check.passed for check in (*tester.test_model_functionality(), *tester.checks(found)))
+            checks = [*tester.test_model_functionality(), *tester.checks(found)]
+            assert [check.passed for check in checks if isinstance(check, Check)] == [True] * 5
 
 
 def test_what_eight_bits_cost_is_measured(exported, tmp_path):

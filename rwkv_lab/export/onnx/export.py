@@ -36,6 +36,7 @@ from rwkv_lab.export.onnx_folder import (
 from rwkv_lab.export.optimization_processor import OptimizationProcessor
 from rwkv_lab.export.weight_storage import Choice
 from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.model.dual import outline
 from rwkv_lab.model.loading import check_tensors, open_model, read_tensor
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.standard_modules import replaced_module
@@ -155,14 +156,14 @@ def _opened(model: RWKV_Dual | str | Path) -> Iterator[tuple[RWKV_Dual, Values, 
         yield model, lambda name: parameters[name].detach(), []
         return
     with open_model(model) as (ck, layout), torch.inference_mode(False):
-        outline = RWKV_Dual.outline(ck, layout)
-        check_tensors(outline, ck.info, model)
-        shapes = {name: parameter.shape for name, parameter in outline.named_parameters()}
+        empty = outline(ck, layout)
+        check_tensors(empty, ck.info, model)
+        shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
 
         def read(name: str) -> torch.Tensor:
             return read_tensor(ck.info[name], shapes[name]) if name in ck.info else torch.zeros(shapes[name])
 
-        yield outline, read, [file_facts(ck)]
+        yield empty, read, [file_facts(ck)]
 
 
 def _write_graphs(
