@@ -101,9 +101,7 @@ def trace(
     return graph
 
 
-def _first_layers(
-    module: Graph, layout: Layout, opset: int, optimise: bool, recurrence: Recurrence
-) -> ir.Model:
+def _first_layers(module: Graph, layout: Layout, opset: int, optimise: bool, recurrence: Recurrence) -> ir.Model:
     """What was traced, of all layers of `module`. The last few are kept: the same model in other bits has the same."""
     shapes = [(name, *w.shape) for name, w in module.named_parameters()]
     key = repr((module, layout, shapes, module.last, module.one_token, opset, optimise, recurrence))
