@@ -15,10 +15,11 @@ from rwkv_lab.bench.engines import READ, STEPS, Engine, decoder, expected_answer
 from rwkv_lab.bench.peers import Peer, PeerError
 from rwkv_lab.bench.speed import LIMITS, PEER_LIMITS
 from rwkv_lab.export import OnnxModel, export_onnx
+from rwkv_lab.export.onnx_folder import Weights
 from rwkv_lab.paths import to_path
 
 ONNX = "onnxruntime"  # as an engine
-WEIGHTS = ("fp32", "int8", "int4")
+WEIGHTS: tuple[Weights, ...] = ("fp32", "int8", "int4")
 LENGTHS = (64, 256, 1024)
 _SECONDS = 0.5  # of a sample
 
@@ -34,7 +35,7 @@ def measure_exported(
     rounds: Rounds = 5,
     lengths: Sequence[int] = LENGTHS,
     peers: Sequence[Peer] = (),
-    weights: Sequence[str] = WEIGHTS,
+    weights: Sequence[Weights] = WEIGHTS,
 ) -> list[Row]:
     """Decode rates of a checkpoint and of what it is exported to, and how the sequence graph's cost grows.
 
@@ -75,7 +76,7 @@ def measure_exported(
     return rows + _prompts(subject, graphs[weights[0]], rounds, lengths)
 
 
-def _exported(path: Path, folder: Path, weights: str) -> OnnxModel:
+def _exported(path: Path, folder: Path, weights: Weights) -> OnnxModel:
     out = folder / f"{path.stem}-onnx-{weights}"
     start = time.perf_counter()
     export_onnx(path, out, weights, overwrite=True)

@@ -6,6 +6,7 @@ what goes from a layer to the next. Weights are initialisers with the tensor nam
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -180,7 +181,7 @@ def _with_layers(part: ir.Value, name: str, layers: int) -> ir.Value:
 
 
 def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array.astype(np.int64), name=name)
+    tensor: Any = ir.tensor(array.astype(np.int64), name=name)
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
     graph.register_initializer(value)
     return value

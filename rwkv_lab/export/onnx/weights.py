@@ -1,7 +1,8 @@
 """A model's weights for its graphs: read from the checkpoint, or taken from the model, when they are written."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -18,7 +19,7 @@ class WeightTensors:
         self._values = values
         self._made: dict[tuple[str, bool], ir.LazyTensor] = {}
 
-    def tensor(self, name: str, shape: Iterable[int], transposed: bool) -> ir.LazyTensor:
+    def tensor(self, name: str, shape: Any, transposed: bool) -> ir.LazyTensor:
         """A weight of this shape, after it was transposed. Its values are read each time that they are asked for."""
         if (name, transposed) not in self._made:
             self._made[name, transposed] = ir.LazyTensor(
@@ -26,6 +27,6 @@ class WeightTensors:
             )
         return self._made[name, transposed]
 
-    def _read(self, name: str, transposed: bool) -> ir.Tensor:
+    def _read(self, name: str, transposed: bool) -> Any:
         array = self._values(name).numpy()
         return ir.tensor(array.T if transposed else array, name=name)
