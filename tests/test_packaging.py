@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from random_models import make_layout, write_model
 
 from rwkv_lab.version import __version__
 
@@ -79,6 +80,17 @@ def test_the_process_that_starts_a_kernel_is_light():
     code = "import sys, rwkv_lab.workbench.batch; print([m for m in ['torch', 'lark'] if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == ["[]"]
+
+
+def test_inspecting_imports_no_torch(tmp_path):
+    """Not even to name the dtypes; what is no checkpoint is refused without it, too."""
+    path = str(write_model(tmp_path / "m.pth", make_layout("7.0")))
+    code = "import sys; from rwkv_lab.cli.inspecting import show_files; show_files(sys.argv[1:], True);"
+    code += "print('torch' in sys.modules)"
+    run = [sys.executable, "-c", code, "README.md", path]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "RWKV-7.0" in done.stdout and "float32" in done.stdout and done.stdout.endswith("False\n")
+    assert "CorruptFileError" in done.stderr
 
 
 def test_merge_is_the_function_whatever_of_its_package_was_imported():

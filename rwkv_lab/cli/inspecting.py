@@ -38,7 +38,7 @@ def show_files(paths: Sequence[str], every_tensor: bool) -> int:
 
 
 def _described(ck: "Checkpoint") -> Iterator[str]:
-    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in ck.info.values())
+    dtypes = Counter(t.dtype_name for t in ck.info.values())
     values = sum(t.numel for t in ck.info.values())
     yield str(ck.path)
     yield f"  kind     {ck.kind}{f': {ck.reason}' if ck.reason else ''}"
@@ -57,4 +57,4 @@ def _described(ck: "Checkpoint") -> Iterator[str]:
 
 def _tensors(ck: "Checkpoint") -> Iterator[str]:
     for name, t in ck.info.items():
-        yield f"  {name}  {str(t.dtype).removeprefix('torch.')}  {' × '.join(map(str, t.shape))}"
+        yield f"  {name}  {t.dtype_name}  {' × '.join(map(str, t.shape))}"
