@@ -80,7 +80,12 @@ def _start(path: str, arguments: list[str]) -> None:
     given = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "parent": os.getppid()}
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is meant for the kernel
     socket.send_fds(connection, [json.dumps(given).encode()], [0, 1, 2])
-    connection.recv(1)
+    parent = os.getppid()
+    connection.settimeout(1)
+    while os.getppid() == parent:  # a kernel does not outlive who started it
+        with suppress(TimeoutError):
+            connection.recv(1)
+            return
 
 
 @contextmanager
