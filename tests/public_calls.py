@@ -361,6 +361,8 @@ def calls_of_analyses(w: World, merged: Any, converted: Any) -> dict[str, dict[s
         "agreement:check_hand_off": {"model": w.model, "tokens": w.tokens},
         "agreement:in_dtype": {"model": w.model, "dtype": torch.float32},
         "agreement:error_curve": {"found": w.logits, "expected": w.logits},
+        "answers:load_to_ask": {"path": w.base},
+        "answers:read_prompts": {"path": str(w.folder / "text.txt")},
         "behaviour:compare_behaviour": {"result": None},  # a valid one reads corpora and takes seconds each time
         "changes:count_values": {"tuning": lora, "changed": [f"{name}.weight"]},
         "changes:measure_changes": {"tuning": lora, "names": [f"{name}.weight"]},

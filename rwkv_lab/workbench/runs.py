@@ -116,7 +116,8 @@ def _compared(run: ListedRun, folder: Path) -> dict[str, Any]:
 
 
 def _verdict_of(check: Mapping[str, Any]) -> str:
-    word = {True: "PASS", False: "FAIL"}.get(check.get("passed"), "n/a")
+    passed = check.get("passed")
+    word = "n/a" if passed is None else "PASS" if passed else "FAIL"
     return f"{word}: {_short(check.get('value'))}"
 
 
