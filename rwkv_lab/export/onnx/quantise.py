@@ -53,7 +53,7 @@ def _to_float16(model: ir.Model, name: str, value: ir.Value) -> None:
             output = node.outputs[0]
             readers = list(output.uses())
             cast = _cast(output, f"{output.name}.fp32")
-            output.dtype = ir.DataType.FLOAT16
+            output.type = ir.TensorType(ir.DataType.FLOAT16)  # a type may be shared with another graph
             for reader, at in readers:
                 reader.replace_input_with(at, cast.outputs[0])
             model.graph.insert_after(node, cast)
