@@ -30,6 +30,7 @@ from rwkv_lab.bench.training import measure_training
 from rwkv_lab.checkpoint import write_text
 from rwkv_lab.dtypes import in_short
 from rwkv_lab.errors import DeviceError, NumericsError, ParameterError, RwkvLabError
+from rwkv_lab.export.onnx_folder import Weights
 from rwkv_lab.model.device import parse_device
 from rwkv_lab.resources import reports_folder
 from rwkv_lab.wkv import backends
@@ -210,7 +211,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
                 elif job == "loading":
                     rows += measure_loading(path, subject, plan.dtypes, rounds, peers)
                 elif job == "export":
-                    weights = [dtype for dtype in WEIGHTS if dtype in plan.dtypes]
+                    weights: list[Weights] = [one for one in WEIGHTS if one in plan.dtypes]
                     rows += measure_exported(path, subject, folder, rounds, options.lengths or LENGTHS, peers, weights)
                 elif job == "busy":
                     rows += measure_beside_a_busy_loop(path, subject, rounds, plan.dtypes[0])

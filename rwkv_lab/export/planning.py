@@ -8,7 +8,7 @@ from pathlib import Path
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import TensorInfo, open_checkpoint
 from rwkv_lab.checkpoint.atomic import check_target
-from rwkv_lab.errors import CheckpointValidationError, ModelMergeError, OutputError, RwkvLabError
+from rwkv_lab.errors import CheckpointValidationError, ModelMergeError, OutputError, ParameterError, RwkvLabError
 from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.pipeline import ONNX, PYTORCH, family_of, folder_name
@@ -62,10 +62,13 @@ def plan_export(configurations: Sequence[ExportConfiguration]) -> ExportPlan:
         configurations: of one model, as `ConfigurationManager.resolve_levels` gives them.
 
     Raises:
+        ParameterError: no configuration is given.
         CheckpointValidationError: the checkpoint is missing, damaged or still being written.
         ModelMergeError: there is no base, or it is of no family that is known.
         OutputError: a folder of an export is there already, or the disk has not enough space.
     """
+    if not configurations:
+        raise ParameterError("configurations is empty: give one at least.")
     first = configurations[0]
     try:
         checkpoint = CheckpointDetector(first.checkpoint_path).detect_latest_checkpoint(first.checkpoint_name)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rwkv_lab.checkpoint.atomic import check_target
 from rwkv_lab.errors import FormatExportError, RwkvLabError
 from rwkv_lab.export.attempt import Answer, Attempt, Fault, Work, try_once
 from rwkv_lab.export.diagnosis import Failure, Settings, changes, diagnose, last_resorts, what_is_lost
@@ -32,8 +33,10 @@ def write_with_recovery(
 
     Raises:
         ONNXExportError, or the class that belongs to a diagnosed cause: nothing helped, or nothing can.
-        RwkvLabError: of another kind, for what no settings change: an input that is damaged, an output that is there.
+        OutputError: the folder is there already.
+        RwkvLabError: of another kind, for what no settings change, such as an input that is damaged.
     """
+    check_target(folder, overwrite=False)  # after an attempt that failed, what is there is removed
     settings, why = asked, AS_ASKED
     others: Iterator[Settings] | None = None  # last resorts that are left, once the cause is not known
     while True:

@@ -56,6 +56,14 @@ def test_the_one_fix_that_can_work(which, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["made-with"]  # nothing of the first attempt
 
 
+def test_a_folder_that_is_there_is_refused_and_kept(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("mine")
+    with pytest.raises(OutputError, match="out exists") as caught:
+        recover("by_text", ALL, tmp_path, which="static")
+    assert caught.value.attempts == [] and (tmp_path / "out/mine").read_text() == "mine"
+
+
 @pytest.mark.parametrize("which", ["unordered_map", "cache", "rotary", "protobuf", "memory of a GPU", "static"])
 def test_a_writer_that_has_no_such_setting(which, tmp_path):
     text, remedy = TEXTS[which]

@@ -53,7 +53,7 @@ def test_the_command_in_the_report_works_as_printed(finished, shell):
     before = json.loads((folder / "result.json").read_text())
     report = (folder / "report.html").read_text()
     (command,) = re.findall(r"<pre>(.*?)</pre>", report)
-    assert "in the folder of this report" in report and str(folder.parents[1]) not in report
+    assert "In the folder of this report" in report and str(folder.parents[1]) not in report
     stdout = shell(html.unescape(command), folder)
     after = json.loads((folder / "result.json").read_text())
     assert after["started"] > before["started"] and after["status"] == "ok"
