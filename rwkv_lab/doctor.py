@@ -156,7 +156,7 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _has_nvidia() -> bool:
-    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    return machine.proc("driver", "nvidia", "version").exists() or shutil.which("nvidia-smi") is not None
 
 
 def _nvcc_places() -> Iterator[str]:

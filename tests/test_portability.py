@@ -9,9 +9,10 @@ import torch
 from models import LAYOUTS
 
 from rwkv_lab import machine, merge, open_checkpoint
-from rwkv_lab.bench.machine import describe_machine, forget_peak, memory_of, watched
+from rwkv_lab.bench.machine import describe_machine, forget_peak, watched
 from rwkv_lab.bench.models import random_model, random_state
 from rwkv_lab.checkpoint import stream
+from rwkv_lab.machine import memory_of
 from rwkv_lab.wkv import cpu, wkv7
 from rwkv_lab.wkv.loader import cpu_build
 
