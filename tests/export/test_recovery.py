@@ -33,6 +33,7 @@ def recover(function, settings, folder, most=9, limit=60.0, **keywords) -> list[
     """The attempts; with an error they are its `attempts`."""
     attempts: list[Attempt] = []
     work = Work(f"failing_exports:{function}", keywords)
+    folder.mkdir(exist_ok=True)
     try:
         write_with_recovery(work, settings, folder / "out", most, limit, attempts)
     except Exception as e:
