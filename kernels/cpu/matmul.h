@@ -38,29 +38,32 @@ inline void columns_of_rows(float *to, const float *rows, int64_t stride, int co
         for (int i = 0; i < TILE; i++) to[u * TILE + i] = i < count ? rows[i * stride + u] : 0;
 }
 
+// Rounds n floats to bfloat16, which may lie in the floats' own place, with a zero behind an odd one.
+inline void round_to_bfloats(void *to, const float *from, int64_t n) {
+    const char *floats = reinterpret_cast<const char *>(from);
+    char *bytes = static_cast<char *>(to);
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + 16 <= n; i += 16) {
+        __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(floats + 4 * i));
+        memcpy(bytes + 2 * i, &half, 32);
+    }
+#endif
+    for (; i < n; i++) {
+        float x;
+        memcpy(&x, floats + 4 * i, 4);
+        uint16_t rounded = float_to_bfloat(x);
+        memcpy(bytes + 2 * i, &rounded, 2);
+    }
+    if (n % 2) memset(bytes + 2 * n, 0, 2);
+}
+
 // Packs out `count` rows of k floats, `stride` floats from one to the next, as tile number `tile` of X.
 // With pairs, the rows are rounded to bfloat16 in their own place.
 inline void pack_tile(float *packed, int64_t tile, float *rows, int64_t stride, int count, int64_t k, bool pairs) {
     const int64_t units = units_of(k, pairs);
     if (pairs)
-        for (int i = 0; i < count; i++) {
-            float *row = rows + i * stride;
-            char *bytes = reinterpret_cast<char *>(row);
-            int64_t j = 0;
-#if defined(__AVX512BF16__)
-            for (; j + 16 <= k; j += 16) {
-                __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(row + j));
-                memcpy(bytes + 2 * j, &half, 32);
-            }
-#endif
-            for (; j < k; j++) {
-                float x;
-                memcpy(&x, bytes + 4 * j, 4);
-                uint16_t rounded = float_to_bfloat(x);
-                memcpy(bytes + 2 * j, &rounded, 2);
-            }
-            if (k % 2) memset(bytes + 2 * k, 0, 2);
-        }
+        for (int i = 0; i < count; i++) round_to_bfloats(rows + i * stride, rows + i * stride, k);
     columns_of_rows(packed + tile * units * TILE, rows, stride, count, units);
 }
 
@@ -84,19 +87,7 @@ inline void decode(float *to, const Weight &w, int64_t k, int64_t n, int64_t at,
 // The same, rounded to bfloat16; `numbers` holds whole groups.
 inline void decode_pairs(float *to, float *numbers, const Weight &w, int64_t k, int64_t n, int64_t at, int64_t count) {
     decode(numbers, w, k, n, at, count);
-    char *bytes = reinterpret_cast<char *>(to);
-    int64_t i = 0;
-#if defined(__AVX512BF16__)
-    for (; i + 16 <= count; i += 16) {
-        __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(numbers + i));
-        memcpy(bytes + 2 * i, &half, 32);
-    }
-#endif
-    for (; i < count; i++) {
-        const uint16_t rounded = float_to_bfloat(numbers[i]);
-        memcpy(bytes + 2 * i, &rounded, 2);
-    }
-    if (count % 2) memset(bytes + 2 * count, 0, 2);
+    round_to_bfloats(to, numbers, count);
 }
 
 // Units begin .. end-1 of columns first .. first+columns-1 of W, to[unit][PANEL], zeros behind the last column.
