@@ -94,6 +94,15 @@ def _result(process, pipe) -> str:
     return "killed"
 
 
+def _write_older(out: Path, called: str) -> None:
+    """An older output: a file, or a folder of a kind that may be replaced."""
+    if "." in called:
+        out.write_bytes(b"an older output")
+    else:
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+
+
 def _run(count: int, folder: Path, seed: int, end: Callable, what: str) -> tuple[str, list[str]]:
     """Do each job `count` times over the jobs, ended by `end(process, rng, seconds)`, or run under `end`'s limit."""
     jobs, rng, ends, wrong = prepare(folder / "inputs"), random.Random(seed), Counter(), []
@@ -109,14 +118,9 @@ def _run(count: int, folder: Path, seed: int, end: Callable, what: str) -> tuple
             wrong.append(f"{number}, {name}: without any trouble: {said}")
             continue
         seconds, good, there = time.monotonic() - start, _bytes_of(out), sorted(p.name for p in place.iterdir())
-        if older := rng.random() < 0.5:
-            (out / "old" if out.is_dir() else out).write_bytes(b"an older output")
-            if out.is_dir():
-                shutil.rmtree(out)
-                out.mkdir()
-                (out / "config.json").write_text("{}")
-        else:
-            shutil.rmtree(out) if out.is_dir() else out.unlink()
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        if rng.random() < 0.5:
+            _write_older(out, called)
         before = _bytes_of(out)
         said = end(job, out, rng, seconds)
         now = _bytes_of(out)
@@ -128,7 +132,7 @@ def _run(count: int, folder: Path, seed: int, end: Callable, what: str) -> tuple
         if (said := _result(*_start(job, out))) != "done" or _bytes_of(out) != good:
             wrong.append(f"{number}, {name}: the next run: {said}, {'another' if said == 'done' else 'no'} output")
         if (left := sorted(p.name for p in place.iterdir())) != there:
-            wrong.append(f"{number}, {name}: left beside the output: {set(left) ^ set(there)}; older: {older}")
+            wrong.append(f"{number}, {name}: left beside the output: {set(left) ^ set(there)}")
     listed = ", ".join(f"{n} {end}" for end, n in ends.most_common())
     return f"{count} {what} of {', '.join(jobs)}: {listed}", wrong
 

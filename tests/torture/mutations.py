@@ -74,11 +74,10 @@ def mutate(path: Path, rng: random.Random, marker: Path) -> str:
     elif way == "cut":
         del data[at:]
     elif way == "zeros":
-        data[at : at + rng.choice([1, 64, 4096])] = b"\0" * len(data[at : at + 64])
+        end = min(at + rng.choice([1, 64, 4096]), len(data))
+        data[at:end] = bytes(end - at)
     elif way == "length":
-        struct.pack_into("<Q", data, head, rng.choice([0, 1, 2**31, 2**40, 2**63 - 1, 2**64 - 1])) if len(
-            data
-        ) > 8 else None
+        data[head : head + 8] = struct.pack("<Q", rng.choice([0, 1, 2**31, 2**40, 2**63 - 1, 2**64 - 1]))
     elif way == "number":
         digits = [i for i, b in enumerate(data[:65536]) if 48 <= b < 58]
         for i in rng.sample(digits, min(len(digits), rng.choice([1, 5]))):
@@ -149,6 +148,7 @@ def one_case(number: int, good: Path, work: Path) -> list[tuple[str, str, str]]:
     way = mutate(path, rng, marker)
     for name, job in jobs(path, good, work).items():
         forget_peak()
+        there = {*os.listdir(work)}
         before, start, wrong = memory_of("RssAnon") or 0, time.process_time(), ""
         try:
             job()
@@ -164,8 +164,8 @@ def one_case(number: int, good: Path, work: Path) -> list[tuple[str, str, str]]:
             wrong = f"{way}: {more / 2**20:.0f} MiB"
         if marker.exists():
             wrong = f"{way}: code in the file was run"
-        if outcome not in ("an answer",) and [p for p in work.iterdir() if p.suffix == ".tmp"]:
-            wrong = f"{way}: something half-written is left"
+        if outcome != "an answer" and (left := {*os.listdir(work)} - there):
+            wrong = f"{way}: {', '.join(sorted(left))} is left"
         found.append((name, outcome, wrong))
     return found
 
