@@ -1,5 +1,6 @@
 """What a person may do with the output of a run: the notebooks that take it, as commands."""
 
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from rwkv_lab.workbench.result import Record
 def next_steps(record: Record) -> list[tuple[str, str]]:
     """(what for, command) of every notebook that takes what a run wrote; none after a run that failed.
 
-    The commands are for the folder of the report, and name no other folder unless the output lies in one.
+    The commands are for the folder of the report.
     """
     if record.status != "ok":
         return []
@@ -30,15 +31,19 @@ def _of_output(out: Path, record: Record) -> Iterator[tuple[str, str]]:
         model = parameters_of(notebook)
         if notebook == record.notebook or kind not in model.takes_kinds:
             continue
-        given = {model.takes_output: _seen_from(out, record.folder)}
+        given = {model.takes_output: _seen_from(out, record)}
         base = record.parameters.get("base")
         if kind != "model" and "base" in model.model_fields and isinstance(base, str) and base:
-            given["base"] = base if base.startswith("demo:") else _seen_from(Path(base), record.folder)
+            given["base"] = base if base.startswith("demo:") else _seen_from(Path(base), record)
         words = shlex.join(f"{name}={value}" for name, value in given.items())
         yield model.purpose, f"rwkv-lab run {notebook} {words}"
 
 
-def _seen_from(path: Path, folder: Path) -> str:
-    """A path for a report that may be passed on: relative where it is below the report's folder, else its name."""
+def _seen_from(path: Path, record: Record) -> str:
+    """A path from the folder of the report, which may be passed on: it names no folder above that of the run. A file
+    from elsewhere has to be looked for; only its name is told."""
     path = path.absolute()
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+    both_below = all(one.is_relative_to(record.cwd) for one in (path, record.folder))
+    if both_below or path.is_relative_to(record.folder):
+        return Path(os.path.relpath(path, record.folder)).as_posix()
+    return f"PATH/{path.name}"

@@ -1,21 +1,18 @@
 """`report.html`: one file that is read offline, without the project, and names no folder of the disk it came from."""
 
 import base64
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rwkv_lab.checkpoint import FileFacts, write_text
 from rwkv_lab.checks import Check
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.samples import Sample
-from rwkv_lab.text import shown
 from rwkv_lab.workbench.next_steps import next_steps
+from rwkv_lab.workbench.pages import environment
 from rwkv_lab.workbench.result import Record, versions
 from rwkv_lab.workbench.tables import Table
 
@@ -54,17 +51,9 @@ def write_report(path: Path, page: Page, record: Record, can_repeat: bool) -> No
     Raises:
         OutputError: the folder cannot be written to.
     """
-    known = _paths_in(record)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        # Whatever the template writes goes through here, then through the escaping; Markup is what it wrote itself.
-        finalize=lambda v: v if isinstance(v, Markup) else without_folders(shown(v), known),
-    )
-    environment.filters |= {"base64": lambda png: Markup(base64.b64encode(png).decode()), "bytes": human_bytes}
-    text = environment.get_template("report.html.jinja").render(
+    made = environment(_paths_in(record))
+    made.filters |= {"base64": lambda png: Markup(base64.b64encode(png).decode()), "bytes": human_bytes}
+    text = made.get_template("report.html.jinja").render(
         page=page,
         record=record,
         verdict=verdict(record),
@@ -85,17 +74,6 @@ def write_report(path: Path, page: Page, record: Record, can_repeat: bool) -> No
 
 def _as_text(value: object) -> str:
     return value if isinstance(value, str) and value else repr(value)
-
-
-def without_folders(text: str, known: Iterable[str]) -> str:
-    """`text` with every absolute path cut down to its last part: a report that is passed on names no home folder.
-
-    Args:
-        known: paths that are known to occur, which may have spaces in them.
-    """
-    for path in sorted(known, key=len, reverse=True):
-        text = text.replace(path, Path(path).name)
-    return re.sub(r"(?<![\w.~/<-])~?/(?:[^\s/'\"<>]+/)+(?=[^\s/])", "", text)
 
 
 def _paths_in(record: Record) -> set[str]:

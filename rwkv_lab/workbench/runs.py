@@ -13,14 +13,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import write_text
 from rwkv_lab.paths import to_path
 from rwkv_lab.text import shown
-from rwkv_lab.workbench.report import without_folders
+from rwkv_lab.workbench.pages import TEMPLATES, environment, without_folders
 from rwkv_lab.workbench.result import RESULT, read_result, status_of
 
 INDEX = "index.html"
@@ -63,22 +62,19 @@ def write_index(folder: str | Path) -> Path:
         OutputError: the folder cannot be written to.
     """
     folder = to_path(folder, "folder")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        finalize=lambda v: v if isinstance(v, Markup) else without_folders(shown(v), []),  # as in the reports
-    )
     link = lambda path: path.relative_to(folder).as_posix()  # noqa: E731
-    runs, script = list_runs(folder), (Path(__file__).parent / "index.js").read_text("utf-8")
-    text = environment.get_template("index.html.jinja").render(
-        runs=runs,
-        link=link,
-        columns=_COLUMNS,
-        data=Markup(_as_script_data([_compared(run, folder) for run in runs])),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    runs, script = list_runs(folder), (TEMPLATES / "index.js").read_text("utf-8")
+    text = (
+        environment()
+        .get_template("index.html.jinja")
+        .render(
+            runs=runs,
+            link=link,
+            columns=_COLUMNS,
+            data=Markup(_as_script_data([_compared(run, folder) for run in runs])),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
     )
     write_text(folder / INDEX, text.encode("utf-8", "replace").decode(), overwrite=True)
     return folder / INDEX
@@ -93,7 +89,7 @@ def runs_as_html(folder: Path) -> str:
         report = run.report or run.good
         linked = f'<a href="{link(report)}" target="_blank">{name}</a>' if report else name
         cells = (escape(run.status), escape(shown(run.notebook)), run.started[:16].replace("T", " "), linked)
-        summary = escape(without_folders(shown(run.summary), []))
+        summary = escape(without_folders(shown(run.summary)))
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in (*cells, summary)) + "</tr>")
     if not rows:
         return f"<p>There are no runs in {escape(str(folder))} yet.</p>"
@@ -132,7 +128,7 @@ def _flat(values: Any, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _short(value: object) -> str:
-    text = without_folders(shown(value), [])
+    text = without_folders(shown(value))
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
 

@@ -13,8 +13,9 @@ from rwkv_lab.checkpoint import FileFacts
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import CorruptFileError
 from rwkv_lab.workbench.next_steps import next_steps
+from rwkv_lab.workbench.pages import without_folders
 from rwkv_lab.workbench.registry import notebook_names, parameters_of
-from rwkv_lab.workbench.report import Page, Picture, Sample, without_folders, write_report
+from rwkv_lab.workbench.report import Page, Picture, Sample, write_report
 from rwkv_lab.workbench.result import NotApplicable, Record
 from rwkv_lab.workbench.tables import Table
 
@@ -125,7 +126,9 @@ def test_it_leads_on_to_the_notebooks_that_take_the_output(tmp_path):
     state = tmp_path / "state.pth"
     torch.save({"blocks.0.att.time_state": torch.zeros(2, 32, 32)}, state)
     record.notebook, record.outputs = "train", [FileFacts(state, 12, "")]
-    assert dict(next_steps(record))["Merge it into its base"] == "rwkv-lab run merge tuned=state.pth base=base.pth"
+    assert dict(next_steps(record))["Merge it into its base"] == "rwkv-lab run merge tuned=state.pth base=PATH/base.pth"
+    record.folder, record.cwd = tmp_path / "reports" / "x", tmp_path
+    assert dict(next_steps(record))["See what is in it"] == "rwkv-lab run inspect checkpoint=../../state.pth"
     record.status = "failed"
     assert next_steps(record) == []
 

@@ -8,13 +8,25 @@ import pytest
 
 from rwkv_lab import cli
 from rwkv_lab.errors import OutputError, ParameterError
-from rwkv_lab.workbench.sweep import driver, sweep
+from rwkv_lab.workbench.sweep import driver, figures, sweep
 from rwkv_lab.workbench.sweep.jobs import Job, Outcome, write_job
 from rwkv_lab.workbench.sweep.local import next_that_fits, run_here
 from rwkv_lab.workbench.sweep.progress import SweepProgress
 from rwkv_lab.workbench.sweep.runs import SweepRun, finished_before, runs_of, texts_of
 from rwkv_lab.workbench.sweep.spec import SweepSpec, expand, read_sweep, shown
 from rwkv_lab.workbench.sweep.summary import front, metrics_of, ranked, varying, write_summary
+
+
+def test_long_values_that_begin_alike_stay_apart():
+    files = [f"/home/ada/{'long ' * 20}/{name}.pth" for name in ("one", "two")]
+    points = [({"tuned": path}, {"bits": float(i)}) for i, path in enumerate([*files, files[0]])]
+    figure = figures.by_parameter(points, "tuned", "bits", ["tuned"])
+    assert [at for at, _ in figure.axes[0].collections[0].get_offsets()] == [0, 1, 0]
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert len({*labels}) == 2 and "ada" not in "".join(labels)
+    alike = [({"prompt": "x" * 60 + str(i)}, {"bits": 1.0}) for i in range(2)]
+    figure = figures.by_parameter(alike, "prompt", "bits", ["prompt"])
+    assert len({label.get_text() for label in figure.axes[0].get_xticklabels()}) == 2
 
 
 def test_a_grid_is_every_combination():

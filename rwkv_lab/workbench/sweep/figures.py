@@ -5,14 +5,16 @@ Narrow enough to be read on a phone; `rwkv_lab.plotting.themed_svg` makes them f
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rwkv_lab.plotting import CYCLE, short
-from rwkv_lab.workbench.sweep.spec import shown
+from rwkv_lab.workbench.pages import without_folders
+from rwkv_lab.workbench.sweep.spec import value_in_words
 
 _SIZE = (4.7, 3.4)  # inches
 _MARKS = "osD^vP*X"
@@ -30,9 +32,10 @@ def by_parameter(points: Sequence[Point], name: str, metric: str, names: Sequenc
     colour = _for_colour(points, [n for n in names if n != name])
     figure, axes = _axes()
     numeric = all(_is_number(swept[name]) for swept, _ in points)
-    labels = list(dict.fromkeys(_label(swept[name]) for swept, _ in points))
+    labels = _labels(value_in_words(swept[name]) for swept, _ in points)
+    places = [*labels]
     for i, (label, group) in enumerate(_groups(points, colour)):
-        x = [swept[name] if numeric else labels.index(_label(swept[name])) for swept, _ in group]
+        x = [swept[name] if numeric else places.index(value_in_words(swept[name])) for swept, _ in group]
         y = [metrics[metric] for _, metrics in group]
         axes.scatter(x, y, s=26, color=CYCLE[i % _SERIES], marker=_MARKS[i % len(_MARKS)], label=label, alpha=0.85)
         if numeric:
@@ -42,7 +45,8 @@ def by_parameter(points: Sequence[Point], name: str, metric: str, names: Sequenc
         if min(values, default=0) > 0 and max(values) / min(values) >= 50:
             axes.set_xscale("log")
     else:
-        axes.set_xticks(range(len(labels)), labels, rotation=20 if max(map(len, labels)) > 8 else 0, ha="center")
+        rotation = 20 if max(map(len, labels.values())) > 8 else 0
+        axes.set_xticks(range(len(labels)), labels.values(), rotation=rotation, ha="center", parse_math=False)
         axes.set_xlim(-0.5, len(labels) - 0.5)
     axes.set_xlabel(name)
     axes.set_ylabel(_in_lines(metric))
@@ -82,7 +86,7 @@ def _axes() -> tuple[Figure, Axes]:
 
 def _for_colour(points: Sequence[Point], names: Sequence[str]) -> str:
     """The parameter that colours stand for: the one with the fewest values, two at least; "" where there is none."""
-    counts = {name: len({_label(swept.get(name)) for swept, _ in points}) for name in names}
+    counts = {name: len({value_in_words(swept.get(name)) for swept, _ in points}) for name in names}
     few = [name for name, count in counts.items() if 1 < count <= _SERIES]
     return min(few, key=lambda name: (all(_is_number(s.get(name)) for s, _ in points), counts[name]), default="")
 
@@ -92,8 +96,9 @@ def _groups(points: Sequence[Point], name: str) -> list[tuple[str, list[Point]]]
         return [("", list(points))]
     found: dict[str, list[Point]] = {}
     for point in points:
-        found.setdefault(_label(point[0].get(name)), []).append(point)
-    return list(found.items())
+        found.setdefault(value_in_words(point[0].get(name)), []).append(point)
+    labels = _labels(found)
+    return [(labels[value], group) for value, group in found.items()]
 
 
 def _means(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -119,8 +124,11 @@ def _in_lines(metric: str) -> str:
     return "\n".join(textwrap.wrap(short(metric).replace(".", ". "), 22)).replace(". ", ".")
 
 
-def _label(value: Any) -> str:
-    return short(shown({"": value}).lstrip("="))
+def _labels(values: Iterable[str]) -> dict[str, str]:
+    """Labels of different values, short and without folders, by value; those that would be the same are numbered."""
+    cut = {value: short(without_folders(value)) for value in values}
+    again = {label for label, count in Counter(cut.values()).items() if count > 1}
+    return {v: f"{label} ({n})" if label in again else label for n, (v, label) in enumerate(cut.items(), 1)}
 
 
 def _is_number(value: Any) -> bool:

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from rwkv_lab.checkpoint import write_text
 from rwkv_lab.progress import human_seconds
-from rwkv_lab.text import shown as printable
+from rwkv_lab.workbench.pages import environment
 from rwkv_lab.workbench.sweep.jobs import LOG, Outcome, read_json
 from rwkv_lab.workbench.sweep.runs import SweepRun
 from rwkv_lab.workbench.sweep.spec import shown
@@ -69,7 +67,7 @@ class SweepProgress:
         if not ended and time.monotonic() - self._written < _EVERY:
             return
         self._written = time.monotonic()
-        page = environment().get_template("progress.html.jinja")
+        page = environment().get_template("sweep/progress.html.jinja")
         text = page.render(
             notebook=self.notebook,
             line=self.line(),
@@ -101,20 +99,6 @@ def link_to(run: SweepRun, folder: Path) -> str:
     report = run.result.get("report")
     path = Path(report) if report else run.folder / "report.html"
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) and path.is_file() else ""
-
-
-def environment() -> Environment:
-    """For the pages of a sweep: everything is escaped, since names may come from files."""
-    made = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value,
-    )
-    made.filters["zip"] = lambda one, other: list(zip(one, other, strict=True))
-    return made
 
 
 def _first_line(text: str) -> str:

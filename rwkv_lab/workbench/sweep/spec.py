@@ -103,15 +103,16 @@ def swept_names(spec: SweepSpec) -> list[str]:
 
 def shown(parameters: Mapping[str, Any]) -> str:
     """Parameters in a line: `alpha=0.5, method=linear`."""
-    return ", ".join(f"{name}={_short(value)}" for name, value in parameters.items()) or "no parameters"
+    return ", ".join(f"{name}={value_in_words(value)}" for name, value in parameters.items()) or "no parameters"
 
 
-def _short(value: Any) -> str:
+def value_in_words(value: Any) -> str:
+    """A value of a parameter for a line or a cell."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if value in ("", [], {}):
         return repr(value)
-    return ",".join(map(_short, value)) if isinstance(value, list) else str(value)
+    return ",".join(map(value_in_words, value)) if isinstance(value, list) else str(value)
 
 
 def _check(spec: SweepSpec) -> None:

@@ -14,10 +14,11 @@ from markupsafe import Markup
 from rwkv_lab.checkpoint import write_text
 from rwkv_lab.progress import human_seconds
 from rwkv_lab.spec import did_you_mean
+from rwkv_lab.workbench.pages import environment
 from rwkv_lab.workbench.result import write_json
-from rwkv_lab.workbench.sweep.progress import SUMMARY, environment, link_to
+from rwkv_lab.workbench.sweep.progress import SUMMARY, link_to
 from rwkv_lab.workbench.sweep.runs import SweepRun
-from rwkv_lab.workbench.sweep.spec import SweepSpec, shown, swept_names
+from rwkv_lab.workbench.sweep.spec import SweepSpec, shown, swept_names, value_in_words
 
 _COLUMNS = 4  # metrics in the table where the spec names none
 _PARAMETERS = 4  # with figures of their own
@@ -131,9 +132,10 @@ class _Facts:
         self.ok = [run for run in runs if run.state == "ok"]
 
     def page(self) -> str:
+        paths = [v for run in self.runs for v in run.swept.values() if isinstance(v, str) and v.startswith("/")]
         text = (
-            environment()
-            .get_template("summary.html.jinja")
+            environment(paths)
+            .get_template("sweep/summary.html.jinja")
             .render(
                 notebook=self.notebook,
                 headline=self._headline(),
@@ -177,8 +179,8 @@ class _Facts:
         return {
             "state": run.state,
             "mark": "best" if run is self.best else "front" if run in self.on_front else "",
-            "swept": [shown({"": run.swept[n]}).lstrip("=") if n in run.swept else "" for n in swept_names(self.spec)],
-            "values": [f"{values[name]:.5g}" if name in values else "" for name in self.columns],
+            "swept": [(n, value_in_words(run.swept[n]) if n in run.swept else "") for n in swept_names(self.spec)],
+            "values": [(name, f"{values[name]:.5g}" if name in values else "") for name in self.columns],
             "seconds": human_seconds(values["seconds"]) if "seconds" in values else "",
             "link": link_to(run, self.folder),
         }
@@ -240,6 +242,6 @@ def _csv(runs: Sequence[SweepRun], spec: SweepSpec) -> str:
     writer.writerow(["run", "state", *names, *metrics, "error"])
     for run in runs:
         values = metrics_of(run.result)
-        swept = [shown({"": run.swept[name]}).lstrip("=") if name in run.swept else "" for name in names]
+        swept = [value_in_words(run.swept[name]) if name in run.swept else "" for name in names]
         writer.writerow([run.job.name, run.state, *swept, *(values.get(m, "") for m in metrics), run.error])
     return text.getvalue()
