@@ -175,10 +175,18 @@ def test_two_workers_of_which_one_is_killed(job, tmp_path):
 def _worker_of(nannies: list[str]) -> int:
     """The process of a worker that has a run at work."""
     for nanny in map(int, nannies):
-        below = [p for p in psutil.Process(nanny).children(recursive=True) if "sweep.process" in " ".join(p.cmdline())]
+        below = [p for p in psutil.Process(nanny).children(recursive=True) if "sweep.process" in _command_of(p)]
         if below:
             return below[0].ppid()
     return int(nannies[0])
+
+
+def _command_of(process: psutil.Process) -> str:
+    """The words that started it; "" where it has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def test_an_address_without_a_scheduler(job, monkeypatch):
