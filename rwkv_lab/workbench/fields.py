@@ -9,7 +9,7 @@ import ipywidgets as widgets
 from pydantic.fields import FieldInfo
 
 from rwkv_lab.spec import OneOf
-from rwkv_lab.workbench.file_chooser import FileChooser
+from rwkv_lab.workbench.file_chooser import SEPARATOR, FileChooser
 from rwkv_lab.workbench.parameters import Files
 from rwkv_lab.workbench.words import takes_mapping
 
@@ -66,7 +66,7 @@ def field_for(name: str, info: FieldInfo) -> Field:
 def _given_field(name: str, info: FieldInfo, kind: Any, optional: bool = False) -> Field:
     files = _marked([*info.metadata, *_marks(info.annotation)], Files)
     if files:
-        return _paths(name) if files.several else _path(name)
+        return _paths(name, files, is_list=get_origin(kind) is list) if files.several else _path(name, files)
     origin, inside = get_origin(kind), get_args(kind)
     choices = _choices(kind, info.metadata)
     if choices:
@@ -126,15 +126,23 @@ def _least(info: FieldInfo) -> int:
     return next((m.ge for m in info.metadata if hasattr(m, "ge")), 0)
 
 
-def _path(name: str) -> Field:
-    return Field(name, FileChooser(name))
+def _path(name: str, files: Files) -> Field:
+    return Field(name, FileChooser(name, files))
 
 
-def _paths(name: str) -> Field:
-    """One path, or several with a semicolon and a space between them."""
-    field = _path(name)
-    join = lambda v: "; ".join(v) if isinstance(v, list) else v  # noqa: E731
-    return Field(name, field.widget, join, lambda text: text.split("; ") if "; " in text else text)
+def _paths(name: str, files: Files, is_list: bool) -> Field:
+    """One path, or several with a semicolon and a space between them.
+
+    Args:
+        is_list: one path is a list too.
+    """
+
+    def read(text: str) -> Any:
+        parts = [part.strip() for part in text.split(SEPARATOR) if part.strip()]
+        return parts if is_list or len(parts) > 1 else text
+
+    join = lambda v: SEPARATOR.join(v) if isinstance(v, list) else v  # noqa: E731
+    return Field(name, FileChooser(name, files), join, read)
 
 
 def _text(name: str, placeholder: str = _WORDS) -> Field:

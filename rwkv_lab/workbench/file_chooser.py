@@ -1,45 +1,43 @@
-"""A file chooser for checkpoints and YAML files: a text field, and under it a list to walk through folders."""
+"""A file chooser: a text field, and under it a list to walk through folders, which says what each file is."""
 
-import os
+import html
+from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets as widgets
 from traitlets import HasTraits, Unicode
 
-_SUFFIXES = (".pth", ".safetensors", ".yaml", ".yml")  # and recipes and configurations
-_MARKS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "adapter_config.json")
-_HERE = "use this folder"
+from rwkv_lab.workbench.file_list import FileList
+from rwkv_lab.workbench.listing import Listed, described, listing, not_taken, size_in_words
+from rwkv_lab.workbench.parameters import Files
 
-
-def listing(folder: Path) -> list[tuple[str, str]]:
-    """(label, path) of what can be chosen or entered in a folder; only what this user may read.
-
-    The folder itself is among them where it holds a checkpoint. Empty where it cannot be read.
-    """
-    try:
-        inside = sorted(folder.iterdir(), key=lambda p: (not p.is_dir(), p.name.lower()))
-    except OSError:
-        inside = []
-    rows = [("..", str(folder.parent))]
-    if any((folder / mark).is_file() for mark in _MARKS):
-        rows.append((_HERE, str(folder)))
-    for path in inside:
-        if path.name.startswith(".") or not os.access(path, os.R_OK):
-            continue
-        if path.is_dir() and os.access(path, os.X_OK):
-            rows.append((f"{path.name}/", str(path)))
-        elif path.suffix in _SUFFIXES:
-            rows.append((path.name, str(path)))
-    return rows
+SEPARATOR = "; "  # between several paths in the text field
+_NAME, _MODEL, _KIND = 34, 14, 10  # characters of the columns
+# Rows are columns of one font width; without this a list has that of buttons.
+_STYLE = "<style>.rwkv-files select {font-family: var(--jp-code-font-family, monospace); font-size: 12px}</style>"
 
 
 class FileChooser(HasTraits):
-    """`value` is the path as text; it changes when a person types one or picks one from the list."""
+    """`value` is the path as text; it changes when a person types one or takes one from the list.
+
+    Args:
+        files: what is chosen: which kinds of checkpoints, whether several.
+
+    Attributes:
+        begins_in: the folder to begin with, where no path is given yet.
+        objection: file -> what the other fields' values have against it, "" for nothing.
+        used: called with the folder of a file that was taken.
+    """
 
     value = Unicode()
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, files: Files):
         super().__init__()
+        self.name, self.files = name, files
+        self.begins_in: Callable[[], Path] = Path.cwd
+        self.objection: Callable[[Listed], str] = lambda file: ""
+        self.used: Callable[[Path], None] = lambda folder: None
+        self._rows: list[Listed] = []
         self.text = widgets.Text(
             description=name,
             continuous_update=False,
@@ -49,37 +47,112 @@ class FileChooser(HasTraits):
         self.browse = widgets.ToggleButton(
             description="Browse", tooltip="choose from a list of files", layout=widgets.Layout(width="6rem")
         )
-        self.place = widgets.Label()
-        self.list = widgets.Select(
-            tooltip="a file, or a folder to look into", rows=10, layout=widgets.Layout(width="36rem")
-        )
-        self.walk = widgets.VBox([self.place, self.list], layout=widgets.Layout(margin="0 0 0 9.5rem", display="none"))
-        self.box = widgets.VBox([widgets.HBox([self.text, self.browse]), self.walk])
+        self._make_list()
+        self.several = FileList(lambda paths: setattr(self, "value", SEPARATOR.join(paths)))
+        self.box = widgets.VBox([widgets.HBox([self.text, self.browse]), self.several.box, self.walk])
         self.text.observe(lambda change: setattr(self, "value", change["new"]), "value")
         self.observe(lambda change: setattr(self.text, "value", change["new"]), "value")
         self.browse.observe(lambda change: self._open(change["new"]), "value")
-        self.list.observe(self._picked, "index")
+
+    def _make_list(self) -> None:
+        """What Browse unfolds: the folder, its rows, what the marked row is, and buttons: the arrow keys only mark."""
+        self.place = widgets.Text(
+            continuous_update=False, tooltip="the folder; another can be written", layout=widgets.Layout(width="46rem")
+        )
+        self.list = widgets.Select(
+            tooltip="a file, or a folder to look into", rows=10, layout=widgets.Layout(width="46rem")
+        )
+        self.list.add_class("rwkv-files")
+        self.details = widgets.HTML(layout=widgets.Layout(width="46rem"))
+        self.open = _button("Open folder", "look into the marked folder")
+        self.use = _button("Use", f"take the marked file as {self.name}")
+        self.add = _button("Add", f"take the marked file too, beside those of {self.name}")
+        buttons = widgets.HBox([self.open, self.use, *([self.add] if self.files.several else [])])
+        # HTML with a style in it would be a row of its own.
+        style = widgets.HTML(_STYLE, layout=widgets.Layout(height="0", margin="0"))
+        self.walk = widgets.VBox(
+            [self.place, self.list, self.details, buttons, style],
+            layout=widgets.Layout(margin="0 0 0 9.5rem", display="none"),
+        )
+        self.place.observe(lambda change: self._fill(Path(change["new"]).expanduser()), "value")
+        self.list.observe(self._marked, "index")
+        self.open.on_click(lambda _: self.show(self._rows[self.list.index].path))
+        self.use.on_click(lambda _: self._take(beside=[]))
+        self.add.on_click(lambda _: self._take(beside=self.paths))
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths in the text field, without the demo's, which give way to the first that is added."""
+        paths = [path.strip() for path in self.value.split(SEPARATOR)] if self.files.several else [self.value]
+        return [path for path in paths if path and not path.startswith("demo:")]
 
     def _open(self, opened: bool) -> None:
         self.walk.layout.display = None if opened else "none"
         if opened:
-            chosen = Path(self.value)
-            self.show(chosen.parent if chosen.is_absolute() and chosen.parent.is_dir() else Path.cwd())
+            chosen = Path(self.paths[-1]).expanduser() if self.paths else Path()
+            self.show(chosen.parent if chosen.is_absolute() and chosen.parent.is_dir() else self.begins_in())
 
     def show(self, folder: Path) -> None:
         """Fill the list with what is in a folder."""
-        self._rows, self.place.value = listing(folder), str(folder)
-        self.list.unobserve(self._picked, "index")  # new options choose the first row by themselves, and that is ".."
-        # No row is chosen to begin with, so that picking any of them is a change.
-        self.list.options, self.list.index = [label for label, _ in self._rows], None
-        self.list.observe(self._picked, "index")
-
-    def _picked(self, change: dict) -> None:
-        if change["new"] is None:
-            return
-        label, path = self._rows[change["new"]]
-        if label == ".." or label.endswith("/"):
-            self.show(Path(path))
+        if self.place.value == str(folder):
+            self._fill(folder)  # again: files may have come
         else:
-            self.value = path
+            self.place.value = str(folder)
+
+    def _fill(self, folder: Path) -> None:
+        self._rows = listing(folder, self.files.checkpoints)
+        self.list.unobserve(self._marked, "index")  # new options mark the first row by themselves, and that is ".."
+        self.list.options, self.list.index = [self._label(row) for row in self._rows], None
+        self.list.observe(self._marked, "index")
+        self._marked({"new": None})
+
+    def _label(self, row: Listed) -> str:
+        """A row of the list: name, generation and size of the model, kind, bytes, or what is wrong."""
+        fault = not_taken(row, self.name, self.files.kinds)
+        kind = "" if row.kind in ("", *fault.split()) else row.kind
+        cells = (_cut(row.name, _NAME), row.model.ljust(_MODEL), kind.ljust(_KIND), size_in_words(row).rjust(8))
+        label = "  ".join([*cells, f"⚠ {fault}" if fault else ""]).rstrip()
+        return label.replace(" ", "\N{NO-BREAK SPACE}")  # a browser draws several blanks as one
+
+    def _marked(self, change: dict) -> None:
+        """Say what the marked row is, and what can be done with it."""
+        at = change["new"]
+        row = None if at is None else self._rows[at]
+        self.open.disabled = row is None or not row.opens
+        self.use.disabled = self.add.disabled = row is None or not row.chosen
+        if row is None or not row.chosen:
+            self.details.value = ""
+            return
+        if self.files.checkpoints and not row.kind and not row.fault:
+            row = self._rows[at] = described(row)
+        fault = not_taken(row, self.name, self.files.kinds) or self.objection(row)
+        what = ", ".join(filter(None, (row.kind, row.model, size_in_words(row), row.more)))
+        self.details.value = f"<b>{html.escape(row.name)}</b> {html.escape(what)}" + warning(fault)
+
+    def _take(self, beside: list[str]) -> None:
+        """Take the marked file, beside those that stay."""
+        path = self._rows[self.list.index].path
+        self.used(path.parent)
+        self.value = SEPARATOR.join(dict.fromkeys([*beside, str(path)]))
+        if not beside:
             self.browse.value = False
+
+
+def warning(text: str) -> str:
+    """A sentence of what is wrong, as HTML; "" where nothing is."""
+    if not text:
+        return ""
+    sentence = text[:1].upper() + text[1:]
+    end = "" if sentence.endswith(".") else "."
+    return f'<br><span style="color: var(--jp-error-color1, #c00)">⚠ {html.escape(sentence + end)}</span>'
+
+
+def _button(label: str, tooltip: str) -> widgets.Button:
+    return widgets.Button(description=label, tooltip=tooltip, disabled=True, layout=widgets.Layout(width="7rem"))
+
+
+def _cut(name: str, width: int) -> str:
+    """The name in so many characters: with its beginning and its end, which tell files apart."""
+    if len(name) <= width:
+        return name.ljust(width)
+    return f"{name[: width - 13]}…{name[-12:]}"

@@ -14,10 +14,14 @@ from IPython.display import display
 
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.progress import frontend_present
+from rwkv_lab.workbench.entries import keep, last_folder
 from rwkv_lab.workbench.fields import Field, field_for
+from rwkv_lab.workbench.file_chooser import FileChooser
+from rwkv_lab.workbench.listing import Listed, unlike
 from rwkv_lab.workbench.registry import cells_of
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import run_all
+from rwkv_lab.workbench.words import from_words
 
 _TOOLTIPS = {"Plan": "show what would happen", "Run": "do all that the cells below do"}
 _MISSING = re.compile(r"(\w+) is missing\b")  # how a message begins where a parameter has not been given yet
@@ -39,6 +43,8 @@ class Panel:
         for field in fields:
             field.value = getattr(run.config, field.name)
             field.widget.observe(lambda change: self._changed(), "value")
+            if isinstance(field.widget, FileChooser):
+                self._connect(field.name, field.widget)
         self.hide()
         self.buttons = {}
         for label, work in buttons.items():
@@ -52,6 +58,26 @@ class Panel:
         buttons_row = widgets.HBox([*self.buttons.values()])
         shown = [f.box for f in fields if f.name in basic]
         self.box = widgets.VBox([*shown, *folded, buttons_row, self.message, self.output])
+
+    def _connect(self, name: str, chooser: FileChooser) -> None:
+        """Have a file chooser begin where files were taken last, and know what the other fields say."""
+        chooser.begins_in = lambda: last_folder(self.run.folder)
+        chooser.used = lambda folder: keep(self.run.folder, folder=str(folder))
+        chooser.objection = lambda file: self._objection(name, file)
+        weights = self.fields.get(chooser.files.weights)
+        if weights is not None:
+            chooser.several.give_weights = lambda text: setattr(weights.widget, "value", text)
+
+    def _objection(self, name: str, file: Listed) -> str:
+        """What the other values have against this file, from headers; "" for nothing."""
+        others = [f.widget for n, f in self.fields.items() if n != name and isinstance(f.widget, FileChooser)]
+        models = [path for other in others if other.files.checkpoints for path in other.paths]
+        try:
+            self.run.config.changed(**self.values() | {name: str(file.path)}).check_files()
+        except RwkvLabError as e:
+            if file.name in str(e) and not _MISSING.match(str(e)):
+                return str(e)
+        return unlike(file, models)
 
     def values(self) -> dict[str, Any]:
         """The values of the fields, not yet validated; of a hidden field the default."""
@@ -70,6 +96,15 @@ class Panel:
             field.box.layout.display = None if self.run.model.applies(name, given) else "none"
             words = self.run.model.model_fields[name].description or ""
             field.explain(f"{words} (here {stands_for[name]})" if name in stands_for else words)
+            if isinstance(field.widget, FileChooser) and field.widget.files.several:
+                self._list_files(field.widget, given)
+
+    def _list_files(self, chooser: FileChooser, given: Mapping[str, Any]) -> None:
+        """Show the files of a list, with their weights."""
+        weights = chooser.files.weights
+        weighted = self.run.model.weighted(given) if weights else ()
+        numbers = from_words(self.run.model.model_fields[weights], given[weights]) if weights else None
+        chooser.several.refresh(chooser.paths if chooser.files.checkpoints else [], weighted, numbers)
 
     def apply(self) -> bool:
         """Take the fields over into `run.config`, all or none; False, with a message, where they are refused."""

@@ -37,15 +37,32 @@ def _absolute(path: str) -> str:
 
 @dataclass(frozen=True)
 class Files:
-    """Marks a text that is the path of an input, or a list of such; a panel has a file chooser for it."""
+    """Marks a text that is the path of an input, or a list of such; a panel has a file chooser for it.
+
+    several: a list is taken.
+    kinds: of checkpoints that are taken; none for any.
+    checkpoints: False for texts, YAML and the like.
+    weights: the parameter with a number for each file; empty: none.
+    """
 
     several: bool = False
+    kinds: tuple[str, ...] = ()
+    checkpoints: bool = True
+    weights: str = ""
 
 
-InputPath = Annotated[Text, AfterValidator(_absolute), Files()]
-InputPaths = Annotated[InputPath | list[InputPath], Files(several=True)]
+MODEL = Files(kinds=("model",))
+TEXT = Files(checkpoints=False)
+
+_Path = Annotated[Text, AfterValidator(_absolute)]
+InputPath = Annotated[_Path, Files()]
+ModelPath = Annotated[_Path, MODEL]
+WeightedPaths = Annotated[_Path | list[_Path], Files(several=True, weights="weights")]
 PathOrEmpty = Annotated[str, AfterValidator(_absolute)]
 InputOrEmpty = Annotated[PathOrEmpty, Files()]
+ModelOrEmpty = Annotated[PathOrEmpty, MODEL]
+TextFileOrEmpty = Annotated[PathOrEmpty, TEXT]
+TextOrFile = Annotated[Text, TEXT]  # a word, such as english, or the path of a file
 InputsOrEmpty = Annotated[PathOrEmpty | list[PathOrEmpty], Files(several=True)]
 Backends = list[Annotated[str, OneOf(backends, everywhere=False)]]
 
@@ -69,6 +86,11 @@ class Parameters(Spec):
     def stands_for(cls, values: Mapping[str, Any]) -> Mapping[str, object]:
         """What None comes to beside these values, not yet validated, by parameter; a panel shows it."""
         return {}
+
+    @classmethod
+    def weighted(cls, values: Mapping[str, Any]) -> Sequence[str]:
+        """The files that have a weight beside these values, not yet validated, in the order of the weights."""
+        return ()
 
     @classmethod
     def read(cls, values: Mapping[str, Any], advise: Advise | None = None) -> Self:
@@ -109,13 +131,13 @@ class Parameters(Spec):
 class ReadsText(Parameters):
     """What notebooks share that measure held-out text; the text itself, `data`, is a parameter of each."""
 
-    tokenizer: str = Field(
+    tokenizer: Annotated[str, TEXT] = Field(
         "", description="world, bytes, or the path of a vocabulary or tokenizer.json; empty: by the vocabulary's size"
     )
     ignore: Patterns = Field(
         [], examples=[["id", "source"]], description="fields of records that are not read, or patterns of them"
     )
-    template: Text = Field("world", description="of conversations: world, or the path of a JSON file with one")
+    template: TextOrFile = Field("world", description="of conversations: world, or the path of a JSON file with one")
     window: Annotated[int, Field(ge=1)] = Field(
         WINDOW, description="tokens of text, each window read from a fresh state; as ctx_len of train"
     )

@@ -1,13 +1,11 @@
 """The panel without a browser: set a value, click, look at the run."""
 
 import json
-import os
 
 import pytest
 
 from rwkv_lab.workbench import panel as panels
 from rwkv_lab.workbench import start
-from rwkv_lab.workbench.file_chooser import FileChooser, listing
 from rwkv_lab.workbench.panel import show_panel
 
 
@@ -105,32 +103,3 @@ def test_inspect_panel(tmp_path, demo_folder, monkeypatch):
     panel.fields["checkpoint"].widget.text.value = str(demo_folder / "demo-state.pth")
     panel.buttons["Run"].click()
     assert json.loads((tmp_path / "result.json").read_text())["metrics"]["kind"] == "state"
-
-
-def test_the_chooser_lists_checkpoints_and_folders_only(tmp_path):
-    for name in ("b.pth", "a.safetensors", "notes.txt", ".hidden.pth"):
-        (tmp_path / name).touch()
-    (tmp_path / "zoo").mkdir()
-    assert [label for label, _ in listing(tmp_path)] == ["..", "zoo/", "a.safetensors", "b.pth"]
-    (tmp_path / "model.safetensors").touch()
-    assert ("use this folder", str(tmp_path)) in listing(tmp_path)
-
-
-def test_the_chooser_shows_nothing_that_cannot_be_read(tmp_path, monkeypatch):
-    (tmp_path / "secret.pth").touch()
-    monkeypatch.setattr(os, "access", lambda path, mode: "secret" not in str(path))
-    assert [label for label, _ in listing(tmp_path)] == [".."]
-    assert [label for label, _ in listing(tmp_path / "not there")] == [".."]
-
-
-def test_walking_through_folders(tmp_path):
-    (tmp_path / "zoo").mkdir()
-    (tmp_path / "zoo" / "x.pth").touch()
-    chooser = FileChooser("base")
-    chooser.value = str(tmp_path / "anything.pth")
-    chooser.browse.value = True
-    chooser.list.index = chooser.list.options.index("zoo/")
-    assert chooser.value == str(tmp_path / "anything.pth") and chooser.place.value == str(tmp_path / "zoo")
-    chooser.list.index = chooser.list.options.index("x.pth")
-    assert chooser.value == chooser.text.value == str(tmp_path / "zoo" / "x.pth")
-    assert chooser.browse.value is False

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from rwkv_lab.bench.peers import parse_peers
 from rwkv_lab.dtypes import in_short
 from rwkv_lab.spec import Text
-from rwkv_lab.workbench.parameters import Backends, InputPath, Parameters, PathOrEmpty
+from rwkv_lab.workbench.parameters import Backends, ModelPath, Parameters, PathOrEmpty
 
 
 def _peer(text: str) -> str:
@@ -25,7 +25,7 @@ class BenchmarkParameters(Parameters):
     purpose: ClassVar[str] = "Measure how fast it is on this machine"
     basic: ClassVar[tuple[str, ...]] = ("model", "lengths", "batches", "dtypes", "device")
 
-    model: InputPath = Field("demo:base", description="a whole model of any generation: .pth, .safetensors, a folder")
+    model: ModelPath = Field("demo:base", description="a whole model of any generation: .pth, .safetensors, a folder")
     lengths: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
         [64, 256], description="tokens of the prompts that are read at once"
     )

@@ -11,7 +11,15 @@ from rwkv_lab.dtypes import in_long
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model import generate_stream
 from rwkv_lab.spec import Number, OneOf, Patterns, Text, unknown_name
-from rwkv_lab.workbench.parameters import InputOrEmpty, InputPath, Parameters, PathOrEmpty
+from rwkv_lab.workbench.parameters import (
+    TEXT,
+    Files,
+    ModelPath,
+    Parameters,
+    PathOrEmpty,
+    TextFileOrEmpty,
+    TextOrFile,
+)
 
 _Dtype = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(in_long)]
 _Weights = Annotated[str, OneOf(lambda: WEIGHTS)]
@@ -48,12 +56,16 @@ class ChatParameters(Parameters):
         "second",
     )
 
-    model: InputPath = Field("demo:base", description="a whole model of any generation: .pth, .safetensors, a folder")
-    state: InputOrEmpty = Field("", description="a tuned state, from which every text begins")
-    adapter: InputOrEmpty = Field("", description="a LoRA, PiSSA or MiSS adapter of the model, applied in memory")
+    model: ModelPath = Field("demo:base", description="a whole model of any generation: .pth, .safetensors, a folder")
+    state: Annotated[PathOrEmpty, Files(kinds=("state",))] = Field(
+        "", description="a tuned state, from which every text begins"
+    )
+    adapter: Annotated[PathOrEmpty, Files(kinds=("lora", "pissa", "miss"))] = Field(
+        "", description="a LoRA, PiSSA or MiSS adapter of the model, applied in memory"
+    )
     conversation: bool = Field(False, description="answer the prompt by the chat template; else continue it as a text")
     prompt: Text = Field("In the beginning", description="what is continued or answered")
-    prompts: InputOrEmpty = Field(
+    prompts: TextFileOrEmpty = Field(
         "", description="instead: a file, one prompt per line, or JSON with texts or messages"
     )
     max_new_tokens: Annotated[int, Field(ge=0)] = Field(_DEFAULT["max_new_tokens"], description="at most")
@@ -74,13 +86,13 @@ class ChatParameters(Parameters):
     )
     seed: Annotated[int, Field(ge=0)] | None = Field(_DEFAULT["seed"], description="None: another text each time")
     stop: Patterns = Field([], examples=[["User:"]], description="texts that end what is written")
-    template: Text = Field("world", description="of conversations: world, or the path of a JSON file with one")
+    template: TextOrFile = Field("world", description="of conversations: world, or the path of a JSON file with one")
     think: bool | None = Field(None, description="of World models that can: think first or not; None: do not say")
     weights: _Weights = Field("none", description="none, or int8 or int4: the model with rounded weights")
     dtype: _Dtype = Field("float32", description="float32, bfloat16 or float16")
     device: Text = Field("cpu", description="cpu or cuda")
     alpha: Annotated[Number, Field(gt=0)] | None = Field(None, description="of a LoRA whose file does not state it")
-    tokenizer: str = Field(
+    tokenizer: Annotated[str, TEXT] = Field(
         "", description="world, bytes, or the path of a vocabulary or tokenizer.json; empty: by the vocabulary's size"
     )
     second: dict[str, Any] = Field(

@@ -12,7 +12,7 @@ from rwkv_lab.convert.containers import CONTAINERS
 from rwkv_lab.convert.spec import RepositoryName
 from rwkv_lab.spec import OneOf, Text
 from rwkv_lab.workbench.options import takes, values_for
-from rwkv_lab.workbench.parameters import DEMO, InputPath, Parameters, PathOrEmpty, input_path
+from rwkv_lab.workbench.parameters import DEMO, TEXT, InputPath, Parameters, PathOrEmpty, input_path
 
 
 @takes(ConvertSpec, ConvertOptions)
@@ -37,6 +37,7 @@ class ConvertParameters(Parameters):
     repo_id: RepositoryName = ""
     to: Annotated[str, OneOf(target_names)] = "transformers"
     out: PathOrEmpty = Field("", description="empty: converted… in the report folder, replaced by the next run")
+    tokenizer: Annotated[str, TEXT] = ""
     max_shard_size: str | int = "5GB"
     prompt: Text = Field(
         "In the beginning", description="text that source and output continue, always by the likeliest token"

@@ -13,7 +13,15 @@ from rwkv_lab.errors import ParameterError, RwkvLabError
 from rwkv_lab.export.configuration import ConfigurationManager, ExportConfiguration
 from rwkv_lab.spec import Text
 from rwkv_lab.workbench.options import takes, unset
-from rwkv_lab.workbench.parameters import DEMO, Files, InputOrEmpty, InputPath, Parameters, PathOrEmpty, input_path
+from rwkv_lab.workbench.parameters import (
+    DEMO,
+    MODEL,
+    InputPath,
+    Parameters,
+    PathOrEmpty,
+    TextFileOrEmpty,
+    input_path,
+)
 
 _DEMO = {"checkpoint_path": "demo:state", "base_model_name": "demo:base"}
 _LEVELS = ["none", "int8"]  # of the demo
@@ -34,11 +42,11 @@ class ExportParameters(Parameters):
         "model_name",
     )
 
-    config: InputOrEmpty = Field("", description="a YAML file with export: and its groups; empty: none")
+    config: TextFileOrEmpty = Field("", description="a YAML file with export: and its groups; empty: none")
     checkpoint_path: InputPath | None = Field(
         None, description="an adapter, tuned state or model, or a folder of checkpoints; None everywhere: the demo"
     )
-    base_model_name: Annotated[str, Files()] | None = None
+    base_model_name: Annotated[str, MODEL] | None = None
     output_directory: PathOrEmpty | None = Field(
         None, description="where the exports go; None everywhere: exported in the report folder, replaced each time"
     )

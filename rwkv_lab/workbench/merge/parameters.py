@@ -1,7 +1,7 @@
 """What merge.ipynb takes."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -14,12 +14,13 @@ from rwkv_lab.train import CORPORA
 from rwkv_lab.workbench.options import takes, values_for
 from rwkv_lab.workbench.parameters import (
     DEMO,
-    InputOrEmpty,
-    InputPath,
-    InputPaths,
+    Files,
     InputsOrEmpty,
+    ModelPath,
     PathOrEmpty,
     ReadsText,
+    TextFileOrEmpty,
+    WeightedPaths,
     input_path,
 )
 
@@ -45,19 +46,21 @@ class MergeParameters(ReadsText):
         "overwrite",
     )
 
-    base: InputPath = "demo:base"
-    tuned: InputPaths = "demo:state"
+    base: ModelPath = "demo:base"
+    tuned: WeightedPaths = "demo:state"
     out: PathOrEmpty = Field("", description="empty: merged.pth in the report folder, replaced by the next run")
     alpha: Number | dict[str, Any] | list[Number | None] | None = None
     weights: list[Setting] | dict[str, Any] = Field([], examples=[[0.5, 0.5]])
     pissa_init: InputsOrEmpty = ""
     parameters: dict[str, Any] = Field({}, examples=[{"density": 0.3}])
-    data: list[Text] = Field(
+    data: Annotated[list[Text], Files(several=True, checkpoints=False)] = Field(
         list(CORPORA),
         examples=[["mine.txt"]],
         description="text that models read and continue: english, python, or paths as in train",
     )
-    recipe: InputOrEmpty = Field("", description="a mergekit recipe (YAML), in place of files, method and its options")
+    recipe: TextFileOrEmpty = Field(
+        "", description="a mergekit recipe (YAML), in place of files, method and its options"
+    )
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/merge")
 
     @classmethod
@@ -66,6 +69,16 @@ class MergeParameters(ReadsText):
             return name not in _IN_RECIPES
         method = MERGE_METHODS.get(values["method"])
         return method is None or name not in OF_SOME_METHODS or name in method.takes
+
+    @classmethod
+    def weighted(cls, values: Mapping[str, Any]) -> Sequence[str]:
+        if not cls.applies("weights", values):
+            return ()
+        method = MERGE_METHODS.get(values["method"])
+        own = [p for p in method.parameters if p.name == "weights"] if method else []
+        base = [values["base"]] if own and own[0].takes.each == "model" else []
+        tuned = values["tuned"]
+        return [*base, *(tuned if isinstance(tuned, list) else [tuned])]
 
     def check(self) -> None:
         if self.recipe:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from rwkv_lab.dtypes import in_long
-from rwkv_lab.workbench.parameters import Backends, InputOrEmpty, InputPath, Parameters, PathOrEmpty
+from rwkv_lab.workbench.parameters import Backends, ModelOrEmpty, ModelPath, Parameters, PathOrEmpty
 
 _Dtype = Annotated[Literal["float64", "float32", "bfloat16", "float16"], BeforeValidator(in_long)]
 
@@ -17,8 +17,8 @@ class ModesParameters(Parameters):
     purpose: ClassVar[str] = "Check that its parallel and its recurrent mode agree"
     basic: ClassVar[tuple[str, ...]] = ("model", "compare_with", "length", "batch", "dtypes", "backends")
 
-    model: InputPath = Field("demo:base", description="a whole model of any generation: .pth, .safetensors, a folder")
-    compare_with: InputOrEmpty = Field("", description="a second model of the same layout: where do the two differ?")
+    model: ModelPath = Field("demo:base", description="a whole model of any generation: .pth, .safetensors, a folder")
+    compare_with: ModelOrEmpty = Field("", description="a second model of the same layout: where do the two differ?")
     length: Annotated[int, Field(ge=16)] = Field(512, description="tokens of each sequence")
     batch: Annotated[int, Field(ge=1)] = Field(2, description="sequences")
     dtypes: Annotated[list[_Dtype], Field(min_length=1)] = Field(

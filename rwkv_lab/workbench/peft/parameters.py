@@ -6,9 +6,18 @@ from pydantic import Field
 
 from rwkv_lab.analysis.tuning import TuningOptions, check_tuning
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.spec import Number, Patterns, Text
+from rwkv_lab.spec import Number, Patterns
 from rwkv_lab.workbench.options import takes
-from rwkv_lab.workbench.parameters import DEMO, InputOrEmpty, InputPath, InputsOrEmpty, PathOrEmpty, ReadsText
+from rwkv_lab.workbench.parameters import (
+    DEMO,
+    InputOrEmpty,
+    InputPath,
+    InputsOrEmpty,
+    ModelPath,
+    PathOrEmpty,
+    ReadsText,
+    TextOrFile,
+)
 
 
 @takes()
@@ -19,7 +28,7 @@ class PeftParameters(ReadsText):
     purpose: ClassVar[str] = "Look into what the tuning changed"
     basic: ClassVar[tuple[str, ...]] = ("base", "adapter", "second", "rank", "data")
 
-    base: InputPath = Field("demo:base", description="the model that was tuned: .pth, .safetensors or a folder")
+    base: ModelPath = Field("demo:base", description="the model that was tuned: .pth, .safetensors or a folder")
     adapter: InputPath = Field("demo:state", description="what was trained on it: an adapter, a state, a fine-tune")
     second: InputOrEmpty = Field("", description="another tuning of the same base: do the two pull the same way?")
     targets: Patterns = Field(
@@ -28,7 +37,7 @@ class PeftParameters(ReadsText):
         description="what is measured: names or ends such as att.key, or patterns; empty: all",
     )
     rank: Annotated[int, Field(ge=1)] = Field(8, description="how much of each change would a LoRA of this rank keep?")
-    data: Text = Field("python", description="held-out text that is read: english, python, or a path as in train")
+    data: TextOrFile = Field("python", description="held-out text that is read: english, python, or a path as in train")
     alpha: Annotated[Number, Field(gt=0)] | None = Field(None, description="of a LoRA whose file does not state it")
     pissa_init: InputsOrEmpty = Field(
         "", description="of PiSSA: file or folder that it started from; a list of two: second's, too"

@@ -1,15 +1,22 @@
 """What train.ipynb takes: the options of `train`, and what only the notebook has."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from rwkv_lab.spec import Text
 from rwkv_lab.train import KINDS, TrainOptions, TrainSpec
 from rwkv_lab.train.spec import OF_FRESH_MODELS
 from rwkv_lab.workbench.options import takes, values_for
-from rwkv_lab.workbench.parameters import InputOrEmpty, Parameters, PathOrEmpty, input_path
+from rwkv_lab.workbench.parameters import (
+    TEXT,
+    Files,
+    ModelOrEmpty,
+    Parameters,
+    PathOrEmpty,
+    TextOrFile,
+    input_path,
+)
 
 
 # The notebook keeps the log in the report folder and shows samples and loss itself; it runs in one process.
@@ -29,9 +36,11 @@ class TrainParameters(Parameters):
         "overwrite",
     )
 
-    base: InputOrEmpty = "demo:base"
-    start: InputOrEmpty = ""
-    data: Text = "python"
+    base: ModelOrEmpty = "demo:base"
+    start: Annotated[PathOrEmpty, Files(kinds=("state", "lora", "pissa", "miss"))] = ""
+    data: TextOrFile = "python"
+    tokenizer: Annotated[str, TEXT] = ""
+    template: TextOrFile = "world"
     out: PathOrEmpty = Field("", description="empty: trained.pth in the report folder, replaced by the next run")
     compare: bool = Field(False, description="then compare all methods at equal parameters: a minute more")
     dry_run: bool = Field(False, description="stop after the plan")
