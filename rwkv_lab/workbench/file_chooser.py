@@ -12,7 +12,7 @@ from rwkv_lab.workbench.listing import Listed, described, listing, not_taken, si
 from rwkv_lab.workbench.parameters import Files
 
 SEPARATOR = "; "  # between several paths in the text field
-_NAME, _MODEL, _KIND = 34, 14, 10  # characters of the columns
+_NAME, _BYTES, _KIND = 36, 8, 10  # characters of the columns
 # Rows are columns of one font width; without this a list has that of buttons.
 _STYLE = "<style>.rwkv-files select {font-family: var(--jp-code-font-family, monospace); font-size: 12px}</style>"
 
@@ -107,11 +107,11 @@ class FileChooser(HasTraits):
         self._marked({"new": None})
 
     def _label(self, row: Listed) -> str:
-        """A row of the list: name, generation and size of the model, kind, bytes, or what is wrong."""
+        """A row of the list: name, bytes, kind, generation and size of the model; or what is wrong instead of these."""
         fault = not_taken(row, self.name, self.files.kinds)
-        kind = "" if row.kind in ("", *fault.split()) else row.kind
-        cells = (_cut(row.name, _NAME), row.model.ljust(_MODEL), kind.ljust(_KIND), size_in_words(row).rjust(8))
-        label = "  ".join([*cells, f"⚠ {fault}" if fault else ""]).rstrip()
+        cells = [_cut(row.name, _NAME), size_in_words(row).rjust(_BYTES)]
+        cells += [f"⚠ {fault}"] if fault else [row.kind.ljust(_KIND), row.model]
+        label = "  ".join(cells).rstrip()
         return label.replace(" ", "\N{NO-BREAK SPACE}")  # a browser draws several blanks as one
 
     def _marked(self, change: dict) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
+from IPython.core.display import Javascript
 from IPython.display import display
 
 from rwkv_lab.errors import RwkvLabError
@@ -24,6 +25,12 @@ from rwkv_lab.workbench.steps import run_all
 from rwkv_lab.workbench.words import from_words
 
 _TOOLTIPS = {"Plan": "show what would happen", "Run": "do all that the cells below do"}
+# JupyterLab takes keys in lists and on buttons for its own: "m" makes the cell Markdown, an arrow leaves the list.
+_KEYS = """setTimeout(() => {
+  const panel = element.closest?.(".jp-OutputArea");
+  panel?.setAttribute("data-lm-suppress-shortcuts", "true");
+  panel?.addEventListener("keydown", event => event.stopPropagation());
+}, 100);"""
 _MISSING = re.compile(r"(\w+) is missing\b")  # how a message begins where a parameter has not been given yet
 
 
@@ -161,5 +168,5 @@ def show_panel(run: Run) -> Panel | None:
     fields = [field_for(n, f) for n, f in run.model.model_fields.items() if n not in ("dry_run", "report")]
     buttons: dict[str, Callable[[Run], object]] = {"Plan": cells.preview} if hasattr(cells, "preview") else {}
     panel = Panel(run, fields, buttons | {"Run": run_all})
-    display(panel.box)
+    display(panel.box, Javascript(_KEYS))
     return panel
