@@ -1,11 +1,16 @@
 """What holds for all tests."""
 
 import os
+import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from skips import pytest_configure  # noqa: F401  a skip that SKIPS.md does not have fails the run
+from warm_python import Warm, warm_python
 
 # Everything here is tiny: a second thread would only wait for the first, and spin while other processes need the core.
 # Processes that tests start take the variable; tests of threads set their own number.
@@ -16,6 +21,28 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Files and folders whose tests take longest. `make test` gives whole files to its processes in this order: one that
 # began last would run alone at the end.
 LONGEST_FIRST = ("test_docs.py", "test_wrong_types.py", "test_contributing.py", "notebooks", "export", "train", "wkv")
+
+
+# Files that share what takes long to make run in one process: exported models, a run of merge.ipynb.
+TOGETHER = {
+    "exported": re.compile(
+        r"tests/export/test_(onnx_\w+|format_exporter|tensorrt|linear_attention|repeated_layers|pipeline)\.py"
+    ),
+    "merged": re.compile(r"tests/notebooks/test_(papermill|nbval)\.py"),
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """By file, as `--dist loadfile`, but for those of TOGETHER."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return next((name for name, files in TOGETHER.items() if files.fullmatch(file)), file)
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,3 +68,17 @@ def demo_folder(tmp_path_factory) -> Path:
     os.environ.pop("RWKV_LAB_DEMO")
     if before is not None:
         os.environ["RWKV_LAB_DEMO"] = before
+
+
+@pytest.fixture(scope="session")
+def environment(demo_folder) -> dict[str, str]:
+    """For processes: the checkout before any installed copy, one thread, the tiny demo model."""
+    path = os.pathsep.join(p for p in (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")) if p)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RWKV_LAB_DEMO": str(demo_folder)}
+
+
+@pytest.fixture(scope="session")
+def warm(environment) -> Iterator[Warm]:
+    """Processes that start at once, with the same. `environment` starts them as users do, which takes seconds."""
+    with tempfile.TemporaryDirectory() as folder, warm_python(Path(folder), environment) as warm:  # a short path
+        yield warm

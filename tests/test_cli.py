@@ -198,8 +198,9 @@ def test_what_needs_no_torch_does_not_import_it():
     assert done.stdout.splitlines()[-1] == "[0, 1, 1] []", done.stderr
 
 
-def test_a_run_from_words_to_report(demo_folder, tmp_path):
-    done = command("inspect", f"checkpoint={demo_folder / 'demo-base.pth'}", cwd=tmp_path)
+def test_a_run_from_words_to_report(demo_folder, warm, tmp_path):
+    given = f"checkpoint={demo_folder / 'demo-base.pth'}"
+    done = command("inspect", given, environment=warm.environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "reports" / "inspect"
     result = json.loads((folder / "result.json").read_text())
@@ -212,8 +213,9 @@ def test_a_run_from_words_to_report(demo_folder, tmp_path):
     assert listed.returncode == 0 and (tmp_path / "reports" / "index.html").is_file()
 
 
-def test_a_run_that_is_refused(demo_folder, tmp_path):
-    done = command("merge", "base=B.pth", f"tuned={demo_folder / 'demo-state.pth'}", cwd=tmp_path)
+def test_a_run_that_is_refused(demo_folder, warm, tmp_path):
+    given = "base=B.pth", f"tuned={demo_folder / 'demo-state.pth'}"
+    done = command("merge", *given, environment=warm.environment, cwd=tmp_path)
     result = json.loads((tmp_path / "reports" / "merge" / "result.json").read_text())
     assert done.returncode == 1 and result["status"] == "failed" and "Traceback" not in done.stderr
     assert done.stderr.strip() == f"{result['error']['class']}: {result['error']['message']}".strip()

@@ -5,7 +5,6 @@ They run in a folder with tiny files under the names that the pages use. What wo
 """
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -30,12 +29,12 @@ PAGES = [
 # The snippets of CONTRIBUTING.md are files to add and trials of them; test_contributing.py follows those.
 SNIPPETS = [page for page in PAGES if page.name != "CONTRIBUTING.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PYTHON = shlex.quote(sys.executable)
+PYTHON = '"$PYTHON"'  # one that starts at once
 A_TEST = shlex.quote(str(ROOT / "tests" / "test_words.py"))
 # (start of a command, what is run in its place)
 STAND_INS = [
     (r"make (\w+).*", rf"make --directory {shlex.quote(str(ROOT))} --dry-run \1"),  # the commands in it, not run
-    (r"python3 -m venv .venv", f"{PYTHON} -m venv --without-pip .venv"),
+    (r"python3 -m venv .venv", f"{shlex.quote(sys.executable)} -m venv --without-pip .venv"),
     (r"\.venv/bin/python -m pytest(.*)", f"{PYTHON} -m pytest --collect-only -q {A_TEST}"),
     (r"(?:\.venv/bin/)?papermill (.*)", rf"{PYTHON} -m papermill --no-progress-bar --log-level WARNING \1"),
     (r"torchrun (.*)", rf"{PYTHON} -m torch.distributed.run \1 --steps 1 --batch-size 2 --ctx-len 16 --no-samples"),
@@ -115,9 +114,9 @@ def write_tokenizer(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def environment(demo_folder) -> dict[str, str]:
-    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RWKV_LAB_DEMO": str(demo_folder)}
-    return {**os.environ, **ours, "HF_HUB_OFFLINE": "1", "HF_TOKEN": ""}  # nothing is uploaded in anybody's name
+def surroundings(warm) -> dict[str, str]:
+    """Variables of the commands; nothing is uploaded in anybody's name."""
+    return {**warm.environment, "PYTHON": warm.python, "HF_HUB_OFFLINE": "1", "HF_TOKEN": ""}
 
 
 def finished(words: list[str] | str, cwd: Path, environment: dict[str, str]) -> str:
@@ -130,14 +129,14 @@ def finished(words: list[str] | str, cwd: Path, environment: dict[str, str]) -> 
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if commands(page)], ids=lambda page: page.relative_to(ROOT).as_posix()
 )
-def test_the_commands(page, folder, environment):
+def test_the_commands(page, folder, surroundings):
     for command in commands(page):
         if re.match(r"(\.venv/bin/)?pip (un)?install ", command):
             check_pip(shlex.split(command))
             continue
         instead = next((re.sub(a, b, command) for a, b in STAND_INS if re.fullmatch(a, command)), None)
         assert instead, f"{page.name}: no way to run {command!r}; add it to STAND_INS"
-        finished(instead, folder, environment)
+        finished(instead, folder, surroundings)
 
 
 def check_pip(words: list[str]) -> None:
@@ -156,14 +155,14 @@ def check_pip(words: list[str]) -> None:
 @pytest.mark.parametrize(
     "page", [page for page in SNIPPETS if blocks(page, "python")], ids=lambda page: page.relative_to(ROOT).as_posix()
 )
-def test_the_python_snippets(page, folder, environment):
+def test_the_python_snippets(page, folder, surroundings):
     """All of a page in one process, line numbers as on the page; without a GPU `device="cuda"` falls back."""
     lines = [""] * page.read_text().count("\n")
     for line, block in blocks(page, "python"):
         for i, text in enumerate(block.splitlines()):
             lines[line - 1 + i] = text
     program = f"{FEWER_STEPS}\nexec(compile({chr(10).join(lines)!r}, {str(page)!r}, 'exec'))"
-    finished([sys.executable, "-c", program], folder, environment)
+    finished([surroundings["PYTHON"], "-c", program], folder, surroundings)
 
 
 def test_every_block_has_a_language():

@@ -1,21 +1,16 @@
 """Runs notebooks as users run them: as processes of their own."""
 
 import json
-import os
 import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
-from warm_kernels import warm_kernels
+from warm_python import Warm
 
 ROOT = Path(__file__).parents[2]
-# papermill's own command without a package whose import takes a second, and which checks what no notebook holds.
-PAPERMILL = "import sys\nsys.modules['rfc3987_syntax'] = None\nfrom papermill.cli import papermill\npapermill()\n"
 
 
 @dataclass(frozen=True)
@@ -39,24 +34,8 @@ class Batch:
 
 
 @pytest.fixture(scope="session")
-def environment(demo_folder) -> dict[str, str]:
-    """For processes: the checkout before any installed copy, one thread, the tiny demo model."""
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RWKV_LAB_DEMO": str(demo_folder)}
-
-
-@pytest.fixture(scope="session")
-def warm(environment) -> dict[str, str]:
-    """The same, where kernels start at once. `environment` starts them as users do, which takes seconds."""
-    with tempfile.TemporaryDirectory() as folder, warm_kernels(Path(folder), environment) as warm:  # a short path
-        yield warm
-
-
-@pytest.fixture(scope="session")
-def batch(warm, tmp_path_factory):
+def batch(warm: Warm, tmp_path_factory):
     """batch("merge", "-p", "alpha", "nan") -> Batch, by papermill."""
-    papermill = tmp_path_factory.mktemp("command") / "papermill"
-    papermill.write_text(PAPERMILL)
 
     def run(
         notebook: str, *options: str, cwd: Path = ROOT, variables: Mapping[str, str] = MappingProxyType({})
@@ -64,8 +43,9 @@ def batch(warm, tmp_path_factory):
         folder = tmp_path_factory.mktemp(notebook)
         executed = folder / "run.ipynb"
         command = [
-            sys.executable,
-            papermill,
+            warm.python,
+            "-m",
+            "papermill",
             "--no-progress-bar",
             ROOT / "notebooks" / f"{notebook}.ipynb",
             executed,
@@ -73,7 +53,7 @@ def batch(warm, tmp_path_factory):
         done = subprocess.run(
             [*command, "-r", "report", str(folder / "report"), *options],
             cwd=cwd,
-            env={**warm, **variables},
+            env={**warm.environment, **variables},
             capture_output=True,
             text=True,
             timeout=300,

@@ -14,11 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def shell(environment):
+def shell(warm):
     """shell(command, folder) -> what it printed; the environment of this Python is activated."""
 
     def run(command: str, folder: Path) -> str:
-        activated = {**environment, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+        activated = {
+            **warm.environment,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        }
         done = subprocess.run(
             command, shell=True, cwd=folder, env=activated, capture_output=True, text=True, timeout=300, check=False
         )
@@ -63,9 +66,9 @@ def test_the_command_in_the_report_works_as_printed(finished, shell):
     assert json.loads((folder / "result.json").read_text())["started"] > after["started"]
 
 
-def test_again_in_a_folder_without_a_report(environment, tmp_path):
-    command = [sys.executable, "-m", "rwkv_lab.workbench.batch", "--again"]
+def test_again_in_a_folder_without_a_report(warm, tmp_path):
+    command = [warm.python, "-m", "rwkv_lab.workbench.batch", "--again"]
     for words in ([str(tmp_path)], []):
-        done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, *words], env=warm.environment, capture_output=True, text=True, check=False)
         assert done.returncode == 1 and "the folder that a report lies in" in done.stderr
         assert "Traceback" not in done.stderr

@@ -3,7 +3,6 @@
 import copy
 import re
 import subprocess
-import sys
 
 import nbformat
 
@@ -18,8 +17,8 @@ def test_a_second_run_gives_the_same_verdicts_and_another_one_would_be_noticed(m
     notebook.cells.insert(place + 1, other)
     nbformat.write(notebook, tmp_path / "merge.ipynb")
 
-    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider"]
+    command = [warm.python, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider"]
     where = ["-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path / "merge.ipynb")]
-    done = subprocess.run([*command, *where], env=warm, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *where], env=warm.environment, capture_output=True, text=True, timeout=300)
     assert "something that is not there" in done.stdout
     assert re.search(r"\b1 failed, \d+ passed", done.stdout), done.stdout[-3000:]

@@ -1,0 +1,208 @@
+"""Python that starts at once: a process imports what notebooks and commands import, once, and others are forks of it.
+
+    python warm_python.py SOCKET    the process that forks
+
+In place of `sys.executable` tests start the file that `warm_python` yields. It asks for a fork, which becomes the
+program: a process of its own with the arguments, folder, variables and streams of whoever started it.
+Where a variable is another one that is read while modules are imported, and for arguments other than
+`-m MODULE`, `-c CODE` and a script, it is a new Python as ever. A kernel of a notebook is such a program, too.
+"""
+
+import atexit
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+# Read while modules are imported: a fork has those of its server.
+FIXED = ("PYTHONPATH", "OMP_NUM_THREADS")
+_CLIENT = """#!{python} -SE
+import json, os, signal, socket, struct, sys
+words, fixed, environment = sys.argv[1:], {fixed!r}, dict(os.environ)
+script = bool(words) and not words[0].startswith("-")
+if not (script or words[:1] in (["-m"], ["-c"])) or any(environment.get(n, "") != v for n, v in fixed.items()):
+    os.execv({python!r}, [{python!r}, *words])
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is meant for the kernel
+server = socket.socket(socket.AF_UNIX)
+server.connect({path!r})
+given = dict(words=words, environment=environment, folder=os.getcwd(), parent=os.getppid(), mask=os.umask(0))
+message = json.dumps(given).encode("utf-8", "surrogateescape")
+socket.send_fds(server, [struct.pack("!I", len(message))], [0, 1, 2])
+server.sendall(message)
+server.settimeout(1)
+while os.getppid() == given["parent"]:  # it does not outlive who started it
+    try:
+        code = server.recv(4)
+    except TimeoutError:
+        continue
+    code = struct.unpack("!i", code)[0] if code else 1
+    if code < 0:
+        if -code not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+"""
+
+
+class Warm(NamedTuple):
+    """What makes processes start at once."""
+
+    python: str  # in place of sys.executable
+    environment: dict[str, str]  # in which the kernel python3 is such a process
+
+
+@contextmanager
+def warm_python(folder: Path, environment: Mapping[str, str]) -> Iterator[Warm]:
+    """Forks for processes in this environment. `folder`: a short path, it has a socket in it."""
+    path, client = str(folder / "socket"), folder / "python"
+    fixed = {name: environment.get(name, "") for name in FIXED}
+    client.write_text(_CLIENT.format(python=sys.executable, fixed=fixed, path=path))
+    client.chmod(0o755)
+    spec = folder / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    argv = [str(client), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, __file__, path], env=environment, **pipes) as server:
+        assert server.stdout and server.stdout.readline() == "ready\n"
+        yield Warm(str(client), {**environment, "JUPYTER_PATH": str(folder)})
+        assert server.stdin
+        server.stdin.close()
+
+
+def serve(path: str) -> dict[str, Any] | None:
+    """Listen on a socket, and fork for each that connects; ends with its stdin. In a fork: what it is to be."""
+    _import()
+    gc.freeze()  # a collection in a fork would copy its memory
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    server.listen(16)
+    print("ready", flush=True)
+    while sys.stdin not in select.select([server, sys.stdin], [], [])[0]:  # no thread: a fork has only its own
+        connection, _ = server.accept()
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:  # those that have ended
+                pass
+        if os.fork() == 0:
+            server.close()
+            return _become(connection)
+        connection.close()
+    return None
+
+
+def _import() -> None:
+    # As rwkv_lab.workbench.batch: it checks what no notebook holds, and its import takes a second.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    import ipykernel.kernelapp  # noqa: F401
+    import ipywidgets  # noqa: F401
+    import papermill.cli  # noqa: F401
+
+    from rwkv_lab.workbench import panel  # noqa: F401
+    from rwkv_lab.workbench.registry import cells_of, notebook_names
+
+    for name in notebook_names():
+        cells_of(name)
+
+
+def _become(connection: socket.socket) -> dict[str, Any]:
+    """Take over streams, variables and folder; a process above this one answers with its exit code."""
+    header, streams, _, _ = socket.recv_fds(connection, 4, 3)
+    message = b""
+    while len(message) < struct.unpack("!I", header)[0]:
+        message += connection.recv(1 << 20)
+    given = json.loads(message.decode("utf-8", "surrogateescape"))
+    if pid := os.fork():
+        _answer(connection, pid)
+    connection.close()
+    os.setsid()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(given["environment"])
+    os.chdir(given["folder"])
+    os.umask(given["mask"])
+    return given
+
+
+def _answer(connection: socket.socket, pid: int) -> NoReturn:
+    """Wait for a fork, which ends with whoever asked for it."""
+    for stream in (0, 1, 2):
+        os.close(stream)
+
+    def end_with_it() -> None:
+        if not connection.recv(1):
+            os.kill(pid, signal.SIGKILL)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with suppress(OSError):
+        connection.sendall(struct.pack("!i", code))
+    os._exit(0)
+
+
+def run(words: list[str], parent: int) -> None:
+    """As `python WORDS…`."""
+    import runpy
+
+    if words[:2] == ["-m", "ipykernel_launcher"]:
+        _be_kernel(words[2:], parent)
+    elif words[0] == "-m":
+        sys.argv, sys.path[0] = words[1:], os.getcwd()
+        sys.modules.pop(words[1], None)  # or runpy warns that it is there already
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(words[1], "<string>", "exec"), main.__dict__)
+    else:
+        sys.argv, sys.path[0] = words, str(Path(words[0]).parent.absolute())
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _be_kernel(arguments: list[str], parent: int) -> None:
+    os.getppid = lambda: parent  # that of every other kernel
+    # It ends with whoever asked for it instead of its parent.
+    sys.argv = ["ipykernel_launcher", *arguments, "--IPKernelApp.parent_handle=1"]
+    from ipykernel import kernelapp
+
+    kernelapp.launch_new_instance()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _end(code: object) -> NoReturn:
+    """As Python ends, without taking apart what the server imported, which takes a second."""
+    if not (code is None or isinstance(code, int)):
+        print(code, file=sys.stderr)
+    threading._shutdown()  # type: ignore[attr-defined]  waits for threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if code is None else code & 0xFF if isinstance(code, int) else 1)
+
+
+if __name__ == "__main__" and (given := serve(sys.argv[1])):
+    try:
+        run(given["words"], given["parent"])
+    except SystemExit as e:
+        _end(e.code)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        _end(130)
+    except Exception:
+        traceback.print_exc()
+        _end(1)
+    _end(0)
