@@ -5,12 +5,17 @@ In place of a matrix `NAME` `[out,in]` such a file has the parts of one kind:
 * int8: `NAME.int8` int8 `[out,in]`, `NAME.scale` float32 `[out]`
 * int4: `NAME.int4` uint8 `[out,in/32,16]`, `NAME.scales` float32 `[out,in/32]`, `NAME.zero_points` uint8
 * nf4: `NAME.nf4` uint8 `[out,in/2]`, the first value of a byte in its high half, `NAME.absmax` float32 `[out·in/64]`
+* int8-grouped: `NAME.int8_codes` int8, `NAME.int8_scales` bfloat16, as `rwkv_lab.checkpoint.grouped` has them
+* int4-grouped: `NAME.int4_codes` int16, `NAME.int4_scales` bfloat16, likewise
 
-and a note `rwkv_lab.packed`. The first two hold the numbers of the ONNX graphs, the third those of bitsandbytes.
+and a note `rwkv_lab.packed`. `export` writes the first three: the numbers of the ONNX graphs twice, and those of
+bitsandbytes. `save_pretrained` writes the last two, which a model computes with as they lie in the file; where codes
+are padded, the note `rwkv_lab.packed.columns` has the number of columns by name, as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,17 +23,22 @@ from functools import partial
 
 import numpy as np
 
+from rwkv_lab.checkpoint.grouped import PADDING, code_shapes, padded, restored
 from rwkv_lab.checkpoint.rounding import BLOCK, NF4_BLOCK, from_int4, from_int8, from_nf4
 from rwkv_lab.checkpoint.source import Derived, TensorInfo
 from rwkv_lab.errors import CorruptFileError, LayoutError
 from rwkv_lab.lazy_torch import torch
 
 NOTE, VERSION = "rwkv_lab.packed", "1"
+COLUMNS = f"{NOTE}.columns"
 PARTS: dict[str, tuple[str, ...]] = {  # kind -> what is appended to the name, codes first
     "int8": ("int8", "scale"),
     "int4": ("int4", "scales", "zero_points"),
     "nf4": ("nf4", "absmax"),
+    "int8-grouped": ("int8_codes", "int8_scales"),
+    "int4-grouped": ("int4_codes", "int4_scales"),
 }
+GROUPED = {"int8-grouped": 8, "int4-grouped": 4}  # kind -> bits
 Shape = tuple[int, ...]
 
 
@@ -37,6 +47,10 @@ def part_shapes(kind: str, shape: Shape) -> dict[str, tuple[Shape, str]]:
     rows, columns = shape
     if kind == "int8":
         return {"int8": (shape, "int8"), "scale": ((rows,), "float32")}
+    if bits := GROUPED.get(kind):
+        codes, scales = code_shapes(rows, columns, bits)
+        ends = PARTS[kind]
+        return {ends[0]: (codes, "int8" if bits == 8 else "int16"), ends[1]: (scales, "bfloat16")}
     if kind == "nf4":
         scales = -(-rows * columns // NF4_BLOCK)
         return {"nf4": ((rows, columns // 2), "uint8"), "absmax": ((scales,), "float32")}
@@ -61,13 +75,14 @@ def unpacked(tensors: Mapping[str, TensorInfo], notes: Mapping[str, str]) -> Map
     if notes[NOTE] != VERSION:
         raise LayoutError(f"{path} is packed in form {notes[NOTE]!r:.40}, and {VERSION!r} is read. Update rwkv_lab.")
     ends = {f".{parts[0]}": kind for kind, parts in PARTS.items()}
+    columns = _columns(notes, str(path))
     found: dict[str, TensorInfo] = {}
     used: set[str] = set()
     for name in tensors:
         stem, dot, end = name.rpartition(".")
         if kind := ends.get(dot + end):
             parts = [f"{stem}.{part}" for part in PARTS[kind]]
-            found[stem] = _matrix(stem, kind, tensors, parts, str(path))
+            found[stem] = _matrix(stem, kind, tensors, parts, str(path), columns.get(stem))
             used |= {*parts}
     rest = {name: info for name, info in tensors.items() if name not in used}
     if twice := rest.keys() & found.keys():
@@ -75,12 +90,42 @@ def unpacked(tensors: Mapping[str, TensorInfo], notes: Mapping[str, str]) -> Map
     return rest | found
 
 
-def _matrix(name: str, kind: str, tensors: Mapping[str, TensorInfo], parts: list[str], path: str) -> TensorInfo:
+def grouped(info: TensorInfo) -> tuple[int, tuple[TensorInfo, TensorInfo]] | None:
+    """Bits, codes and scales of a matrix that a model can compute with as it lies in the file; None of any other."""
+    derived = info.derived
+    if derived is None or derived.quantised not in GROUPED:
+        return None
+    return GROUPED[derived.quantised], (derived.of, derived.others[0])
+
+
+def columns_note(columns: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """What the file says of matrices, name -> (columns, bits), whose rows of codes are longer than they are."""
+    longer = {name: n for name, (n, bits) in columns.items() if padded(n, bits) != n}
+    return {COLUMNS: json.dumps(longer)} if longer else {}
+
+
+def _columns(notes: Mapping[str, str], path: str) -> dict[str, int]:
+    try:
+        found = json.loads(notes.get(COLUMNS, "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(type(n) is int for n in found.values()):
+        raise CorruptFileError(f"{path}: its note {COLUMNS} is {notes[COLUMNS]!r:.60}, no numbers of columns by name.")
+    return found
+
+
+def _matrix(
+    name: str, kind: str, tensors: Mapping[str, TensorInfo], parts: list[str], path: str, columns: int | None
+) -> TensorInfo:
     if missing := [part for part in parts if part not in tensors]:
         raise CorruptFileError(f"{path} has {parts[0]} and no {missing[0]}.")
     codes, *others = (tensors[part] for part in parts)
-    per_code = 1 if kind == "int8" else 2
+    per_code = {"int8": 1, "int8-grouped": 1, "int4-grouped": 4}.get(kind, 2)
     shape = (codes.shape[0], per_code * math.prod(codes.shape[1:])) if len(codes.shape) > 1 else (0, 0)
+    if columns is not None and kind in GROUPED:
+        if not 0 <= shape[1] - columns < PADDING[GROUPED[kind]]:
+            raise CorruptFileError(f"{path}: {name} would have {columns} columns, {parts[0]} has codes of {shape[1]}.")
+        shape = (shape[0], columns)
     expected = part_shapes(kind, shape)
     for info, (needed, dtype) in zip((codes, *others), expected.values(), strict=True):
         if info.shape != needed or info.dtype_name != dtype:
@@ -88,9 +133,17 @@ def _matrix(name: str, kind: str, tensors: Mapping[str, TensorInfo], parts: list
                 f"{path}: {info.name} is {info.dtype_name} {list(info.shape)}; as a part of {name} {list(shape)} "
                 f"it would be {dtype} {list(needed)}."
             )
-    back: Callable[..., np.ndarray] = {"int8": _from_int8, "int4": _from_int4, "nf4": from_nf4}[kind]
-    derived = Derived(codes, partial(_values, back, others), quantised=kind)
+    if kind in GROUPED:
+        compute = partial(_restored, others[0], shape[1], GROUPED[kind])
+    else:
+        back: Callable[..., np.ndarray] = {"int8": _from_int8, "int4": _from_int4, "nf4": from_nf4}[kind]
+        compute = partial(_values, back, others)
+    derived = Derived(codes, compute, quantised=kind, others=tuple(others))
     return replace(codes, name=name, shape=shape, dtype_name="float32", crc32=None, storage=None, derived=derived)
+
+
+def _restored(scales: TensorInfo, columns: int, bits: int, codes: torch.Tensor) -> torch.Tensor:
+    return restored(codes, scales.read(), columns, bits).contiguous()
 
 
 def _values(back: Callable[..., np.ndarray], others: list[TensorInfo], codes: torch.Tensor) -> torch.Tensor:

@@ -111,12 +111,14 @@ class Derived:
             a flat run of whole units.
         unit: (elements of `of`, elements of the tensor that follow from them alone); None where all are needed.
         quantised: the type in the file where it has fewer bits per value than `dtype`, such as "Q8_0".
+        others: what else in the file `compute` reads.
     """
 
     of: TensorInfo
     compute: Callable[[torch.Tensor], torch.Tensor]
     unit: tuple[int, int] | None = None
     quantised: str = ""
+    others: tuple[TensorInfo, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from rwkv_lab.model.initial_state import add_time_state, initial_state, take_tim
 from rwkv_lab.model.inputs import check_tokens
 from rwkv_lab.model.loading import fill, open_model
 from rwkv_lab.model.mode import RWKVMode, to_mode
+from rwkv_lab.model.packed_file import take_packed
 from rwkv_lab.model.prompts import Prompt
 from rwkv_lab.model.protocol import Model, Tokens
 from rwkv_lab.model.ragged import read_ragged
@@ -108,7 +109,8 @@ class RWKV_Dual(nn.Module):
     ) -> "RWKV_Dual":
         """Load a checkpoint of RWKV-4, 5.0, 5.1, 5.2, 6 or 7; generation and dimensions come from its tensors.
 
-        Tensors are read and converted in blocks, straight to where they stay: nothing is in memory twice.
+        Tensors are read and converted in blocks, straight to where they stay: nothing is in memory twice. Matrices that
+        `quantise_weights` has rounded stay in 8 or 4 bits, mapped from the file, which must not be shortened meanwhile.
 
         Args:
             path: `.pth`, `.safetensors`, or a folder that `save_pretrained` wrote. Any dtype inside.
@@ -143,8 +145,7 @@ class RWKV_Dual(nn.Module):
 
     def _load(self, tensors, path, device: torch.device) -> None:
         with device_errors(device):
-            self.to_empty(device=device)
-            fill(self, tensors, path)
+            fill(self, take_packed(self, tensors, device), path)
 
     @checked
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -153,7 +154,7 @@ class RWKV_Dual(nn.Module):
 
         Raises:
             OutputError: the file is there already, or cannot be written.
-            ParameterError: the model holds what a checkpoint does not: adapters, or rounded weights.
+            ParameterError: the model holds adapters, which a checkpoint does not.
         """
         return save(self, folder, self._loaded)
 

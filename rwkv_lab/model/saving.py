@@ -11,7 +11,9 @@ from rwkv_lab.checkpoint.contents import kept_notes
 from rwkv_lab.checkpoint.origin import same_weights
 from rwkv_lab.errors import OutputError, ParameterError
 from rwkv_lab.model.loading import model_file
+from rwkv_lab.model.packed_file import tensors_of_file
 from rwkv_lab.model.standard_modules import replaced_module
+from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
 from rwkv_lab.model.weights_fingerprint import weights_fingerprint
 
 _JOB = "save_pretrained"
@@ -37,10 +39,10 @@ def loaded_from(model: nn.Module, ck: Checkpoint) -> Loaded | None:
 
 def save(model: nn.Module, folder: str | Path, loaded: Loaded | None) -> Path:
     """As `RWKV_Dual.save_pretrained`."""
-    if found := replaced_module(model):
+    if found := replaced_module(model, besides=(PackedLinear, PackedEmbedding)):
         raise ParameterError(
             f"This model has {found}, which no checkpoint holds.\n"
-            "Adapters are saved by `save_adapter` and merged by `merge`; rounded weights are made anew each time."
+            "Adapters are saved by `save_adapter` and merged by `merge`."
         )
     notes: Mapping[str, str] = {}
     if loaded:
@@ -50,5 +52,6 @@ def save(model: nn.Module, folder: str | Path, loaded: Loaded | None) -> Path:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise OutputError(f"the folder {folder} cannot be made: {e.strerror or e}") from e
-    write_checkpoint(model_file(folder), model.state_dict(), metadata=notes)
+    tensors, of_codes = tensors_of_file(model)
+    write_checkpoint(model_file(folder), tensors, metadata={**notes, **of_codes})
     return model_file(folder)

@@ -42,10 +42,11 @@ def is_standard(module: nn.Module) -> bool:
     return True
 
 
-def replaced_module(model: nn.Module) -> str | None:
-    """A module in the model that replaces one of RWKV's own, such as "head, a LoraLinear"; None if there is none."""
+def replaced_module(model: nn.Module, besides: tuple[type[nn.Module], ...] = ()) -> str | None:
+    """A module in the model that replaces one of RWKV's own, such as "head, a LoraLinear"; None if there is none
+    besides those of some classes."""
     for name, module in model.named_modules():
-        if name and not is_standard(module):
+        if name and not is_standard(module) and type(module) not in besides:
             return f"{name}, a {type(module).__name__}"
     return None
 

@@ -7,35 +7,26 @@ weights; in a bfloat16 model the prefill rounds them to that.
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from rwkv_lab.arguments import checked
+from rwkv_lab.checkpoint.grouped import GROUPS, code_shapes, restored, rounded
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.standard_modules import replaced_module, watched
 from rwkv_lab.torch_private import hooks_of
 
 SCHEMES = {"int8": 8, "int4": 4}
 
-# Numbers per scale, and what rows are padded to; kernels/cpu/products.h reads the same layout.
-GROUPS = {8: 64, 4: 32}
-_PADDING = {8: 64, 4: 128}
-_AT_ONCE = 1 << 20  # weights that are rounded or restored at a time
-
-# The largest number of a group of 4 bits becomes this code, and the others what fits: the best of them is kept.
-_LARGEST = (-8.0, -7.4, -6.8)
-
 
 class _Packed(nn.Module):
-    """A matrix `[rows,columns]` as integer codes and bfloat16 scales; both are integers to torch, so that a change of
-    the model's dtype leaves them alone.
+    """A matrix `[rows,columns]` as integer codes and bfloat16 scales (`rwkv_lab.checkpoint.grouped`); both are integers
+    to torch, so that a change of the model's dtype leaves them alone.
 
-    codes: int8 `[rows, columns padded to 64]`, or int16 `[rows, columns padded to 128, / 4]`: nibble j of word i of a
-        line of 128 numbers is number 32 j + i, and 8 stands for zero.
-    scales: the bits of a bfloat16 `[rows, groups]`.
+    codes: int8 or int16, `scales`: the bits of a bfloat16 `[rows, groups]`.
     """
 
     codes: torch.Tensor
@@ -44,18 +35,18 @@ class _Packed(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bits: int):
         super().__init__()
-        self.bits, (self.rows, self.columns) = bits, weight.shape
-        padded = -(-self.columns // _PADDING[bits]) * _PADDING[bits]
-        codes = torch.empty(
-            *(self.rows, padded if bits == 8 else padded // 4),
-            **{"dtype": torch.int8 if bits == 8 else torch.int16, "device": "cpu"},
-        )
-        scales = torch.empty(self.rows, padded // GROUPS[bits], dtype=torch.bfloat16, device="cpu")
-        step = max(_AT_ONCE // padded, 1)
-        for at in range(0, self.rows, step):
-            part = F.pad(weight.detach()[at : at + step].float(), (0, padded - self.columns))
-            numbers, scales[at : at + step] = _rounded(part.unflatten(1, (-1, GROUPS[bits])), bits)
-            codes[at : at + step] = numbers.to(torch.int8) if bits == 8 else _into_nibbles(numbers)
+        self._hold(*packed_codes(weight, bits), weight.shape[1], bits)
+
+    @classmethod
+    def of_codes(cls, codes: torch.Tensor, scales: torch.Tensor, columns: int, bits: int) -> Self:
+        """Of codes and bfloat16 scales that are there, which it keeps where they lie."""
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        new._hold(codes, scales, columns, bits)
+        return new
+
+    def _hold(self, codes: torch.Tensor, scales: torch.Tensor, columns: int, bits: int) -> None:
+        self.bits, self.rows, self.columns = bits, len(codes), columns
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales.view(torch.int16))
         self.register_buffer("_like", torch.tensor(torch.nan, dtype=torch.float32, device="cpu"))
@@ -66,24 +57,26 @@ class _Packed(nn.Module):
         no memory. `dequantised` has the numbers."""
         return self._like.expand(self.rows, self.columns)
 
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and bfloat16 scales, as `of_codes` takes them."""
+        return self.codes, self.scales.view(torch.bfloat16)
+
     def dequantised(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The matrix as it is computed with `[rows,columns]`, or some of its rows: float32, exactly code times scale;
         float64 in a float64 model."""
-        codes, scales = (x if rows is None else x[rows] for x in (self.codes, self.scales))
-        wide = torch.promote_types(self._like.dtype, torch.float32)
-        numbers = codes if self.bits == 8 else _from_nibbles(codes)
-        numbers = numbers.unflatten(-1, (-1, GROUPS[self.bits])).to(wide)
-        numbers = numbers * scales.view(torch.bfloat16).to(wide).unsqueeze(-1)
-        return numbers.flatten(-2)[..., : self.columns]
+        codes, scales = (x if rows is None else x[rows] for x in self.parts())
+        return restored(codes, scales, self.columns, self.bits, torch.promote_types(self._like.dtype, torch.float32))
 
     def is_whole(self) -> bool:
         """Whether codes and scales are those of a `[rows,columns]` in `bits` bits."""
         if self.bits not in GROUPS:
             return False
-        padded = -(-self.columns // _PADDING[self.bits]) * _PADDING[self.bits]
-        codes = (torch.int8, (self.rows, padded)) if self.bits == 8 else (torch.int16, (self.rows, padded // 4))
-        scales = torch.int16, (self.rows, padded // GROUPS[self.bits])
-        return all((x.dtype, x.shape) == y for x, y in ((self.codes, codes), (self.scales, scales)))
+        of_codes, of_scales = code_shapes(self.rows, self.columns, self.bits)
+        codes = torch.int8 if self.bits == 8 else torch.int16, of_codes
+        return (self.codes.dtype, self.codes.shape) == codes and (self.scales.dtype, self.scales.shape) == (
+            torch.int16,
+            of_scales,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.rows}, {self.columns}, bits={self.bits}"
@@ -114,7 +107,7 @@ def quantise_weights(model: Any, scheme: str = "int8", in_place: bool = False) -
 
     It is an RWKV_Dual like the one given, in its dtype: it decodes, reads prompts and generates. What the rounding
     costs is for `agreement_of_logits` to say. The low-rank pairs and all vectors stay as they are. It cannot be
-    trained, or saved as a checkpoint.
+    trained; `save_pretrained` writes it as it is, and `from_pretrained` opens that without the original.
 
     Args:
         model: on the CPU, float32, bfloat16 or float16.
@@ -153,45 +146,9 @@ def quantise_weights(model: Any, scheme: str = "int8", in_place: bool = False) -
     return model.requires_grad_(False)
 
 
-def _rounded(groups, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """groups `[rows,n,group]` -> integers `[rows,n*group]` as floats, bfloat16 scales `[rows,n]`."""
-    if bits == 8:
-        scales = (groups.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
-        return _codes(groups, scales, -127, 127).flatten(1), scales.squeeze(-1).bfloat16()
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-
-    def rounded_with(code: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Squared error, codes and scales where the largest number of a group becomes this code."""
-        scales = (largest / code).bfloat16().float()
-        codes = _codes(groups, scales, -8, 7)
-        return (codes * scales - groups).square_().sum(-1, keepdim=True), codes, scales
-
-    best, best_codes, best_scales = rounded_with(_LARGEST[0])
-    for code in _LARGEST[1:]:
-        error, codes, scales = rounded_with(code)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_codes, best_scales = torch.where(better, codes, best_codes), torch.where(better, scales, best_scales)
-    return best_codes.flatten(1), best_scales.squeeze(-1).bfloat16()
-
-
-def _codes(groups, scales, low: int, high: int):
-    inverse = torch.where(scales == 0, 0, 1 / scales)
-    return (groups * inverse).round_().clamp_(low, high)
-
-
-def _into_nibbles(numbers):
-    """Integers -8 .. 7 as floats `[rows,128 n]` -> int16 `[rows,32 n]`."""
-    lines = (numbers.to(torch.int32) + 8).unflatten(1, (-1, 4, 32))
-    words = torch.stack([lines[:, :, j] << (4 * j) for j in range(4)]).sum(0)
-    return words.to(torch.int16).flatten(1)
-
-
-def _from_nibbles(words):
-    """int16 `[...,32 n]` -> int16 `[...,128 n]`."""
-    lines = words.unflatten(-1, (-1, 32))
-    numbers = torch.stack([(lines >> (4 * j) & 15) - 8 for j in range(4)], -2)  # [...,n,4,32]
-    return numbers.flatten(-3)
+def packed_codes(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a matrix, by compiled code where there is some; `rounded` is the reference."""
+    return rounded(weight, bits)
 
 
 # ---------------------------------------------------------------------- what it costs

@@ -1,0 +1,112 @@
+"""Models in 8 and 4 bits in files: opened again without the original, equal to the last bit."""
+
+import json
+
+import pytest
+import torch
+from random_models import load_model, make_tokens, relative_rms
+from safetensors.torch import load_file, save_file
+
+from rwkv_lab import RWKV_Dual, open_checkpoint
+from rwkv_lab.checkpoint import TensorInfo
+from rwkv_lab.checkpoint.packed import COLUMNS, NOTE
+from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
+from rwkv_lab.merge import merge
+from rwkv_lab.model import RWKVMode, quantise_weights
+from rwkv_lab.model.weight_only import SCHEMES, PackedEmbedding, PackedLinear
+
+# Rows that end inside a group of 64 codes and inside a line of 128.
+SIZES = {"4.0": {"n_embd": 100, "dim_ffn": 300}, "7.0": {"n_embd": 100, "n_head": 5, "head_size": 20}}
+
+
+def saved(folder, version="7.0", scheme="int4", dtype=torch.float32, **sizes):
+    model = quantise_weights(load_model(folder, version, dtype=dtype, **(sizes or SIZES[version])), scheme)
+    return model, model.save_pretrained(folder / "packed").parent
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("version", "dtype"), [("4.0", torch.float32), ("7.0", torch.float32), ("7.0", torch.bfloat16)]
+)
+def test_opened_again_it_computes_the_same_bits(tmp_path, version, scheme, dtype):
+    model, folder = saved(tmp_path, version, scheme, dtype)
+    (tmp_path / "m.safetensors").unlink()  # the original
+    again = RWKV_Dual.from_pretrained(folder, dtype=dtype)
+    assert type(again.head) is PackedLinear and type(again.emb) is PackedEmbedding
+    assert not any(p.requires_grad for p in again.parameters())
+    for one in (model, again):
+        one.eval()
+    for mode in RWKVMode:
+        model.set_mode(mode)
+        again.set_mode(mode)
+        (found, state), (expected, right) = again(make_tokens(2, 9)), model(make_tokens(2, 9))
+        assert torch.equal(found, expected)
+        assert all(torch.equal(x, right.tensors()[name]) for name, x in state.tensors().items())
+    assert again.save_pretrained(tmp_path / "twice").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_its_codes_are_mapped_and_the_file_stays_as_it_is(tmp_path, monkeypatch):
+    first, folder = saved(tmp_path, n_embd=256, n_head=4, head_size=64, dim_ffn=512)
+    before, read = (folder / "model.safetensors").read_bytes(), []
+    for reading in ("read", "blocks"):
+        way = getattr(TensorInfo, reading)
+        monkeypatch.setattr(TensorInfo, reading, lambda self, *n, way=way: read.append(self.name) or way(self, *n))
+    model = RWKV_Dual.from_pretrained(folder)
+    assert "ln_out.weight" in read and not [name for name in read if "int4" in name or name == "head.weight"]
+    tokens = make_tokens(1, 3)
+    model.head.scales.zero_()
+    assert not model(tokens)[0].any() and first(tokens)[0].any()
+    assert (folder / "model.safetensors").read_bytes() == before
+    (folder / "model.safetensors").unlink()  # its pages stay while they are used
+    assert torch.equal(model(tokens)[1].wkv, first(tokens)[1].wkv)
+
+
+def test_it_is_a_model_to_everything_that_reads_checkpoints(tmp_path):
+    model, folder = saved(tmp_path, scheme="int8")
+    with open_checkpoint(folder) as ck:
+        assert ck.kind == "model" and ck.quantised == {"int8-grouped": 12 + 2}
+        assert ck.info["emb.weight"].shape == (70, 100)
+        for name in ("emb", "blocks.1.ffn.value"):
+            assert torch.equal(ck[f"{name}.weight"], model.get_submodule(name).dequantised())
+    wide = load_model(tmp_path, "7.0", **SIZES["7.0"])
+    tokens = make_tokens(1, 9)
+    result = merge(folder, tmp_path / "m.safetensors", tmp_path / "mixed.pth", method="linear", weights=[1, 0])
+    assert any("14 of its tensors are int8-grouped, dequantised to float32" in note for note in result.notes)
+    mixed = RWKV_Dual.from_pretrained(tmp_path / "mixed.pth")
+    assert relative_rms(mixed(tokens)[0], model(tokens)[0]) < 1e-5 < relative_rms(mixed(tokens)[0], wide(tokens)[0])
+    with pytest.raises(ParameterError, match="has emb, a PackedEmbedding. Weights are rounded once"):
+        quantise_weights(RWKV_Dual.from_pretrained(folder))
+
+
+def changed(path, out, notes=None, **change):
+    with open_checkpoint(path) as ck:
+        metadata = {name: value for name, value in ck.metadata.items() if name != "format"}
+    tensors = {n: t for n, t in (load_file(path) | change).items() if t is not None}
+    save_file(tensors, out, {**metadata, **(notes or {})})
+    return out
+
+
+def test_damaged_files(tmp_path):
+    _, folder = saved(tmp_path)
+    file, out, name = folder / "model.safetensors", tmp_path / "x.safetensors", "blocks.0.att.key.weight"
+    changes = [
+        (f"has {name}.int4_codes and no {name}.int4_scales", {f"{name}.int4_scales": None}, {}),
+        ("int4_scales is float32 .* it would be bfloat16", {f"{name}.int4_scales": torch.ones(100, 4)}, {}),
+        ("int4_codes is int8 .* it would be int16", {f"{name}.int4_codes": torch.ones(100, 32, dtype=torch.int8)}, {}),
+        ("packed and as it is", {name: torch.ones(100, 100)}, {}),
+        ("would have 300 columns", {}, {COLUMNS: json.dumps({name: 300})}),
+        ("would have -1 columns", {}, {COLUMNS: json.dumps({name: -1})}),
+        ("no numbers of columns by name", {}, {COLUMNS: json.dumps({name: "100"})}),
+        ("no numbers of columns by name", {}, {COLUMNS: "[" * 5000}),
+    ]
+    for says, change, notes in changes:
+        with pytest.raises(CorruptFileError, match=says):
+            open_checkpoint(changed(file, out, notes, **change))
+    with pytest.raises(LayoutError, match="packed in form '2'"):
+        open_checkpoint(changed(file, out, {NOTE: "2"}))
+    with pytest.raises(LayoutError):  # as wide as its codes: another model than its vectors say
+        RWKV_Dual.from_pretrained(changed(file, out, {COLUMNS: "{}"}))
+    with pytest.raises(CorruptFileError):
+        data = file.read_bytes()
+        out.write_bytes(data[: len(data) - 64])
+        RWKV_Dual.from_pretrained(out)
