@@ -4,7 +4,8 @@
 * 4 bits: int16 words `[rows, columns padded to 128, / 4]`: nibble j of word i of a line of 128 numbers is number
   32 j + i, and 8 stands for zero; a scale for every 32 numbers.
 
-A number is exactly code times scale. `kernels/cpu/weights.h` reads the same layout.
+A number is exactly code times scale; a group with NaN or infinity in it is NaN. `kernels/cpu/weights.h` reads the same
+layout, and `kernels/cpu/pack.cpp` makes it.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ def code_shapes(rows: int, columns: int, bits: int) -> tuple[tuple[int, int], tu
 
 def rounded(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and bfloat16 scales of a matrix `[rows,columns]` of any floating dtype, which is computed in float32."""
-    (rows, columns), like = weight.shape, {"device": "cpu"}
+    rows, columns = weight.shape
     of_codes, of_scales = code_shapes(rows, columns, bits)
-    codes = torch.empty(of_codes, dtype=torch.int8 if bits == 8 else torch.int16, **like)
-    scales = torch.empty(of_scales, dtype=torch.bfloat16, **like)
+    codes = torch.empty(of_codes, dtype=torch.int8 if bits == 8 else torch.int16, device="cpu")
+    scales = torch.empty(of_scales, dtype=torch.bfloat16, device="cpu")
     width = padded(columns, bits)
     step = max(_AT_ONCE // width, 1)
     for at in range(0, rows, step):
@@ -61,25 +62,27 @@ def _rounded(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
         scales = (groups.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
         return _codes(groups, scales, -127, 127).flatten(1), scales.squeeze(-1).bfloat16()
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    best = best_codes = best_scales = None
-    for code in LARGEST:
+
+    def rounded_with(code: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Squared error, codes and scales where the largest number of a group becomes this code."""
         scales = (largest / code).bfloat16().float()
         codes = _codes(groups, scales, -8, 7)
         # Added up in float64: in which order hardly ever decides.
-        error = (codes * scales - groups).double().square_().sum(-1, keepdim=True)
-        if best is None:
-            best, best_codes, best_scales = error, codes, scales
-            continue
+        return (codes * scales - groups).double().square_().sum(-1, keepdim=True), codes, scales
+
+    best, best_codes, best_scales = rounded_with(LARGEST[0])
+    for code in LARGEST[1:]:
+        error, codes, scales = rounded_with(code)
         better = error < best
         best = torch.where(better, error, best)
         best_codes, best_scales = torch.where(better, codes, best_codes), torch.where(better, scales, best_scales)
-    assert best_codes is not None and best_scales is not None
     return best_codes.flatten(1), best_scales.squeeze(-1).bfloat16()
 
 
 def _codes(groups: torch.Tensor, scales: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    inverse = torch.where(scales == 0, 0, 1 / scales)
-    return (groups * inverse).round_().clamp_(low, high)
+    inverse = 1 / scales
+    inverse = torch.where(inverse.isfinite(), inverse, 0)
+    return (groups * inverse).round_().clamp_(low, high).nan_to_num_()
 
 
 def _into_nibbles(numbers: torch.Tensor) -> torch.Tensor:

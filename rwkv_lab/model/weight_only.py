@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkv_lab.arguments import checked
-from rwkv_lab.checkpoint.grouped import GROUPS, code_shapes, restored, rounded
+from rwkv_lab.checkpoint.grouped import GROUPS, code_shapes, restored
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.model.cpu.packing import packed_codes
 from rwkv_lab.model.standard_modules import replaced_module, watched
 from rwkv_lab.torch_private import hooks_of
 
@@ -144,11 +145,6 @@ def quantise_weights(model: Any, scheme: str = "int8", in_place: bool = False) -
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, packed.to(module.weight.dtype))
     return model.requires_grad_(False)
-
-
-def packed_codes(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of a matrix, by compiled code where there is some; `rounded` is the reference."""
-    return rounded(weight, bits)
 
 
 # ---------------------------------------------------------------------- what it costs

@@ -111,6 +111,7 @@ PREFILL = {
     "add_gated": (*(Span,) * 3, *(INT64,) * 3),
 }
 STEP = {"step": (POINTER, POINTER)}
+PACK = {"pack": (Span, *(INT64,) * 4, Span, Span, INT64)}
 
 
 def prefill_library() -> ctypes.CDLL:
@@ -129,6 +130,15 @@ def step_library(source: str) -> ctypes.CDLL:
         KernelError: as `cpu_library`.
     """
     return _declared(cpu_library(source), STEP)
+
+
+def packing_library() -> ctypes.CDLL:
+    """The function of pack.cpp.
+
+    Raises:
+        KernelError: as `cpu_library`.
+    """
+    return _declared(cpu_library("pack"), PACK)
 
 
 def _declared(library: ctypes.CDLL, functions: Mapping[str, tuple]) -> ctypes.CDLL:

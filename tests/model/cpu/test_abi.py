@@ -103,7 +103,8 @@ def test_enums_have_the_values_of_the_sources():
 
 
 @pytest.mark.parametrize(
-    ("files", "functions"), [(["mix.cpp"], abi.PREFILL), (["step4.cpp", "step56.cpp", "step7.cpp"], abi.STEP)]
+    ("files", "functions"),
+    [(["mix.cpp"], abi.PREFILL), (["step4.cpp", "step56.cpp", "step7.cpp"], abi.STEP), (["pack.cpp"], abi.PACK)],
 )
 def test_functions_have_the_arguments_of_the_sources(files, functions):
     for file in files:
