@@ -1,8 +1,13 @@
-"""Progress of long work: a widget in JupyterLab, a bar in a terminal, one log line per few per cent elsewhere."""
+"""Progress of long work: a widget in JupyterLab, a bar in a terminal, one log line per few per cent elsewhere.
+
+Who started the work may watch it instead, and have it end: `watching`.
+"""
 
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +51,32 @@ def _digits(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 99.5 else f"{rate:.3g}"
 
 
+class Watcher:
+    """What is seen of work in progress by whoever started it, from another thread.
+
+    shown: what is counted now, the innermost where several are; None where nothing is.
+    stopped: set it, and the work ends with KeyboardInterrupt the next time that it counts.
+    """
+
+    def __init__(self):
+        self.shown: Progress | None = None
+        self.stopped = False
+
+
+_watcher: Watcher | None = None
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Until the end of the block, work in this process is shown to a watcher, by neither bars nor lines."""
+    global _watcher
+    before, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = before
+
+
 class Progress:
     """Counts work done against `total` and shows throughput and time left. Use as a context manager.
 
@@ -60,7 +91,10 @@ class Progress:
         self.done, self._logged = 0, 0.0
         self._start = self._last_line = time.perf_counter()
         self._bar = None
-        if frontend_present() or sys.stderr.isatty():
+        self._watcher = _watcher
+        if _watcher is not None:
+            self._outer, _watcher.shown = _watcher.shown, self
+        elif frontend_present() or sys.stderr.isatty():
             from tqdm.auto import tqdm
 
             self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True)
@@ -69,21 +103,47 @@ class Progress:
         return self
 
     def advance(self, amount: int) -> None:
+        """Count so much more as done.
+
+        Raises:
+            KeyboardInterrupt: whoever watches has the work end.
+        """
+        if self._watcher is not None and self._watcher.stopped:
+            raise KeyboardInterrupt
         if amount <= 0:
             return
         self.done += amount
         if self._bar is not None:
             self._bar.update(amount)
-            return
-        now = time.perf_counter()
-        rate = self.done / max(now - self._start, 1e-9)
-        left = (self.total - self.done) / rate
+        elif self._watcher is None:
+            self._log(time.perf_counter())
+
+    @property
+    def share(self) -> float:
+        """How much is done, 0 to 1."""
+        return min(self.done / self.total, 1.0) if self.total else 1.0
+
+    def in_words(self) -> str:
+        """How much is done, how fast, and the time left: "34 % (160 MB/s, 3 s left)"."""
+        rate = self._rate(time.perf_counter())
+        percent = f"{100 * self.share:.0f} %"
+        if not rate:
+            return percent
+        shown = human_bytes(rate) if self.unit == "B" else f"{_digits(rate)} {self.unit}"
+        return f"{percent} ({shown}/s, {human_seconds(max(self.total - self.done, 0) / rate)} left)"
+
+    def _rate(self, now: float) -> float:
+        return self.done / max(now - self._start, 1e-9)
+
+    def _log(self, now: float) -> None:
+        left = (self.total - self.done) / self._rate(now)
         early = self._logged == 0 and left >= LOG_LONG
         if now >= self._last_line + LOG_AFTER and (early or self.done >= self.total * (self._logged + LOG_EVERY)):
             self._logged, self._last_line = self.done / self.total, now
-            shown = human_bytes(rate) if self.unit == "B" else f"{_digits(rate)} {self.unit}"
-            log.info("%s: %.0f %% (%s/s, %s left)", self.label, 100 * self._logged, shown, human_seconds(left))
+            log.info("%s: %s", self.label, self.in_words())
 
     def __exit__(self, *exc: object) -> None:
+        if self._watcher is not None:
+            self._watcher.shown = self._outer
         if self._bar is not None:
             self._bar.close()

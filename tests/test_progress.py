@@ -6,7 +6,7 @@ import time
 import pytest
 
 from rwkv_lab import progress
-from rwkv_lab.progress import Progress, human_seconds
+from rwkv_lab.progress import Progress, Watcher, human_seconds, watching
 
 
 @pytest.fixture
@@ -57,3 +57,25 @@ def test_a_job_of_a_few_seconds_has_no_early_line(clock, caplog):
 )
 def test_durations(seconds, text):
     assert human_seconds(seconds) == text
+
+
+def test_who_watches_sees_the_innermost_and_nothing_is_logged(clock, caplog):
+    watcher = Watcher()
+    with caplog.at_level(logging.INFO, "rwkv_lab.progress"), watching(watcher), Progress("outer", 10, "files") as outer:
+        with Progress("inner", 100, "tokens") as inner:
+            for _ in range(50):
+                clock.now += 1
+                inner.advance(1)
+            assert watcher.shown is inner and inner.in_words() == "50 % (1 tokens/s, 50 s left)"
+        assert watcher.shown is outer and outer.in_words() == "0 %"
+    assert watcher.shown is None and not caplog.messages
+
+
+def test_who_watches_can_have_the_work_end(clock):
+    watcher = Watcher()
+    with watching(watcher), Progress("work", 10) as work:
+        work.advance(1)
+        watcher.stopped = True
+        with pytest.raises(KeyboardInterrupt):
+            work.advance(1)
+    Progress("other work", 10).advance(1)

@@ -1,16 +1,17 @@
 """The panel of a notebook in JupyterLab: a second way to set its parameters, with Plan and Run buttons.
 
 It is made from the model of the parameters, edits `run.config` and calls the functions that the cells call; nothing can
-be done here only. Work runs in the main thread, where Interrupt reaches it.
+be done here only. Work runs in a thread of its own, which Stop and the kernel's Interrupt end: `job.py`.
 """
 
 import html
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
 from IPython.core.display import Javascript
+from IPython.core.getipython import get_ipython
 from IPython.display import display
 
 from rwkv_lab.errors import RwkvLabError
@@ -18,19 +19,22 @@ from rwkv_lab.progress import frontend_present
 from rwkv_lab.workbench.entries import keep, last_folder
 from rwkv_lab.workbench.fields import Field, field_for
 from rwkv_lab.workbench.file_chooser import FileChooser
+from rwkv_lab.workbench.job import Job
+from rwkv_lab.workbench.job_output import JobOutput
+from rwkv_lab.workbench.job_progress import JobProgress
 from rwkv_lab.workbench.listing import Listed, unlike
 from rwkv_lab.workbench.registry import cells_of
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import run_all
 from rwkv_lab.workbench.words import from_words
 
-_TOOLTIPS = {"Plan": "show what would happen", "Run": "do all that the cells below do"}
 # JupyterLab takes keys in lists and on buttons for its own: "m" makes the cell Markdown, an arrow leaves the list.
 _KEYS = """setTimeout(() => {
   const panel = element.closest?.(".jp-OutputArea");
   panel?.setAttribute("data-lm-suppress-shortcuts", "true");
   panel?.addEventListener("keydown", event => event.stopPropagation());
 }, 100);"""
+_TOOLTIPS = {"Plan": "show what would happen", "Run": "do all that the cells below do", "Stop": "end what runs now"}
 _MISSING = re.compile(r"(\w+) is missing\b")  # how a message begins where a parameter has not been given yet
 
 
@@ -46,25 +50,23 @@ class Panel:
         self.run = run
         self.fields = {f.name: f for f in fields}
         self.message, self.refusal = widgets.HTML(), ""
-        self.output = widgets.Output()
+        self.output, self.progress = JobOutput(), JobProgress()
+        self.job: Job | None = None
+        self._disabled: list[widgets.Widget] = []  # while a job reads the fields
         for field in fields:
             field.value = getattr(run.config, field.name)
             field.widget.observe(lambda change: self._changed(), "value")
             if isinstance(field.widget, FileChooser):
                 self._connect(field.name, field.widget)
         self.hide()
-        self.buttons = {}
-        for label, work in buttons.items():
-            button = widgets.Button(description=label, button_style="primary" if label == "Run" else "")
-            button.tooltip = _TOOLTIPS.get(label, label)
-            button.on_click(lambda _, work=work: self.do(work))
-            self.buttons[label] = button
+        actions = {label: lambda work=work: self.do(work) for label, work in buttons.items()} | {"Stop": self.stop}
+        self.buttons = {label: _button(label, action) for label, action in actions.items()}
         basic = run.model.basic
         more = widgets.Accordion([widgets.VBox([f.box for f in fields if f.name not in basic])], titles=["More"])
         folded = [more] if len(basic) < len(fields) else []
-        buttons_row = widgets.HBox([*self.buttons.values()])
-        shown = [f.box for f in fields if f.name in basic]
-        self.box = widgets.VBox([*shown, *folded, buttons_row, self.message, self.output])
+        row = widgets.HBox([*self.buttons.values(), self.progress.box], layout=widgets.Layout(flex_flow="row wrap"))
+        self.controls = widgets.VBox([f.box for f in fields if f.name in basic] + folded)
+        self.box = widgets.VBox([self.controls, row, self.message, self.output.box])
 
     def _connect(self, name: str, chooser: FileChooser) -> None:
         """Have a file chooser begin where files were taken last, and know what the other fields say."""
@@ -135,19 +137,44 @@ class Panel:
 
     def do(self, work: Callable[[Run], object]) -> None:
         """What a click does: take the fields over, work, and show the result or the refusal in the panel."""
-        if not self.apply():
+        if self.job is not None or not self.apply():
             return
+        self.job = Job(lambda: self._work(work), self._look, self._ended)
+        self.output.clear()
+        self.progress.begin()
         self._enable(False)
-        self.output.clear_output()
-        self.message.value = "working …"
-        try:
-            with self.output:
-                work(self.run)
-            self.message.value = ""
-        except RwkvLabError as e:
-            self._show_error(e)
-        finally:
+        if not self.job.start():
+            self.job = None
             self._enable(True)
+            self.progress.end("another panel of this notebook is at work; wait for its end, or stop it")
+
+    def stop(self) -> None:
+        """End what runs now; nothing where nothing does."""
+        if self.job is not None:
+            self.job.stop()
+            self._look()
+
+    def _work(self, work: Callable[[Run], object]) -> None:
+        with self.output.captured():
+            work(self.run)
+
+    def _look(self) -> None:
+        if self.job is not None:
+            self.progress.show(self.run.stage, self.job.watcher)
+
+    def _ended(self, error: BaseException | None) -> None:
+        self.job = None
+        self._enable(True)
+        if error is None:
+            self.progress.end("done after")
+        elif isinstance(error, KeyboardInterrupt):
+            self.progress.end("stopped after")
+        else:
+            self.progress.end("failed after")
+            if isinstance(error, RwkvLabError):
+                self._show_error(error)
+            else:
+                self.output.show_error(error)
 
     def _show_error(self, error: RwkvLabError) -> None:
         self.refusal = str(error)
@@ -155,8 +182,35 @@ class Panel:
         self.message.value = f'<pre style="color: var(--jp-error-color1, #c00); white-space: pre-wrap">{text}</pre>'
 
     def _enable(self, enabled: bool) -> None:
-        for button in self.buttons.values():
-            button.disabled = not enabled
+        """Fields cannot be changed while a job reads them. Buttons can be pressed: one without focus is lost by Tab."""
+        if not enabled:
+            self._disabled = [w for w in _inside(self.controls) if w.has_trait("disabled") and not w.disabled]
+        for widget in self._disabled:
+            widget.disabled = not enabled
+        for label, button in self.buttons.items():
+            chief = "Run" if enabled else "Stop"
+            button.button_style = ("primary" if enabled else "warning") if label == chief else ""
+
+
+def _button(label: str, action: Callable[[], None]) -> widgets.Button:
+    button = widgets.Button(description=label, tooltip=_TOOLTIPS.get(label, label))
+    button.on_click(lambda _: action())
+    return button
+
+
+def _inside(box: widgets.Widget) -> Iterator[widgets.Widget]:
+    yield box
+    for child in getattr(box, "children", ()):
+        yield from _inside(child)
+
+
+def _run_for_cells(run: Run) -> None:
+    """Do all steps, and set the variables that the cells below would have set: these continue with this run."""
+    shell = get_ipython()
+    variables = {} if shell is None else shell.user_ns
+    for step in cells_of(run.notebook).STEPS:
+        variables.pop(step.result, None)  # of the run before
+    variables.update(run_all(run))
 
 
 def show_panel(run: Run) -> Panel | None:
@@ -167,6 +221,6 @@ def show_panel(run: Run) -> Panel | None:
     cells = cells_of(run.notebook)
     fields = [field_for(n, f) for n, f in run.model.model_fields.items() if n not in ("dry_run", "report")]
     buttons: dict[str, Callable[[Run], object]] = {"Plan": cells.preview} if hasattr(cells, "preview") else {}
-    panel = Panel(run, fields, buttons | {"Run": run_all})
+    panel = Panel(run, fields, buttons | {"Run": _run_for_cells})
     display(panel.box, Javascript(_KEYS))
     return panel

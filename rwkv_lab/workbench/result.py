@@ -19,6 +19,7 @@ from rwkv_lab.workbench.process import is_running, this_process
 
 RESULT = "result.json"
 KEPT = "report.json"  # the result of the run that report.html shows, where result.json is of a later one
+INTERRUPTED = "stopped before its end, by a person or a signal; what it had not finished writing is not there."
 
 
 @dataclass
@@ -101,10 +102,12 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def status_of(result: Mapping[str, Any]) -> str:
-    """The status of a run: "running", "ok", "failed", or "interrupted" where its process is gone."""
+    """The status of a run: "running", "ok", "failed", or "interrupted" where it was stopped or its process is gone."""
     if result["status"] == "running" and is_running(result) is False:
         return "interrupted"
-    return result["status"]
+    error = result.get("error")
+    stopped = isinstance(error, dict) and error.get("class") == KeyboardInterrupt.__name__
+    return "interrupted" if result["status"] == "failed" and stopped else result["status"]
 
 
 def versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ from rwkv_lab.workbench.parameters import Parameters, read_parameters, train_dem
 from rwkv_lab.workbench.registry import parameters_of
 from rwkv_lab.workbench.report import Page, Picture, verdict, verdict_in_words
 from rwkv_lab.workbench.report_folder import begin, close, note_on_earlier_run
-from rwkv_lab.workbench.result import Record
+from rwkv_lab.workbench.result import INTERRUPTED, Record
 from rwkv_lab.workbench.tables import Table
 from rwkv_lab.workbench.terminal import say
 from rwkv_lab.workbench.words import advice_in_words
@@ -30,7 +30,10 @@ class Run:
     model: the type of the notebook's parameters.
     record: what goes into `result.json`.
     page: what goes into `report.html`.
+    stage: what is being done now, in words, where the panel's Run does it.
     """
+
+    stage = ""
 
     def __init__(self, notebook: str, folder: Path, parameters: Mapping[str, object]):
         self.notebook, self.folder = notebook, folder
@@ -118,6 +121,8 @@ class Run:
 
     def fail(self, error: BaseException) -> None:
         """Record that the run failed, and write the report of it; the report of an earlier run that went well stays."""
+        if isinstance(error, KeyboardInterrupt):
+            error = KeyboardInterrupt(INTERRUPTED)
         self.record.status, self.record.error = "failed", error
         self._end()
         say(f"FAIL    {type(error).__name__}\nreport  {self.record.report}")

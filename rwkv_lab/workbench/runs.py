@@ -143,7 +143,9 @@ def _listed(folder: Path) -> ListedRun | None:
         return None
     status, error = status_of(result), result.get("error") or {}
     report = Path(result.get("report") or folder / "report.html")
-    report = report if status in ("ok", "failed") and report.is_relative_to(folder) and report.is_file() else None
+    report = (
+        report if result["status"] in ("ok", "failed") and report.is_relative_to(folder) and report.is_file() else None
+    )
     good = folder / "report.html"
     return ListedRun(
         folder=folder,

@@ -31,9 +31,11 @@ def show_verdict(run: Run) -> None:
         print(check)
 
 
-def run_all(run: Run) -> None:
+def run_all(run: Run) -> dict[str, object]:
     """Do all steps of the run's notebook in order, then finish the run; a step that raises makes the run fail.
 
+    Returns:
+        The variables that the notebook's cells would have set.
     Raises:
         RwkvLabError: what a step refuses.
     """
@@ -42,10 +44,16 @@ def run_all(run: Run) -> None:
     cells = cells_of(run.notebook)
     results: dict[str, object] = {"run": run}
     try:
-        for step in cells.STEPS:
+        for number, step in enumerate(cells.STEPS, 1):
+            name = step.work.__name__.replace("_", " ")
+            run.stage = f"step {number} of {len(cells.STEPS)}: {name}"
             needed = inspect.signature(step.work).parameters
             results[step.result] = step.work(*(results[name] for name in needed))
+        run.stage = "writing the report"
         run.finish(must_pass=cells.MUST_PASS)
     except BaseException as e:
         run.fail(e)  # a click is no cell: IPython does not report it
         raise
+    finally:
+        run.stage = ""
+    return {name: result for name, result in results.items() if name}
