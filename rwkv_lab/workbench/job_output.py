@@ -36,7 +36,7 @@ class JobOutput:
     def captured(self) -> Iterator[None]:
         """Take what this thread displays, and what the process prints and logs."""
         out, err = _Text(self, "stdout", sys.stdout), _Text(self, "stderr", sys.stderr)
-        publisher = getattr(get_ipython(), "display_pub", None)
+        publisher: Any = getattr(get_ipython(), "display_pub", None)
         with ExitStack() as stack:
             for handler in logging.getLogger("rwkv_lab").handlers:
                 if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):

@@ -52,7 +52,7 @@ class Panel:
         self.message, self.refusal = widgets.HTML(), ""
         self.output, self.progress = JobOutput(), JobProgress()
         self.job: Job | None = None
-        self._disabled: list[widgets.Widget] = []  # while a job reads the fields
+        self._disabled: list[Any] = []  # while a job reads the fields
         for field in fields:
             field.value = getattr(run.config, field.name)
             field.widget.observe(lambda change: self._changed(), "value")
@@ -198,7 +198,8 @@ def _button(label: str, action: Callable[[], None]) -> widgets.Button:
     return button
 
 
-def _inside(box: widgets.Widget) -> Iterator[widgets.Widget]:
+def _inside(box: Any) -> Iterator[Any]:
+    """A widget and all that it holds."""
     yield box
     for child in getattr(box, "children", ()):
         yield from _inside(child)
