@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from IPython.display import display
 
 from rwkv_lab.bench import figures
@@ -12,16 +13,18 @@ from rwkv_lab.bench.comparison import COLUMNS, OURS, Floors, Row, cells
 from rwkv_lab.bench.growth import measure_growth
 from rwkv_lab.bench.loading import measure_loading
 from rwkv_lab.bench.machine import describe_machine, floors_are_compiled, watched
-from rwkv_lab.bench.operators import Shape, measure_operators
+from rwkv_lab.bench.operators import OPERATORS, Shape, measure_operators
 from rwkv_lab.bench.peers import parse_peers
 from rwkv_lab.bench.speed import Plan, measure_speed
-from rwkv_lab.checkpoint import Layout, file_facts, open_checkpoint
+from rwkv_lab.checkpoint import FileFacts, Layout, file_facts, open_checkpoint
 from rwkv_lab.checks import Check, NotApplicable
+from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.machine import cores
 from rwkv_lab.model.device import parse_device
-from rwkv_lab.progress import human_bytes
+from rwkv_lab.progress import human_bytes, human_seconds
 from rwkv_lab.wkv import backends
+from rwkv_lab.workbench.estimate import forward_seconds, in_words, memory_in_words
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step
@@ -30,6 +33,9 @@ from rwkv_lab.workbench.tables import Table
 _LOADS = 2  # at most, since each starts a process that imports torch
 _QUIET = 0.2  # cores that other processes may use before figures are doubted
 _GROWTH = (1, 4, 16)  # contexts, in the longest of the prompts
+_SAMPLE, _START = 0.5, 5.0  # seconds: of a sample of decoding, and of a process that imports torch
+_COMPUTES_IN = {"int8": "fp32", "int4": "fp32"}  # weights are packed, activations are not
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.6}  # of a weight
 
 
 @dataclass
@@ -43,21 +49,29 @@ class Measured:
     floors: Floors = field(default_factory=dict)
 
 
-def load(run: Run) -> Measured:
-    """Say what is measured, on which machine, beside whom.
+def preview(run: Run) -> None:
+    """Show what would be measured and about how long each part takes, and note nothing.
 
     Raises:
-        RwkvLabError: the file cannot be opened, is no whole model, or the device is not there.
+        RwkvLabError: as `load`.
     """
-    run.begin_again()
-    config, path = run.config, input_path(run.config.model)
+    facts, layout, values = _from_header(run)
+    display(_plan_table(run, _plan_of(run), facts, layout, values))
+
+
+def _from_header(run: Run) -> tuple[FileFacts, Layout, int]:
+    """(the model's file, its layout, the number of its values)."""
+    path = input_path(run.config.model)
     with open_checkpoint(path) as ck:
         if ck.kind != "model" or ck.layout is None:
             raise LayoutError(f"{path.name} is no whole model ({ck.kind}): {ck.reason}.")
-        facts, layout = file_facts(ck), ck.layout
-    parse_device(config.device)
-    run.record.inputs = [facts]
-    plan = Plan(
+        parse_device(run.config.device)
+        return file_facts(ck), ck.layout, sum(t.numel for t in ck.info.values())
+
+
+def _plan_of(run: Run) -> Plan:
+    config = run.config
+    return Plan(
         dtypes=tuple(config.dtypes),
         lengths=tuple(config.lengths),
         batches=tuple(config.batches),
@@ -65,6 +79,58 @@ def load(run: Run) -> Measured:
         device=config.device,
         peers=tuple(parse_peers(config.peers)),
     )
+
+
+def _plan_table(run: Run, plan: Plan, facts: FileFacts, layout: Layout, values: int) -> Table:
+    """What each cell measures, and about how long it takes on a CPU."""
+    engines, rounds, longest = len(plan.dtypes) + len(plan.peers), plan.rounds + 1, max(plan.lengths)
+    size = (1, values, layout.n_layer)
+    passes = sum(
+        rounds * forward_seconds(length, *size, to_dtype(_COMPUTES_IN.get(dtype, dtype)), "cpu")
+        for length in plan.lengths
+        for dtype in plan.dtypes
+    )
+    decoding = len(plan.batches) * engines * (rounds * _SAMPLE + 1)
+    reference = forward_seconds(sum(plan.lengths), *size, torch.float64, "reference")
+    rates = decoding + passes * engines / len(plan.dtypes) + reference
+    names = run.config.backends or list(backends())
+    loops = 3 * forward_seconds(longest, 1, 0, 1, torch.float32, "reference")  # one layer, forward and backward
+    operators = len(OPERATORS) * (len(names) + rounds * loops)
+    loading = engines * min(plan.rounds, _LOADS) * _START
+    read = max(_GROWTH) * longest + len(_GROWTH) * rounds * 512
+    context = forward_seconds(read, *size, to_dtype(_COMPUTES_IN.get(plan.dtypes[0], plan.dtypes[0])), "cpu") + rounds
+    parts = [
+        ("decode and prefill", f"{engines} programs and dtypes, batches {_list(plan.batches)}, prompts "
+         f"{_list(plan.lengths)}, {plan.rounds} rounds", rates),
+        ("WKV operators", f"{', '.join(names)}, {longest} tokens", operators),
+        ("loading", f"{engines} programs and dtypes, each in processes of its own", loading),
+        ("along the context", f"up to {max(_GROWTH) * longest:,} tokens", context),
+    ]  # fmt: skip
+    total = sum(seconds for *_, seconds in parts)
+    rows = [("model", f"{facts.path.name}, {human_bytes(facts.bytes)}: {layout}", "")]
+    rows += [(part, what, f"about {human_seconds(max(seconds, 1))}") for part, what, seconds in parts]
+    # At a time: the reference in float64, or all dtypes beside each other.
+    needed = values * max(8, sum(_BYTES[dtype] for dtype in plan.dtypes))
+    rows += [("memory", memory_in_words(needed), ""), ("in all", in_words(total), "")]
+    rows += [] if plan.device == "cpu" else [("device", f"{plan.device}: the times are those of a CPU", "")]
+    return Table("The plan", ("part", "what", "time"), rows)
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def load(run: Run) -> Measured:
+    """Say what is measured, on which machine, beside whom, and about how long it takes.
+
+    Raises:
+        RwkvLabError: the file cannot be opened, is no whole model, or the device is not there.
+    """
+    run.begin_again()
+    facts, layout, values = _from_header(run)
+    path, plan = facts.path, _plan_of(run)
+    run.record.inputs = [facts]
+    display(_plan_table(run, plan, facts, layout, values))
     described = describe_machine()
     run.record.metrics |= {"layout": str(layout), "machine": described}
     run.page.headline = f"{path.name}, an RWKV-{layout.version}, on {described['cpu']}."

@@ -5,13 +5,15 @@ import json
 from IPython.display import display
 
 from rwkv_lab.analysis.answers import Answer, Messages, Speaker, load_to_ask, read_prompts
-from rwkv_lab.checkpoint import file_facts, write_text
+from rwkv_lab.checkpoint import file_facts, open_checkpoint, write_text
 from rwkv_lab.checks import Check, NotApplicable
-from rwkv_lab.errors import OutputError
+from rwkv_lab.dtypes import to_dtype
+from rwkv_lab.errors import LayoutError, OutputError
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.samples import Sample
 from rwkv_lab.workbench import steps
 from rwkv_lab.workbench.chat.parameters import ChatParameters
+from rwkv_lab.workbench.estimate import in_words, memory_in_words, stepping_seconds
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step
@@ -20,8 +22,40 @@ from rwkv_lab.workbench.tables import Table
 Asked = list[tuple[str | Messages, dict[str, Answer]]]
 
 
+def preview(run: Run) -> None:
+    """Show who would write, what that takes, and note nothing.
+
+    Raises:
+        RwkvLabError: a file that cannot be opened, or that is no whole model.
+    """
+    display(Table("The plan", ("", ""), _plan(run)))
+
+
+def _plan(run: Run) -> list[tuple[str, object]]:
+    """What is loaded and written, from headers."""
+    both = [run.config] + ([second] if (second := run.config.beside()) else [])
+    asked, rows, needed, seconds = len(_questions(run.config)), [], 0, 0.0
+    for config, name in zip(both, _names(both), strict=True):
+        with open_checkpoint(input_path(config.model)) as ck:
+            if ck.kind != "model" or ck.layout is None:
+                raise LayoutError(f"{ck.path} is no whole model ({ck.kind}): {ck.reason}.")
+            values, layout = sum(t.numel for t in ck.info.values()), ck.layout
+        dtype = to_dtype(config.dtype)
+        rows.append((name, f"{layout}; {_in_words(config)}"))
+        needed += values * dtype.itemsize
+        tokens = asked * config.max_new_tokens
+        seconds += stepping_seconds(tokens, 1, values, layout.n_layer, dtype, "cpu")
+    written = " and ".join(str(config.max_new_tokens) for config in both)
+    return [
+        *rows,
+        ("prompts", f"{asked}, answered by at most {written} tokens each"),
+        ("memory", memory_in_words(needed)),
+        ("time", in_words(seconds)),
+    ]
+
+
 def load(run: Run) -> list[Speaker]:
-    """Load the model, and the second one where something is different in it.
+    """Show the plan; load the model, and the second one where something is different in it.
 
     Raises:
         RwkvLabError: a file that cannot be opened, or that does not go with the others.
@@ -32,6 +66,7 @@ def load(run: Run) -> list[Speaker]:
     if out.exists() and not run.may_overwrite():
         raise OutputError(f"{out} is there already; give another out, or overwrite=True.")
     both = [run.config] + ([second] if (second := run.config.beside()) else [])
+    preview(run)
     with run.timed("load"):
         speakers = [_speaker(config, name) for config, name in zip(both, _names(both), strict=True)]
     files = {path for config in both for path in (config.model, config.state, config.adapter) if path}

@@ -10,11 +10,24 @@ from rwkv_lab.checks import Check
 from rwkv_lab.names import split_block
 from rwkv_lab.plotting import layer_map
 from rwkv_lab.progress import human_bytes
+from rwkv_lab.workbench.estimate import memory_in_words
 from rwkv_lab.workbench.inspect import figures
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
+
+
+def preview(run: Run) -> None:
+    """Show what the file is, from headers, and what reading it takes, and note nothing.
+
+    Raises:
+        RwkvLabError: the file cannot be opened.
+    """
+    with open_checkpoint(input_path(run.config.checkpoint)) as ck:
+        largest = max((t.numel for t in ck.info.values()), default=0)
+        rows = [*_facts(ck), ("would be read", f"{human_bytes(ck.bytes)}, once, a tensor at a time")]
+    display(Table("The plan", ("", ""), [*rows, ("memory", memory_in_words(3 * 4 * largest))]))
 
 
 def describe(run: Run) -> None:

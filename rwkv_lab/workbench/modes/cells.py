@@ -20,12 +20,13 @@ from rwkv_lab.analysis.agreement import (
 from rwkv_lab.analysis.dynamics import measure_dynamics
 from rwkv_lab.analysis.mismatch import explain_failures, first_mismatch
 from rwkv_lab.analysis.texts import tokens_to_read
-from rwkv_lab.checkpoint import file_facts, open_checkpoint
+from rwkv_lab.checkpoint import FileFacts, Layout, file_facts, open_checkpoint
 from rwkv_lab.checks import Check
 from rwkv_lab.dtypes import long_name, to_dtype
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.progress import human_bytes
+from rwkv_lab.wkv import backends as all_backends
+from rwkv_lab.workbench.estimate import forward_seconds, in_words, memory_in_words, stepping_seconds
 from rwkv_lab.workbench.modes import figures
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
@@ -43,8 +44,60 @@ class Subject:
     source: str  # where the tokens come from, in words
 
 
+def preview(run: Run) -> None:
+    """Show what would be compared, and about how long it takes, and note nothing.
+
+    Raises:
+        RwkvLabError: as `load`.
+    """
+    display(Table("The plan", ("", ""), _planned(run)[2]))
+
+
+def _planned(run: Run) -> tuple[list[FileFacts], Layout, list[tuple[str, object]]]:
+    """(the inputs, the layout of the model, the plan in words), from headers."""
+    config = run.config
+    with open_checkpoint(input_path(config.model)) as ck:
+        if ck.layout is None or ck.kind != "model":
+            raise LayoutError(f"{ck.path} is no whole model ({ck.kind}): {ck.reason}.")
+        inputs, layout, needed = [file_facts(ck)], ck.layout, check_memory(ck)
+        values = sum(t.numel for t in ck.info.values())
+    if config.compare_with:
+        with open_checkpoint(input_path(config.compare_with)) as other:
+            inputs.append(file_facts(other))
+            if str(other.layout) != str(layout):
+                both = f"{inputs[0].path.name}: {layout}\n{other.path.name}: {other.layout}"
+                raise LayoutError(f"These models cannot be compared:\n{both}")
+    backends = {name: config.backends or all_backends(to_dtype(name)) for name in config.dtypes}
+    runs = 2 * sum(map(len, backends.values()))
+    seconds = sum(
+        _seconds_of(config.length, config.batch, values, layout.n_layer, to_dtype(dtype), names)
+        for dtype, names in backends.items()
+    )
+    return (
+        inputs,
+        layout,
+        [
+            ("model", f"{inputs[0].path.name}: {layout}"),
+            ("tokens", f"{config.batch} sequences of {config.length}"),
+            ("runs", f"{runs}: in parallel and token by token, {', '.join(config.dtypes)}, each beside float64"),
+            ("backends", ", ".join(dict.fromkeys(name for names in backends.values() for name in names))),
+            ("memory", memory_in_words(needed)),
+            ("time", in_words(seconds)),
+        ],
+    )
+
+
+def _seconds_of(
+    length: int, batch: int, values: int, layers: int, dtype: torch.dtype, backends: Sequence[str]
+) -> float:
+    """About the seconds of all runs in a dtype, and of the one in float64 that they are compared with."""
+    size = (length, batch, values, layers)
+    runs = sum(forward_seconds(*size, dtype, name) + stepping_seconds(*size, dtype, name) for name in backends)
+    return runs + forward_seconds(*size, torch.float64, "reference")
+
+
 def load(run: Run) -> Subject:
-    """Say what the model is and what it will read, and load it.
+    """Say what the model is, what it will read and about how long that takes, and load it.
 
     Raises:
         RwkvLabError: the file cannot be opened, or is no whole model.
@@ -54,16 +107,9 @@ def load(run: Run) -> Subject:
     run.begin_again()
     config = run.config
     with run.timed("load"):
-        with open_checkpoint(input_path(config.model)) as ck:
-            run.record.inputs = [file_facts(ck)]
-            layout, name = ck.layout, ck.path.name
-            needed = check_memory(ck)
-        if config.compare_with:
-            with open_checkpoint(input_path(config.compare_with)) as other:
-                run.record.inputs.append(file_facts(other))
-                if str(other.layout) != str(layout):
-                    both = f"{name}: {layout}\n{other.path.name}: {other.layout}"
-                    raise LayoutError(f"These models cannot be compared:\n{both}")
+        run.record.inputs, layout, plan = _planned(run)
+        name = run.record.inputs[0].path.name
+        display(Table("The plan", ("", ""), plan))
         model = RWKV_Dual.from_pretrained(input_path(config.model), dtype=torch.float64).requires_grad_(False)
         tokens, source = tokens_to_read(model, config.batch, config.length)
     version = model.layout.version
@@ -72,11 +118,9 @@ def load(run: Run) -> Subject:
     run.page.facts = [
         ("model", f"{name}: {layout}"),
         ("tokens", f"{config.batch} sequences of {config.length}: {source}"),
-        ("dtypes", ", ".join(config.dtypes)),
-        ("backends", ", ".join(config.backends) or "all"),
-        ("memory", f"about {human_bytes(needed)}"),
+        *(fact for fact in plan if fact[0] not in ("model", "tokens", "time")),
     ]
-    display(Table("What is compared", ("", ""), run.page.facts))
+    print(f"tokens: {source}")
     return Subject(name, model, tokens, source)
 
 

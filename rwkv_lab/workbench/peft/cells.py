@@ -1,19 +1,22 @@
 """What the cells of peft.ipynb call, in their order. Each shows its part, and notes it for result and report."""
 
+from collections import Counter
 from pathlib import Path
 
+import torch
 from IPython.display import display
 
 from rwkv_lab.analysis.ablation import CTX_LEN, measure_ablation
 from rwkv_lab.analysis.changes import Changes, compare_directions, count_values, measure_changes
 from rwkv_lab.analysis.state_effects import measure_state_effect, state_heads
 from rwkv_lab.analysis.texts import Reading, held_out_excerpts
-from rwkv_lab.analysis.tuning import note_on_base, open_tuning, select_tensors
+from rwkv_lab.analysis.tuning import Tuning, note_on_base, open_tuning, select_tensors, tensor_part
 from rwkv_lab.checkpoint import file_facts
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.names import split_block
 from rwkv_lab.plotting import layer_map
 from rwkv_lab.train import Measurement, TokenCorpus
+from rwkv_lab.workbench.estimate import forward_seconds, in_words, memory_in_words, svd_seconds
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.peft import figures
 from rwkv_lab.workbench.run import Run
@@ -22,6 +25,37 @@ from rwkv_lab.workbench.tables import Table
 
 _TEXTS, _TOKENS = 16, 128  # beginnings of texts that a state is followed along, and tokens of each
 _EXCERPTS, _EXCERPT_BYTES = 16, 512  # of held-out text, for the ablation
+
+
+def preview(run: Run) -> None:
+    """Show what would be measured, and about how long it takes, and note nothing.
+
+    Raises:
+        RwkvLabError: as `describe`.
+    """
+    with open_tuning(*_files(run)) as t:
+        _reading(run).check(t.layout.vocab_size)
+        display(Table("The plan", ("", ""), _plan(run, t)))
+
+
+def _plan(run: Run, t: Tuning) -> list[tuple[str, object]]:
+    """What is measured, from headers: the singular values of fine-tuned matrices and the ablation take the time."""
+    names = select_tensors(t.names(), run.config.targets)
+    values, layout = sum(info.numel for info in t.base.info.values()), t.layout
+    shapes = [tuple(t.base.info[name].shape) for name in names if name in t.base.info]
+    matrices = [(s[-2], s[-1]) for s in shapes if len(s) >= 2 and 1 not in s[-2:]]
+    spectra = 0.0 if t.adapter else sum(n * 2 * svd_seconds(shape) for shape, n in Counter(matrices).items())
+    groups = len({split_block(name)[0] for name in names if split_block(name)} | {tensor_part(name) for name in names})
+    read = (groups + 3) * _EXCERPTS * _EXCERPT_BYTES
+    ablation = forward_seconds(read, 1, values, layout.n_layer, torch.float32, "cpu")
+    return [
+        ("base", f"{t.base.path.name}: {layout}"),
+        ("tuned", f"{t.tuned.path.name}: {t}"),
+        ("spectra", f"{len(matrices)} matrices of {len(names)} tensors that may have changed"),
+        ("ablation", f"{groups} groups of tensors, {read:,} bytes of text, beside all that is held out"),
+        ("memory", memory_in_words(2 * 4 * values)),
+        ("time", in_words(spectra + ablation)),
+    ]
 
 
 def describe(run: Run) -> list[str]:
@@ -35,6 +69,7 @@ def describe(run: Run) -> list[str]:
     with run.timed("open"), open_tuning(*_files(run)) as t:
         run.record.inputs = [file_facts(t.base), file_facts(t.tuned)]
         _reading(run).check(t.layout.vocab_size)  # refused now, not when it is read
+        display(Table("The plan", ("", ""), _plan(run, t)))
         changed = t.changed_names()
         names = select_tensors(changed, run.config.targets)
         counts = count_values(t, changed)

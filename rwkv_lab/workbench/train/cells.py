@@ -25,6 +25,7 @@ from rwkv_lab.train import (
     verify_training,
 )
 from rwkv_lab.train.output import check_destinations
+from rwkv_lab.workbench.estimate import forward_seconds, in_words
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
@@ -245,12 +246,21 @@ def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
             f"optimiser {human_bytes(made.gradients_bytes + made.optimiser_bytes)}, "
             f"one batch {human_bytes(made.activations_bytes)}; {human_bytes(memory_free())} are free",
         ),
+        ("time", in_words(_seconds(made))),
         ("output", run.output_path("trained.pth").name),
         *(("to know", note) for note in made.notes),
     ]
     if spec.quant != "none":
         facts.insert(4, ("frozen matrices", spec.quant))
     return facts
+
+
+def _seconds(made: TrainPlan) -> float:
+    """About the seconds of all steps: forward, and backward for twice as long."""
+    spec, values = made.spec, made.count + made.frozen
+    dtype = spec.autocast_dtype or spec.torch_dtype
+    once = forward_seconds(spec.ctx_len, spec.batch_size, values, made.layout.n_layer, dtype, "cpu")
+    return spec.steps * spec.accumulate * once * (4 if spec.gradient_checkpointing else 3)
 
 
 def _trained_table(made: TrainPlan) -> Table:

@@ -1,0 +1,73 @@
+"""About how long work on a model takes here, before it begins: formulas of its size times rates that are measured now.
+
+Each rate is measured for a twentieth of a second. Estimates are meant to tell a minute from an hour: caches, other
+processes and the operators themselves make them off by a factor of two or so.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from rwkv_lab.machine import memory_free
+from rwkv_lab.progress import human_bytes, human_seconds
+
+_MEASURED = 0.05  # seconds
+_WIDTH = 1024  # of the matrix that a rate is measured with
+_IN_RNN_MODE = 500  # products of two numbers in the time that a layer of RWKV-7 takes for a token through torch
+_IN_REFERENCE = 45  # the same of the WKV operator's reference alone
+
+MEANS = "from the sizes, and products and calls of torch timed now; other processes and caches may double it"
+
+
+def product_seconds(rows: int, values: int, dtype: torch.dtype) -> float:
+    """Seconds of the products of all matrices of a model, of so many `values`, with `rows` tokens at once."""
+    rows_measured = min(rows, 256)
+    x, w = torch.ones(rows_measured, _WIDTH, dtype=dtype), torch.ones(_WIDTH, _WIDTH, dtype=dtype)
+    return _seconds(lambda: x @ w) * (rows / rows_measured) * values / w.numel()
+
+
+def forward_seconds(tokens: int, rows: int, values: int, layers: int, dtype: torch.dtype, backend: str) -> float:
+    """Seconds of a pass over `rows` sequences of `tokens` at once."""
+    loops = layers * tokens * _IN_REFERENCE * _call_seconds() if backend == "reference" else 0.0
+    return product_seconds(rows * tokens, values, dtype) + loops
+
+
+def stepping_seconds(tokens: int, rows: int, values: int, layers: int, dtype: torch.dtype, backend: str) -> float:
+    """Seconds of the same token by token; backend "cpu" has compiled steps."""
+    calls = 1 if backend == "cpu" else _IN_RNN_MODE
+    return tokens * (product_seconds(rows, values, dtype) + layers * calls * _call_seconds())
+
+
+def _call_seconds() -> float:
+    """Seconds of a call of torch on next to nothing."""
+    x = torch.ones(64)
+    return _seconds(lambda: x * x)
+
+
+def svd_seconds(shape: tuple[int, int]) -> float:
+    """Seconds of the singular values of a matrix: of a small one timed now, by the cube of the size."""
+    small = torch.rand(128, 128)
+    least, most = min(shape), max(shape)
+    return _seconds(lambda: torch.linalg.svdvals(small)) * (least / 128) ** 2 * (most / 128)
+
+
+def in_words(seconds: float) -> str:
+    """An estimate as a plan shows it, with what it is made of."""
+    return f"about {human_seconds(max(seconds, 1.0))}, {MEANS}"
+
+
+def memory_in_words(needed: float) -> str:
+    """What is needed beside what is free."""
+    return f"about {human_bytes(needed)}; {human_bytes(memory_free())} are free"
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The least seconds of one call, of as many as fit into the time: others' work makes calls slower, never faster."""
+    work()  # the first call sets things up
+    least, end = float("inf"), time.perf_counter() + _MEASURED
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        least = min(least, time.perf_counter() - start)
+    return least

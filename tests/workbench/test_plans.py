@@ -1,0 +1,56 @@
+"""Every notebook shows a plan before anything heavy: what would be run, in which memory, about how long it takes."""
+
+import re
+
+import pytest
+import torch
+from models import random_model
+
+from rwkv_lab.errors import LayoutError
+from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.workbench import estimate, start
+from rwkv_lab.workbench.registry import cells_of, notebook_names
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "m.pth"
+    torch.save(random_model(), path)
+    return path
+
+
+def plan(notebook, tmp_path, capsys, **given) -> str:
+    run = start(notebook, {"report": str(tmp_path / "report"), **given})
+    capsys.readouterr()
+    cells_of(notebook).preview(run)
+    assert run.record.inputs == [] and run.page.facts == []  # it notes nothing
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("notebook", notebook_names())
+def test_every_notebook_has_a_plan_that_loads_no_model(notebook, demo_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(RWKV_Dual, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    said = plan(notebook, tmp_path, capsys)
+    assert re.search(r"memory .*\d [kMG]?B.* are free", said)
+    timed = ("train", "peft", "modes", "benchmark", "chat")
+    assert notebook not in timed or re.search(r"about \d+ (s|min).*timed now", said)
+
+
+def test_what_a_plan_counts(model, tmp_path, capsys):
+    said = plan("modes", tmp_path, capsys, model=str(model), dtypes=["float32"], backends=["reference", "chunked"])
+    assert re.search(r"runs +4: ", said) and "reference, chunked" in said and "2 sequences of 512" in said
+    said = plan("benchmark", tmp_path, capsys, model=str(model), lengths=[32], batches=[1, 2], peers=[])
+    assert "batches 1, 2, prompts 32, 3 rounds" in said and "up to 512 tokens" in said
+
+
+@pytest.mark.parametrize("notebook", ["modes", "benchmark", "chat"])
+def test_a_plan_refuses_what_the_job_would_refuse(notebook, demo_folder, tmp_path, capsys):
+    with pytest.raises(LayoutError, match="no whole model"):
+        plan(notebook, tmp_path, capsys, model=str(demo_folder / "demo-state.pth"))
+
+
+def test_a_longer_text_takes_longer_and_token_by_token_longest():
+    size = (1, 1_000_000, 4, torch.float32)
+    short, long = (estimate.forward_seconds(tokens, *size, "cpu") for tokens in (100, 10_000))
+    assert 10 * short < long
+    assert estimate.forward_seconds(1000, *size, "reference") < estimate.stepping_seconds(1000, *size, "reference")
