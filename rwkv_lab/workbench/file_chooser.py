@@ -76,7 +76,7 @@ class FileChooser(HasTraits):
         )
         self.place.observe(lambda change: self._fill(Path(change["new"]).expanduser()), "value")
         self.list.observe(self._marked, "index")
-        self.open.on_click(lambda _: self.show(self._rows[self.list.index].path))
+        self.open.on_click(lambda _: self.show(self._rows[self.list.index or 0].path))
         self.use.on_click(lambda _: self._take(beside=[]))
         self.add.on_click(lambda _: self._take(beside=self.paths))
 
@@ -116,7 +116,7 @@ class FileChooser(HasTraits):
 
     def _marked(self, change: dict) -> None:
         """Say what the marked row is, and what can be done with it."""
-        at = change["new"]
+        at: int | None = change["new"]
         row = None if at is None else self._rows[at]
         self.open.disabled = row is None or not row.opens
         self.use.disabled = self.add.disabled = row is None or not row.chosen
@@ -124,14 +124,14 @@ class FileChooser(HasTraits):
             self.details.value = ""
             return
         if self.files.checkpoints and not row.kind and not row.fault:
-            row = self._rows[at] = described(row)
+            row = described(row)
         fault = not_taken(row, self.name, self.files.kinds) or self.objection(row)
         what = ", ".join(filter(None, (row.kind, row.model, size_in_words(row), row.more)))
         self.details.value = f"<b>{html.escape(row.name)}</b> {html.escape(what)}" + warning(fault)
 
     def _take(self, beside: list[str]) -> None:
         """Take the marked file, beside those that stay."""
-        path = self._rows[self.list.index].path
+        path = self._rows[self.list.index or 0].path  # the buttons are off while no row is marked
         self.used(path.parent)
         self.value = SEPARATOR.join(dict.fromkeys([*beside, str(path)]))
         if not beside:
