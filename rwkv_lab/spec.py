@@ -112,8 +112,9 @@ class Spec(BaseModel):
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """`; did you mean X?` where one of `words` is near, else empty."""
-    near = get_close_matches(word, list(words), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    by_small = {w.lower(): w for w in words}
+    near = get_close_matches(word, list(by_small.values()), n=1) or get_close_matches(word.lower(), list(by_small), n=1)
+    return f"; did you mean {by_small.get(near[0], near[0])}?" if near else ""
 
 
 def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ParameterError:

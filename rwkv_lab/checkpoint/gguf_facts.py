@@ -15,6 +15,15 @@ from llama_cpp import Llama  # of PyPI llama-cpp-python; with llama.cpp itself: 
 model = Llama("{path}", n_ctx=4096)
 print(model("The capital of France is", max_tokens=32)["choices"][0]["text"])
 """
+RANK_KEYS = {  # generation -> rank of `Layout` -> key of the header, after the architecture
+    "6.0": {"maa": "time_mix_extra_dim", "decay": "time_decay_extra_dim"},
+    "7.0": {
+        "w": "attention.decay_lora_rank",
+        "a": "attention.iclr_lora_rank",
+        "v": "attention.value_residual_mix_lora_rank",
+        "g": "attention.gate_lora_rank",
+    },
+}
 NOT_READ = "llama.cpp starts from zeros and reads no state with a model"
 
 

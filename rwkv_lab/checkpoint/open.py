@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ from rwkv_lab.arguments import shown_value
 from rwkv_lab.checkpoint.adapter_names import adapter_format, our_targets, present_adapter
 from rwkv_lab.checkpoint.foreign_format import RESCALED, Facts, ForeignFormat, present
 from rwkv_lab.checkpoint.format import FORMATS, format_of, no_checkpoint
+from rwkv_lab.checkpoint.json_files import read_json
 from rwkv_lab.checkpoint.kind import Identity, identify
 from rwkv_lab.checkpoint.layout import Layout
 from rwkv_lab.checkpoint.packed import unpacked
@@ -33,7 +33,6 @@ from rwkv_lab.spec import did_you_mean
 log = logging.getLogger(__name__)
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")  # what names of shards end in
-_MAX_JSON = 100_000_000  # bytes of an index or config; 1,000 tensors take 0.1 MB
 # Files of a folder that hold tensors or say which do; the first that is there counts.
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -250,13 +249,21 @@ def _present(ck: Checkpoint) -> None:
         ck.names_in_file, ck.inverses = found.theirs, found.inverses
         _tie(ck)
         if ck.layout is not None:
-            for note in contradictions(found.format, ck.layout, ck.config, ck.metadata):
+            for note in contradictions(found.format, ck.layout, ck.config, ck.metadata, found.tensors):
                 _note(ck, note)
 
 
 def _tie(ck: Checkpoint) -> None:
     """Give a model whose configuration ties them the head that its embedding is."""
-    if ck.config.get("tie_word_embeddings") is True and "emb.weight" in ck.info and "head.weight" not in ck.info:
+    if ck.config.get("tie_word_embeddings") is not True or "emb.weight" not in ck.info:
+        return
+    if "head.weight" in ck.info:
+        _note(
+            ck,
+            f"config.json states tie_word_embeddings, and there is a head of its own, "
+            f"{ck.names_in_file['head.weight']}: it is read, where programs that tie take the embedding for it.",
+        )
+    else:
         ck.info["head.weight"] = replace(ck.info["emb.weight"], name="head.weight")
         ck.names_in_file["head.weight"] = ck.names_in_file["emb.weight"]
         ck.inverses["head.weight"] = ck.inverses["emb.weight"]
@@ -307,9 +314,15 @@ def _open_folder(ck: Checkpoint, folder: Path) -> None:
     ck.format = "folder"
     names = ADAPTERS if (folder / "adapter_config.json").is_file() else (*INDEXES, *SINGLES)
     if names is ADAPTERS:
-        ck.format, ck.adapter_config = "adapter", _read_json(folder / "adapter_config.json")
+        ck.format, ck.adapter_config = "adapter", read_json(folder / "adapter_config.json")
     found = next((folder / n for n in names if (folder / n).is_file()), None)
     if found is None:
+        model = next((n for n in (*INDEXES, *SINGLES) if (folder / n).is_file()), None)
+        if model:
+            raise LayoutError(
+                f"{folder} has adapter_config.json, so it is an adapter's folder; of {' and '.join(ADAPTERS)} there is "
+                f"none.\nCopy the adapter there, or take adapter_config.json out to read the model in {model}."
+            )
         weights = next((n for n in ADAPTERS if (folder / n).is_file()), None)
         if weights and names is not ADAPTERS:
             raise LayoutError(
@@ -326,7 +339,7 @@ def _open_folder(ck: Checkpoint, folder: Path) -> None:
             f"{folder} holds none of {', '.join(names)}.\nIt holds: {', '.join(there) or 'nothing'}{advice}"
         )
     if (folder / "config.json").is_file():
-        ck.config = _read_json(folder / "config.json")
+        ck.config = read_json(folder / "config.json")
     if found.name in INDEXES:
         _open_shards(ck, folder, found)
     else:
@@ -341,7 +354,7 @@ def _files_in(folder: Path, names: Sequence[str]) -> str:
 
 
 def _open_shards(ck: Checkpoint, folder: Path, index: Path) -> None:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
         raise LayoutError(f"{index} has no weight_map of names to files")
     shards = list(dict.fromkeys(weight_map.values()))
@@ -376,15 +389,3 @@ def _stays_in(folder: Path, target: Path) -> bool:
     commit = next((place for place in (home, *home.parents) if place.parent.name == "snapshots"), None)
     stores = [] if commit is None else [commit.parents[1] / "blobs", commit.parents[2] / "blobs"]
     return real.parent == home or any(real.is_relative_to(store) for store in stores)
-
-
-def _read_json(path: Path) -> dict:
-    if path.stat().st_size > _MAX_JSON:
-        raise CorruptFileError(f"{path} has {path.stat().st_size} bytes; {_MAX_JSON} are the limit")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise CorruptFileError(f"{path} is not JSON ({e})") from e
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{path} holds a {type(value).__name__}, not an object")
-    return value

@@ -6,6 +6,7 @@ Format: 8 bytes N (little endian), N bytes of JSON `{name: {dtype, shape, data_o
 import json
 from itertools import pairwise
 
+from rwkv_lab.checkpoint.json_files import unique_keys
 from rwkv_lab.checkpoint.source import SourceFile, TensorInfo, is_name
 from rwkv_lab.errors import CorruptFileError
 
@@ -55,18 +56,10 @@ def read_safetensors_header(file: SourceFile) -> tuple[dict[str, TensorInfo], di
 
 
 def _parse(raw: bytes, file: SourceFile) -> dict:
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        found: dict = {}
-        for name, value in pairs:
-            if name in found:
-                raise CorruptFileError(f"{file.path}: {name!r} appears twice in its header")
-            found[name] = value
-        return found
-
     if not raw.startswith(b"{"):
         raise CorruptFileError(f"{file.path}: its header starts with {raw[:8]!r}, not with a JSON object")
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys(file.path, "its header"))
     except (UnicodeDecodeError, ValueError, RecursionError) as e:
         raise CorruptFileError(f"{file.path}: its header is not UTF-8 JSON ({e})") from e
 

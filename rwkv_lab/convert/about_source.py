@@ -1,7 +1,10 @@
 """What a plan says of its source, in words: what stays behind, and how it differs from a model."""
 
+from collections.abc import Iterator, Mapping
+
 from rwkv_lab.checkpoint import Checkpoint
 from rwkv_lab.convert.output import Output
+from rwkv_lab.convert.tokenizer_files import END_IDS
 from rwkv_lab.errors import LayoutError
 
 _VOCABULARY = "tokenizer.json"  # of a folder: what `tokenizer` takes
@@ -25,7 +28,7 @@ def refuse_odd_weights(ck: Checkpoint) -> None:
 
 def about_source(ck: Checkpoint, output: Output) -> list[str]:
     """What the source holds and a conversion does not take along, and how it differs from a model."""
-    notes = [*ck.notes, *(f"{name} of the source is not read: {why}." for name, why in ck.ignored.items())]
+    notes = [*ck.notes, *_not_read(ck.ignored), *_other_end(ck, output)]
     if ck.others:
         notes.append(
             f"{len(ck.others)} entries that are no tensors stay behind: {', '.join(map(str, ck.others))[:80]}."
@@ -46,3 +49,22 @@ def about_source(ck: Checkpoint, output: Output) -> list[str]:
     if output.layout and output.container.holds_vocabulary and not output.spec.tokenizer and vocabulary.is_file():
         notes.append(f"{_VOCABULARY} of the source stays behind. To take it along: tokenizer={str(vocabulary)!r}.")
     return notes
+
+
+def _not_read(ignored: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each reason."""
+    for why in dict.fromkeys(ignored.values()):
+        first, *others = (name for name, reason in ignored.items() if reason == why)
+        more = f" and {len(others)} more of its tensors are" if others else " is"
+        yield f"{first} of the source{more} not read: {why}."
+
+
+def _other_end(ck: Checkpoint, output: Output) -> Iterator[str]:
+    """What the source states of the tokens that begin, end and pad a text, where the output states something else."""
+    if output.layout is None or not output.container.holds_vocabulary:
+        return
+    end = output.tokenizer.end_of_text if output.tokenizer is not None else None
+    for name in END_IDS:
+        stated = ck.config.get(name, ck.metadata.get(f"tokenizer.ggml.{name}"))
+        if stated is not None and str(stated) != str(end or 0):
+            yield f"The source states {name} {stated}; in the output it is {end or 0}."

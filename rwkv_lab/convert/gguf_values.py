@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from rwkv_lab.checkpoint import Layout
 from rwkv_lab.checkpoint.foreign_format import RESCALED
+from rwkv_lab.checkpoint.gguf_facts import RANK_KEYS
 from rwkv_lab.checkpoint.gguf_layout import tensor_type
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.convert.gguf_vocabulary import Values, vocabulary
@@ -44,16 +45,6 @@ def header_values(
 
 
 def _by_generation(name: str, layout: Layout, rescale: int) -> Values:
-    ranks = layout.ranks
-    if layout.version == "6.0":
-        return [
-            (f"{name}.time_mix_extra_dim", ranks["maa"]),
-            (f"{name}.time_decay_extra_dim", ranks["decay"]),
-            (f"{name}.rescale_every_n_layers", rescale),
-        ]
-    return [
-        (f"{name}.attention.decay_lora_rank", ranks["w"]),
-        (f"{name}.attention.iclr_lora_rank", ranks["a"]),
-        (f"{name}.attention.value_residual_mix_lora_rank", ranks.get("v", ranks["a"])),  # one layer has no v
-        (f"{name}.attention.gate_lora_rank", ranks["g"]),
-    ]
+    ranks = {"v": layout.ranks.get("a", 0)} | dict(layout.ranks)  # one layer of RWKV-7 has no v
+    values: Values = [(f"{name}.{key}", ranks[rank]) for rank, key in RANK_KEYS[layout.version].items()]
+    return [*values, (f"{name}.rescale_every_n_layers", rescale)] if layout.version == "6.0" else values

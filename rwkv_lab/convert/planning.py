@@ -44,14 +44,13 @@ from rwkv_lab.convert.quantised import fits, quantised
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
 from rwkv_lab.convert.states import about_state, is_state_output, state_output
 from rwkv_lab.convert.targets import PLAIN, format_for
-from rwkv_lab.convert.tokenizer_files import generation_config, model_tokenizer, tokenizer_files
+from rwkv_lab.convert.tokenizer_files import END_IDS, generation_config, model_tokenizer, tokenizer_files
 from rwkv_lab.errors import LayoutError, OutputError, ParameterError
 from rwkv_lab.paths import to_path
 from rwkv_lab.peft.rwkv_peft_layout import NOTE
 from rwkv_lab.tokenizer import Tokenizer
 
 _FILES = (".pth", ".safetensors", ".st", ".gguf", ".bin")  # no folder is called so
-_END_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _STREAMED = ("copy", "cast", "quantised")  # actions that take a tensor block by block
 
@@ -355,7 +354,7 @@ def _others(
             bytes_of[t.dtype] += t.nbytes
         config = known.config(layout, bytes_of.most_common(1)[0][0]) | known.details(list(ck.info))
         if tokenizer is not None and tokenizer.end_of_text is not None:
-            config |= {name: tokenizer.end_of_text for name in _END_IDS if name in config}
+            config |= {name: tokenizer.end_of_text for name in END_IDS if name in config}
         if GROUP_NORM_EPS in config and ck.group_norm_eps is not None:
             config[GROUP_NORM_EPS] = ck.group_norm_eps
         if spec.rescale:

@@ -13,6 +13,7 @@ from rwkv_lab.errors import ParameterError
 from rwkv_lab.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer, load_tokenizer, tokenizer_for
 
 CODE = "rwkv_vocabulary_tokenizer"
+END_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a configuration
 _END_OF_TEXT = "<|endoftext|>"
 
 
@@ -79,7 +80,7 @@ def _vocabulary_files(name: str, vocabulary: bytes, end: int | None, template: b
 def generation_config(tokenizer: Tokenizer | None) -> dict[str, bytes]:
     """generation_config.json: the end of a text ends what is generated."""
     end = None if tokenizer is None else tokenizer.end_of_text
-    ids = {} if end is None else {name: end for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {} if end is None else {name: end for name in END_IDS}
     return {"generation_config.json": _as_json(ids)} if ids else {}
 
 

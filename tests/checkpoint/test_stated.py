@@ -7,9 +7,11 @@ import pytest
 from models import LAYOUTS, random_model
 
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
+from rwkv_lab.checkpoint.gguf_facts import RANK_KEYS
 from rwkv_lab.convert import convert, to_gguf
 from rwkv_lab.errors import CorruptFileError, LayoutError
 
+INDEX = "model.safetensors.index.json"
 NUMBERS = {"fla": ("6.0", "7.0"), "world": ("5.2", "6.0"), "transformers": ("4.0", "5.2", "7.0")}
 PAIRS = [(target, version) for target, versions in NUMBERS.items() for version in versions]
 
@@ -45,6 +47,61 @@ def test_every_dimension_of_a_configuration_that_the_tensors_do_not_have(target,
         changed(folder, **{name: config[name]})
 
 
+OTHERWISE = [
+    ("fla", "7.0", "value_dim", [16, 8], "the tensors have [16, 16]"),
+    ("fla", "7.0", "value_dim", 8, "the tensors have [16, 16]"),
+    ("transformers", "7.0", "ranks", {"w": 1}, "the tensors have {"),
+    ("transformers", "7.0", "version", "6.0", "the tensors have '7.0'"),
+    ("fla", "7.0", "model_type", "rwkv6", "the tensors have 'rwkv7'"),
+    ("world", "6.0", "model_type", "llama", "the tensors have 'rwkv6'"),
+    ("fla", "7.0", "hidden_act", "silu", "RWKV-7.0 is computed with 'sqrelu'"),
+    ("fla", "6.0", "norm_bias", False, "RWKV-6.0 is computed with True"),
+    ("world", "5.2", "torch_dtype", "float32", "most tensors are bfloat16; every tensor is read in its own"),
+    ("fla", "7.0", "dtype", "float16", "most tensors are bfloat16"),
+    ("transformers", "4.0", "dtype", "int8", "most tensors are bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("target", "version", "name", "value", "message"), OTHERWISE)
+def test_what_else_a_configuration_states_otherwise(target, version, name, value, message, tmp_path):
+    folder = written(tmp_path, target, version)
+    changed(folder, **{name: value})
+    assert f"config.json states {name} {value!r}" in notes(folder) and message in notes(folder)
+
+
+@pytest.mark.parametrize(("name", "value"), [("value_dim", 16), ("torch_dtype", "auto"), ("torch_dtype", "bfloat16")])
+def test_other_words_for_what_the_tensors_have(name, value, tmp_path):
+    folder = written(tmp_path, "fla", "7.0")
+    changed(folder, **{name: value})
+    assert not notes(folder)
+
+
+def test_a_head_beside_weights_that_the_configuration_ties(tmp_path):
+    folder = written(tmp_path, "fla", "7.0")
+    changed(folder, tie_word_embeddings=True)
+    assert "states tie_word_embeddings, and there is a head of its own, lm_head.weight: it is read" in notes(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "twice"), [("config.json", "hidden_size"), (INDEX, "weight_map"), (INDEX, "model.norm.bias")]
+)
+def test_a_key_that_stands_twice_in_a_json_file(name, twice, tmp_path):
+    """json keeps the last one, other programs the first: they would read different models."""
+    write_checkpoint(tmp_path / "m.pth", random_model())
+    folder = convert(tmp_path / "m.pth", "fla", tmp_path / "out", max_shard_size="3KB").out
+    text = (folder / name).read_text()
+    (folder / name).write_text(text.replace(f'"{twice}":', f'"{twice}": {{}}, "{twice}":'))
+    with pytest.raises(CorruptFileError, match=f"{name}: '{twice}' appears twice in it"):
+        open_checkpoint(folder)
+
+
+def test_a_model_in_the_folder_of_an_adapter(tmp_path):
+    folder = written(tmp_path, "fla", "7.0")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(LayoutError, match=r"take adapter_config.json out to read the model in model.safetensors"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("value", [0.5, 0, "x", float("nan")])
 @pytest.mark.parametrize(("target", "version"), [("fla", "6.0"), ("fla", "7.0"), ("world", "6.0")])
 def test_another_eps_of_the_norms(target, version, value, tmp_path):
@@ -54,8 +111,13 @@ def test_another_eps_of_the_norms(target, version, value, tmp_path):
     assert f"{name} is stated as {value}; the norms are computed with 1e-05" in notes(folder)
 
 
-@pytest.mark.parametrize("version", ["6.0", "7.0"])
-@pytest.mark.parametrize("name", ["block_count", "embedding_length", "feed_forward_length", "vocab_size"])
+DIMENSIONS = ["block_count", "embedding_length", "feed_forward_length", "vocab_size"]
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [(name, version) for version in ("6.0", "7.0") for name in [*DIMENSIONS, *RANK_KEYS[version].values()]],
+)
 def test_every_dimension_of_a_gguf_header_that_the_tensors_do_not_have(name, version, tmp_path):
     write_checkpoint(tmp_path / "m.pth", random_model(LAYOUTS[version]))
     out = to_gguf(tmp_path / "m.pth", tmp_path / "m.gguf").out

@@ -1,8 +1,11 @@
 """What a plan says of its source, and what it refuses of source and output."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
-from models import LAYOUTS, random_model, random_state, snapshot
+from models import LAYOUTS, SEVEN, random_model, random_state, snapshot
 
 from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.convert import convert, to_huggingface, to_safetensors
@@ -113,3 +116,21 @@ def test_outputs_through_links_in_a_circle(below, to, tmp_path):
 def test_an_allowed_dir_that_is_no_folder(name, tmp_path):
     with pytest.raises(ParameterError, match="is not a folder"):
         convert(saved(tmp_path, random_model()), "pth", tmp_path / "o.pth", allowed_dir=tmp_path / name)
+
+
+def test_tokens_that_end_a_text_by_the_source_and_not_by_the_output(tmp_path):
+    path = saved(tmp_path, random_model(replace(SEVEN, vocab_size=257)))
+    folder = convert(path, "fla", tmp_path / "folder").out
+    assert "The source states" not in notes(folder, "gguf", tmp_path / "o.gguf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 2, "pad_token_id": None}))
+    for to, out in (("gguf", "o.gguf"), ("transformers", "o")):
+        said = notes(folder, to, tmp_path / out)
+        assert "The source states eos_token_id 2; in the output it is" in said and "pad_token_id" not in said
+    assert "eos_token_id" not in notes(folder, "pth", tmp_path / "o.pth")
+
+
+def test_what_is_not_read_for_one_reason_is_one_note(tmp_path):
+    path = convert(saved(tmp_path, random_model()), "gguf", tmp_path / "m.gguf").out
+    said = [note for note in convert(path, "pth", tmp_path / "o.pth", dry_run=True).notes if "not read" in note]
+    assert len(said) == 1 and "blk.0.time_mix_v0.weight of the source and 2 more of its tensors are not read" in said[0]
