@@ -120,6 +120,7 @@ THEIRS = re.compile(
     r"|set_materialize_grads|modeling_\w+|(another_)?normalized_shape|fill_uninitialized_memory|initializer_list"
     r"|GGMLQuantizationType|llama_model_quantize\w*|quantization_version|quantization_config|organization"
     r"|(is_|register_)?initializers?|DynamicQuantizeLinear|optimizer|graph_optimization_level|GraphOptimizationLevel"
+    r"|disable_specified_optimizers"
     r"|SerializeToString"
     # Operators of ONNX and calls of TensorRT.
     r"|\w+Normalization|(De)?[qQ]uantizeLinear|(add|create)_optimization_profile|build_serialized_network"

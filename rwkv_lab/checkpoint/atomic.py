@@ -25,7 +25,7 @@ def atomic_file(path: Path, overwrite: bool) -> Iterator[int]:
     Raises:
         OutputError: `path` exists and may not be overwritten, or its folder cannot be written to.
     """
-    _remove_stale(path)
+    remove_stale(path)
     check_target(path, overwrite)
     temporary, fd = _create(path, lambda t: os.open(t, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
     try:
@@ -48,7 +48,7 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         OutputError: as for `atomic_file`.
     """
-    _remove_stale(path)
+    remove_stale(path)
     check_target(path, overwrite)
     temporary, fd = _create(path, _make_folder)
     try:
@@ -65,6 +65,25 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         os.close(fd)
     _sync_folder(path.parent)
+
+
+@contextmanager
+def work_folder(path: Path) -> Iterator[Path]:
+    """A folder for what is needed until the block ends, beside where `path` would be. What a killed process leaves is
+    removed when the next one is made for the same `path`.
+
+    Raises:
+        OutputError: its folder cannot be written to.
+    """
+    remove_stale(path)
+    temporary, fd = _create(path, _make_folder)
+    try:
+        inside = temporary / "work"  # `one_writer` locks the folder that it writes into, and `temporary` is locked
+        inside.mkdir()
+        yield inside
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(fd)
 
 
 @contextmanager
@@ -150,7 +169,7 @@ def _make_folder(temporary: Path) -> int:
 def _swap(temporary: Path, path: Path) -> None:
     """Put the folder `temporary` in the place of the folder `path`.
 
-    Two renames, so killed between them `path` is gone; `_remove_stale` puts the old folder back.
+    Two renames, so killed between them `path` is gone; `remove_stale` puts the old folder back.
     """
     old = _temporary(path, _PREVIOUS)
     path.rename(old)
@@ -178,7 +197,8 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
         os.unlink(temporary)
 
 
-def _remove_stale(path: Path) -> None:
+def remove_stale(path: Path) -> None:
+    """Remove what killed processes have left of a file or folder of that path; what a living one writes stays."""
     if not path.parent.is_dir():
         return
     for left in path.parent.iterdir():

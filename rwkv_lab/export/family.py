@@ -1,5 +1,7 @@
 """What a family of models brings, so that the pipeline can export it. A family is one module in `families/`."""
 
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +32,23 @@ class WholeModel:
     choice: dict[str, Weights] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Text:
+    """What is read from the first state on: pieces int64 `[B,T]`, one after the other.
+
+    states, logits: whether those of each piece are wanted.
+    """
+
+    pieces: Sequence[np.ndarray]
+    states: bool
+    logits: bool = True
+
+
+# Of each text and each of its pieces in turn: logits float32 `[B,T,V]`, and the state as `Reference.arrays` gives it;
+# each is empty where it is not wanted. A text is taken to its end before the next one.
+Read = Iterator[Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]]
+
+
 class Reference(Protocol):
     """The model that the exported one is compared with, in float32."""
 
@@ -44,6 +63,14 @@ class Reference(Protocol):
         """A state as the ONNX graphs have it, by name."""
         ...
 
+    def read(self, texts: Sequence[Text]) -> Read:
+        """Logits and states along texts."""
+        ...
+
+    def seconds(self, pieces: Sequence[np.ndarray]) -> list[float]:
+        """What each piece takes to compute, where it follows the one before."""
+        ...
+
     def tokens_of(self, text: str) -> list[int] | None:
         """Tokens of a text; None where the model has no tokenizer."""
         ...
@@ -52,6 +79,28 @@ class Reference(Protocol):
         """What models of this family alone are compared by; `limit` is of relative errors, None where they do not
         count."""
         ...
+
+
+def read_in_turn(reference: Reference, texts: Sequence[Text]) -> Read:
+    """`Reference.read` of a model that is in memory."""
+
+    def pieces(text: Text) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        state = None
+        for tokens in text.pieces:
+            logits, state = reference.run(tokens, state)
+            yield logits, reference.arrays(state) if text.states else {}
+
+    yield from map(pieces, texts)
+
+
+def seconds_in_turn(reference: Reference, pieces: Sequence[np.ndarray]) -> list[float]:
+    """`Reference.seconds` of a model that is in memory."""
+    state, found = None, []
+    for tokens in pieces:
+        start = time.perf_counter()
+        _, state = reference.run(tokens, state)
+        found.append(time.perf_counter() - start)
+    return found
 
 
 class Family(Protocol):

@@ -73,7 +73,7 @@ def write_in_process(
     writer = next(one for one in FAMILIES if one.name == family)
     whole = WholeModel(Path(model["path"]), model["bytes"], choice=model["choice"])
     checks = writer.write_onnx(configuration, whole, folder)
-    graph = OnnxModel(folder)
+    graph = OnnxModel(folder, low_memory=True)
     for shape in _UNTRACED if configuration.onnx_dynamic_axes else ():
         try:
             graph.run(np.zeros(shape, np.int64))

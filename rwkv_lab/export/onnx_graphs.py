@@ -13,7 +13,7 @@ from rwkv_lab.export.onnx_folder import INITIAL_STATE, SEQUENCE, STATES, STEP, p
 
 State = dict[str, np.ndarray]
 MASK = "attention_mask"
-_COPIED = 2 * 2**30  # bytes of a folder up to which float32 weights are copied to read prompts faster
+_COPIED = 256 * 2**20  # bytes of a folder up to which float32 weights are copied to read prompts faster
 
 
 class Graphs(Protocol):
@@ -37,14 +37,22 @@ class RecurrentGraphs:
     context: int | None = None
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], providers: Sequence[str] | None, threads: int | None
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        providers: Sequence[str] | None,
+        threads: int | None,
+        low_memory: bool,
     ) -> None:
         self.vocab_size: int = manifest["layout"]["vocab_size"]
         # float32 weights can be used where the file is mapped. For one token that is as fast as a copy in the order of
-        # the products; a prompt takes a seventh longer, and a large model half the memory.
-        rounded, size = manifest["weights"] != "fp32", sum(facts["bytes"] for facts in manifest["files"].values())
-        self._sequence = open_session(folder / SEQUENCE, providers, threads, reorder=rounded or size <= _COPIED)
-        self._step = open_session(folder / STEP, providers, threads, reorder=rounded)
+        # the products; a prompt takes a seventh longer, and a large model a fraction of the memory. Those of int4 are
+        # always copied: onnxruntime rounds what they multiply in that order alone.
+        weights, size = manifest["weights"], sum(facts["bytes"] for facts in manifest["files"].values())
+        rounded = weights == "int4" or weights != "fp32" and not low_memory
+        reorder = rounded or size <= _COPIED and not low_memory
+        self._sequence = open_session(folder / SEQUENCE, providers, threads, reorder, low_memory)
+        self._step = open_session(folder / STEP, providers, threads, rounded, low_memory)
         try:
             with np.load(folder / INITIAL_STATE, allow_pickle=False) as parts:
                 self._initial = {name: parts[name] for name in STATES}
@@ -82,14 +90,20 @@ class CachedGraph:
     layer, and the mask of it, `[B,P]` int64: 0 where a row is padded, in front."""
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], providers: Sequence[str] | None, threads: int | None
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        providers: Sequence[str] | None,
+        threads: int | None,
+        low_memory: bool,
     ) -> None:
         layout = manifest["layout"]
         self.vocab_size: int = layout["vocab_size"]
         self.context: int | None = layout["context"]
         self._names = past_names(layout["n_layer"])
         self._shapes = dict(zip(self._names, layout["cache"], strict=True))  # [heads, size of a head]
-        self._session = open_session(folder / SEQUENCE, providers, threads)
+        reorder = not low_memory or manifest["weights"] == "int4"
+        self._session = open_session(folder / SEQUENCE, providers, threads, reorder, low_memory)
 
     def create_state(self, batch_size: int) -> State:
         """As `Graphs.create_state`: of no token."""
@@ -135,11 +149,15 @@ def _checked_mask(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     return found.astype(np.int64)
 
 
-def open_session(path: Path, providers: Sequence[str] | None, threads: int | None, reorder: bool = True) -> Any:
+def open_session(
+    path: Path, providers: Sequence[str] | None, threads: int | None, reorder: bool = True, low_memory: bool = False
+) -> Any:
     """A session of onnxruntime on a graph.
 
     Args:
         reorder: have weights copied into the order that products of matrices read them in.
+        low_memory: leave weights in the file, which is mapped: none is cast in advance, and what a call needs is given
+            back after it.
 
     Raises:
         ParameterError: onnxruntime or the provider is missing.
@@ -159,6 +177,13 @@ def open_session(path: Path, providers: Sequence[str] | None, threads: int | Non
     options.log_severity_level = 3  # errors; it warns of each initialiser that is not used by its optimiser
     if not reorder:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if low_memory:
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        # The first alone does not do: the other folds casts of weights, too.
+        folding = "ConstantFolding;Level1_RuleBasedTransformer"
+        options.add_session_config_entry("optimization.disable_specified_optimizers", folding)
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # else all casts come first
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

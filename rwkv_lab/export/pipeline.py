@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from rwkv_lab.arguments import checked
-from rwkv_lab.checkpoint.atomic import atomic_folder, check_target
+from rwkv_lab.checkpoint.atomic import atomic_folder, check_target, remove_stale, work_folder
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import (
     CheckpointValidationError,
@@ -44,6 +43,7 @@ log = logging.getLogger(__name__)
 PYTORCH, ONNX, TENSORRT = "pytorch", "onnx", "tensorrt"  # in the folder of an export
 REPORT, LOG = "validation.json", "export.log"
 _WORK = "work"  # in it while it is made. Files are never written beside it: their writers lock the folder they are in
+_SHARED = "merged"  # what the model is called that several exports share, while they are made
 _SOURCE = ("checkpoint_path", "checkpoint_name", "base_model_name", "alpha", "remove_training_artifacts")
 _BYTES = 1000  # of a built-in sample: never more than LONGEST tokens
 _MB = 1e6
@@ -122,8 +122,8 @@ def _run_levels(configurations: Sequence[ExportConfiguration]) -> Iterator[Expor
         return
     folder = configurations[0].output_directory
     _make_folder(folder)
-    with TemporaryDirectory(prefix=".merged-", dir=folder) as kept:
-        merged = _Merged(Path(kept))
+    with work_folder(folder / _SHARED) as kept:
+        merged = _Merged(kept)
         for configuration in configurations:
             yield _run(configuration, merged)
 
@@ -156,6 +156,7 @@ def _export(configuration: ExportConfiguration, result: ExportResult, out: Path,
             result.warnings += checkpoint.passed_over
         family = family_of(configuration, checkpoint)
         _make_folder(out.parent)
+        remove_stale(out.with_name(_SHARED))  # of a killed export of several levels; its own is removed below
         _refuse_around(out, checkpoint.path)
         check_target(out, configuration.overwrite)
         with atomic_folder(out, configuration.overwrite) as inside:

@@ -120,7 +120,7 @@ def _parity(onnx_folder: Path, sizes: Sizes, reference: Reference | None) -> Che
     name = f"onnxruntime and torch, on the files for TensorRT at {shown}: largest relative error"
     if reference is None:
         return NotApplicable(name, "the model was not given to compare with")
-    graph, worst = OnnxModel(onnx_folder), 0.0
+    graph, worst = OnnxModel(onnx_folder, low_memory=True), 0.0
     for B, T in shapes:
         tokens = np.random.default_rng(B + T).integers(0, reference.vocab_size, (B, T))
         found, state = graph.run(tokens)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 ENOUGH = 100  # tokens below which percentiles mean nothing
+_VALUES = 2**20  # of two arrays at a time, likewise
 _ROWS = 64  # positions at a time: a whole text in float64 would be large
 _TIE = 1e-5  # relative to the larger logit: tokens closer than that are equally likely but for rounding
 
@@ -29,15 +30,20 @@ class ArrayError:
 
 def array_error(found: np.ndarray, expected: np.ndarray) -> ArrayError:
     """Compare two arrays of float32."""
-    scale = max(1.0, float(np.abs(expected).max(initial=0)))
+    scale = max(1.0, float(expected.max(initial=0)), -float(expected.min(initial=0)))
     bad = int((~np.isfinite(found)).sum())
     if found.shape != expected.shape or bad:
         return ArrayError(scale, float("inf"), float("inf"), float("nan"), bad)
-    difference = np.abs(found - expected)
-    a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
-    sizes = float(np.linalg.norm(a) * np.linalg.norm(b))
-    cosine = float(a @ b) / sizes if sizes else float(np.array_equal(a, b))
-    return ArrayError(scale, float(difference.max(initial=0)) / scale, float(difference.mean()) / scale, cosine, 0)
+    a, b = np.ravel(found), np.ravel(expected)
+    largest = total = product = of_a = of_b = 0.0
+    for at in range(0, a.size, _VALUES):
+        x, y = a[at : at + _VALUES].astype(np.float64), b[at : at + _VALUES].astype(np.float64)
+        difference = np.abs(x - y)
+        largest, total = max(largest, float(difference.max())), total + float(difference.sum())
+        product, of_a, of_b = product + float(x @ y), of_a + float(x @ x), of_b + float(y @ y)
+    sizes = (of_a * of_b) ** 0.5
+    cosine = product / sizes if sizes else float(np.array_equal(a, b))
+    return ArrayError(scale, largest / scale, total / max(a.size, 1) / scale, cosine, 0)
 
 
 @dataclass

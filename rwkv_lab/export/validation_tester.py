@@ -7,7 +7,7 @@ divergence (KL) and how often the likeliest token stays the same. The limits are
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from rwkv_lab.checkpoint import write_text
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import ValidationError
-from rwkv_lab.export.family import Reference
+from rwkv_lab.export.family import Reference, Text
 from rwkv_lab.export.onnx_folder import MANIFEST
 from rwkv_lab.export.onnx_model import OnnxModel
 from rwkv_lab.export.validation_metrics import ArrayError, PredictionErrors, Predictions, array_error
@@ -28,8 +28,12 @@ LONGEST = 1024  # tokens of a sample that are compared
 _PIECE = 256  # tokens that are read at once: their logits are [T,V]
 _SPLIT = 7  # tokens of the first part, where a text is read in two
 _DRIFT = (1, 2, 5, 16, 67, 256, 521, LONGEST)  # tokens after which states are compared
+_LARGE = 256 * 2**20  # bytes of a folder from which on weights stay in their file
 _GREEDY = 16  # tokens that both write after a sample
-_TIMED, _PROMPT, _ROUNDS = 32, 128, 3  # tokens decoded one by one; tokens read at once, and how often
+_STARTS = 32  # tokens of a sample after which both write
+_PROMPT, _WARM, _TIMED, _ROUNDS = 128, 3, 12, 3  # tokens read at once; after them to warm up, and timed; how often
+
+Pieces = Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,13 @@ class Memory:
     loaded: what opening the folder and running it once takes, beside files that are mapped into memory.
     files: of the folder.
     ratio: of loaded to files.
+    low_memory: whether it was opened as `OnnxModel` is with low_memory=True, here and where speed was measured.
     """
 
     loaded: int | None
     files: int
     ratio: float | None
+    low_memory: bool = False
 
 
 class ValidationTester:
@@ -117,7 +123,14 @@ class ValidationTester:
     """
 
     def __init__(self, reference: Reference, folder: Path, samples: list[list[int]]):
-        self.reference, self.folder, self.graph = reference, folder, OnnxModel(folder)
+        self.reference, self.folder = reference, folder
+        self.low_memory = sum(path.stat().st_size for path in folder.iterdir()) > _LARGE
+        before = memory_of("RssAnon")
+        self.graph = OnnxModel(folder, low_memory=self.low_memory)
+        self.graph.run(np.zeros((1, 1), np.int64))
+        self.graph.run(np.zeros((1, 2), np.int64))
+        after = memory_of("RssAnon")
+        self._opened = None if before is None or after is None else max(after - before, 0)
         self.context = LONGEST if reference.context is None else min(LONGEST, reference.context)
         self.samples = [ids[: self.context] for ids in samples if len(ids) > 1]
         self.shapes = [(B, min(T, self.context)) for B, T in SHAPES]
@@ -153,82 +166,102 @@ class ValidationTester:
     def compare_model_outputs(self) -> Comparison:
         """Logits and states at every shape, predictions on the samples, states along the first of them, and what both
         write after each."""
-        found = Comparison(**asdict(self._predictions()))
-        for shape in self.shapes:
-            tokens = self._random(shape)
-            logits, state = self.graph.run(tokens)
-            expected, after = self.reference.run(tokens)
-            parts = {"logits": (logits, expected[:, -1] if shape[1] == 1 else expected)}
-            parts |= {name: (state[name], part) for name, part in self.reference.arrays(after).items()}
-            found.arrays |= {f"{name} at {shape[0]}x{shape[1]}": array_error(*pair) for name, pair in parts.items()}
-        found.errors = {name: error.relative for name, error in found.arrays.items()}
-        found.drift = self._drift(self.samples[0])
-        found.greedy_prefixes = [self._greedy(ids[:32]) for ids in self.samples]
+        shapes = [self._random(shape) for shape in self.shapes]
+        pieces = [[_row(ids[at : at + _PIECE]) for at in range(0, len(ids), _PIECE)] for ids in self.samples]
+        starts, written = [ids[: self._start] for ids in self.samples], []
+        for ids in starts:
+            written.append(self._write(ids))
+        read = self.reference.read(  # at once: a large model is read from its file each time
+            [
+                *(Text([tokens], True) for tokens in shapes),
+                *(Text(one, False) for one in pieces),
+                Text(along := self._drift_pieces(self.samples[0]), True, False),
+                *(Text([_row(ids + tokens[:-1])], False) for ids, tokens in zip(starts, written, strict=True)),
+            ]
+        )
+        arrays: dict[str, ArrayError] = {}
+        for shape, tokens in zip(self.shapes, shapes, strict=True):
+            arrays |= self._errors(shape, tokens, next(read))
+        errors = PredictionErrors()
+        for ids, parts in zip(self.samples, pieces, strict=True):
+            self._predict(ids, parts, next(read), errors)
+        found = Comparison(**asdict(errors.result()), arrays=arrays)
+        found.errors = {name: error.relative for name, error in arrays.items()}
+        found.drift = self._drift(along, next(read))
+        found.greedy_prefixes = [
+            _alike(len(ids), tokens, next(next(read))[0][0]) for ids, tokens in zip(starts, written, strict=True)
+        ]
         found.greedy_prefix = found.greedy_prefixes[0]
         return found
 
-    def _predictions(self) -> Predictions:
-        errors = PredictionErrors()
-        for ids in self.samples:
-            mine, theirs = None, None
-            for at in range(0, len(ids), _PIECE):
-                tokens = np.array([ids[at : at + _PIECE]], np.int64)
-                q, mine = self.graph.run(tokens, mine)
-                p, theirs = self.reference.run(tokens, theirs)
-                errors.add(q.reshape(-1, q.shape[-1]), p[0], np.array(ids[at + 1 : at + 1 + len(p[0])], np.int64))
-        return errors.result()
+    def _errors(self, shape: tuple[int, int], tokens: np.ndarray, read: Pieces) -> dict[str, ArrayError]:
+        logits, state = self.graph.run(tokens)
+        expected, after = next(read)
+        parts = {"logits": (logits, expected[:, -1] if shape[1] == 1 else expected)}
+        parts |= {name: (state[name], part) for name, part in after.items()}
+        return {f"{name} at {shape[0]}x{shape[1]}": array_error(*pair) for name, pair in parts.items()}
 
-    def _drift(self, ids: list[int]) -> dict[int, dict[str, float]]:
-        mine, theirs, found, at = None, None, {}, 0
-        for end in (*(end for end in _DRIFT if end < len(ids)), len(ids)):
-            tokens = np.array([ids[at:end]], np.int64)
-            (_, mine), (_, theirs) = self.graph.run(tokens, mine), self.reference.run(tokens, theirs)
-            expected, at = self.reference.arrays(theirs), end
-            found[end] = {name: array_error(mine[name], part).relative for name, part in expected.items()}
+    def _predict(self, ids: list[int], pieces: list[np.ndarray], read: Pieces, errors: PredictionErrors) -> None:
+        state, at = None, 0
+        for tokens, (expected, _) in zip(pieces, read, strict=True):
+            logits, state = self.graph.run(tokens, state)
+            at += tokens.shape[1]
+            following = np.array(ids[at - tokens.shape[1] + 1 : at + 1], np.int64)
+            errors.add(logits.reshape(-1, logits.shape[-1]), expected[0], following)
+
+    def _drift_pieces(self, ids: list[int]) -> list[np.ndarray]:
+        ends = [*(end for end in _DRIFT if end < len(ids)), len(ids)]
+        return [_row(ids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def _drift(self, pieces: list[np.ndarray], read: Pieces) -> dict[int, dict[str, float]]:
+        state, found, end = None, {}, 0
+        for tokens, (_, expected) in zip(pieces, read, strict=True):
+            _, state = self.graph.run(tokens, state)
+            end += tokens.shape[1]
+            found[end] = {name: array_error(state[name], part).relative for name, part in expected.items()}
         return found
 
-    def _greedy(self, ids: list[int]) -> int:
-        """How many tokens both choose alike after the same text."""
-        given = np.array([ids], np.int64)
-        (mine, state), (theirs, after) = self.graph.run(given), self.reference.run(given)
-        for done in range(_GREEDY):
-            token = int(theirs[0, -1].argmax())
-            if int((mine[0, -1] if mine.ndim == 3 else mine[0]).argmax()) != token:
-                return done
-            given = np.array([[token]], np.int64)
-            (mine, state), (theirs, after) = self.graph.run(given, state), self.reference.run(given, after)
-        return _GREEDY
+    @property
+    def _start(self) -> int:
+        """Tokens of a sample after which both write."""
+        return max(1, min(_STARTS, self.context - _GREEDY))
+
+    def _write(self, ids: list[int]) -> list[int]:
+        """The tokens that the graph finds likeliest, one after the other, after a text."""
+        logits, state = self.graph.run(_row(ids))
+        tokens: list[int] = []
+        while True:
+            tokens.append(int((logits[0, -1] if logits.ndim == 3 else logits[0]).argmax()))
+            if len(tokens) == _GREEDY or len(ids) + len(tokens) > self.context:
+                return tokens
+            logits, state = self.graph.run(_row(tokens[-1:]), state)
 
     def benchmark_inference_speed(self) -> Speed:
-        """Milliseconds of onnxruntime and of the model in torch, each in turn."""
-        one, prompt = np.zeros((1, 1), np.int64), self._random((1, min(_PROMPT, self.context)))
-        state, after = self.graph.create_state(1), None
-        mine: list[float] = []
-        theirs: list[float] = []
-        for number in range(min(4 + _TIMED, self.context)):  # the first are to warm up
-            seconds, (_, state) = _timed(lambda state=state: self.graph.run(one, state))
-            other, (_, after) = _timed(lambda after=after: self.reference.run(one, after))
-            if number >= 4 or self.context <= 4:
-                mine.append(seconds)
-                theirs.append(other)
-        read, read_too = [], []
+        """Milliseconds of onnxruntime and of the model in torch, each in turn: a prompt, and the tokens after it."""
+        after = min(_WARM + _TIMED, max(self.context // 2, 1))
+        prompt = self._random((1, max(1, min(_PROMPT, self.context - after))))
+        pieces = [prompt, *(np.zeros((1, 1), np.int64) for _ in range(after))]
+        mine, theirs = [], []
         for _ in range(_ROUNDS):
-            read.append(_timed(lambda: self.graph.run(prompt))[0])
-            read_too.append(_timed(lambda: self.reference.run(prompt))[0])
-        a, b, c, d = (float(np.median(taken)) * 1000 for taken in (mine, theirs, read, read_too))
+            mine.append(self._seconds(pieces))
+            theirs.append(self.reference.seconds(pieces))
+        first = 1 + (_WARM if after > _WARM else 0)
+        a, b = (1000 * float(np.median([taken[first:] for taken in both])) for both in (mine, theirs))
+        c, d = (1000 * float(np.median([taken[0] for taken in both])) for both in (mine, theirs))
         return Speed(a, b, b / a, prompt.shape[1], c, d, d / c)
 
+    def _seconds(self, pieces: list[np.ndarray]) -> list[float]:
+        state, found = None, []
+        for tokens in pieces:
+            start = time.perf_counter()
+            _, state = self.graph.run(tokens, state)
+            found.append(time.perf_counter() - start)
+        return found
+
     def measure_memory_usage(self) -> Memory:
-        """What another copy of the exported model takes, opened and run once in this process."""
+        """What opening the exported model took, and running it for the first time."""
         files = sum(path.stat().st_size for path in self.folder.iterdir())
-        before = memory_of("RssAnon")
-        other = OnnxModel(self.folder)
-        other.run(np.zeros((1, 1), np.int64))
-        other.run(np.zeros((1, 2), np.int64))
-        after = memory_of("RssAnon")
-        if before is None or after is None:
-            return Memory(None, files, None)
-        return Memory(max(after - before, 0), files, max(after - before, 0) / files)
+        return Memory(self._opened, files, None if self._opened is None else self._opened / files, self.low_memory)
 
     def checks(self, found: Comparison) -> list[Check | NotApplicable]:
         """What was found, against the gate.
@@ -303,7 +336,11 @@ def structure(folder: Path) -> dict[str, Any]:
     return {"graphs": found, "files": json.loads((folder / MANIFEST).read_text("utf-8")).get("files", {})}
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    found = work()
-    return time.perf_counter() - start, found
+def _row(ids: list[int]) -> np.ndarray:
+    return np.array([ids], np.int64)
+
+
+def _alike(start: int, tokens: list[int], logits: np.ndarray) -> int:
+    """How many tokens after the first `start` are the likeliest of logits `[T,V]`, too, up to the first that is not."""
+    chosen = logits[start - 1 :].argmax(-1)
+    return next((i for i, token in enumerate(tokens) if token != chosen[i]), len(tokens))

@@ -106,7 +106,7 @@ def test_a_temporary_that_another_process_cleared_away_before_it_was_locked(what
     def flock(fd, operation):
         calls.append(operation)
         if len(calls) == 1:
-            atomic._remove_stale(tmp_path / "x")
+            atomic.remove_stale(tmp_path / "x")
             assert os.listdir(tmp_path) == []
         real(fd, operation)
 

@@ -210,7 +210,7 @@ def test_errors_leave_nothing_that_looks_finished(files, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from rwkv_lab.export import ConfigurationManager, run
+from rwkv_lab.export import ConfigurationManager, run_levels
 from rwkv_lab.export.families.rwkv import Rwkv
 
 def killed(*arguments):
@@ -218,19 +218,24 @@ def killed(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 write, Rwkv.write_pytorch = Rwkv.write_pytorch, killed
-base, out = sys.argv[1:]
-given = dict(checkpoint_path=base, output_directory=out, naming_pattern="it", export_onnx=False)
-run(ConfigurationManager(environment={}).resolve(**given))
+base, lora, out = sys.argv[1:]
+given = dict(checkpoint_path=lora, base_model_name=base, output_directory=out, export_onnx=False)
+levels = dict(quantization_level="none,int8", naming_pattern="it-{quantization_level}")
+list(run_levels(ConfigurationManager(environment={}).resolve_levels(**given, **levels)))
 """
 
 
 def test_a_killed_export_leaves_nothing_that_looks_finished(files, tmp_path):
-    words = [sys.executable, "-c", KILLED, str(files / "B.pth"), str(tmp_path / "out")]
+    words = [sys.executable, "-c", KILLED, str(files / "B.pth"), str(files / "lora.pth"), str(tmp_path / "out")]
     done = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [name[0] for name in left(tmp_path)] == ["."]  # hidden, and removed by the next export of that name
-    run(pytorch_alone(tmp_path, checkpoint_path=files / "B.pth"))
-    assert left(tmp_path) == ["it"]
+    names = left(tmp_path)  # of the first export, and of the merge that all of them share
+    assert [name.split(".")[1] for name in names] == ["it-none", "merged"]
+    assert all(name.endswith(".rwkv_lab-partial") for name in names)
+    theirs = tmp_path / "out/.merged-of-mine"
+    theirs.mkdir()
+    run(pytorch_alone(tmp_path, checkpoint_path=files / "B.pth", naming_pattern="it-none"))
+    assert left(tmp_path) == [".merged-of-mine", "it-none"]
 
 
 def test_two_exports_at_once(files, tmp_path):

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from rwkv_lab.export.causal_lm.onnx_folder import begin_tokens, export_causal_lm
 from rwkv_lab.export.causal_lm.verifying import failed
 from rwkv_lab.export.checkpoint_detector import CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
-from rwkv_lab.export.family import ONNX_WEIGHTS, WholeModel
+from rwkv_lab.export.family import ONNX_WEIGHTS, Read, Text, WholeModel, read_in_turn, seconds_in_turn
 from rwkv_lab.export.model_merger import ModelMerger
 from rwkv_lab.export.onnx_folder import past_names
 from rwkv_lab.export.onnx_model import OnnxModel
@@ -132,6 +132,14 @@ class CausalLmReference:
         """Keys and values of each layer, `[B,H,P,D]`."""
         parts = [part.numpy() for layer in state.layers for part in (layer.keys, layer.values)]
         return dict(zip(past_names(len(parts) // 2), parts, strict=True))
+
+    def read(self, texts: Sequence[Text]) -> Read:
+        """See `Reference.read`."""
+        return read_in_turn(self, texts)
+
+    def seconds(self, pieces: Sequence[np.ndarray]) -> list[float]:
+        """See `Reference.seconds`."""
+        return seconds_in_turn(self, pieces)
 
     def tokens_of(self, text: str) -> list[int]:
         """Tokens of a text, with those that begin one."""

@@ -1,5 +1,6 @@
 """RWKV of every generation: merged by `rwkv_lab.merge`, written by `rwkv_lab.convert` and `export_onnx`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ from rwkv_lab.checks import Check
 from rwkv_lab.errors import ModelMergeError, ParameterError
 from rwkv_lab.export.checkpoint_detector import CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
-from rwkv_lab.export.family import ONNX_WEIGHTS, WholeModel
+from rwkv_lab.export.family import ONNX_WEIGHTS, Read, Text, WholeModel, read_in_turn, seconds_in_turn
+from rwkv_lab.export.layer_by_layer import LayerByLayer
 from rwkv_lab.export.onnx.export import export_onnx
 from rwkv_lab.export.onnx_model import OnnxModel
 from rwkv_lab.export.optimization_processor import OptimizationProcessor, training_artifacts
 from rwkv_lab.merge import merge, verify_merge
 from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.tokenizer import load_tokenizer, tokenizer_for
 
 _SHOWN = 5  # names in a sentence
+WHOLE = 256 * 2**20  # bytes in float32 up to which a model to compare with is loaded
 
 
 class Rwkv:
@@ -81,13 +85,17 @@ class Rwkv:
         )
         return written.checks
 
-    def reference(self, configuration: ExportConfiguration, model: WholeModel) -> "RwkvReference":
-        """See `Family.reference`."""
+    def reference(self, configuration: ExportConfiguration, model: WholeModel) -> "RwkvReference | RwkvFileReference":
+        """See `Family.reference`. A large model is not loaded: it would be the most that an export has in memory."""
+        with open_checkpoint(model.path) as ck:
+            size = 4 * sum(info.numel for info in ck.info.values())
+        if size > WHOLE:
+            return RwkvFileReference(model.path, configuration.tokenizer)
         return RwkvReference(RWKV_Dual.from_pretrained(model.path, mode="rnn"), configuration.tokenizer)
 
 
 class RwkvReference:
-    """A model in torch, float32: see `rwkv_lab.export.family.Reference`."""
+    """A model in torch, float32, in memory: see `rwkv_lab.export.family.Reference`."""
 
     context: int | None = None
 
@@ -107,6 +115,14 @@ class RwkvReference:
         """An `RWKVState` as arrays, float32."""
         return {name: part.contiguous().numpy() for name, part in state.tensors().items()}
 
+    def read(self, texts: Sequence[Text]) -> Read:
+        """See `Reference.read`."""
+        return read_in_turn(self, texts)
+
+    def seconds(self, pieces: Sequence[np.ndarray]) -> list[float]:
+        """See `Reference.seconds`."""
+        return seconds_in_turn(self, pieces)
+
     def own_checks(self, graph: OnnxModel, limit: float | None) -> list[Check]:
         """None: the state is compared with all others."""
         return []
@@ -117,6 +133,50 @@ class RwkvReference:
             return self.model.tokenizer.encode(text)
         except ParameterError:
             return None
+
+
+class RwkvFileReference:
+    """A model in torch, float32, layer by layer from its file: see `rwkv_lab.export.family.Reference`."""
+
+    context: int | None = None
+
+    def __init__(self, path: Path, tokenizer: str):
+        self.model = LayerByLayer(path)
+        self.vocab_size = self.model.layout.vocab_size
+        try:
+            self._tokenizer = (
+                load_tokenizer(tokenizer, self.vocab_size) if tokenizer else tokenizer_for(self.vocab_size)
+            )
+        except ParameterError:
+            if tokenizer:
+                raise
+            self._tokenizer = None
+
+    def run(self, tokens: np.ndarray, state: Any | None = None) -> tuple[np.ndarray, Any]:
+        """int64 `[B,T]` and an `RWKVState` -> logits float32 `[B,T,V]`, and the state."""
+        logits, after = self.model.run(tokens, state)
+        return logits.numpy(), after
+
+    def arrays(self, state: Any) -> dict[str, np.ndarray]:
+        """An `RWKVState` as arrays, float32."""
+        return {name: part.contiguous().numpy() for name, part in state.tensors().items()}
+
+    def read(self, texts: Sequence[Text]) -> Read:
+        """See `Reference.read`: the file is read once for all texts."""
+        for pieces in self.model.read(texts):
+            yield ((logits.numpy(), {} if state is None else self.arrays(state)) for logits, state in pieces)
+
+    def seconds(self, pieces: Sequence[np.ndarray]) -> list[float]:
+        """See `Reference.seconds`; without what reading the file takes."""
+        return self.model.seconds(pieces)
+
+    def own_checks(self, graph: OnnxModel, limit: float | None) -> list[Check]:
+        """None: the state is compared with all others."""
+        return []
+
+    def tokens_of(self, text: str) -> list[int] | None:
+        """Tokens of a text; None where the size of the vocabulary tells no tokenizer."""
+        return None if self._tokenizer is None else self._tokenizer.encode(text)
 
 
 def _whole(configuration: ExportConfiguration, path: Path, folder: Path) -> WholeModel:
