@@ -3,41 +3,44 @@
 bfloat16 is also bf16, torch.bfloat16 or torch's own object; upper and lower case are the same.
 """
 
+from __future__ import annotations
+
+import sys
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_torch import torch
 
-# Short name, dtype, and what else it is called. torch's own name is the long one.
+# Short name, torch's own, which is the long one, and what else it is called.
 _NAMES = {
-    "fp64": (torch.float64, ("f64", "double")),
-    "fp32": (torch.float32, ("f32", "float", "single")),
-    "bf16": (torch.bfloat16, ("bfloat",)),
-    "fp16": (torch.float16, ("f16", "half")),
+    "fp64": ("float64", ("f64", "double")),
+    "fp32": ("float32", ("f32", "float", "single")),
+    "bf16": ("bfloat16", ("bfloat",)),
+    "fp16": ("float16", ("f16", "half")),
 }
-_BY_NAME = {
-    name: dtype
-    for short, (dtype, others) in _NAMES.items()
-    for name in (short, str(dtype).removeprefix("torch."), *others)
-}
-FLOATS = tuple(dtype for dtype, _ in _NAMES.values())
+_SHORT = {long: short for short, (long, _) in _NAMES.items()}
+_LONG = {name: long for short, (long, others) in _NAMES.items() for name in (short, long, *others)}
 
 
-def to_dtype(value: object, what: str = "dtype", among: Iterable[torch.dtype] = FLOATS) -> torch.dtype:
+def floats() -> tuple[torch.dtype, ...]:
+    """The dtypes that have a short name."""
+    return tuple(getattr(torch, long) for long in _SHORT)
+
+
+def to_dtype(value: object, what: str = "dtype", among: Iterable[torch.dtype | str] = tuple(_SHORT)) -> torch.dtype:
     """The dtype that a value names, or is.
 
     Args:
         what: whose dtype it is, for messages.
-        among: those that it may be.
+        among: those that it may be, or their long names.
     Raises:
         ParameterError: no dtype, or none of `among`.
     """
-    found, among = _found(value), tuple(among)
-    if found not in among:
-        raise ParameterError(f"{what}={value!r}: it should be one of {', '.join(map(long_name, among))}")
-    return found
+    found, allowed = _found(value), [one if isinstance(one, str) else long_name(one) for one in among]
+    if found is None or found not in allowed:
+        raise ParameterError(f"{what}={value!r}: it should be one of {', '.join(allowed)}")
+    return getattr(torch, found)
 
 
 def long_name(dtype: torch.dtype) -> str:
@@ -47,22 +50,22 @@ def long_name(dtype: torch.dtype) -> str:
 
 def short_name(dtype: torch.dtype) -> str:
     """The name of four characters, "bf16"; of what is no float, torch's."""
-    return next((short for short, (known, _) in _NAMES.items() if known == dtype), long_name(dtype))
+    return _SHORT.get(long_name(dtype), long_name(dtype))
 
 
 def in_long(value: Any) -> Any:
     """The long name of a dtype in any spelling, for options that list long names; anything else as it is."""
-    found = _found(value)
-    return value if found is None else long_name(found)
+    return _found(value) or value
 
 
 def in_short(value: Any) -> Any:
     """The short name of a dtype in any spelling, for options that list short names; anything else as it is."""
     found = _found(value)
-    return value if found is None else short_name(found)
+    return value if found is None else _SHORT.get(found, found)
 
 
-def _found(value: object) -> torch.dtype | None:
-    if isinstance(value, torch.dtype):
-        return value
-    return _BY_NAME.get(value.strip().lower().removeprefix("torch.")) if isinstance(value, str) else None
+def _found(value: object) -> str | None:
+    """The long name of the dtype that a value names, or is; None of others."""
+    if "torch" in sys.modules and isinstance(value, torch.dtype):  # before, there is none
+        return long_name(value)
+    return _LONG.get(value.strip().lower().removeprefix("torch.")) if isinstance(value, str) else None

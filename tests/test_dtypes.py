@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rwkv_lab.bench.__main__ import _parser
-from rwkv_lab.dtypes import FLOATS, long_name, short_name, to_dtype
+from rwkv_lab.dtypes import floats, long_name, short_name, to_dtype
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge import MergeSpec
 from rwkv_lab.merge.spec import ExtractSpec
@@ -59,7 +59,7 @@ def test_commands_take_every_spelling():
 def test_what_is_no_float_is_refused_with_the_names(wrong):
     with pytest.raises(ParameterError, match="output=.*float64, float32, bfloat16, float16"):
         to_dtype(wrong, "output")
-    assert len(FLOATS) == len(NAMES)
+    assert len(floats()) == len(NAMES)
 
 
 def test_only_those_that_an_option_may_have():

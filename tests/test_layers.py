@@ -26,6 +26,7 @@ LAYERS = (
         "arguments",
         "command_line",
         "errors",
+        "lazy_names",
         "lazy_torch",
         "progress",
         "checks",

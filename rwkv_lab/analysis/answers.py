@@ -1,5 +1,7 @@
 """Models that are asked: with a state, an adapter or rounded weights; one prompt or conversation after the other."""
 
+from __future__ import annotations
+
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -7,17 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rwkv_lab import model as models
+from rwkv_lab import peft
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import CorruptFileError, ParameterError
-from rwkv_lab.model import RWKV_Dual, StateCache, chat, generate_stream, quantise_weights
-from rwkv_lab.model.weight_only import SCHEMES
 from rwkv_lab.paths import to_path
-from rwkv_lab.peft import load_adapter, merged_state_dict, open_adapter
+from rwkv_lab.peft import open_adapter
 from rwkv_lab.train.records import read_template
 
 Messages = list[dict[str, Any]]
-WEIGHTS = ("none", *SCHEMES)
+WEIGHTS = ("none", "int8", "int4")  # and `SCHEMES` of the model, which brings torch
 _CACHE = 1 << 28  # bytes of states, so that a conversation is not read anew with every turn
 
 
@@ -36,11 +38,11 @@ class Speaker:
     """A model with the settings that it is asked with; `settings` are arguments of `generate_stream`."""
 
     name: str
-    model: RWKV_Dual
+    model: models.RWKV_Dual
     settings: dict[str, Any] = field(default_factory=dict)
     template: str = "world"
     think: bool | None = None
-    _cache: StateCache = field(default_factory=lambda: StateCache(_CACHE))
+    _cache: models.StateCache = field(default_factory=lambda: models.StateCache(_CACHE))
 
     def answer(self, question: str | Messages, told: Callable[[int, str], object] | None = None) -> Answer:
         """Continue a text, or answer a conversation.
@@ -57,14 +59,14 @@ class Speaker:
             return None if told is None else told(token, text)
 
         if isinstance(question, str):
-            stream = generate_stream(self.model, question, **self.settings)
+            stream = models.generate_stream(self.model, question, **self.settings)
             for token, text in stream:
                 if note(token, text) is False:
                     stream.stop()
             return Answer(stream.text, stream.reason, ids, time.perf_counter() - start)
         template = read_template(self.template)
         settings = self.settings | {"stop": self.settings.get("stop") or None, "cache": self._cache}
-        text = chat(self.model, question, template, streaming_callback=note, think=self.think, **settings)
+        text = models.chat(self.model, question, template, streaming_callback=note, think=self.think, **settings)
         return Answer(text, "", ids, time.perf_counter() - start)
 
 
@@ -78,7 +80,7 @@ def load_to_ask(
     tokenizer: str = "",
     dtype: str = "fp32",
     device: str = "cpu",
-) -> RWKV_Dual:
+) -> models.RWKV_Dual:
     """A model as it is to be asked.
 
     Args:
@@ -92,20 +94,20 @@ def load_to_ask(
     """
     if weights not in WEIGHTS:
         raise ParameterError(f"weights={weights!r}: it is one of {', '.join(WEIGHTS)}.")
-    model = RWKV_Dual.from_pretrained(path, dtype, device).eval()
+    model = models.RWKV_Dual.from_pretrained(path, dtype, device).eval()
     if adapter is not None:
         with open_checkpoint(adapter) as ck:
             if ck.kind == "state":
                 raise ParameterError(f"{ck.path.name} is a tuned state: give it as state, not as adapter.")
         with open_adapter(adapter, alpha=alpha) as opened:
-            load_adapter(model, opened)
+            peft.load_adapter(model, opened)
         if weights != "none":  # matrices are rounded once, with the adapter in them
-            merged, model = merged_state_dict(model), RWKV_Dual.from_pretrained(path, dtype, device).eval()
+            merged, model = peft.merged_state_dict(model), models.RWKV_Dual.from_pretrained(path, dtype, device).eval()
             model.load_state_dict(merged)
     if state is not None:
         model.load_state_file(state)
     if weights != "none":
-        model = quantise_weights(model, weights, in_place=True)
+        model = models.quantise_weights(model, weights, in_place=True)
     if tokenizer:
         model.tokenizer = tokenizer
     return model.requires_grad_(False)

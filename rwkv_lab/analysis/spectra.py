@@ -4,15 +4,16 @@ A change Δ of a low-rank adapter is never written out: its singular values are 
 factors of B and A. Sums are float64.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.peft.adapter import Adapter, Target, Values
 from rwkv_lab.spec import did_you_mean
 

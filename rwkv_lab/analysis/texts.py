@@ -1,15 +1,17 @@
 """Text that models read while they are looked at, none of it trained on."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from annotated_types import Ge, Le
 
+from rwkv_lab import model as models
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 from rwkv_lab.train import CORPORA, Corpus, Examples, TokenCorpus, load_corpus
 from rwkv_lab.train.held_out import WINDOW
@@ -69,7 +71,7 @@ class Reading:
         if self.tokenizer:
             load_tokenizer(self.tokenizer, vocab_size)
 
-    def name_tokenizer(self, model: RWKV_Dual) -> None:
+    def name_tokenizer(self, model: models.RWKV_Dual) -> None:
         """Give a model the tokenizer.
 
         Raises:
@@ -91,7 +93,7 @@ class Reading:
         except ParameterError:
             return None
 
-    def why_unread(self, model: RWKV_Dual, error: ParameterError) -> str:
+    def why_unread(self, model: models.RWKV_Dual, error: ParameterError) -> str:
         """Why a model cannot read the data, in a sentence."""
         if not self.tokenizer and not _tells_tokenizer(model):
             return (
@@ -104,7 +106,7 @@ class Reading:
         return f"Not read: {what}"
 
 
-def _tells_tokenizer(model: RWKV_Dual) -> bool:
+def _tells_tokenizer(model: models.RWKV_Dual) -> bool:
     try:
         return model.tokenizer is not None
     except ParameterError:
@@ -170,7 +172,7 @@ def fixed_tokens(vocab_size: Annotated[int, Ge(1), Le(2**24)]) -> torch.Tensor:
 
 @checked
 def tokens_to_read(
-    model: RWKV_Dual, batch: Count, length: Count, data: str | AnyCorpus = "english"
+    model: models.RWKV_Dual, batch: Count, length: Count, data: str | AnyCorpus = "english"
 ) -> tuple[torch.Tensor, str]:
     """Tokens `[B,T]` of held-out text, each row from another place of it, where the vocabulary tells its tokenizer,
     else fixed ones drawn at random; and where they come from, in words.

@@ -1,5 +1,7 @@
 """A tuned file beside its base: what it is, which tensors of the model it changes, and from what to what."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,13 +9,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
+from rwkv_lab import peft
 from rwkv_lab.analysis.spectra import delta
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, Layout, open_checkpoint
 from rwkv_lab.checkpoint.origin import origin_of, same_weights, weights_of
 from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.adapter_set import ANY, read_adapters
 from rwkv_lab.merge.families import family_of, method_of
 from rwkv_lab.merge.families.into_base import check_fine_tune, check_states
@@ -23,7 +25,7 @@ from rwkv_lab.merge.origins import bases_of
 from rwkv_lab.merge.spec import MergeSpec
 from rwkv_lab.names import is_block_matrix, split_block
 from rwkv_lab.patterns import is_selected, refuse_unmatched
-from rwkv_lab.peft import ADAPTER_KINDS, Adapter, quantised_and_back
+from rwkv_lab.peft import ADAPTER_KINDS, Adapter
 from rwkv_lab.peft.adapter import Target, Values
 from rwkv_lab.peft.rwkv_peft_layout import NOTE
 
@@ -37,7 +39,7 @@ class Tuning:
     layout: Layout  # of the base
     method: str  # "state", "overlay" (a full or partial fine-tune), "lora", "pissa" or "miss"
     adapter: Adapter | None  # of the last three
-    quant: str  # how the base was stored in training: "none", or another of `peft.quantised.QUANTS`
+    quant: str  # how the base was stored in training: "none", or another of `peft.settings.QUANTS`
 
     @property
     def replacements(self) -> Mapping[str, Values]:
@@ -140,7 +142,7 @@ class Tuning:
 
     def _stored(self, weight: torch.Tensor) -> torch.Tensor:
         # Rounded in float32, as the layers that were trained round it.
-        return weight if self.quant == "none" else quantised_and_back(weight.float(), self.quant).double()
+        return weight if self.quant == "none" else peft.quantised_and_back(weight.float(), self.quant).double()
 
     def _read(self, values: Values) -> torch.Tensor:
         read = values.read().double()

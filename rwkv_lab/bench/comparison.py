@@ -1,5 +1,7 @@
 """Entries measured in turn (A B C, B C A, …), and the rows that come out: medians, spread, load of other processes."""
 
+from __future__ import annotations
+
 import json
 import logging
 import math
@@ -9,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-import torch
 from annotated_types import Ge, Le
 
 from rwkv_lab.bench.machine import watched
+from rwkv_lab.lazy_torch import torch
 
 log = logging.getLogger(__name__)
 

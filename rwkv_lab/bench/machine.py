@@ -1,5 +1,7 @@
 """What figures are taken on: the machine's description, its floors, and the load of other processes meanwhile."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import platform
@@ -11,13 +13,11 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from rwkv_lab.errors import KernelError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.machine import cores, cpu_features, cpu_name, proc
 from rwkv_lab.threads import policy_in_force, set_wait_policy, wait_policy
 from rwkv_lab.version import __version__
-from rwkv_lab.wkv.loader import cpu_library
 
 _TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # of the system's clocks, per second
 _READ_BYTES = 1 << 28  # far more than a cache holds
@@ -100,6 +100,8 @@ def floors_are_compiled() -> bool:
 @cache
 def _floors() -> ctypes.CDLL | None:
     try:
+        from rwkv_lab.wkv.loader import cpu_library
+
         library = cpu_library("floors")
     except KernelError:
         return None

@@ -12,6 +12,8 @@ reply. In its words these are replaced: `{task}`, `{model}` (path of the checkpo
 `{tokens}` (path of a JSON list), `{read}`, `{out}` (path of the `.npy`), `{threads}`.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import shlex
@@ -24,12 +26,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.bench.comparison import OURS
 from rwkv_lab.bench.machine import child_environment, package_version
 from rwkv_lab.errors import ParameterError, RwkvLabError
+from rwkv_lab.lazy_torch import torch
 
 RWKV, AUTO = "rwkv", "auto"
 _RWKV_DTYPES = ("bf16", "fp32")

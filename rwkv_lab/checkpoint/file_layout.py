@@ -4,6 +4,8 @@ A `.pth` is a zip of stored records: the pickle that describes the tensors, one 
 and short ones for the version and the byte order. What is written here is what `torch.save` writes, with its checksums.
 """
 
+from __future__ import annotations
+
 import io
 import json
 import pickle
@@ -13,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from isal.isal_zlib import crc32
 
 from rwkv_lab.checkpoint.safetensors_header import DTYPE_NAMES
@@ -21,7 +22,7 @@ from rwkv_lab.checkpoint.source import is_name
 from rwkv_lab.checkpoint.torch_pickle import STORAGE_DTYPES
 from rwkv_lab.dtypes import long_name
 from rwkv_lab.errors import OutputError
-from rwkv_lab.torch_private import rebuild_tensor
+from rwkv_lab.lazy_torch import torch
 
 
 class Described(Protocol):
@@ -174,6 +175,8 @@ class _Tensor:
         self.args = (storage, 0, tuple(shape), tuple(stride), False, OrderedDict())
 
     def __reduce__(self):
+        from rwkv_lab.torch_private import rebuild_tensor  # brings torch, which headers do not need
+
         return rebuild_tensor, self.args
 
 
@@ -188,6 +191,8 @@ def _pickle(tensors: Sequence[Described]) -> bytes:
     Raises:
         OutputError: this torch lacks the function that every .pth refers to.
     """
+    from rwkv_lab.torch_private import rebuild_tensor
+
     if rebuild_tensor is None:
         raise OutputError(
             "This torch has no torch._utils._rebuild_tensor_v2, to which a .pth refers.\nWrite a .safetensors."

@@ -1,28 +1,32 @@
 """NaN, Inf, and rounding to a smaller dtype once."""
 
+from __future__ import annotations
+
 import numpy as np
-import torch
+
+from rwkv_lab.lazy_torch import torch
 
 # For each float format: unsigned and signed view, and the bits of +Inf. As integers, every NaN and Inf lies at or above
 # +Inf when the sign is clear (a signed comparison) and at or above -Inf when it is set (an unsigned one), so that two
 # running maxima find them; that goes at memory speed, and without a temporary.
 _VIEWS = {
-    torch.bfloat16: (np.uint16, np.int16, 0x7F80),
-    torch.float16: (np.uint16, np.int16, 0x7C00),
-    torch.float32: (np.uint32, np.int32, 0x7F800000),
-    torch.float64: (np.uint64, np.int64, 0x7FF0000000000000),
-    torch.complex64: (np.uint32, np.int32, 0x7F800000),
-    torch.complex128: (np.uint64, np.int64, 0x7FF0000000000000),
-    torch.float8_e5m2: (np.uint8, np.int8, 0x7C),
-    torch.float8_e4m3fn: (np.uint8, np.int8, 0x7F),  # has no Inf, and one NaN
+    "bfloat16": (np.uint16, np.int16, 0x7F80),
+    "float16": (np.uint16, np.int16, 0x7C00),
+    "float32": (np.uint32, np.int32, 0x7F800000),
+    "float64": (np.uint64, np.int64, 0x7FF0000000000000),
+    "complex64": (np.uint32, np.int32, 0x7F800000),
+    "complex128": (np.uint64, np.int64, 0x7FF0000000000000),
+    "float8_e5m2": (np.uint8, np.int8, 0x7C),
+    "float8_e4m3fn": (np.uint8, np.int8, 0x7F),  # has no Inf, and one NaN
 }
 
 
 def all_finite(data: memoryview | np.ndarray, dtype: torch.dtype) -> bool:
     """True where no element of `data` (raw bytes of a dense tensor) is NaN or Inf; always for integers."""
-    if dtype not in _VIEWS or len(data) == 0:
+    view = _VIEWS.get(str(dtype).removeprefix("torch."))
+    if view is None or len(data) == 0:
         return True
-    unsigned, signed, infinity = _VIEWS[dtype]
+    unsigned, signed, infinity = view
     bits = np.frombuffer(data, unsigned)
     return int(bits.max()) < infinity | (1 << (8 * bits.itemsize - 1)) and int(bits.view(signed).max()) < infinity
 

@@ -6,20 +6,22 @@ the same; a fine-tune has others in all of them. There are hashes of the first v
 read where they are, of values from the whole tensor, which tell bases apart of which only later rows differ.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
-import torch
-
 from rwkv_lab.checkpoint.open import Checkpoint
 from rwkv_lab.checkpoint.provenance import records_of
 from rwkv_lab.checkpoint.source import TensorInfo
+from rwkv_lab.dtypes import to_dtype
+from rwkv_lab.lazy_torch import no_grad, torch
 
 ORIGIN = "rwkv_lab.origin"  # its name in a file's metadata
-_ROUNDED_TO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_ROUNDED_TO = ("float32", "float16", "bfloat16")
 _VALUES, _PIECES = 512, 8  # of each tensor; as many pieces of it if they are spread
 _SPREAD = "spread "  # before the name of a dtype
 
@@ -54,7 +56,7 @@ def origin_of(ck: Checkpoint) -> Origin | None:
     return origin
 
 
-@torch.no_grad()
+@no_grad
 def weights_of(ck: Checkpoint) -> dict[str, str]:
     """What a whole model is known again by. Read are some values of every tensor; states (`time_state`) are left out,
     since a model with one has the same weights."""
@@ -93,7 +95,7 @@ def hashes_of(tensors: Iterable[tuple[str, Sequence[int], Callable[[], torch.Ten
         if tensor.endswith(".time_state"):
             continue
         values, head = values_of().float(), f"{tensor} {[size for size in shape if size != 1]};".encode()
-        for name, dtype in _ROUNDED_TO.items():
+        for name, dtype in [(name, to_dtype(name)) for name in _ROUNDED_TO]:
             hashes[name].update(head + values.to(dtype).view(torch.uint8).numpy().tobytes())
     return {name: one.hexdigest() for name, one in hashes.items()}
 

@@ -1,5 +1,7 @@
 """What made an output: enough to make it again, bit for bit. No clock, no folder names: they would change its bytes."""
 
+from __future__ import annotations
+
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -7,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from rwkv_lab.checkpoint.fingerprint import FileFacts
 from rwkv_lab.checkpoint.open import Checkpoint
 from rwkv_lab.checkpoint.stream import Findings
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.version import __version__
 
 RECORD = "rwkv_lab.json"  # its name among the records of a .pth, and as a key of a .safetensors' metadata

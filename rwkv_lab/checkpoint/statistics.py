@@ -1,12 +1,13 @@
 """What the values of a tensor look like, without holding more than a block of it."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
-import torch
-
 from rwkv_lab.checkpoint.open import Checkpoint
 from rwkv_lab.checkpoint.source import TensorInfo
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.progress import Progress
 
 

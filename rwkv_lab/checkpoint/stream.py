@@ -6,6 +6,8 @@ disk already writes what is done. (Letting the kernel copy unchanged bytes, `cop
 than this, and blind.)
 """
 
+from __future__ import annotations
+
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +15,6 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from isal.isal_zlib import crc32
 
 from rwkv_lab.checkpoint.file_layout import FileLayout
@@ -21,6 +22,7 @@ from rwkv_lab.checkpoint.gguf_types import BY_NAME as TENSOR_TYPES
 from rwkv_lab.checkpoint.numerics import all_finite, round_to
 from rwkv_lab.checkpoint.source import BLOCK, TensorInfo
 from rwkv_lab.errors import NumericsError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.machine import cores
 from rwkv_lab.progress import Progress
 

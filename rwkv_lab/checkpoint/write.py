@@ -1,17 +1,18 @@
 """Writes checkpoints: .pth and .safetensors, whole or in shards; streamed, and whole or not at all."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-import torch
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint.atomic import atomic_file, atomic_folder
 from rwkv_lab.checkpoint.file_layout import FileLayout, file_layout
 from rwkv_lab.checkpoint.stream import Findings, OutFile, OutTensor, stream
 from rwkv_lab.errors import OutputError, ParameterError
+from rwkv_lab.lazy_torch import torch
 
 SINGLE = "model.safetensors"  # a folder of one file
 SUFFIXES = {".pth": "pth", ".safetensors": "safetensors"}

@@ -1,11 +1,11 @@
 """Adapters between layouts: one file as RWKV-PEFT writes it, or a folder of Hugging Face's peft, under BlinkDL's names
 or those of a foreign format, so that an adapter that was trained in one place merges in the other."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from rwkv_lab.checkpoint.adapter_names import their_module
@@ -19,6 +19,7 @@ from rwkv_lab.convert.plan import ConvertPlan
 from rwkv_lab.convert.spec import ConvertSpec
 from rwkv_lab.convert.targets import PLAIN
 from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.peft import hf_layout, rwkv_peft_layout
 from rwkv_lab.peft.adapter import Adapter, Target, Values
 from rwkv_lab.peft.config import ADAPTER_KINDS

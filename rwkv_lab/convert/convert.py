@@ -1,10 +1,10 @@
 """`convert`: any format in, any format out. Open, plan from headers, write, compare."""
 
+from __future__ import annotations
+
 import os
 import time
 from dataclasses import replace
-
-import torch
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import open_checkpoint
@@ -15,6 +15,7 @@ from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
 from rwkv_lab.convert.targets import hugging_face_target
 from rwkv_lab.convert.writing import write_convert
 from rwkv_lab.errors import LayoutError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.paths import to_path
 
 AnyPath = str | os.PathLike[str]

@@ -1,12 +1,13 @@
 """Whether a converted model says what its source says."""
 
-import torch
+from __future__ import annotations
 
+from rwkv_lab import model as models
 from rwkv_lab.arguments import checked
 from rwkv_lab.checks import Check
 from rwkv_lab.convert.plan import ConvertResult
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.lazy_torch import no_grad, torch
 
 _TOKENS = 32  # of the prompt: every so many ids of the vocabulary
 _EXACT = 2e-5  # relative RMS: the same weights in float32
@@ -24,10 +25,10 @@ def compare_logits(result: ConvertResult) -> Check:
         ParameterError: a dry run, or no model.
     """
     expected = prompt_logits(load_source(result))
-    return logits_check(result, expected, prompt_logits(RWKV_Dual.from_pretrained(result.out)))
+    return logits_check(result, expected, prompt_logits(models.RWKV_Dual.from_pretrained(result.out)))
 
 
-def load_source(result: ConvertResult) -> RWKV_Dual:
+def load_source(result: ConvertResult) -> models.RWKV_Dual:
     """The model that was converted, as the output can hold it: without the tuned states that were dropped.
 
     Raises:
@@ -37,15 +38,15 @@ def load_source(result: ConvertResult) -> RWKV_Dual:
     plan = result.plan
     if not result.outputs or plan.layout is None:
         raise ParameterError(f"{plan.out} is no model that was written: there are no logits to compare.")
-    model, dropped = RWKV_Dual.from_pretrained(plan.checkpoint.path), {d.name for d in plan.dropped}
+    model, dropped = models.RWKV_Dual.from_pretrained(plan.checkpoint.path), {d.name for d in plan.dropped}
     for name, values in model.named_parameters():
         if name.endswith(".time_state") and name in dropped:
             values.data.zero_()
     return model
 
 
-@torch.no_grad()
-def prompt_logits(model: RWKV_Dual) -> torch.Tensor:
+@no_grad
+def prompt_logits(model: models.RWKV_Dual) -> torch.Tensor:
     """Logits `[T, V]` in float64 after each token of the fixed prompt, `prompt_tokens`."""
     return model(prompt_tokens(model.layout.vocab_size))[0][0].double()
 

@@ -1,9 +1,9 @@
 """What a conversion puts into its output: rows for people, tensors for the writer."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-
-import torch
 
 from rwkv_lab.checkpoint import Layout, TensorInfo
 from rwkv_lab.checkpoint.dimensions import Shape
@@ -12,6 +12,7 @@ from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.convert.containers import Container
 from rwkv_lab.convert.plan import ConvertRow, Dropped
 from rwkv_lab.convert.spec import ConvertSpec
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.tokenizer import Tokenizer
 
 Tensors = list[tuple[ConvertRow, OutTensor]]

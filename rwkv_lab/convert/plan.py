@@ -1,11 +1,11 @@
 """What a conversion will do, tensor by tensor, from headers alone; and what it did."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout
 from rwkv_lab.checkpoint.foreign_format import ForeignFormat
@@ -14,6 +14,7 @@ from rwkv_lab.checks import Check
 from rwkv_lab.convert.containers import Container, Content
 from rwkv_lab.convert.hub import Pushed
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.progress import human_bytes
 
 

@@ -1,5 +1,7 @@
 """Plans a conversion: every tensor of the output with its source, from headers alone."""
 
+from __future__ import annotations
+
 import json
 import math
 import re
@@ -9,8 +11,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-
-import torch
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, tensors_of
@@ -40,12 +40,12 @@ from rwkv_lab.convert.made_from import made_from
 from rwkv_lab.convert.option_checks import completed, without_effect
 from rwkv_lab.convert.output import Output, Tensors, copied
 from rwkv_lab.convert.plan import ConvertPlan, ConvertRow, Dropped
-from rwkv_lab.convert.quantised import fits, quantised
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
 from rwkv_lab.convert.states import about_state, is_state_output, state_output
 from rwkv_lab.convert.targets import PLAIN, format_for
 from rwkv_lab.convert.tokenizer_files import END_IDS, generation_config, model_tokenizer, tokenizer_files
 from rwkv_lab.errors import LayoutError, OutputError, ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.paths import to_path
 from rwkv_lab.peft.rwkv_peft_layout import NOTE
 from rwkv_lab.tokenizer import Tokenizer
@@ -293,6 +293,8 @@ def _zeros(name: str, shape: Shape, known: ForeignFormat, spec: ConvertSpec) -> 
 
 def _quantised(row: ConvertRow, tensor: OutTensor, kind: str) -> tuple[ConvertRow, OutTensor]:
     """The same in blocks of a type, where it is asked for and rows are whole blocks."""
+    from rwkv_lab.convert.quantised import fits, quantised  # bring torch and kernels, which few plans need
+
     if not kind or not fits(tensor.shape, kind):
         return row, tensor
     made = quantised(tensor, kind)

@@ -3,19 +3,20 @@
 Made here, by kernels/cpu/gguf_blocks.cpp or in torch, several times as fast; the package reads them back.
 """
 
+from __future__ import annotations
+
 import ctypes
 import logging
 import math
 from collections.abc import Iterable, Iterator
 from functools import cache
 
-import torch
-
 from rwkv_lab.checkpoint import TensorInfo
 from rwkv_lab.checkpoint.formats.gguf_container import dequantised
 from rwkv_lab.checkpoint.gguf_types import BY_NAME, TensorType
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.errors import KernelError, NumericsError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.wkv.loader import cpu_library
 from rwkv_lab.wkv.pointers import DTYPES, Span, check, span
 
@@ -88,7 +89,7 @@ def _q8_0(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(step of each row [n, 1], its 32 levels from -127 to 127, two's complement)"""
     steps = rows.abs().amax(1, keepdim=True) / 127
     scaled = rows * torch.where(steps == 0, 0, 1 / steps)
-    scaled += torch.copysign(_BELOW_HALF, scaled)  # to the nearest level, ties away from zero
+    scaled += torch.copysign(torch.tensor(_BELOW_HALF), scaled)  # to the nearest level, ties away from zero
     return steps, scaled.to(torch.int8).view(torch.uint8)
 
 
@@ -127,7 +128,7 @@ def _compiled() -> ctypes.CDLL | None:
 
 _NO_SUCH_STEP = 2  # what the compiled function returns then
 _PIECE = 1 << 17  # values, which stay in the cache as float32
-_BELOW_HALF = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0))  # 0.5 itself would take what is just below a tie
+_BELOW_HALF = 0.5 - 2.0**-25  # float32; 0.5 itself would take what is just below a tie
 
 
 def excess(source: TensorInfo, written: TensorInfo) -> float:

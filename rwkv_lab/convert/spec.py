@@ -1,11 +1,12 @@
 """What a conversion takes: `ConvertSpec` decides the bytes of the output, `ConvertOptions` how the job runs."""
 
+from __future__ import annotations
+
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import torch
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rwkv_lab.checkpoint.foreign_format import ForeignFormat
@@ -13,6 +14,7 @@ from rwkv_lab.checkpoint.generation import GENERATIONS
 from rwkv_lab.convert.targets import target_names
 from rwkv_lab.dtypes import in_short, to_dtype
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.paths import path_fault
 from rwkv_lab.spec import Number, OneOf, Spec
 

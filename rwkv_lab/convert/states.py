@@ -1,9 +1,9 @@
 """Tuned states for those that read them apart from a model, in the orientation that each one wants."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
 
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo
 from rwkv_lab.checkpoint.foreign_format import FOREIGN_FORMATS, FORMAT_NOTE, ForeignFormat, Place, general_name
@@ -13,6 +13,7 @@ from rwkv_lab.convert.plan import Dropped
 from rwkv_lab.convert.spec import ConvertSpec, with_dtype
 from rwkv_lab.convert.targets import STATE
 from rwkv_lab.errors import LayoutError
+from rwkv_lab.lazy_torch import torch
 
 _STATE = ".time_state"
 

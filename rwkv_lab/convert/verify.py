@@ -3,10 +3,11 @@
 The output is read back under BlinkDL's names, through the inverse of the table that wrote it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-import torch
 from isal.isal_zlib import crc32
 
 from rwkv_lab.arguments import checked
@@ -17,8 +18,8 @@ from rwkv_lab.checkpoint.stream import WORKERS, OneLarge, one_torch_thread_each
 from rwkv_lab.checks import Check
 from rwkv_lab.convert.adapters import verify_adapter
 from rwkv_lab.convert.plan import ConvertResult
-from rwkv_lab.convert.quantised import excess
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.progress import Progress
 
 Pair = tuple[TensorInfo, TensorInfo]  # (of the source, as written)
@@ -96,6 +97,8 @@ def _difference_of(source: TensorInfo, written: TensorInfo) -> float:
     if source.numel != written.numel:
         return float("inf")
     if _in_blocks(written):
+        from rwkv_lab.convert.quantised import excess
+
         return excess(source, written)
     if source.plain and written.plain and source.dtype == written.dtype:
         return float(not _same_bytes(source, written))

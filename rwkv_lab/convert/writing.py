@@ -1,11 +1,11 @@
 """A plan carried out: tensors streamed into the output, which appears whole or not at all."""
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-
-import torch
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import file_facts
@@ -16,6 +16,7 @@ from rwkv_lab.convert.hub_push import push_to_hub
 from rwkv_lab.convert.made_from import with_weights
 from rwkv_lab.convert.plan import ConvertPlan, ConvertResult, Rounding
 from rwkv_lab.convert.verify import verify_convert
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.progress import human_bytes
 
 log = logging.getLogger(__name__)

@@ -1,19 +1,21 @@
 """Matrices with adapters worked in, or taken out: in pieces of rows, in the precision of the merge."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Sequence
 from typing import cast
 
-import torch
-
+from rwkv_lab import peft
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.adapter_set import AdapterSet
 from rwkv_lab.merge.changed_tensors import ChangedTensor, Computed, from_tuned
 from rwkv_lab.names import is_block_matrix
 from rwkv_lab.peft.adapter import Target, Values
-from rwkv_lab.peft.quantised import WHOLE_MATRIX, quantised_and_back
+from rwkv_lab.peft.settings import WHOLE_MATRIX
 
 _PIECES = 96  # of a block's bytes that one thread holds at most: a dozen matrices of float64 from 16-bit weights, twice
 
@@ -98,10 +100,10 @@ def _changed(
             for i, target in enumerate([] if unmerge else ready):
                 values = target.residual_rows(values, first)
                 if i == 0 and quant != "none":
-                    values = quantised_and_back(values, quant, absmax)
+                    values = peft.quantised_and_back(values, quant, absmax)
                 values = target.adapted_rows(values, first)
             if not ready:
-                values = quantised_and_back(values, quant, absmax)
+                values = peft.quantised_and_back(values, quant, absmax)
             first += len(values)
             yield values.flatten(), before.flatten()
 

@@ -6,14 +6,16 @@ moves Δ, where a hash would be another one. The length depends on alpha, which 
 unrelated changes stand at any angle; those of one change in two dtypes are parallel.
 """
 
+from __future__ import annotations
+
 import base64
 from collections.abc import Mapping
 from functools import lru_cache
 from statistics import median
 
 import numpy as np
-import torch
 
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.random_numbers import draws
 from rwkv_lab.peft.adapter import Adapter, Target
 

@@ -25,7 +25,7 @@ class AdapterSet:
     adapters: tuple[Adapter, ...]
     init: tuple[Checkpoint | None, ...]  # one per adapter: of PiSSA, what it started from
     weights: tuple[Any, ...]  # factor on what each adds: a number, or a setting that differs by tensor
-    quant: str  # how training stored the base: "none", or another of `rwkv_lab.peft.quantised.QUANTS`
+    quant: str  # how training stored the base: "none", or another of `rwkv_lab.peft.settings.QUANTS`
     unmerge: bool  # they are taken out of a base that contains them
 
     def weight(self, i: int, name: str, n_layer: int) -> float:

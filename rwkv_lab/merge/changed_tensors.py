@@ -1,14 +1,15 @@
 """Tensors of the output that do not simply come from the base: what every merge method yields."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from rwkv_lab.checkpoint import TensorInfo
+from rwkv_lab.lazy_torch import torch
 
 # Values in the precision of the merge, and the base's at their place in any dtype; None where it has none.
-Computed = tuple[torch.Tensor, torch.Tensor | None]
+Computed = tuple["torch.Tensor", "torch.Tensor | None"]
 
 
 @dataclass(frozen=True)

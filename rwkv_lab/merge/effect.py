@@ -5,22 +5,24 @@ arrived is the output minus the base as the output's dtype holds it. Of what arr
 moves values up and down, and what it adds across Δ is what was not asked for.
 """
 
+from __future__ import annotations
+
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from rwkv_lab.checkpoint import TensorInfo
 from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checks import Check
 from rwkv_lab.dtypes import short_name
+from rwkv_lab.lazy_torch import torch
 
 _PIECE = 1 << 16  # elements measured at a time: a few of them in float32 stay in a core's cache
 ENOUGH = 0.9  # of the change: where less arrives, a note says so
-_NORMAL = torch.finfo(torch.float16).smallest_normal
+_NORMAL = 2.0**-14  # the smallest number of float16 that has all its digits
 _ROUNDING = 4  # units of the arithmetic's precision, relative to the base's values
 _HALF = 0.5  # of the change: less is no effect as it was asked for
 

@@ -5,6 +5,8 @@ decomposition of its delta; every other tensor that changed is carried whole. Th
 largest rank) stands in the file, as that of an adapter trained here: merging needs none, and refuses another.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import math
@@ -13,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, write_text
 from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.output_checks import check_free_space
@@ -22,6 +22,7 @@ from rwkv_lab.checkpoint.provenance import RECORD, as_text, downloaded, provenan
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.checkpoint.write import file_kind, write_stream
 from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.changed_tensors import in_step
 from rwkv_lab.merge.input_checks import (
     check_base,

@@ -1,20 +1,20 @@
 """What a merge refuses of its inputs, from their headers."""
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, expected_tensors
 from rwkv_lab.checkpoint.layout import possible_versions, same_shape
+from rwkv_lab.dtypes import floats
 from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.names import split_block
 from rwkv_lab.patterns import matches_any
 
 log = logging.getLogger(__name__)
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_base(base: Checkpoint, allow_extra: Sequence[str]) -> Layout:
@@ -126,7 +126,7 @@ def _refuse_other_dtypes(ck: Checkpoint) -> None:
     odd = [
         (name, t.dtype)
         for name, t in ck.info.items()
-        if t.dtype not in _FLOATS and not (name.endswith(".alpha") and t.numel == 1)  # which may be a whole number
+        if t.dtype not in floats() and not (name.endswith(".alpha") and t.numel == 1)  # which may be a whole number
     ]
     if odd:
         name, dtype = odd[0]

@@ -1,5 +1,7 @@
 """`merge`: tuned weights into a base checkpoint, models with models. Open, plan from headers, write."""
 
+from __future__ import annotations
+
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -7,9 +9,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from rwkv_lab.arguments import checked
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.families import family_of
 from rwkv_lab.merge.inputs import merged_in_itself, open_inputs, open_tuned
 from rwkv_lab.merge.plan import MergeResult

@@ -1,14 +1,14 @@
 """What methods take: name, type, default, range and help of a parameter, and the one check of what is given for it."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
-
 from rwkv_lab.errors import ParameterError
 
-LARGEST = torch.finfo(torch.float32).max  # of every number: the arithmetic is float32
+LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32, and of every number: the arithmetic is float32
 NEEDED: Final = object()  # the default of a parameter that must be given
 
 

@@ -17,21 +17,22 @@ The proof computes the same once more, from whole tensors in float64 and without
 one is refused. The first sentence of the file says what the method does.
 """
 
+from __future__ import annotations
+
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
-from torch import Tensor
-
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.method_parameters import NEEDED, Parameter, Takes
 from rwkv_lab.merge.proof import Exact
 from rwkv_lab.spec import did_you_mean
 
-Blocks = Callable[[], Iterator[tuple[Tensor, list[Tensor]]]]  # each call goes through the tensor again, (base, tuned)
-Draws = Callable[[int, int], Tensor]  # (seed, which of tuned) -> [n] float64, uniform in [0, 1)
+Blocks = Callable[[], Iterator[tuple["torch.Tensor", list["torch.Tensor"]]]]  # each call is another pass: (base, tuned)
+Draws = Callable[[int, int], "torch.Tensor"]  # (seed, which of tuned) -> [n] float64, uniform in [0, 1)
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Models:
     most: int | None = None
 
 
-Tensors = Annotated[Sequence[Tensor], Models()]
-Two = Annotated[Sequence[Tensor], Models(1, 1)]
-Several = Annotated[Sequence[Tensor], Models(2)]
+Tensors = Annotated[Sequence["torch.Tensor"], Models()]
+Two = Annotated[Sequence["torch.Tensor"], Models(1, 1)]
+Several = Annotated[Sequence["torch.Tensor"], Models(2)]
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,13 @@ class MixingMethod:
     name: str
     title: str  # a few words
     help: str  # what it does, a sentence
-    function: Callable[..., Tensor]
+    function: Callable[..., torch.Tensor]
     proof: Callable[..., Exact]
     signature: Signature
 
 
 MIXING: dict[str, MixingMethod] = {}  # by name, filled by the files of `rwkv_lab.merge.mixing`
-Method = TypeVar("Method", bound=Callable[..., Tensor])
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def mixing_method(title: str, proof: Callable[..., Exact] | None = None) -> Callable[[Method], Method]:
@@ -131,9 +132,15 @@ def mixing_method(title: str, proof: Callable[..., Exact] | None = None) -> Call
     return register
 
 
-def signature_of(method: Callable[..., Tensor]) -> Signature:
+class _NoTorch:
+    """Stands for torch where annotations are read: of tensors nothing is read."""
+
+    Tensor = Any
+
+
+def signature_of(method: Callable[..., torch.Tensor]) -> Signature:
     """Read a method's parameters from its annotations."""
-    hints = get_type_hints(method, include_extras=True)
+    hints = get_type_hints(method, localns={"torch": _NoTorch}, include_extras=True)
     models, parameters, looks, draws = Models(), {}, {}, False
     for name, p in inspect.signature(method).parameters.items():
         marks = get_args(hints[name])[1:]

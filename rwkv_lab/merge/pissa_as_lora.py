@@ -4,15 +4,16 @@ PiSSA starts from the largest singular values and vectors of W. So, with P the p
 to W P: all that W does to the inputs which A sees. A LoRA's product is small beside W P, and points elsewhere.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_torch import no_grad, torch
 from rwkv_lab.peft.adapter import Adapter
 from rwkv_lab.peft.lora_target import LoraTarget
 
@@ -95,7 +96,7 @@ def _are_in(found: Sequence[_Compared]) -> bool:
     return all(one.contains(1.0) for one in found) or all(one.contains(one.scale) for one in found)
 
 
-@torch.no_grad()
+@no_grad
 def _compared(target: LoraTarget, weight: TensorInfo) -> _Compared | None:
     """Of as many rows as are read at a time; None where B A is zero there, or not finite."""
     B = target.B.read().float()

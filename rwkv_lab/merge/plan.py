@@ -1,15 +1,16 @@
 """What a merge will do, tensor by tensor, before a byte of tensor data is read; and what it did."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rwkv_lab.checkpoint import FileFacts, Layout
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.checks import Check
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.effect import MergeEffect, Meter
 from rwkv_lab.merge.inputs import InputFile, MergeInputs
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
@@ -55,7 +56,7 @@ class MergePlan:
     files: MergeInputs = field(kw_only=True, repr=False, compare=False)
     tensors: Sequence[OutTensor] = field(kw_only=True, repr=False, compare=False)  # as the rows; they read `files`
     # What the inputs' values say, read right before writing: (what the output contains, as `contains`; notes).
-    look: "Callable[[], tuple[Sequence[Mapping[str, Any]], Sequence[str]]]" = field(
+    look: Callable[[], tuple[Sequence[Mapping[str, Any]], Sequence[str]]] = field(
         kw_only=True, repr=False, compare=False
     )
     meters: Sequence[Meter] = field(kw_only=True, repr=False, compare=False)  # what the tensors are watched by

@@ -1,11 +1,11 @@
 """The plan of a merge, from headers alone."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-
-import torch
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo
@@ -17,6 +17,7 @@ from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
 from rwkv_lab.checkpoint.write import file_kind
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.adapter_set import ANY
 from rwkv_lab.merge.changed_tensors import ChangedTensor
 from rwkv_lab.merge.effect import Meter

@@ -4,6 +4,8 @@ stand there.
 A proof shares no code with the method that it proves. It may take the memory that merging does not.
 """
 
+from __future__ import annotations
+
 import fnmatch
 import re
 from abc import ABC, abstractmethod
@@ -13,15 +15,14 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from rwkv_lab.lazy_torch import torch
 
-Tensors = Mapping[str, Tensor]  # of a file, by name; read when they are taken out
+Tensors = Mapping[str, "torch.Tensor"]  # of a file, by name; read when they are taken out
 Source = tuple[Tensors, str]  # a file and a name in it
 
 # For a part of a flat tensor: what may stand there, float64 (several where a sum too near 0 to have a sign decides),
 # and what the arithmetic may add to the error of the last rounding.
-Exact = Callable[[slice], tuple[list[Tensor], Tensor | float]]
+Exact = Callable[[slice], tuple[list["torch.Tensor"], "torch.Tensor | float"]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Proof(ABC):
     def exact(self, name: str) -> Exact:
         """The values of a computed tensor."""
 
-    def like(self, name: str) -> Tensor:
+    def like(self, name: str) -> torch.Tensor:
         """A tensor of the shape that `name` must have in the output, and of its dtype where it is computed."""
         files = (self.inputs.base, *self.inputs.tuned)
         return next(tensors[name] for tensors in files if name in tensors)
@@ -78,12 +79,12 @@ class WholeTensor:
     """One tensor of every model, whole and flat: what a mixing method's proof computes from."""
 
     name: str
-    base: Tensor  # [n], of the base's dtype; zeros where the base has no such tensor
-    tuned: Sequence[Tensor]  # [n] each, the base's where a model has no such tensor
+    base: torch.Tensor  # [n], of the base's dtype; zeros where the base has no such tensor
+    tuned: Sequence[torch.Tensor]  # [n] each, the base's where a model has no such tensor
     precision: torch.dtype  # of the merge's arithmetic
 
     @property
-    def models(self) -> list[Tensor]:
+    def models(self) -> list[torch.Tensor]:
         """The base's and the tuned ones."""
         return [self.base, *self.tuned]
 
@@ -97,16 +98,16 @@ class WholeTensor:
         return value if isinstance(value, list) else [value] * len(self.tuned)
 
 
-def total(terms: Sequence[Tensor]) -> Tensor:
+def total(terms: Sequence[torch.Tensor]) -> torch.Tensor:
     """Their sum, in order; at least one."""
     return reduce(torch.add, terms)
 
 
-def elementwise(t: WholeTensor, formula: Callable[..., Tensor]) -> Exact:
+def elementwise(t: WholeTensor, formula: Callable[..., torch.Tensor]) -> Exact:
     """Element i of the output is `formula(base[i], tuned1[i], …)`, which is given float64 tensors; its arithmetic may
     err by a few units of the sum of the magnitudes."""
 
-    def exact(part: slice) -> tuple[list[Tensor], Tensor]:
+    def exact(part: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
         values = [model[part].double() for model in t.models]
         size = total([v.abs() for v in values])
         return [formula(*values)], t.eps * size
@@ -117,7 +118,7 @@ def elementwise(t: WholeTensor, formula: Callable[..., Tensor]) -> Exact:
 def combined(t: WholeTensor, shares: Sequence[float]) -> Exact:
     """Σ shareᵢ · modelᵢ, the base first."""
 
-    def exact(part: slice) -> tuple[list[Tensor], Tensor]:
+    def exact(part: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
         terms = [m[part].double() * s for m, s in zip(t.models, shares, strict=True) if s]
         # lerp forms a difference of the two, so the size of each counts whole.
         sizes = [
@@ -135,12 +136,12 @@ def added(
     weights: Sequence[float],
     alpha: float,
     divisor: float = 1.0,
-    kept: Sequence[Tensor | None] = (),
+    kept: Sequence[torch.Tensor | None] = (),
     scale: Sequence[float] = (),
 ) -> Exact:
     """base + alpha · Σ weightᵢ · scaleᵢ · (tunedᵢ - base where keptᵢ) / divisor."""
 
-    def exact(part: slice) -> tuple[list[Tensor], Tensor]:
+    def exact(part: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
         base = t.base[part].double()
         deltas, sizes = _deltas(t, part, weights, kept, scale)
         size = base.abs() + abs(alpha / divisor) * total(sizes)
@@ -154,7 +155,7 @@ def elected(
     weights: Sequence[float],
     alpha: float,
     normalize: bool,
-    kept: Sequence[Tensor | None] = (),
+    kept: Sequence[torch.Tensor | None] = (),
     scale: Sequence[float] = (),
 ) -> Exact:
     """As `added`, of those deltas alone whose sign is that of the sum of all; with `normalize` their weighted mean.
@@ -162,7 +163,7 @@ def elected(
     Both signs are answers where the sum is too near 0 for its sign to be certain.
     """
 
-    def exact(part: slice) -> tuple[list[Tensor], Tensor]:
+    def exact(part: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
         base = t.base[part].double()
         deltas, sizes = _deltas(t, part, weights, kept, scale)
         everything, size = total(deltas), total(sizes)
@@ -186,9 +187,9 @@ def _deltas(
     t: WholeTensor,
     part: slice,
     weights: Sequence[float],
-    kept: Sequence[Tensor | None],
+    kept: Sequence[torch.Tensor | None],
     scale: Sequence[float],
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Weighted deltas of the tuned models, and the sizes that their rounding errors grow with."""
     base, deltas, sizes = t.base[part].double(), [], []
     masks, factors = kept or [None] * len(weights), scale or [1.0] * len(weights)

@@ -1,17 +1,18 @@
 """Files as a proof reads them: by the formats' own libraries, with names understood here once more."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from rwkv_lab.checkpoint import Checkpoint, open_checkpoint
 from rwkv_lab.checkpoint.gguf_types import MAGIC, require_gguf
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.proof import Tensors
 
 # What wrappers put before names, and in the middle of them.
@@ -66,14 +67,14 @@ def _in_adapter(name: str, adapter: str | None) -> str | None:
     return f"{layer}{part}"
 
 
-class _Renamed(Mapping[str, Tensor]):
+class _Renamed(Mapping[str, "torch.Tensor"]):
     """Some tensors of a file, under other names."""
 
     def __init__(self, tensors: Tensors, rename: Callable[[str], str | None]):
         self.tensors = tensors
         self.names = {new: n for n in tensors if (new := rename(n)) is not None}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[self.names[name]]
 
     def __iter__(self) -> Iterator[str]:
@@ -83,7 +84,7 @@ class _Renamed(Mapping[str, Tensor]):
         return len(self.names)
 
 
-class _Safetensors(Mapping[str, Tensor]):
+class _Safetensors(Mapping[str, "torch.Tensor"]):
     """The tensors of .safetensors files, each read when it is asked for."""
 
     def __init__(self, files: list[Path]):
@@ -92,7 +93,7 @@ class _Safetensors(Mapping[str, Tensor]):
             opened = safe_open(file, "pt")
             self.home |= {_bare(name): (opened, name) for name in opened.keys()}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> torch.Tensor:
         opened, stored = self.home[name]
         return opened.get_tensor(stored)
 
@@ -106,7 +107,7 @@ class _Safetensors(Mapping[str, Tensor]):
         return name in self.home
 
 
-class _Gguf(Mapping[str, Tensor]):
+class _Gguf(Mapping[str, "torch.Tensor"]):
     """The tensors of a GGUF file, each read, and where it is quantised dequantised, when it is asked for."""
 
     def __init__(self, path: Path):
@@ -115,7 +116,7 @@ class _Gguf(Mapping[str, Tensor]):
 
         self.tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> torch.Tensor:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -142,14 +143,14 @@ def read(path: Path) -> Tensors:
         return tensors if ck.foreign_format is None else _ByTable(tensors, ck)
 
 
-class _ByTable(Mapping[str, Tensor]):
+class _ByTable(Mapping[str, "torch.Tensor"]):
     """Tensors of a foreign format under BlinkDL's names."""
 
     def __init__(self, tensors: Tensors, ck: Checkpoint):
         self.tensors, self.inverses = tensors, ck.inverses
         self.stored = {name: _bare(stored) for name, stored in ck.names_in_file.items()}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self.tensors[self.stored[name]]
         return self.inverses[name](tensor).contiguous() if name in self.inverses else tensor
 
@@ -166,14 +167,14 @@ def _read_as_stored(path: Path) -> Tensors:
         return _Gguf(files[0])
     if not is_zip(files[0]):
         return _Safetensors(files)
-    found: dict[str, Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
     for file in files:
         if file.suffix == ".safetensors":  # which torch takes for its word, unless it does not see the name
             with open(file, "rb") as f:
                 loaded = torch.load(f, map_location="cpu", weights_only=True)
         else:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        found |= {_bare(n): t.detach() for n, t in loaded.items() if isinstance(t, Tensor)}
+        found |= {_bare(n): t.detach() for n, t in loaded.items() if isinstance(t, torch.Tensor)}
     return found
 
 

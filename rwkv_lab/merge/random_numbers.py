@@ -4,10 +4,13 @@ Number i for model m is the i-th 32-bit word of a Philox4x64 stream, over 2^32; 
 bytes of the SHA-256 of "seed/m/name", m counted from 0.
 """
 
+from __future__ import annotations
+
 from hashlib import sha256
 
 import numpy as np
-import torch
+
+from rwkv_lab.lazy_torch import torch
 
 _WORDS = 8  # of 32 bits that one step of the counter gives
 

@@ -6,13 +6,13 @@ straight line; model_stock has no floor under norms, and stays between base and 
 its first value, as there.
 """
 
+from __future__ import annotations
+
 import glob
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.dtypes import short_name, to_dtype
@@ -27,7 +27,7 @@ from rwkv_lab.yaml_file import read_mapping
 
 log = logging.getLogger(__name__)
 
-_OUTPUT = (torch.float32, torch.float16, torch.bfloat16)
+_OUTPUT = ("float32", "float16", "bfloat16")
 _KEYS = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype")
 _OF_A_SLICE, _OF_A_MODEL = ("sources", "parameters", "base_model"), ("model", "parameters")
 _OF_A_SOURCE = (*_OF_A_MODEL, "layer_range")

@@ -5,6 +5,8 @@ these two, or are tested against them. Values are normalised: paths to `Path`, d
 lists, no patterns to None. What a method makes of alpha, weights and parameters, the method checks.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -12,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import torch
 from pydantic import BeforeValidator, Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from rwkv_lab.dtypes import in_long, in_short, to_dtype
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.method import MERGE_METHODS
 from rwkv_lab.paths import path_fault
 from rwkv_lab.spec import Number, OneOf, Patterns, Spec

@@ -1,11 +1,12 @@
 """Tuned states in an output: zeros for the layers that have none, and which programs begin with them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from __future__ import annotations
 
-import torch
+from collections.abc import Iterator, Mapping, Sequence
 
 from rwkv_lab.checkpoint import Layout, TensorInfo
 from rwkv_lab.checkpoint.source import BLOCK
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.changed_tensors import ChangedTensor, Computed
 
 ZEROS = "zeros"  # the action of a state that is written for a layer without one

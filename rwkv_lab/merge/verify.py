@@ -4,16 +4,16 @@ Nothing of the merge is used here but its arguments: files are read by `torch.lo
 arithmetic is written again, in float64, by each method's own proof.
 """
 
+from __future__ import annotations
+
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from rwkv_lab.arguments import checked
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.families import MERGE_METHODS
 from rwkv_lab.merge.inputs import init_paths
 from rwkv_lab.merge.plan import MergeResult
@@ -59,7 +59,7 @@ def verify_merge(result: MergeResult) -> list[Check]:
     return checks
 
 
-def _states_of_zeros(sources: Mapping[str, Source | None], proof: Proof, n_layer: int) -> dict[str, Tensor]:
+def _states_of_zeros(sources: Mapping[str, Source | None], proof: Proof, n_layer: int) -> dict[str, torch.Tensor]:
     """The states that a merge has to write for layers without one: where it writes any, every layer has one."""
     states = {n: s for n, s in sources.items() if n.endswith(".att.time_state")}
     written = [(n, s) for n, s in states.items() if s is None or s[0] is not proof.inputs.base or s[1] != n]
@@ -92,7 +92,7 @@ class _Comparison:
     worst: float = 0.0  # error of a computed tensor, in units of what is allowed
     worst_name: str = ""
 
-    def add(self, name: str, found: Tensor, source: Source | None, proof: Proof, dtype: str | None) -> None:
+    def add(self, name: str, found: torch.Tensor, source: Source | None, proof: Proof, dtype: str | None) -> None:
         copied, like = None if source is None else source[0][source[1]], proof.like(name)
         # What is copied keeps its own dtype, what is computed the base's.
         kept = like if copied is None else copied
@@ -109,7 +109,7 @@ class _Comparison:
                 self.worst, self.worst_name = error, name
         self.not_finite += int(found.numel() - torch.isfinite(found).sum())
 
-    def add_zeros(self, found: Tensor, zeros: Tensor, dtype: str | None) -> None:
+    def add_zeros(self, found: torch.Tensor, zeros: torch.Tensor, dtype: str | None) -> None:
         wanted = getattr(torch, dtype) if dtype else zeros.dtype
         self.copied += 1
         self.copied_wrong += not _same_bits(found, zeros.to(wanted))
@@ -138,16 +138,16 @@ class _Comparison:
         return checks
 
 
-def _exact_copy(copied: Tensor) -> Exact:
+def _exact_copy(copied: torch.Tensor) -> Exact:
     return lambda part: ([copied.reshape(-1)[part].double()], 0.0)
 
 
-def _rounds_twice(source: Tensor, dtype: str | None) -> bool:
+def _rounds_twice(source: torch.Tensor, dtype: str | None) -> bool:
     """torch takes float64 to a 16-bit format by way of float32, which is no reference: error bounds must do."""
     return source.dtype == torch.float64 and dtype in ("bfloat16", "float16")
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.numel() != b.numel():
         return False
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
@@ -155,7 +155,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.split(_ROWS), b.split(_ROWS), strict=True))
 
 
-def _worst(out: Tensor, exact: Exact) -> float:
+def _worst(out: torch.Tensor, exact: Exact) -> float:
     """Largest |out - exact| over what is allowed: half a unit of its dtype, and the arithmetic's error."""
     unit, tiny = torch.finfo(out.dtype).eps / 2, torch.finfo(out.dtype).smallest_normal * torch.finfo(out.dtype).eps
     out, worst = out.reshape(-1), 0.0

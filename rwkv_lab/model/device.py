@@ -1,5 +1,7 @@
 """A failing device: its error in words, and the same call again on another device."""
 
+from __future__ import annotations
+
 import functools
 import re
 import warnings
@@ -7,10 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
-import torch
-
 from rwkv_lab.arguments import shown_value
 from rwkv_lab.errors import DeviceError, ParameterError
+from rwkv_lab.lazy_torch import torch
 
 F = TypeVar("F", bound=Callable)
 

@@ -3,8 +3,11 @@
 `rwkv_lab.checkpoint.generation` has what a file is recognised by, and which tensors it has.
 """
 
+import pkgutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -100,6 +103,7 @@ def register(generation: Generation) -> None:
 
 def generations() -> list[Generation]:
     """All generations, in the order in which they were registered."""
+    _find()
     return list(dict.fromkeys(_generations.values()))
 
 
@@ -110,7 +114,17 @@ def generation_of(layout: Layout) -> Generation:
         LayoutError: no file of this package makes models of it.
     """
     if layout.version not in _generations:
+        _find()
+    if layout.version not in _generations:
         raise LayoutError(
             f"There are no layers for RWKV-{layout.version}; there are for {', '.join(sorted(_generations))}."
         )
     return _generations[layout.version]
+
+
+def _find() -> None:
+    """Import every generation's file, which registers it."""
+    package = __name__.rpartition(".")[0]
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name.startswith("rwkv"):
+            import_module(f"{package}.{module.name}")

@@ -4,18 +4,19 @@ Everything here works from shapes; numbers are read when `read`, `factors` or on
 of adapters are in `rwkv_lab.peft.kinds`.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Self
 
-import torch
-
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, Layout, expected_tensors
 from rwkv_lab.checkpoint.layout import Shape, possible_versions, same_shape
 from rwkv_lab.errors import LayoutError
+from rwkv_lab.lazy_torch import torch
 
 
 class Values(Protocol):
@@ -131,7 +132,7 @@ class Adapter:
     named_targets: tuple[str, ...] = ()  # layers that the file lists as adapted: names or their ends
     opened: tuple[Checkpoint, ...] = field(default=(), repr=False)
 
-    def __enter__(self) -> "Adapter":
+    def __enter__(self) -> Adapter:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -5,22 +5,24 @@ its layer made and read out of a model, and its parts named, read and written in
 `rwkv_lab.peft` knows the kinds by name.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.peft.adapter import Adapter, Target, Values
-from rwkv_lab.peft.linear import AdaptedLinear, check_dropout
 from rwkv_lab.peft.options import AdapterOptions
-from rwkv_lab.peft.quantised import check_quant
+from rwkv_lab.peft.settings import check_dropout, check_quant
 from rwkv_lab.spec import did_you_mean
+
+if TYPE_CHECKING:
+    from rwkv_lab.peft.linear import AdaptedLinear
 
 Layers = Mapping[str, Mapping[str, TensorInfo]]  # of a file: the parts of each layer's adapter, by name
 
@@ -106,7 +108,7 @@ class AdapterKind(ABC):
 
     method: str
     described: str
-    layer_type: type[AdaptedLinear]
+    layer_type: type[AdaptedLinear] | Any
     takes_alpha: bool = False
     peft_types: tuple[str, ...] = ()
     stems: tuple[str, ...] = ()
@@ -124,7 +126,7 @@ class AdapterKind(ABC):
         """
 
     @abstractmethod
-    def new_layer(self, linear: nn.Linear, config: LoraConfig) -> AdaptedLinear:
+    def new_layer(self, linear: torch.nn.Linear, config: LoraConfig) -> AdaptedLinear:
         """An adapted layer that shares the weight of `linear`.
 
         Raises:
@@ -147,7 +149,7 @@ class AdapterKind(ABC):
         """What a layer was trained to do; the tensors are its own, not copies."""
 
     @abstractmethod
-    def trained_layer(self, linear: nn.Linear, target: Any) -> AdaptedLinear:
+    def trained_layer(self, linear: torch.nn.Linear, target: Any) -> AdaptedLinear:
         """The layer that was trained, on top of the base's."""
 
     # In a file of RWKV-PEFT's layout

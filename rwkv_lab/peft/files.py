@@ -4,23 +4,23 @@ What a file does not state has to be given: the alpha of a LoRA in RWKV-PEFT's l
 means, what a PiSSA adapter started from. A value that the file states and that is given too must agree with it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, file_facts, open_checkpoint, write_checkpoint
 from rwkv_lab.checkpoint.origin import ORIGIN
+from rwkv_lab.dtypes import floats
 from rwkv_lab.errors import LayoutError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.peft import hf_layout, rwkv_peft_layout
 from rwkv_lab.peft.adapter import Adapter
 from rwkv_lab.peft.kinds.pissa import with_start
 from rwkv_lab.peft.options import AdapterOptions
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @checked
@@ -89,7 +89,7 @@ def read_adapter(
 
 def _check_dtypes(ck: Checkpoint) -> None:
     numbers = [t for n, t in ck.info.items() if not n.endswith(".alpha")]  # those may be whole numbers
-    odd = next((t for t in numbers if t.dtype not in _FLOATS), None)
+    odd = next((t for t in numbers if t.dtype not in floats()), None)
     if odd is not None:
         raise LayoutError(f"{ck.path}: {odd.name} is {odd.dtype}; adapters are float64, float32, bfloat16 or float16.")
 

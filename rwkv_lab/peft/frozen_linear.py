@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from rwkv_lab.arguments import Size, checked
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.peft.quantised import PackedWeight, check_quant
+from rwkv_lab.peft.quantised import PackedWeight
+from rwkv_lab.peft.settings import check_quant
 
 
 class _TimesPacked(torch.autograd.Function):

@@ -19,7 +19,7 @@ from rwkv_lab.errors import CorruptFileError, LayoutError, OutputError, Paramete
 from rwkv_lab.peft.adapter import Adapter, Values
 from rwkv_lab.peft.config import ADAPTER_KINDS, AdapterKind
 from rwkv_lab.peft.options import AdapterOptions
-from rwkv_lab.peft.quantised import QUANTS
+from rwkv_lab.peft.settings import QUANTS
 
 PREFIX = "base_model.model."
 QUANT = "rwkv_lab.quant"  # a note in the safetensors' header, where peft looks for nothing

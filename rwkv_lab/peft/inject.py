@@ -16,8 +16,9 @@ from rwkv_lab.peft.adapter import Adapter, InMemory
 from rwkv_lab.peft.config import ADAPTER_KINDS, LoraConfig
 from rwkv_lab.peft.frozen_linear import FrozenLinear, NF4Linear
 from rwkv_lab.peft.linear import AdaptedLinear
-from rwkv_lab.peft.quantised import PackedWeight, check_quant
+from rwkv_lab.peft.quantised import PackedWeight
 from rwkv_lab.peft.selection import target_modules, trained_parts
+from rwkv_lab.peft.settings import check_quant
 
 
 @checked

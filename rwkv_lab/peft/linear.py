@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from rwkv_lab.arguments import Size, checked
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.peft.frozen_linear import FrozenLinear
+from rwkv_lab.peft.settings import check_dropout, check_rank, lora_scaling
 
 
 class AdaptedLinear(FrozenLinear):
@@ -34,38 +35,6 @@ class AdaptedLinear(FrozenLinear):
         """The frozen weight in the dtype that merging computes in."""
         weight = self.weight.detach()
         return weight if weight.dtype == torch.float64 else weight.float()
-
-
-def check_rank(r: int, in_features: int, out_features: int) -> None:
-    """Raises:
-    ParameterError: a rank that is no positive whole number, or larger than the layer.
-    """
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ParameterError(f"rank {r!r}: it must be a whole number of at least 1.")
-    if r > min(in_features, out_features):
-        raise ParameterError(
-            f"rank {r} is larger than the layer, {out_features} x {in_features}: at most "
-            f"{min(in_features, out_features)} makes sense here."
-        )
-
-
-def check_dropout(p: float) -> None:
-    """Raises:
-    ParameterError: not a share from 0 to below 1.
-    """
-    if not isinstance(p, int | float) or isinstance(p, bool) or not 0 <= p < 1:
-        raise ParameterError(f"dropout {p!r}: it must be from 0 to below 1.")
-
-
-def lora_scaling(alpha: float, r: int, use_rslora: bool = False) -> float:
-    """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732).
-
-    Raises:
-        ParameterError: an alpha that is not a positive number.
-    """
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-        raise ParameterError(f"alpha={alpha!r}: it must be a positive number.")
-    return alpha / math.sqrt(r) if use_rslora else alpha / r
 
 
 class LoraLinear(AdaptedLinear):

@@ -1,14 +1,15 @@
 """What the numbers of a LoRA do to a matrix; with what training started from, those of a PiSSA."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
 from typing import Self
 
-import torch
-
 from rwkv_lab.checkpoint.layout import Shape
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values, in_memory
-from rwkv_lab.peft.linear import lora_scaling
+from rwkv_lab.peft.settings import lora_scaling
 
 MAGNITUDE = "lora_magnitude_vector"
 

@@ -15,42 +15,8 @@ from torch.nn import functional as F
 
 from rwkv_lab.arguments import Size, checked
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.peft.linear import AdaptedLinear, check_dropout, check_rank
-
-VARIANTS = ("default", "mini", "bat-hf", "bat-rwkv-peft")
-
-
-def check_variant(variant: str) -> None:
-    """Raises:
-    ParameterError: no such variant, or "bat", which is two of them.
-    """
-    if variant == "bat":
-        raise ParameterError(
-            'miss_variant="bat" has two meanings: "bat-hf" (Hugging Face peft, one block per output tile) and\n'
-            '"bat-rwkv-peft" (RWKV-PEFT, one block per input tile). Pass one of them.'
-        )
-    if variant not in VARIANTS:
-        raise ParameterError(f"There is no MiSS variant {variant!r}; there are: {', '.join(VARIANTS)}.")
-
-
-def block_shape(variant: str, r: int, in_features: int, out_features: int, mini_r: int = 1) -> tuple[int, ...]:
-    """Shape of the block for a weight `[out_features, in_features]`.
-
-    Raises:
-        ParameterError: a rank that does not fit this layer.
-    """
-    check_variant(variant)
-    if variant == "default":
-        return (r, out_features)
-    if variant == "mini":
-        if mini_r < 1 or out_features % mini_r:
-            raise ParameterError(f"mini_r={mini_r} does not divide the {out_features} outputs of the layer.")
-        return (r, mini_r)
-    if in_features % r or out_features % r:
-        raise ParameterError(
-            f"rank {r} does not divide a layer of {out_features} x {in_features}; {variant} needs whole tiles."
-        )
-    return (out_features // r if variant == "bat-hf" else in_features // r, r, r)
+from rwkv_lab.peft.linear import AdaptedLinear
+from rwkv_lab.peft.settings import block_shape, check_dropout, check_rank
 
 
 def bat_change(weight: torch.Tensor, block: torch.Tensor, variant: str) -> torch.Tensor:

@@ -4,13 +4,14 @@ Signs and order of singular vectors are free, and cancel in B₀A₀; only where
 and the next one nearly agree is the product undetermined. A randomised SVD cannot be had again.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.peft.adapter import Adapter
 from rwkv_lab.peft.lora_target import LoraTarget, lora_targets
 
@@ -67,7 +68,7 @@ class ComputedHalf:
     start: _Start
     which: int  # 0: A₀, 1: B₀
     shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float64
+    dtype: torch.dtype = field(default_factory=lambda: torch.float64)
 
     def read(self) -> torch.Tensor:
         """Its values.

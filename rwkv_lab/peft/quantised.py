@@ -19,15 +19,13 @@ from rwkv_lab.arguments import Size, checked, shown_value
 from rwkv_lab.checkpoint.rounding import NF4_BLOCK, NF4_LEVELS
 from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.peft.settings import check_quant
 
 # By code: the sign, then which of eight magnitudes.
 _FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 FP4_LEVELS = (*_FP4_MAGNITUDES, *(-m for m in _FP4_MAGNITUDES))
 BLOCK_SIZE = NF4_BLOCK
 _AT_ONCE = 1 << 20  # values; what a quantiser needs besides its input and output stays near 20 MB
-QUANTS = ("none", "int8", "nf4", "fp4", "bnb-int8")
-BITS = {"int8": 8.0, "nf4": 4 + 32 / 64, "fp4": 4 + 32 / 64, "bnb-int8": 8.0}  # per value, with the scales of blocks
-WHOLE_MATRIX = ("bnb-int8",)  # one scale for all rows
 
 
 @checked
@@ -250,14 +248,6 @@ def quantised_and_back(weight: torch.Tensor, quant: str, absmax: torch.Tensor | 
     return weight if quant == "none" else PackedWeight(weight, quant, absmax).dense()
 
 
-def check_quant(quant: str) -> None:
-    """Raises:
-    ParameterError: no such storage.
-    """
-    if quant not in QUANTS:
-        raise ParameterError(f"There is no quant {quant!r}; there are: {', '.join(QUANTS)}.")
-
-
 def _check_block_size(block_size: int) -> None:
     if not 2 <= block_size <= 2**31 or block_size % 2:
         raise ParameterError(f"block_size={block_size}: two values share a byte, so it must be even, from 2 to 2^31.")
@@ -272,7 +262,7 @@ class PackedWeight(nn.Module):
     """A weight stored in fewer bits: buffers `codes` and `absmax`. Its scales stay float32 whatever the model becomes.
 
     Args:
-        quant: of `QUANTS`, but for "none".
+        quant: of `QUANTS` in `rwkv_lab.peft.settings`, but for "none".
         absmax: of "bnb-int8", where only some rows are given: the largest magnitude of all.
     """
 

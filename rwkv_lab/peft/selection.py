@@ -1,19 +1,21 @@
 """The layers and parameters of a model that settings name."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Sequence
 
-from torch import nn
-
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.names import split_block
 from rwkv_lab.patterns import matches, matches_any, refuse_unmatched
-from rwkv_lab.peft.linear import AdaptedLinear
 
 PARTS = ("emb", "head", "ln", "time", "time_state")
 
 
-def target_modules(model: nn.Module, patterns: Sequence[str] | None, what: str = "lora_target_modules") -> list[str]:
+def target_modules(
+    model: torch.nn.Module, patterns: Sequence[str] | None, what: str = "lora_target_modules"
+) -> list[str]:
     """Full names of the Linear layers that the patterns select, in the model's order; None selects those of the blocks.
 
     Args:
@@ -22,7 +24,9 @@ def target_modules(model: nn.Module, patterns: Sequence[str] | None, what: str =
     Raises:
         ParameterError: a pattern that matches no layer (near names are listed), or a layer that is adapted already.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    from rwkv_lab.peft.linear import AdaptedLinear  # brings torch, which names of parts do not need
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if patterns is None:
         patterns = ["blocks.*"]
     refuse_unmatched(what, patterns, list(layers), "Linear layers of this model")
@@ -33,7 +37,7 @@ def target_modules(model: nn.Module, patterns: Sequence[str] | None, what: str =
     return chosen
 
 
-def trained_parts(model: nn.Module, parts: Sequence[str]) -> list[str]:
+def trained_parts(model: torch.nn.Module, parts: Sequence[str]) -> list[str]:
     """Full names of the parameters that `train_parts` selects, in the model's order. Adapters are not among them.
 
     Raises:
@@ -50,8 +54,10 @@ def trained_parts(model: nn.Module, parts: Sequence[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def _own_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+def _own_parameters(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
     """Those of the model itself, without adapters."""
+    from rwkv_lab.peft.linear import AdaptedLinear
+
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not (isinstance(module, AdaptedLinear) and name in module.adapter_names):

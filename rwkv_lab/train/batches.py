@@ -1,14 +1,15 @@
 """Tokens in batches: windows out of long texts, or one example a row; and how a model predicts what was held out."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_torch import no_grad, torch
 from rwkv_lab.train.data import Corpus
 from rwkv_lab.train.examples import Examples
 from rwkv_lab.train.material import Material, Row, Tokenizer, tokenise
@@ -17,7 +18,7 @@ from rwkv_lab.train.token_files import TokenCorpus
 SKIP = -100  # a target that does not count, as torch's cross entropy spells it
 _TOKENS_AT_ONCE = 4096  # bounds the memory of measuring
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # tokens [B,T], and the token that follows each, or SKIP
+Batch = tuple["torch.Tensor", "torch.Tensor"]  # tokens [B,T], and the token that follows each, or SKIP
 
 
 class Windows:
@@ -147,11 +148,11 @@ def in_batches(
 def nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of the cross entropies of targets `[B,T]` under logits `[B,T,V]`; those that are SKIP count nothing."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=SKIP, reduction="sum")
+    return torch.nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=SKIP, reduction="sum")
 
 
 @checked
-@torch.no_grad()
+@no_grad
 def held_out_bits(run: Callable, material: Windows | Rows, device: torch.device) -> float:
     """Bits per byte of what is held out, a fresh state for every window or example.
 

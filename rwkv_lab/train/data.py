@@ -75,6 +75,18 @@ def load_corpus(
         raise ParameterError(f"{e.filename or data} cannot be read: {e.strerror or e}.") from e
 
 
+def check_data(data: str | Path) -> None:
+    """Refuse a path that leads to no file and no folder; nothing is read.
+
+    Raises:
+        ParameterError: as `load_corpus`.
+    """
+    if data not in CORPORA:
+        path = to_path(data, "data")
+        if not (path.exists() or is_pair(path)):
+            raise _no_data(path)
+
+
 def data_files(data: str | Path) -> list[Path]:
     """The file, the files of a pair, or the folder that `data` names; none where it is one of `CORPORA`."""
     if data in CORPORA:

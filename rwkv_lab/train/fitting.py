@@ -1,15 +1,15 @@
 """The steps of a training: batches, gradients, updates, measurements on the way, checkpoints."""
 
+from __future__ import annotations
+
 import logging
 import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from rwkv_lab.errors import CorruptFileError, NumericsError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.progress import Progress
 from rwkv_lab.train.batches import SKIP, Rows, Windows, held_out_bits, nats
 from rwkv_lab.train.optimiser import make_optimiser, schedule, set_lr
@@ -36,8 +36,8 @@ class Fitting:
 
     def __init__(
         self,
-        run: nn.Module,
-        trained: Mapping[str, nn.Parameter],
+        run: torch.nn.Module,
+        trained: Mapping[str, torch.nn.Parameter],
         material: Windows | Rows,
         spec: ResolvedSpec,
         options: TrainOptions,
@@ -132,7 +132,7 @@ class Fitting:
         if not math.isfinite(bits):
             raise self._not_finite("loss", bits)
         self.scaler.unscale_(self.optimiser)
-        norm = float(gathered(nn.utils.clip_grad_norm_(self.trained.values(), CLIP)))
+        norm = float(gathered(torch.nn.utils.clip_grad_norm_(self.trained.values(), CLIP)))
         if not math.isfinite(norm) and not self.scaler.is_enabled():  # the scaler leaves such a step out by itself
             raise self._not_finite("gradient's norm", norm)
         self.scaler.step(self.optimiser)

@@ -3,12 +3,14 @@
 The same model, data, window and bytes give the same number everywhere.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from rwkv_lab import model as models
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model import RWKV_Dual, bits_per_byte
 from rwkv_lab.train.batches import held_out_bits, in_batches
 from rwkv_lab.train.data import Corpus
 from rwkv_lab.train.examples import Example, Examples
@@ -33,7 +35,7 @@ class Measurement:
 
 @checked
 def measure_held_out(
-    model: RWKV_Dual,
+    model: models.RWKV_Dual,
     corpus: Corpus | Examples | TokenCorpus,
     window: int = WINDOW,
     long: str | None = None,
@@ -52,7 +54,7 @@ def measure_held_out(
     if most is not None:
         corpus = _beginning(corpus, most)
     if isinstance(corpus, Corpus):
-        bits = bits_per_byte(model, corpus.held_out, window)
+        bits = models.bits_per_byte(model, corpus.held_out, window)
         first = model.tokenizer.encode(corpus.held_out)[:1]  # nothing comes before it, so it is not predicted
         return Measurement(bits, len(corpus.held_out) - len(model.tokenizer.decode_bytes(first)), window)
     material = in_batches(corpus, model.tokenizer, window, seed=0, long=long)

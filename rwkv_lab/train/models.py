@@ -1,18 +1,18 @@
 """The model of a training: made from its spec, and opened again from what was written."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import nn
-
+from rwkv_lab import model as models
 from rwkv_lab.arguments import checked
-from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.train.spec import KINDS, TrainSpec
 
 
-def make_model(spec: TrainSpec, start: str | Path = "") -> RWKV_Dual:
+def make_model(spec: TrainSpec, start: str | Path = "") -> models.RWKV_Dual:
     """The model that is trained, with all frozen that is not. Draws from torch's generators are its seed's alone.
 
     Args:
@@ -30,13 +30,13 @@ def make_model(spec: TrainSpec, start: str | Path = "") -> RWKV_Dual:
         return _with_tokenizer(model, spec)
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Those that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @checked
-def open_trained(spec: TrainSpec, out: str | Path) -> RWKV_Dual:
+def open_trained(spec: TrainSpec, out: str | Path) -> models.RWKV_Dual:
     """The model that a training ended with, from its output and base alone.
 
     Raises:
@@ -45,7 +45,7 @@ def open_trained(spec: TrainSpec, out: str | Path) -> RWKV_Dual:
     return _with_tokenizer(KINDS[spec.kind].open(spec, Path(out)), spec)
 
 
-def _with_tokenizer(model: RWKV_Dual, spec: TrainSpec) -> RWKV_Dual:
+def _with_tokenizer(model: models.RWKV_Dual, spec: TrainSpec) -> models.RWKV_Dual:
     if spec.tokenizer:
         model.tokenizer = spec.tokenizer
     return model

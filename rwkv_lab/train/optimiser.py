@@ -1,11 +1,12 @@
 """AdamW as RWKV is trained with it: which parameter gets which learning rate and decay, and the rate over time."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.train.spec import KINDS, TrainSpec
 
 # Factors on the learning rate, as RWKV-LM (its README and model.py) trains whole models: twice for the decays, `w0` of

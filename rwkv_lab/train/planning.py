@@ -14,7 +14,7 @@ from rwkv_lab.checkpoint.unchanged import FileState, file_states
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.model.rwkv7 import fresh_layout
 from rwkv_lab.names import is_block_matrix
-from rwkv_lab.peft.quantised import BITS
+from rwkv_lab.peft.settings import BITS
 from rwkv_lab.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 from rwkv_lab.train.data import CORPORA, Corpus, load_corpus
 from rwkv_lab.train.examples import Examples

@@ -5,16 +5,15 @@ rows of it, and every gradient is the mean over the whole batch, so the number o
 but for rounding. Only the first process writes files.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-from torch import nn
-
-from rwkv_lab.model import RWKV_Dual
+from rwkv_lab import model as models
+from rwkv_lab.lazy_torch import no_grad, torch
 from rwkv_lab.model.device import parse_device
 
 
@@ -31,9 +30,9 @@ class Processes:
     size: int
 
     @classmethod
-    def here(cls, how: str) -> "Processes":
-        if dist.is_available() and dist.is_initialized():
-            return cls(how, dist.get_rank(), dist.get_world_size())
+    def here(cls, how: str) -> Processes:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return cls(how, torch.distributed.get_rank(), torch.distributed.get_world_size())
         return cls(how, 0, 1)
 
     @property
@@ -45,7 +44,7 @@ class Processes:
     def sharded(self) -> bool:
         return self.size > 1 and self.how == "fsdp"
 
-    def wrap(self, model: RWKV_Dual) -> nn.Module:
+    def wrap(self, model: models.RWKV_Dual) -> torch.nn.Module:
         """What to call in place of the model. `fully_shard` changes the model itself."""
         if self.size == 1:
             return model
@@ -60,7 +59,7 @@ class Processes:
             fully_shard(model)
             return model
         device = model.get_device()
-        return nn.parallel.DistributedDataParallel(
+        return torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
         )
 
@@ -70,11 +69,11 @@ class Processes:
         return slice(self.rank * each, (self.rank + 1) * each)
 
     @contextmanager
-    def collecting(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
+    def collecting(self, wrapped: torch.nn.Module, last: bool) -> Iterator[None]:
         """Around the passes of one batch: gradients are exchanged in the last one of a step only."""
         if self.sharded:
             wrapped.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]  # what `fully_shard` added
-        ddp = wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else None
+        ddp = wrapped if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel) else None
         with nullcontext() if last or ddp is None else ddp.no_sync():
             yield
 
@@ -82,7 +81,7 @@ class Processes:
         """The sum of a number over all processes."""
         value = value.detach().double()
         if self.size > 1:
-            dist.all_reduce(value)
+            torch.distributed.all_reduce(value)
         return value.item()
 
     def whole(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -91,7 +90,7 @@ class Processes:
 
     def wait(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            torch.distributed.barrier()
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,7 +99,7 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if full is None else full()
 
 
-@torch.no_grad()
+@no_grad
 def put(target: torch.Tensor, values: torch.Tensor) -> None:
     """Write a whole tensor's values into `target`, which may be spread over processes."""
     if hasattr(target, "full_tensor"):
@@ -120,8 +119,8 @@ def started_by_torchrun(device: str) -> Iterator[str]:
     if parse_device(device).type == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield device
     finally:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()

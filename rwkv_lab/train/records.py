@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model.chat import TEMPLATES, UNWRITTEN, ChatTemplate, EmptyTurn, chat_template, render_turns
+from rwkv_lab.model.chat_template import TEMPLATES, UNWRITTEN, ChatTemplate, EmptyTurn, chat_template, render_turns
 from rwkv_lab.paths import what_is_there
 from rwkv_lab.train.examples import Example
 from rwkv_lab.train.names import CHATS, INPUTS, KNOWN, MEANT, PROMPTS, RESPONSES, SYSTEMS, TEXTS, TOOLS, plain

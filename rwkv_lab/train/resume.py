@@ -5,17 +5,18 @@ the data, and the rest as JSON in its header. Frozen weights are not in it; they
 whole or not at all, and goes when the output is there.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
 
-import torch
-
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from rwkv_lab.errors import CorruptFileError, ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.train.processes import Processes, put
 
 _NOTE = "rwkv_lab.train.resume"

@@ -1,10 +1,12 @@
 """What a model writes before and after training, after prompts that go with the data."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rwkv_lab import model as models
 from rwkv_lab.arguments import checked
-from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.train.data import Corpus
 from rwkv_lab.train.examples import Examples
 from rwkv_lab.train.token_files import TokenCorpus
@@ -34,7 +36,7 @@ class Question:
 
 
 @checked
-def questions(corpus: Corpus | Examples | TokenCorpus, model: RWKV_Dual) -> list[Question]:
+def questions(corpus: Corpus | Examples | TokenCorpus, model: models.RWKV_Dual) -> list[Question]:
     """Prompts for a corpus: of examples those of the first that are held out, else the beginning of held-out text.
 
     Raises:
@@ -52,7 +54,7 @@ def questions(corpus: Corpus | Examples | TokenCorpus, model: RWKV_Dual) -> list
     return found[::-1][:_EXAMPLES]
 
 
-def samples(corpus: Corpus | Examples | TokenCorpus, model: RWKV_Dual, seed: int) -> list[tuple[str, str]]:
+def samples(corpus: Corpus | Examples | TokenCorpus, model: models.RWKV_Dual, seed: int) -> list[tuple[str, str]]:
     """(prompt, continuation) pairs, as the model is now. Answers end where those of the examples do.
 
     Raises:

@@ -1,13 +1,15 @@
 """What decides the result of a training: recorded in its output, and compared when it is resumed."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from rwkv_lab.checkpoint import FileFacts
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.train.data import Corpus
 from rwkv_lab.train.examples import Examples
 from rwkv_lab.train.spec import KINDS, ResolvedSpec

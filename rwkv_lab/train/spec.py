@@ -4,6 +4,8 @@ Descriptions are the help texts of notebooks, panels, the command line and the r
 one object (`Kind`), registered by its module in `rwkv_lab.train.kinds`; nothing else knows the kinds by name.
 """
 
+from __future__ import annotations
+
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -21,14 +22,15 @@ from pydantic import (
     model_validator,
 )
 
+from rwkv_lab import model as models
 from rwkv_lab.checkpoint import Layout
 from rwkv_lab.checks import Check
 from rwkv_lab.dtypes import in_long, to_dtype
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.model.device import parse_device
 from rwkv_lab.paths import path_fault
-from rwkv_lab.peft.quantised import QUANTS
+from rwkv_lab.peft.settings import QUANTS
 from rwkv_lab.spec import Number, OneOf, Patterns, Spec, Text
 
 Planned = tuple[str, tuple[int, ...], int]  # tensor, shape, values that are trained of or for it
@@ -73,7 +75,7 @@ class Kind(ABC):
     compared_lr: float | None = None
 
     @abstractmethod
-    def make_model(self, spec: "TrainSpec") -> RWKV_Dual:
+    def make_model(self, spec: TrainSpec) -> models.RWKV_Dual:
         """The model to train, with all frozen that is not trained. New values are drawn from torch's generator.
 
         Raises:
@@ -82,7 +84,7 @@ class Kind(ABC):
         """
 
     @abstractmethod
-    def planned(self, spec: "TrainSpec", layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[Planned]:
+    def planned(self, spec: TrainSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[Planned]:
         """What would be trained, from the shapes of the base's tensors.
 
         Raises:
@@ -90,7 +92,7 @@ class Kind(ABC):
         """
 
     @abstractmethod
-    def save(self, model: RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
+    def save(self, model: models.RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
         """Write what was trained. `note` travels in the file, where it has no note of its own.
 
         Raises:
@@ -98,14 +100,14 @@ class Kind(ABC):
         """
 
     @abstractmethod
-    def open(self, spec: "TrainSpec", out: Path) -> RWKV_Dual:
+    def open(self, spec: TrainSpec, out: Path) -> models.RWKV_Dual:
         """The model that training ended with, from the files alone.
 
         Raises:
             RwkvLabError: of the files.
         """
 
-    def check_savable(self, model: RWKV_Dual, out: Path) -> None:  # noqa: B027  # most kinds have nothing to refuse
+    def check_savable(self, model: models.RWKV_Dual, out: Path) -> None:  # noqa: B027  # most kinds have nothing to refuse
         """Refuse, before the first step, what `save` would refuse after the last.
 
         Raises:
@@ -120,7 +122,7 @@ class Kind(ABC):
         """
         return []
 
-    def started(self, spec: "TrainSpec") -> "TrainSpec":
+    def started(self, spec: TrainSpec) -> TrainSpec:
         """The spec with what the file `spec.start` states: rank, alpha, targets, …
 
         Raises:
@@ -129,7 +131,7 @@ class Kind(ABC):
         """
         return spec
 
-    def mark_trained(self, model: RWKV_Dual) -> None:
+    def mark_trained(self, model: models.RWKV_Dual) -> None:
         """Freeze all of an opened output (`open`) but what is trained, to train it further.
 
         Raises:
@@ -137,7 +139,7 @@ class Kind(ABC):
         """
         raise ParameterError(f"What kind={self.name!r} wrote cannot be trained further.")
 
-    def recorded(self, model: RWKV_Dual) -> dict[str, str]:
+    def recorded(self, model: models.RWKV_Dual) -> dict[str, str]:
         """What decides the result beside the spec, before the first step: has to be the same to resume."""
         return {}
 
@@ -296,7 +298,7 @@ class TrainSpec(Spec):
         value = getattr(self, name)
         return getattr(KINDS[self.kind].defaults, name) if value is None else value
 
-    def resolved(self) -> "ResolvedSpec":
+    def resolved(self) -> ResolvedSpec:
         """The same with the kind's own values where they are None, rank only where the kind has one."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         names = [n for n in ("data", "steps", "batch_size", "ctx_len", "lr", "rank") if self.applies(n, self.kind)]
@@ -352,6 +354,8 @@ def check_device(device: str, autocast: str = "") -> None:
     Raises:
         ParameterError: names it.
     """
+    if device == "cpu" and autocast != "float16":
+        return  # it is there, which is known without torch
     kind = parse_device(device).type
     if kind not in ("cpu", "cuda"):
         raise ParameterError(f"device={device!r}: training runs on 'cpu', 'cuda', 'cuda:1' and the like.")

@@ -1,5 +1,7 @@
 """Trains a model, an adapter or initial states, and measures on text it was not trained on what that changed."""
 
+from __future__ import annotations
+
 import json
 import logging
 import math
@@ -8,13 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
+from rwkv_lab import model as models
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import FileFacts, file_facts
 from rwkv_lab.checkpoint.unchanged import refuse_changed
 from rwkv_lab.errors import NumericsError, ParameterError
-from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.paths import to_path
 from rwkv_lab.peft import count_parameters
 from rwkv_lab.train.batches import batches_of
@@ -150,7 +151,7 @@ def train(
         alpha: of a LoRA, which is scaled by alpha / rank; None for twice the rank.
         targets: layers to adapt, such as "att.key", or patterns; None for all matrices of the blocks.
         train_parts: what an adapter's training trains besides: "emb", "head", "ln", "time", "time_state", patterns.
-        quant: of `rwkv_lab.peft.quantised.QUANTS`: how the frozen matrices are stored.
+        quant: of `rwkv_lab.peft.settings.QUANTS`: how the frozen matrices are stored.
         dtype: "float32", "float64" or "bfloat16", of the model; states, and adapters of a bfloat16 model, are float32.
         autocast: "bfloat16", or on CUDA "float16": compute in it, keep the parameters in float32.
         gradient_checkpointing: keep less for the backward pass and compute it again.
@@ -240,7 +241,7 @@ class _Training:
     inputs: list[FileFacts]
     corpus: Corpus | Examples | TokenCorpus
     material: Material
-    model: RWKV_Dual
+    model: models.RWKV_Dual
     settings: dict[str, object]
     origin: dict[str, str]  # for the output's metadata
     fitting: Fitting
@@ -344,7 +345,7 @@ def _write(training: _Training, result: TrainResult) -> None:
     processes.wait()
 
 
-def _whole_again(spec: TrainSpec, values: dict[str, torch.Tensor]) -> RWKV_Dual:
+def _whole_again(spec: TrainSpec, values: dict[str, torch.Tensor]) -> models.RWKV_Dual:
     """The model that was spread over processes, in one."""
     model = make_model(spec)
     for name, parameter in trained_parameters(model).items():

@@ -1,12 +1,13 @@
 """Checks what a training wrote, from the files alone: opened again, measured again, and its inputs with it."""
 
-from pathlib import Path
+from __future__ import annotations
 
-import torch
+from pathlib import Path
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import file_facts, open_checkpoint
 from rwkv_lab.checks import Check
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.train.data import load_corpus
 from rwkv_lab.train.held_out import measure_held_out
 from rwkv_lab.train.models import open_trained

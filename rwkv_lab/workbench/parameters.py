@@ -13,11 +13,11 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import AfterValidator, Field
 
 from rwkv_lab.analysis.texts import Reading
+from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import path_fault
 from rwkv_lab.spec import Advise, OneOf, Patterns, Spec, Text, unknown_name
 from rwkv_lab.train.held_out import WINDOW
-from rwkv_lab.wkv import backends
 from rwkv_lab.workbench.words import as_option, example, from_words, in_command, takes_mapping
 
 DEMO = ("demo:base", "demo:state")
@@ -64,7 +64,15 @@ ModelOrEmpty = Annotated[PathOrEmpty, MODEL]
 TextFileOrEmpty = Annotated[PathOrEmpty, TEXT]
 TextOrFile = Annotated[Text, TEXT]  # a word, such as english, or the path of a file
 InputsOrEmpty = Annotated[PathOrEmpty | list[PathOrEmpty], Files(several=True)]
-Backends = list[Annotated[str, OneOf(backends, everywhere=False)]]
+
+
+def _backends() -> tuple[str, ...]:
+    from rwkv_lab.wkv import backends  # brings torch, which no value needs while the default stands
+
+    return backends()
+
+
+Backends = list[Annotated[str, OneOf(_backends, everywhere=False)]]
 
 
 class Parameters(Spec):
@@ -209,6 +217,17 @@ def input_path(value: str) -> Path:
     if value == "demo:state":
         return train.demo_state()
     return Path(value)
+
+
+def check_headers(*paths: str | None) -> None:
+    """Refuse checkpoints that cannot be opened, from their headers; demo files and "" pass.
+
+    Raises:
+        RwkvLabError: as `open_checkpoint`.
+    """
+    for path in paths:
+        if path and path not in DEMO:
+            open_checkpoint(path).close()
 
 
 def train_demo(parameters: Parameters) -> None:

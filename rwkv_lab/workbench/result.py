@@ -1,19 +1,23 @@
 """`result.json`: what a script reads of a run. Written as "running" first, and replaced whole when the run ends."""
 
+from __future__ import annotations
+
 import json
 import math
 import platform
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from rwkv_lab.checkpoint import FileFacts, write_text
 from rwkv_lab.checks import Check, NotApplicable
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.version import __version__
 from rwkv_lab.workbench.process import is_running, this_process
 
@@ -115,7 +119,7 @@ def versions() -> dict[str, str]:
     return {
         "rwkv_lab": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": torch.__version__ if "torch" in sys.modules else version("torch"),  # a refusal does not wait for it
         "numpy": np.__version__,
         "platform": platform.platform(),
     }
@@ -137,7 +141,7 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    if isinstance(value, (np.generic, torch.Tensor)):
+    if isinstance(value, np.generic) or "torch" in sys.modules and isinstance(value, torch.Tensor):
         value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)

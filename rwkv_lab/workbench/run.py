@@ -204,9 +204,9 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
         config = read_parameters(run.model, namespace, names_are_all=not frontend_present())
         run._config = config = config.changed(report=str(run.folder))
         run.record.parameters = config.model_dump()
+        config.check_files()
         with run.timed("demo"):
             train_demo(config)
-        config.check_files()
     except BaseException as e:
         run.advise_in_words(e)
         run.fail(e)

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.peft.quantised import QUANTS
+from rwkv_lab.peft.settings import QUANTS
 from rwkv_lab.train import plan_training, train
 from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
 

@@ -5,6 +5,8 @@ The bounds are what the stated precision may add; where it decides which level a
 that level.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import re
@@ -15,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.families.mixing_proof import setting_at
 from rwkv_lab.merge.proof import Exact, Proof, ProofInputs, Source
 
@@ -26,13 +27,12 @@ PROVED = ("lora", "pissa", "miss")  # kinds of adapters that are understood here
 _PARTS = "init_lora_[AB]|lora_(?:[AB]|down|up|magnitude_vector)|disha|bone_block|bone|miss_block|alpha"
 _PART = re.compile(rf"^(.+?)\.({_PARTS})(?:\.(?!weight$)[^.]+)?(?:\.weight)?$")
 _FLAT = re.compile(r"^(?:lora|lycoris)_(?:[a-z0-9]+_)??(blocks)_(\d+)_(att|ffn)_(\w+)$")
-_SINGLE = torch.finfo(torch.float32).eps
+_SINGLE = 2.0**-23  # the distance of float32 numbers at 1
 # The published levels of NF4.
-_LEVELS = torch.tensor(
+_LEVELS = (
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
     + [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
-    dtype=torch.float64,
+    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
 )
 
 _FP4 = [0.0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0]
@@ -40,22 +40,22 @@ _FP4 = [0.0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0]
 _DYNAMIC = [(0.1 + 0.9 * (k + 0.5) / 2**i) * 10 ** (i - 6) for i in range(7) for k in range(2**i)]
 _TABLES = {
     "nf4": _LEVELS,
-    "fp4": torch.tensor(sorted({s * level for s in (-1, 1) for level in _FP4}), dtype=torch.float64),
-    "bnb-int8": torch.tensor(sorted([0.0, 1.0, *_DYNAMIC, *(-v for v in _DYNAMIC)]), dtype=torch.float64),
+    "fp4": sorted({s * level for s in (-1, 1) for level in _FP4}),
+    "bnb-int8": sorted([0.0, 1.0, *_DYNAMIC, *(-v for v in _DYNAMIC)]),
 }
 
-Parts = dict[str, Tensor]  # of one matrix: "A", "B", "A0", "B0", "alpha" or "block"
-Bounded = tuple[Tensor, Tensor]  # values and the most that each may be off, float64 [out, in]
+Parts = dict[str, "torch.Tensor"]  # of one matrix: "A", "B", "A0", "B0", "alpha" or "block"
+Bounded = tuple["torch.Tensor", "torch.Tensor"]  # values and the most that each may be off, float64 [out, in]
 
 
 @dataclass(frozen=True)
 class Understood:
     """One adapter."""
 
-    layers: dict[str, dict[str, Tensor]]  # by the base's name of the matrix: "A", "B", "A0", "B0" or "block"
+    layers: dict[str, dict[str, torch.Tensor]]  # by the base's name of the matrix: "A", "B", "A0", "B0" or "block"
     scale: dict[str, float]  # of LoRA and PiSSA
     variant: str  # of MiSS
-    whole: dict[str, Tensor]
+    whole: dict[str, torch.Tensor]
     weight: Any  # a number, or one that differs by tensor
     n_layer: int
 
@@ -82,7 +82,7 @@ class AdaptersProof(Proof):
         copied: dict[str, Source] = {n: (a.whole, n) for a in self.adapters for n in a.whole if a.at(n) == 1}
         return out | {n: copied.get(n) for n in dict.fromkeys(names) if self.inputs.may_change(n)}
 
-    def like(self, name: str) -> Tensor:
+    def like(self, name: str) -> torch.Tensor:
         files = (self.inputs.base, *(a.whole for a in self.adapters))
         return next(tensors[name] for tensors in files if name in tensors)
 
@@ -100,7 +100,7 @@ class AdaptersProof(Proof):
         values, off = values.reshape(-1), off.reshape(-1)
         return lambda part: ([values[part]], off[part])
 
-    def _matrix(self, weight: Tensor, name: str, eps: float) -> Bounded:
+    def _matrix(self, weight: torch.Tensor, name: str, eps: float) -> Bounded:
         now = weight.double(), torch.zeros(weight.shape, dtype=torch.float64)
         steps = [a for a in self.adapters if name in a.layers and a.at(name)]
         if self.unmerge:
@@ -152,7 +152,7 @@ def _computed(recipe: Mapping, i: int) -> bool:
     return (starts[i] if isinstance(starts, list) else starts) == "svd"
 
 
-def _principal(weight: Tensor, rank: int, scale: float) -> Parts:
+def _principal(weight: torch.Tensor, rank: int, scale: float) -> Parts:
     U, S, V = np.linalg.svd(weight.double().numpy(), full_matrices=False)
     return {"A0": torch.from_numpy(V[:rank]), "B0": torch.from_numpy(U[:, :rank] * S[:rank] / scale)}
 
@@ -185,7 +185,7 @@ def _note(path: Path) -> dict:
         return json.loads((file.metadata() or {}).get("rwkv_lab.adapter", "{}"))
 
 
-def _sorted(tensors: Mapping) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _sorted(tensors: Mapping) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     called = {"lora_A": "A", "lora_B": "B", "init_lora_A": "A0", "init_lora_B": "B0", "alpha": "alpha"}
     called |= {"lora_magnitude_vector": "m"}
     called |= {"lora_down": "A", "lora_up": "B"}
@@ -212,7 +212,7 @@ def _variant(note: dict, config: dict | None, given: dict, layers: dict) -> str:
     return f"bat-{given['bat']}" if three else "plain"
 
 
-def _with_lengths(before: Bounded, changed: Bounded, m: Tensor, weight: float, eps: float) -> Bounded:
+def _with_lengths(before: Bounded, changed: Bounded, m: torch.Tensor, weight: float, eps: float) -> Bounded:
     """DoRA: the rows of `changed` brought to the lengths m; with a weight, so much of the way there."""
     (start, loose), (values, off), m = before, changed, m.double().reshape(-1, 1)
     norm = values.square().sum(1, keepdim=True).sqrt()
@@ -224,7 +224,7 @@ def _with_lengths(before: Bounded, changed: Bounded, m: Tensor, weight: float, e
     return out, bound
 
 
-def _plus_product(now: Bounded, A: Tensor, B: Tensor, s: float, eps: float) -> Bounded:
+def _plus_product(now: Bounded, A: torch.Tensor, B: torch.Tensor, s: float, eps: float) -> Bounded:
     (values, off), A, B = now, A.double(), B.double()
     size = values.abs() + abs(s) * (B.abs() @ A.abs())
     return values + s * (B @ A), off + (len(A) + 4) * eps * size
@@ -263,22 +263,22 @@ def _without(now: Bounded, a: Understood, parts: dict, scale: float, weight: flo
     return _joined(times(T - D_at, inverse)), _joined(e)
 
 
-def _spread(D: Tensor, shape: torch.Size) -> Tensor:
+def _spread(D: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """What MiSS adds: D[j mod r, i mod columns] at row i, column j."""
     rows, columns = torch.arange(shape[0]) % D.shape[1], torch.arange(shape[1]) % D.shape[0]
     return D.T[rows][:, columns]
 
 
-def _cut(matrix: Tensor, r: int) -> Tensor:
+def _cut(matrix: torch.Tensor, r: int) -> torch.Tensor:
     return matrix.reshape(matrix.shape[0] // r, r, matrix.shape[1] // r, r)  # tile, row in it, tile, column in it
 
 
-def _joined(tiles: Tensor) -> Tensor:
+def _joined(tiles: torch.Tensor) -> torch.Tensor:
     a, i, b, k = tiles.shape
     return tiles.reshape(a * i, b * k)
 
 
-def _tiles(variant: str, D: Tensor):
+def _tiles(variant: str, D: torch.Tensor):
     """(product of every tile with its own block, the blocks where they are added)."""
     if variant == "bat-hf":  # one block for all tiles of the same rows
         return lambda W, M: torch.einsum("aibk,akl->aibl", W, M), D[:, :, None, :]
@@ -298,7 +298,7 @@ def _quantised(now: Bounded, quant: str) -> Bounded:
         near = ((share - share.floor()) - 0.5).abs() <= unsure
         found = share.round() * step
         return found, found.abs() * (off.amax(1, keepdim=True) / top.clamp_min(1e-300) + 4 * _SINGLE) + near * step
-    levels = _TABLES[quant]
+    levels = torch.tensor(_TABLES[quant], dtype=torch.float64)
     flat, wrong = values.reshape(-1), off.reshape(-1)
     block = len(flat) if quant == "bnb-int8" else 64  # values that share a scale
     x, e = (torch.nn.functional.pad(t, (0, -len(flat) % block)).view(-1, block) for t in (flat, wrong))

@@ -1,8 +1,8 @@
 """Proof of the methods "state" and "overlay": copies, or a share of the way from base to tuned in float64."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.proof import Exact, Proof, Source
 
 
@@ -21,7 +21,7 @@ class IntoBaseProof(Proof):
         t = tuned[name].reshape(-1)
         weight = base[name].reshape(-1) if name in base else torch.zeros_like(t)
 
-        def blend(part: slice) -> tuple[list[Tensor], Tensor]:
+        def blend(part: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
             w, to = weight[part].double(), t[part].double()
             return [w + alpha * (to - w)], 4 * self.inputs.eps * (w.abs() + to.abs())
 

@@ -1,14 +1,15 @@
 """Base and fine-tunes of it into one model, by a method of `rwkv_lab.merge.mixing`: which tensors, what values."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from rwkv_lab.checkpoint import Checkpoint, Layout
 from rwkv_lab.checkpoint.layout import UNUSED_IN_LAYER_0
 from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.changed_tensors import ChangedTensor, Computed, in_step
 from rwkv_lab.merge.contained_adapters import after_changes
 from rwkv_lab.merge.families.mixing_proof import MixingProof

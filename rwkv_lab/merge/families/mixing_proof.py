@@ -1,10 +1,12 @@
 """Proof of mixes: each method's own formula (`MixingMethod.proof`) on whole tensors, with settings read again here."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
-import torch
 
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.mixing_method import MIXING
 from rwkv_lab.merge.proof import Exact, Proof, ProofInputs, Source, WholeTensor, pattern_matches
 

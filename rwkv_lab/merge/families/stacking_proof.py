@@ -1,9 +1,10 @@
 """Proof of stacks: every tensor is a copy; which one, read off the runs of layers again."""
 
+from __future__ import annotations
+
 import re
 
-from torch import Tensor
-
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.proof import Exact, Proof, ProofInputs, Source
 
 
@@ -30,7 +31,7 @@ class StackingProof(Proof):
         out |= {n: (order[0][0], n) for n in order[0][0] if n == "emb.weight"}
         return out | {n: (order[-1][0], n) for n in order[-1][0] if n.split(".")[0] in ("ln_out", "head")}
 
-    def like(self, name: str) -> Tensor:
+    def like(self, name: str) -> torch.Tensor:
         file, source = self._copies[name]
         return file[source]
 

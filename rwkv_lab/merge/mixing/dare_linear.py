@@ -1,14 +1,15 @@
 """Method "dare_linear": task arithmetic on deltas of which most values are dropped at random."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Annotated, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.method_parameters import Takes
 from rwkv_lab.merge.mixing.task_arithmetic import EQUAL, Scale, Weights, add
 from rwkv_lab.merge.mixing_method import Draws, Tensors, mixing_method
@@ -35,7 +36,9 @@ def proof(
     return added(t, w, alpha, math.fsum(w) if normalize else 1.0, kept, scale)
 
 
-def kept_at_random(t: WholeTensor, density: list[float], rescale: bool, seed: int) -> tuple[list[Tensor], list[float]]:
+def kept_at_random(
+    t: WholeTensor, density: list[float], rescale: bool, seed: int
+) -> tuple[list[torch.Tensor], list[float]]:
     """For the proof: masks of what a random choice keeps, from the beginning of its stream of 32-bit words, and what
     each delta is multiplied with."""
     masks = []
@@ -48,7 +51,7 @@ def kept_at_random(t: WholeTensor, density: list[float], rescale: bool, seed: in
 
 @mixing_method("DARE with task arithmetic", proof)
 def dare_linear(
-    base: Tensor,
+    base: torch.Tensor,
     tuned: Tensors,
     *,
     draws: Draws,
@@ -58,13 +61,13 @@ def dare_linear(
     rescale: Rescale = True,
     normalize: Annotated[bool, Takes("divide by the sum of the weights")] = False,
     seed: Seed = 0,
-) -> Tensor:
+) -> torch.Tensor:
     return add(drop(base, tuned, draws, density, rescale, seed), base, alpha, weights, normalize)
 
 
 def drop(
-    base: Tensor, tuned: Sequence[Tensor], draws: Draws, density: Sequence[float], rescale: bool, seed: int
-) -> list[Tensor]:
+    base: torch.Tensor, tuned: Sequence[torch.Tensor], draws: Draws, density: Sequence[float], rescale: bool, seed: int
+) -> list[torch.Tensor]:
     """The deltas with values dropped: value i of model m is kept where draws(seed, m)[i] < density."""
     out = []
     for m, (t, share) in enumerate(zip(tuned, density, strict=True)):

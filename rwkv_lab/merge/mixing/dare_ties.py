@@ -1,9 +1,10 @@
 """Method "dare_ties": deltas of which most values are dropped at random, then of the rest those whose signs agree."""
 
+from __future__ import annotations
+
 from typing import Annotated
 
-from torch import Tensor
-
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.method_parameters import Takes
 from rwkv_lab.merge.mixing.dare_linear import HALF, Density, Rescale, Seed, drop, kept_at_random
 from rwkv_lab.merge.mixing.task_arithmetic import EQUAL, Scale, Weights
@@ -28,7 +29,7 @@ def proof(
 
 @mixing_method("DARE with TIES", proof)
 def dare_ties(
-    base: Tensor,
+    base: torch.Tensor,
     tuned: Tensors,
     *,
     draws: Draws,
@@ -38,5 +39,5 @@ def dare_ties(
     rescale: Rescale = True,
     normalize: Annotated[bool, Takes("mean of the values that agree, instead of their sum")] = True,
     seed: Seed = 0,
-) -> Tensor:
+) -> torch.Tensor:
     return elect(drop(base, tuned, draws, density, rescale, seed), base, alpha, weights, normalize)

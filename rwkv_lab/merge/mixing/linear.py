@@ -1,11 +1,12 @@
 """Method "linear": the weighted mean of base and tuned models, Σ wᵢ Wᵢ / Σ wᵢ."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Annotated
 
-from torch import Tensor
-
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.method_parameters import Takes
 from rwkv_lab.merge.mixing_method import Tensors, mixing_method
 from rwkv_lab.merge.proof import Exact, WholeTensor, combined
@@ -20,12 +21,12 @@ def proof(t: WholeTensor, *, weights: list[float] | float, normalize: bool) -> E
 
 @mixing_method("weighted mean", proof)
 def linear(
-    base: Tensor,
+    base: torch.Tensor,
     tuned: Tensors,
     *,
     weights: Annotated[Sequence[float], Takes("[w_base, w_tuned, …], one per model", each="model")],
     normalize: Annotated[bool, Takes("divide by the sum of the weights")] = True,
-) -> Tensor:
+) -> torch.Tensor:
     """A model of weight 0 is not looked at, so that weights [1, 0] give the base bit for bit."""
     total = divisor(weights) if normalize else 1.0
     share = [w / total for w in weights]

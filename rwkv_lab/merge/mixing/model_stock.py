@@ -1,12 +1,12 @@
 """Method "model_stock": between base and the mean of several fine-tunes, the closer to the mean the more they agree."""
 
+from __future__ import annotations
+
 import math
 from itertools import combinations
 from typing import Annotated
 
-import torch
-from torch import Tensor
-
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.mixing_method import Blocks, Look, Several, mixing_method
 from rwkv_lab.merge.proof import Exact, WholeTensor, combined
 
@@ -50,5 +50,5 @@ def proof(t: WholeTensor) -> Exact:
 
 
 @mixing_method("Model Stock", proof)
-def model_stock(base: Tensor, tuned: Several, *, t: Annotated[float, Look(ratio)]) -> Tensor:
+def model_stock(base: torch.Tensor, tuned: Several, *, t: Annotated[float, Look(ratio)]) -> torch.Tensor:
     return torch.lerp(base, sum(tuned, torch.zeros(())) / len(tuned), t)

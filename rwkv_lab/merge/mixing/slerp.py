@@ -1,10 +1,11 @@
 """Method "slerp": along the great circle from base to tuned, each tensor as one vector."""
 
+from __future__ import annotations
+
 import math
 from typing import Annotated
 
-from torch import Tensor, lerp
-
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.method_parameters import Takes
 from rwkv_lab.merge.mixing_method import Blocks, Look, Two, mixing_method
 from rwkv_lab.merge.proof import Exact, WholeTensor, combined
@@ -38,19 +39,19 @@ def proof(t: WholeTensor, *, alpha: float) -> Exact:
 
 @mixing_method("spherical interpolation", proof)
 def slerp(
-    base: Tensor,
+    base: torch.Tensor,
     tuned: Two,
     *,
     cos: Annotated[float | None, Look(cosine)],
     alpha: Annotated[float, Takes("0 to 1, how far to go along the arc; 0 is the base", 0, 1)] = 0.5,
-) -> Tensor:
+) -> torch.Tensor:
     """sin((1-t)ω)/sin ω · base + sin(tω)/sin ω · tuned, with t = alpha and ω the angle between them.
 
     A straight line, (1-t) base + t tuned, where the arc is not defined: one of the two is 0 throughout, or they are
     parallel or opposite (|cos| above 0.9995).
     """
     if cos is None or abs(cos) > NEARLY_PARALLEL:
-        return lerp(base, tuned[0], alpha)
+        return torch.lerp(base, tuned[0], alpha)
     angle = math.acos(cos)  # NaN where a model has one: it goes on into the output, and is found there
     of_base, of_tuned = (math.sin(x * angle) / math.sin(angle) for x in (1 - alpha, alpha))
     return base * of_base + tuned[0] * of_tuned

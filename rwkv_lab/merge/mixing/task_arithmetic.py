@@ -1,12 +1,13 @@
 """Method "task_arithmetic": base + alpha · Σ wᵢ (tunedᵢ - base)."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from torch import Tensor
-
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.method_parameters import LARGEST, Takes
 from rwkv_lab.merge.mixing_method import Tensors, mixing_method
 from rwkv_lab.merge.proof import Exact, WholeTensor, added
@@ -24,17 +25,19 @@ def proof(t: WholeTensor, *, alpha: float, weights: list[float] | float, normali
 
 @mixing_method("task arithmetic", proof)
 def task_arithmetic(
-    base: Tensor,
+    base: torch.Tensor,
     tuned: Tensors,
     *,
     alpha: Scale = 1.0,
     weights: Weights = EQUAL,
     normalize: Annotated[bool, Takes("divide by the sum of the weights")] = False,
-) -> Tensor:
+) -> torch.Tensor:
     return add([t - base for t in tuned], base, alpha, weights, normalize)
 
 
-def add(deltas: Sequence[Tensor], base: Tensor, alpha: float, weights: Sequence[float], normalize: bool) -> Tensor:
+def add(
+    deltas: Sequence[torch.Tensor], base: torch.Tensor, alpha: float, weights: Sequence[float], normalize: bool
+) -> torch.Tensor:
     """base + alpha · Σ wᵢ deltaᵢ, or with `normalize` the weighted mean of the deltas."""
     total, out = divisor(weights) if normalize else 1.0, base
     for delta, w in zip(deltas, weights, strict=True):

@@ -1,12 +1,12 @@
 """Method "ties": of each model's delta only the largest values, and of those the ones whose sign prevails."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.method_parameters import Takes
 from rwkv_lab.merge.mixing.task_arithmetic import EQUAL, Scale, Weights
 from rwkv_lab.merge.mixing_method import Blocks, Look, Tensors, mixing_method
@@ -59,7 +59,7 @@ def proof(
     return elected(t, t.each(weights), alpha, normalize, kept)
 
 
-def _largest(t: WholeTensor, tuned: Tensor, density: float) -> Tensor:
+def _largest(t: WholeTensor, tuned: torch.Tensor, density: float) -> torch.Tensor:
     """Mask of the values of a delta that are at least as large as its k-th largest; magnitudes are of float32."""
     size = (tuned.to(t.precision) - t.base.to(t.precision)).abs().float()
     if density == 0:
@@ -70,7 +70,7 @@ def _largest(t: WholeTensor, tuned: Tensor, density: float) -> Tensor:
 
 @mixing_method("TIES", proof)
 def ties(
-    base: Tensor,
+    base: torch.Tensor,
     tuned: Tensors,
     *,
     thresholds: Annotated[list[float], Look(smallest_kept)],
@@ -80,14 +80,16 @@ def ties(
         Sequence[float], Takes("share of each delta that is kept, largest first", 0, 1, "tuned")
     ] = FIFTH,
     normalize: Annotated[bool, Takes("mean of the values that agree, instead of their sum")] = True,
-) -> Tensor:
+) -> torch.Tensor:
     """Values as large as the smallest that is kept are kept too: the order in a file decides nothing."""
     # Products with the mask, no choice by it: a NaN of a model must come out as one.
     deltas = [d * (d.abs().float() >= smallest) for d, smallest in zip(_deltas(base, tuned), thresholds, strict=True)]
     return elect(deltas, base, alpha, weights, normalize)
 
 
-def elect(deltas: Sequence[Tensor], base: Tensor, alpha: float, weights: Sequence[float], normalize: bool) -> Tensor:
+def elect(
+    deltas: Sequence[torch.Tensor], base: torch.Tensor, alpha: float, weights: Sequence[float], normalize: bool
+) -> torch.Tensor:
     """base + alpha · (mean or sum of those weighted deltas whose sign is that of the sum of all; + where it is 0).
 
     The mean divides by the sum of the weights that agree, but where they cancel (|sum| at most 1e-6 of the sum of their
@@ -112,15 +114,15 @@ def elect(deltas: Sequence[Tensor], base: Tensor, alpha: float, weights: Sequenc
     return torch.add(base, total, alpha=alpha)
 
 
-def _deltas(base: Tensor, tuned: Sequence[Tensor]) -> list[Tensor]:
+def _deltas(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [t - base for t in tuned]
 
 
-def _bits(delta: Tensor) -> Tensor:
+def _bits(delta: torch.Tensor) -> torch.Tensor:
     return delta.abs().float().view(torch.int32)
 
 
-def _place(counts: Tensor, density: float) -> tuple[int, int] | None:
+def _place(counts: torch.Tensor, density: float) -> tuple[int, int] | None:
     """(bin of the k-th largest, how many of that bin are needed); None where all or none are kept."""
     numel = int(counts.sum())
     if numel == 0 or density in (0, 1):
@@ -128,7 +130,7 @@ def _place(counts: Tensor, density: float) -> tuple[int, int] | None:
     return _from_above(counts, max(int(density * numel), 1))
 
 
-def _from_above(counts: Tensor, k: int) -> tuple[int, int]:
+def _from_above(counts: torch.Tensor, k: int) -> tuple[int, int]:
     """(bin that holds the k-th value counted from the last bin down, its number within that bin, from 1)."""
     above = counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(above, k))

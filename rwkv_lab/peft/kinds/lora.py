@@ -3,21 +3,24 @@
 Files of PiSSA have the same parts, so they are read here too; what PiSSA does otherwise is in `pissa.py`.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values
 from rwkv_lab.peft.config import AdapterKind, Layers, LoraConfig, register
-from rwkv_lab.peft.linear import AdaptedLinear, LoraLinear, lora_scaling
 from rwkv_lab.peft.lora_target import MAGNITUDE, LoraTarget, as_plain_lora, lora_targets
 from rwkv_lab.peft.options import AdapterOptions
+from rwkv_lab.peft.settings import lora_scaling
+
+if TYPE_CHECKING:
+    from rwkv_lab.peft.linear import AdaptedLinear, LoraLinear
 
 _FILE_PART = re.compile(
     r"^(?P<layer>.+)\.(?P<part>(?:init_)?lora_[AB]|lora_(?:down|up|magnitude_vector)|alpha)(?:\.(?!weight$)[^.]+)?(?:\.weight)?$"
@@ -33,27 +36,36 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # 
 
 class Lora(AdapterKind):
     method, described = "lora", "a LoRA"
-    layer_type: type[LoraLinear] = LoraLinear
     takes_alpha = True
     peft_types, stems = ("LORA",), ("lora",)
     folder_settings = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"})
     folder_settings |= {"use_dora"}
     idle_settings = frozenset({"lora_dropout", "qalora_group_size", "eva_config"})
 
+    @property
+    def layer_type(self) -> type[LoraLinear]:
+        from rwkv_lab.peft.linear import LoraLinear  # brings torch, which files do not need
+
+        return LoraLinear
+
     def check(self, config: LoraConfig) -> None:
         lora_scaling(config.lora_alpha, config.lora_r)
 
-    def new_layer(self, linear: nn.Linear, config: LoraConfig) -> AdaptedLinear:
+    def new_layer(self, linear: torch.nn.Linear, config: LoraConfig) -> AdaptedLinear:
+        from rwkv_lab.peft.linear import LoraLinear
+
         c = config
         return LoraLinear.from_linear(linear, c.lora_r, c.lora_alpha, c.lora_dropout, c.use_rslora, c.adapter_dtype)
 
     def target(self, layer: LoraLinear) -> LoraTarget:
         return LoraTarget(InMemory(layer.lora_A), InMemory(layer.lora_B), layer.lora_alpha, layer.use_rslora)
 
-    def trained_layer(self, linear: nn.Linear, target: LoraTarget) -> LoraLinear:
+    def trained_layer(self, linear: torch.nn.Linear, target: LoraTarget) -> LoraLinear:
         t = target
         if t.magnitude is not None:
             raise ParameterError("it is DoRA, which is merged here and not run or trained; merge it first")
+        from rwkv_lab.peft.linear import LoraLinear
+
         layer = LoraLinear.from_linear(linear, t.rank, t.alpha, use_rslora=t.use_rslora, adapter_dtype=t.A.dtype)
         return with_values(layer, target)
 

@@ -1,21 +1,24 @@
 """MiSS: what the numbers of its block mean, and its files. `rwkv_lab.peft.miss` has the formulas and the layer."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Self
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.checkpoint.layout import Shape
 from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values, in_memory
 from rwkv_lab.peft.config import AdapterKind, Layers, LoraConfig, register
-from rwkv_lab.peft.linear import AdaptedLinear
-from rwkv_lab.peft.miss import MissLinear, bat_change, check_variant
 from rwkv_lab.peft.options import AdapterOptions
+from rwkv_lab.peft.settings import check_variant
+
+if TYPE_CHECKING:
+    from rwkv_lab.peft.linear import AdaptedLinear
+    from rwkv_lab.peft.miss import MissLinear
 
 BATS = {"hf": "bat-hf", "rwkv-peft": "bat-rwkv-peft"}  # as `open_adapter` calls them -> variant
 _FILE_PART = re.compile(r"^(?P<layer>.+)\.(?:disha|bone|bone_block|miss_block)(?:\.default)?$")
@@ -60,6 +63,8 @@ class MissTarget(Target):
         return "" if found == [r, columns] and out % columns == 0 else f"a block {found}; [r, {out}] is needed"
 
     def adapted_rows(self, residual: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+        from rwkv_lab.peft.miss import bat_change
+
         block = self._block(residual, first_row)
         if self.variant.startswith("bat"):
             return residual + bat_change(residual, block, self.variant)
@@ -99,10 +104,15 @@ class MissTarget(Target):
 
 class Miss(AdapterKind):
     method, described = "miss", "a MiSS adapter"
-    layer_type = MissLinear
     peft_types, stems = ("MISS", "BONE"), ("miss", "bone")
     folder_settings = frozenset({"r", "init_weights", "mini_r"})
     idle_settings = frozenset({"miss_dropout", "bone_dropout"})
+
+    @property
+    def layer_type(self) -> type[MissLinear]:
+        from rwkv_lab.peft.miss import MissLinear  # brings torch, which files do not need
+
+        return MissLinear
 
     def check(self, config: LoraConfig) -> None:
         check_variant(config.miss_variant)
@@ -111,14 +121,18 @@ class Miss(AdapterKind):
         if config.use_rslora:
             raise ParameterError("use_rslora goes with method 'lora', not with 'miss'.")
 
-    def new_layer(self, linear: nn.Linear, config: LoraConfig) -> AdaptedLinear:
+    def new_layer(self, linear: torch.nn.Linear, config: LoraConfig) -> AdaptedLinear:
+        from rwkv_lab.peft.miss import MissLinear
+
         c = config
         return MissLinear.from_linear(linear, c.lora_r, c.miss_variant, c.mini_r, c.lora_dropout, c.adapter_dtype)
 
     def target(self, layer: MissLinear) -> MissTarget:
         return MissTarget(InMemory(layer.miss_block), layer.variant)
 
-    def trained_layer(self, linear: nn.Linear, target: MissTarget) -> MissLinear:
+    def trained_layer(self, linear: torch.nn.Linear, target: MissTarget) -> MissLinear:
+        from rwkv_lab.peft.miss import MissLinear
+
         mini_r = target.block.shape[1] if target.variant == "mini" else 1
         dtype = target.block.dtype
         layer = MissLinear.from_linear(linear, target.rank, target.variant, mini_r, adapter_dtype=dtype)

@@ -1,20 +1,23 @@
 """PiSSA (arXiv 2404.02948): a LoRA that starts from the weight's own principal part, and where it started."""
 
+from __future__ import annotations
+
 import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import LayoutError, ParameterError
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values
 from rwkv_lab.peft.config import LoraConfig, register
 from rwkv_lab.peft.kinds.lora import Lora, with_values
-from rwkv_lab.peft.linear import LoraLinear, PissaLinear
 from rwkv_lab.peft.lora_target import LoraTarget, lora_targets
+
+if TYPE_CHECKING:
+    from rwkv_lab.peft.linear import LoraLinear, PissaLinear
 
 _HALF = re.compile(r"^(?P<layer>.+)\.(?:init_)?lora_(?P<half>[AB])(?:\.default)?(?:\.weight)?$")
 
@@ -23,9 +26,14 @@ class Pissa(Lora):
     """Its files are those of LoRA; a file is recognised as PiSSA when it is read."""
 
     method, described = "pissa", "a PiSSA adapter"
-    layer_type = PissaLinear
     takes_alpha = False
     peft_types = stems = ()
+
+    @property
+    def layer_type(self) -> type[PissaLinear]:
+        from rwkv_lab.peft.linear import PissaLinear
+
+        return PissaLinear
 
     def check(self, config: LoraConfig) -> None:
         super().check(config)
@@ -34,7 +42,9 @@ class Pissa(Lora):
         if config.use_rslora:
             raise ParameterError("use_rslora goes with method 'lora', not with 'pissa'.")
 
-    def new_layer(self, linear: nn.Linear, config: LoraConfig) -> PissaLinear:
+    def new_layer(self, linear: torch.nn.Linear, config: LoraConfig) -> PissaLinear:
+        from rwkv_lab.peft.linear import PissaLinear
+
         return PissaLinear.from_linear(linear, config.lora_r, adapter_dtype=config.adapter_dtype)
 
     def start(self, layer: PissaLinear, config: LoraConfig) -> None:
@@ -53,7 +63,9 @@ class Pissa(Lora):
         start = {} if A is None or B is None else {"init_A": InMemory(A), "init_B": InMemory(B)}
         return replace(super().target(layer), pissa=True, **start)
 
-    def trained_layer(self, linear: nn.Linear, target: LoraTarget) -> LoraLinear:
+    def trained_layer(self, linear: torch.nn.Linear, target: LoraTarget) -> LoraLinear:
+        from rwkv_lab.peft.linear import PissaLinear
+
         t = target
         layer = PissaLinear.from_linear(linear, t.rank, t.alpha, use_rslora=t.use_rslora, adapter_dtype=t.A.dtype)
         if t.init_A is not None and t.init_B is not None:

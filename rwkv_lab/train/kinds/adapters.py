@@ -1,27 +1,17 @@
 """Training of adapters, one kind of training for each kind of adapter that `rwkv_lab.peft` knows."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-from torch import nn
-
+from rwkv_lab import model as models
+from rwkv_lab import peft
 from rwkv_lab.checkpoint import Layout
-from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.names import is_block_matrix
-from rwkv_lab.peft import (
-    ADAPTER_KINDS,
-    LoraConfig,
-    adapter_of,
-    adapter_parameters,
-    adapters,
-    load_adapter,
-    load_model_and_apply_peft,
-    open_adapter,
-    planned_parameters,
-    save_adapter,
-)
+from rwkv_lab.peft import ADAPTER_KINDS, LoraConfig, open_adapter, save_adapter
 from rwkv_lab.peft.files import check_savable
 from rwkv_lab.peft.selection import target_modules, trained_parts
 from rwkv_lab.train.kinds.state import planned_states
@@ -44,16 +34,16 @@ class Adapters(Kind):
         self.takes = frozenset({"start", "rank", "targets", "train_parts", "quant", *alpha})
         self.compared_lr = _COMPARED_LR.get(method, 2e-2)
 
-    def make_model(self, spec: TrainSpec) -> RWKV_Dual:
+    def make_model(self, spec: TrainSpec) -> models.RWKV_Dual:
         base = SimpleNamespace(peft_load_path=spec.base, dtype=spec.torch_dtype, device=torch.device(spec.device))
-        return load_model_and_apply_peft(base, adapter_config(spec))
+        return peft.load_model_and_apply_peft(base, adapter_config(spec))
 
     def started(self, spec: TrainSpec) -> TrainSpec:
         return with_settings_of(spec, self.name)
 
-    def mark_trained(self, model: RWKV_Dual) -> None:
+    def mark_trained(self, model: models.RWKV_Dual) -> None:
         """All that `load_adapter` made trainable; in float32 at least, or small updates would be rounded away."""
-        for parameter in adapter_parameters(model).values():
+        for parameter in peft.adapter_parameters(model).values():
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
 
@@ -65,26 +55,26 @@ class Adapters(Kind):
         rows: list[Planned] = []
         for name in target_modules(tree, config.lora_target_modules, "targets"):
             out, into = shapes[f"{name}.weight"]
-            rows.append((f"{name}.weight", (out, into), planned_parameters(name, out, into, config)))
+            rows.append((f"{name}.weight", (out, into), peft.planned_parameters(name, out, into, config)))
         besides = dict(tree.named_parameters())
         for name in trained_parts(tree, config.train_parts):
             rows.append((name, tuple(besides[name].shape), besides[name].numel()))
         return rows
 
-    def save(self, model: RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
-        save_adapter(adapter_of(model), out, overwrite, note)
+    def save(self, model: models.RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
+        save_adapter(peft.adapter_of(model), out, overwrite, note)
 
-    def open(self, spec: TrainSpec, out: Path) -> RWKV_Dual:
-        model = RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
+    def open(self, spec: TrainSpec, out: Path) -> models.RWKV_Dual:
+        model = models.RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
         with open_adapter(out) as adapter:
-            load_adapter(model, adapter, spec.quant)
+            peft.load_adapter(model, adapter, spec.quant)
         return model
 
-    def check_savable(self, model: RWKV_Dual, out: Path) -> None:
-        check_savable(adapter_of(model), out)
+    def check_savable(self, model: models.RWKV_Dual, out: Path) -> None:
+        check_savable(peft.adapter_of(model), out)
 
-    def recorded(self, model: RWKV_Dual) -> dict[str, str]:
-        start = ADAPTER_KINDS[self.name].start_fingerprint(adapters(model).values())
+    def recorded(self, model: models.RWKV_Dual) -> dict[str, str]:
+        start = ADAPTER_KINDS[self.name].start_fingerprint(peft.adapters(model).values())
         return {} if start is None else {"start": start}
 
 
@@ -106,9 +96,9 @@ def adapter_config(spec: TrainSpec) -> LoraConfig:
     )
 
 
-def _tree(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+def _tree(shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
     """Modules with these parameters and no memory behind them, in which layers are found by name."""
-    root = nn.Module()
+    root = torch.nn.Module()
     for name, shape in shapes.items():
         *parents, last = name.split(".")
         if is_block_matrix(name, shapes[name]):
@@ -116,12 +106,12 @@ def _tree(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
         module = root
         for parent in parents:
             if parent not in dict(module.named_children()):
-                module.add_module(parent, nn.Module())
+                module.add_module(parent, torch.nn.Module())
             module = module.get_submodule(parent)
         if is_block_matrix(name, shapes[name]):
-            module.add_module(last, nn.Linear(shape[1], shape[0], bias=False, device="meta"))
+            module.add_module(last, torch.nn.Linear(shape[1], shape[0], bias=False, device="meta"))
         else:
-            module.register_parameter(last, nn.Parameter(torch.empty(shape, device="meta")))
+            module.register_parameter(last, torch.nn.Parameter(torch.empty(shape, device="meta")))
     return root
 
 

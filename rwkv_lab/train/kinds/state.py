@@ -1,14 +1,16 @@
 """State tuning: only the state that every sequence starts from is trained, `blocks.i.att.time_state` `[H,V,K]`."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rwkv_lab import model as models
+from rwkv_lab import peft
 from rwkv_lab.checkpoint import Layout, open_checkpoint, write_checkpoint
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.peft import quantise_blocks
 from rwkv_lab.train.spec import KINDS, Defaults, Kind, Planned, TrainSpec, register
 
 
@@ -21,10 +23,10 @@ class InitialState(Kind):
     takes = frozenset({"start", "quant"})
     compared_lr = 2.0
 
-    def make_model(self, spec: TrainSpec) -> RWKV_Dual:
-        model = RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
+    def make_model(self, spec: TrainSpec) -> models.RWKV_Dual:
+        model = models.RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
         model.add_time_state()
-        quantise_blocks(model, spec.quant)
+        peft.quantise_blocks(model, spec.quant)
         self.mark_trained(model)
         return model
 
@@ -37,21 +39,21 @@ class InitialState(Kind):
                 )
         return spec
 
-    def mark_trained(self, model: RWKV_Dual) -> None:
+    def mark_trained(self, model: models.RWKV_Dual) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith(".time_state"))
 
     def planned(self, spec: TrainSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[Planned]:
         return planned_states(layout)
 
-    def save(self, model: RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
+    def save(self, model: models.RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
         states = {name: p for name, p in model.named_parameters() if p.requires_grad}
         write_checkpoint(out, states, metadata=note, overwrite=overwrite)
 
-    def open(self, spec: TrainSpec, out: Path) -> RWKV_Dual:
-        model = RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
+    def open(self, spec: TrainSpec, out: Path) -> models.RWKV_Dual:
+        model = models.RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
         model.load_state_file(out)
-        quantise_blocks(model, spec.quant)
+        peft.quantise_blocks(model, spec.quant)
         return model
 
     def output_checks(self, names: Sequence[str]) -> list[Check]:

@@ -1,14 +1,15 @@
 """Training of all weights: of a fresh model or one that is there ("pretrain"), and of one that is there ("full")."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
+from rwkv_lab import model as models
 from rwkv_lab.checkpoint import Layout, write_checkpoint
 from rwkv_lab.checkpoint.layout import UNUSED_IN_LAYER_0
-from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.lazy_torch import torch
 from rwkv_lab.tokenizer import WorldTokenizer, load_tokenizer
 from rwkv_lab.train.spec import Defaults, Kind, Planned, TrainSpec, register
 
@@ -36,11 +37,13 @@ class WholeModel(Kind):
     def __init__(self, name: str, defaults: Defaults, needs_base: bool):
         self.name, self.defaults, self.needs_base = name, defaults, needs_base
 
-    def make_model(self, spec: TrainSpec) -> RWKV_Dual:
+    def make_model(self, spec: TrainSpec) -> models.RWKV_Dual:
         if spec.base:
-            model = RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
+            model = models.RWKV_Dual.from_pretrained(spec.base, dtype=spec.torch_dtype, device=spec.device)
         else:
-            model = RWKV_Dual(spec.n_embd, spec.n_layer, vocab_size=fresh_vocabulary(spec), head_size=spec.head_size)
+            model = models.RWKV_Dual(
+                spec.n_embd, spec.n_layer, vocab_size=fresh_vocabulary(spec), head_size=spec.head_size
+            )
             model = model.to(torch.device(spec.device), spec.torch_dtype)
         self.mark_trained(model)
         return model
@@ -48,15 +51,15 @@ class WholeModel(Kind):
     def planned(self, spec: TrainSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[Planned]:
         return [(name, shape, math.prod(shape)) for name, shape in shapes.items() if name not in UNUSED_IN_LAYER_0]
 
-    def mark_trained(self, model: RWKV_Dual) -> None:
+    def mark_trained(self, model: models.RWKV_Dual) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in UNUSED_IN_LAYER_0)
 
-    def save(self, model: RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
+    def save(self, model: models.RWKV_Dual, out: Path, note: Mapping[str, str], overwrite: bool) -> None:
         write_checkpoint(out, model.state_dict(), metadata=note, overwrite=overwrite)
 
-    def open(self, spec: TrainSpec, out: Path) -> RWKV_Dual:
-        return RWKV_Dual.from_pretrained(out, dtype=spec.torch_dtype, device=spec.device)
+    def open(self, spec: TrainSpec, out: Path) -> models.RWKV_Dual:
+        return models.RWKV_Dual.from_pretrained(out, dtype=spec.torch_dtype, device=spec.device)
 
 
 register(

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from rwkv_lab.bench.peers import parse_peers
 from rwkv_lab.dtypes import in_short
 from rwkv_lab.spec import Text
-from rwkv_lab.workbench.parameters import Backends, ModelPath, Parameters, PathOrEmpty
+from rwkv_lab.workbench.parameters import Backends, ModelPath, Parameters, PathOrEmpty, check_headers
 
 
 def _peer(text: str) -> str:
@@ -42,6 +42,9 @@ class BenchmarkParameters(Parameters):
     )
     rounds: Annotated[int, Field(ge=1)] = Field(3, description="samples of everything, taken in turn")
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/benchmark")
+
+    def check_files(self) -> None:
+        check_headers(self.model)
 
 
 PARAMETERS = BenchmarkParameters

@@ -1,7 +1,6 @@
 """What chat.ipynb takes."""
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -9,7 +8,6 @@ from pydantic import BeforeValidator, Field
 from rwkv_lab.analysis.answers import WEIGHTS, read_prompts
 from rwkv_lab.dtypes import in_long
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.model import generate_stream
 from rwkv_lab.spec import Number, OneOf, Patterns, Text, unknown_name
 from rwkv_lab.workbench.parameters import (
     TEXT,
@@ -19,11 +17,12 @@ from rwkv_lab.workbench.parameters import (
     PathOrEmpty,
     TextFileOrEmpty,
     TextOrFile,
+    check_headers,
 )
 
 _Dtype = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(in_long)]
 _Weights = Annotated[str, OneOf(lambda: WEIGHTS)]
-_DEFAULT = {name: parameter.default for name, parameter in signature(generate_stream).parameters.items()}
+# Arguments of `generate_stream`, with its defaults; a test compares them.
 SETTINGS = (
     "max_new_tokens",
     "temperature",
@@ -68,23 +67,21 @@ class ChatParameters(Parameters):
     prompts: TextFileOrEmpty = Field(
         "", description="instead: a file, one prompt per line, or JSON with texts or messages"
     )
-    max_new_tokens: Annotated[int, Field(ge=0)] = Field(_DEFAULT["max_new_tokens"], description="at most")
-    temperature: Annotated[Number, Field(ge=0)] = Field(
-        _DEFAULT["temperature"], description="0 always takes the likeliest token"
-    )
+    max_new_tokens: Annotated[int, Field(ge=0)] = Field(100, description="at most")
+    temperature: Annotated[Number, Field(ge=0)] = Field(1.0, description="0 always takes the likeliest token")
     top_p: Annotated[Number, Field(ge=0, le=1)] = Field(
-        _DEFAULT["top_p"], description="draw from the likeliest tokens that hold this much probability"
+        0.9, description="draw from the likeliest tokens that hold this much probability"
     )
-    top_k: Annotated[int, Field(ge=0)] = Field(_DEFAULT["top_k"], description="draw from so many tokens; 0: from all")
-    presence_penalty: Number = Field(_DEFAULT["presence_penalty"], description="off the logit of what was written")
-    frequency_penalty: Number = Field(_DEFAULT["frequency_penalty"], description="the same, for each time")
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="draw from so many tokens; 0: from all")
+    presence_penalty: Number = Field(0.0, description="off the logit of what was written")
+    frequency_penalty: Number = Field(0.0, description="the same, for each time")
     penalty_decay: Annotated[Number, Field(ge=0, le=1)] = Field(
-        _DEFAULT["penalty_decay"], description="by which counts shrink with every token; 0.996 is common with RWKV"
+        1.0, description="by which counts shrink with every token; 0.996 is common with RWKV"
     )
     sampling: Literal["standard", "rwkv"] = Field(
-        _DEFAULT["sampling"], description="order of the steps: standard, or that of the package rwkv"
+        "standard", description="order of the steps: standard, or that of the package rwkv"
     )
-    seed: Annotated[int, Field(ge=0)] | None = Field(_DEFAULT["seed"], description="None: another text each time")
+    seed: Annotated[int, Field(ge=0)] | None = Field(0, description="None: another text each time")
     stop: Patterns = Field([], examples=[["User:"]], description="texts that end what is written")
     template: TextOrFile = Field("world", description="of conversations: world, or the path of a JSON file with one")
     think: bool | None = Field(None, description="of World models that can: think first or not; None: do not say")
@@ -116,6 +113,8 @@ class ChatParameters(Parameters):
         self.beside()
 
     def check_files(self) -> None:
+        for one in filter(None, (self, self.beside())):
+            check_headers(one.model, one.state, one.adapter)
         if self.prompts:
             read_prompts(self.prompts)
 

@@ -20,6 +20,7 @@ from rwkv_lab.workbench.parameters import (
     Parameters,
     PathOrEmpty,
     TextFileOrEmpty,
+    check_headers,
     input_path,
 )
 
@@ -68,7 +69,10 @@ class ExportParameters(Parameters):
         return found | {"quantization_level": f"{levels} ({origins['quantization_level']})"}
 
     def check_files(self) -> None:
-        self.configurations()
+        first, *_ = self.configurations()
+        path = Path(first.checkpoint_path)
+        if not path.is_dir():  # a folder may hold many; which one is taken is found later
+            check_headers(str(path))
 
     def demo_files(self) -> list[str]:
         return list(_DEMO.values()) if self._is_demo(self._manager()) else super().demo_files()

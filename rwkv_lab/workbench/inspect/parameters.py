@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from rwkv_lab.workbench.parameters import InputPath, Parameters, PathOrEmpty
+from rwkv_lab.workbench.parameters import InputPath, Parameters, PathOrEmpty, check_headers
 
 
 class InspectParameters(Parameters):
@@ -16,6 +16,9 @@ class InspectParameters(Parameters):
 
     checkpoint: InputPath = Field("demo:base", description="any checkpoint: .pth, .safetensors, a folder, an adapter")
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/inspect")
+
+    def check_files(self) -> None:
+        check_headers(self.checkpoint)
 
 
 PARAMETERS = InspectParameters

@@ -11,6 +11,7 @@ from rwkv_lab.merge.families import family_of
 from rwkv_lab.merge.method import OF_SOME_METHODS
 from rwkv_lab.spec import Number, Text
 from rwkv_lab.train import CORPORA
+from rwkv_lab.train.data import check_data
 from rwkv_lab.workbench.options import takes, values_for
 from rwkv_lab.workbench.parameters import (
     DEMO,
@@ -21,6 +22,7 @@ from rwkv_lab.workbench.parameters import (
     ReadsText,
     TextFileOrEmpty,
     WeightedPaths,
+    check_headers,
     input_path,
 )
 
@@ -94,13 +96,17 @@ class MergeParameters(ReadsText):
 
     def check_files(self) -> None:
         if self.recipe:
-            read_recipe(self.recipe)
+            spec = read_recipe(self.recipe)
+            check_headers(*(str(path) for path in (spec.base, *spec.tuned)))
         elif self.tuned not in DEMO:
             check_spec(self._spec(self.base, self.tuned))
+            check_headers(self.base, *([self.tuned] if isinstance(self.tuned, str) else self.tuned))
         else:
             spec = self._spec("demo", "demo")
             spec = spec.changed(method="state") if spec.method == "auto" else spec  # the demo's tuned file is a state
             family_of(spec.method).check(spec)
+        for data in self.data:
+            check_data(data)
 
     def demo_files(self) -> list[str]:
         return [] if self.recipe else super().demo_files()

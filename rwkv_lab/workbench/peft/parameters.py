@@ -7,6 +7,7 @@ from pydantic import Field
 from rwkv_lab.analysis.tuning import TuningOptions, check_tuning
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.spec import Number, Patterns
+from rwkv_lab.train.data import check_data
 from rwkv_lab.workbench.options import takes
 from rwkv_lab.workbench.parameters import (
     DEMO,
@@ -17,6 +18,7 @@ from rwkv_lab.workbench.parameters import (
     PathOrEmpty,
     ReadsText,
     TextOrFile,
+    check_headers,
 )
 
 
@@ -67,6 +69,8 @@ class PeftParameters(ReadsText):
         for which, path in enumerate((self.adapter, self.second)):
             if path and path not in DEMO:
                 check_tuning(path, self.tuning_options(which), direction_only=which == 1)
+        check_headers(self.base)
+        check_data(self.data)
 
 
 PARAMETERS = PeftParameters

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from rwkv_lab.train import KINDS, TrainOptions, TrainSpec
+from rwkv_lab.train.data import check_data
 from rwkv_lab.train.spec import OF_FRESH_MODELS
 from rwkv_lab.workbench.options import takes, values_for
 from rwkv_lab.workbench.parameters import (
@@ -15,6 +16,7 @@ from rwkv_lab.workbench.parameters import (
     Parameters,
     PathOrEmpty,
     TextOrFile,
+    check_headers,
     input_path,
 )
 
@@ -62,6 +64,10 @@ class TrainParameters(Parameters):
 
     def check(self) -> None:
         self._spec(self.base, self.start)
+
+    def check_files(self) -> None:
+        check_headers(self.base, self.start)
+        check_data(self.data)
 
     def _spec(self, base: str, start: str) -> TrainSpec:
         # papermill makes an int of `-p lr 1`; what a notebook trains records numbers with a fraction, as it always did.

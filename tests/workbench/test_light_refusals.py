@@ -1,0 +1,101 @@
+"""What refuses a run before it begins, without the libraries that the work itself needs: importing them takes most of
+the time of a refusal. Looked at are the modules that a process has imported, never seconds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rwkv_lab.analysis.answers import WEIGHTS
+from rwkv_lab.model import generate_stream
+from rwkv_lab.model.weight_only import SCHEMES
+from rwkv_lab.workbench.chat.parameters import SETTINGS, ChatParameters
+from rwkv_lab.workbench.registry import notebook_names
+
+HEAVY = ("torch", "matplotlib", "transformers", "ipywidgets", "onnxruntime", "pandas")
+# Parameters of each notebook that name files: a missing one, one that is no checkpoint, or no such value.
+REFUSED = {
+    "benchmark": [{"model": "missing.pth"}, {"model": "broken.pth"}, {"peers": ["nobody"]}],
+    "chat": [{"model": "missing.pth"}, {"model": "broken.pth"}, {"weights": "int3"}, {"prompts": "missing.txt"}],
+    "convert": [{"source": "missing.pth"}, {"source": "broken.pth"}, {"to": "nothing"}],
+    "export": [{"checkpoint_path": "missing.pth"}, {"checkpoint_path": "broken.pth"}, {"config": "missing.yaml"}],
+    "inspect": [{"checkpoint": "missing.pth"}, {"checkpoint": "broken.pth"}],
+    "merge": [
+        {"base": "missing.pth", "tuned": "whole.safetensors"},
+        {"base": "whole.safetensors", "tuned": "broken.pth"},
+        {"base": "whole.safetensors", "tuned": ["whole.safetensors", "missing.pth"], "method": "ties"},
+        {"base": "whole.safetensors", "tuned": "missing.pth", "method": "lora"},
+        {"base": "b.pth", "tuned": "t.pth", "alpha": "much"},
+        {"data": ["missing.txt"]},
+        {"recipe": "missing.yaml"},
+    ],
+    "modes": [{"model": "missing.pth"}, {"compare_with": "broken.pth"}, {"dtypes": ["int8"]}],
+    "peft": [
+        {"base": "missing.pth", "adapter": "whole.safetensors"},
+        {"adapter": "broken.pth", "base": "b"},
+        {"rank": 0},
+    ],
+    "train": [{"base": "missing.pth"}, {"base": "broken.pth"}, {"kind": "nothing"}, {"data": "missing.txt"}],
+}
+PROGRAM = """
+import json, sys
+from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.workbench import start
+
+heavy, refused = json.loads(sys.argv[1])
+for notebook, given in refused:
+    try:
+        start(notebook, {**given, "report": f"reports/{notebook}"})
+        print(f"{notebook} took {given}")
+    except RwkvLabError:
+        result = json.load(open(f"reports/{notebook}/result.json"))
+        if result["status"] != "failed":
+            print(f"{notebook} {given}: {result['status']}")
+    for name in {*heavy} & {*sys.modules}:
+        print(f"{notebook} {given}: {name} was imported")
+        heavy.remove(name)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04, and then nothing")
+    save_file({"blocks.0.att.time_state": zeros(1, 2, 2)}, tmp_path / "whole.safetensors")
+    return tmp_path
+
+
+def test_every_notebook_refuses_without_heavy_imports(folder):
+    assert {*REFUSED} == {*notebook_names()}
+    refused = [(name, given) for name in REFUSED for given in ({"no_such_parameter": 1}, *REFUSED[name])]
+    words = [sys.executable, "-c", PROGRAM, json.dumps([HEAVY, refused])]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    said = [line for line in done.stdout.splitlines() if not line.startswith(("FAIL", "report", "The run before"))]
+    assert done.returncode == 0 and not said, "\n".join([*said, done.stderr])
+
+
+def test_a_process_that_starts_kernels_imports_no_torch(folder):
+    program = "import sys, rwkv_lab.workbench.batch, rwkv_lab.cli.running; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {*HEAVY} & {*done.stdout.split()}
+
+
+def test_a_wrong_file_is_refused_before_the_demo_model_is_trained(folder, monkeypatch):
+    from rwkv_lab.errors import ParameterError
+    from rwkv_lab.workbench import run, start
+
+    monkeypatch.setattr(run, "train_demo", lambda config: pytest.fail("the demo model was asked for"))
+    with pytest.raises(ParameterError, match=r"prompts: .*missing\.txt cannot be read"):
+        start("chat", {"prompts": str(folder / "missing.txt"), "report": str(folder / "report")})
+
+
+def test_what_chat_states_without_the_model_is_the_models_own():
+    from inspect import signature
+
+    assert WEIGHTS == ("none", *SCHEMES)
+    own = {name: p.default for name, p in signature(generate_stream).parameters.items()}
+    stated = {name: ChatParameters.model_fields[name].default for name in SETTINGS if name != "stop"}
+    assert stated == {name: own[name] for name in stated}
