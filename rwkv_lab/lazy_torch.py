@@ -13,9 +13,13 @@ if TYPE_CHECKING:
     import torch
 else:
 
+    @functools.cache
+    def _module() -> Any:
+        return import_module("torch")
+
     class _Torch:
         def __getattr__(self, name: str) -> Any:
-            return getattr(import_module("torch"), name)
+            return getattr(_module(), name)
 
     torch = _Torch()
 

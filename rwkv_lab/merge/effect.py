@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class MergeEffect:
 
     @property
     def wanted(self) -> float:
-        """‖Δ‖ over all tensors whose values were computed."""
+        """‖Δ‖ over all tensors whose values were computed, and copies that were measured (`with_copies`)."""
         return math.sqrt(math.fsum((t.wanted or 0.0) ** 2 for t in self.tensors))
 
     @property
@@ -82,6 +82,19 @@ class MergeEffect:
     def share(self) -> float:
         """How much of the change arrived, 0 to 1; 1 where none was asked for."""
         return min(max(self.reached / self.wanted, 0.0), 1.0) if self.wanted else 1.0
+
+    def with_copies(self, norms: Mapping[str, float]) -> MergeEffect:
+        """The same, with ‖output - base‖ of tensors that were copied, which writing does not look at: all of it was
+        asked for, and arrived.
+
+        Args:
+            norms: by name; those of other tensors are not used.
+        """
+        tensors = [
+            replace(t, wanted=norms[t.name], reached=norms[t.name]) if t.wanted is None and t.name in norms else t
+            for t in self.tensors
+        ]
+        return replace(self, tensors=tuple(tensors))
 
     @property
     def worst_dtype(self) -> str:

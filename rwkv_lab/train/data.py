@@ -12,9 +12,11 @@ Both parts are in the order of that hash, so neither depends on the order in whi
 """
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from rwkv_lab.arguments import checked
@@ -62,13 +64,9 @@ def load_corpus(
         CorruptFileError: compressed, tokens or Parquet that are broken.
     """
     if data == "english":
-        return _split_by_hash(
-            "english", _english_pieces(), "pieces of 2,000 characters of pydoc_data.topics, one in ten held out"
-        )
+        return _english()
     if data == "python":
-        return _split_by_hash(
-            "python", _library_files(), "files of the standard library, one in ten held out as a whole"
-        )
+        return _python()
     try:
         return _of_files(to_path(data, "data"), RecordReader(ignore, template))
     except OSError as e:
@@ -189,6 +187,19 @@ def _held_out(digest: bytes) -> bool:
     return int.from_bytes(digest[-8:]) % 10 == 0  # the last bytes: the order goes by the first ones
 
 
+# What Python brings stays the same while it runs, and is asked for by every plan.
+@cache
+def _english() -> Corpus:
+    split = "pieces of 2,000 characters of pydoc_data.topics, one in ten held out"
+    return _split_by_hash("english", _english_pieces(), split)
+
+
+@cache
+def _python() -> Corpus:
+    split = "files of the standard library, one in ten held out as a whole"
+    return _split_by_hash("python", _library_files(), split)
+
+
 def _english_pieces() -> dict[str, bytes]:
     from pydoc_data.topics import topics
 
@@ -211,8 +222,10 @@ def _english_pieces() -> dict[str, bytes]:
 def _library_files() -> dict[str, bytes]:
     root = Path(sysconfig.get_path("stdlib"))
     files = {}
-    for path in root.rglob("*.py"):
-        name = path.relative_to(root)
-        if not _NOT_CODE & set(name.parts) and not name.name.startswith("_sysconfigdata"):
-            files[name.as_posix()] = path.read_bytes()
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_CODE]  # what is installed is not even listed
+        for name in names:
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                path = Path(folder) / name
+                files[path.relative_to(root).as_posix()] = path.read_bytes()
     return files

@@ -16,7 +16,7 @@ from rwkv_lab.workbench.registry import notebook_names
 HEAVY = ("torch", "matplotlib", "transformers", "ipywidgets", "onnxruntime", "pandas")
 # Parameters of each notebook that name files: a missing one, one that is no checkpoint, or no such value.
 REFUSED = {
-    "benchmark": [{"model": "missing.pth"}, {"model": "broken.pth"}, {"peers": ["nobody"]}],
+    "benchmark": [{"model": "missing.pth"}, {"model": "broken.pth"}, {"peers": ["unknown"]}],
     "chat": [{"model": "missing.pth"}, {"model": "broken.pth"}, {"weights": "int3"}, {"prompts": "missing.txt"}],
     "convert": [{"source": "missing.pth"}, {"source": "broken.pth"}, {"to": "nothing"}],
     "export": [{"checkpoint_path": "missing.pth"}, {"checkpoint_path": "broken.pth"}, {"config": "missing.yaml"}],

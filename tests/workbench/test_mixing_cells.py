@@ -13,6 +13,7 @@ from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.errors import ParameterError, RwkvLabError
 from rwkv_lab.workbench import panel as panels
 from rwkv_lab.workbench import start
+from rwkv_lab.workbench.merge import cells
 from rwkv_lab.workbench.parameters import read_parameters
 from rwkv_lab.workbench.registry import parameters_of
 from rwkv_lab.workbench.steps import run_all
@@ -59,6 +60,20 @@ def test_a_merge_without_effect_fails_its_check_and_says_so_in_result_and_report
     effect = next(c for c in result["checks"] if c["name"].startswith("the merge has an effect"))
     assert effect["passed"] is False and any("The output is the base" in n for n in result["notes"])
     assert "The output is the base" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_the_change_of_tensors_that_are_copied_is_in_the_result_as_that_of_computed_ones(models, tmp_path, alpha):
+    given = {"base": models[0], "tuned": models[1], "method": "overlay", "alpha": alpha}
+    run = start("merge", given | {"report": str(tmp_path / "report")})
+    result = cells.carry_out(run, cells.plan(run))
+    cells.show_what_moved(run, result)
+    with open_checkpoint(models[0]) as base, open_checkpoint(models[1]) as one:
+        squares = [float((one[n].double() - base[n].double()).square().sum()) for n in base]
+    metrics = run.record.metrics
+    assert metrics["targets_changed"] == metrics["targets"] == len(squares)
+    for name in ("change_asked_for", "change_that_arrived"):
+        assert metrics[name] == pytest.approx(alpha * sum(squares) ** 0.5, rel=1e-3)
 
 
 def test_the_report_names_the_role_of_each_input(models, tmp_path):

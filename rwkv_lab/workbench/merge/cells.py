@@ -20,6 +20,7 @@ from rwkv_lab.merge import (
     write_merge,
 )
 from rwkv_lab.merge.adapter_set import ANY, read_adapters
+from rwkv_lab.merge.effect import MergeEffect
 from rwkv_lab.merge.families import family_of
 from rwkv_lab.merge.inputs import open_tuned
 from rwkv_lab.plotting import bits_bars
@@ -93,9 +94,7 @@ def carry_out(run: Run, plan: MergePlan) -> MergeResult | None:
     run.record.metrics |= {
         "targets": len(effect.tensors),
         "targets_changed": len(effect.tensors) - len(effect.unchanged),
-        "change_asked_for": effect.wanted,
-        "change_that_arrived": effect.reached,
-    }
+    } | _change(effect)
     run.page.facts += [("effect", note) for note in found] or [("effect", _effect(result))]
     print(*found or [_effect(result)], sep="\n")
     run.page.headline = f"{result.out.name}, {human_bytes(result.outputs[0].bytes)}: {_what(plan)}."
@@ -116,6 +115,8 @@ def show_what_moved(run: Run, result: MergeResult | None) -> None:
     with run.timed("figures"):
         with open_checkpoint(result.base) as base, open_checkpoint(result.out) as merged:
             moved = deltas(base, merged, names)
+        copies = {d.name: d.rms * d.numel**0.5 for d in moved}
+        run.record.metrics |= _change(result.effect.with_copies(copies))
         rest = len(result.plan.rows) - len(names)
         subtitle = f"{_what(result.plan)}" + (f"; {rest} other tensors are those of the base" if rest else "")
         figure = figures.moved_per_layer(moved, result.plan.layout.n_layer, subtitle)
@@ -211,6 +212,11 @@ def _effect(result: MergeResult) -> str:
         return "No value was to change."
     share = f"; {effect.share:.2%} of the asked-for change arrived" if effect.wanted else ""
     return f"{count - len(effect.unchanged)} of {count} targets changed{share}."
+
+
+def _change(effect: MergeEffect) -> dict[str, float]:
+    """The norms of the change, for `result.json`."""
+    return {"change_asked_for": effect.wanted, "change_that_arrived": effect.reached}
 
 
 def _what(made: MergePlan) -> str:

@@ -100,7 +100,7 @@ class MergeParameters(ReadsText):
             check_headers(*(str(path) for path in (spec.base, *spec.tuned)))
         elif self.tuned not in DEMO:
             check_spec(self._spec(self.base, self.tuned))
-            check_headers(self.base, *([self.tuned] if isinstance(self.tuned, str) else self.tuned))
+            check_headers(self.base)
         else:
             spec = self._spec("demo", "demo")
             spec = spec.changed(method="state") if spec.method == "auto" else spec  # the demo's tuned file is a state
