@@ -54,15 +54,23 @@ def in_a_process(module: str, *words: str | Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measured(job: Callable[[], dict[str, float] | None]) -> dict:
-    """A sample of a job in this process, with what the job returns."""
+def _own() -> int | None:
+    return memory_of("RssAnon")
+
+
+def measured(job: Callable[[], dict[str, float] | None], memory: Callable[[], int | None] = _own) -> dict:
+    """A sample of a job in this process, with what the job returns.
+
+    Args:
+        memory: bytes of anonymous memory now; None where the system does not report it.
+    """
     peak, stop = [0], threading.Event()
 
     def sample() -> None:
         while not stop.wait(0.002):
-            peak[0] = max(peak[0], memory_of("RssAnon") or 0)
+            peak[0] = max(peak[0], memory() or 0)
 
-    before = memory_of("RssAnon") or 0  # 0 where the system does not report it
+    before = memory() or 0  # 0 where the system does not report it
     watcher = threading.Thread(target=sample)
     watcher.start()
     start = time.perf_counter()

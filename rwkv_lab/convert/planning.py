@@ -368,4 +368,9 @@ def _others(
 def _memory_needed(ck: Checkpoint, content: Tensors) -> int:
     """Upper bound of the anonymous memory: each thread's blocks, and the one tensor that is transformed whole."""
     gathered = max((t.gathered for t in [*ck.info.values(), *(t for _, t in content)]), default=0)
-    return WORKERS * 46 * BLOCK + gathered
+    return memory_of_blocks() + gathered
+
+
+def memory_of_blocks() -> int:
+    """Bytes of anonymous memory of a conversion that transforms no tensor whole, at most."""
+    return WORKERS * 46 * BLOCK

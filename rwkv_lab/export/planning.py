@@ -148,10 +148,22 @@ def _pytorch_bytes(name: str, tensor: TensorInfo, level: Level) -> int:
 
 
 def _memory(configurations: Sequence[ExportConfiguration], tensors: Mapping[str, TensorInfo]) -> int:
-    """By what was measured, in float32 weights: three times to trace them, five to compare onnxruntime with torch."""
-    weights = 4 * sum(prod(t.shape) for t in tensors.values())
     traced = any(one.export_onnx for one in configurations)
     compared = any(one.run_validation_tests and one.export_onnx for one in configurations)
+    return memory_of_weights(sum(prod(t.shape) for t in tensors.values()), traced, compared)
+
+
+def memory_of_weights(parameters: int, traced: bool = True, compared: bool = False) -> int:
+    """Bytes of anonymous memory of an export, about.
+
+    By what was measured, in float32 weights: three times to trace them, five to compare onnxruntime with torch.
+
+    Args:
+        parameters: values of the model.
+        traced: ONNX is among the formats.
+        compared: what is written is compared with the model.
+    """
+    weights = 4 * parameters
     return (_TWO_PROCESSES if traced else _PROCESS) + weights * (5 if compared else 3 if traced else 0)
 
 

@@ -206,10 +206,19 @@ def _output(
 
 def _memory_needed(inputs: Sequence[Checkpoint], changes: Changes) -> int:
     """Upper bound of the anonymous memory: each thread's blocks, tensors that must be gathered."""
-    # Values, product and rounded copy of one block in float64: a dozen blocks, of which the allocator keeps old ones.
-    # Blends of models of any size were seen to need 80 MB in all; each further model brings its own blocks and deltas.
     mixed = any(c.action == "mix" for c in changes.tensors)
-    blocks = (48 + (32 * (len(inputs) - 1) if mixed else 0)) * BLOCK
     # One view of each file at a time: a mix reads them together.
     gathered = sum(max((t.gathered for t in ck.info.values()), default=0) for ck in inputs)
-    return WORKERS * (blocks + gathered + changes.worker_bytes)
+    return memory_of_blocks(len(inputs) - 1 if mixed else 0, gathered + changes.worker_bytes)
+
+
+def memory_of_blocks(mixed: int = 0, beside: int = 0) -> int:
+    """Bytes of anonymous memory that a merge takes at most; the size of the models is not among what decides them.
+
+    Args:
+        mixed: models that are mixed with the base.
+        beside: bytes that each thread holds besides, of an adapter or of tensors that must be gathered.
+    """
+    # Values, product and rounded copy of one block in float64: a dozen blocks, of which the allocator keeps old ones.
+    # Blends of models of any size were seen to need 80 MB in all; each further model brings its own blocks and deltas.
+    return WORKERS * ((48 + 32 * mixed) * BLOCK + beside)

@@ -27,12 +27,10 @@ from rwkv_lab.train.token_files import TokenCorpus
 _KEPT_PER_CHANNEL = 66
 
 
-@dataclass(frozen=True, repr=False)
-class TrainPlan:
-    """What would be trained, in numbers of values and of bytes. `run_training` trains what stands here."""
+@dataclass(frozen=True)
+class TrainNeeds:
+    """What would be trained of a model, in numbers of values and of bytes."""
 
-    spec: ResolvedSpec
-    base_files: tuple[FileState, ...]  # as they were when their headers were read
     layout: Layout
     trained: Sequence[Planned]
     frozen: int
@@ -40,6 +38,23 @@ class TrainPlan:
     gradients_bytes: int
     optimiser_bytes: int
     activations_bytes: int  # about; of one batch
+
+    @property
+    def count(self) -> int:
+        return sum(values for _, _, values in self.trained)
+
+    @property
+    def memory_bytes(self) -> int:
+        """About; in all."""
+        return self.weights_bytes + self.gradients_bytes + self.optimiser_bytes + self.activations_bytes
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class TrainPlan(TrainNeeds):
+    """A training as it would run, its data included. `run_training` trains what stands here."""
+
+    spec: ResolvedSpec
+    base_files: tuple[FileState, ...]  # as they were when their headers were read
     corpus: Corpus | Examples | TokenCorpus | None = None  # None of those that come with Python, which are read later
     material: Material | None = None
 
@@ -52,15 +67,6 @@ class TrainPlan:
     def fit(self) -> Fit | None:
         """What ctx_len does to examples; None where windows are drawn from a text."""
         return None if self.material is None else self.material.fit
-
-    @property
-    def count(self) -> int:
-        return sum(values for _, _, values in self.trained)
-
-    @property
-    def memory_bytes(self) -> int:
-        """About; in all."""
-        return self.weights_bytes + self.gradients_bytes + self.optimiser_bytes + self.activations_bytes
 
     def __repr__(self) -> str:
         return f"TrainPlan({self.spec.kind} of {self.layout}: {self.count:,} trained, {self.frozen:,} frozen)"
@@ -94,8 +100,19 @@ def make_plan(spec: TrainSpec) -> TrainPlan:
     if resolved.start:
         with open_checkpoint(resolved.start) as ck:
             files += file_states(ck)
-    trained = KINDS[spec.kind].planned(resolved, layout, shapes)
-    size = spec.torch_dtype.itemsize
+    found = needs(resolved, layout, shapes)
+    corpus, material = _read(resolved, layout)
+    return TrainPlan(spec=resolved, base_files=files, corpus=corpus, material=material, **vars(found))
+
+
+def needs(resolved: ResolvedSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> TrainNeeds:
+    """What a training takes of a model with tensors of these shapes, which need not be there.
+
+    Raises:
+        ParameterError: targets that match nothing, a rank larger than a layer.
+    """
+    trained = KINDS[resolved.kind].planned(resolved, layout, shapes)
+    size = resolved.torch_dtype.itemsize
     whole = {name for name, shape, values in trained if name in shapes and math.prod(shape) == values}
     frozen = {name: math.prod(shape) for name, shape in shapes.items() if name not in whole}
     matrices = [name for name in frozen if resolved.quant != "none" and is_block_matrix(name, shapes[name])]
@@ -105,19 +122,14 @@ def make_plan(spec: TrainSpec) -> TrainPlan:
     weights = (sum(frozen.values()) - packed + kept) * size + packed * BITS.get(resolved.quant, 0) / 8
     wide = max(size, 4)  # of what is added to the model
     gradients = kept * size + new * wide
-    corpus, material = _read(resolved, layout)
-    return TrainPlan(
-        spec=resolved,
-        base_files=files,
+    return TrainNeeds(
         layout=layout,
         trained=trained,
         frozen=sum(frozen.values()),
         weights_bytes=round(weights + new * wide),
         gradients_bytes=gradients,
         optimiser_bytes=2 * gradients,
-        activations_bytes=_activations(resolved, layout) * (2 if size == 2 or spec.autocast else size),
-        corpus=corpus,
-        material=material,
+        activations_bytes=_activations(resolved, layout) * (2 if size == 2 or resolved.autocast else size),
     )
 
 
