@@ -3,6 +3,7 @@
 import base64
 from dataclasses import dataclass, field
 from datetime import datetime
+from html import escape
 from pathlib import Path
 
 from markupsafe import Markup
@@ -16,6 +17,11 @@ from rwkv_lab.workbench.pages import environment
 from rwkv_lab.workbench.result import Record, versions
 from rwkv_lab.workbench.tables import Table
 
+_BY_THEME = (
+    'body[data-jp-theme-light="false"] .rwkv-lab-light, '
+    'body:not([data-jp-theme-light="false"]) .rwkv-lab-dark { display: none }'
+)
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -26,6 +32,16 @@ class Picture:
     png: bytes
     dark: bytes
     name: str  # of its file, without .png
+
+    def as_html(self) -> str:
+        """For JupyterLab, which shows the form that its theme asks for; another front end the light one."""
+        shown = (("light", self.png), ("dark", self.dark))
+        images = (
+            f'<img class="rwkv-lab-{theme}" width="900" style="max-width: 100%" alt="{escape(self.title)}" '
+            f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+            for theme, png in shown
+        )
+        return f"<style>{_BY_THEME}</style>{''.join(images)}"
 
 
 @dataclass

@@ -104,14 +104,14 @@ class Run:
 
     def show_figure(self, name: str, title: str, caption: str, figure: Any) -> None:
         """Display a matplotlib Figure and put it into the report; at its end the run writes it as `<name>.png`."""
-        from IPython.core.display import Image
+        from IPython.core.display import HTML, Image
         from IPython.display import display
 
         from rwkv_lab.plotting import dark_png, png  # matplotlib takes a second that validation need not wait for
 
         picture = Picture(title, caption, png(figure), dark_png(figure), name)
         self.page.pictures.append(picture)
-        display(Image(picture.png, width=900))
+        display(HTML(picture.as_html()) if frontend_present() else Image(picture.png, width=900))
 
     def command(self) -> str:
         """The shell command that repeats this run."""

@@ -25,7 +25,10 @@ class Table:
         body = "".join(f"<tr>{''.join(_cell(v) for v in row)}</tr>" for row in self.rows)
         note = f"<p>{escape(self.note)}</p>" if self.note else ""
         table = f"<table>{head}<tbody>{body}</tbody></table>"
-        return f'<p><b>{escape(self.title)}</b></p><div style="max-height: 36em; overflow: auto">{table}</div>{note}'
+        title = escape(self.title)
+        # Arrow keys scroll it once it has the focus; JupyterLab would take them for moves between cells.
+        scrolls = f'tabindex="0" role="region" aria-label="{title}" data-lm-suppress-shortcuts="true"'
+        return f'<p><b>{title}</b></p><div {scrolls} style="max-height: 36em; overflow: auto">{table}</div>{note}'
 
     def __repr__(self) -> str:
         cells = [list(self.columns)] + [[shown(v) for v in row] for row in self.rows[:_TEXT_ROWS]]

@@ -119,7 +119,7 @@ def test_merge_by_hand(environment, tmp_path):
         wait_for(lambda: result()["parameters"]["alpha"] == 0.5 and result()["status"] != "running")
         assert result()["status"] == "ok"
         panel.get_by_text(re.compile("PASS")).first.wait_for()
-        assert panel.locator("img").count() == 4
+        assert panel.locator("img:visible").count() == 4
         page.screenshot(path=tmp_path / "done.png")
         browser.close()
 
@@ -172,6 +172,6 @@ def test_train_by_hand(environment, tmp_path):
         wait_for(lambda: ended("lora"))
         assert json.loads((report / "result.json").read_text())["status"] == "ok"
         panel.get_by_text(re.compile("PASS")).first.wait_for()
-        assert panel.locator("img").count() == 3  # the loss while it fell, and the two figures of the report
+        assert panel.locator("img:visible").count() == 3  # the loss while it fell, and the two figures of the report
         page.screenshot(path=tmp_path / "trained.png")
         browser.close()

@@ -7,7 +7,7 @@ from IPython.display import display
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.machine import memory_free
-from rwkv_lab.plotting import bits_bars, png
+from rwkv_lab.plotting import bits_bars, dark_png, png
 from rwkv_lab.progress import frontend_present, human_bytes
 from rwkv_lab.samples import Sample
 from rwkv_lab.train import (
@@ -26,6 +26,7 @@ from rwkv_lab.train import (
 )
 from rwkv_lab.train.output import check_destinations
 from rwkv_lab.workbench.estimate import forward_seconds, in_words
+from rwkv_lab.workbench.report import Picture
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
@@ -209,15 +210,16 @@ def _live_loss(steps: int) -> Callable | None:
         return None
     import ipywidgets
 
-    picture = ipywidgets.Image(format="png", layout={"width": "900px"})
-    display(picture)
+    shown = ipywidgets.HTML()
+    display(shown)
     drawn = time.perf_counter()
 
     def on_step(step: int, losses: list[float]) -> None:
         nonlocal drawn
         if time.perf_counter() - drawn >= _REDRAW or step == steps:
             figure = figures.loss_curve(losses, f"step {step:,} of {steps:,}")
-            picture.value, drawn = png(figure), time.perf_counter()
+            picture = Picture("Loss so far", "", png(figure), dark_png(figure), "loss")
+            shown.value, drawn = picture.as_html(), time.perf_counter()
 
     return on_step
 
