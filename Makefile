@@ -4,6 +4,7 @@
 # make lab    opens JupyterLab on notebooks/index.ipynb; it saves a notebook only when you say so
 # make lint   ruff on Python and notebooks; pyright against the number of findings that are left
 # make bench  measures models, kernels, loading, merging and conversion beside others (15 GB of disk, an hour)
+# make browser  every notebook in JupyterLab, in Chromium (some minutes); screenshots in reports/ci
 # make sanitize  tests compiled code under AddressSanitizer and UBSan, with 2,000 random changes of models (an hour)
 # make compat  exports tiny models with the oldest and the newest packages that pyproject.toml allows (12 GB of disk)
 # make torture  10,000 damaged checkpoints, 200 kills and full disks, 100,000 tokens, 100 notebooks in a row (two hours)
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 RUN := $(BIN)/python -m rwkv_lab.workbench.batch --cwd .
 DEMO := reports/demo
 
-.PHONY: demo test consumers lab lint bench sanitize torture compat clean
+.PHONY: demo test consumers lab lint bench browser sanitize torture compat clean
 
 # What notebooks need; nothing of the tests.
 $(READY): pyproject.toml constraints.txt
@@ -79,6 +80,9 @@ bench: $(TESTS_READY)
 	$(BIN)/python -m rwkv_lab.bench all
 	$(BIN)/python -m rwkv_lab.bench merge
 	$(BIN)/python -m rwkv_lab.bench convert
+
+browser: $(TESTS_READY)
+	$(BIN)/python -m pytest tests/browser/tour.py
 
 sanitize: $(TESTS_READY)
 	RWKV_LAB_LOOPS=1000 $(BIN)/python tests/sanitize.py

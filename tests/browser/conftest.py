@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser.lab import CHROMIUM, WAIT, Lab, copy_project, jupyter_lab, screenshot
+from browser.lab import CHROMIUM, QUICK, WAIT, Lab, copy_project, jupyter_lab, screenshot
 from warm_python import warm_python
 
 
@@ -13,7 +13,7 @@ from warm_python import warm_python
 def lab(environment, tmp_path_factory) -> Iterator[Lab]:
     """`make lab` in a copy of the project, with the tiny demo model, and kernels that start at once."""
     project = tmp_path_factory.mktemp("project")
-    copy_project(project)
+    copy_project(project, QUICK)
     variables = environment | {"PYTHONPATH": str(project)}
     with tempfile.TemporaryDirectory() as folder, warm_python(Path(folder), variables) as warm:  # a short path
         with jupyter_lab(project, warm.environment) as lab:

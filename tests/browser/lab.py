@@ -40,8 +40,12 @@ SETTINGS = {
 }
 
 
-def copy_project(folder: Path) -> None:
-    """What `make lab` needs of the project: notebooks may be written to, and reports lie beside them."""
+def copy_project(folder: Path, defaults: Mapping[str, Mapping[str, object]]) -> None:
+    """What `make lab` needs of the project: notebooks may be written to, and reports lie beside them.
+
+    Args:
+        defaults: notebook -> parameter -> value, in place of the notebook's own defaults.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +54,7 @@ def copy_project(folder: Path) -> None:
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)
     (folder / "cats.txt").write_text("the cat sat on the mat; " * 500)
-    for name, values in QUICK.items():
+    for name, values in defaults.items():
         _set_parameters(folder / "notebooks" / f"{name}.ipynb", values)
     (folder / ".venv").mkdir()
     (folder / ".venv" / "bin").symlink_to(Path(sys.prefix) / "bin")

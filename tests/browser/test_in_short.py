@@ -35,14 +35,20 @@ def test_from_the_list_of_tasks_to_a_report(lab: Lab, page):
 
     panel = panel_of(page)
     panel.get_by_label("kind", exact=True).select_option("lora")
-    panel.get_by_label("rank", exact=True).fill("2")
+    rank = panel.get_by_label("rank", exact=True)
+    rank.fill("-1")
+    rank.press("Enter")
+    panel.get_by_text("ParameterError").wait_for()
+    rank.fill("2")
+    rank.press("Enter")
+    panel.get_by_text("ParameterError").wait_for(state="detached")
     panel.get_by_role("button", name="Plan", exact=True).click()
     panel.get_by_role("region", name="What will happen").wait_for()
     assert lab.result("train")["parameters"]["kind"] == "state"  # planning changes nothing
     panel.get_by_role("button", name="Run", exact=True).click()
     wait_until(page, lambda: lab.result("train")["parameters"]["kind"] == "lora" and lab.ended("train"))
     assert lab.result("train")["status"] == "ok" and lab.result("train")["parameters"]["rank"] == 2
-    screenshot(page, "short-train")
+    assert panel.locator("img:visible").count() == 3  # the loss while it fell, and the two figures of the report
     assert_accessible(page, ".jp-OutputArea-output")
     assert {path: path.read_bytes() for path in lab.notebooks()} == before  # nothing saves itself
 

@@ -1,0 +1,75 @@
+"""Every notebook in JupyterLab, in Chromium: Run All, panel, plan, run, stop, run again, report: `make browser`.
+
+Screenshots go to reports/ci.
+"""
+
+import re
+
+import pytest
+from browser.accessibility import assert_accessible
+from browser.lab import MISSING, Lab, errors_in, open_notebook, panel_of, run_all, screenshot, wait_until
+
+from rwkv_lab.workbench.registry import cells_of, notebook_names
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+# Field and what is written there, so that a run takes long enough to be stopped, and what it was before.
+LONG = {
+    "train": {"steps": "100000"},
+    "chat": {"max_new_tokens": "100000"},
+    "modes": {"length": "4000"},
+    "benchmark": {"lengths": "4096"},
+}
+MINUTES = 600
+
+
+@pytest.mark.parametrize("notebook", notebook_names())
+def test_by_mouse(notebook: str, lab: Lab, page):
+    """Run All; then from the panel a plan, a run that is stopped where it can be made long, and one to its report."""
+    before = {path: path.read_bytes() for path in lab.notebooks()}
+    open_notebook(page, lab, notebook)
+    run_all(page, MINUTES)
+    assert errors_in(page) == [] and lab.result(notebook)["status"] == "ok"
+    panel = panel_of(page)
+    run, stop = (panel.get_by_role("button", name=name, exact=True) for name in ("Run", "Stop"))
+    if hasattr(cells_of(notebook), "preview"):
+        panel.get_by_role("button", name="Plan", exact=True).click()
+        panel.get_by_role("region").first.wait_for()
+        panel.get_by_text("done after").wait_for()
+        screenshot(page, f"{notebook}-plan")
+    for name, value in LONG.get(notebook, {}).items():
+        fields = panel.get_by_label(name, exact=True)
+        short = fields.input_value()
+        fields.fill(value)
+        fields.press("Tab")
+        run.click()
+        panel.get_by_text(re.compile("in use")).wait_for()
+        screenshot(page, f"{notebook}-running")
+        stop.click()
+        panel.get_by_text("stopped after").wait_for()
+        assert lab.result(notebook)["status"] == "failed"
+        fields.fill(short)
+        fields.press("Tab")
+    run.click()
+    panel.get_by_text(re.compile("in use|done after")).first.wait_for()
+    panel.get_by_text("done after").wait_for(timeout=MINUTES * 1000)
+    wait_until(page, lambda: lab.result(notebook)["status"] == "ok")
+    assert errors_in(page) == []
+    panel_of(page)
+    screenshot(page, f"{notebook}-done")
+    assert_accessible(page, ".jp-OutputArea-output")
+    assert {path: path.read_bytes() for path in lab.notebooks()} == before  # nothing saves itself
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("notebook", notebook_names())
+def test_report(notebook: str, width: int, scheme: str, lab: Lab, page):
+    """Accessible, and no wider than the window."""
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto((lab.folder / "reports" / notebook / "report.html").as_uri())
+    screenshot(page, f"{notebook}-report-{scheme}-{width}")
+    page.evaluate("for (const folded of document.querySelectorAll('details')) folded.open = true")
+    assert_accessible(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
