@@ -12,15 +12,15 @@ _NO_WHOLE_MODEL = ("partial", "unmerged")
 
 
 def refuse_odd_weights(ck: Checkpoint) -> None:
-    """Refuse weights of a whole model that are no floats.
+    """Refuse weights of a whole model, and tuned states, that are no floats.
 
     Raises:
         LayoutError: names the first.
     """
-    misfit = ck.identity.misfit
-    if ck.kind != "model" or misfit is None:
+    if ck.kind not in ("model", "state"):
         return
-    weights = (t for name, t in ck.info.items() if name not in misfit.extra)
+    misfit = ck.identity.misfit
+    weights = (t for name, t in ck.info.items() if misfit is None or name not in misfit.extra)
     odd = next((t for t in weights if not t.dtype.is_floating_point or t.dtype.itemsize < 2), None)
     if odd is not None:
         raise LayoutError(f"{odd.name} in {ck.path} is {odd.dtype}; weights must be floats of 16 bits or more.")

@@ -4,12 +4,13 @@ or those of a foreign format, so that an adapter that was trained in one place m
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from rwkv_lab.checkpoint.adapter_names import their_module
-from rwkv_lab.checkpoint.foreign_format import FOREIGN_FORMATS, ForeignFormat
+from rwkv_lab.checkpoint.foreign_format import FOREIGN_FORMATS, ForeignFormat, general_name
 from rwkv_lab.checkpoint.layout import possible_versions
 from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checks import Check
@@ -29,8 +30,22 @@ _STATED_ELSEWHERE = ("pissa_init", "bat")  # of `open_adapter`: what `save_adapt
 
 
 def is_adapter(ck: Checkpoint) -> bool:
-    """Whether it is an adapter of a kind that is known."""
-    return ck.kind in ADAPTER_KINDS
+    """Whether it is an adapter: of a kind that is known, or a folder that states another one, which is refused then."""
+    return ck.kind in ADAPTER_KINDS or ck.adapter_config is not None
+
+
+def about_copy(ck: Checkpoint) -> list[str]:
+    """Of an adapter that is copied as it is: what is odd about it, in words.
+
+    Raises:
+        LayoutError: no program could read it as an adapter.
+    """
+    for alpha in (None, 1.0):  # a copy does not have to know it
+        try:
+            return _of_no_model(_read(ck, alpha))
+        except ParameterError:  # something that the file does not state
+            continue
+    return []
 
 
 def adapter_output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
@@ -40,12 +55,14 @@ def adapter_output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
         ParameterError: something that the file does not state was not given, or the layout cannot express the adapter.
         LayoutError: it adapts layers that the target does not have, or could be of several generations.
     """
-    adapter = _read(ck, spec)
+    _refuse_without_folders(spec)
+    adapter = _read(ck, spec.alpha)
+    notes = _of_no_model(adapter)
     if spec.to in PLAIN and out.suffix:
         tensors, note = rwkv_peft_layout.written(adapter)
         content = _content(tensors, {name: name for name in tensors}, spec.output_dtype)
         note_of = {rwkv_peft_layout.NOTE: note}
-        return Output(spec, CONTAINERS[spec.to], content, as_adapter=True, file_notes=note_of)
+        return Output(spec, CONTAINERS[spec.to], content, notes=notes, as_adapter=True, file_notes=note_of)
     known = None if spec.to in PLAIN else _format(adapter, spec)
     parts, settings = hf_layout.written(adapter)
     names = {name: name if known is None else _their_name(known, name) for name in parts}
@@ -55,10 +72,35 @@ def adapter_output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
     config = (json.dumps(dict(sorted(settings.items())), indent=2) + "\n").encode()
     quant = {} if adapter.quant is None else {hf_layout.QUANT: adapter.quant}
     others = {"adapter_config.json": config}
-    notes = _recomputed(adapter, parts)
+    notes += _recomputed(adapter, parts)
     return Output(
         spec, CONTAINERS["adapter"], content, known, notes=notes, others=others, as_adapter=True, file_notes=quant
     )
+
+
+def _of_no_model(adapter: Adapter) -> list[str]:
+    """Layers that are in no RWKV model, in words.
+
+    Raises:
+        LayoutError: all are.
+    """
+    rows = [row for known in FOREIGN_FORMATS.values() for row in (*known.rows, *known.older)]
+    others = _not_among({name for row in rows for name in row.names}, adapter.targets)
+    if others and len(others) == len(adapter.targets):
+        odd = _not_among({row.theirs for row in rows}, others) or others
+        raise LayoutError(
+            f"{adapter.where} is no adapter of an RWKV model that is read: its layers are in none, such as {odd[0]}."
+        )
+    if not others:
+        return []
+    return [
+        f"{len(others)} of {len(adapter.targets)} layers that the adapter changes are in no RWKV model, first "
+        f"{others[0]}: there is no base that it can be merged into."
+    ]
+
+
+def _not_among(names: Collection[str], layers: Iterable[str]) -> list[str]:
+    return [x for x in layers if not {general_name(f"{x}.weight")[0], general_name(x)[0]} & {*names}]
 
 
 def _recomputed(adapter: Adapter, parts: dict[str, Values]) -> list[str]:
@@ -73,19 +115,19 @@ def _recomputed(adapter: Adapter, parts: dict[str, Values]) -> list[str]:
     ]
 
 
-def _read(ck: Checkpoint, spec: ConvertSpec) -> Adapter:
+def _read(ck: Checkpoint, alpha: float | None) -> Adapter:
     """The adapter as `merge` reads it.
 
     Raises:
         ParameterError: something that the file does not state; says how an adapter file is made that states it.
     """
     try:
-        return read_adapter(ck, alpha=spec.alpha)
+        return read_adapter(ck, alpha=alpha)
     except ParameterError as e:
         missing = [name for name in _STATED_ELSEWHERE if f"{name}=" in str(e)]
         if not missing:
             raise
-        text = str(e).replace(" instead.", "; or with this:").replace("\n", " ")
+        text = str(e).replace("\n", " ")
         raise ParameterError(
             f"{text}\nOnly alpha= is taken by convert. For the others make a file that states them, and convert that:\n"
             f"with rwkv_lab.peft.open_adapter({str(ck.path)!r}, {missing[0]}=…) as a: save_adapter(a, 'stated.pth')"
@@ -103,6 +145,21 @@ def _content(tensors: dict[str, Values], names: dict[str, str], dtype: torch.dty
     return content
 
 
+def _refuse_without_folders(spec: ConvertSpec) -> None:
+    """Refuse a target whose readers take no adapter.
+
+    Raises:
+        LayoutError: says what to do.
+    """
+    if spec.to not in PLAIN and not any(
+        f.target == spec.to and f.container == "folder" for f in FOREIGN_FORMATS.values()
+    ):
+        raise LayoutError(
+            f"to={spec.to!r}: what reads it takes no folder of Hugging Face's peft.\n"
+            f"Merge the adapter into its base, then convert the merged model to {spec.to}."
+        )
+
+
 def _format(adapter: Adapter, spec: ConvertSpec) -> ForeignFormat:
     """The format of the target that has every layer of the adapter.
 
@@ -110,11 +167,6 @@ def _format(adapter: Adapter, spec: ConvertSpec) -> ForeignFormat:
         LayoutError: none has, or several have.
         ParameterError: `generation` is not one that its layers can be of.
     """
-    if not any(f.target == spec.to and f.container == "folder" for f in FOREIGN_FORMATS.values()):
-        raise LayoutError(
-            f"to={spec.to!r}: what reads it takes no folder of Hugging Face's peft.\n"
-            f"Merge the adapter into its base, then convert the merged model to {spec.to}."
-        )
     names = [f"{x}.weight" for x in adapter.targets]
     could_be = possible_versions([*names, *adapter.full])[0]
     versions = could_be & {spec.generation} if spec.generation else could_be

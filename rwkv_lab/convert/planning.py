@@ -32,7 +32,7 @@ from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
 from rwkv_lab.checkpoint.unchanged import file_states
 from rwkv_lab.convert.about_source import about_source, refuse_odd_weights
-from rwkv_lab.convert.adapters import adapter_output, is_adapter
+from rwkv_lab.convert.adapters import about_copy, adapter_output, is_adapter
 from rwkv_lab.convert.containers import CONTAINERS, Container, Content
 from rwkv_lab.convert.hub_download import Download, source_of
 from rwkv_lab.convert.hub_push import plan_push
@@ -41,7 +41,7 @@ from rwkv_lab.convert.option_checks import completed, without_effect
 from rwkv_lab.convert.output import Output, Tensors, copied
 from rwkv_lab.convert.plan import ConvertPlan, ConvertRow, Dropped
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
-from rwkv_lab.convert.states import about_state, is_state_output, state_output
+from rwkv_lab.convert.states import about_state, is_state_output, refuse_states_of_some_layers, state_output
 from rwkv_lab.convert.targets import PLAIN, format_for
 from rwkv_lab.convert.tokenizer_files import END_IDS, generation_config, model_tokenizer, tokenizer_files
 from rwkv_lab.errors import LayoutError, OutputError, ParameterError
@@ -145,15 +145,16 @@ def _output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
         return output
     layout = _layout_of(ck, spec)
     known = format_for(spec.to, layout) if layout else None
+    if known is not None and layout is not None:
+        refuse_states_of_some_layers(ck, known, layout)
     spec = completed(spec, known, layout)
     container = CONTAINERS[spec.to if known is None else known.container]
-    if layout:
-        refuse_odd_weights(ck)
+    refuse_odd_weights(ck)
     if known is None or layout is None:
         if layout and spec.tokenizer:  # reports continue text with it
             model_tokenizer(spec.tokenizer, layout.vocab_size)
         kept = {NOTE: ck.metadata[NOTE]} if NOTE in ck.metadata else {}  # of an adapter
-        notes = about_state(ck, spec.to)
+        notes = about_copy(ck) if is_adapter(ck) else about_state(ck, spec.to)
         return Output(spec, container, _plain(ck, spec.output_dtype), layout=layout, notes=notes, file_notes=kept)
     content, dropped = _by_table(ck, spec, known, layout)
     notes, others = [*known.notes(layout), *_about_quantised(spec, content, known)], {}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo
 from rwkv_lab.checkpoint.foreign_format import FOREIGN_FORMATS, FORMAT_NOTE, ForeignFormat, Place, general_name
+from rwkv_lab.convert.about_source import refuse_odd_weights
 from rwkv_lab.convert.containers import CONTAINERS
 from rwkv_lab.convert.output import Output, computed, copied
 from rwkv_lab.convert.plan import Dropped
@@ -68,6 +69,7 @@ def _states(ck: Checkpoint, to: str) -> dict[str, TensorInfo]:
     """
     if ck.kind not in ("state", "model"):
         raise LayoutError(f"to={to!r} takes a model or a tuned state; {ck.path} is of kind {ck.kind!r}: {ck.reason}.")
+    refuse_odd_weights(ck)
     states = {name: info for name, info in ck.info.items() if name.endswith(_STATE)}
     if not states:
         raise LayoutError(f"to={to!r}: {ck.path} holds no tuned state, no tensor called …{_STATE}.")
@@ -110,11 +112,39 @@ def _others(ck: Checkpoint, states: Mapping[str, TensorInfo]) -> list[Dropped]:
     return [Dropped(name, "only the state is written") for name in ck.info if name not in states]
 
 
+def _layers_with_state(ck: Checkpoint) -> list[int]:
+    return sorted(general_name(name)[1] for name in ck.info if name.endswith(_STATE))
+
+
+def refuse_states_of_some_layers(ck: Checkpoint, known: ForeignFormat, layout: Layout) -> None:
+    """Refuse a model with tuned states of some layers only, for readers that want one of every layer or none.
+
+    Raises:
+        LayoutError: names the layers.
+    """
+    layers = _layers_with_state(ck)
+    if layers and len(layers) < layout.n_layer and known.why_dropped(f"blocks.{layers[0]}.att.time_state") is None:
+        raise LayoutError(
+            f"{ck.path} has tuned states of layers {', '.join(map(str, layers[:9]))} only, and the readers of "
+            f"{known.described} want one of every layer or none.\nLeave them out, or add zeros for the other layers."
+        )
+
+
 def about_state(ck: Checkpoint, to: str) -> list[str]:
     """What readers of BlinkDL's own format make of the tuned state in a model, in words."""
-    if to != "pth" or ck.layout is None or ck.layout.version != "7.0" or not any(n.endswith(_STATE) for n in ck.info):
+    layers = _layers_with_state(ck)
+    if ck.layout is None or not layers:
         return []
-    return [
-        "PyPI's rwkv and RWKV-Runner ignore the tuned state inside an RWKV-7 model. "
-        f"convert(…, to={STATE!r}, …) writes it alone, which RWKV-Runner loads; docs/convert.md has how rwkv takes it."
-    ]
+    notes = []
+    if len(layers) < ck.layout.n_layer:
+        notes.append(
+            f"Only the layers {', '.join(map(str, layers[:9]))} of {ck.layout.n_layer} have a tuned state: rwkv_lab "
+            "begins the others from zeros, other programs may not."
+        )
+    if to == "pth" and ck.layout.version == "7.0":
+        notes.append(
+            "PyPI's rwkv and RWKV-Runner ignore the tuned state inside an RWKV-7 model. "
+            f"convert(…, to={STATE!r}, …) writes it alone, which RWKV-Runner loads; docs/convert.md has how rwkv takes "
+            "it."
+        )
+    return notes

@@ -169,7 +169,8 @@ def test_names_that_collide(version, more, to, out, message, tmp_path):
 @pytest.mark.parametrize(("to", "out"), [("gguf", "o.gguf"), ("gguf", "o"), ("web-rwkv", "o.st"), ("web-rwkv", "o")])
 def test_programs_that_take_no_adapter(to, out, tmp_path):
     write_checkpoint(tmp_path / "lora.pth", random_lora())
-    refused(LayoutError, "Merge the adapter into its base", tmp_path / "lora.pth", to, tmp_path / out, alpha=4)
+    for options in ({}, {"alpha": 4}):
+        refused(LayoutError, "Merge the adapter into its base", tmp_path / "lora.pth", to, tmp_path / out, **options)
 
 
 STATES = [
@@ -196,3 +197,55 @@ def test_a_state_of_what_has_none(content, tmp_path):
     write_checkpoint(tmp_path / "s.pth", random_state())
     with pytest.raises(RwkvLabError, match="must end in .pth"):
         convert(tmp_path / "s.pth", "state", tmp_path / "o.safetensors")
+
+
+@pytest.mark.parametrize(("to", "out"), [("state", "o.pth"), ("web-rwkv", "o.st"), ("pth", "o.pth"), ("fla", "o.st")])
+def test_states_that_are_no_floats(to, out, tmp_path):
+    write_checkpoint(tmp_path / "s.pth", {name: t.to(torch.int32) for name, t in random_state().items()})
+    refused(
+        LayoutError, "time_state in .* is torch.int32; weights must be floats", tmp_path / "s.pth", to, tmp_path / out
+    )
+
+
+def test_a_model_with_the_states_of_some_layers(tmp_path):
+    """transformers would begin the other layers from numbers by chance."""
+    state = {"blocks.1.att.time_state": random_state()["blocks.1.att.time_state"]}
+    write_checkpoint(tmp_path / "m.pth", random_model() | state)
+    for to, out in (("transformers", "o"), ("web-rwkv", "o.st")):
+        refused(LayoutError, "states of layers 1 only, and the readers of", tmp_path / "m.pth", to, tmp_path / out)
+    assert convert(tmp_path / "m.pth", "fla", tmp_path / "fla").dropped
+    notes = convert(tmp_path / "m.pth", "safetensors", tmp_path / "o.safetensors").notes
+    assert any("Only the layers 1 of 2 have a tuned state" in note for note in notes)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A folder of peft with the names of flash-linear-attention."""
+    write_checkpoint(tmp_path / "lora.pth", random_lora())
+    return convert(tmp_path / "lora.pth", "fla", tmp_path / "adapter", alpha=4, generation="7.0").out
+
+
+@pytest.mark.parametrize(("to", "out"), [("pth", "o.pth"), ("safetensors", "o.safetensors"), ("fla", "o")])
+@pytest.mark.parametrize("peft_type", ["IA3", "lora", None])
+def test_a_folder_of_another_kind_of_adapter(peft_type, to, out, adapter, tmp_path):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": peft_type}))
+    refused(LayoutError, f"peft_type {peft_type!r} is not read; LORA, MISS, BONE are", adapter, to, tmp_path / out)
+
+
+def test_adapters_that_are_incomplete_are_not_copied(tmp_path):
+    write_checkpoint(tmp_path / "half.pth", {n: t for n, t in random_lora().items() if not n.endswith("value.lora_B")})
+    refused(LayoutError, "lora_B is not; .* is incomplete", tmp_path / "half.pth", "pth", tmp_path / "o.pth")
+
+
+def test_adapters_of_other_models(adapter, tmp_path):
+    parts = {"lora_A": torch.ones(2, 16), "lora_B": torch.ones(16, 2)}
+    other = {f"model.layers.0.self_attn.q_proj.{part}": t for part, t in parts.items()}
+    write_checkpoint(tmp_path / "other.pth", other)
+    for options in ({}, {"alpha": 4}):
+        message = "no adapter of an RWKV model that is read: .* such as model.layers.0.self_attn.q_proj"
+        refused(LayoutError, message, tmp_path / "other.pth", "pth", tmp_path / "o.pth", **options)
+    write_checkpoint(tmp_path / "both.pth", random_lora() | other)
+    for options in ({}, {"alpha": 4}):
+        notes = convert(tmp_path / "both.pth", "pth", tmp_path / "o.pth", overwrite=True, **options).notes
+        assert any("1 of 11 layers that the adapter changes are in no RWKV model" in note for note in notes)
