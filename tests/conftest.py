@@ -73,12 +73,17 @@ def demo_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def environment(demo_folder) -> dict[str, str]:
     """For processes: the checkout before any installed copy, one thread, the tiny demo model."""
-    path = os.pathsep.join(p for p in (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")) if p)
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RWKV_LAB_DEMO": str(demo_folder)}
+    return _for_processes(demo_folder)
 
 
 @pytest.fixture(scope="session")
-def warm(environment) -> Iterator[Warm]:
-    """Processes that start at once, with the same. `environment` starts them as users do, which takes seconds."""
-    with tempfile.TemporaryDirectory() as folder, warm_python(Path(folder), environment) as warm:  # a short path
-        yield warm
+def warm(demo_folder) -> Iterator[Warm]:
+    """Processes that start at once, in the same. With `environment` they start as users' do, which takes seconds."""
+    with tempfile.TemporaryDirectory() as folder:  # a short path
+        with warm_python(Path(folder), _for_processes(demo_folder)) as warm:
+            yield warm
+
+
+def _for_processes(demo_folder: Path) -> dict[str, str]:
+    path = os.pathsep.join(p for p in (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")) if p)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RWKV_LAB_DEMO": str(demo_folder)}

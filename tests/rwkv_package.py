@@ -6,12 +6,11 @@ first one's ln_x). It cannot run dim_att != n_embd from RWKV-5 on, nor read the 
 """
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+from warm_python import Warm
 
 _RUN = """
 import json, sys
@@ -42,16 +41,16 @@ def in_its_order(tensors: dict) -> dict:
     return dict(sorted(tensors.items(), key=lambda item: not any(part in item[0] for part in _FIRST)))
 
 
-def run_rwkv_package(jobs: list[tuple[Path, list[int]]], v7: bool, state: Path | None = None) -> list[dict]:
+def run_rwkv_package(warm: Warm, jobs: list[tuple[Path, list[int]]], v7: bool, state: Path | None = None) -> list[dict]:
     """For each (path without .pth, tokens): `logits` [T,V] and `state0…` of one call with all tokens, `steps` [T,V] and
     `one0…` of a call per token.
 
     Args:
         state: a .pth with a tuned state that RWKV-7 starts from in the first of them; it reads none in a model.
     """
-    environment = os.environ | {"RWKV_V7_ON": str(int(v7)), "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    environment = warm.environment | {"RWKV_V7_ON": str(int(v7)), "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
     command = [
-        sys.executable,
+        warm.python,
         "-c",
         _RUN,
         json.dumps([(str(path), tokens, state and str(state)) for path, tokens in jobs]),

@@ -45,7 +45,7 @@ def both(warm, tmp_path):
 
 def test_arguments_folder_variables_and_streams(both, tmp_path):
     (tmp_path / "shows.py").write_text(SHOWS)
-    for words in (["-c", SHOWS], ["-m", "shows"], [str(tmp_path / "shows.py")]):
+    for words in (["-c", SHOWS], ["-u", "-m", "shows"], [str(tmp_path / "shows.py")]):
         one, other = both(*words, "a", "--b", WORD="c d")
         assert one == other and one[0] == 0 and "c d given" in one[1] and one[2] == ["wrong"]
 

@@ -5,7 +5,8 @@
 In place of `sys.executable` tests start the file that `warm_python` yields. It asks for a fork, which becomes the
 program: a process of its own with the arguments, folder, variables and streams of whoever started it.
 Where a variable is another one that is read while modules are imported, and for arguments other than
-`-m MODULE`, `-c CODE` and a script, it is a new Python as ever. A kernel of a notebook is such a program, too.
+`-m MODULE`, `-c CODE` and a script, perhaps after `-u`, it is a new Python as ever. A kernel of a notebook is such a
+program, too.
 """
 
 import atexit
@@ -26,18 +27,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-# Read while modules are imported: a fork has those of its server.
-FIXED = ("PYTHONPATH", "OMP_NUM_THREADS")
+# Read when a process starts or while modules are imported: a fork has those of its server.
+FIXED = ("PYTHONPATH", "OMP_NUM_THREADS", "LD_PRELOAD", "ASAN_OPTIONS")
 _CLIENT = """#!{python} -SE
 import json, os, signal, socket, struct, sys
 words, fixed, environment = sys.argv[1:], {fixed!r}, dict(os.environ)
-script = bool(words) and not words[0].startswith("-")
-if not (script or words[:1] in (["-m"], ["-c"])) or any(environment.get(n, "") != v for n, v in fixed.items()):
+unbuffered = words[:1] == ["-u"]
+plain = words[unbuffered:]
+script = bool(plain) and not plain[0].startswith("-")
+if not (script or plain[:1] in (["-m"], ["-c"])) or any(environment.get(n, "") != v for n, v in fixed.items()):
     os.execv({python!r}, [{python!r}, *words])
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is meant for the kernel
 server = socket.socket(socket.AF_UNIX)
 server.connect({path!r})
-given = dict(words=words, environment=environment, folder=os.getcwd(), parent=os.getppid(), mask=os.umask(0))
+given = dict(words=plain, unbuffered=unbuffered, environment=environment)
+given |= dict(folder=os.getcwd(), parent=os.getppid(), mask=os.umask(0))
 message = json.dumps(given).encode("utf-8", "surrogateescape")
 socket.send_fds(server, [struct.pack("!I", len(message))], [0, 1, 2])
 server.sendall(message)
@@ -109,6 +113,7 @@ def _import() -> None:
     import ipywidgets  # noqa: F401
     import papermill.cli  # noqa: F401
 
+    from rwkv_lab import plotting  # noqa: F401
     from rwkv_lab.workbench import panel  # noqa: F401
     from rwkv_lab.workbench.registry import cells_of, notebook_names
 
@@ -134,6 +139,8 @@ def _become(connection: socket.socket) -> dict[str, Any]:
     os.environ.update(given["environment"])
     os.chdir(given["folder"])
     os.umask(given["mask"])
+    if given["unbuffered"]:
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     return given
 
 

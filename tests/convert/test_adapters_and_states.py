@@ -138,7 +138,7 @@ def model_with_a_state(folder, version):
 
 
 @pytest.mark.parametrize("version", ["5.2", "6.0", "7.0"])
-def test_the_rwkv_package_continues_from_a_state(version, tmp_path):
+def test_the_rwkv_package_continues_from_a_state(version, warm, tmp_path):
     """Inside the model with RWKV-5 and 6; with RWKV-7, which ignores it there, as the file that `state` writes."""
     pytest.importorskip("rwkv", reason="the PyPI package rwkv is not installed")
     tokens, v7 = make_tokens(1, 9), version == "7.0"
@@ -149,11 +149,11 @@ def test_the_rwkv_package_continues_from_a_state(version, tmp_path):
         len(state.plan.rows) == 2 and len(state.dropped) >= 50 and all("only the state" in d.why for d in state.dropped)
     )
     given = {"state": state.out} if v7 else {}
-    (found,) = run_rwkv_package([(tmp_path / "copy", tokens[0].tolist())], v7, **given)
+    (found,) = run_rwkv_package(warm, [(tmp_path / "copy", tokens[0].tolist())], v7, **given)
     expected = RWKV_Dual.from_pretrained(tmp_path / "m.pth")(tokens)[0][0]
     assert relative_rms(found["logits"], expected) < 2e-5
     if v7:
-        (without,) = run_rwkv_package([(tmp_path / "copy", tokens[0].tolist())], v7)
+        (without,) = run_rwkv_package(warm, [(tmp_path / "copy", tokens[0].tolist())], v7)
         assert relative_rms(without["logits"], expected) > 1e-2
 
 

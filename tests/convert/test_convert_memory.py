@@ -1,7 +1,9 @@
 """Memory does not grow with the tensors, nothing heavy is imported for shapes; logits before and after."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,23 +47,40 @@ CASES += [("a vocabulary, stored transposed", "fla"), ("a vocabulary, stored tra
 CASES += [("low-rank pairs", "fla")]
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """models(large) -> (its path, bytes of its largest tensor); one at a time is kept, they have 150 MB."""
+    folder = tmp_path_factory.mktemp("large")
+    path, made = folder / "large.pth", {}
+
+    def make(large: str) -> tuple[Path, int]:
+        if large not in made:
+            made.clear()
+            layout, transposed = LARGE[large]
+            model = random_model(layout, torch.float32)
+            if transposed:
+                model = {n: t.T.contiguous().T if t.dim() == 2 else t for n, t in model.items()}
+                torch.save(model, path)
+            else:
+                write_checkpoint(path, model, overwrite=True)
+            made[large] = max(t.nbytes for t in model.values())
+        return path, made[large]
+
+    yield make
+    shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize(("large", "target"), CASES)
-def test_memory_does_not_grow_with_the_tensors(large, target, tmp_path):
+def test_memory_does_not_grow_with_the_tensors(large, target, models, warm, tmp_path):
     """Peak of a process that converts a model of 150 MB and compares it, after a small one warmed it."""
     if sys.platform != "linux":
         pytest.skip("the system does not tell a process its peak of memory (/proc/self/status)")
-    layout, transposed = LARGE[large]
-    model = random_model(layout, torch.float32)
-    if transposed:
-        model = {n: t.T.contiguous().T if t.dim() == 2 else t for n, t in model.items()}
-        torch.save(model, tmp_path / "large.pth")
-    else:
-        write_checkpoint(tmp_path / "large.pth", model)
-    largest = max(t.nbytes for t in model.values())
+    path, largest = models(large)
+    (tmp_path / "large.pth").hardlink_to(path)
     small = Layout("7.0", 2, 64, 64, 64, 65536, 1, 64, RANKS)  # with the vocabulary that is written beside it
     write_checkpoint(tmp_path / "small.pth", random_model(small, torch.float32))
-    words = [sys.executable, "-c", CODE, tmp_path, *(word or "" for word in TARGETS[target])]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    words = [warm.python, "-c", CODE, tmp_path, *(word or "" for word in TARGETS[target])]
+    done = subprocess.run(words, env=warm.environment, capture_output=True, text=True, check=True)
     grown, planned = map(int, done.stdout.split()[-2:])
     assert grown * 1024 < planned < 100_000_000 + 2 * largest
     if large == "a vocabulary":

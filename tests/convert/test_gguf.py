@@ -329,7 +329,7 @@ def test_bytes_as_vocabulary_and_none(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
-def test_memory_does_not_grow_with_the_tensors(kind, tmp_path):
+def test_memory_does_not_grow_with_the_tensors(kind, warm, tmp_path):
     """Peak of a process that writes a model of 200 MB, compares it, and converts it back, by the system's own count."""
     if sys.platform != "linux":
         pytest.skip("the system does not tell a process its peak of memory (/proc/self/status)")
@@ -342,9 +342,9 @@ def test_memory_does_not_grow_with_the_tensors(kind, tmp_path):
         "to_gguf('small.pth', 'small.gguf', dtype=sys.argv[2]); to_pth('small.gguf', 'warm.pth'); before = peak()\n"
         "to_gguf('source.pth', 'm.gguf', dtype=sys.argv[2]); to_pth('m.gguf', 'back.pth'); print(peak() - before)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path), kind]
+    command = [warm.python, "-c", code, str(tmp_path), kind]
     # AddressSanitizer, where `make sanitize` preloads it, keeps 256 MB of freed memory to see who still uses it.
-    environment = os.environ | {"ASAN_OPTIONS": f"{os.environ.get('ASAN_OPTIONS', '')}:quarantine_size_mb=0"}
+    environment = warm.environment | {"ASAN_OPTIONS": f"{os.environ.get('ASAN_OPTIONS', '')}:quarantine_size_mb=0"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     grown = int(done.stdout)
     assert (tmp_path / "source.pth").stat().st_size > 200_000_000

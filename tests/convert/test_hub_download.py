@@ -339,20 +339,20 @@ def test_the_package_may_be_missing(monkeypatch):
         download("owner/m")
 
 
-def run(environment, *words):
-    command = [sys.executable, "-m", "rwkv_lab.convert", *words]
-    return subprocess.run(command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+def run(warm, environment, *words):
+    command = [warm.python, "-m", "rwkv_lab.convert", *words]
+    return subprocess.run(command, env=warm.environment | environment, capture_output=True, text=True)
 
 
-def test_the_command_goes_by_the_variables_of_the_hub(hub, environment, model, tmp_path):
+def test_the_command_goes_by_the_variables_of_the_hub(hub, warm, environment, model, tmp_path):
     hub.add("me/m", {"m.pth": model}, private=True)
     words = ["--repo-id", "me/m", "--file", "m.pth", "--to", "pth", "--out", str(tmp_path / "out.pth")]
-    done = run(environment | {"HF_TOKEN": TOKEN}, *words)
+    done = run(warm, environment | {"HF_TOKEN": TOKEN}, *words)
     assert done.returncode == 0 and "The source is me/m on the Hugging Face Hub" in done.stdout, done.stderr
     assert TOKEN not in done.stdout + done.stderr and "X-Signature" not in done.stdout + done.stderr
     assert list((tmp_path / "home" / "hub" / "models--me--m").iterdir())
     nowhere = environment | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "empty")}
-    done = run(nowhere, *words, "--overwrite")
+    done = run(warm, nowhere, *words, "--overwrite")
     assert done.returncode == 1 and "The Hugging Face Hub (127.0.0.1:9) cannot be reached" in done.stderr
     assert done.stderr.count("\n") <= 3 and "Traceback" not in done.stderr
 

@@ -22,25 +22,39 @@ def written(folder, version, time_state=False, **sizes):
     return path, convert(path, "transformers", folder / "out", verify=True).out
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_folder_is_used_without_rwkv_lab(version, tmp_path):
+@pytest.fixture(scope="module")
+def used(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A folder with one of each version, used by one process: transformers and peft take seconds to import."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("peft", reason="Hugging Face's `peft` is not installed")
+    all_of_them = tmp_path_factory.mktemp("used")
+    for version in VERSIONS:
+        (all_of_them / version).mkdir()
+        write_what_is_used(version, all_of_them / version)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(all_of_them / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(USE), *(str(all_of_them / version) for version in VERSIONS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=all_of_them, timeout=600)
+    return all_of_them, done
+
+
+def write_what_is_used(version: str, folder: Path) -> None:
     sizes = {"n_layer": 3, "n_head": 3, "head_size": 8, "n_embd": 20 if version == "7.0" else None}
-    path, folder = written(tmp_path, version, time_state=version != "5.1", **sizes)
+    path, _ = written(folder, version, time_state=version != "5.1", **sizes)
     model, tokens = RWKV_Dual.from_pretrained(path).requires_grad_(False), make_tokens(2, 37)
     greedy = tokens[:1, :9]
     for _ in range(6):
         greedy = torch.cat([greedy, model(greedy)[0][:, -1:].argmax(-1)], 1)
-    expected = {"tokens": tokens, "logits": model(tokens)[0], "greedy": greedy[0, 9:]}
-    torch.save(expected, tmp_path / "expected.pt")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(USE), str(folder), str(tmp_path / "expected.pt"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
-    assert done.returncode == 0 and done.stdout.endswith("used\n"), done.stderr[-3000:]
-    again = RWKV_Dual.from_pretrained(tmp_path / "again").requires_grad_(False)
-    assert torch.equal(again(tokens)[0], expected["logits"])  # what transformers saved is read as it is
+    torch.save({"tokens": tokens, "logits": model(tokens)[0], "greedy": greedy[0, 9:]}, folder / "expected.pt")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_folder_is_used_without_rwkv_lab(version, used):
+    folder, done = used[0] / version, used[1]
+    assert f"{version} used" in done.stdout.splitlines(), done.stderr[-3000:]
+    expected = torch.load(folder / "expected.pt")
+    again = RWKV_Dual.from_pretrained(folder / "again").requires_grad_(False)
+    assert torch.equal(again(expected["tokens"])[0], expected["logits"])  # what transformers saved is read as it is
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -168,10 +167,11 @@ def test_layer_0_may_have_the_tensors_that_nothing_reads(tmp_path, rwkv7_hf):
     assert relative_rms(theirs(TOKENS).logits, our_logits(tmp_path / "m.pth")) < LIMIT
 
 
-def test_what_rwkv7_hf_converts_is_the_same(tmp_path, rwkv7_hf):
+def test_what_rwkv7_hf_converts_is_the_same(warm, tmp_path, rwkv7_hf):
     path = write_model(tmp_path / "m.pth", make_layout("7.0", head_size=64, dim_ffn=128))
     words = ["--input", str(path), "--output", str(tmp_path / "theirs"), "--precision", "fp32"]
-    subprocess.run([sys.executable, "-m", "rwkv7_hf.cli", "convert", *words], check=True, capture_output=True)
+    command = [warm.python, "-m", "rwkv7_hf.cli", "convert", *words]
+    subprocess.run(command, check=True, capture_output=True, env=warm.environment)
     ours = to_huggingface(path, tmp_path / "ours").out
     with open_checkpoint(tmp_path / "theirs") as a, open_checkpoint(ours) as b:
         assert set(a.names_in_file.items()) == set(b.names_in_file.items())

@@ -1,9 +1,12 @@
 """What a person does with a converted folder who has transformers and peft, but not rwkv_lab; see test_own_code.py.
 
-python use_of_a_folder.py FOLDER EXPECTED.pt SCRATCH
+python use_of_a_folder.py SCRATCH…    folders in which `out` is the converted one, and expected.pt what it has to give
+
+For each that can be used it prints "NAME used"; the others end with a traceback.
 """
 
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -22,8 +25,8 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments  # noqa: E402
 
-FOLDER, EXPECTED, SCRATCH = sys.argv[1], torch.load(sys.argv[2]), Path(sys.argv[3])
-TOKENS, LOGITS = EXPECTED["tokens"], EXPECTED["logits"]
+SCRATCH = Path()  # those of one folder after the other
+EXPECTED, TOKENS, LOGITS = {}, torch.empty(0), torch.empty(0)
 
 
 def load(folder):
@@ -114,10 +117,21 @@ def gradient_checkpointing(model):
     near(gradients[1], gradients[0])
 
 
-model = load(FOLDER)
-with torch.no_grad():
-    for use in (logits_and_steps, generation, padded_batches, saved_again):
-        use(model)
-gradient_checkpointing(model)
-training(load(FOLDER))
-print("used")
+def use_all():
+    model = load(SCRATCH / "out")
+    with torch.no_grad():
+        for use in (logits_and_steps, generation, padded_batches, saved_again):
+            use(model)
+    gradient_checkpointing(model)
+    training(load(SCRATCH / "out"))
+
+
+for word in sys.argv[1:]:
+    SCRATCH, EXPECTED = Path(word), torch.load(f"{word}/expected.pt")
+    TOKENS, LOGITS = EXPECTED["tokens"], EXPECTED["logits"]
+    try:
+        use_all()
+    except Exception:
+        traceback.print_exc()
+    else:
+        print(SCRATCH.name, "used", flush=True)

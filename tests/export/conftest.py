@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import pytest
 from random_models import load_model
+from traced_sizes import SIZES
 
 from rwkv_lab.model import RWKV_Dual
-
-SIZES = {"n_layer": 3, "n_head": 2, "head_size": 32, "dim_ffn": 96, "vocab_size": 257}  # int4 has blocks of 32
 
 
 class Exported(NamedTuple):
@@ -24,6 +23,9 @@ def exported(tmp_path_factory) -> Callable[..., Exported]:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     from rwkv_lab.export import export_onnx
+    from rwkv_lab.export.onnx import tracing
+
+    tracing._MOST_KEPT = 64  # all that is traced here, so that tests with models of SIZES need not trace again
 
     @cache
     def make(version: str, weights: str = "fp32") -> Exported:

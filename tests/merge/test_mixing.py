@@ -392,7 +392,7 @@ def test_a_nan_in_a_model_comes_out_and_is_refused(method, run):
         run(base, *tuned, method=method, **({"weights": [1, 2, 3]} if method == "linear" else {}))
 
 
-def test_memory_does_not_grow_with_the_models(tmp_path):
+def test_memory_does_not_grow_with_the_models(warm, tmp_path):
     """Peaks of processes that mix three models of 25 and of 100 MB, by the system's own count."""
     if sys.platform != "linux":
         pytest.skip("the system does not tell a process its peak of memory (/proc/self/status)")
@@ -409,7 +409,8 @@ def test_memory_does_not_grow_with_the_models(tmp_path):
         for i in range(3):
             layout = Layout("4.0", 1, 64, 64, 64, words, 0, 0)
             write_checkpoint(tmp_path / f"{i}.pth", random_model(layout, torch.float32, i), overwrite=True)
-        done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+        words_of_it = [warm.python, "-c", code, tmp_path]
+        done = subprocess.run(words_of_it, env=warm.environment, capture_output=True, text=True, check=True)
         peak, plan = map(int, done.stdout.split())
         grown.append(peak)
         planned.append(plan)

@@ -27,8 +27,9 @@ def state_error(found, expected) -> float:
 @pytest.mark.parametrize("dtype", BETWEEN_MODES, ids=str)
 def test_modes_agree_over_4096_tokens_and_do_not_drift_apart(tmp_path, version, dtype):
     model = load_model(tmp_path, version, dtype, n_layer=1, n_head=2, head_size=32)
-    # 5.0 and 5.1 run through the same operator as 5.2; once is enough for them.
-    T = 512 if version in ("5.0", "5.1") and dtype != torch.float32 else 4096
+    # 5.0 and 5.1 run through the same operator as 5.2; once is enough for them. In float64, which is slow, a drift that
+    # anyone could measure would be there long before.
+    T = 512 if version in ("5.0", "5.1") and dtype != torch.float32 else 1024 if dtype == torch.float64 else 4096
     tokens = make_tokens(1, T)
     logits, state = model(tokens)
     model.set_mode(RWKVMode.RNN)

@@ -1,7 +1,6 @@
 """Files into models and back."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -188,12 +187,12 @@ print((now("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
 @pytest.mark.parametrize(
     "suffix, stored, dtype", [(".pth", "bfloat16", "float32"), (".safetensors", "float32", "bfloat16")]
 )
-def test_loading_needs_no_more_memory_than_the_model(tmp_path, suffix, stored, dtype):
+def test_loading_needs_no_more_memory_than_the_model(warm, tmp_path, suffix, stored, dtype):
     """Peak resident memory while loading; half of this model is its embedding and head, as in small real ones."""
     write_model(tmp_path / f"small{suffix}", make_layout("6.0"))
     tensors = random_tensors(make_layout("6.0", n_head=8, head_size=64, dim_ffn=1800, vocab_size=8000))
     write_checkpoint(tmp_path / f"m{suffix}", {name: t.to(getattr(torch, stored)) for name, t in tensors.items()})
-    command = [sys.executable, "-c", _PEAK, tmp_path / f"small{suffix}", tmp_path / f"m{suffix}", dtype]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [warm.python, "-c", _PEAK, tmp_path / f"small{suffix}", tmp_path / f"m{suffix}", dtype]
+    done = subprocess.run(command, env=warm.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.1

@@ -112,16 +112,13 @@ def run(tree, environment):
     return run
 
 
-def test_it_runs_in_batch_and_by_the_panels_button(tree, run):
-    run("-m", "rwkv_lab.workbench.parameters_cell", "toy")
-    given = ["-p", "most", "500", "-r", "report", "batch"]
-    run("-m", "papermill", "--no-progress-bar", "notebooks/toy.ipynb", "toy.ipynb", *given)
+def test_it_runs_by_the_panels_button(tree, run):
+    """In batch it runs in test_contributing.py."""
     assert "toy" in run("-c", RUN_ALL).splitlines()[-1].split()
-    batch, all_steps = (json.loads((tree / folder / "result.json").read_text()) for folder in ("batch", "all"))
-    assert batch["status"] == all_steps["status"] == "ok"
-    assert (batch["parameters"]["most"], all_steps["parameters"]["most"]) == (500, 1000)
-    assert batch["inputs"] == all_steps["inputs"] and batch["checks"][0]["value"] == all_steps["checks"][0]["value"]
-    assert "tensors." in (tree / "batch" / "report.html").read_text()
+    result = json.loads((tree / "all" / "result.json").read_text())
+    assert result["status"] == "ok" and result["parameters"]["most"] == 1000
+    assert result["checks"][0]["value"] > 0 and len(result["inputs"]) == 1
+    assert "tensors." in (tree / "all" / "report.html").read_text()
 
 
 def test_the_wheel_has_it(tree, run):

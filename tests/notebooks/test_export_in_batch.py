@@ -5,6 +5,8 @@ import json
 import pytest
 from tuned_files import write_adapter
 
+from rwkv_lab.train import train
+
 pytestmark = pytest.mark.usefixtures("packages")
 
 
@@ -25,16 +27,19 @@ export:
 """
 
 
-def test_a_configuration_with_an_adapter_and_several_levels(batch, demo_folder, tmp_path):
-    write_adapter(tmp_path / "lora.pth", demo_folder / "demo-base.pth", size=0.01, lora_r=2, lora_alpha=2)
-    text = FILE.format(lora=tmp_path / "lora.pth", base=demo_folder / "demo-base.pth")
+def test_a_configuration_with_an_adapter_and_several_levels(batch, tmp_path):
+    """Of one layer: each level is traced in a process of its own, which takes seconds."""
+    base = tmp_path / "demo-base.pth"
+    train("pretrain", base, n_embd=32, n_layer=1, head_size=16, steps=2, batch_size=2, ctx_len=64)
+    write_adapter(tmp_path / "lora.pth", base, size=0.01, lora_r=2, lora_alpha=2)
+    text = FILE.format(lora=tmp_path / "lora.pth", base=base)
     (tmp_path / "export.yaml").write_text(text)
     run = batch("export", "-r", "config", "export.yaml", "-p", "onnx_opset_version", "21", cwd=tmp_path,
                 variables={"EXPORT_MODEL_NAME": "mine", "EXPORT_TEST_INPUT_SAMPLES": "2"})  # fmt: skip
     assert run.code == 0, run.log
     result, metrics = run.result, run.result["metrics"]
     assert (result["status"], result["error"], metrics["kind"]) == ("ok", None, "lora")
-    assert [f["path"] for f in result["inputs"]] == [str(demo_folder / "demo-base.pth"), str(tmp_path / "lora.pth")]
+    assert [f["path"] for f in result["inputs"]] == [str(base), str(tmp_path / "lora.pth")]
     outputs = ["mine-none/pytorch/mine.safetensors", "mine-none/onnx", "mine-int8/onnx"]
     assert [f["path"] for f in result["outputs"]] == [str(tmp_path / "exports" / name) for name in outputs]
     assert sorted(path.name for path in (tmp_path / "exports").iterdir()) == ["mine-int8", "mine-none"]

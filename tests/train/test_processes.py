@@ -1,14 +1,12 @@
 """Two processes, by DistributedDataParallel and by FSDP2, train what one process trains."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import LRS, SHORT, sha256
+from tiny_training import LRS, SHORT, SIZES, sha256
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.train import train
@@ -50,15 +48,15 @@ json.dump(results, open(f"{sys.argv[1]}.{os.environ['RANK']}", "w"))
 """
 
 
-def torchrun(*words, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def torchrun(warm, *words, **options):
+    command = [warm.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    environment = warm.environment | {"PYTHON_EXEC": warm.python}  # by which it starts the two
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **options)
     return done
 
 
 @pytest.fixture(scope="module")
-def runs(small, texts, tmp_path_factory):
+def runs(small, texts, warm, tmp_path_factory):
     """(settings, results of the first and the second process) of each case."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "program.py").write_text(_PROGRAM)
@@ -69,7 +67,7 @@ def runs(small, texts, tmp_path_factory):
         settings["gradient_checkpointing"] = kind == "pretrain"
         all_settings.append((kind, settings))
     (folder / "settings.json").write_text(json.dumps(all_settings))
-    done = torchrun(str(folder / "program.py"), str(folder / "settings.json"))
+    done = torchrun(warm, str(folder / "program.py"), str(folder / "settings.json"))
     assert done.returncode == 0, done.stderr[-4000:]
     results = [json.loads((folder / f"settings.json.{rank}").read_text()) for rank in (0, 1)]
     return {case: (s, *r) for case, (_, s), *r in zip(CASES, all_settings, *results, strict=True)}
@@ -101,12 +99,12 @@ def test_two_processes_resume_bit_for_bit(runs, case):
     assert sha256(settings["out"] + ".again.pth") == sha256(settings["out"])
 
 
-def test_torchrun_starts_the_module_itself(small, texts, tmp_path):
+def test_torchrun_starts_the_module_itself(small, texts, warm, tmp_path):
     out = tmp_path / "out.pth"
     (tmp_path / "run.json").write_text(json.dumps({"kind": "lora", "base": str(small), "rank": 2, "steps": 99}))
     words = ["--data", str(texts), "--steps", "2", "--batch-size", "4", "--ctx-len", "16", "--no-samples"]
     words += ["--targets", "att.key", "att.value", "--out", str(out), "--log-folder", str(tmp_path)]
-    done = torchrun("-m", "rwkv_lab.train", "--json", str(tmp_path / "run.json"), *words)
+    done = torchrun(warm, "-m", "rwkv_lab.train", "--json", str(tmp_path / "run.json"), *words)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("bits per byte") == 1 and str(out) in done.stdout
     with open_checkpoint(out) as ck:
@@ -130,7 +128,7 @@ def test_the_command_line_refuses_in_words(tmp_path, capsys):
 
 
 def test_fsdp_in_one_process_says_that_it_does_nothing(tmp_path, caplog):
-    result = train("pretrain", tmp_path / "o.pth", parallel="fsdp", **SHORT)
+    result = train("pretrain", tmp_path / "o.pth", parallel="fsdp", **SHORT, **SIZES)
     assert any("parallel='fsdp' does nothing in one process" in note for note in result.notes)
     assert "does nothing in one process" in caplog.text
-    assert not train("pretrain", tmp_path / "p.pth", **SHORT).notes
+    assert not train("pretrain", tmp_path / "p.pth", **SHORT, **SIZES).notes

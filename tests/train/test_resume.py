@@ -1,10 +1,8 @@
 """An interrupted training goes on as if it had never stopped, and its checkpoint is refused where it does not fit."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,7 +59,7 @@ def test_resumed_is_as_never_stopped_bit_for_bit(kind, settings, tmp_path):
     assert [row["step"] for row in json.loads((tmp_path / "log.json").read_text())["steps"]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_process_is_resumed(settings, tmp_path):
+def test_a_killed_process_is_resumed(settings, warm, tmp_path):
     """SIGKILL right after the second checkpoint, by the process itself: nothing is tidied up."""
     whole = train("lora", tmp_path / "whole.pth", **settings | {"checkpoint_every": 2})
     program = (
@@ -71,7 +69,7 @@ def test_a_killed_process_is_resumed(settings, tmp_path):
         "kill = lambda step, losses: step == 5 and os.kill(os.getpid(), signal.SIGKILL)\n"
         f"train('lora', {str(tmp_path / 'out.pth')!r}, on_step=kill, **settings)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
+    done = subprocess.run([warm.python, "-c", program], env=warm.environment, timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.pth.resume.safetensors", "whole.pth"]
     resumed = train("lora", tmp_path / "out.pth", **settings | {"checkpoint_every": 2}, resume=True)

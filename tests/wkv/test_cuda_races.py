@@ -23,14 +23,14 @@ sys.exit(getattr(ctypes.CDLL(library), function)(*sizes, *pointers, None))
 STRONG = 0xC1
 
 # Functions with their numbers, how many buffers they take and the byte: two tiles and one token; rows of one and two
-# threads; on tensor cores chunks of both kinds.
+# threads; on tensor cores chunks of both kinds. One head: each is a block of its own, and blocks run in turn.
 CASES = {
     "wkv4": [("wkv4_forward", 1, 2, 33, 40, 8, 0), ("wkv4_backward", 1, 2, 33, 40, 12, 0)],
-    "wkv6": [("wkv6_forward", 1, 0, 1, 33, 2, N, 9, 0) for N in (64, 128)]
-    + [("wkv6_backward", 1, 0, 1, 33, 2, N, 14, 0) for N in (64, 128)]
+    "wkv6": [("wkv6_forward", 1, 0, 1, 33, 1, N, 9, 0) for N in (64, 128)]
+    + [("wkv6_backward", 1, 0, 1, 33, 1, N, 14, 0) for N in (64, 128)]
     + [("wkv5_forward", 0, 0, 1, 33, 1, 64, 9, 0), ("wkv5_backward", 0, 0, 1, 33, 1, 64, 14, 0)],
-    "wkv7": [("wkv7_forward", 1, 1, 1, 33, 2, N, 10, 0) for N in (64, 128)]
-    + [("wkv7_backward", 1, 1, 1, 33, 2, N, 16, 0) for N in (64, 128)]
+    "wkv7": [("wkv7_forward", 1, 1, 1, 33, 1, N, 10, 0) for N in (64, 128)]
+    + [("wkv7_backward", 1, 1, 1, 33, 1, N, 16, 0) for N in (64, 128)]
     + [("wkv7_forward_chunked", 1, 1, 1, 65, 1, 64, 10, byte) for byte in (0, STRONG)]
     + [("wkv7_backward_chunked", 1, 1, 1, 65, 1, 64, 17, byte) for byte in (0, STRONG)],
 }

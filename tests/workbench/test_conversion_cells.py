@@ -18,6 +18,8 @@ from rwkv_lab.workbench.again import recorded_arguments
 from rwkv_lab.workbench.convert import cells
 from rwkv_lab.workbench.steps import run_all
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 
 @pytest.fixture
 def model(tmp_path):

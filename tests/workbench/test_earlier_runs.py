@@ -37,11 +37,12 @@ def good(tmp_path, demo_folder) -> Path:
 
 
 @pytest.fixture
-def killed(tmp_path, demo_folder) -> Path:
+def killed(tmp_path, warm) -> Path:
     """The folder of a run whose process was killed."""
     code = "import os, signal, sys; from rwkv_lab.workbench import start; start('merge', {'report': sys.argv[1]})"
     folder = tmp_path / "merge"
-    subprocess.run([sys.executable, "-c", f"{code}; os.kill(os.getpid(), signal.SIGKILL)", str(folder)], check=False)
+    words = [warm.python, "-c", f"{code}; os.kill(os.getpid(), signal.SIGKILL)", str(folder)]
+    subprocess.run(words, env=warm.environment, check=False)
     return folder
 
 

@@ -22,7 +22,7 @@ MERGE = parameters_of("merge")
 
 
 @pytest.fixture(autouse=True)
-def brief(monkeypatch):
+def brief(monkeypatch, unpainted):
     monkeypatch.setattr(behaviour, "_SAMPLE", 5)
 
 

@@ -20,6 +20,7 @@ from rwkv_lab.workbench.registry import parameters_of
 from rwkv_lab.workbench.steps import run_all
 
 SHORT = {"length": 64, "batch": 2}
+pytestmark = pytest.mark.usefixtures("unpainted")
 
 
 def calm(layout, seed=0) -> dict:

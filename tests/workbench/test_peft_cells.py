@@ -12,7 +12,6 @@ from models import snapshot
 from random_models import make_layout, write_model
 from tuned_files import write_adapter, write_state, write_tuned
 
-from rwkv_lab import plotting
 from rwkv_lab.analysis import tuned_model
 from rwkv_lab.analysis.spectra import Spectrum
 from rwkv_lab.analysis.tuning import TuningOptions
@@ -42,11 +41,10 @@ FIGURES = {
 
 
 @pytest.fixture(autouse=True)
-def quickly(monkeypatch):
+def quickly(monkeypatch, unpainted):
     """Little text, and figures that are made but not painted: that is done below, and in batch."""
     monkeypatch.setattr(cells, "_EXCERPTS", 3)
     monkeypatch.setattr(cells, "_TEXTS", 2)
-    monkeypatch.setattr(plotting, "png", lambda figure: b"\x89PNG")
 
 
 @pytest.fixture
