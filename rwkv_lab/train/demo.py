@@ -29,7 +29,7 @@ def demo_base() -> Path:
     """Path of the demo model, RWKV-7 on bytes, pretrained on English; trained now if it is not there."""
     base = demo_folder() / "demo-base.pth"
     if not base.exists():
-        with _alone("the demo model", "two minutes"):
+        with _alone("the demo model"):
             if not base.exists():  # another process may have trained it while this one waited
                 train("pretrain", out=base)
     return base
@@ -39,20 +39,20 @@ def demo_state() -> Path:
     """Path of the demo model's state, tuned on Python code; both are trained now if they are not there."""
     base, state = demo_base(), demo_folder() / "demo-state.pth"
     if not state.exists():
-        with _alone("the demo model's tuned state", "a minute"):
+        with _alone("the demo model's tuned state"):
             if not state.exists():
                 train("state", out=state, base=base)
     return state
 
 
 @contextmanager
-def _alone(what: str, duration: str) -> Iterator[None]:
+def _alone(what: str) -> Iterator[None]:
     """Let one process at a time train a demo file; the lock goes when its process does."""
     folder = demo_folder()
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with open(folder / ".lock", "w") as lock:
-        log.warning("Training %s in %s: about %s on two cores, once.", what, folder, duration)
+        log.warning("Training %s in %s, once; the time left is stated from its first steps on.", what, folder)
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     log.warning("%s is ready after %.0f s.", what[:1].upper() + what[1:], time.perf_counter() - start)

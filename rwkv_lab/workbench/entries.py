@@ -1,6 +1,7 @@
 """What a person did in a panel, kept beside the report in `panel.json`: it is there after a restart of the kernel."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,22 @@ def last_folder(report: Path) -> Path:
         if isinstance(folder, str) and Path(folder).is_dir():
             return Path(folder)
     return reports_folder().parent
+
+
+def keep_entries(report: Path, values: Mapping[str, Any], cell: Mapping[str, Any]) -> None:
+    """Keep what a panel has, as far as it is not what the parameters cell says."""
+    entries = {name: value for name, value in values.items() if value != cell.get(name)}
+    keep(report, entries=entries, cell={name: cell.get(name) for name in entries})
+
+
+def entered(report: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
+    """What was entered in a panel and still holds: where the parameters cell was changed since, that goes before.
+
+    Args:
+        cell: the values of the parameters cell as they are now.
+    """
+    found = kept(report)
+    entries, then = found.get("entries"), found.get("cell")
+    if not isinstance(entries, dict) or not isinstance(then, dict):
+        return {}
+    return {name: value for name, value in entries.items() if name in then and cell.get(name) == then[name]}

@@ -13,10 +13,11 @@ import ipywidgets as widgets
 from IPython.core.display import Javascript
 from IPython.core.getipython import get_ipython
 from IPython.display import display
+from traitlets import TraitError
 
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.progress import frontend_present
-from rwkv_lab.workbench.entries import keep, last_folder
+from rwkv_lab.workbench.entries import entered, keep, keep_entries, last_folder
 from rwkv_lab.workbench.fields import Field, field_for
 from rwkv_lab.workbench.file_chooser import FileChooser
 from rwkv_lab.workbench.job import Job
@@ -34,7 +35,12 @@ _KEYS = """setTimeout(() => {
   panel?.setAttribute("data-lm-suppress-shortcuts", "true");
   panel?.addEventListener("keydown", event => event.stopPropagation());
 }, 100);"""
-_TOOLTIPS = {"Plan": "show what would happen", "Run": "do all that the cells below do", "Stop": "end what runs now"}
+_TOOLTIPS = {
+    "Plan": "show what would happen",
+    "Run": "do all that the cells below do",
+    "Stop": "end what runs now",
+    "Reset": "take the values of the parameters cell",
+}
 _MISSING = re.compile(r"(\w+) is missing\b")  # how a message begins where a parameter has not been given yet
 
 
@@ -53,13 +59,17 @@ class Panel:
         self.output, self.progress = JobOutput(), JobProgress()
         self.job: Job | None = None
         self._disabled: list[Any] = []  # while a job reads the fields
+        entries = entered(run.folder, run.cell)
         for field in fields:
-            field.value = getattr(run.config, field.name)
+            self._fill(field, entries.get(field.name, getattr(run.config, field.name)))
             field.widget.observe(lambda change: self._changed(), "value")
             if isinstance(field.widget, FileChooser):
                 self._connect(field.name, field.widget)
         self.hide()
-        actions = {label: lambda work=work: self.do(work) for label, work in buttons.items()} | {"Stop": self.stop}
+        actions = {label: lambda work=work: self.do(work) for label, work in buttons.items()} | {
+            "Stop": self.stop,
+            "Reset": self.reset,
+        }
         self.buttons = {label: _button(label, action) for label, action in actions.items()}
         basic = run.model.basic
         more = widgets.Accordion([widgets.VBox([f.box for f in fields if f.name not in basic])], titles=["More"])
@@ -67,6 +77,21 @@ class Panel:
         row = widgets.HBox([*self.buttons.values(), self.progress.box], layout=widgets.Layout(flex_flow="row wrap"))
         self.controls = widgets.VBox([f.box for f in fields if f.name in basic] + folded)
         self.box = widgets.VBox([self.controls, row, self.message, self.output.box])
+
+        if entries:
+            self._changed()
+
+    def _fill(self, field: Field, value: object) -> None:
+        try:
+            field.value = value
+        except (TypeError, ValueError, TraitError):  # kept as it was written, and no value of this kind
+            field.value = getattr(self.run.config, field.name)
+
+    def reset(self) -> None:
+        """Take the values of the parameters cell."""
+        for name, field in self.fields.items():
+            field.value = self.run.cell[name]
+        self.apply()
 
     def _connect(self, name: str, chooser: FileChooser) -> None:
         """Have a file chooser begin where files were taken last, and know what the other fields say."""
@@ -119,11 +144,15 @@ class Panel:
         """Take the fields over into `run.config`, all or none; False, with a message, where they are refused."""
         self.hide()
         self.refusal = ""
+        values = self.values()
         try:
-            self.run.configure(**self.values())
+            self.run.configure(**values)
         except RwkvLabError as e:
+            keep_entries(self.run.folder, values, self.run.cell)
             self._show_error(e)
             return False
+        accepted = self.run.config.model_dump()
+        keep_entries(self.run.folder, {name: accepted[name] for name in values}, self.run.cell)
         self.message.value = ""
         return True
 

@@ -14,11 +14,13 @@ from rwkv_lab.errors import OutputError, ParameterError, RwkvLabError
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.resources import reports_folder
 from rwkv_lab.workbench.again import command
+from rwkv_lab.workbench.entries import entered
 from rwkv_lab.workbench.parameters import Parameters, read_parameters, train_demo
 from rwkv_lab.workbench.registry import parameters_of
 from rwkv_lab.workbench.report import Page, Picture, verdict, verdict_in_words
 from rwkv_lab.workbench.report_folder import begin, close, note_on_earlier_run
 from rwkv_lab.workbench.result import INTERRUPTED, Record
+from rwkv_lab.workbench.shown import Shown
 from rwkv_lab.workbench.tables import Table
 from rwkv_lab.workbench.terminal import say
 from rwkv_lab.workbench.words import advice_in_words
@@ -30,6 +32,7 @@ class Run:
     model: the type of the notebook's parameters.
     record: what goes into `result.json`.
     page: what goes into `report.html`.
+    cell: the values of the parameters cell; `config` may have others, from the panel.
     stage: what is being done now, in words, where the panel's Run does it.
     """
 
@@ -40,6 +43,8 @@ class Run:
         self.model = parameters_of(notebook)
         self._config: Parameters | None = None
         self._earlier = note_on_earlier_run(folder)
+        self._shown = Shown()
+        self.cell: Mapping[str, Any] = {}
         self._begin(parameters)
 
     @property
@@ -70,9 +75,11 @@ class Run:
         config = self.config.changed(**values)
         config.check_files()
         self._config = config
+        self._shown.changed(self._table(), self._changed())
 
     def begin_again(self) -> None:
         """Start over with the parameters as they are now; forget what an earlier pass through the notebook recorded."""
+        self._shown.results_begin(in_panel=bool(self.stage))
         self._begin(self.config.model_dump())
         self._earlier = ""  # a further pass through the notebook has nothing to do with it
 
@@ -82,10 +89,27 @@ class Run:
         Raises:
             ParameterError: names them.
         """
-        now = self.config.model_dump()
-        changed = [name for name, value in self.record.parameters.items() if now[name] != value]
-        if changed:
+        if changed := self._changed():
             raise ParameterError(f"{', '.join(changed)} changed since the plan was made; make the plan again.")
+
+    def _changed(self) -> list[str]:
+        """The parameters that are not those that this pass through the notebook began with."""
+        now = self.config.model_dump()
+        return [name for name, value in self.record.parameters.items() if name in now and now[name] != value]
+
+    def take_entries(self) -> None:
+        """Take what was entered in the panel before Run All, or before the kernel was restarted; say what holds."""
+        entries = entered(self.folder, self.cell)
+        if not entries:
+            return
+        names = ", ".join(entries)
+        try:
+            self.configure(**entries)
+        except RwkvLabError as e:
+            first = str(e).splitlines()[0]
+            print(f"Entered in the panel: {names}. It is not complete, and the cell above holds meanwhile: {first}")
+        else:
+            print(f"Entered in the panel, and kept: {names}. Reset in the panel takes the values of the cell above.")
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -165,6 +189,11 @@ class Run:
         if isinstance(error, RwkvLabError) and not frontend_present():
             error.args = (advice_in_words(str(error), self.model.model_fields),)
 
+    def _ipython_display_(self) -> None:
+        if not frontend_present():
+            raise NotImplementedError  # what IPython takes for: show it as any other object
+        self._shown.parameters(self._table())
+
     def _repr_html_(self) -> str:
         return self._table()._repr_html_()
 
@@ -176,7 +205,8 @@ class Run:
         stands_for = self.model.stands_for(values)
         rows = []
         for name, field in self.model.model_fields.items():
-            here = f", here {stands_for[name]}" if values[name] in (None, "", []) and name in stands_for else ""
+            here = ", entered in the panel" if self.cell.get(name, values[name]) != values[name] else ""
+            here += f", here {stands_for[name]}" if values[name] in (None, "", []) and name in stands_for else ""
             rows.append((name, _as_literal(values[name]) + here, field.description))
         return Table(f"Parameters of this {self.notebook} run", ("parameter", "value", "what it is"), rows)
 
@@ -205,8 +235,13 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
         run._config = config = config.changed(report=str(run.folder))
         run.record.parameters = config.model_dump()
         config.check_files()
-        with run.timed("demo"):
-            train_demo(config)
+        run.cell = config.model_dump()
+        if frontend_present():  # the panel is there at once; a cell that uses the demo files trains them
+            run.take_entries()
+            run.record.parameters = run.config.model_dump()
+        else:
+            with run.timed("demo"):
+                train_demo(config)
     except BaseException as e:
         run.advise_in_words(e)
         run.fail(e)

@@ -45,7 +45,8 @@ def _plan(run: Run, t: Tuning) -> list[tuple[str, object]]:
     shapes = [tuple(t.base.info[name].shape) for name in names if name in t.base.info]
     matrices = [(s[-2], s[-1]) for s in shapes if len(s) >= 2 and 1 not in s[-2:]]
     spectra = 0.0 if t.adapter else sum(n * 2 * svd_seconds(shape) for shape, n in Counter(matrices).items())
-    groups = len({split_block(name)[0] for name in names if split_block(name)} | {tensor_part(name) for name in names})
+    layers = {inside[0] for name in names if (inside := split_block(name))}
+    groups = len(layers) + len({tensor_part(name) for name in names})
     read = (groups + 3) * _EXCERPTS * _EXCERPT_BYTES
     ablation = forward_seconds(read, 1, values, layout.n_layer, torch.float32, "cpu")
     return [
