@@ -45,11 +45,11 @@ def test_progress_with_time_left_appears_while_the_notebook_runs(environment, tm
     assert json.loads((tmp_path / "report" / "result.json").read_text())["status"] == "ok"
 
 
-def test_a_refusal_ends_with_a_code_and_the_message(environment, tmp_path):
+def test_a_refusal_ends_with_a_code_and_the_message(warm, tmp_path):
     done = subprocess.run(
-        command("inspect", tmp_path, "-r", "checkpoint", str(tmp_path / "none.pth")),
+        [warm.python, *command("inspect", tmp_path, "-r", "checkpoint", str(tmp_path / "none.pth"))[1:]],
         cwd=ROOT,
-        env=environment,
+        env=warm.environment,
         capture_output=True,
         text=True,
     )
