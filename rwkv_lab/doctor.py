@@ -19,6 +19,22 @@ from rwkv_lab.version import __version__
 _LITTLE_MEMORY, _LITTLE_DISK = 2_000_000_000, 5_000_000_000  # bytes
 _OLDEST_PYTHON = (3, 11)
 
+# What is said of it, the job of `bench.scaling`, and what to do about a larger model.
+_JOBS = (
+    ("merge", "merge a LoRA", "Write to a larger disk: out=, or RWKV_LAB_REPORTS."),
+    ("run float32", "load in float32", "dtype='bfloat16' takes half of it."),
+    ("run bfloat16", "load in bfloat16", "Weights in int8 that were saved are mapped, and take half of it."),
+    ("run int8", "pack to int8", "Pack it on a larger machine and save it: opening takes a third of it."),
+    (
+        "train all",
+        "train all weights, a step",
+        "kind='lora' or 'state' takes a third of it.",
+    ),
+    ("train LoRA", "train a LoRA, a step", "dtype='bfloat16', or quant='nf4', take less."),
+    ("train state", "train a state, a step", "dtype='bfloat16', or quant='nf4', take less."),
+    ("export", "export to ONNX, float32", "Export a smaller model, or convert to GGUF, which takes blocks."),
+)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -38,8 +54,8 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at Python, packages, torch, threads, compiler, backends, GPU, notebooks, memory and disk."""
-    parts = (_python, _packages, _torch, _threads, _kernels, _gpu, _notebooks, _load, _space)
+    """Look at Python, packages, torch, threads, compiler, backends, GPU, notebooks, memory, disk, and sizes."""
+    parts = (_python, _packages, _torch, _threads, _kernels, _gpu, _notebooks, _load, _space, _sizes)
     return [finding for part in parts for finding in part()]
 
 
@@ -202,6 +218,23 @@ def _space() -> Iterator[Finding]:
     places = {"reports": reports_folder(), "cache": folder_of_variable("RWKV_LAB_CACHE") or user_cache_folder()}
     for what, folder in places.items():
         yield _place(what, folder)
+
+
+def _sizes() -> Iterator[Finding]:
+    """How large a model each job can take here, by the formulas of `bench.scaling`."""
+    try:
+        from rwkv_lab.bench.scaling import reach
+    except (ImportError, OSError):  # torch cannot be imported, which has a line of its own
+        return
+    there = next(parent for parent in _upward(reports_folder().absolute()) if parent.is_dir())
+    memory, disk = machine.memory_free(), machine.disk_free(there)
+    for what, job, advice in _JOBS:
+        found = reach(job, memory, disk)
+        takes = f"{human_bytes(found.memory)} of memory"
+        takes += f", {human_bytes(found.disk)} of disk" if found.disk else ""
+        upto = f"up to {found.largest}, {takes}" if found.largest else "no model of a released shape"
+        words = f"{upto}; {found.beyond}" if found.beyond else upto
+        yield Finding("ok" if found.largest else "note", what, words, advice if found.beyond else "")
 
 
 def _place(what: str, folder: Path) -> Finding:

@@ -25,6 +25,8 @@ from rwkv_lab.bench.merging import benchmark_merge
 from rwkv_lab.bench.models import SHAPES, random_model
 from rwkv_lab.bench.operators import OPERATORS, Shape, measure_operators
 from rwkv_lab.bench.peers import AUTO, parse_peers
+from rwkv_lab.bench.scaling_runs import RUNS, SIZES, measure_scaling
+from rwkv_lab.bench.scaling_runs import table as scaling_table
 from rwkv_lab.bench.speed import LIMITS, Plan, measure_speed
 from rwkv_lab.bench.training import measure_training
 from rwkv_lab.checkpoint import write_text
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        if options.job not in ("merge", "convert"):
+        if options.job not in ("merge", "convert", "scaling"):
             _check_device(options.device)
         with _sigterm_cleans_up(), tempfile.TemporaryDirectory(prefix="rwkv_lab-bench-", dir=Path.cwd()) as temporary:
             folder = options.folder or Path(temporary)
@@ -67,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 _merge(options, folder)
             elif options.job == "convert":
                 _convert(options, folder)
+            elif options.job == "scaling":
+                _scaling(options, folder, Path(temporary) / "out")
             else:
                 _measure(options, folder)
     except RwkvLabError as e:
@@ -146,7 +150,23 @@ def _parser() -> argparse.ArgumentParser:
     sevens = [name for name in SHAPES if name.startswith("v7")]
     convert.add_argument("--sizes", nargs="+", choices=sevens, default=sevens[1:], help="shapes of the source")
     convert.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's sources, for its convert_hf_to_gguf.py")
+    _add_scaling(jobs)
     return parser
+
+
+def _add_scaling(jobs: argparse._SubParsersAction) -> None:
+    one = jobs.add_parser("scaling", help="memory, disk and time of every job beside their formulas")
+    one.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="shapes of the models")
+    one.add_argument("--jobs", nargs="+", choices=RUNS, default=list(RUNS), help="which; all by default")
+    one.add_argument("--folder", type=Path, help="with <shape>.pth from before, or where models are made and stay")
+    one.add_argument("--report", type=Path, default=reports_folder() / "bench")
+    one.add_argument("--threads", type=_positive, help="of torch; by default as torch has it")
+
+
+def _scaling(options: argparse.Namespace, folder: Path, work: Path) -> None:
+    work.mkdir()
+    report = measure_scaling(folder, work, options.sizes, options.jobs)
+    _write_report(options.report, "scaling", report, scaling_table(report))
 
 
 def _merge(options: argparse.Namespace, folder: Path) -> None:
