@@ -55,13 +55,15 @@ class TrainPlan(TrainNeeds):
 
     spec: ResolvedSpec
     base_files: tuple[FileState, ...]  # as they were when their headers were read
+    preset_note: str = ""  # what a preset set
     corpus: Corpus | Examples | TokenCorpus | None = None  # None of those that come with Python, which are read later
     material: Material | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is worth knowing about the data, a sentence each."""
-        return () if self.material is None else self.material.notes
+        """What a preset set, and what is worth knowing about the data, a sentence each."""
+        of_data = () if self.material is None else tuple(self.material.notes)
+        return (*([self.preset_note] if self.preset_note else []), *of_data)
 
     @property
     def fit(self) -> Fit | None:
@@ -95,14 +97,17 @@ def make_plan(spec: TrainSpec) -> TrainPlan:
         LayoutError: a base that is no whole model.
         CorruptFileError, UnsafeFileError: of the base.
     """
-    resolved = (KINDS[spec.kind].started(spec) if spec.start else spec).resolved()
+    started = KINDS[spec.kind].started(spec) if spec.start else spec
+    resolved = started.resolved()
     layout, shapes, files = _described(resolved)
     if resolved.start:
         with open_checkpoint(resolved.start) as ck:
             files += file_states(ck)
     found = needs(resolved, layout, shapes)
     corpus, material = _read(resolved, layout)
-    return TrainPlan(spec=resolved, base_files=files, corpus=corpus, material=material, **vars(found))
+    note = _preset_note(started)
+    read = {"corpus": corpus, "material": material, "preset_note": note}
+    return TrainPlan(spec=resolved, base_files=files, **read, **vars(found))
 
 
 def needs(resolved: ResolvedSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> TrainNeeds:
@@ -131,6 +136,17 @@ def needs(resolved: ResolvedSpec, layout: Layout, shapes: Mapping[str, tuple[int
         optimiser_bytes=2 * gradients,
         activations_bytes=_activations(resolved, layout) * (2 if size == 2 or resolved.autocast else size),
     )
+
+
+def _preset_note(spec: TrainSpec) -> str:
+    """What the preset set, in a sentence; "" without one."""
+    if not spec.preset:
+        return ""
+    size, settings = spec.preset_settings()
+    taken = [f"{name} {value:g}" for name, value in settings.items() if getattr(spec, name) is None]
+    if not size:
+        return f"preset={spec.preset!r} set nothing: the model is smaller than those that presets are for."
+    return f"The preset for {size} set {', '.join(taken) or 'nothing: all of it was given'}."
 
 
 def _read(spec: ResolvedSpec, layout: Layout) -> tuple[Corpus | Examples | TokenCorpus | None, Material | None]:

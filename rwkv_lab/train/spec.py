@@ -32,6 +32,7 @@ from rwkv_lab.model.device import parse_device
 from rwkv_lab.paths import path_fault
 from rwkv_lab.peft.settings import QUANTS
 from rwkv_lab.spec import Number, OneOf, Patterns, Spec, Text
+from rwkv_lab.train.presets import preset_names, preset_settings
 
 Planned = tuple[str, tuple[int, ...], int]  # tensor, shape, values that are trained of or for it
 
@@ -214,6 +215,9 @@ class TrainSpec(Spec):
     data: Annotated[Text | None, BeforeValidator(_path_given)] = Field(
         None, description="english, python, or the path of texts, records or tokens, or of a folder"
     )
+    preset: Annotated[str, OneOf(preset_names)] = Field(
+        "", description="sets what is None by the model's size: auto, 0.1B, 0.4B, 1.5B, 2.9B, 7B; empty: the kind's own"
+    )
     tokenizer: PathOrEmpty = Field(
         "", description="world, bytes, or the path of a vocabulary or tokenizer.json; empty: by the vocabulary's size"
     )
@@ -281,8 +285,8 @@ class TrainSpec(Spec):
         check_device(self.device, self.autocast)
         if self.autocast and self.dtype != "float32":
             raise ParameterError(f"autocast computes below float32: pass dtype='float32' with it, not {self.dtype!r}.")
-        steps = self.effective("steps")
-        if self.warmup is not None and self.warmup > steps:
+        steps = self.steps if self.preset else self.effective("steps")  # a preset may need the header of the base
+        if self.warmup is not None and steps is not None and self.warmup > steps:
             raise ParameterError(f"warmup={self.warmup} must be from 0 to the {steps} steps that there are.")
         if self.patience and not self.eval_every:
             raise ParameterError(f"patience={self.patience} counts measurements: pass eval_every= too.")
@@ -294,15 +298,29 @@ class TrainSpec(Spec):
         return name not in OF_SOME_KINDS or name in KINDS[kind].takes
 
     def effective(self, name: str) -> Any:
-        """The value of an option; the kind's own where it is None."""
+        """The value of an option; where it is None that of the preset, or the kind's own.
+
+        Raises:
+            RwkvLabError: of the base, whose size the preset "auto" looks at.
+        """
         value = getattr(self, name)
-        return getattr(KINDS[self.kind].defaults, name) if value is None else value
+        if value is not None:
+            return value
+        return self.preset_settings()[1].get(name, getattr(KINDS[self.kind].defaults, name))
+
+    def preset_settings(self) -> tuple[str, Mapping[str, float]]:
+        """(size, what its preset sets where nothing is given); see `rwkv_lab.train.presets`.
+
+        Raises:
+            RwkvLabError: as `effective`.
+        """
+        return preset_settings(self.model_dump(), takes_rank="rank" in KINDS[self.kind].takes)
 
     def resolved(self) -> ResolvedSpec:
         """The same with the kind's own values where they are None, rank only where the kind has one."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         names = [n for n in ("data", "steps", "batch_size", "ctx_len", "lr", "rank") if self.applies(n, self.kind)]
-        return ResolvedSpec.read(values | {name: self.effective(name) for name in names})
+        return ResolvedSpec.read(values | {name: self.effective(name) for name in names} | {"preset": ""})
 
     @property
     def warmup_steps(self) -> int:

@@ -90,6 +90,7 @@ def train(
     base: str | Path | None = None,
     *,
     start: str | Path | None = None,
+    preset: str = "",
     tokenizer: str | Path | None = None,
     template: str | Path = "world",
     ignore: Sequence[str] = (),
@@ -146,6 +147,8 @@ def train(
         steps: updates, each of `accumulate` batches of `batch_size` sequences of `ctx_len` tokens. `batch_size` is that
             of all processes together.
         lr: the highest learning rate, after `warmup` steps; states want a large one (1), models a small one.
+        preset: sets what is None of steps, batch_size, ctx_len, lr and rank by the size of the model: "auto" by that of
+            `base` or of the fresh model, or "0.1B", "0.4B", "1.5B", "2.9B", "7B"; see `rwkv_lab.train.presets`.
         rank: of adapters.
             data, steps, batch_size, ctx_len, lr, rank: those of `KINDS[kind].defaults` where None.
         alpha: of a LoRA, which is scaled by alpha / rank; None for twice the rank.
@@ -281,6 +284,9 @@ def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
         found.append(f"eval_every={spec.eval_every}: nothing is measured on the way, in {spec.steps} steps.")
     for note in found:
         log.warning("%s", note)
+    if plan.preset_note:
+        log.info("%s", plan.preset_note)
+        found.insert(0, plan.preset_note)
     corpus = load_corpus(spec.data) if plan.corpus is None else plan.corpus
     inputs = [file_facts(path) for path in (spec.base, spec.start) if path]
     settings = recorded_settings(spec, corpus, inputs)

@@ -5,11 +5,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.train import KINDS, TrainOptions, TrainSpec
 from rwkv_lab.train.data import check_data
 from rwkv_lab.train.spec import OF_FRESH_MODELS
 from rwkv_lab.workbench.options import takes, values_for
 from rwkv_lab.workbench.parameters import (
+    DEMO,
     TEXT,
     Files,
     ModelOrEmpty,
@@ -29,6 +31,7 @@ class TrainParameters(Parameters):
         "kind",
         "base",
         "data",
+        "preset",
         "out",
         "steps",
         "ctx_len",
@@ -58,6 +61,7 @@ class TrainParameters(Parameters):
         if kind is None:
             return {}
         own = {name: getattr(kind.defaults, name) for name in ("steps", "batch_size", "ctx_len", "lr", "rank")}
+        own |= _of_preset(values)
         rank, steps = values.get("rank") or own["rank"], values.get("steps") or own["steps"]
         numbers = isinstance(rank, int) and isinstance(steps, int)  # a field may hold other text
         return own | ({"alpha": 2 * rank, "warmup": max(1, round(0.05 * steps))} if numbers else {})
@@ -86,6 +90,17 @@ class TrainParameters(Parameters):
     def options(self) -> TrainOptions:
         """How the training runs."""
         return TrainOptions.read(values_for(TrainOptions, self))
+
+
+def _of_preset(values: Mapping[str, Any]) -> Mapping[str, object]:
+    """What the preset sets beside these values, not yet validated; nothing while they are refused."""
+    of_size = {name: values[name] for name in ("kind", "base", "preset", *OF_FRESH_MODELS) if name in values}
+    if values["base"] in DEMO:
+        return {}  # smaller than what presets are for
+    try:
+        return TrainSpec.read(of_size).preset_settings()[1]
+    except RwkvLabError:
+        return {}
 
 
 PARAMETERS = TrainParameters
