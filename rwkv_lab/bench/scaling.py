@@ -13,9 +13,11 @@ from pathlib import Path
 
 from rwkv_lab.bench.models import SHAPES
 from rwkv_lab.checkpoint import Layout, expected_tensors
+from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.convert import planning as convert_planning
 from rwkv_lab.export.planning import memory_of_weights
 from rwkv_lab.merge import planning as merge_planning
+from rwkv_lab.merge.adapted_matrices import PIECES
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.train.planning import TrainNeeds, needs
 from rwkv_lab.train.spec import ResolvedSpec, TrainSpec
@@ -166,8 +168,8 @@ JOBS = {
 
 
 def _adapter_block(layout: Layout) -> int:
-    """Bytes of the largest matrix's halves, in the file's dtype and twice in float32."""
-    return RANK * (layout.n_embd + layout.dim_ffn) * (2 + 2 * 4)
+    """Bytes that a thread holds: the largest matrix's halves, in the file's dtype and twice in float32; and pieces."""
+    return RANK * (layout.n_embd + layout.dim_ffn) * (2 + 2 * 4) + PIECES * BLOCK
 
 
 @dataclass(frozen=True)

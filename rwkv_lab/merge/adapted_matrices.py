@@ -17,7 +17,7 @@ from rwkv_lab.names import is_block_matrix
 from rwkv_lab.peft.adapter import Target, Values
 from rwkv_lab.peft.settings import WHOLE_MATRIX
 
-_PIECES = 96  # of a block's bytes that one thread holds at most: a dozen matrices of float64 from 16-bit weights, twice
+PIECES = 96  # of a block's bytes that one thread holds at most: a dozen matrices of float64 from 16-bit weights, twice
 
 
 def adapted_tensors(base: Checkpoint, adapters: AdapterSet, precision: torch.dtype) -> list[ChangedTensor]:
@@ -74,7 +74,7 @@ def memory_for(base: Checkpoint, adapters: AdapterSet, precision: torch.dtype) -
         if targets:
             rows = _row_multiple(info, targets, adapters.quant)
             piece = max(piece, rows * info.shape[1] * info.dtype.itemsize)
-    return max(parts.values()) + _PIECES * piece
+    return max(parts.values()) + PIECES * piece
 
 
 def _changed(

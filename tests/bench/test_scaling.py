@@ -23,7 +23,7 @@ def inputs(tmp_path_factory):
     paths = {name: folder / f"{name}.pth" for name in ("base", "state", "lora")}
     random_model(paths["base"], LAYOUT)
     random_state(paths["state"], LAYOUT)
-    random_lora(paths["lora"], LAYOUT, 4)
+    random_lora(paths["lora"], LAYOUT, scaling.RANK)
     return paths
 
 
@@ -32,6 +32,8 @@ def test_memory_is_that_of_the_plans(inputs, tmp_path):
     merged = merge(base, inputs["state"], tmp_path / "o.pth", dry_run=True).plan
     assert JOBS["merge a state"].memory(LAYOUT) == merged.memory_needed
     assert JOBS["merge a state"].disk(LAYOUT) < merged.output_bytes  # which holds names and the state, too
+    adapted = merge(base, inputs["lora"], tmp_path / "o.pth", alpha=1, dry_run=True).plan
+    assert JOBS["merge a LoRA"].memory(LAYOUT) == adapted.memory_needed
     converted = convert(base, "safetensors", tmp_path / "o.safetensors", dry_run=True).plan
     assert JOBS["convert"].memory(LAYOUT) == converted.memory_needed
     for kind, job in (("full", "train all weights, a step"), ("state", "train a state, a step")):
