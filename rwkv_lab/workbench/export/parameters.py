@@ -64,7 +64,8 @@ class ExportParameters(Parameters):
         except RwkvLabError:
             return {}
         origins = first.origins
-        found = {name: f"{getattr(first, name)!s} ({origins[name]})" for name in ExportConfiguration.model_fields}
+        values = {name: getattr(first, name) for name in ExportConfiguration.model_fields}
+        found = {name: f"{v!s} ({origins[name]})" for name, v in values.items() if v not in (None, "")}
         levels = ", ".join(one.quantization_level for one in (first, *others))
         return found | {"quantization_level": f"{levels} ({origins['quantization_level']})"}
 
