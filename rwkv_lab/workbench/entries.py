@@ -41,11 +41,33 @@ def last_folder(report: Path) -> Path:
 def keep_entries(report: Path, values: Mapping[str, Any], cell: Mapping[str, Any]) -> None:
     """Keep what a panel has, as far as it is not what the parameters cell says."""
     entries = {name: value for name, value in values.items() if value != cell.get(name)}
-    keep(report, entries=entries, cell={name: cell.get(name) for name in entries})
+    keep(report, entries=entries, cell={name: cell.get(name) for name in entries}, by="")
+
+
+def propose(notebook: str, by: str, values: Mapping[str, Any]) -> None:
+    """Have the panel of a notebook, which reports to the usual folder, come with these values the next time.
+
+    Args:
+        by: the notebook that proposes them.
+    Raises:
+        OutputError: the folder of its reports cannot be made.
+    """
+    folder = reports_folder() / notebook
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OutputError(f"{folder}, for what {notebook} is to take, cannot be made: {e.strerror or e}") from e
+    keep(folder, entries=dict(values), cell={}, by=by)
+
+
+def proposed_by(report: Path) -> str:
+    """The notebook that proposes what `entered` returns; "" where a person entered it."""
+    by = kept(report).get("by")
+    return by if isinstance(by, str) else ""
 
 
 def entered(report: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
-    """What was entered in a panel and still holds: where the parameters cell was changed since, that goes before.
+    """What was entered in a panel, or proposed, and still holds: a parameters cell that was changed since goes before.
 
     Args:
         cell: the values of the parameters cell as they are now.
@@ -54,4 +76,5 @@ def entered(report: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
     entries, then = found.get("entries"), found.get("cell")
     if not isinstance(entries, dict) or not isinstance(then, dict):
         return {}
-    return {name: value for name, value in entries.items() if name in then and cell.get(name) == then[name]}
+    known = {name: value for name, value in entries.items() if name in cell}
+    return {name: value for name, value in known.items() if then.get(name, cell[name]) == cell[name]}

@@ -15,7 +15,7 @@ class JobProgress:
     """A bar and a line; `box` shows them."""
 
     def __init__(self):
-        self.bar = widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="10rem", visibility="hidden"))
+        self.bar = widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="10rem", display="none"))
         self.words = widgets.HTML()
         self.box = widgets.HBox([self.bar, self.words])
         self._start = self._stopped = 0.0
@@ -23,7 +23,7 @@ class JobProgress:
     def begin(self) -> None:
         """A job begins."""
         self._start, self._stopped = time.monotonic(), 0.0
-        self._say("begins when the cell that runs now has ended")
+        self.say("begins when the cell that runs now has ended")
 
     def show(self, stage: str, watcher: Watcher) -> None:
         """Show what is done now.
@@ -35,23 +35,24 @@ class JobProgress:
         if watcher.stopped:
             self._stopped = self._stopped or now
             waits = now - self._stopped > _PATIENCE
-            self._say("stopping" + (": what is being computed now has to end first" if waits else " …"))
+            self.say("stopping" + (": what is being computed now has to end first" if waits else " …"))
             return
-        self.bar.layout.visibility = "visible" if counted else "hidden"
+        self.bar.layout.display = None if counted else "none"
         parts = [stage or "working", human_seconds(now - self._start)]
         if counted:
             self.bar.value = counted.share
             parts.append(f"{counted.label} {counted.in_words()}")
         used = memory_of("VmRSS")
         if used:
-            parts.append(f"{human_bytes(used)} of memory in use, {human_bytes(memory_free())} free")
-        self._say(" · ".join(parts))
+            parts.append(f"memory {human_bytes(used)} in use, {human_bytes(memory_free())} free")
+        self.say(" · ".join(parts))
 
     def end(self, how: str) -> None:
         """A job has ended; "done after" is followed by its duration."""
-        self.bar.layout.visibility = "hidden"
+        self.bar.layout.display = "none"
         after = f" {human_seconds(time.monotonic() - self._start)}" if how.endswith("after") else ""
-        self._say(f"{how}{after}")
+        self.say(f"{how}{after}")
 
-    def _say(self, words: str) -> None:
+    def say(self, words: str) -> None:
+        """Show this line."""
         self.words.value = html.escape(words)

@@ -1,8 +1,9 @@
-"""What a person may do with the output of a run: the notebooks that take it, as commands."""
+"""What a person may do with the output of a run: the notebooks that take it, with the parameters to give them."""
 
 import os
 import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_lab.checkpoint import open_checkpoint
@@ -11,17 +12,39 @@ from rwkv_lab.workbench.registry import notebook_names, parameters_of
 from rwkv_lab.workbench.result import Record
 
 
+@dataclass(frozen=True)
+class Use:
+    """A notebook that takes what a run wrote.
+
+    parameters: name -> path, absolute, or the word of a demo file.
+    """
+
+    notebook: str
+    purpose: str
+    parameters: dict[str, str]
+
+
+def uses(record: Record) -> list[Use]:
+    """Every notebook that takes what a run wrote; none after a run that failed."""
+    if record.status != "ok":
+        return []
+    return [use for facts in record.outputs[:1] for use in _of_output(facts.path, record)]
+
+
 def next_steps(record: Record) -> list[tuple[str, str]]:
     """(what for, command) of every notebook that takes what a run wrote; none after a run that failed.
 
     The commands are for the folder of the report.
     """
-    if record.status != "ok":
-        return []
-    return [step for facts in record.outputs[:1] for step in _of_output(facts.path, record)]
+    steps = []
+    for use in uses(record):
+        given = {n: v if v.startswith("demo:") else _seen_from(Path(v), record) for n, v in use.parameters.items()}
+        words = shlex.join(f"{name}={value}" for name, value in given.items())
+        steps.append((use.purpose, f"rwkv-lab run {use.notebook} {words}"))
+    return steps
 
 
-def _of_output(out: Path, record: Record) -> Iterator[tuple[str, str]]:
+def _of_output(out: Path, record: Record) -> Iterator[Use]:
     try:
         with open_checkpoint(out) as ck:
             kind = ck.kind
@@ -31,12 +54,11 @@ def _of_output(out: Path, record: Record) -> Iterator[tuple[str, str]]:
         model = parameters_of(notebook)
         if notebook == record.notebook or kind not in model.takes_kinds:
             continue
-        given = {model.takes_output: _seen_from(out, record)}
+        given = {model.parameter_for(kind): str(record.cwd / out)}
         base = record.parameters.get("base")
-        if kind != "model" and "base" in model.model_fields and isinstance(base, str) and base:
-            given["base"] = base if base.startswith("demo:") else _seen_from(Path(base), record)
-        words = shlex.join(f"{name}={value}" for name, value in given.items())
-        yield model.purpose, f"rwkv-lab run {notebook} {words}"
+        if kind != "model" and model.takes_base in model.model_fields and isinstance(base, str) and base:
+            given[model.takes_base] = base if base.startswith("demo:") else str(record.cwd / base)
+        yield Use(notebook, model.purpose, given)
 
 
 def _seen_from(path: Path, record: Record) -> str:

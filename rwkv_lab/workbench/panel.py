@@ -24,6 +24,7 @@ from rwkv_lab.workbench.job import Job
 from rwkv_lab.workbench.job_output import JobOutput
 from rwkv_lab.workbench.job_progress import JobProgress
 from rwkv_lab.workbench.listing import Listed, unlike
+from rwkv_lab.workbench.onward import Onward
 from rwkv_lab.workbench.registry import cells_of
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import run_all
@@ -56,8 +57,9 @@ class Panel:
         self.run = run
         self.fields = {f.name: f for f in fields}
         self.message, self.refusal = widgets.HTML(), ""
-        self.output, self.progress = JobOutput(), JobProgress()
+        self.output, self.progress, self.onward = JobOutput(), JobProgress(), Onward()
         self.job: Job | None = None
+        self._before = run.record  # the last run, before the job
         self._disabled: list[Any] = []  # while a job reads the fields
         entries = entered(run.folder, run.cell)
         for field in fields:
@@ -76,10 +78,22 @@ class Panel:
         folded = [more] if len(basic) < len(fields) else []
         row = widgets.HBox([*self.buttons.values(), self.progress.box], layout=widgets.Layout(flex_flow="row wrap"))
         self.controls = widgets.VBox([f.box for f in fields if f.name in basic] + folded)
-        self.box = widgets.VBox([self.controls, row, self.message, self.output.box])
-
+        self.box = widgets.VBox([self.controls, row, self.message, self.onward.box, self.output.box])
+        run.listeners.append(self._run_changed)
         if entries:
             self._changed()
+
+    def _run_changed(self) -> None:
+        """A pass through the cells, or of a job, begins or has ended."""
+        if self.job is not None:
+            return  # its end says so
+        if self.run.record.status == "running":
+            self.output.clear()
+            self.onward.hide()
+            self.progress.say("the cells below run")
+        else:
+            self.onward.show(self.run.record)
+            self.progress.say("the cells below have run")
 
     def _fill(self, field: Field, value: object) -> None:
         try:
@@ -89,6 +103,8 @@ class Panel:
 
     def reset(self) -> None:
         """Take the values of the parameters cell."""
+        if self.job is not None:
+            return
         for name, field in self.fields.items():
             field.value = self.run.cell[name]
         self.apply()
@@ -169,7 +185,9 @@ class Panel:
         if self.job is not None or not self.apply():
             return
         self.job = Job(lambda: self._work(work), self._look, self._ended)
+        self._before = self.run.record
         self.output.clear()
+        self.onward.hide()
         self.progress.begin()
         self._enable(False)
         if not self.job.start():
@@ -194,6 +212,8 @@ class Panel:
     def _ended(self, error: BaseException | None) -> None:
         self.job = None
         self._enable(True)
+        if self.run.record is not self._before:
+            self.onward.show(self.run.record)
         if error is None:
             self.progress.end("done after")
         elif isinstance(error, KeyboardInterrupt):

@@ -83,7 +83,13 @@ class Parameters(Spec):
         tuple[str, ...]
     ] = ()  # of checkpoints that other notebooks write: reports lead on to this one
     takes_output: ClassVar[str] = ""  # the parameter that takes such a checkpoint
+    takes_base: ClassVar[str] = "base"  # the parameter that takes the base of an adapter, where there is one
     purpose: ClassVar[str] = ""  # what it does with the checkpoint, for a person who has one
+
+    @classmethod
+    def parameter_for(cls, kind: str) -> str:
+        """The parameter that takes a checkpoint of one of the kinds in `takes_kinds`."""
+        return cls.takes_output
 
     @classmethod
     def applies(cls, name: str, values: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rwkv_lab.errors import OutputError, ParameterError, RwkvLabError
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.resources import reports_folder
 from rwkv_lab.workbench.again import command
-from rwkv_lab.workbench.entries import entered
+from rwkv_lab.workbench.entries import entered, proposed_by
 from rwkv_lab.workbench.parameters import Parameters, read_parameters, train_demo
 from rwkv_lab.workbench.registry import parameters_of
 from rwkv_lab.workbench.report import Page, Picture, verdict, verdict_in_words
@@ -45,6 +45,7 @@ class Run:
         self._earlier = note_on_earlier_run(folder)
         self._shown = Shown()
         self.cell: Mapping[str, Any] = {}
+        self.listeners: list[Callable[[], None]] = []  # called when a pass through the notebook begins, and at its end
         self._begin(parameters)
 
     @property
@@ -82,6 +83,11 @@ class Run:
         self._shown.results_begin(in_panel=bool(self.stage))
         self._begin(self.config.model_dump())
         self._earlier = ""  # a further pass through the notebook has nothing to do with it
+        self._tell()
+
+    def _tell(self) -> None:
+        for listener in self.listeners:
+            listener()
 
     def refuse_changed(self) -> None:
         """Refuse to go on where parameters are not those that this pass through the notebook began with.
@@ -102,14 +108,15 @@ class Run:
         entries = entered(self.folder, self.cell)
         if not entries:
             return
-        names = ", ".join(entries)
+        names, by = ", ".join(entries), proposed_by(self.folder)
+        whose = f"Filled in by {by}.ipynb" if by else "Entered in the panel"
         try:
             self.configure(**entries)
         except RwkvLabError as e:
             first = str(e).splitlines()[0]
-            print(f"Entered in the panel: {names}. It is not complete, and the cell above holds meanwhile: {first}")
+            print(f"{whose}: {names}. It is not complete, and the cell above holds meanwhile: {first}")
         else:
-            print(f"Entered in the panel, and kept: {names}. Reset in the panel takes the values of the cell above.")
+            print(f"{whose}, and kept: {names}. Reset in the panel takes the values of the cell above.")
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -177,6 +184,7 @@ class Run:
         if self.page.summary:
             self.record.metrics["summary"] = self.page.summary
         close(self.record, self.page, can_repeat=self._config is not None)
+        self._tell()
 
     def after_cell(self, result: Any) -> None:
         """Called by IPython after every cell: one that raised while the run was on makes the run fail."""

@@ -88,10 +88,10 @@ class Notebook:
 
 @pytest.fixture(scope="module")
 def notebook(warm, tmp_path_factory):
-    kernels = KernelSpecManager(kernel_dirs=[str(Path(warm["JUPYTER_PATH"]) / "kernels")])
+    kernels = KernelSpecManager(kernel_dirs=[str(Path(warm.environment["JUPYTER_PATH"]) / "kernels")])
     manager = KernelManager(kernel_name="python3", kernel_spec_manager=kernels)
     folder = tmp_path_factory.mktemp("train")
-    manager.start_kernel(env=warm, cwd=folder)
+    manager.start_kernel(env=warm.environment, cwd=folder)
     client = manager.client()
     client.start_channels()
     client.wait_for_ready(60)
@@ -103,7 +103,7 @@ def notebook(warm, tmp_path_factory):
 def test_a_job_is_shown_and_stopped(notebook):
     notebook.begin_training()
     line = notebook.said[-1]
-    assert line.startswith("step 2 of 6: carry out · ") and "lora 0 % (" in line and "of memory in use" in line
+    assert line.startswith("step 2 of 6: carry out · ") and "lora 0 % (" in line and "· memory " in line
     notebook.wait(lambda: notebook.status == "busy", 5)
     notebook.click(notebook.stop)
     notebook.wait(lambda: any(said.startswith("stopped after") for said in notebook.said))

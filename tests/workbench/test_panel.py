@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from rwkv_lab.checkpoint import FileFacts
 from rwkv_lab.workbench import panel as panels
 from rwkv_lab.workbench import start
+from rwkv_lab.workbench.entries import proposed_by
+from rwkv_lab.workbench.next_steps import uses
 from rwkv_lab.workbench.panel import show_panel
 
 
@@ -103,3 +106,45 @@ def test_inspect_panel(tmp_path, demo_folder, monkeypatch):
     panel.fields["checkpoint"].widget.text.value = str(demo_folder / "demo-state.pth")
     panel.buttons["Run"].click()
     assert json.loads((tmp_path / "result.json").read_text())["metrics"]["kind"] == "state"
+
+
+def test_a_run_leads_to_its_report_and_to_the_notebooks_that_take_its_output(panel, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert panel.onward.box.layout.display == "none"
+    panel.buttons["Run"].click()
+    (link,) = panel.onward.links.outputs
+    assert '<a href="report/report.html" target="_blank">Open report</a>' in link["data"]["text/html"]
+    label, *buttons = panel.onward.buttons.children
+    named = {button.description: button for button in buttons}
+    assert label.value == "Use this output in:" and {"inspect", "modes", "chat", "convert", "export"} <= set(named)
+    named["inspect"].click()
+    assert "Open inspect.ipynb" in panel.onward.opened.outputs[0]["data"]["text/html"]
+    run = start("inspect", {})
+    assert proposed_by(run.folder) == "merge"
+    other = show_panel(run)
+    assert run.config.checkpoint == str(panel.run.folder / "merged.pth") == other.fields["checkpoint"].widget.text.value
+    other.buttons["Reset"].click()
+    assert run.config.checkpoint == "demo:base" and proposed_by(run.folder) == ""
+    panel.buttons["Plan"].click()
+    assert panel.onward.box.layout.display == "none"
+
+
+def test_an_adapter_comes_with_its_base(panel, demo_folder):
+    record = panel.run.record
+    record.status, record.notebook = "ok", "train"
+    record.outputs = [FileFacts(demo_folder / "demo-state.pth", 1, "")]
+    found = {use.notebook: use.parameters for use in uses(record)}
+    state = str(demo_folder / "demo-state.pth")
+    assert found["merge"] == {"tuned": state, "base": "demo:base"}
+    assert found["chat"] == {"state": state, "model": "demo:base"}
+    assert found["export"] == {"checkpoint_path": state, "base_model_name": "demo:base"}
+
+
+def test_what_cells_run_replaces_what_the_panel_shows(panel):
+    panel.buttons["Run"].click()
+    assert panel.output.box.children
+    panel.run.begin_again()
+    assert not panel.output.box.children and panel.onward.box.layout.display == "none"
+    assert panel.progress.words.value == "the cells below run"
+    panel.run.finish(must_pass=True)
+    assert panel.onward.box.layout.display is None and panel.progress.words.value == "the cells below have run"

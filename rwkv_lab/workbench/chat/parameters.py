@@ -39,8 +39,9 @@ SETTINGS = (
 
 class ChatParameters(Parameters):
     title: ClassVar[str] = "chat"
-    takes_kinds: ClassVar[tuple[str, ...]] = ("model",)
+    takes_kinds: ClassVar[tuple[str, ...]] = ("model", "state", "lora", "pissa", "miss")
     takes_output: ClassVar[str] = "model"
+    takes_base: ClassVar[str] = "model"
     purpose: ClassVar[str] = "Let it write, or talk with it"
     basic: ClassVar[tuple[str, ...]] = (
         "model",
@@ -100,6 +101,10 @@ class ChatParameters(Parameters):
     out: PathOrEmpty = Field("", description="empty: answers.json in the report folder, replaced by the next run")
     overwrite: bool = Field(False, description="replace the output if it is there")
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/chat")
+
+    @classmethod
+    def parameter_for(cls, kind: str) -> str:
+        return kind if kind in ("model", "state") else "adapter"
 
     @classmethod
     def applies(cls, name: str, values: Mapping[str, Any]) -> bool:

@@ -32,6 +32,10 @@ _IN_REPORT = {"naming_pattern": "{model_name}-{quantization_level}", "overwrite"
 @takes(unset(ExportConfiguration, {"quantization_level": _LEVELS}))
 class ExportParameters(Parameters):
     title: ClassVar[str] = "export"
+    takes_kinds: ClassVar[tuple[str, ...]] = ("model", "state", "lora", "pissa", "miss")
+    takes_output: ClassVar[str] = "checkpoint_path"
+    takes_base: ClassVar[str] = "base_model_name"
+    purpose: ClassVar[str] = "Export it for PyTorch and onnxruntime"
     basic: ClassVar[tuple[str, ...]] = (
         "config",
         "checkpoint_path",
