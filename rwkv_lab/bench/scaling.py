@@ -8,7 +8,6 @@ many times that work a job takes is a factor here, and `scaling_runs` measures i
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 from rwkv_lab.bench.models import SHAPES
@@ -74,16 +73,9 @@ class Job:
         return self.factor * self.work(layout) / getattr(rates, self.unit)
 
 
-@cache
-def _parameters(key: tuple) -> int:
-    layout = Layout(*key[:-1], dict(key[-1]))
-    return sum(math.prod(shape) for shape in expected_tensors(layout)[0].values())
-
-
 def parameters(layout: Layout) -> int:
     """P: the values of a model."""
-    fields = (layout.version, layout.n_layer, layout.n_embd, layout.dim_att, layout.dim_ffn, layout.vocab_size)
-    return _parameters((*fields, layout.n_head, layout.head_size, tuple(layout.ranks.items())))
+    return sum(math.prod(shape) for shape in expected_tensors(layout)[0].values())
 
 
 def file_bytes(layout: Layout) -> int:

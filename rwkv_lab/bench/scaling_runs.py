@@ -299,10 +299,10 @@ def table(report: dict) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [f"| {' | '.join(_cells(row))} |" for row in report["results"]]
     rates = Rates(**report["rates"])
-    lines += ["", f"| job | {' | '.join(ALL)} |", "|---" * (len(ALL) + 1) + "|"]
+    lines += ["", f"| job | memory; disk; work | {' | '.join(ALL)} |", "|---" * (len(ALL) + 2) + "|"]
     for job in JOBS.values():
         cells = [f"{human_bytes(job.memory(x))}, {_seconds(job.seconds(x, rates))}" for x in ALL.values()]
-        lines.append(f"| {job.name} | {' | '.join(cells)} |")
+        lines.append(f"| {job.name} | {'; '.join(job.in_words)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

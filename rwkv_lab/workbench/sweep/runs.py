@@ -152,9 +152,10 @@ def _plan(run: SweepRun, model: type[Parameters], values: dict[str, Any], plans:
     config.check_files()
     for name, mark_of in model.model_fields.items():  # inputs of notebooks that look at them no sooner than in a run
         value = getattr(config, name)
-        if any(isinstance(mark, Files) for mark in mark_of.metadata) and value not in ("", *DEMO):
-            if not Path(value).exists():
-                raise missing_file(Path(value))
+        if any(isinstance(mark, Files) for mark in mark_of.metadata):
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, str) and Path(path).is_absolute() and not Path(path).exists():  # else a name
+                    raise missing_file(Path(path))
     planned = plans.plan(config, run.folder)
     inputs = [path for path in _paths_of(config) if plans.in_float32(path)]
     memory = getattr(planned, "memory_needed", None) or getattr(planned, "memory_bytes", 0)
