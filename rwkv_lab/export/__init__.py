@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointInfo
-    from rwkv_lab.export.configuration import ConfigurationManager, ExportConfiguration
+    from rwkv_lab.export.configuration import ExportConfiguration
+    from rwkv_lab.export.configuration_manager import ConfigurationManager
     from rwkv_lab.export.format_exporter import FormatExporter
     from rwkv_lab.export.model_merger import ModelMerger
     from rwkv_lab.export.monitoring_logger import MonitoringLogger
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CheckpointDetector": "rwkv_lab.export.checkpoint_detector",
     "CheckpointInfo": "rwkv_lab.export.checkpoint_detector",
-    "ConfigurationManager": "rwkv_lab.export.configuration",
+    "ConfigurationManager": "rwkv_lab.export.configuration_manager",
     "ExportConfiguration": "rwkv_lab.export.configuration",
     "ExportPlan": "rwkv_lab.export.planning",
     "ExportResult": "rwkv_lab.export.result",

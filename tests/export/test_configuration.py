@@ -7,7 +7,7 @@ import pytest
 
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.export import ConfigurationManager, ExportConfiguration
-from rwkv_lab.export.configuration import variable_of
+from rwkv_lab.export.configuration_manager import variable_of
 
 ROOT = Path(__file__).parents[2]
 FILE = """

@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from rwkv_lab.errors import ParameterError, RwkvLabError
-from rwkv_lab.export.configuration import ConfigurationManager, ExportConfiguration
+from rwkv_lab.export.configuration import ExportConfiguration
+from rwkv_lab.export.configuration_manager import ConfigurationManager
 from rwkv_lab.spec import Text
 from rwkv_lab.workbench.options import takes, unset
 from rwkv_lab.workbench.parameters import (
