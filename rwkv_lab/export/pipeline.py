@@ -280,7 +280,7 @@ def _samples(configuration: ExportConfiguration, reference: Reference) -> tuple[
     if not isinstance(given, int) and reference.context is not None:
         _refuse_longer(found, reference.context)
     long = sum(len(ids) > longest for ids in found)
-    said = [f"{long} samples were cut to {longest} tokens."] if long else []
+    said = [f"{long} sample{'s were' if long > 1 else ' was'} cut to {longest} tokens."] if long else []
     found = [ids for ids in found if len(ids) > 1]
     if not found:
         raise ValidationError("test_input_samples hold no text of two tokens or more; give longer ones.")

@@ -169,6 +169,13 @@ def test_the_base_can_be_loaded(base):
     assert np.abs(logits(whole) - logits(loaded(base("tied")))).max() < 1e-5
 
 
+def test_what_bitsandbytes_does_not_compute_on_every_processor_is_refused(base, monkeypatch):
+    monkeypatch.setattr("rwkv_lab.export.model_merger.need", lambda *what: None)  # it need not be installed for that
+    monkeypatch.setattr("rwkv_lab.export.causal_lm.loading.need", lambda *what: None)
+    with pytest.raises(ModelMergeError, match="mlp.down_proj has 96 inputs, which is no multiple of 64"):
+        merger.load_base_model(base("tied"), "4bit").load()
+
+
 def test_bits_need_bitsandbytes(base, monkeypatch):
     monkeypatch.setattr("rwkv_lab.export.causal_lm.loading.find_spec", lambda name: None)
     with pytest.raises(ModelMergeError, match="needs the package bitsandbytes"):

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
 
 Quantisation = Literal["none", "8bit", "4bit"]
+_BLOCK = 64  # values that share a scale in bitsandbytes' 4 bits
 _CHANGING = ("dynamic", "longrope")  # rotations, of which a graph would have one
 _NOISY = ("transformers", "peft", "accelerate", "torchao")
 
@@ -33,7 +35,8 @@ def load_causal_lm(folder: Path, quantisation: Quantisation = "none") -> Any:
 
     Raises:
         ParameterError: transformers or bitsandbytes is not installed.
-        LayoutError: transformers has no causal language model of this type.
+        LayoutError: transformers has no causal language model of this type; for 4 bits, a matrix whose inputs are no
+            multiple of 64.
         CorruptFileError: its files cannot be loaded.
     """
     need("transformers", f"{folder}")
@@ -42,6 +45,8 @@ def load_causal_lm(folder: Path, quantisation: Quantisation = "none") -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {}
+    if quantisation == "4bit":
+        _refuse_odd_inputs(folder)
     if quantisation != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=quantisation == "8bit", load_in_4bit=quantisation == "4bit", bnb_4bit_quant_type="nf4"
@@ -66,6 +71,25 @@ def load_causal_lm(folder: Path, quantisation: Quantisation = "none") -> Any:
             f"{folder} has no {missing[0]}, which its config.json asks for ({len(missing)} missing)."
         )
     return model.eval().requires_grad_(False)
+
+
+def _refuse_odd_inputs(folder: Path) -> None:
+    """What bitsandbytes 0.50 loads, and fails to compute on processors with AVX-512: "shape … is invalid for input of
+    size …". It takes a scale for 64 values of a matrix, and has them row by row there."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(known_type(folder))
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.Linear)
+            and module is not model.get_output_embeddings()
+            and module.in_features % _BLOCK
+        ):
+            raise LayoutError(
+                f"{folder}: {name} has {module.in_features} inputs, which is no multiple of {_BLOCK}: bitsandbytes "
+                "does not compute it in 4 bits on every processor.\nLoad it in 8 bits, or as it is."
+            )
 
 
 def known_type(folder: Path) -> Any:
