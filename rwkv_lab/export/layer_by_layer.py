@@ -88,9 +88,11 @@ class LayerByLayer:
             if reading.text.logits:
                 with open_model(self.path) as (ck, _):
                     logits = _logits(ck.info["head.weight"], [x], [0.0])[0]
-            parts = [torch.stack(one, 1) for one in zip(*layers, strict=True)]
-            layout = self.layout
-            yield logits, RWKVState(*parts, layout.version, layout.vocab_size) if layers else None
+            state = None
+            if layers:
+                wkv, att, ffn = (torch.stack(one, 1) for one in zip(*layers, strict=True))
+                state = RWKVState(wkv, att, ffn, self.layout.version, self.layout.vocab_size)
+            yield logits, state
 
     def _load(self, module: nn.Module, tensors: Mapping[str, TensorInfo], prefix: str) -> None:
         """Read a module's values. Modules that are alike have them in the same memory, which is not freed in between:
