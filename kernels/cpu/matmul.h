@@ -8,13 +8,13 @@
 
 #include <vector>
 
+#include "integer.h"
 #include "quantised.h"
 #include "torch_threads.h"
 #include "transpose.h"
 
 namespace rwkv_lab {
 
-constexpr int TILE = LANES == 16 ? 14 : LANES == 8 ? 6 : 4;  // with 2 vectors per row, all registers but those in use
 constexpr int PANEL = 2 * LANES;
 constexpr int BLOCK_PANELS = 4;   // columns of a task: wide enough that reading X from L3 does not count
 constexpr int BLOCK_UNITS = 768;  // of k: a block of W stays below half a megabyte, in the L2 cache
@@ -211,8 +211,11 @@ struct Product {
     int64_t x_bytes, w_bytes, y_bytes;
     const uint16_t *scales;  // of a W of codes
     int64_t scales_bytes;
+    int64_t integers;  // an IntegerPath, for a W of codes: X is rounded to 8 bits
 
     Weight weight() const { return {w, int(w_dtype), w_stride_n, w_stride_k, scales}; }
+    Tensor codes() const { return {w, scales, int32_t(w_dtype), int32_t(n), int32_t(k), 0, w_bytes, scales_bytes}; }
+    int64_t tiles() const { return (rows + TILE - 1) / TILE; }
 };
 
 inline int64_t packed_floats_of(int64_t rows, int64_t k, bool pairs) { return (rows + TILE - 1) / TILE * TILE * units_of(k, pairs); }
@@ -222,13 +225,14 @@ inline bool weight_fits(const Product &p, bool pairs) {
     if (is_coded(p.w_dtype)) {
         constexpr int64_t MOST = INT32_MAX - LINE4;
         if (p.n > MOST || p.k > MOST || p.w_stride_k != 1) return false;
-        return Tensor{p.w, p.scales, int32_t(p.w_dtype), int32_t(p.n), int32_t(p.k), 0, p.w_bytes, p.scales_bytes}.is(p.n, p.k);
+        return p.codes().is(p.n, p.k);
     }
     return is_dtype(p.w_dtype) && (!pairs || p.w_dtype == BFLOAT16) && (p.w_stride_k == 1 || p.w_stride_n == 1) &&
            reaches({const_cast<void *>(p.w), p.w_bytes}, size_of(p.w_dtype), {p.n, p.k}, {p.w_stride_n, p.w_stride_k});
 }
 
 inline bool fits(const Product &p, bool pairs) {
+    if (p.integers != NO_INTEGERS && (!is_coded(p.w_dtype) || !has_path(p.integers))) return false;
     return p.rows > 0 && p.k > 0 && p.n > 0 && is_dtype(p.y_dtype) && weight_fits(p, pairs) && (!p.add || p.y_dtype == FLOAT32) &&
            p.y_stride >= p.n && holds({const_cast<float *>(p.x), p.x_bytes}, 4, {packed_floats_of(p.rows, p.k, pairs)}) &&
            reaches({p.y, p.y_bytes}, size_of(p.y_dtype), {p.rows, p.n}, {p.y_stride, 1});
@@ -307,6 +311,95 @@ void multiply_few(const Product &p, int64_t first, int columns) {
     }
 }
 
+// ------------------------------------------------------------------ in integers
+
+// How X of a product lies once it is rounded, in memory that begins at `at`.
+inline RoundedRows rounded_rows(const Product &p, int32_t *at) {
+    const int group = p.w_dtype == INT8 ? GROUP8 : GROUP4;
+    const int64_t groups = round_up(int(p.k), p.w_dtype == INT8 ? GROUP8 : LINE4) / group, all = p.tiles() * groups * TILE;
+    int32_t *scales = at + all * (group / 4);
+    return {groups, group, p.w_dtype == INT4 ? 8 : path_of(p.integers).bias, at, reinterpret_cast<float *>(scales), scales + all};
+}
+
+inline int64_t words_of_rounded(const Product &p) {
+    const RoundedRows r = rounded_rows(p, nullptr);
+    return RoundedRows::words_of(p.tiles(), r.groups, r.group);
+}
+
+// Adds up to `columns` numbers to y, or puts them there.
+INLINE void put(float *y, const float *from, int columns, bool add) {
+    int j = 0;
+    for (; j + LANES <= columns; j += LANES) store(y + j, add ? load(y + j) + load(from + j) : load(from + j));
+    for (; j < columns; j++) y[j] = from[j] + (add ? y[j] : 0);
+}
+
+// As multiply_block.
+inline void multiply_integers(const Product &p, const RoundedRows &x, int64_t begin, int64_t end, int64_t first, int columns) {
+    constexpr int WIDEST = BLOCK_PANELS * PANEL, MOST_GROUPS = 4 * BLOCK_UNITS / GROUP4;
+    thread_local Buffer packed(BLOCK_UNITS * WIDEST), scales(MOST_GROUPS * WIDEST);
+    const Path path = path_of(p.integers);
+    const int panel = 2 * path.width, units = x.group / 4;
+    const int64_t at_once = BLOCK_UNITS / units, first_row = begin * TILE, rows = std::min(end * TILE, p.rows) - first_row;
+    const bool direct = p.y_dtype == FLOAT32;
+    Buffer own(direct ? 0 : size_t(rows * columns));
+    float *y = direct ? static_cast<float *>(p.y) + first_row * p.y_stride + first : own.get();
+    const int64_t stride = direct ? p.y_stride : columns;
+    alignas(64) float out[TILE * 2 * PATH_WIDTH];
+    for (int64_t g = 0; g < x.groups; g += at_once) {
+        const int64_t some = std::min(at_once, x.groups - g);
+        int32_t *codes = reinterpret_cast<int32_t *>(packed.get());
+        for (int c = 0; c < columns; c += panel)
+            pack_codes(codes + c * some * units, scales.get() + c * some, p.codes(), path, g, g + some, first + c,
+                       std::min(panel, columns - c));
+        for (int64_t tile = begin; tile < end; tile++) {
+            const int count = int(std::min<int64_t>(TILE, p.rows - tile * TILE));
+            for (int c = 0; c < columns; c += panel) {
+                path.multiply({x.of_tile(tile) + g * units * TILE, codes + c * some * units, x.scales_of(tile) + g * TILE,
+                               x.starts_of(tile) + g * TILE, scales.get() + c * some, some, units},
+                              out);
+                float *to = y + (tile - begin) * TILE * stride + c;
+                for (int i = 0; i < count; i++, to += stride) put(to, out + i * panel, std::min(panel, columns - c), p.add || g > 0);
+            }
+        }
+    }
+    if (!direct)
+        for (int64_t i = 0; i < rows; i++)
+            store_row({p.y, int(p.y_dtype)}, (first_row + i) * p.y_stride + first, y + i * columns, columns);
+}
+
+// X of the products in integers, rounded; `words` is the memory for all of them.
+inline std::vector<RoundedRows> round_all(const Product *products, int count, int32_t *words, bool pairs, int threads) {
+    std::vector<RoundedRows> found;
+    std::vector<std::pair<int, int64_t>> tasks;
+    for (int i = 0; i < count; i++) {
+        const Product &p = products[i];
+        found.push_back(p.integers ? rounded_rows(p, words) : RoundedRows{});
+        if (!p.integers) continue;
+        words += words_of_rounded(p);
+        for (int64_t tile = 0; tile < p.tiles(); tile++) tasks.push_back({i, tile});
+    }
+    if (tasks.empty()) return found;
+    parallel_with_torch(int(tasks.size()), threads, [&](int i) {
+        const auto [which, tile] = tasks[size_t(i)];
+        const Product &p = products[which];
+        if (pairs)
+            round_tile<true>(found[size_t(which)], tile, p.x, p.k);
+        else
+            round_tile<false>(found[size_t(which)], tile, p.x, p.k);
+    });
+    return found;
+}
+
+// Floats of the caller's thread for rounded rows, which it keeps: fresh memory would cost as much as the rounding.
+inline int32_t *memory_for_rounded(const Product *products, int count) {
+    thread_local std::unique_ptr<Buffer> mine;
+    thread_local int64_t there = 0;
+    int64_t wanted = 0;
+    for (int i = 0; i < count; i++) wanted += products[i].integers ? words_of_rounded(products[i]) : 0;
+    if (wanted > there) mine = std::make_unique<Buffer>(size_t(there = wanted));
+    return mine ? reinterpret_cast<int32_t *>(mine->get()) : nullptr;
+}
+
 // All products at once; tasks of different products run beside each other.
 inline void multiply(const Product *products, int count, bool pairs, int threads) {
     constexpr int WIDTH = BLOCK_PANELS * PANEL;
@@ -324,10 +417,12 @@ inline void multiply(const Product *products, int count, bool pairs, int threads
             for (int64_t part = 0; part < parts; part++)
                 tasks.push_back({products + i, tiles * part / parts, tiles * (part + 1) / parts, first});
     }
+    const std::vector<RoundedRows> x = round_all(products, count, memory_for_rounded(products, count), pairs, threads);
     parallel_with_torch(int(tasks.size()), threads, [&](int i) {
         const Task &t = tasks[size_t(i)];
         const Product &p = *t.product;
         const int columns = int(std::min<int64_t>(WIDTH, p.n - t.first));
+        if (p.integers) return multiply_integers(p, x[size_t(t.product - products)], t.begin, t.end, t.first, columns);
         if (p.rows <= 2 && p.w_stride_k == 1)
             return pairs ? multiply_few<true>(p, t.first, columns) : multiply_few<false>(p, t.first, columns);
         if (pairs)

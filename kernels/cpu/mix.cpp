@@ -149,6 +149,14 @@ extern "C" {
 int64_t has_pairs() { return HAS_PAIRS; }
 int64_t packed_floats(int64_t rows, int64_t k, int64_t pairs) { return packed_floats_of(rows, k, pairs); }
 
+// Whether bytes can be multiplied by a path here (see IntegerPath), and the fastest one.
+int64_t has_integer_path(int64_t which) { return has_path(which); }
+int64_t integer_path() {
+    int64_t best = AVX512_VNNI;
+    while (!has_path(best)) best--;
+    return best;
+}
+
 int64_t multiply_all(Span products, int64_t count, int64_t pairs, int64_t threads) {
     if (count < 1 || !holds(products, sizeof(Product), {count})) return MISFIT;
     for (int64_t i = 0; i < count; i++)

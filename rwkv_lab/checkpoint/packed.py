@@ -11,6 +11,7 @@ In place of a matrix `NAME` `[out,in]` such a file has the parts of one kind:
 and a note `rwkv_lab.packed`. `export` writes the first three: the numbers of the ONNX graphs twice, and those of
 bitsandbytes. `save_pretrained` writes the last two, which a model computes with as they lie in the file; where codes
 are padded, the note `rwkv_lab.packed.columns` has the number of columns by name, as JSON.
+`rwkv_lab.packed.activations` has what products of many tokens read, "int8" or "float32".
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rwkv_lab.errors import CorruptFileError, LayoutError
 from rwkv_lab.lazy_torch import torch
 
 NOTE, VERSION = "rwkv_lab.packed", "1"
-COLUMNS = f"{NOTE}.columns"
+COLUMNS, ACTIVATIONS = f"{NOTE}.columns", f"{NOTE}.activations"
 PARTS: dict[str, tuple[str, ...]] = {  # kind -> what is appended to the name, codes first
     "int8": ("int8", "scale"),
     "int4": ("int4", "scales", "zero_points"),

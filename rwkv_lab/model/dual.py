@@ -23,7 +23,7 @@ from rwkv_lab.model.initial_state import add_time_state, initial_state, take_tim
 from rwkv_lab.model.inputs import check_tokens
 from rwkv_lab.model.loading import fill, open_model
 from rwkv_lab.model.mode import RWKVMode, to_mode
-from rwkv_lab.model.packed_file import take_packed
+from rwkv_lab.model.packed_file import take_activations, take_packed
 from rwkv_lab.model.prompts import Prompt
 from rwkv_lab.model.protocol import Model, Tokens
 from rwkv_lab.model.ragged import read_ragged
@@ -140,6 +140,7 @@ class RWKV_Dual(nn.Module):
                     raise
                 warn_of_fallback(e, model.fallback)
                 model._load(tensors, path, model.fallback)
+            take_activations(model, ck.metadata)
             model._loaded = loaded_from(model, ck)
         return model
 

@@ -8,7 +8,9 @@ from torch import nn
 
 from rwkv_lab.checkpoint import TensorInfo
 from rwkv_lab.checkpoint.mapped import mapped
-from rwkv_lab.checkpoint.packed import GROUPED, NOTE, PARTS, VERSION, columns_note, grouped
+from rwkv_lab.checkpoint.packed import ACTIVATIONS, GROUPED, NOTE, PARTS, VERSION, columns_note, grouped
+from rwkv_lab.errors import CorruptFileError
+from rwkv_lab.model.weight_only import ACTIVATIONS as choices
 from rwkv_lab.model.weight_only import PackedEmbedding, PackedLinear
 
 _KINDS = {bits: kind for kind, bits in GROUPED.items()}
@@ -36,7 +38,20 @@ def tensors_of_file(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str
         ends = PARTS[_KINDS[module.bits]]
         tensors |= {f"{name}.weight.{end}": part for end, part in zip(ends, module.parts(), strict=True)}
     columns = {f"{name}.weight": (module.columns, module.bits) for name, module in packed.items()}
-    return tensors, {NOTE: VERSION} | columns_note(columns)
+    read = next(iter(packed.values())).activations
+    return tensors, {NOTE: VERSION, ACTIVATIONS: read} | columns_note(columns)
+
+
+def take_activations(model: nn.Module, notes: Mapping[str, str]) -> None:
+    """Let the modules in 8 or 4 bits read what those that were saved read.
+
+    Raises:
+        CorruptFileError: something else than there is.
+    """
+    for module in packed_modules(model).values():
+        module.activations = notes.get(ACTIVATIONS, choices[0])
+        if module.activations not in choices:
+            raise CorruptFileError(f"The file states {ACTIVATIONS}={module.activations!r:.40}; {', '.join(choices)}.")
 
 
 def take_packed(model: Any, tensors: Mapping[str, TensorInfo], device: torch.device) -> dict[str, TensorInfo]:

@@ -7,7 +7,7 @@ weights; in a bfloat16 model the prefill rounds them to that.
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from rwkv_lab.model.standard_modules import replaced_module, watched
 from rwkv_lab.torch_private import hooks_of
 
 SCHEMES = {"int8": 8, "int4": 4}
+ACTIVATIONS = ("int8", "float32")  # what products of many tokens read; the first is the default
+Activations = Literal["int8", "float32"]
+_RUN = 16  # tokens read at once from which activations are rounded: fewer are as fast without
 
 
 class _Packed(nn.Module):
@@ -33,10 +36,12 @@ class _Packed(nn.Module):
     codes: torch.Tensor
     scales: torch.Tensor
     _like: torch.Tensor  # a NaN in the dtype of the matrix that this stands for
+    activations: str
 
-    def __init__(self, weight: torch.Tensor, bits: int):
+    def __init__(self, weight: torch.Tensor, bits: int, activations: str = ACTIVATIONS[0]):
         super().__init__()
         self._hold(*packed_codes(weight, bits), weight.shape[1], bits)
+        self.activations = activations
 
     @classmethod
     def of_codes(cls, codes: torch.Tensor, scales: torch.Tensor, columns: int, bits: int) -> Self:
@@ -44,6 +49,7 @@ class _Packed(nn.Module):
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new._hold(codes, scales, columns, bits)
+        new.activations = ACTIVATIONS[0]
         return new
 
     def _hold(self, codes: torch.Tensor, scales: torch.Tensor, columns: int, bits: int) -> None:
@@ -88,9 +94,16 @@ class PackedLinear(_Packed):
     """In place of an `nn.Linear` without bias."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x `[...,columns]` -> `[...,rows]`."""
+        """x `[...,columns]` -> `[...,rows]`; x `[B,T,columns]` of many tokens is rounded first."""
         weight = self.dequantised()
-        return F.linear(x.to(weight.dtype), weight).to(x.dtype)
+        given = x.to(weight.dtype)
+        if x.ndim == 3 and self.rounds_activations(x.shape[1]):
+            given = rounded_activations(given, GROUPS[self.bits])
+        return F.linear(given, weight).to(x.dtype)
+
+    def rounds_activations(self, tokens: int) -> bool:
+        """Whether it rounds what it reads, of so many tokens at once."""
+        return self.activations == "int8" and tokens >= _RUN
 
 
 @watched
@@ -103,7 +116,9 @@ class PackedEmbedding(_Packed):
 
 
 @checked
-def quantise_weights(model: Any, scheme: str = "int8", in_place: bool = False) -> Any:
+def quantise_weights(
+    model: Any, scheme: str = "int8", in_place: bool = False, activations: Activations = "int8"
+) -> Any:
     """A model whose large matrices (embedding, head, and every Linear of the layers) are rounded to 8 or 4 bits.
 
     It is an RWKV_Dual like the one given, in its dtype: it decodes, reads prompts and generates. What the rounding
@@ -114,10 +129,12 @@ def quantise_weights(model: Any, scheme: str = "int8", in_place: bool = False) -
         model: on the CPU, float32, bfloat16 or float16.
         scheme: "int8" (8.25 bits per weight) or "int4" (4.5).
         in_place: change the model given, matrix by matrix, so that its own weights are freed on the way.
+        activations: what the matrices read of 16 tokens and more at once: "int8", in groups as the weights, so that
+            prompts are multiplied in integers, or "float32", as the tokens one by one always are.
 
     Raises:
-        ParameterError: no such scheme; no RWKV_Dual; a model on another device, with adapters or hooks in it, or
-            rounded already.
+        ParameterError: no such scheme or activations; no RWKV_Dual; a model on another device, with adapters or hooks
+            in it, or rounded already.
     """
     if not isinstance(getattr(model, "emb", None), nn.Module):
         raise ParameterError(f"Weights of an RWKV_Dual can be rounded, not of a {type(model).__name__}.")
@@ -141,10 +158,25 @@ def quantise_weights(model: Any, scheme: str = "int8", in_place: bool = False) -
         )
     for name, module in found:
         kind = PackedLinear if isinstance(module, nn.Linear) else PackedEmbedding
-        packed = kind(module.weight, SCHEMES[scheme])
+        packed = kind(module.weight, SCHEMES[scheme], activations)
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, packed.to(module.weight.dtype))
     return model.requires_grad_(False)
+
+
+def rounded_activations(x: torch.Tensor, group: int) -> torch.Tensor:
+    """x `[...,columns]` as products in integers read it: multiples, -127 to 127, of a scale per row and group.
+
+    A group with NaN or infinity in it is NaN as a whole.
+    """
+    columns = x.shape[-1]
+    groups = F.pad(x, (0, -columns % group)).unflatten(-1, (-1, group))
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    tiny = torch.finfo(torch.float32).tiny
+    inverse = torch.where(scales >= tiny, 1 / scales, 0)
+    lost = scales.isinf() | scales.isnan()
+    found = (groups * inverse).round().masked_fill(lost, torch.nan) * scales
+    return found.flatten(-2)[..., :columns]
 
 
 # ---------------------------------------------------------------------- what it costs

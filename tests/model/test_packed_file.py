@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from rwkv_lab import RWKV_Dual, open_checkpoint
 from rwkv_lab.checkpoint import TensorInfo
-from rwkv_lab.checkpoint.packed import COLUMNS, NOTE
+from rwkv_lab.checkpoint.packed import ACTIVATIONS, COLUMNS, NOTE
 from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
 from rwkv_lab.merge import merge
 from rwkv_lab.model import RWKVMode, quantise_weights
@@ -76,6 +76,18 @@ def test_it_is_a_model_to_everything_that_reads_checkpoints(tmp_path):
     assert relative_rms(mixed(tokens)[0], model(tokens)[0]) < 1e-5 < relative_rms(mixed(tokens)[0], wide(tokens)[0])
     with pytest.raises(ParameterError, match="has emb, a PackedEmbedding. Weights are rounded once"):
         quantise_weights(RWKV_Dual.from_pretrained(folder))
+
+
+def test_what_products_read_is_kept_with_it(tmp_path):
+    plain = load_model(tmp_path, "7.0")
+    for activations in ("float32", "int8"):
+        model = quantise_weights(plain, "int8", activations=activations)
+        again = RWKV_Dual.from_pretrained(model.save_pretrained(tmp_path / activations).parent)
+        tokens = make_tokens(1, 40)
+        assert again.head.activations == activations and torch.equal(again(tokens)[0], model(tokens)[0])
+    file = changed(tmp_path / "int8/model.safetensors", tmp_path / "x.safetensors", {ACTIVATIONS: "int2"})
+    with pytest.raises(CorruptFileError, match="activations='int2'; int8, float32"):
+        RWKV_Dual.from_pretrained(file)
 
 
 def changed(path, out, notes=None, **change):

@@ -74,7 +74,7 @@ def test_large_batches_of_16_bits_are_as_near_to_float64_as_the_modules(tmp_path
 
 def test_a_rounded_model_is_the_model_of_its_dequantised_weights(tmp_path):
     plain = load_model(tmp_path, "7.0")
-    packed = quantise_weights(plain, "int4")
+    packed = quantise_weights(plain, "int4", activations="float32")
     restored = copy.deepcopy(plain)
     for name, module in packed.named_modules():
         if isinstance(module, PackedLinear | PackedEmbedding):
@@ -109,6 +109,9 @@ def test_the_cost_is_told(tmp_path):
     costs = {scheme: agreement_of_logits(quantise_weights(model, scheme)(tokens)[0], expected) for scheme in SCHEMES}
     assert 0 < costs["int8"].kl < 1e-3 < costs["int4"].kl < 0.5
     assert costs["int4"].top1 < costs["int8"].top1 <= 1 and costs["int8"].positions == 100
+    for scheme in SCHEMES:  # rounding activations to 8 bits costs about what rounding weights to 8 bits does
+        wide, rounded = (quantise_weights(model, scheme, activations=a)(tokens)[0] for a in ("float32", "int8"))
+        assert 0 < agreement_of_logits(rounded, wide).kl < 4 * costs["int8"].kl
     itself = agreement_of_logits(expected, expected)
     assert (itself.kl, itself.kl_worst, itself.top1, itself.error) == (0, 0, 1, 0)
     assert "top-1 100.0%" in str(itself)
@@ -123,5 +126,7 @@ def test_what_cannot_be_rounded_is_refused(tmp_path):
     model = load_model(tmp_path, "7.0")
     with pytest.raises(ParameterError, match="no scheme 'int3'"):
         quantise_weights(model, "int3")
+    with pytest.raises(ParameterError, match="activations.*int4"):
+        quantise_weights(model, activations="int4")
     with pytest.raises(ParameterError, match="emb, a PackedEmbedding. Weights are rounded once"):
         quantise_weights(quantise_weights(model), "int4")

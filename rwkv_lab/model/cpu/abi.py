@@ -16,6 +16,7 @@ POINTER, INT32, INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
 
 QUANTISED = {8: 3, 4: 4}  # bits per weight -> INT8, INT4 in weights.h
+PATHS = {"any": 1, "avx2": 2, "avx_vnni": 3, "avx512_vnni": 4}  # IntegerPath in integer.h
 NONE, TANH, SIGMOID, RELU_SQUARE = range(4)  # Activation in mix.cpp
 
 
@@ -81,6 +82,7 @@ class Product(ctypes.Structure):
         *((name, INT64) for name in ("y_dtype", "y_stride", "add", "x_bytes", "w_bytes", "y_bytes")),
         ("scales", POINTER),
         ("scales_bytes", INT64),
+        ("integers", INT64),
     ]
 
 
@@ -99,6 +101,8 @@ _NORM = (Span, Span, DOUBLE, INT64)  # weight, bias, eps, dtype
 PREFILL = {
     "has_pairs": (),
     "packed_floats": (INT64,) * 3,
+    "has_integer_path": (INT64,),
+    "integer_path": (),
     "multiply_all": (Span, *(INT64,) * 3),
     "embed": (Span, Span, *_NORM, *(INT64,) * 3, Span, INT64),
     "norm_out": (Span, *_NORM, INT64, INT64, Span, INT64, INT64),

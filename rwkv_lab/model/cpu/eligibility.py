@@ -44,7 +44,19 @@ log = logging.getLogger(__name__)
 
 _PATHS = {"prefill": "Prefill", "step": "Decoding"}
 # Attributes of modules that decide what they compute.
-_OPTIONS = ("eps", "max_norm", "normalized_shape", "n_head", "head_size", "layer", "halves", "bits", "rows", "columns")
+_OPTIONS = (
+    "eps",
+    "max_norm",
+    "normalized_shape",
+    "n_head",
+    "head_size",
+    "layer",
+    "halves",
+    "bits",
+    "rows",
+    "columns",
+    "activations",
+)
 
 _address, _storage, _nbytes = torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.UntypedStorage.nbytes
 _shape, _dtype, _requires_grad = (operator.attrgetter(x) for x in ("shape", "dtype", "requires_grad"))

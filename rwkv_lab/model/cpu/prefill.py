@@ -3,7 +3,8 @@
 PyTorch's form in rwkv4.py to rwkv7.py of `rwkv_lab/model` is the definition; files of those names here have the layers'
 compiled form. Everything between two matrix products is float32, the residual stream too, so that float16 needs no
 rescaling; what products read is rounded to bfloat16 where the model is bfloat16 and the processor multiplies pairs of
-it. Products take the weights as they are stored, in 8 or 4 bits too: no copy is kept.
+it. Products take the weights as they are stored, in 8 or 4 bits too: no copy is kept. These are made in integers where
+`PackedLinear` rounds what it reads.
 """
 
 import ctypes
@@ -28,7 +29,7 @@ _BLOCK = 512  # rows (batch times tokens) at once: enough to pay for reading a l
 def run(model: Any, permit: Permit, tokens: Tensor, state: RWKVState) -> tuple[Tensor, RWKVState]:
     """tokens `[B,T]` through an eligible model -> x `[B,T,C]` float32 before ln_out, and the new state."""
     B, T = tokens.shape
-    prefill = Pass(model, permit.found)  # the permit itself holds the weights' memory until this returns
+    prefill = Pass(model, permit.found, T)  # the permit itself holds the weights' memory until this returns
     per_pass = max(1, _BLOCK // B)
     x = new((B, T, model.layout.n_embd), torch.float32)
     # [L][B,...] each: what goes from one run of tokens to the next
@@ -50,7 +51,7 @@ def logits(model: Any, permit: Permit, x: Tensor) -> Tensor:
     """x `[...,C]` before ln_out -> logits `[...,V]` in the model's dtype."""
     C, V = x.shape[-1], model.layout.vocab_size
     flat, out = x.reshape(-1, C), new((*x.shape[:-1], V), model.emb.weight.dtype)
-    prefill = Pass(model, permit.found)
+    prefill = Pass(model, permit.found, x.shape[1] if x.ndim == 3 else 1)
     for rows, y in zip(flat.split(_BLOCK), out.view(-1, V).split(_BLOCK), strict=True):
         rows = rows.float().contiguous()
         packed = prefill.packed("head", len(rows), C)
@@ -60,6 +61,11 @@ def logits(model: Any, permit: Permit, x: Tensor) -> Tensor:
         )
         prefill.multiply(len(rows), (packed, model.head, y))
     return out
+
+
+def integer_path(library: ctypes.CDLL) -> int:
+    """The fastest way to multiply bytes that the processor has; one of `abi.PATHS`."""
+    return library.integer_path()
 
 
 @dataclass
@@ -72,8 +78,8 @@ class Transposed:
 class Pass:
     """What the layers of one call share: library, threads, and scratch buffers, used by one layer after the other."""
 
-    def __init__(self, model: Any, found: Eligibility):
-        self.model, self.found = model, found
+    def __init__(self, model: Any, found: Eligibility, tokens: int):
+        self.model, self.found, self.tokens = model, found, tokens
         self.library, self.threads = abi.prefill_library(), torch.get_num_threads()
         self.torch_dtype, self.dtype = model.emb.weight.dtype, abi.DTYPES[model.emb.weight.dtype]
         self.pairs = int(model.emb.weight.dtype == torch.bfloat16 and self.library.has_pairs())
@@ -133,6 +139,7 @@ class Pass:
             if isinstance(layer, PackedLinear):
                 matrix, scales = self.weights(layer.codes), self.weights(layer.scales)
                 p.w_dtype, p.scales, p.scales_bytes = abi.QUANTISED[layer.bits], scales.data, scales.bytes
+                p.integers = integer_path(self.library) if layer.rounds_activations(self.tokens) else 0
             else:
                 matrix, p.w_dtype = self.weights(layer.weight), abi.DTYPES[layer.weight.dtype]
             packed = self.floats(x)

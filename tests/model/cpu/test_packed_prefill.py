@@ -25,19 +25,31 @@ def by_torch(model, tokens, state):
         handle.remove()
 
 
+# float32: sums of up to 300 products in another order, a few units in the last place. int8: such a unit may bring an
+# activation to its next number, a 127th of its group's largest away, and at some places a model is unstable.
+APART = {"float32": 1e-5, "int8": 5e-3}
+
+
+def apart(found, expected, activations):
+    if activations == "float32":
+        return relative_rms(found, expected)
+    return ((found - expected).norm(dim=-1) / (expected.norm(dim=-1) + 1e-9)).median()
+
+
+@pytest.mark.parametrize("activations", APART)
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("version", SIZES)
 @torch.inference_mode()
-def test_the_same_as_by_pytorch(tmp_path, version, scheme):
-    model = quantise_weights(load_model(tmp_path, version, **SIZES[version]), scheme)
+def test_the_same_as_by_pytorch(tmp_path, version, scheme, activations):
+    model = quantise_weights(load_model(tmp_path, version, **SIZES[version]), scheme, activations=activations)
+    limit = APART[activations]
     state = None
     for B, T in ((1, 37), (1, 2), (3, 130), (1, 600)):  # few rows take another way than many; 600 are more than a block
         tokens = torch.randint(0, 70, (B, T))
         state = state.rows([0] * B) if state is not None else None
         found, after = model(tokens, state)
         expected, other = by_torch(model, tokens, state)
-        # float32: sums of up to 300 products in another order, a few units in the last place
-        assert relative_rms(found, expected) < 1e-5 and relative_rms(after.wkv, other.wkv) < 1e-5
+        assert apart(found, expected, activations) < limit and apart(after.wkv, other.wkv, activations) < limit
         state = after.rows([0])
 
 

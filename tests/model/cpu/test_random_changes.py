@@ -67,7 +67,8 @@ def models(tmp_path_factory):
         if key not in made:
             made[key] = load_model(folder, version, dtype=dtype, **SIZES[sizes])
             if bits:
-                quantise_weights(made[key], f"int{bits}", in_place=True)
+                # Rounded activations may differ by a whole step where sums differ in their last bit.
+                quantise_weights(made[key], f"int{bits}", in_place=True, activations="float32")
         return copy.deepcopy(made[key])
 
     return model
