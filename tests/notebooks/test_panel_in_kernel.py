@@ -18,7 +18,7 @@ from rwkv_lab.workbench import show_panel, start
 
 run = start("train", {parameters})
 panel = show_panel(run)
-print(os.getpid(), *[button.comm.comm_id for button in panel.buttons.values()])
+print(os.getpid(), *[panel.buttons[name].comm.comm_id for name in ("Plan", "Run", "Stop")])
 """
 _SHOWN = "print([o.get('text', '') for box in panel.output.box.children for o in box.outputs], panel.message.value)"
 
