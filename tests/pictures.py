@@ -36,7 +36,8 @@ def photograph(page: Page, lab: Lab) -> None:
     panel.get_by_text("done after").wait_for()
     page.wait_for_timeout(1000)
     box = panel.locator(".jp-Cell-outputWrapper").bounding_box()
-    clip = {"x": box["x"], "y": box["y"], "width": min(box["width"], WIDTH), "height": min(box["height"], 760)}
+    margin = 70  # left of the panel: the prompt
+    clip = {"x": box["x"] + margin, "y": box["y"], "width": min(box["width"], WIDTH) - margin, "height": 640}
     save(page.screenshot(clip=clip), "panel.png")
     page.set_viewport_size({"width": WIDTH, "height": 1000})
     page.goto((lab.folder / "reports" / "merge" / "report.html").as_uri())

@@ -56,12 +56,10 @@ class FileChooser(HasTraits):
 
     def _make_list(self) -> None:
         """What Browse unfolds: the folder, its rows, what the marked row is, and buttons: the arrow keys only mark."""
-        self.place = widgets.Text(
-            continuous_update=False, tooltip="the folder; another can be written", layout=widgets.Layout(width="46rem")
-        )
-        self.list = widgets.Select(
-            tooltip="a file, or a folder to look into", rows=10, layout=widgets.Layout(width="46rem")
-        )
+        shape = {"layout": widgets.Layout(width="50rem"), "style": {"description_width": "4rem"}}
+        tooltip = "the folder; another can be written"
+        self.place = widgets.Text(description="folder", continuous_update=False, tooltip=tooltip, **shape)
+        self.list = widgets.Select(description="files", tooltip="a file, or a folder to look into", rows=10, **shape)
         self.list.add_class("rwkv-files")
         self.details = widgets.HTML(layout=widgets.Layout(width="46rem"))
         self.open = _button("Open folder", "look into the marked folder")
@@ -72,7 +70,7 @@ class FileChooser(HasTraits):
         style = widgets.HTML(_STYLE, layout=widgets.Layout(height="0", margin="0"))
         self.walk = widgets.VBox(
             [self.place, self.list, self.details, buttons, style],
-            layout=widgets.Layout(margin="0 0 0 9.5rem", display="none"),
+            layout=widgets.Layout(margin="0 0 0 5.5rem", display="none"),
         )
         self.place.observe(lambda change: self._fill(Path(change["new"]).expanduser()), "value")
         self.list.observe(self._marked, "index")

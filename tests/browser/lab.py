@@ -174,6 +174,11 @@ def run_all(page: "Page", seconds: float = WAIT) -> None:
     """Run > Run All Cells, by the mouse, and wait for the last one."""
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    wait_for_end(page, seconds)
+
+
+def wait_for_end(page: "Page", seconds: float = WAIT) -> None:
+    """Until no cell is at work, after the first one began."""
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
 
     def ended() -> bool:
@@ -181,6 +186,15 @@ def run_all(page: "Page", seconds: float = WAIT) -> None:
         return "[*]:" not in texts and texts[0] != "[ ]:"
 
     wait_until(page, ended, seconds)
+
+
+def run_cell(page: "Page", source: str) -> None:
+    """Run the cell that has this source, by the keyboard."""
+    cell = page.locator(".jp-CodeCell", has=page.locator(".cm-content", has_text=source)).first
+    cell.locator(".cm-content").click()
+    before = cell.locator(".jp-InputPrompt").inner_text()
+    page.keyboard.press("Control+Enter")
+    wait_until(page, lambda: cell.locator(".jp-InputPrompt").inner_text() not in (before, "[*]:"))
 
 
 def panel_of(page: "Page") -> "Locator":

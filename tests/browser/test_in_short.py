@@ -12,6 +12,7 @@ from browser.lab import (
     open_notebook,
     panel_of,
     run_all,
+    run_cell,
     screenshot,
     wait_for_kernel,
     wait_until,
@@ -45,10 +46,20 @@ def test_from_the_list_of_tasks_to_a_report(lab: Lab, page):
     panel.get_by_role("button", name="Plan", exact=True).click()
     panel.get_by_role("region", name="What will happen").wait_for()
     assert lab.result("train")["parameters"]["kind"] == "state"  # planning changes nothing
-    panel.get_by_role("button", name="Run", exact=True).click()
-    wait_until(page, lambda: lab.result("train")["parameters"]["kind"] == "lora" and lab.ended("train"))
+    run, steps = panel.get_by_role("button", name="Run", exact=True), panel.get_by_label("steps", exact=True)
+    steps.fill("100000")
+    run.click()  # the field has the focus until now
+    panel.get_by_text("of memory in use").wait_for()
+    panel.get_by_role("button", name="Stop", exact=True).click()
+    panel.get_by_text("stopped after").wait_for()
+    assert lab.result("train")["status"] == "failed"
+    steps.fill("8")
+    run.click()
+    panel.get_by_text("done after").wait_for()
     assert lab.result("train")["status"] == "ok" and lab.result("train")["parameters"]["rank"] == 2
     assert panel.locator("img:visible").count() == 3  # the loss while it fell, and the two figures of the report
+    panel.get_by_role("button", name="Browse", exact=True).first.click()
+    panel.get_by_role("button", name="Open folder", exact=True).first.wait_for()
     assert_accessible(page, ".jp-OutputArea-output")
     assert {path: path.read_bytes() for path in lab.notebooks()} == before  # nothing saves itself
 
@@ -68,19 +79,22 @@ def test_report_and_list_of_runs(lab: Lab, page):
 
 
 def test_chat(lab: Lab, page):
-    """The box of chat.ipynb: Send has the model write, Stop ends it, New forgets it."""
+    """The box of chat.ipynb: Send has the model write while one looks on, Stop ends it, New forgets it."""
     open_notebook(page, lab, "chat")
     run_all(page)
+    panel_of(page).get_by_label("max_new_tokens", exact=True).fill("100000")
+    for source in ("cells.load", "cells.converse"):  # leaving the field sets it; the box is made again with it
+        run_cell(page, source)
     box = page.locator(".jp-CodeCell", has=page.get_by_role("button", name="Send", exact=True))
-    text, stop = box.locator("textarea"), box.get_by_role("button", name="Stop", exact=True)
-    send, new = box.get_by_role("button", name="Send", exact=True), box.get_by_role("button", name="New", exact=True)
-    text.fill("The cat")
+    send, stop, new = (box.get_by_role("button", name=name, exact=True) for name in ("Send", "Stop", "New"))
+    box.locator("textarea").fill("The cat")
     send.click()
-    box.get_by_text("You", exact=True).wait_for()
-    page.wait_for_function("(button) => !button.disabled", arg=send.element_handle())
-    assert text.input_value() == ""
-    said = box.locator(".widget-html", has_text="You").inner_text()
-    assert "The cat" in said and len(said) > len("demo-base.pth You The cat")
+    said = box.locator(".widget-html-content", has_text="You The cat")
+    said.wait_for()
+    wait_until(page, lambda: len(said.inner_text()) > len("demo-base.pth You The cat") + 40)  # it has not ended yet
+    stop.click()
+    wait_until(page, send.is_enabled)
+    assert stop.is_disabled() and len(said.inner_text()) < 90_000
     new.click()
-    box.get_by_text("You", exact=True).wait_for(state="detached")
-    assert stop.is_disabled() and errors_in(page) == []
+    said.wait_for(state="detached")
+    assert errors_in(page) == []

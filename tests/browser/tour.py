@@ -7,7 +7,7 @@ import re
 
 import pytest
 from browser.accessibility import assert_accessible
-from browser.lab import MISSING, Lab, errors_in, open_notebook, panel_of, run_all, screenshot, wait_until
+from browser.lab import MISSING, Lab, errors_in, open_notebook, panel_of, run_all, screenshot, wait_for_end, wait_until
 
 from rwkv_lab.workbench.registry import cells_of, notebook_names
 
@@ -43,7 +43,7 @@ def test_by_mouse(notebook: str, lab: Lab, page):
         fields.fill(value)
         fields.press("Tab")
         run.click()
-        panel.get_by_text(re.compile("in use")).wait_for()
+        panel.get_by_text(re.compile("of memory in use")).wait_for()
         screenshot(page, f"{notebook}-running")
         stop.click()
         panel.get_by_text("stopped after").wait_for()
@@ -51,7 +51,7 @@ def test_by_mouse(notebook: str, lab: Lab, page):
         fields.fill(short)
         fields.press("Tab")
     run.click()
-    panel.get_by_text(re.compile("in use|done after")).first.wait_for()
+    panel.get_by_text(re.compile("of memory in use|done after")).first.wait_for()
     panel.get_by_text("done after").wait_for(timeout=MINUTES * 1000)
     wait_until(page, lambda: lab.result(notebook)["status"] == "ok")
     assert errors_in(page) == []
@@ -73,3 +73,33 @@ def test_report(notebook: str, width: int, scheme: str, lab: Lab, page):
     page.evaluate("for (const folded of document.querySelectorAll('details')) folded.open = true")
     assert_accessible(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_by_keyboard(lab: Lab, page):
+    """merge.ipynb without the mouse: Run All from the palette, a value, Plan and Run, all reached by Tab."""
+    open_notebook(page, lab, "merge")
+    page.keyboard.press("Control+Shift+C")
+    page.keyboard.type("Run All Cells")
+    page.locator(".lm-CommandPalette-item.lm-mod-active", has_text="Run All Cells").wait_for()
+    page.keyboard.press("Enter")
+    wait_for_end(page, MINUTES)
+    panel = panel_of(page)
+    alpha = panel.get_by_label("alpha", exact=True)
+    press_until_focused(page, "Shift+Tab", alpha)
+    page.keyboard.type("0.5")
+    for name in ("Plan", "Run"):
+        press_until_focused(page, "Tab", panel.get_by_role("button", name=name, exact=True))
+        page.keyboard.press("Enter")
+        panel.get_by_text(re.compile("of memory in use|done after")).first.wait_for()
+        panel.get_by_text("done after").wait_for()
+    wait_until(page, lambda: lab.result("merge")["parameters"]["alpha"] == 0.5 and lab.ended("merge"))
+    assert lab.result("merge")["status"] == "ok" and errors_in(page) == []
+
+
+def press_until_focused(page, key: str, wanted) -> None:
+    """Move the focus by a key until it is there."""
+    for _ in range(200):
+        if wanted.evaluate("(element) => element === document.activeElement"):
+            return
+        page.keyboard.press(key)
+    raise AssertionError(f"{key} does not lead there")
