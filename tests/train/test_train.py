@@ -167,4 +167,4 @@ def test_demo_files_are_trained_once_where_the_environment_says(tmp_path, monkey
     state, base = demo_state(), demo_base()
     assert state == demo_state() and calls == ["pretrain", "state"]
     assert {state.name, base.name} < set(os.listdir(tmp_path / "d"))
-    assert "two minutes" in caplog.text and "is ready" in caplog.text
+    assert "once; the time left is stated" in caplog.text and "is ready" in caplog.text
