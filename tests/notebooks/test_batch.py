@@ -22,7 +22,7 @@ def test_progress_with_time_left_appears_while_the_notebook_runs(environment, tm
     """As `make demo` runs train.ipynb, with less to learn."""
     sockets = tmp_path / "tmp"
     sockets.mkdir()
-    less = ["-y", '{"steps": 60, "batch_size": 2, "n_embd": 32, "n_layer": 2, "head_size": 16}']
+    less = ["-y", '{"steps": 400, "batch_size": 2, "n_embd": 32, "n_layer": 2, "head_size": 16}']
     options = ["-r", "kind", "pretrain", "-r", "base", "", "-r", "data", "english", *less]
     process = subprocess.Popen(
         command("train", tmp_path, *options, "-r", "out", str(tmp_path / "out.pth")),
