@@ -3,6 +3,8 @@
 `make browser` goes through all notebooks: tour.py.
 """
 
+import re
+
 import pytest
 from browser.accessibility import assert_accessible
 from browser.lab import (
@@ -49,7 +51,7 @@ def test_from_the_list_of_tasks_to_a_report(lab: Lab, page):
     run, steps = panel.get_by_role("button", name="Run", exact=True), panel.get_by_label("steps", exact=True)
     steps.fill("100000")
     run.click()  # the field has the focus until now
-    panel.get_by_text("of memory in use").wait_for()
+    panel.get_by_text(re.compile("memory .* in use")).wait_for()
     panel.get_by_role("button", name="Stop", exact=True).click()
     panel.get_by_text("stopped after").wait_for()
     assert lab.result("train")["status"] == "failed"

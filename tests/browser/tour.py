@@ -43,7 +43,7 @@ def test_by_mouse(notebook: str, lab: Lab, page):
         fields.fill(value)
         fields.press("Tab")
         run.click()
-        panel.get_by_text(re.compile("of memory in use")).wait_for()
+        panel.get_by_text(re.compile("memory .* in use")).wait_for()
         screenshot(page, f"{notebook}-running")
         stop.click()
         panel.get_by_text("stopped after").wait_for()
@@ -51,7 +51,7 @@ def test_by_mouse(notebook: str, lab: Lab, page):
         fields.fill(short)
         fields.press("Tab")
     run.click()
-    panel.get_by_text(re.compile("of memory in use|done after")).first.wait_for()
+    panel.get_by_text(re.compile("memory .* in use|done after")).first.wait_for()
     panel.get_by_text("done after").wait_for(timeout=MINUTES * 1000)
     wait_until(page, lambda: lab.result(notebook)["status"] == "ok")
     assert errors_in(page) == []
@@ -90,7 +90,7 @@ def test_by_keyboard(lab: Lab, page):
     for name in ("Plan", "Run"):
         press_until_focused(page, "Tab", panel.get_by_role("button", name=name, exact=True))
         page.keyboard.press("Enter")
-        panel.get_by_text(re.compile("of memory in use|done after")).first.wait_for()
+        panel.get_by_text(re.compile("memory .* in use|done after")).first.wait_for()
         panel.get_by_text("done after").wait_for()
     wait_until(page, lambda: lab.result("merge")["parameters"]["alpha"] == 0.5 and lab.ended("merge"))
     assert lab.result("merge")["status"] == "ok" and errors_in(page) == []
