@@ -23,10 +23,10 @@ def fail_on_meta(monkeypatch, error):
     """Loading onto the meta device raises."""
     to_empty = torch.nn.Module.to_empty
 
-    def failing(self, *, device):
+    def failing(self, *, device, recurse=True):
         if torch.device(device).type == "meta":
             raise error
-        return to_empty(self, device=device)
+        return to_empty(self, device=device, recurse=recurse)
 
     monkeypatch.setattr(torch.nn.Module, "to_empty", failing)
 
