@@ -21,7 +21,7 @@ _OLDEST_PYTHON = (3, 11)
 
 # What is said of it, the job of `bench.scaling`, and what to do about a larger model.
 _JOBS = (
-    ("merge", "merge a LoRA", "Write to a larger disk: out=, or RWKV_LAB_REPORTS."),
+    ("merge", "merge a LoRA", "Write to a larger disk: out=, report=."),
     ("run float32", "load in float32", "dtype='bfloat16' takes half of it."),
     ("run bfloat16", "load in bfloat16", "Weights in int8 that were saved are mapped, and take half of it."),
     ("run int8", "pack to int8", "Pack it on a larger machine and save it: opening takes a third of it."),
