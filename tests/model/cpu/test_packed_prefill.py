@@ -25,10 +25,10 @@ def by_torch(model, tokens, state):
         handle.remove()
 
 
-# float32: sums of up to 300 products in another order, a few units in the last place. int8: such a unit may bring an
-# activation to its next number, a 127th of its group's largest away, which the state carries to later positions; one
-# such step moved logits by 5e-3.
-APART = {"float32": 1e-5, "int8": 3e-2}
+# float32: sums of up to 300 products in another order, a few units in the last place. int8: such a unit may, rarely,
+# bring an activation to its next number, a 127th of its group's largest away, which the state carries to later tokens:
+# the median is over three texts. Activations that are not rounded move it by 8e-3 to 2e-2.
+APART = {"float32": 1e-5, "int8": 5e-3}
 
 
 def apart(found, expected, activations):
@@ -43,10 +43,15 @@ def apart(found, expected, activations):
 @torch.inference_mode()
 def test_the_same_as_by_pytorch(tmp_path, version, scheme, activations):
     model = quantise_weights(load_model(tmp_path, version, **SIZES[version]), scheme, activations=activations)
-    limit = APART[activations]
+    limit, texts = APART[activations], 1 if activations == "float32" else 3
     torch.manual_seed(0)
     state = None
-    for B, T in ((1, 37), (1, 2), (3, 130), (1, 600)):  # few rows take another way than many; 600 are more than a block
+    for B, T in (
+        (texts, 37),
+        (1, 2),
+        (3, 130),
+        (texts, 600),
+    ):  # few rows take another way than many; 600 are more than a block
         tokens = torch.randint(0, 70, (B, T))
         state = state.rows([0] * B) if state is not None else None
         found, after = model(tokens, state)
