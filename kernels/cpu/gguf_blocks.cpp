@@ -23,16 +23,6 @@ struct Values {
     Vec v[K];
 };
 
-// A product that is rounded: no compiler fuses it with what comes next.
-INLINE Vec rounded(Vec x) {
-#if defined(__x86_64__)
-    asm("" : "+v"(x));
-#else
-    asm("" : "+m"(x));
-#endif
-    return x;
-}
-
 INLINE Vec bfloats(const uint16_t *from) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from))), 16);
@@ -142,7 +132,7 @@ INLINE float q8_0(const Values &x, uint8_t *out) {
     const float step = std::bit_cast<float>(largest) / 127, inverse = inverse_of(step);
     Ints levels[K];
     for (int k = 0; k < K; k++) {
-        const Vec scaled = rounded(x.v[k] * inverse);
+        const Vec scaled = unfused(x.v[k] * inverse);
         const Vec half = (Vec)(((Ints)scaled & SIGN) | std::bit_cast<int32_t>(BELOW_HALF));
         levels[k] = __builtin_convertvector(scaled + half, Ints);
     }
@@ -173,7 +163,7 @@ INLINE float q4_0(const Values &x, uint8_t *out) {
     const float step = largest / -8, inverse = inverse_of(step);
     Ints levels[K];
     for (int k = 0; k < K; k++) {
-        const Ints level = __builtin_convertvector(rounded(x.v[k] * inverse) + 8.5f, Ints);
+        const Ints level = __builtin_convertvector(unfused(x.v[k] * inverse) + 8.5f, Ints);
         levels[k] = level > 15 ? Ints{} + 15 : level;
     }
     Ints pairs[K / 2];
@@ -220,7 +210,7 @@ float excess(const void *values, const uint8_t *made, int64_t blocks, float per_
         Values x = block_of<DTYPE>(values, b);
         const float needed = std::bit_cast<float>(largest_magnitude(x)) / (BITS == 8 ? 127 : 8);
         const Values levels = levels_of<BITS>(block + 2);
-        for (int k = 0; k < K; k++) x.v[k] -= rounded(levels.v[k] * step);
+        for (int k = 0; k < K; k++) x.v[k] -= unfused(levels.v[k] * step);
         const float difference = std::bit_cast<float>(largest_magnitude(x));
         const float allowed = per_step * needed + least;
         if (difference < nearly * allowed) continue;  // the common case, without a division; not where both are infinite

@@ -123,15 +123,6 @@ struct RoundedRows {
 
 INLINE void keep_tile(int32_t *to, Ints x, bool is_last) { memcpy(to, &x, is_last ? 4 * TILE : sizeof x); }
 
-INLINE Vec by_itself(Vec x) {  // no compiler fuses what gave it with what comes next
-#if defined(__x86_64__)
-    asm("" : "+v"(x));
-#else
-    asm("" : "+m"(x));
-#endif
-    return x;
-}
-
 // Rounds one tile of rows of k numbers, packed as float32 or as pairs of bfloat16.
 template <bool PAIRS>
 void round_tile(const RoundedRows &to, int64_t tile, const float *packed, int64_t k) {
@@ -163,7 +154,7 @@ void round_tile(const RoundedRows &to, int64_t tile, const float *packed, int64_
             for (int j = 0; j < 4; j++) {
                 const Ints lanes = (Ints)load(at + (i + j) / PER_UNIT * TILE);
                 const Vec x = (Vec)(!PAIRS ? lanes : j % 2 ? lanes & int32_t(0xffff0000) : lanes << 16);
-                const Ints bits = (Ints)(by_itself(x * inverse) + SHIFT);  // those of SHIFT plus the number
+                const Ints bits = (Ints)(unfused(x * inverse) + SHIFT);  // those of SHIFT plus the number
                 const Ints byte = bits & 255;
                 sum += byte - ((bits & 128) << 1);
                 word |= byte << (8 * j);

@@ -19,15 +19,6 @@ struct Group {
     Vec x[K];
 };
 
-INLINE Vec alone(Vec x) {  // no compiler fuses what gave it with what comes next
-#if defined(__x86_64__)
-    asm("" : "+v"(x));
-#else
-    asm("" : "+m"(x));
-#endif
-    return x;
-}
-
 INLINE float largest_lane(Vec x) {
     float lanes[LANES];
     store(lanes, x);
@@ -62,7 +53,7 @@ INLINE Group<K> codes_with(const Group<K> &g, float scale, float low, float high
     Group<K> out;
 #pragma GCC unroll 16
     for (int k = 0; k < K; k++) {
-        const Vec near = alone(alone(g.x[k] * inverse) + SHIFT) - SHIFT;
+        const Vec near = unfused(unfused(g.x[k] * inverse) + SHIFT) - SHIFT;
         out.x[k] = near < least ? least : near > most ? most : near;
     }
     return out;

@@ -46,6 +46,16 @@ INLINE Vec held(Vec x) {
     return x;
 }
 
+// x, rounded: a compiler does not fuse or reorder what gave it with what takes it.
+INLINE Vec unfused(Vec x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
+
 INLINE void store(float *to, Vec x) { memcpy(to, &x, sizeof x); }
 
 // Past the caches, for what is not read again soon; `to` is aligned to a vector.
