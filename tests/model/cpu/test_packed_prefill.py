@@ -46,12 +46,8 @@ def test_the_same_as_by_pytorch(tmp_path, version, scheme, activations):
     limit, texts = APART[activations], 1 if activations == "float32" else 3
     torch.manual_seed(0)
     state = None
-    for B, T in (
-        (texts, 37),
-        (1, 2),
-        (3, 130),
-        (texts, 600),
-    ):  # few rows take another way than many; 600 are more than a block
+    # few rows take another way than many; 600 are more than a block
+    for B, T in ((texts, 37), (1, 2), (3, 130), (texts, 600)):
         tokens = torch.randint(0, 70, (B, T))
         state = state.rows([0] * B) if state is not None else None
         found, after = model(tokens, state)
