@@ -1,15 +1,15 @@
-"""One JupyterLab and one browser for all tests here."""
+"""One JupyterLab for the tests of a module."""
 
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser.lab import CHROMIUM, QUICK, WAIT, Lab, copy_project, jupyter_lab, screenshot
+from browser.lab import QUICK, WAIT, Lab, copy_project, jupyter_lab, screenshot
 from warm_python import warm_python
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab(environment, tmp_path_factory) -> Iterator[Lab]:
     """`make lab` in a copy of the project, with the tiny demo model, and kernels that start at once."""
     project = tmp_path_factory.mktemp("project")
@@ -20,20 +20,10 @@ def lab(environment, tmp_path_factory) -> Iterator[Lab]:
             yield lab
 
 
-@pytest.fixture(scope="session")
-def chromium():
-    """Debian's Chromium, driven by Playwright."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(chromium, request):
     """A page of 1280 px, which is photographed when the test ends; an error in its console fails the test."""
+    pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     page, said = context.new_page(), []
     page.set_default_timeout(WAIT * 1000)
