@@ -56,14 +56,13 @@ def our_targets(known: ForeignFormat, named: object) -> object:
     """`target_modules` of a configuration in BlinkDL's names; what is no list of names stays as it is."""
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         return named
-    found = []
+    found: list[str] = []
     for name in named:
         general, layer = general_name(name)
-        for theirs, ours in modules_of(known).items():
-            if theirs == general:
-                found.append(ours.replace(LAYER, str(layer)))
-            elif theirs.endswith(f".{name}"):
-                found.append(ours.replace(f"blocks.{LAYER}.", ""))
+        modules = modules_of(known).items()
+        ours = [ours.replace(LAYER, str(layer)) for theirs, ours in modules if theirs == general]
+        ours += [ours.replace(f"blocks.{LAYER}.", "") for theirs, ours in modules if theirs.endswith(f".{name}")]
+        found += ours or [name]
     return list(dict.fromkeys(found))
 
 

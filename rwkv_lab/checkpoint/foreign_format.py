@@ -273,7 +273,10 @@ def present(tensors: Mapping[str, TensorInfo], facts: Facts) -> Presented | None
         CorruptFileError: a tensor that is too small for what it should hold.
     """
     names, facts = list(tensors), replace(facts, shapes={name: info.shape for name, info in tensors.items()})
-    known = FOREIGN_FORMATS.get(str(facts.metadata.get(FORMAT_NOTE))) or _format_of(names, facts)
+    noted = FOREIGN_FORMATS.get(str(facts.metadata.get(FORMAT_NOTE)))
+    if noted is not None and noted.container != "safetensors":  # of others no file is noted: names tell them
+        noted = None
+    known = noted or _format_of(names, facts)
     if known is None:
         return None
     place, rows = known.stated(facts), {row.theirs: row for row in (*known.older, *known.rows, *known.state_rows)}

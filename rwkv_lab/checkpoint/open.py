@@ -13,19 +13,20 @@ from pathlib import Path
 import rwkv_lab.checkpoint.formats  # noqa: F401  # makes the formats known
 from rwkv_lab.arguments import shown_value
 from rwkv_lab.checkpoint.adapter_names import adapter_format, our_targets, present_adapter
-from rwkv_lab.checkpoint.foreign_format import RESCALED, Facts, ForeignFormat, present
+from rwkv_lab.checkpoint.foreign_format import FORMAT_NOTE, RESCALED, Facts, ForeignFormat, present
 from rwkv_lab.checkpoint.format import FORMATS, format_of, no_checkpoint
 from rwkv_lab.checkpoint.json_files import read_json
 from rwkv_lab.checkpoint.kind import Identity, identify
 from rwkv_lab.checkpoint.layout import Layout
 from rwkv_lab.checkpoint.packed import unpacked
-from rwkv_lab.checkpoint.prefixes import bare_names, removed_prefixes
+from rwkv_lab.checkpoint.prefixes import bare_names, note_on_prefixes, removed_prefixes
 from rwkv_lab.checkpoint.rescaled import looks_rescaled
+from rwkv_lab.checkpoint.shard_index import shards_of
 from rwkv_lab.checkpoint.source import SourceFile, TensorInfo
 from rwkv_lab.checkpoint.stated import contradictions
 from rwkv_lab.checkpoint.unmerged import Unmerged, split_unmerged
 from rwkv_lab.checkpoint.unusable import split_folder
-from rwkv_lab.errors import CorruptFileError, LayoutError, UnsafeFileError
+from rwkv_lab.errors import CorruptFileError, LayoutError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.paths import missing_file, to_path
 from rwkv_lab.spec import did_you_mean
@@ -244,6 +245,9 @@ def _present(ck: Checkpoint) -> None:
             "A tuned state in a .safetensors does not tell which of its dimensions is which: it is read as [H, V, K], "
             "as trainers save it. Files for web-rwkv and ai00 hold [H, K, V].",
         )
+    noted = str(ck.metadata.get(FORMAT_NOTE, ""))
+    if noted and (found is None or found.format.name != noted):
+        _note(ck, f"Its metadata states the format {noted[:40]!r}; its tensors have other names, and are read by them.")
     if found is not None:
         ck.foreign_format, ck.info, ck.ignored = found.format, found.tensors, found.ignored
         ck.names_in_file, ck.inverses = found.theirs, found.inverses
@@ -308,6 +312,8 @@ def _name_tensors(ck: Checkpoint) -> None:
     bare = bare_names(ck.stored, str(ck.path))
     ck.info = {bare[name]: info for name, info in ck.stored.items()}
     ck.prefixes = removed_prefixes(bare)
+    if note := note_on_prefixes(ck.prefixes):
+        _note(ck, note)
 
 
 def _open_folder(ck: Checkpoint, folder: Path) -> None:
@@ -354,15 +360,10 @@ def _files_in(folder: Path, names: Sequence[str]) -> str:
 
 
 def _open_shards(ck: Checkpoint, folder: Path, index: Path) -> None:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
-        raise LayoutError(f"{index} has no weight_map of names to files")
+    weight_map = shards_of(index)
     shards = list(dict.fromkeys(weight_map.values()))
     for shard in shards:
-        target = folder / shard
-        if Path(shard).name != shard or not shard.isprintable() or not _stays_in(folder, target):
-            raise UnsafeFileError(f"{index} names the shard {shard!r}, which is outside its folder; nothing was opened")
-        if not target.is_file():
+        if not (folder / shard).is_file():
             raise LayoutError(f"{index} names the shard {shard}, which is not there; download it too")
     others = sorted(p.name for p in folder.iterdir() if p.suffix == Path(shards[0]).suffix) if shards else []
     left = [name for name in others if name not in shards and name not in ADAPTERS]
@@ -371,21 +372,8 @@ def _open_shards(ck: Checkpoint, folder: Path, index: Path) -> None:
     for shard in shards:
         _open_file(ck, folder / shard)
     for name, shard in weight_map.items():
-        if name not in ck.stored or ck.stored[name].file.path.name != shard:
+        if name not in ck.stored or ck.stored[name].file.path != folder / shard:
             raise LayoutError(f"{index} lists {name} in {shard}; it is not there")
     unlisted = [n for n in ck.stored if n not in weight_map]
     if unlisted:
         raise LayoutError(f"{index} does not list {unlisted[0]}, which is in {ck.stored[unlisted[0]].file.path.name}")
-
-
-def _stays_in(folder: Path, target: Path) -> bool:
-    """Whether a file lies in a folder. In the cache of the Hugging Face Hub files are links, the one way out to expect:
-    from `<cache>/<repository>/snapshots/<commit>/…` to `<cache>/<repository>/blobs` or, by newer versions, to
-    `<cache>/blobs`."""
-    try:
-        home, real = folder.resolve(), target.resolve()
-    except (OSError, RuntimeError):  # links in a circle
-        return False
-    commit = next((place for place in (home, *home.parents) if place.parent.name == "snapshots"), None)
-    stores = [] if commit is None else [commit.parents[1] / "blobs", commit.parents[2] / "blobs"]
-    return real.parent == home or any(real.is_relative_to(store) for store in stores)

@@ -39,6 +39,18 @@ def bare_names(names: Iterable[str], where: str) -> dict[str, str]:
     return bare
 
 
+def note_on_prefixes(removed: Iterable[str]) -> str:
+    """What is odd about prefixes that were taken off, in words; "" where nothing is.
+
+    Args:
+        removed: as `removed_prefixes` has them.
+    """
+    twice = next((p for p in removed if p.split(".").count("base_model") > 1), None)
+    if twice is None:
+        return ""
+    return f"The prefix of peft stands twice before its names, {twice}: saved from a model that peft had wrapped twice."
+
+
 def removed_prefixes(bare: dict[str, str]) -> dict[str, int]:
     """{what was taken off: from how many names}, of what `bare_names` gave; the most frequent first."""
     counts = Counter(_removed(name, short) for name, short in bare.items() if name != short)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from rwkv_lab.checkpoint import Checkpoint
+from rwkv_lab.convert.left_beside import about_files_beside
 from rwkv_lab.convert.output import Output
 from rwkv_lab.convert.tokenizer_files import END_IDS
 from rwkv_lab.errors import LayoutError
@@ -45,6 +46,7 @@ def about_source(ck: Checkpoint, output: Output) -> list[str]:
             f"{len(extra)} tensors that no RWKV-{ck.layout.version if ck.layout else ''} has are written as they are, "
             f"first {extra[0]}: RWKV_Dual does not load such a model."
         )
+    notes += about_files_beside(ck, output)
     vocabulary = ck.path / _VOCABULARY
     if output.layout and output.container.holds_vocabulary and not output.spec.tokenizer and vocabulary.is_file():
         notes.append(f"{_VOCABULARY} of the source stays behind. To take it along: tokenizer={str(vocabulary)!r}.")

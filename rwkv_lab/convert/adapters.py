@@ -42,7 +42,8 @@ def about_copy(ck: Checkpoint) -> list[str]:
     """
     for alpha in (None, 1.0):  # a copy does not have to know it
         try:
-            return _of_no_model(_read(ck, alpha))
+            adapter = _read(ck, alpha)
+            return [*adapter.notes, *_of_no_model(adapter)]
         except ParameterError:  # something that the file does not state
             continue
     return []
@@ -57,7 +58,7 @@ def adapter_output(ck: Checkpoint, spec: ConvertSpec, out: Path) -> Output:
     """
     _refuse_without_folders(spec)
     adapter = _read(ck, spec.alpha)
-    notes = _of_no_model(adapter)
+    notes = [*adapter.notes, *_of_no_model(adapter)]
     if spec.to in PLAIN and out.suffix:
         tensors, note = rwkv_peft_layout.written(adapter)
         content = _content(tensors, {name: name for name in tensors}, spec.output_dtype)

@@ -22,6 +22,7 @@ class Content:
     max_shard_size: int = 1 << 62  # of a folder: bytes of tensor data per file
     layout: Layout | None = None  # of a model
     tokenizer: Tokenizer | None = None  # of a model, where it is known
+    chat_template: str | None = None  # the source's own
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from rwkv_lab.convert.gguf_vocabulary import other_tokens, why_none
 
 
 def _layout(content: Content) -> FileLayout:
-    assert content.layout is not None, "only models become GGUF files"
-    values = header_values(content.layout, content.tensors, content.tokenizer, content.notes)
+    values = header_values(content)
     return gguf_layout(content.tensors, values)
 
 

@@ -1,23 +1,20 @@
 """What the header of a GGUF file states of a model beside its tensors: dimensions, vocabulary, provenance."""
 
-from collections.abc import Mapping, Sequence
-
 from rwkv_lab.checkpoint import Layout
 from rwkv_lab.checkpoint.foreign_format import RESCALED
 from rwkv_lab.checkpoint.gguf_facts import RANK_KEYS
 from rwkv_lab.checkpoint.gguf_layout import tensor_type
-from rwkv_lab.checkpoint.stream import OutTensor
+from rwkv_lab.convert.containers import Content
 from rwkv_lab.convert.gguf_vocabulary import Values, vocabulary
-from rwkv_lab.tokenizer import Tokenizer
 
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's, by the type of most bytes
 _CONTEXT = 1 << 20  # RWKV has no limit; llama.cpp wants one, and its own converter states this
 
 
-def header_values(
-    layout: Layout, tensors: Sequence[OutTensor], tokenizer: Tokenizer | None, notes: Mapping[str, str]
-) -> Values:
-    """Everything that llama.cpp asks for, and the notes."""
+def header_values(content: Content) -> Values:
+    """Everything that llama.cpp asks for of a model, and the notes."""
+    layout, tensors, notes = content.layout, content.tensors, content.notes
+    assert layout is not None, "only models become GGUF files"
     name = "rwkv" + layout.version[0]
     bytes_of: dict[str, int] = {}
     for t in tensors:
@@ -39,7 +36,7 @@ def header_values(
         (f"{name}.wkv.head_size", layout.head_size),
         (f"{name}.vocab_size", layout.vocab_size),
         *_by_generation(name, layout, int(notes.get(RESCALED, 0))),
-        *vocabulary(tokenizer, layout.vocab_size),
+        *vocabulary(content.tokenizer, layout.vocab_size, content.chat_template),
     ]
     return [*values, *notes.items()]
 

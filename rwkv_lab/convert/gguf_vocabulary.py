@@ -2,10 +2,10 @@
 merges of a byte-level tokenizer.json."""
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 from rwkv_lab.checkpoint.gguf_layout import Value
+from rwkv_lab.convert.left_beside import GGUF_TEMPLATE, world_template
 from rwkv_lab.tokenizer import ByteLevelTokenizer, ByteTokenizer, Tokenizer, WorldTokenizer
 
 Values = list[tuple[str, Value]]
@@ -22,15 +22,22 @@ _PRE_TOKENIZERS = {  # as llama.cpp calls it -> the steps of a tokenizer.json
 _OTHER_BPE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 
 
-def vocabulary(tokenizer: Tokenizer | None, vocab_size: int) -> Values:
-    """Values of the header. Without a vocabulary that llama.cpp knows the file has numbers of tokens only."""
+def vocabulary(tokenizer: Tokenizer | None, vocab_size: int, template: str | None = None) -> Values:
+    """Values of the header. Without a vocabulary that llama.cpp knows the file has numbers of tokens only.
+
+    Args:
+        template: the source's own chat template; None for the World models' in their vocabulary.
+    """
+    if template is None and isinstance(tokenizer, WorldTokenizer):
+        template = world_template()
+    templates: Values = [] if template is None else [(GGUF_TEMPLATE, template)]
     if isinstance(tokenizer, WorldTokenizer | ByteTokenizer):
         values = _byte_strings(tokenizer, vocab_size)
     elif isinstance(tokenizer, ByteLevelTokenizer) and not why_none(tokenizer):
         values = _byte_level(tokenizer.definition(), vocab_size)
     else:
-        return [("tokenizer.ggml.model", "none")]
-    values.append(("tokenizer.ggml.add_bos_token", False))
+        return [("tokenizer.ggml.model", "none"), *templates]
+    values += [*templates, ("tokenizer.ggml.add_bos_token", False)]
     if tokenizer.end_of_text is not None:
         values += [(f"tokenizer.ggml.{name}_token_id", tokenizer.end_of_text) for name in ("bos", "eos")]
     return values
@@ -92,9 +99,6 @@ def _byte_strings(tokenizer: WorldTokenizer | ByteTokenizer, vocab_size: int) ->
     ]
     if _BLANK_LINE in tokens:
         values.append(("tokenizer.ggml.eot_token_id", tokens.index(_BLANK_LINE)))
-    if isinstance(tokenizer, WorldTokenizer):
-        template = files("rwkv_lab.convert") / "written" / "chat_template.jinja"
-        values.append(("tokenizer.chat_template", template.read_text("utf-8")))
     return values
 
 

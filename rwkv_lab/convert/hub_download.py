@@ -6,7 +6,6 @@ with the Hub's after that.
 
 import hashlib
 import inspect
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,16 +18,20 @@ from typing import Any
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint.open import ADAPTERS, INDEXES, SINGLES
+from rwkv_lab.checkpoint.shard_index import shards_of
 from rwkv_lab.convert.hub import HubFile, hub_api, refusals_in_words, require_hub
 from rwkv_lab.convert.hub_headers import NoRangesError, headers_only
+from rwkv_lab.convert.left_beside import LICENCES
 from rwkv_lab.convert.spec import ConvertSpec
 from rwkv_lab.errors import CorruptFileError, HubError, HubUnreachableError, LayoutError, OutputError, ParameterError
 from rwkv_lab.machine import disk_free
 from rwkv_lab.paths import missing_file
 from rwkv_lab.progress import Progress, human_bytes
+from rwkv_lab.tokenizer.chat_template import TEMPLATE_FILES
 
 log = logging.getLogger(__name__)
 
+_LARGEST_BESIDE = 1 << 20  # bytes of a licence
 _WEIGHTS = (".pth", ".safetensors", ".st", ".gguf", ".pt", ".bin")  # what names of checkpoints end in
 
 
@@ -214,15 +217,13 @@ def _of_folder(repository: Repository, inside: str, there: dict[str, HubFile]) -
     found = next((name for name in (ADAPTERS if adapter else (*INDEXES, *SINGLES)) if name in there), None)
     if found is None:
         return []
-    names = [name for name in ("config.json", "adapter_config.json") if name in there] + [found]
+    beside = [name for name in there if LICENCES.fullmatch(name) and there[name].bytes < _LARGEST_BESIDE]
+    small = ("config.json", "adapter_config.json", *TEMPLATE_FILES)
+    names = [*(name for name in small if name in there), *beside, found]
     if found not in INDEXES:
         return names
-    index = fetch(repository, inside + found, [there[found]]).path
-    try:
-        shards = list(dict.fromkeys(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise LayoutError(f"{inside}{found} of {repository.repo_id} is no index of names to files") from None
-    missing = [str(shard) for shard in shards if shard not in there]
+    shards = list(dict.fromkeys(shards_of(fetch(repository, inside + found, [there[found]]).path).values()))
+    missing = [shard for shard in shards if shard not in there]
     if missing:
         where = "in the cache" if repository.unreached else f"in {repository.repo_id}"
         raise LayoutError(f"{inside}{found} names shards that are not {where}: {', '.join(missing[:3])}.")

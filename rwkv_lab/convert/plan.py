@@ -127,7 +127,9 @@ class ConvertResult:
         totals = {name: sum(getattr(r, name) for r in self.rounding) for name in ("rounded", "overflow", "flushed")}
         values = sum(r.values for r in self.rounding)
         what = {"rounded": "were rounded", "overflow": "overflowed to infinity", "flushed": "were flushed to zero"}
-        seen = [f"{n:,} of {values:,} values {what[name]} in the new dtype." for name, n in totals.items() if n]
+        spec = self.plan.spec
+        where = f"halved by rescale={spec.rescale}" if spec.rescale and not spec.dtype else "in the new dtype"
+        seen = [f"{n:,} of {values:,} values {what[name]}, {where}." for name, n in totals.items() if n]
         if self.nonfinite:
             seen.append(f"{len(self.nonfinite)} tensors hold NaN or Inf: {', '.join(self.nonfinite[:5])}.")
         if self.pushed is not None:

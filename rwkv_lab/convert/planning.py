@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rwkv_lab.checkpoint.dimensions import Shape
 from rwkv_lab.checkpoint.foreign_format import (
     FORMAT_NOTE,
     GROUP_NORM_EPS,
+    HALVED,
     RESCALED,
     ForeignFormat,
     Place,
@@ -26,6 +28,7 @@ from rwkv_lab.checkpoint.foreign_format import (
     placed_rows,
 )
 from rwkv_lab.checkpoint.gguf_types import BY_NAME
+from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checkpoint.open import ADAPTERS, SINGLES
 from rwkv_lab.checkpoint.output_checks import check_free_space, check_name, check_output
 from rwkv_lab.checkpoint.source import BLOCK
@@ -36,6 +39,7 @@ from rwkv_lab.convert.adapters import about_copy, adapter_output, is_adapter
 from rwkv_lab.convert.containers import CONTAINERS, Container, Content
 from rwkv_lab.convert.hub_download import Download, source_of
 from rwkv_lab.convert.hub_push import plan_push
+from rwkv_lab.convert.left_beside import own_template
 from rwkv_lab.convert.made_from import made_from
 from rwkv_lab.convert.option_checks import completed, without_effect
 from rwkv_lab.convert.output import Output, Tensors, copied
@@ -93,6 +97,8 @@ def _plan(
     source, tensors = _facts(ck, downloaded), [tensor for _, tensor in output.content]
     notes = made_from(output, ck, source, downloaded) | dict(output.file_notes)
     content = Content(tensors, notes, output.others, output.spec.max_shard_size, output.layout, output.tokenizer)
+    if output.container.holds_vocabulary:
+        content = replace(content, chat_template=own_template(ck))
     size, memory = output.container.size(content), _memory_needed(ck, output.content)
     disk_free, memory_free = check_free_space(out, size, memory, "the conversion")
     return ConvertPlan(
@@ -320,14 +326,26 @@ def _transformed(
     if (theirs is ours[0] or theirs._base is ours[0]) and theirs.is_contiguous() and theirs.numel() == ours[0].numel():
         return copied(placed.theirs, placed.ours, infos[0], shape, wanted)
 
+    action = placed.row.transform.described
+    row = ConvertRow(placed.theirs, placed.ours, action, shape, wanted, math.prod(shape) * wanted.itemsize)
+    if placed.row.transform is HALVED:
+        halved = partial(_halved, infos[0], at, wanted)
+        return row, OutTensor(placed.theirs, shape, wanted, compute=halved, gathered=infos[0].gathered)
+
     def compute() -> Iterator[torch.Tensor]:
         values = [info.read().reshape(shape) for info, shape in zip(infos, shapes, strict=True)]
         yield forward(values, at).contiguous().flatten()
 
     held = 2 * sum(info.nbytes for info in infos) + max(info.gathered for info in infos)
-    tensor = OutTensor(placed.theirs, shape, wanted, compute=compute, gathered=held)
-    action = placed.row.transform.described
-    return ConvertRow(placed.theirs, placed.ours, action, shape, wanted, tensor.nbytes), tensor
+    return row, OutTensor(placed.theirs, shape, wanted, compute=compute, gathered=held)
+
+
+def _halved(info: TensorInfo, at: Place, wanted: torch.dtype) -> Iterator[torch.Tensor]:
+    """The values of a tensor that is halved so often, in float64: what the output's dtype cannot hold of them is found
+    when they are rounded to it. Those that would be infinite when they are read again are not halved, and found too."""
+    for piece in info.blocks():
+        exact = piece.double()
+        yield torch.where(round_to(exact, wanted).isinf(), exact, HALVED.forward([exact], at))
 
 
 def _refuse_collisions(content: Tensors) -> None:
@@ -349,8 +367,7 @@ def _others(
     """The files of a folder beside those of tensors."""
     written = files("rwkv_lab.convert") / "written"
     others = generation_config(tokenizer) | {name: (written / name).read_bytes() for name in known.code}
-    if tokenizer is not None:
-        others |= tokenizer_files(tokenizer, spec.tokenizer)
+    others |= tokenizer_files(tokenizer, spec.tokenizer, own_template(ck))
     if known.config is not None:
         bytes_of = Counter[torch.dtype]()
         for t in tensors:

@@ -9,8 +9,10 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+from rwkv_lab.convert.left_beside import world_template
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer, load_tokenizer, tokenizer_for
+from rwkv_lab.tokenizer.chat_template import TEMPLATE
 
 CODE = "rwkv_vocabulary_tokenizer"
 END_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a configuration
@@ -33,21 +35,27 @@ def model_tokenizer(which: str, vocab_size: int) -> tuple[Tokenizer | None, str]
         return None, str(e).partition("\n")[0]
 
 
-def tokenizer_files(tokenizer: Tokenizer, which: str) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Tokenizer | None, which: str, template: str | None) -> dict[str, bytes]:
     """The files by name.
 
     Args:
+        tokenizer: None for a chat template alone.
         which: as for `model_tokenizer`.
+        template: the source's own; None for the usual one, where there is a usual one.
     """
+    if tokenizer is None:
+        return {} if template is None else {TEMPLATE: template.encode()}
     if isinstance(tokenizer, WorldTokenizer):
-        return _vocabulary_files("RwkvWorldTokenizer", tokenizer.path.read_bytes(), 0, template=True)
+        template = world_template() if template is None else template
+        return _vocabulary_files("RwkvWorldTokenizer", tokenizer.path.read_bytes(), 0, template)
     if isinstance(tokenizer, ByteTokenizer):
         first = tokenizer.vocab_size - 256
         lines = "".join(f"{first + byte} {bytes([byte])!r} 1\n" for byte in range(256))
-        return _vocabulary_files("RwkvByteTokenizer", lines.encode(), tokenizer.end_of_text, template=False)
+        return _vocabulary_files("RwkvByteTokenizer", lines.encode(), tokenizer.end_of_text, template)
     end = {name: _END_OF_TEXT for name in ("bos_token", "eos_token", "unk_token")}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= end if tokenizer.end_of_text is not None and _names_end(Path(which)) else {}
+    config |= {} if template is None else {"chat_template": template}
     return {"tokenizer.json": Path(which).read_bytes(), "tokenizer_config.json": _as_json(config)}
 
 
@@ -56,7 +64,7 @@ def _names_end(path: Path) -> bool:
     return any(token.get("content") == _END_OF_TEXT for token in added)
 
 
-def _vocabulary_files(name: str, vocabulary: bytes, end: int | None, template: bool) -> dict[str, bytes]:
+def _vocabulary_files(name: str, vocabulary: bytes, end: int | None, template: str | None) -> dict[str, bytes]:
     written = files("rwkv_lab.convert") / "written"
     config = {
         "tokenizer_class": name,
@@ -68,8 +76,8 @@ def _vocabulary_files(name: str, vocabulary: bytes, end: int | None, template: b
     }
     if end is not None:
         config |= {token: _END_OF_TEXT for token in ("bos_token", "eos_token", "pad_token")}
-    if template:
-        config["chat_template"] = (written / "chat_template.jinja").read_text("utf-8")
+    if template is not None:
+        config["chat_template"] = template
     return {
         "rwkv_vocab_v20230424.txt" if name == "RwkvWorldTokenizer" else "byte_vocab.txt": vocabulary,
         f"{CODE}.py": (written / f"{CODE}.py").read_bytes(),

@@ -12,12 +12,13 @@ from isal.isal_zlib import crc32
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import TensorInfo, open_checkpoint
+from rwkv_lab.checkpoint.foreign_format import HALVED, general_name
 from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, OneLarge, one_torch_thread_each
 from rwkv_lab.checks import Check
 from rwkv_lab.convert.adapters import verify_adapter
-from rwkv_lab.convert.plan import ConvertResult
+from rwkv_lab.convert.plan import ConvertPlan, ConvertResult
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.progress import Progress
@@ -47,7 +48,7 @@ def verify_convert(result: ConvertResult) -> list[Check]:
         missing = [n for n in source.info if n not in written.info and n not in dropped]
         extra = [n for n in written.info if n not in source.info]
         pairs = {n: (source.info[n], written.info[n]) for n in source.info if n in written.info}
-        found = _compared(pairs, f"comparing {plan.out.name}")
+        found = _compared(pairs, _halvings(plan), f"comparing {plan.out.name}")
         blocks = [n for n in pairs if _in_blocks(written.info[n])]
         wrong = [n for n in pairs if n not in blocks and found[n]]
         where = f", first {wrong[0]}" if wrong else ""
@@ -68,7 +69,16 @@ def verify_convert(result: ConvertResult) -> list[Check]:
     return checks
 
 
-def _compared(pairs: Mapping[str, Pair], label: str) -> dict[str, float]:
+def _halvings(plan: ConvertPlan) -> dict[str, int]:
+    """How often `rescale` halves each tensor of the source that it halves at all."""
+    if not plan.spec.rescale or plan.format is None:
+        return {}
+    rows = {row.ours for row in plan.format.rows if row.transform is HALVED}
+    layers = {name: layer for name in plan.checkpoint.info for row, layer in [general_name(name)] if row in rows}
+    return {name: layer // plan.spec.rescale for name, layer in layers.items() if layer >= plan.spec.rescale}
+
+
+def _compared(pairs: Mapping[str, Pair], halvings: Mapping[str, int], label: str) -> dict[str, float]:
     """What is wrong with each tensor: of quantised ones as `quantised.excess`, else 1 where any bit differs.
 
     A few threads take one tensor each, the largest first, as when writing.
@@ -76,7 +86,7 @@ def _compared(pairs: Mapping[str, Pair], label: str) -> dict[str, float]:
     names = sorted(pairs, key=lambda n: -pairs[n][0].nbytes)
     total, found, large = sum(source.nbytes for source, _ in pairs.values()), dict[str, float](), OneLarge()
     with one_torch_thread_each(), Progress(label, total) as progress, ThreadPoolExecutor(WORKERS) as pool:
-        futures = {pool.submit(_difference, *pairs[n], large): n for n in names}
+        futures = {pool.submit(_difference, *pairs[n], halvings.get(n, 0), large): n for n in names}
         try:
             for future in as_completed(futures):
                 name = futures[future]
@@ -88,12 +98,12 @@ def _compared(pairs: Mapping[str, Pair], label: str) -> dict[str, float]:
     return found
 
 
-def _difference(source: TensorInfo, written: TensorInfo, large: OneLarge) -> float:
+def _difference(source: TensorInfo, written: TensorInfo, halvings: int, large: OneLarge) -> float:
     with large.held(source.gathered + written.gathered):
-        return _difference_of(source, written)
+        return _difference_of(source, written, halvings)
 
 
-def _difference_of(source: TensorInfo, written: TensorInfo) -> float:
+def _difference_of(source: TensorInfo, written: TensorInfo, halvings: int) -> float:
     if source.numel != written.numel:
         return float("inf")
     if _in_blocks(written):
@@ -103,7 +113,12 @@ def _difference_of(source: TensorInfo, written: TensorInfo) -> float:
     if source.plain and written.plain and source.dtype == written.dtype:
         return float(not _same_bytes(source, written))
     pairs = zip(source.pieces(_PIECE), written.pieces(_PIECE), strict=True)
-    return float(not all(_same_bits(round_to(a, b.dtype), b) for a, b in pairs))
+    return float(not all(_same_bits(_rounded(a, b.dtype, halvings), b) for a, b in pairs))
+
+
+def _rounded(values: torch.Tensor, dtype: torch.dtype, halvings: int) -> torch.Tensor:
+    """What a dtype leaves of values that lie in it halved so often."""
+    return round_to(values.double() / 2**halvings, dtype) * 2**halvings if halvings else round_to(values, dtype)
 
 
 def _in_blocks(info: TensorInfo) -> bool:

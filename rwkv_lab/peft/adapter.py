@@ -130,6 +130,7 @@ class Adapter:
     quant: str | None = None  # how the frozen base was stored in training; None where the file does not state it
     origin: str | None = None  # which base it was trained on, as of `checkpoint.origin`; None where it is not stated
     named_targets: tuple[str, ...] = ()  # layers that the file lists as adapted: names or their ends
+    notes: tuple[str, ...] = ()  # what its file states otherwise than its tensors have it, in words
     opened: tuple[Checkpoint, ...] = field(default=(), repr=False)
 
     def __enter__(self) -> Adapter:

@@ -14,11 +14,11 @@ from typing import Any
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo, write_checkpoint
 from rwkv_lab.checkpoint.atomic import atomic_folder, check_target
 from rwkv_lab.checkpoint.origin import ORIGIN
-from rwkv_lab.checkpoint.prefixes import bare_names
 from rwkv_lab.errors import CorruptFileError, LayoutError, OutputError, ParameterError
 from rwkv_lab.peft.adapter import Adapter, Values
 from rwkv_lab.peft.config import ADAPTER_KINDS, AdapterKind
 from rwkv_lab.peft.options import AdapterOptions
+from rwkv_lab.peft.peft_settings import contradictions, listed
 from rwkv_lab.peft.settings import QUANTS
 
 PREFIX = "base_model.model."
@@ -41,7 +41,10 @@ def read(ck: Checkpoint, options: AdapterOptions) -> Adapter:
     layers, full = _sorted(ck, kind)
     targets, method = kind.read_folder(ck, config, layers, options)
     origin, named = ck.metadata.get(ORIGIN), _named_targets(ck, config)
-    return Adapter(method, targets, full, layout="hf", quant=_quant(ck), origin=origin, named_targets=named)
+    notes = tuple(contradictions(config, list(targets), list(full), ck.names_in_file))
+    return Adapter(
+        method, targets, full, layout="hf", quant=_quant(ck), origin=origin, named_targets=named, notes=notes
+    )
 
 
 def _kind(ck: Checkpoint, config: Mapping[str, Any]) -> AdapterKind:
@@ -101,7 +104,7 @@ def _named_targets(ck: Checkpoint, config: Mapping[str, Any]) -> tuple[str, ...]
         raise LayoutError(f"{ck.path}: target_modules is {named!r}, a list of names is expected.")
     if any(config.get(k) for k in ("layers_to_transform", "exclude_modules")):
         return ()
-    return tuple(bare_names(named or (), str(ck.path)).values())
+    return listed(named)
 
 
 def check_folder(folder: Path) -> None:

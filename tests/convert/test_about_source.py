@@ -7,9 +7,9 @@ import pytest
 import torch
 from models import LAYOUTS, SEVEN, random_model, random_state, snapshot
 
-from rwkv_lab.checkpoint import write_checkpoint
+from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.convert import convert, to_huggingface, to_safetensors
-from rwkv_lab.errors import LayoutError, OutputError, ParameterError
+from rwkv_lab.errors import CorruptFileError, LayoutError, OutputError, ParameterError
 
 
 def saved(folder, tensors, name="m.pth"):
@@ -128,6 +128,63 @@ def test_tokens_that_end_a_text_by_the_source_and_not_by_the_output(tmp_path):
         said = notes(folder, to, tmp_path / out)
         assert "The source states eos_token_id 2; in the output it is" in said and "pad_token_id" not in said
     assert "eos_token_id" not in notes(folder, "pth", tmp_path / "o.pth")
+
+
+OWN = "{{ messages[0].content }}, and nothing more"
+
+
+def with_template(folder, form):
+    """A converted folder with a template of its own."""
+    path = saved(folder, random_model(replace(SEVEN, vocab_size=257)))
+    out = convert(path, "fla", folder / "with").out
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    if form == "jinja":
+        (out / "chat_template.jinja").write_text(OWN)
+    elif form == "json":
+        (out / "chat_template.json").write_text(json.dumps({"chat_template": OWN}))
+    else:
+        several = [{"name": "tools", "template": "no"}, {"name": "default", "template": OWN}]
+        config["chat_template"] = several if form == "several" else OWN
+    (out / "tokenizer_config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize("form", ["jinja", "json", "config", "several"])
+def test_the_chat_template_of_the_source_goes_along(form, tmp_path):
+    source, (gguf, again, world) = with_template(tmp_path, form), (tmp_path / n for n in ("o.gguf", "again", "world"))
+    for start, to, out in ((source, "gguf", gguf), (gguf, "transformers", again), (again, "fla", world)):
+        assert "own chat template goes along" in "\n".join(convert(start, to, out).notes)
+    with open_checkpoint(gguf) as ck:
+        assert ck.metadata["tokenizer.chat_template"] == OWN
+    for folder in (again, world):
+        assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"] == OWN
+    assert "chat template stays behind: the output has no place" in notes(source, "pth", tmp_path / "o.pth")
+
+
+def test_a_chat_template_without_a_tokenizer(tmp_path):
+    source = convert(saved(tmp_path, random_model()), "fla", tmp_path / "folder").out
+    (source / "chat_template.jinja").write_text(OWN)
+    assert (convert(source, "fla", tmp_path / "again").out / "chat_template.jinja").read_text() == OWN
+    (source / "chat_template.jinja").write_bytes(b"\xff{}")
+    with pytest.raises(CorruptFileError, match=r"chat_template\.jinja beside the model is not UTF-8"):
+        convert(source, "fla", tmp_path / "third")
+
+
+def test_a_licence_that_stays_behind_is_told(tmp_path):
+    source = convert(saved(tmp_path, random_model()), "fla", tmp_path / "folder").out
+    for name in ("LICENSE", "Licence.md", "NOTICE.txt", "licensed_words.txt"):
+        (source / name).write_text("words")
+    for to, out in (("gguf", "o.gguf"), ("pth", "o.pth"), ("fla", "o")):
+        said = notes(source, to, tmp_path / out)
+        assert "LICENSE, Licence.md, NOTICE.txt of the source stays behind" in said
+
+
+@pytest.mark.parametrize("noted", ["gguf-rwkv7", "fla-rwkv7", "nothing"])
+def test_metadata_that_names_a_format_which_the_tensors_do_not_have(noted, tmp_path):
+    write_checkpoint(tmp_path / "m.safetensors", random_model(), {"rwkv_lab.format": noted})
+    result = convert(tmp_path / "m.safetensors", "fla", tmp_path / "o")
+    assert f"metadata states the format '{noted}'; its tensors have other names" in "\n".join(result.notes)
+    assert all(check.passed for check in result.checks)
 
 
 def test_what_is_not_read_for_one_reason_is_one_note(tmp_path):

@@ -53,9 +53,11 @@ def elsewhere(shard):
 INDEXES = {
     "below": (elsewhere("../m.pth"), UnsafeFileError, "outside its folder; nothing was opened"),
     "absolute": (elsewhere("/etc/passwd"), UnsafeFileError, "outside its folder"),
-    "in a subfolder": (elsewhere("a/b.safetensors"), UnsafeFileError, "outside its folder"),
-    "nothing": (elsewhere(""), UnsafeFileError, "outside its folder"),
-    "the folder itself": (elsewhere("."), UnsafeFileError, "outside its folder"),
+    "out and in again": (elsewhere("a/../b.safetensors"), UnsafeFileError, "outside its folder"),
+    "in a subfolder": (elsewhere("a/b.safetensors"), LayoutError, "a/b.safetensors, which is not there"),
+    "nothing": (elsewhere(""), UnsafeFileError, "no name of a file"),
+    "the folder itself": (elsewhere("."), UnsafeFileError, "no name of a file"),
+    "two lines": (elsewhere("a\nb"), UnsafeFileError, r"'a\\nb', which is no name of a file"),
     "a shard that is missing": (elsewhere("model-00099-of-00099.safetensors"), LayoutError, "not there; download it"),
     "the index itself": (elsewhere(INDEX), LayoutError, "index of a model's shards"),
     "a number": (elsewhere(5), LayoutError, "no weight_map of names to files"),
@@ -80,6 +82,16 @@ def test_an_index_that_leads_astray(name, shards, tmp_path):
     change, error, message = INDEXES[name]
     changed_index(shards[0], change)
     refused(error, message, shards[0], "pth", tmp_path / "out.pth")
+
+
+def test_an_index_that_names_files_inside_its_folder_by_other_words(shards, tmp_path):
+    """`./` before a name, and shards in folders of their own."""
+    folder, (first, second, *_) = shards
+    (folder / "deep").mkdir()
+    (folder / second).rename(folder / "deep" / second)
+    words = {first: f"./{first}", second: f"deep/.//{second}"}
+    changed_index(folder, lambda index: {"weight_map": {n: words.get(s, s) for n, s in index["weight_map"].items()}})
+    assert all(check.passed for check in convert(folder, "pth", tmp_path / "out.pth").checks)
 
 
 def _missing(folder, names):

@@ -7,38 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.tokenizer.chat_template import json_object
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def template_of(files: Mapping[str, bytes]) -> str | None:
-    """The template among the files of a tokenizer, None where there is none; of several the one called "default"."""
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        found = _object(files.get(name)).get("chat_template")
-        if isinstance(found, list):
-            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-            found = named.get("default")
-        if isinstance(found, str):
-            return found
-    return None
-
-
 def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
     """Texts of tokens that templates name: bos_token, eos_token, …"""
-    stated = _object(files.get("special_tokens_map.json")) | _object(files.get("tokenizer_config.json"))
+    stated = json_object(files.get("special_tokens_map.json")) | json_object(files.get("tokenizer_config.json"))
     texts = {name: stated.get(name) for name in _SPECIAL}
     texts = {name: text.get("content") if isinstance(text, dict) else text for name, text in texts.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _object(data: bytes | None) -> dict[str, Any]:
-    try:
-        found = json.loads(data or b"{}")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def render_chat(

@@ -13,14 +13,14 @@ from rwkv_lab.checkpoint.atomic import atomic_folder
 from rwkv_lab.checkpoint.provenance import provenance
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import ONNXExportError
-from rwkv_lab.export.causal_lm.chat_template import special_tokens, template_of
+from rwkv_lab.export.causal_lm.chat_template import special_tokens
 from rwkv_lab.export.causal_lm.folder import GENERATION, TOKENIZER, files_beside
 from rwkv_lab.export.causal_lm.loading import load_causal_lm
 from rwkv_lab.export.onnx import need_packages
 from rwkv_lab.export.onnx_folder import CAUSAL_LM, CONTRIB, MANIFEST, SEQUENCE, Weights
 from rwkv_lab.export.weight_storage import Choice
+from rwkv_lab.tokenizer.chat_template import TEMPLATE, template_of
 
-TEMPLATE = "chat_template.jinja"
 _PLAIN, _CHAT = '"The "', 'model.chat_prompt([{"role": "user", "content": "Hello"}])'
 _README = """\
 # A {kind} language model for onnxruntime

@@ -199,6 +199,7 @@ def _notes(base: Checkpoint, adapters: AdapterSet) -> tuple[str, ...]:
             "is lost."
         )
     for adapter in adapters.adapters:
+        notes += [f"{Path(adapter.where).name}: {note}" for note in adapter.notes]
         touched = {inside[0] for x in adapter.targets if (inside := split_block(x))}
         n_layer = base.layout.n_layer if base.layout else 0
         if len(touched) < n_layer:
