@@ -8,7 +8,7 @@
 # make sanitize  tests compiled code under AddressSanitizer and UBSan, with 2,000 random changes of models (an hour)
 # make compat  exports tiny models with the oldest and the newest packages that pyproject.toml allows (12 GB of disk)
 # make torture  10,000 damaged checkpoints, 200 kills and full disks, 100,000 tokens, 100 notebooks in a row (two hours)
-# make clean  removes .venv, the demo model, build folders and compiled kernels; reports stay
+# make clean  removes .venv, the demo model, build folders, compiled kernels and traced graphs; reports stay
 #
 # Each sets up in .venv what it needs.
 
@@ -96,4 +96,4 @@ torture: $(TESTS_READY)
 clean:
 	rm -rf .venv .compat build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -rf "$${RWKV_LAB_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/rwkv_lab}/kernels"
+	folder="$${RWKV_LAB_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/rwkv_lab}"; rm -rf "$$folder/kernels" "$$folder/graphs"

@@ -45,6 +45,11 @@ def user_cache_folder() -> Path:
     return (folder_of_variable("XDG_CACHE_HOME") or Path(os.path.expanduser("~/.cache"))) / "rwkv_lab"
 
 
+def cache_of(what: str) -> Path:
+    """Folder of one kind of such things, in `$RWKV_LAB_CACHE`, else in the user's cache folder."""
+    return (folder_of_variable("RWKV_LAB_CACHE") or user_cache_folder()) / what
+
+
 def _shipped(name: str) -> Path:
     root = checkout_folder()
     return root / name if root else _PACKAGE / name

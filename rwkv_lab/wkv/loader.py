@@ -30,7 +30,7 @@ import torch
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.machine import cpu_identity
-from rwkv_lab.resources import folder_of_variable, kernels_folder, user_cache_folder
+from rwkv_lab.resources import cache_of, folder_of_variable, kernels_folder
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def sources(kind: str) -> list[str]:
 
 def cache_folder() -> Path:
     """Where libraries are kept: `$RWKV_LAB_CACHE`, else `rwkv_lab/` in the user's cache folder; then `kernels/`."""
-    return (folder_of_variable("RWKV_LAB_CACHE") or user_cache_folder()) / "kernels"
+    return cache_of("kernels")
 
 
 def cpu_build(name: str) -> Build:

@@ -10,10 +10,9 @@ from torch import nn
 
 from rwkv_lab.checkpoint import Layout
 from rwkv_lab.errors import ONNXExportError
+from rwkv_lab.export.onnx import kept_graphs
 from rwkv_lab.export.onnx.graphs import name_axes, plain_torch, without_notes
 from rwkv_lab.export.onnx.layers import TRANSPOSED, X, join_states, repeat_last_layer
-from rwkv_lab.export.onnx.operators import translations
-from rwkv_lab.export.onnx.optimise import optimise_graph
 from rwkv_lab.export.onnx.weights import WeightTensors
 from rwkv_lab.export.onnx_folder import AXES, STATES, Logits, Recurrence
 from rwkv_lab.model import RWKV_Dual
@@ -102,21 +101,35 @@ def trace(
 
 
 def _first_layers(module: Graph, layout: Layout, opset: int, optimise: bool, recurrence: Recurrence) -> ir.Model:
-    """What was traced, of all layers of `module`. The last few are kept: the same model in other bits has the same."""
+    """What was traced, of all layers of `module`. The last few are kept, and in files those of models that come from
+    one: the same model in other bits has the same."""
     shapes = [(name, *w.shape) for name, w in module.named_parameters()]
     key = repr((module, layout, shapes, module.last, module.one_token, opset, optimise, recurrence))
     if key not in _KEPT:
-        operators = translations(module.one_token, recurrence)
-        graph = _translated(_exported(module, layout), len(module.blocks), opset, operators)
-        _forget_values(graph)
-        _transpose_weights(graph)
-        if optimise:
-            optimise_graph(graph)
-        without_notes(graph)
+        is_outline = module.emb.weight.is_meta  # others may have been changed in ways that the key does not tell
+        graph = kept_graphs.find(key) if is_outline else None
+        if graph is None:
+            graph = _traced(module, layout, opset, optimise, recurrence)
+            if is_outline:
+                kept_graphs.keep(key, graph)
         if len(_KEPT) >= _MOST_KEPT:
             del _KEPT[next(iter(_KEPT))]
         _KEPT[key] = graph
     return _KEPT[key].clone()
+
+
+def _traced(module: Graph, layout: Layout, opset: int, optimise: bool, recurrence: Recurrence) -> ir.Model:
+    from rwkv_lab.export.onnx.operators import translations  # what a graph that is kept does without
+    from rwkv_lab.export.onnx.optimise import optimise_graph
+
+    operators = translations(module.one_token, recurrence)
+    graph = _translated(_exported(module, layout), len(module.blocks), opset, operators)
+    _forget_values(graph)
+    _transpose_weights(graph)
+    if optimise:
+        optimise_graph(graph)
+    without_notes(graph)
+    return graph
 
 
 def _alike(model: RWKV_Dual) -> bool:
