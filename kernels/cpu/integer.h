@@ -178,7 +178,7 @@ inline void pack_codes(int32_t *to, float *scales, const Tensor &w, const Path &
     const int64_t units = (end - begin) * (group / 4);
     for (int c = 0; c < panel; c++)
         for (int64_t g = begin; g < end; g++)
-            scales[(g - begin) * panel + c] = c < columns ? bfloat_to_float(w.scales[(first + c) * row_groups + g]) : 0;
+            scales[(g - begin) * panel + c] = c < columns ? bfloat_to_float(short_scales(w)[(first + c) * row_groups + g]) : 0;
     constexpr int SOME = 32;  // units at a time: a line of 128 codes
     alignas(64) uint8_t rows[PATH_WIDTH][4 * SOME];
     for (int c0 = 0; c0 < panel; c0 += path.width) {

@@ -52,7 +52,7 @@ inline PackedRows pack(const Tensor &w, const Rows &x, int64_t B, float *scratch
 
 // One row of a matrix as float32; `to` holds whole groups.
 inline void decode_row(const Tensor &w, int64_t row, float *to) {
-    if (w.format != INT8 && w.format != INT4) {
+    if (!is_coded(w.format)) {
         load_row(to, {w.data, w.format}, row * w.columns, w.columns, round_up(w.columns, LANES));
         return;
     }
@@ -177,7 +177,7 @@ INLINE void lanes_block(const Tensor &w, const Block &block, const PackedRows &x
 // Rows row .. row+ROWS-1 as the products read them: where they are stored, or unpacked into `scratch` of ROWS padded rows and scales.
 template <bool PAIRS, int ROWS>
 INLINE Block block_of(const Tensor &w, int row, float *scratch) {
-    const bool codes = w.format == INT8 || w.format == INT4;
+    const bool codes = is_coded(w.format);
     if (!codes && (PAIRS || w.format == FLOAT32)) {
         const int64_t stride = int64_t(w.columns) * (PAIRS ? 2 : 4);
         const char *from = static_cast<const char *>(w.data) + row * stride;

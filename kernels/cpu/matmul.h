@@ -71,14 +71,13 @@ struct Weight {
     const void *data;
     int dtype;
     int64_t stride_n, stride_k;  // strides in elements, one of them 1
-    const uint16_t *scales;      // of codes
+    const void *scales;          // of codes
+    const uint8_t *zeros;
 };
-
-inline bool is_coded(int64_t dtype) { return dtype == INT8 || dtype == INT4; }
 
 // What numbers at .. at+count-1 of column n of a coded W[k,n] are; `at` is a multiple of 64, and whole groups are written.
 inline void decode(float *to, const Weight &w, int64_t k, int64_t n, int64_t at, int64_t count) {
-    const Tensor matrix{w.data, w.scales, int32_t(w.dtype), int32_t(n + 1), int32_t(k), 0, 0, 0};
+    const Tensor matrix{w.data, w.scales, int32_t(w.dtype), int32_t(n + 1), int32_t(k), 0, 0, 0, w.zeros, 0};
     const int group = group_of(matrix);
     for (int64_t i = 0; i < count; i += LANES)
         store(to + i, codes_of(matrix, n, int(at + i)) * scale_of(matrix, n, int(at + i) / group));
@@ -209,12 +208,14 @@ struct Product {
     int64_t y_dtype, y_stride;
     int64_t add;  // to what y holds, which is float32 then
     int64_t x_bytes, w_bytes, y_bytes;
-    const uint16_t *scales;  // of a W of codes
+    const void *scales;  // of a W of codes
     int64_t scales_bytes;
-    int64_t integers;  // an IntegerPath, for a W of codes: X is rounded to 8 bits
+    int64_t integers;  // an IntegerPath, for a W of INT8 or INT4: X is rounded to 8 bits
+    const uint8_t *zeros;
+    int64_t zeros_bytes;
 
-    Weight weight() const { return {w, int(w_dtype), w_stride_n, w_stride_k, scales}; }
-    Tensor codes() const { return {w, scales, int32_t(w_dtype), int32_t(n), int32_t(k), 0, w_bytes, scales_bytes}; }
+    Weight weight() const { return {w, int(w_dtype), w_stride_n, w_stride_k, scales, zeros}; }
+    Tensor codes() const { return {w, scales, int32_t(w_dtype), int32_t(n), int32_t(k), 0, w_bytes, scales_bytes, zeros, zeros_bytes}; }
     int64_t tiles() const { return (rows + TILE - 1) / TILE; }
 };
 
@@ -232,7 +233,7 @@ inline bool weight_fits(const Product &p, bool pairs) {
 }
 
 inline bool fits(const Product &p, bool pairs) {
-    if (p.integers != NO_INTEGERS && (!is_coded(p.w_dtype) || !has_path(p.integers))) return false;
+    if (p.integers != NO_INTEGERS && ((p.w_dtype != INT8 && p.w_dtype != INT4) || !has_path(p.integers))) return false;
     return p.rows > 0 && p.k > 0 && p.n > 0 && is_dtype(p.y_dtype) && weight_fits(p, pairs) && (!p.add || p.y_dtype == FLOAT32) &&
            p.y_stride >= p.n && holds({const_cast<float *>(p.x), p.x_bytes}, 4, {packed_floats_of(p.rows, p.k, pairs)}) &&
            reaches({p.y, p.y_bytes}, size_of(p.y_dtype), {p.rows, p.n}, {p.y_stride, 1});

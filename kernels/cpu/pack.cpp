@@ -1,12 +1,13 @@
 // Weights to 8 and 4 bits with a bfloat16 scale per group, in the layout of weights.h, bit for bit as
-// rwkv_lab/checkpoint/grouped.py rounds them.
+// rwkv_lab/checkpoint/grouped.py rounds them; and to NF4, as rwkv_lab/checkpoint/four_bits.py does.
 //
 // Products of a code and a scale have 12 bits and are exact, and so are squares of differences in float64: a compiler may
 // fuse them with what comes next. A weight times the inverse of a scale is rounded by itself.
 #include <cmath>
+#include <limits>
 
 #include "parallel.h"
-#include "weights.h"
+#include "quantised.h"
 
 namespace {
 
@@ -166,7 +167,45 @@ void pack_rows4(const Matrix &m, int64_t begin, int64_t end, uint16_t *codes, ui
         }
 }
 
+// 64 numbers: two codes to a byte, the first in its high half; returns the largest size, by which they were divided.
+INLINE float pack_nf4_block(const float *from, uint8_t *bytes) {
+    constexpr int K = GROUP8 / LANES;
+    Group<K> g;
+    for (int k = 0; k < K; k++) g.x[k] = load(from + k * LANES);
+    const float most = size_of_largest(g);
+    const Vec divisor = broadcast(std::max(most, std::numeric_limits<float>::min()));
+    int32_t codes[GROUP8];
+    for (int k = 0; k < K; k++) {
+        const Vec share = g.x[k] / divisor;
+        Ints code{};  // how many of the numbers half-way between two levels are smaller
+#pragma GCC unroll 15
+        for (int i = 0; i < 15; i++) code -= share > broadcast((NF4_LEVELS[i + 1] + NF4_LEVELS[i]) / 2);
+        memcpy(codes + k * LANES, &code, sizeof code);
+    }
+    for (int i = 0; i < GROUP8 / 2; i++) bytes[i] = uint8_t(codes[2 * i] << 4 | codes[2 * i + 1]);
+    return most;
+}
+
 }  // namespace
+
+// n weights of any dtype to codes of NF4, two to a byte, and the largest size of every 64, which is NaN or infinity where one
+// of them is; codes mean nothing then.
+extern "C" int64_t pack_nf4(Span weight, int64_t dtype, int64_t n, Span codes, Span sizes, int64_t threads) {
+    if (!is_dtype(dtype) || n < 2 || n % 2 || n > INT64_MAX / 8) return MISFIT;
+    const int64_t blocks = (n + GROUP8 - 1) / GROUP8;
+    if (!holds(weight, size_of(dtype), {n}) || !holds(codes, 1, {n / 2}) || !holds(sizes, 4, {blocks})) return MISFIT;
+    parallel_ranges(blocks, 1 << 10, int(threads), [&](int64_t begin, int64_t end) {
+        float some[GROUP8];
+        uint8_t bytes[GROUP8 / 2];
+        for (int64_t block = begin; block < end; block++) {
+            const int there = int(std::min<int64_t>(GROUP8, n - block * GROUP8));
+            load_row(some, {weight.data, int(dtype), n}, block * GROUP8, there, GROUP8);
+            sizes.as<float>()[block] = pack_nf4_block(some, bytes);
+            memcpy(codes.as<uint8_t>() + block * (GROUP8 / 2), bytes, size_t(there) / 2);
+        }
+    });
+    return FITS;
+}
 
 // weight[rows,columns] of any dtype to codes and scales of `bits` bits.
 extern "C" int64_t pack(Span weight, int64_t dtype, int64_t rows, int64_t columns, int64_t bits, Span codes, Span scales,

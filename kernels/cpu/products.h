@@ -98,6 +98,8 @@ INLINE void tile(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *s
         int8_dots<TR, TB>(w, row, x, b0, sums);
     else if constexpr (F == INT4)
         int4_dots<TR, TB>(w, row, x, b0, sums);
+    else if constexpr (is_coded(F))
+        dots_in<F, TR, TB>(w, row, x, b0, sums);
     else
         dots<F, TR, TB>(w, row, x, b0, sums);
 }
@@ -129,6 +131,7 @@ template <int F>
 INLINE int64_t stored_bytes(int columns) {
     if constexpr (F == INT8) return int64_t(columns + GROUP8 - 1) / GROUP8 * GROUP8;
     if constexpr (F == INT4) return int64_t(columns + LINE4 - 1) / LINE4 * LINE4 / 2;
+    if constexpr (is_coded(F)) return F == ROWS8 ? columns : columns / 2;
     return int64_t(columns) * (F == FLOAT32 ? 4 : 2);
 }
 
@@ -136,7 +139,7 @@ INLINE int64_t stored_bytes(int columns) {
 // has time to bring the next rows: each tile of tokens asks for its share of them.
 template <int F, bool BFLOAT = false>
 void dot_rows(const Tensor &w, int first, int last, const Rows &x, int64_t b0, int64_t b1, float *out, int64_t out_stride) {
-    constexpr bool DECODED = F == INT8 || F == INT4;
+    constexpr bool DECODED = is_coded(F);
     constexpr int MANY = DECODED ? 8 : 4, TR = DECODED ? 2 : 4, CACHED = 16;
     for (int row = first; row < last; row += CACHED) {
         const int end = std::min(row + CACHED, last);
@@ -227,6 +230,9 @@ inline void product(const Tensor &w, int first, int last, const Rows &x, int64_t
         case FLOAT16: return dot_rows<FLOAT16>(w, first, last, x, b0, b1, out, out_stride);
         case INT8: return dot_rows<INT8>(w, first, last, x, b0, b1, out, out_stride);
         case INT4: return dot_rows<INT4>(w, first, last, x, b0, b1, out, out_stride);
+        case ROWS8: return dot_rows<ROWS8>(w, first, last, x, b0, b1, out, out_stride);
+        case BLOCKS4: return dot_rows<BLOCKS4>(w, first, last, x, b0, b1, out, out_stride);
+        case NF4: return dot_rows<NF4>(w, first, last, x, b0, b1, out, out_stride);
         default: return dot_rows<BFLOAT16>(w, first, last, x, b0, b1, out, out_stride);
     }
 }

@@ -5,9 +5,66 @@
 
 namespace rwkv_lab {
 
+constexpr float NF4_LEVELS[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
+    -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+// LANES numbers of 4 bits, two to a byte, from `bytes` on.
+template <bool HIGH_FIRST>
+INLINE Ints of_pairs(const uint8_t *bytes) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(bytes));
+#else
+    int32_t four;
+    memcpy(&four, bytes, 4);
+    const __m128i both = _mm_cvtsi32_si128(four);
+#endif
+    const __m128i half = _mm_set1_epi8(15), low = _mm_and_si128(both, half), high = _mm_and_si128(_mm_srli_epi16(both, 4), half);
+    const __m128i each = HIGH_FIRST ? _mm_unpacklo_epi8(high, low) : _mm_unpacklo_epi8(low, high);
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepu8_epi32(each);
+#else
+    return (Ints)_mm256_cvtepu8_epi32(each);
+#endif
+#else
+    Ints out;
+    for (int i = 0; i < LANES; i++) out[i] = bytes[i / 2] >> (HIGH_FIRST == (i % 2 == 0) ? 4 : 0) & 15;
+    return out;
+#endif
+}
+
+INLINE Vec nf4_levels(Ints numbers) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_permutexvar_ps((__m512i)numbers, _mm512_loadu_ps(NF4_LEVELS));
+#elif defined(__AVX2__)
+    return (Vec)_mm256_i32gather_ps(NF4_LEVELS, (__m256i)numbers, 4);
+#else
+    Vec out;
+    for (int i = 0; i < LANES; i++) out[i] = NF4_LEVELS[numbers[i]];
+    return out;
+#endif
+}
+
+// The zero point of 32 numbers of BLOCKS4.
+INLINE int zero_of(const Tensor &w, int64_t row, int group) { return w.zeros[row * (w.columns / GROUP8) + group / 2] >> (4 * (group % 2)) & 15; }
+
+// Codes in one of the formats without padding, LANES of them from number `at` of their row on, before their scale.
+template <int F>
+INLINE Vec codes_in(const Tensor &w, int64_t row, int at) {
+    if constexpr (F == ROWS8) return widened<INT8>(w.data, row * w.columns + at);
+    const uint8_t *pairs = static_cast<const uint8_t *>(w.data) + (row * w.columns + at) / 2;
+    if constexpr (F == NF4) return nf4_levels(of_pairs<true>(pairs));
+    return __builtin_convertvector(of_pairs<false>(pairs) - zero_of(w, row, at / GROUP4), Vec);
+}
+
 // Codes of 8 or 4 bits, LANES of them from number `at` of their row on.
 INLINE Vec codes_of(const Tensor &w, int64_t row, int at) {
     if (w.format == INT8) return widened<INT8>(w.data, row * round_up(w.columns, GROUP8) + at);
+    if (w.format == ROWS8) return codes_in<ROWS8>(w, row, at);
+    if (w.format == BLOCKS4) return codes_in<BLOCKS4>(w, row, at);
+    if (w.format == NF4) return codes_in<NF4>(w, row, at);
     const auto *words = static_cast<const uint16_t *>(w.data) + row * round_up(w.columns, LINE4) / 4 + at / LINE4 * 32;
     Halves some;
     memcpy(&some, words + at % GROUP4, sizeof some);
@@ -15,11 +72,14 @@ INLINE Vec codes_of(const Tensor &w, int64_t row, int at) {
     return __builtin_convertvector(codes, Vec);
 }
 
-INLINE int group_of(const Tensor &w) { return w.format == INT8 ? GROUP8 : GROUP4; }
+INLINE int group_of(const Tensor &w) { return w.format == INT4 || w.format == BLOCKS4 ? GROUP4 : GROUP8; }
 
 INLINE float scale_of(const Tensor &w, int64_t row, int group) {
+    const auto *wide = static_cast<const float *>(w.scales);
+    if (w.format == ROWS8) return wide[row];
+    if (w.format == BLOCKS4 || w.format == NF4) return wide[row * (w.columns / group_of(w)) + group];
     const int groups = w.format == INT8 ? (w.columns + GROUP8 - 1) / GROUP8 : round_up(w.columns, LINE4) / GROUP4;
-    return bfloat_to_float(w.scales[row * groups + group]);
+    return bfloat_to_float(short_scales(w)[row * groups + group]);
 }
 
 template <int TR, int TB>
@@ -30,7 +90,7 @@ INLINE void int8_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, V
         for (int r = 0; r < TR; r++) {
             const int64_t group = (row + r) * groups + g;
             prefetch_ahead<64>(static_cast<const int8_t *>(w.data) + group * GROUP8);
-            const Vec scale = broadcast(bfloat_to_float(w.scales[group]));
+            const Vec scale = broadcast(bfloat_to_float(short_scales(w)[group]));
             Vec part[TB] = {};
 #pragma GCC unroll 16
             for (int i = 0; i < GROUP8; i += LANES) {
@@ -42,6 +102,30 @@ INLINE void int8_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, V
             for (int b = 0; b < TB; b++) sums[r * TB + b] += part[b] * scale;
         }
     }
+}
+
+// The same of the formats without padding.
+template <int F, int TR, int TB>
+INLINE void dots_in(const Tensor &w, int64_t row, const Rows &x, int64_t b0, Vec *sums) {
+    constexpr int GROUP = F == BLOCKS4 ? GROUP4 : GROUP8, PER_BYTE = F == ROWS8 ? 1 : 2;
+    const auto *scales = static_cast<const float *>(w.scales);
+    const int groups = w.columns / GROUP;
+    for (int g = 0; g < groups; g++)
+#pragma GCC unroll 4
+        for (int r = 0; r < TR; r++) {
+            const int64_t group = (row + r) * groups + g;
+            prefetch_ahead<GROUP / PER_BYTE>(static_cast<const char *>(w.data) + group * (GROUP / PER_BYTE));
+            const Vec scale = broadcast(F == ROWS8 ? scales[row + r] : scales[group]);
+            Vec part[TB] = {};
+#pragma GCC unroll 16
+            for (int i = 0; i < GROUP; i += LANES) {
+                const Vec weight = codes_in<F>(w, row + r, g * GROUP + i);
+#pragma GCC unroll 8
+                for (int b = 0; b < TB; b++) part[b] += weight * load(x.row(b0 + b) + g * GROUP + i);
+            }
+#pragma GCC unroll 8
+            for (int b = 0; b < TB; b++) sums[r * TB + b] += part[b] * scale;
+        }
 }
 
 // The 4-bit numbers in the lowest bits of each lane.
@@ -89,7 +173,7 @@ INLINE void int4_dots(const Tensor &w, int64_t row, const Rows &x, int64_t b0, V
                     every_other(x.row(b0 + b) + line * LINE4 + group * GROUP4 + 2 * i, even, odd);
 #pragma GCC unroll 4
                     for (int r = 0; r < TR; r++) {
-                        const Vec scale = broadcast(bfloat_to_float(w.scales[((row + r) * lines + line) * 4 + group]));
+                        const Vec scale = broadcast(bfloat_to_float(short_scales(w)[((row + r) * lines + line) * 4 + group]));
                         const Vec one = nibbles(words[r] >> (4 * group)), two = nibbles(words[r] >> (4 * group + 16));
                         chains[(r * TB + b) * CHAINS + group % CHAINS] += (one * even + two * odd) * scale;
                     }
@@ -129,7 +213,7 @@ INLINE void int4_bfloat_dots(const Tensor &w, int64_t row, const Rows &x, int64_
             for (int b = 0; b < TB; b++) xs[b] = _mm512_loadu_si512(x.half + (b0 + b) * x.stride + line * LINE4 + group * GROUP4);
 #pragma GCC unroll 4
             for (int r = 0; r < TR; r++) {
-                const Vec scale = broadcast(bfloat_to_float(w.scales[((row + r) * lines + line) * 4 + group]));
+                const Vec scale = broadcast(bfloat_to_float(short_scales(w)[((row + r) * lines + line) * 4 + group]));
                 const __m512i weight = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[r], 4 * group), values);
 #pragma GCC unroll 8
                 for (int b = 0; b < TB; b++)

@@ -185,17 +185,19 @@ void embed(const Model &m, const Call &c, int64_t b, float *x) {
     const int64_t token = c.tokens[b];
     if (table.format <= FLOAT16) {
         load_row(x, {table.data, table.format}, token * m.C, m.C, m.C);
+    } else if (table.format >= ROWS8) {
+        for (int i = 0; i < m.C; i += LANES) store(x + i, codes_of(table, token, i) * scale_of(table, token, i / group_of(table)));
     } else if (table.format == INT8) {
         const int groups = (m.C + GROUP8 - 1) / GROUP8;
         const auto *from = static_cast<const int8_t *>(table.data) + token * groups * GROUP8;
-        for (int i = 0; i < m.C; i++) x[i] = float(from[i]) * bfloat_to_float(table.scales[token * groups + i / GROUP8]);
+        for (int i = 0; i < m.C; i++) x[i] = float(from[i]) * bfloat_to_float(short_scales(table)[token * groups + i / GROUP8]);
     } else {
         const int lines = (m.C + LINE4 - 1) / LINE4;
         const auto *words = static_cast<const uint16_t *>(table.data) + token * lines * 32;
         for (int i = 0; i < m.C; i++) {
             const int line = i / LINE4, inside = i % LINE4;
             const int code = int(words[line * 32 + inside % 32] >> (4 * (inside / 32)) & 15) - 8;
-            x[i] = float(code) * bfloat_to_float(table.scales[token * lines * 4 + i / GROUP4]);
+            x[i] = float(code) * bfloat_to_float(short_scales(table)[token * lines * 4 + i / GROUP4]);
         }
     }
     layer_norm<D>(x, x, m.tensors[LN0], m.tensors[LN0 + 1], m.C, m.norm_eps);

@@ -10,16 +10,23 @@ namespace rwkv_lab {
 // Beside the dtypes of simd.h. A row of INT8 is padded to whole groups of 64 numbers, each with a scale; one of INT4 to
 // lines of 128 numbers with four scales. Nibble j of 16-bit word i of a line is number 32 j + i, and 8 stands for zero.
 // Scales are bfloat16. Padding holds zeros.
-enum Quantised { INT8 = 3, INT4 = 4 };
+//
+// The others have float32 scales and no padding: rows are whole groups of 64 numbers. ROWS8: a scale per row. BLOCKS4: two
+// numbers to a byte, the first in its low half, a scale and a zero point for 32. NF4: the first in the high half, numbers of
+// levels, a scale for 64.
+enum Quantised { INT8 = 3, INT4 = 4, ROWS8 = 5, BLOCKS4 = 6, NF4 = 7 };
 constexpr int GROUP8 = 64, GROUP4 = 32, LINE4 = 128;
+constexpr bool is_coded(int64_t format) { return format >= INT8 && format <= NF4; }
 constexpr int PADDED = 128;  // activations have zeros up to a multiple of it
 
 // A parameter as the model has it. Matrices are [rows,columns]; `transposed` ones stand for their transposes.
 struct Tensor {
     const void *data;
-    const uint16_t *scales;
+    const void *scales;
     int32_t format, rows, columns, transposed;
     int64_t bytes, scales_bytes;  // behind `data` and `scales`
+    const uint8_t *zeros;         // of BLOCKS4, two to a byte
+    int64_t zeros_bytes;
 
     int outputs() const { return transposed ? columns : rows; }
     int inputs() const { return transposed ? rows : columns; }
@@ -27,6 +34,8 @@ struct Tensor {
         const int64_t n = inputs();
         if (format == INT8) return n + n / GROUP8 * 2;
         if (format == INT4) return n / 2 + n / GROUP4 * 2;
+        if (format == ROWS8) return n;
+        if (format == BLOCKS4 || format == NF4) return n / 2 + n / 8;
         return std::max<int64_t>(n, 1) * (format == FLOAT32 ? 4 : 2);
     }
 
@@ -39,9 +48,16 @@ struct Tensor {
         if (transposed || !scales) return false;
         const int64_t groups8 = rows * ((int64_t(columns) + GROUP8 - 1) / GROUP8), lines = rows * ((int64_t(columns) + LINE4 - 1) / LINE4);
         if (format == INT8) return bytes >= groups8 * GROUP8 && scales_bytes >= 2 * groups8;
-        return format == INT4 && bytes >= lines * 64 && scales_bytes >= lines * 8;
+        if (format == INT4) return bytes >= lines * 64 && scales_bytes >= lines * 8;
+        if (columns % GROUP8) return false;
+        if (format == ROWS8) return bytes >= all && scales_bytes >= 4 * int64_t(rows);
+        if (format == NF4) return bytes >= all / 2 && scales_bytes >= all / GROUP8 * 4;
+        return format == BLOCKS4 && zeros && bytes >= all / 2 && scales_bytes >= all / GROUP4 * 4 && zeros_bytes >= all / GROUP8;
     }
 };
+
+// Of INT8 and INT4, bfloat16.
+inline const uint16_t *short_scales(const Tensor &w) { return static_cast<const uint16_t *>(w.scales); }
 
 // Rows of numbers, one row per token of the batch; in a bfloat16 model they lie there rounded as bfloat16, too.
 struct Rows {

@@ -32,7 +32,7 @@ def why_not_run(tuning: Tuning) -> str:
 @checked
 def tuned_model(tuning: Tuning) -> RWKV_Dual:
     """The base with everything that the tuning changes worked into it, in float32."""
-    model = RWKV_Dual.from_pretrained(tuning.base.path).requires_grad_(False)
+    model = RWKV_Dual.from_pretrained(tuning.base.path, weights="dense").requires_grad_(False)
     if any(name.endswith(".time_state") for name in tuning.names()):
         model.add_time_state()
     set_tensors(model, [name for name in tuning.base.info if tuning.is_quantised(name)], tuning.before)
@@ -44,7 +44,7 @@ def tuned_model(tuning: Tuning) -> RWKV_Dual:
 def model_as_trained(tuning: Tuning) -> RWKV_Dual:
     """The model as its trainer has it: the adapter beside its frozen base, the state loaded, the fine-tune's file."""
     overlay = tuning.method == "overlay"
-    model = RWKV_Dual.from_pretrained(tuning.tuned.path if overlay else tuning.base.path)
+    model = RWKV_Dual.from_pretrained(tuning.tuned.path if overlay else tuning.base.path, weights="dense")
     if tuning.method == "state":
         model.load_state_file(tuning.tuned.path)
     elif tuning.adapter:

@@ -20,7 +20,6 @@ from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.machine import memory_free
 from rwkv_lab.model import RWKV_Dual, RWKVMode, RWKVState
-from rwkv_lab.model.weight_only import quantise_weights
 from rwkv_lab.wkv import use_backend
 
 log = logging.getLogger(__name__)
@@ -72,10 +71,9 @@ def open_engines(
 
 def load_model(path: Path, dtype: str, device: str = "cpu") -> RWKV_Dual:
     """A checkpoint in one of our dtypes, int8 and int4 (weights alone) included."""
-    if dtype not in QUANTISED:
-        return RWKV_Dual.from_pretrained(path, dtype=to_dtype(dtype), device=device).requires_grad_(False)
-    model = RWKV_Dual.from_pretrained(path, dtype=torch.bfloat16, device=device).requires_grad_(False)
-    return quantise_weights(model, dtype, in_place=True)
+    if dtype in QUANTISED:
+        return RWKV_Dual.from_pretrained(path, torch.bfloat16, device, weights=dtype)  # type: ignore[arg-type]
+    return RWKV_Dual.from_pretrained(path, to_dtype(dtype), device).requires_grad_(False)
 
 
 def tokens_for(vocab_size: int, batch: int, length: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -140,16 +141,11 @@ def _export(inputs: Mapping[str, Path], out: Path) -> Callable[[], object]:
     return lambda: export_onnx(inputs["base"], out)
 
 
-def _load(dtype: str, then: str = "") -> Callable[[Mapping[str, Path], Path], Callable[[], object]]:
+def _load(dtype: str, **given: Any) -> Callable[[Mapping[str, Path], Path], Callable[[], object]]:
     def prepared(inputs: Mapping[str, Path], out: Path) -> Callable[[], object]:
-        from rwkv_lab.model import RWKV_Dual, quantise_weights
+        from rwkv_lab.model import RWKV_Dual
 
-        def run() -> None:
-            model = RWKV_Dual.from_pretrained(inputs["base"], dtype=dtype).requires_grad_(False)
-            if then:
-                quantise_weights(model, then, in_place=True)
-
-        return run
+        return lambda: RWKV_Dual.from_pretrained(inputs["base"], dtype=dtype, **given)
 
     return prepared
 
@@ -197,7 +193,7 @@ RUNS: dict[str, Callable[[Mapping[str, Path], Path], Callable[[], object]]] = {
     "inspect values": _inspect,
     "load in float32": _load("fp32"),
     "load in bfloat16": _load("bf16"),
-    "pack to int8": _load("bf16", "int8"),
+    "pack to int8": _load("bf16", weights="int8"),
     f"read {TOKENS} tokens": _read(TOKENS),
     "write one token": _read(1),
     "train a state, a step": _train("state"),

@@ -9,8 +9,8 @@ In place of a matrix `NAME` `[out,in]` such a file has the parts of one kind:
 * int4-grouped: `NAME.int4_codes` int16, `NAME.int4_scales` bfloat16, likewise
 
 and a note `rwkv_lab.packed`. `export` writes the first three: the numbers of the ONNX graphs twice, and those of
-bitsandbytes. `save_pretrained` writes the last two, which a model computes with as they lie in the file; where codes
-are padded, the note `rwkv_lab.packed.columns` has the number of columns by name, as JSON.
+bitsandbytes. `save_pretrained` writes what the model has. A model computes with all of them as they lie in the file.
+Where codes are padded, the note `rwkv_lab.packed.columns` has the number of columns by name, as JSON.
 `rwkv_lab.packed.activations` has what products of many tokens read, "int8" or "float32".
 """
 
@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
-import numpy as np
-
+from rwkv_lab.checkpoint.four_bits import from_4_bits
 from rwkv_lab.checkpoint.grouped import PADDING, code_shapes, padded, restored
-from rwkv_lab.checkpoint.rounding import BLOCK, NF4_BLOCK, from_int4, from_int8, from_nf4
+from rwkv_lab.checkpoint.rounding import BLOCK, NF4_BLOCK, NF4_LEVELS
 from rwkv_lab.checkpoint.source import Derived, TensorInfo
 from rwkv_lab.errors import CorruptFileError, LayoutError
 from rwkv_lab.lazy_torch import torch
@@ -91,12 +92,54 @@ def unpacked(tensors: Mapping[str, TensorInfo], notes: Mapping[str, str]) -> Map
     return rest | found
 
 
-def grouped(info: TensorInfo) -> tuple[int, tuple[TensorInfo, TensorInfo]] | None:
-    """Bits, codes and scales of a matrix that a model can compute with as it lies in the file; None of any other."""
+def parts_of(info: TensorInfo) -> tuple[str, list[TensorInfo]] | None:
+    """Kind and parts of a matrix that a model can compute with as it lies in the file; None of any other."""
     derived = info.derived
-    if derived is None or derived.quantised not in GROUPED:
+    if derived is None or derived.quantised not in PARTS:
         return None
-    return GROUPED[derived.quantised], (derived.of, derived.others[0])
+    return derived.quantised, [derived.of, *derived.others]
+
+
+def values_of(kind: str, parts: Sequence[torch.Tensor], columns: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The matrix `[out,in]` of its parts: float32, code times scale; in `dtype` where that of the codes is wider."""
+    codes, scales, *others = parts
+    if kind in GROUPED:
+        return restored(codes, scales, columns, GROUPED[kind], dtype).contiguous()
+    if kind == "int8":
+        found = codes.float() * scales[:, None]
+    elif kind == "int4":
+        zeros = _singles(others[0])[:, : scales.shape[1], None]
+        found = ((_singles(codes).float() - zeros.float()) * scales[..., None]).flatten(1)
+    else:
+        n = len(codes) * columns
+        found = from_4_bits(codes, scales, n, torch.float32, NF4_BLOCK, NF4_LEVELS).view(-1, columns)
+    return found if dtype is None else found.to(dtype)
+
+
+def packed_kinds(infos: Iterable[TensorInfo]) -> dict[str, tuple[int, int]]:
+    """Kind -> how many matrices are packed so, and their bytes in the file."""
+    found = [x for info in infos if (x := parts_of(info))]
+    counts, sizes = Counter(kind for kind, _ in found), Counter[str]()
+    for kind, parts in found:
+        sizes[kind] += sum(part.nbytes for part in parts)
+    return {kind: (count, sizes[kind]) for kind, count in counts.items()}
+
+
+def refuse_packed(path: Path, infos: Iterable[TensorInfo], job: str) -> None:
+    """Refuse a model in 8 or 4 bits where weights are needed as they were before.
+
+    Args:
+        job: that needs them, as the beginning of a sentence.
+    Raises:
+        LayoutError: says how it is packed, and what to do.
+    """
+    if kinds := packed_kinds(infos):
+        described = ", ".join(f"{count} matrices in {kind}" for kind, (count, _) in kinds.items())
+        raise LayoutError(
+            f"{path} is packed: {described}. {job} needs weights in 16 or 32 bits: give the model it was packed from.\n"
+            "What is left of them, rounded as they are:\n"
+            f'RWKV_Dual.from_pretrained("{path}", weights="dense").save_pretrained(folder)'
+        )
 
 
 def columns_note(columns: Mapping[str, tuple[int, int]]) -> dict[str, str]:
@@ -134,26 +177,15 @@ def _matrix(
                 f"{path}: {info.name} is {info.dtype_name} {list(info.shape)}; as a part of {name} {list(shape)} "
                 f"it would be {dtype} {list(needed)}."
             )
-    if kind in GROUPED:
-        compute = partial(_restored, others[0], shape[1], GROUPED[kind])
-    else:
-        back: Callable[..., np.ndarray] = {"int8": _from_int8, "int4": _from_int4, "nf4": from_nf4}[kind]
-        compute = partial(_values, back, others)
+    compute = partial(_read_values, kind, others, shape[1])
     derived = Derived(codes, compute, quantised=kind, others=tuple(others))
     return replace(codes, name=name, shape=shape, dtype_name="float32", crc32=None, storage=None, derived=derived)
 
 
-def _restored(scales: TensorInfo, columns: int, bits: int, codes: torch.Tensor) -> torch.Tensor:
-    return restored(codes, scales.read(), columns, bits).contiguous()
+def _read_values(kind: str, others: list[TensorInfo], columns: int, codes: torch.Tensor) -> torch.Tensor:
+    return values_of(kind, [codes, *(info.read() for info in others)], columns)
 
 
-def _values(back: Callable[..., np.ndarray], others: list[TensorInfo], codes: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(back(codes.numpy(), *(info.read().numpy() for info in others))))
-
-
-def _from_int8(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return from_int8(codes.T, scale).T
-
-
-def _from_int4(*parts: np.ndarray) -> np.ndarray:
-    return from_int4(*parts).T
+def _singles(pairs: torch.Tensor) -> torch.Tensor:
+    """Numbers of 4 bits, two to a byte, the first in its low half: `[...,n]` -> `[...,2n]`."""
+    return torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)

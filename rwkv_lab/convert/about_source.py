@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from rwkv_lab.checkpoint import Checkpoint
+from rwkv_lab.checkpoint.packed import refuse_packed
 from rwkv_lab.convert.left_beside import about_files_beside
 from rwkv_lab.convert.output import Output
 from rwkv_lab.convert.tokenizer_files import END_IDS
@@ -16,8 +17,9 @@ def refuse_odd_weights(ck: Checkpoint) -> None:
     """Refuse weights of a whole model, and tuned states, that are no floats.
 
     Raises:
-        LayoutError: names the first.
+        LayoutError: names the first, or says how the model is packed.
     """
+    refuse_packed(ck.path, ck.info.values(), "A conversion")
     if ck.kind not in ("model", "state"):
         return
     misfit = ck.identity.misfit

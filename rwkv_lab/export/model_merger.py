@@ -49,7 +49,7 @@ class BaseModel:
         try:
             if self.family == "Hugging Face":
                 return load_causal_lm(self.path, self.quantisation)
-            model = RWKV_Dual.from_pretrained(self.path)
+            model = RWKV_Dual.from_pretrained(self.path, weights="dense")
             if self.quantisation != "none":
                 quantise_blocks(model, _OURS[self.quantisation])
             return model

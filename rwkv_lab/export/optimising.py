@@ -69,7 +69,7 @@ def _scan(
     assert level in ("int8", "int4"), "refused by ExportConfiguration"
     try:
         with torch.inference_mode(False):
-            model = RWKV_Dual.from_pretrained(whole.path)
+            model = RWKV_Dual.from_pretrained(whole.path, weights="dense")
     except LayoutError as e:
         raise FormatExportError(f"sensitivity_scan is for RWKV alone: {e}") from e
     if configuration.tokenizer:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, expected_tensors
 from rwkv_lab.checkpoint.layout import possible_versions, same_shape
+from rwkv_lab.checkpoint.packed import refuse_packed
 from rwkv_lab.dtypes import floats
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.lazy_torch import torch
@@ -91,6 +92,7 @@ def refuse_unusable(checkpoints: Sequence[Checkpoint]) -> None:
     for ck in checkpoints:
         if ck.kind == "unusable" or not ck.info:
             raise LayoutError(f"{ck.path}: {ck.reason}.")
+        refuse_packed(ck.path, ck.info.values(), "A merge")
 
 
 def refuse_same_file(base: Checkpoint, tuned: Sequence[Checkpoint]) -> None:

@@ -21,9 +21,9 @@ from rwkv_lab.model.device import device_errors, falls_back, parse_device, warn_
 from rwkv_lab.model.generation import check_callback, generate_stream, read_to_end
 from rwkv_lab.model.initial_state import add_time_state, initial_state, take_time_state
 from rwkv_lab.model.inputs import check_tokens
-from rwkv_lab.model.loading import fill, open_model
+from rwkv_lab.model.loading import check_tensors, fill, open_model
 from rwkv_lab.model.mode import RWKVMode, to_mode
-from rwkv_lab.model.packed_file import take_activations, take_packed
+from rwkv_lab.model.packed_file import Weights, refuse_packed_twice, take_activations, take_packed
 from rwkv_lab.model.prompts import Prompt
 from rwkv_lab.model.protocol import Model, Tokens
 from rwkv_lab.model.ragged import read_ragged
@@ -33,6 +33,7 @@ from rwkv_lab.model.saving import Loaded, loaded_from, save
 from rwkv_lab.model.standard_modules import standard
 from rwkv_lab.model.state import RWKVState, check_state
 from rwkv_lab.model.state_cache import StateCache
+from rwkv_lab.model.weight_only import SCHEMES
 from rwkv_lab.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 
 
@@ -106,11 +107,12 @@ class RWKV_Dual(nn.Module):
         mode: RWKVMode | str = RWKVMode.TRANSFORMER,
         group_norm_eps: Annotated[float, Gt(0)] | None = None,
         fallback: str | torch.device | int | None = None,
+        weights: Weights = "stored",
     ) -> "RWKV_Dual":
         """Load a checkpoint of RWKV-4, 5.0, 5.1, 5.2, 6 or 7; generation and dimensions come from its tensors.
 
-        Tensors are read and converted in blocks, straight to where they stay: nothing is in memory twice. Matrices that
-        `quantise_weights` has rounded stay in 8 or 4 bits, mapped from the file, which must not be shortened meanwhile.
+        Tensors are read and converted in blocks, straight to where they stay: nothing is in memory twice. Matrices in 8
+        or 4 bits stay so, mapped from the file, which must not be shortened meanwhile.
 
         Args:
             path: `.pth`, `.safetensors`, or a folder that `save_pretrained` wrote. Any dtype inside.
@@ -121,32 +123,36 @@ class RWKV_Dual(nn.Module):
                 .pth records it, implementations differ.
             fallback: device to go on with, after a warning, when `device` fails: now or in a later call of the model,
                 which is then moved there. None raises DeviceError.
+            weights: "stored": as the file has them, in 8 or 4 bits where `save_pretrained` or an export wrote them so;
+                "dense": all in `dtype`; "int8", "int4" or "nf4": packed as by `quantise_weights`, while they are read.
 
         Raises:
             LayoutError: not a whole model of a generation that runs here, or tensors that do not fit.
             CorruptFileError, UnsafeFileError: see `open_checkpoint`.
             DeviceError: the device is not there, failed, or has too little memory.
             NumericsError: a value that float16 cannot hold.
-            ParameterError: no such device or mode, or a dtype that is no floating one.
+            ParameterError: no such device or mode, or a dtype that is no floating one; a file to be packed that is so.
         """
         dtype, device = to_dtype(dtype), parse_device(device)
         with open_model(path) as (ck, layout):
             model, tensors = outline(ck, layout, mode, group_norm_eps, dtype, cls), dict(ck.info)
             model.fallback = None if fallback is None else parse_device(fallback)
+            refuse_packed_twice(tensors, weights, path)
+            check_tensors(model, tensors, path)
             try:
-                model._load(tensors, path, device)
+                model._load(tensors, path, device, weights, dtype)
             except DeviceError as e:
                 if model.fallback is None:
                     raise
                 warn_of_fallback(e, model.fallback)
-                model._load(tensors, path, model.fallback)
+                model._load(tensors, path, model.fallback, weights, dtype)
             take_activations(model, ck.metadata)
-            model._loaded = loaded_from(model, ck)
+            model._loaded = loaded_from(model, ck, is_changed=weights in SCHEMES)
         return model
 
-    def _load(self, tensors, path, device: torch.device) -> None:
+    def _load(self, tensors, path, device: torch.device, weights: Weights, dtype: torch.dtype) -> None:
         with device_errors(device):
-            fill(self, take_packed(self, tensors, device), path)
+            fill(self, take_packed(self, tensors, device, weights, dtype), path)
 
     @checked
     def save_pretrained(self, folder: str | Path) -> Path:

@@ -52,11 +52,28 @@ def fill(module: nn.Module, tensors: Mapping[str, TensorInfo], path: str | Path)
             target = flat[at : at + len(block)]
             target.copy_(block)
             at += len(block)
-            if target.dtype == torch.float16 and (target.isinf().cpu() & block.isfinite()).any():
-                raise NumericsError(
-                    f"{path}: {name} holds {float(block.abs().max()):.4g}; float16 ends at 65504.\n"
-                    "Load it with dtype=torch.bfloat16 or torch.float32."
-                )
+            _refuse_overflow(target, block, path, name)
+
+
+def in_dtype(tensor: torch.Tensor, dtype: torch.dtype, info: TensorInfo) -> torch.Tensor:
+    """Values of a file as they are in a dtype; in their own where that loses nothing.
+
+    Raises:
+        NumericsError: a value too large for float16.
+    """
+    if torch.promote_types(tensor.dtype, dtype) == dtype:
+        return tensor
+    rounded = tensor.to(dtype)
+    _refuse_overflow(rounded, tensor, info.file.path, info.name)
+    return rounded
+
+
+def _refuse_overflow(rounded: torch.Tensor, tensor: torch.Tensor, path: str | Path, name: str) -> None:
+    if rounded.dtype == torch.float16 and (rounded.isinf().cpu() & tensor.isfinite()).any():
+        raise NumericsError(
+            f"{path}: {name} holds {float(tensor.abs().max()):.4g}; float16 ends at 65504.\n"
+            "Load it with dtype=torch.bfloat16 or torch.float32."
+        )
 
 
 def read_tensor(info: TensorInfo, shape: torch.Size) -> torch.Tensor:

@@ -29,12 +29,12 @@ class Loaded:
     weights: Mapping[str, str]  # as of `weights_fingerprint`
 
 
-def loaded_from(model: nn.Module, ck: Checkpoint) -> Loaded | None:
-    """Of a model that was just filled from a checkpoint; None where its metadata say nothing."""
-    unchanged = kept_notes(ck, _JOB, is_changed=False)
+def loaded_from(model: nn.Module, ck: Checkpoint, is_changed: bool) -> Loaded | None:
+    """Of a model that was just filled from a checkpoint, or changed on the way; None where its metadata say nothing."""
+    unchanged, changed = (kept_notes(ck, _JOB, is_changed=changes) for changes in (False, True))
     if not unchanged:
         return None
-    return Loaded(unchanged, kept_notes(ck, _JOB, is_changed=True), weights_fingerprint(model))
+    return Loaded(changed if is_changed else unchanged, changed, weights_fingerprint(model))
 
 
 def save(model: nn.Module, folder: str | Path, loaded: Loaded | None) -> Path:

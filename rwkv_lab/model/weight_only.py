@@ -1,11 +1,15 @@
 """Weights in 8 or 4 bits with a scale per group: a model that needs a half or a quarter of the memory to decode.
 
+They are of the kinds of `rwkv_lab.checkpoint.packed`: those made here, and those that exported files have.
+
 Everything else keeps the model's dtype. The compiled step unpacks weights in registers, the compiled prefill block by
 block; the torch modules, the reference, unpack one matrix at a time into float32. All compute with the same rounded
 weights; in a bfloat16 model the prefill rounds them to that.
 """
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -14,49 +18,56 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkv_lab.arguments import checked
-from rwkv_lab.checkpoint.grouped import GROUPS, code_shapes, restored
-from rwkv_lab.errors import ParameterError
-from rwkv_lab.model.cpu.packing import packed_codes
+from rwkv_lab.checkpoint.grouped import GROUPS
+from rwkv_lab.checkpoint.packed import GROUPED, PARTS, part_shapes, values_of
+from rwkv_lab.checkpoint.rounding import NF4_BLOCK
+from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.model.cpu.packing import packed_codes, packed_nf4
 from rwkv_lab.model.standard_modules import replaced_module, watched
 from rwkv_lab.torch_private import hooks_of
 
-SCHEMES = {"int8": 8, "int4": 4}
+SCHEMES = {"int8": "int8-grouped", "int4": "int4-grouped", "nf4": "nf4"}  # -> kind
 ACTIVATIONS = ("int8", "float32")  # what products of many tokens read; the first is the default
 Activations = Literal["int8", "float32"]
 _RUN = 16  # tokens read at once from which activations are rounded: fewer are as fast without
 
 
 class _Packed(nn.Module):
-    """A matrix `[rows,columns]` as integer codes and bfloat16 scales (`rwkv_lab.checkpoint.grouped`); both are integers
-    to torch, so that a change of the model's dtype leaves them alone.
+    """A matrix `[rows,columns]` as the parts of a kind of `rwkv_lab.checkpoint.packed`, in memory or mapped from a
+    file; all are integers to torch, so that a change of the model's dtype leaves them alone.
 
-    codes: int8 or int16, `scales`: the bits of a bfloat16 `[rows, groups]`.
+    codes: as in the file; `scales`: the bits of bfloat16 or float32; `zeros`: of "int4", else there is none.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
+    zeros: torch.Tensor
     _like: torch.Tensor  # a NaN in the dtype of the matrix that this stands for
     activations: str
 
-    def __init__(self, weight: torch.Tensor, bits: int, activations: str = ACTIVATIONS[0]):
+    def __init__(self, weight: torch.Tensor, kind: str, activations: str = ACTIVATIONS[0]):
         super().__init__()
-        self._hold(*packed_codes(weight, bits), weight.shape[1], bits)
-        self.activations = activations
+        self._hold(kind, packed_parts(weight, kind), weight.shape[1])
+        if kind in GROUPED:
+            self.activations = activations
 
     @classmethod
-    def of_codes(cls, codes: torch.Tensor, scales: torch.Tensor, columns: int, bits: int) -> Self:
-        """Of codes and bfloat16 scales that are there, which it keeps where they lie."""
+    def of_parts(cls, kind: str, parts: Sequence[torch.Tensor], columns: int) -> Self:
+        """Of codes, scales and what else a kind has, which it keeps where they lie."""
         new = cls.__new__(cls)
         nn.Module.__init__(new)
-        new._hold(codes, scales, columns, bits)
-        new.activations = ACTIVATIONS[0]
+        new._hold(kind, parts, columns)
         return new
 
-    def _hold(self, codes: torch.Tensor, scales: torch.Tensor, columns: int, bits: int) -> None:
-        self.bits, self.rows, self.columns = bits, len(codes), columns
+    def _hold(self, kind: str, parts: Sequence[torch.Tensor], columns: int) -> None:
+        codes, scales, *zeros = parts
+        self.kind, self.rows, self.columns = kind, len(codes), columns
         self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales.view(torch.int16))
+        self.register_buffer("scales", scales.view(_SAME_SIZE[scales.dtype]))
+        if zeros:
+            self.register_buffer("zeros", zeros[0])
         self.register_buffer("_like", torch.tensor(torch.nan, dtype=torch.float32, device="cpu"))
+        self.activations = ACTIVATIONS[0] if kind in GROUPED else "float32"
 
     @property
     def weight(self) -> torch.Tensor:
@@ -64,29 +75,66 @@ class _Packed(nn.Module):
         no memory. `dequantised` has the numbers."""
         return self._like.expand(self.rows, self.columns)
 
-    def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and bfloat16 scales, as `of_codes` takes them."""
-        return self.codes, self.scales.view(torch.bfloat16)
+    def buffers_of_parts(self) -> list[torch.Tensor]:
+        """Codes, scales and what else the kind has, as this keeps them."""
+        return [self.codes, self.scales, *([self.zeros] if len(PARTS[self.kind]) > 2 else [])]
+
+    def parts(self) -> list[torch.Tensor]:
+        """Codes, scales and what else the kind has, as `of_parts` takes them."""
+        codes, scales, *zeros = self.buffers_of_parts()
+        return [codes, scales.view(torch.bfloat16 if self.kind in GROUPED else torch.float32), *zeros]
 
     def dequantised(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The matrix as it is computed with `[rows,columns]`, or some of its rows: float32, exactly code times scale;
         float64 in a float64 model."""
-        codes, scales = (x if rows is None else x[rows] for x in self.parts())
-        return restored(codes, scales, self.columns, self.bits, torch.promote_types(self._like.dtype, torch.float32))
+        parts, dtype = self.parts(), torch.promote_types(self._like.dtype, torch.float32)
+        if rows is None:
+            return values_of(self.kind, parts, self.columns, dtype)
+        if self.kind == "nf4" and self.columns % NF4_BLOCK:  # a row begins inside a block
+            return values_of(self.kind, parts, self.columns, dtype)[rows]
+        some = [part.view(self.rows, -1)[rows.flatten()] for part in parts]
+        if self.kind == "int8":
+            some[1] = some[1].flatten()
+        elif self.kind == "int4":
+            some[0] = some[0].unflatten(1, parts[0].shape[1:])
+        return values_of(self.kind, some, self.columns, dtype).view(*rows.shape, self.columns)
 
     def is_whole(self) -> bool:
-        """Whether codes and scales are those of a `[rows,columns]` in `bits` bits."""
-        if self.bits not in GROUPS:
+        """Whether codes and scales are those of a `[rows,columns]` of its kind."""
+        if self.kind not in PARTS:
             return False
-        of_codes, of_scales = code_shapes(self.rows, self.columns, self.bits)
-        codes = torch.int8 if self.bits == 8 else torch.int16, of_codes
-        return (self.codes.dtype, self.codes.shape) == codes and (self.scales.dtype, self.scales.shape) == (
-            torch.int16,
-            of_scales,
-        )
+        expected = part_shapes(self.kind, (self.rows, self.columns)).values()
+        parts = self.buffers_of_parts()
+        sizes = [(tuple(part.shape), part.dtype) for part in parts]
+        return sizes == [(shape, _as_kept(getattr(torch, dtype))) for shape, dtype in expected]
+
+    def has_compiled_form(self) -> bool:
+        """Whether compiled code takes it: where nothing is padded, rows are to be whole groups."""
+        return self.kind in GROUPED or self.columns % NF4_BLOCK == 0
 
     def extra_repr(self) -> str:
-        return f"{self.rows}, {self.columns}, bits={self.bits}"
+        return f"{self.rows}, {self.columns}, {self.kind}"
+
+
+_SAME_SIZE = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+
+
+def _as_kept(dtype: torch.dtype) -> torch.dtype:
+    return _SAME_SIZE.get(dtype, dtype)
+
+
+def packed_parts(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, ...]:
+    """The parts of a matrix `[rows,columns]` of a kind in `SCHEMES`.
+
+    Raises:
+        NumericsError: NaN or infinity, which "nf4" has no code for.
+        ParameterError: an odd number of columns, of "nf4".
+    """
+    if kind in GROUPED:
+        return packed_codes(weight, GROUPED[kind])
+    if weight.shape[1] % 2:
+        raise ParameterError(f"nf4 stores two numbers to a byte; a matrix has rows of {weight.shape[1]}.")
+    return packed_nf4(weight)
 
 
 @watched
@@ -98,7 +146,7 @@ class PackedLinear(_Packed):
         weight = self.dequantised()
         given = x.to(weight.dtype)
         if x.ndim == 3 and self.rounds_activations(x.shape[1]):
-            given = rounded_activations(given, GROUPS[self.bits])
+            given = rounded_activations(given, GROUPS[GROUPED[self.kind]])
         return F.linear(given, weight).to(x.dtype)
 
     def rounds_activations(self, tokens: int) -> bool:
@@ -121,18 +169,21 @@ def quantise_weights(
 ) -> Any:
     """A model whose large matrices (embedding, head, and every Linear of the layers) are rounded to 8 or 4 bits.
 
+    `RWKV_Dual.from_pretrained(path, weights=scheme)` does the same without the whole model in memory.
+
     It is an RWKV_Dual like the one given, in its dtype: it decodes, reads prompts and generates. What the rounding
     costs is for `agreement_of_logits` to say. The low-rank pairs and all vectors stay as they are. It cannot be
     trained; `save_pretrained` writes it as it is, and `from_pretrained` opens that without the original.
 
     Args:
         model: on the CPU, float32, bfloat16 or float16.
-        scheme: "int8" (8.25 bits per weight) or "int4" (4.5).
+        scheme: "int8" (8.25 bits per weight), "int4" (4.5) or "nf4" (4.5), the numbers of bitsandbytes.
         in_place: change the model given, matrix by matrix, so that its own weights are freed on the way.
         activations: what the matrices read of 16 tokens and more at once: "int8", in groups as the weights, so that
-            prompts are multiplied in integers, or "float32", as the tokens one by one always are.
+            prompts are multiplied in integers, or "float32", as the tokens one by one always are. "nf4" reads float32.
 
     Raises:
+        NumericsError: NaN or infinity in a matrix, with "nf4".
         ParameterError: no such scheme or activations; no RWKV_Dual; a model on another device, with adapters or hooks
             in it, or rounded already.
     """
@@ -156,12 +207,24 @@ def quantise_weights(
         model = copy.deepcopy(
             model, {id(m.weight): nn.Parameter(torch.empty(0, dtype=torch.float32)) for _, m in found}
         )
-    for name, module in found:
-        kind = PackedLinear if isinstance(module, nn.Linear) else PackedEmbedding
-        packed = kind(module.weight, SCHEMES[scheme], activations)
+    while found:
+        name, module = found.pop(0)  # nothing else holds it once it is replaced
         owner, _, last = name.rpartition(".")
+        kind = PackedLinear if isinstance(module, nn.Linear) else PackedEmbedding
+        with naming(name):
+            packed = kind(module.weight, SCHEMES[scheme], activations)
         setattr(model.get_submodule(owner), last, packed.to(module.weight.dtype))
+        del module
     return model.requires_grad_(False)
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Errors of packing inside the block say of which module they are."""
+    try:
+        yield
+    except (NumericsError, ParameterError) as e:
+        raise type(e)(f"{name}: {e}") from e
 
 
 def rounded_activations(x: torch.Tensor, group: int) -> torch.Tensor:

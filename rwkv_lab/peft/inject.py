@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from rwkv_lab.arguments import Size, checked
+from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint.packed import refuse_packed
 from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model import RWKV_Dual, RWKVMode
+from rwkv_lab.model.packed_file import packed_modules
 from rwkv_lab.names import split_block
 from rwkv_lab.peft.adapter import Adapter, InMemory
 from rwkv_lab.peft.config import ADAPTER_KINDS, LoraConfig
@@ -41,6 +44,8 @@ def load_model_and_apply_peft(config: object, lora_config: LoraConfig) -> RWKV_D
     path = getattr(config, "peft_load_path", None)
     if not path:
         raise ParameterError(f"{type(config).__name__} has no peft_load_path: it must be the base model's checkpoint.")
+    with open_checkpoint(path) as ck:
+        refuse_packed(ck.path, ck.info.values(), "An adapter")
     model = RWKV_Dual.from_pretrained(
         path,
         dtype=to_dtype(getattr(config, "dtype", torch.float32)),
@@ -60,6 +65,11 @@ def apply_peft(model: RWKV_Dual, lora_config: LoraConfig) -> None:
         ParameterError: as `load_model_and_apply_peft`; the model is as it was then.
         NumericsError: as there; some layers may have been replaced by then, so load the model anew.
     """
+    if packed := next(iter(packed_modules(model)), None):
+        raise ParameterError(
+            f"{packed} of this model is in 8 or 4 bits: adapters are given to the model that it was packed from.\n"
+            'LoraConfig(quant="nf4") packs frozen matrices.'
+        )
     names = target_modules(model, lora_config.lora_target_modules)
     for name in names:
         layer = _linear(model, name)

@@ -8,24 +8,23 @@ whole matrix divided by its largest magnitude, each value the nearest of 256 tha
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from rwkv_lab.arguments import Size, checked, shown_value
+from rwkv_lab.checkpoint.four_bits import from_4_bits, into_4_bits, nf4, refuse_nonfinite
 from rwkv_lab.checkpoint.rounding import NF4_BLOCK, NF4_LEVELS
 from rwkv_lab.dtypes import to_dtype
-from rwkv_lab.errors import NumericsError, ParameterError
+from rwkv_lab.errors import ParameterError
 from rwkv_lab.peft.settings import check_quant
 
 # By code: the sign, then which of eight magnitudes.
 _FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 FP4_LEVELS = (*_FP4_MAGNITUDES, *(-m for m in _FP4_MAGNITUDES))
 BLOCK_SIZE = NF4_BLOCK
-_AT_ONCE = 1 << 20  # values; what a quantiser needs besides its input and output stays near 20 MB
 
 
 @checked
@@ -36,7 +35,9 @@ def quantize_nf4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[to
         NumericsError: NaN or infinity in the weight.
         ParameterError: a block size that is no positive even number.
     """
-    return _to_4bit(weight, block_size, _nearest_nf4)
+    _check_block_size(block_size)
+    _check_weight(weight)
+    return nf4(weight, block_size)
 
 
 @checked
@@ -46,12 +47,9 @@ def quantize_fp4(weight: torch.Tensor, block_size: int = BLOCK_SIZE) -> tuple[to
     Raises:
         NumericsError, ParameterError: as there.
     """
-    return _to_4bit(weight, block_size, _nearest_fp4)
-
-
-def _nearest_nf4(shares: torch.Tensor) -> torch.Tensor:
-    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=shares.device)
-    return torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+    _check_block_size(block_size)
+    _check_weight(weight)
+    return into_4_bits(weight, block_size, _nearest_fp4)
 
 
 def _nearest_fp4(shares: torch.Tensor) -> torch.Tensor:
@@ -60,25 +58,6 @@ def _nearest_fp4(shares: torch.Tensor) -> torch.Tensor:
     numbers = torch.bucketize(shares.abs(), (levels[1:] + levels[:-1]) / 2, out_int32=True)
     found = codes.int().index_select(0, numbers.flatten()).view_as(numbers)
     return found + 8 * ((shares < 0) & (found > 0))  # the eighth bit of a level is its sign
-
-
-def _to_4bit(
-    weight: torch.Tensor, block_size: int, nearest: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_block_size(block_size)
-    _check_weight(weight)
-    flat = weight.detach().reshape(-1)
-    codes, scales = [], []
-    step = max(_AT_ONCE // block_size, 1) * block_size
-    for piece in flat.split(step):
-        values = F.pad(piece.float(), (0, -len(piece) % block_size)).view(-1, block_size)  # [blocks, block_size]
-        absmax = values.abs().amax(dim=1)
-        _refuse_nonfinite(absmax)
-        shares = values / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        numbers = nearest(shares).to(torch.uint8).view(-1, 2)
-        codes.append((numbers[:, 0] << 4 | numbers[:, 1])[: (len(piece) + 1) // 2])
-        scales.append(absmax)
-    return torch.cat(codes), torch.cat(scales)
 
 
 @checked
@@ -132,19 +111,7 @@ def _from_4bit(
             f"{codes.numel()} bytes and {absmax.numel()} scales do not make {list(shape)}: "
             f"{(n + 1) // 2} and {-(-n // block_size)} would, in blocks of {block_size}."
         )
-    levels = torch.tensor(table, dtype=torch.float32, device=codes.device)
-    # The two levels of each byte, moved as one number of 64 bits.
-    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.int64).view(-1)  # [256]
-    out = torch.empty(n, dtype=dtype, device=codes.device)
-    codes, absmax = codes.reshape(-1), absmax.reshape(-1, 1).float()
-    step = max(_AT_ONCE // block_size, 1) * block_size
-    for start in range(0, n, step):
-        end = min(start + step, n)
-        values = pairs.index_select(0, codes[start // 2 : (end + 1) // 2].int()).view(torch.float32)
-        values = F.pad(values, (0, -len(values) % block_size)).view(-1, block_size)  # [blocks, block_size]
-        values *= absmax[start // block_size : -(-end // block_size)]
-        out[start:end] = values.view(-1)[: end - start]
-    return out.view(*shape)
+    return from_4_bits(codes, absmax, n, dtype, block_size, table).view(*shape)
 
 
 def _check_weight(weight: torch.Tensor, ndim: int | None = None) -> None:
@@ -163,7 +130,7 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     _check_weight(weight, 2)
     values = weight.detach().float()
     absmax = values.abs().amax(dim=1)
-    _refuse_nonfinite(absmax)
+    refuse_nonfinite(absmax)
     steps = 127 / absmax.clamp_min(torch.finfo(torch.float32).tiny)
     return (values * steps[:, None]).round_().clamp_(-127, 127).to(torch.int8), absmax
 
@@ -210,7 +177,7 @@ def quantize_bnb_int8(weight: torch.Tensor, absmax: torch.Tensor | None = None) 
         raise ParameterError(f"absmax={shown_value(absmax)}: it must be one floating-point number.")
     values = weight.detach().float()
     absmax = (values.abs().amax() if absmax is None else absmax).float()
-    _refuse_nonfinite(absmax)
+    refuse_nonfinite(absmax)
     levels = _dynamic_levels().to(values.device)
     shares = values / absmax.clamp_min(torch.finfo(torch.float32).tiny)
     return torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8), absmax
@@ -251,11 +218,6 @@ def quantised_and_back(weight: torch.Tensor, quant: str, absmax: torch.Tensor | 
 def _check_block_size(block_size: int) -> None:
     if not 2 <= block_size <= 2**31 or block_size % 2:
         raise ParameterError(f"block_size={block_size}: two values share a byte, so it must be even, from 2 to 2^31.")
-
-
-def _refuse_nonfinite(absmax: torch.Tensor) -> None:
-    if not absmax.isfinite().all():
-        raise NumericsError("The weight holds NaN or infinity, or values that float32 cannot hold; not quantised.")
 
 
 class PackedWeight(nn.Module):

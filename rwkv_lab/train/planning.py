@@ -10,6 +10,7 @@ from typing import Any
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Layout, expected_tensors, open_checkpoint
+from rwkv_lab.checkpoint.packed import refuse_packed
 from rwkv_lab.checkpoint.unchanged import FileState, file_states
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.model.rwkv7 import fresh_layout
@@ -192,5 +193,6 @@ def _described(spec: TrainSpec) -> tuple[Layout, Mapping[str, tuple[int, ...]], 
     with open_checkpoint(spec.base) as ck:
         if ck.kind != "model" or ck.layout is None:
             raise LayoutError(f"{ck.path} is {ck.kind}, no whole model to start from: {ck.reason}")
+        refuse_packed(ck.path, ck.info.values(), "Training")
         shapes = {name: tuple(t.shape) for name, t in ck.info.items()}
         return ck.layout, shapes, file_states(ck)

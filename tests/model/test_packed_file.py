@@ -1,6 +1,7 @@
 """Models in 8 and 4 bits in files: opened again without the original, equal to the last bit."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from safetensors.torch import load_file, save_file
 from rwkv_lab import RWKV_Dual, open_checkpoint
 from rwkv_lab.checkpoint import TensorInfo
 from rwkv_lab.checkpoint.packed import ACTIVATIONS, COLUMNS, NOTE
+from rwkv_lab.convert import convert
 from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
 from rwkv_lab.merge import merge
 from rwkv_lab.model import RWKVMode, quantise_weights
 from rwkv_lab.model.weight_only import SCHEMES, PackedEmbedding, PackedLinear
+from rwkv_lab.peft import LoraConfig, apply_peft, load_model_and_apply_peft
+from rwkv_lab.train import plan_training
 
 # Rows that end inside a group of 64 codes and inside a line of 128.
 SIZES = {"4.0": {"n_embd": 100, "dim_ffn": 300}, "7.0": {"n_embd": 100, "n_head": 5, "head_size": 20}}
@@ -68,14 +72,33 @@ def test_it_is_a_model_to_everything_that_reads_checkpoints(tmp_path):
         assert ck.info["emb.weight"].shape == (70, 100)
         for name in ("emb", "blocks.1.ffn.value"):
             assert torch.equal(ck[f"{name}.weight"], model.get_submodule(name).dequantised())
-    wide = load_model(tmp_path, "7.0", **SIZES["7.0"])
+    dense = RWKV_Dual.from_pretrained(folder, weights="dense")
+    assert torch.equal(dense.head.weight, model.head.dequantised())
     tokens = make_tokens(1, 9)
-    result = merge(folder, tmp_path / "m.safetensors", tmp_path / "mixed.pth", method="linear", weights=[1, 0])
-    assert any("14 of its tensors are int8-grouped, dequantised to float32" in note for note in result.notes)
-    mixed = RWKV_Dual.from_pretrained(tmp_path / "mixed.pth")
-    assert relative_rms(mixed(tokens)[0], model(tokens)[0]) < 1e-5 < relative_rms(mixed(tokens)[0], wide(tokens)[0])
+    again = RWKV_Dual.from_pretrained(dense.save_pretrained(tmp_path / "dense"))
+    assert relative_rms(again(tokens)[0], model(tokens)[0]) < 1e-5
     with pytest.raises(ParameterError, match="has emb, a PackedEmbedding. Weights are rounded once"):
         quantise_weights(RWKV_Dual.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_jobs_that_need_weights_as_they_were_say_how_it_is_packed_and_what_to_do(tmp_path, scheme):
+    _, folder = saved(tmp_path, scheme=scheme)
+    plain = tmp_path / "m.safetensors"
+    says = rf"is packed: 14 matrices in {SCHEMES[scheme]}. {{}} needs .*the model it was packed from.\n.*\n.*\"dense\""
+    for base, tuned in ((folder, plain), (plain, folder)):
+        with pytest.raises(LayoutError, match=says.format("A merge")):
+            merge(base, tuned, tmp_path / "out.pth", method="linear", weights=[1, 0])
+    for target in ("safetensors", "pth", "fla"):
+        with pytest.raises(LayoutError, match=says.format("A conversion")):
+            convert(folder, target, tmp_path / "out")
+    with pytest.raises(LayoutError, match=says.format("Training")):
+        plan_training("lora", folder)
+    with pytest.raises(LayoutError, match=says.format("An adapter")):
+        load_model_and_apply_peft(SimpleNamespace(peft_load_path=str(folder)), LoraConfig())
+    with pytest.raises(ParameterError, match="is in 8 or 4 bits"):
+        apply_peft(RWKV_Dual.from_pretrained(folder), LoraConfig())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "packed"]
 
 
 def test_what_products_read_is_kept_with_it(tmp_path):

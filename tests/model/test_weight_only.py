@@ -18,7 +18,7 @@ from rwkv_lab.wkv import use_backend
 COARSE = {"int8": 1 / 254 + 2**-8, "int4": 1 / 8}
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", COARSE)
 @pytest.mark.parametrize("columns", [1, 64, 130, 300])
 def test_numbers_stay_near(scheme, columns):
     weight = torch.randn(37, columns, generator=torch.Generator().manual_seed(0))
@@ -42,7 +42,7 @@ def test_bytes_are_those_that_were_promised():
         assert (packed.codes.nbytes + packed.scales.nbytes) * 8 == bits * weight.numel()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", COARSE)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_step_computes_with_exactly_the_rounded_weights(tmp_path, version, scheme):
     for sizes in (dict(), dict(n_head=3, head_size=32, n_embd=70, dim_ffn=150)):
@@ -58,7 +58,7 @@ def test_the_step_computes_with_exactly_the_rounded_weights(tmp_path, version, s
             assert relative_rms(state.wkv, right.wkv) < 2e-5
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", COARSE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_large_batches_of_16_bits_are_as_near_to_float64_as_the_modules(tmp_path, scheme, dtype):
     for sizes in (dict(n_head=1, head_size=64, n_embd=50, dim_ffn=77), dict(n_head=3, head_size=32, dim_ffn=150)):
@@ -106,10 +106,10 @@ def test_it_reads_prompts_and_writes_texts_by_the_step(tmp_path, monkeypatch):
 def test_the_cost_is_told(tmp_path):
     model, tokens = load_model(tmp_path, "7.0", head_size=32), make_tokens(2, 50)
     expected = model(tokens)[0]
-    costs = {scheme: agreement_of_logits(quantise_weights(model, scheme)(tokens)[0], expected) for scheme in SCHEMES}
+    costs = {scheme: agreement_of_logits(quantise_weights(model, scheme)(tokens)[0], expected) for scheme in COARSE}
     assert 0 < costs["int8"].kl < 1e-3 < costs["int4"].kl < 0.5
     assert costs["int4"].top1 < costs["int8"].top1 <= 1 and costs["int8"].positions == 100
-    for scheme in SCHEMES:  # rounding activations to 8 bits costs about what rounding weights to 8 bits does
+    for scheme in COARSE:  # rounding activations to 8 bits costs about what rounding weights to 8 bits does
         wide, rounded = (quantise_weights(model, scheme, activations=a)(tokens)[0] for a in ("float32", "int8"))
         assert 0 < agreement_of_logits(rounded, wide).kl < 4 * costs["int8"].kl
     itself = agreement_of_logits(expected, expected)

@@ -15,7 +15,8 @@ __all__ = ["DTYPES"]
 POINTER, INT32, INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
 
-QUANTISED = {8: 3, 4: 4}  # bits per weight -> INT8, INT4 in weights.h
+# Kinds of `rwkv_lab.checkpoint.packed` -> INT8, INT4, ROWS8, BLOCKS4, NF4 in weights.h
+QUANTISED = {"int8-grouped": 3, "int4-grouped": 4, "int8": 5, "int4": 6, "nf4": 7}
 PATHS = {"any": 1, "avx2": 2, "avx_vnni": 3, "avx512_vnni": 4}  # IntegerPath in integer.h
 NONE, TANH, SIGMOID, RELU_SQUARE = range(4)  # Activation in mix.cpp
 
@@ -32,6 +33,8 @@ class Tensor(ctypes.Structure):
         ("transposed", INT32),
         ("bytes", INT64),
         ("scales_bytes", INT64),
+        ("zeros", POINTER),
+        ("zeros_bytes", INT64),
     ]
 
 
@@ -83,6 +86,8 @@ class Product(ctypes.Structure):
         ("scales", POINTER),
         ("scales_bytes", INT64),
         ("integers", INT64),
+        ("zeros", POINTER),
+        ("zeros_bytes", INT64),
     ]
 
 
@@ -115,7 +120,7 @@ PREFILL = {
     "add_gated": (*(Span,) * 3, *(INT64,) * 3),
 }
 STEP = {"step": (POINTER, POINTER)}
-PACK = {"pack": (Span, *(INT64,) * 4, Span, Span, INT64)}
+PACK = {"pack": (Span, *(INT64,) * 4, Span, Span, INT64), "pack_nf4": (Span, INT64, INT64, Span, Span, INT64)}
 
 
 def prefill_library() -> ctypes.CDLL:
@@ -137,7 +142,7 @@ def step_library(source: str) -> ctypes.CDLL:
 
 
 def packing_library() -> ctypes.CDLL:
-    """The function of pack.cpp.
+    """The functions of pack.cpp.
 
     Raises:
         KernelError: as `cpu_library`.

@@ -90,6 +90,8 @@ def fault_of_tensors(model: Any) -> str:
                 shapes[where] = tuple(x.shape)
         if packed and not module.is_whole():
             return f"{name} is not as it was packed"
+        if packed and not module.has_compiled_form():
+            return f"{name} has rows of {module.columns} numbers in {module.kind}, which end inside a group"
         if packed:
             shapes[f"{name}.weight"] = module.rows, module.columns
     required, optional = tensors_of(model.layout, shapes)

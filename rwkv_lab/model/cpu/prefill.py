@@ -137,8 +137,10 @@ class Pass:
             transposed = isinstance(layer, Transposed)
             k, n = layer.weight.shape if transposed else layer.weight.shape[::-1]
             if isinstance(layer, PackedLinear):
-                matrix, scales = self.weights(layer.codes), self.weights(layer.scales)
-                p.w_dtype, p.scales, p.scales_bytes = abi.QUANTISED[layer.bits], scales.data, scales.bytes
+                matrix, scales, *zeros = (self.weights(part) for part in layer.buffers_of_parts())
+                p.w_dtype, p.scales, p.scales_bytes = abi.QUANTISED[layer.kind], scales.data, scales.bytes
+                if zeros:
+                    p.zeros, p.zeros_bytes = zeros[0].data, zeros[0].bytes
                 p.integers = integer_path(self.library) if layer.rounds_activations(self.tokens) else 0
             else:
                 matrix, p.w_dtype = self.weights(layer.weight), abi.DTYPES[layer.weight.dtype]

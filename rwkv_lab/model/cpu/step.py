@@ -51,9 +51,9 @@ class Table:
 
     def _of_module(self, module) -> list[abi.Tensor]:
         if type(module) in PACKED:
-            codes, scales = self._span_of(module.codes), self._span_of(module.scales)
-            sizes = (abi.QUANTISED[module.bits], module.rows, module.columns, 0, codes.bytes, scales.bytes)
-            return [abi.Tensor(codes.data, scales.data, *sizes)]
+            codes, scales, *zeros = (self._span_of(part) for part in module.buffers_of_parts())
+            sizes = (abi.QUANTISED[module.kind], module.rows, module.columns, 0, codes.bytes, scales.bytes)
+            return [abi.Tensor(codes.data, scales.data, *sizes, *((zeros[0].data, zeros[0].bytes) if zeros else ()))]
         if isinstance(module, nn.LayerNorm | nn.GroupNorm):
             return [self._of_parameter(module.weight), self._of_parameter(module.bias)]
         return [self._of_parameter(module.weight)]

@@ -97,7 +97,8 @@ def test_structs_have_the_fields_of_the_sources(file, struct):
 def test_enums_have_the_values_of_the_sources():
     names = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
     assert {names[dtype]: value for dtype, value in abi.DTYPES.items()} == enum("simd.h", "Dtype")
-    assert {f"INT{bits}": value for bits, value in abi.QUANTISED.items()} == enum("weights.h", "Quantised")
+    kinds = {"int8-grouped": "INT8", "int4-grouped": "INT4", "int8": "ROWS8", "int4": "BLOCKS4", "nf4": "NF4"}
+    assert {kinds[kind]: value for kind, value in abi.QUANTISED.items()} == enum("weights.h", "Quantised")
     paths = {name.lower(): value for name, value in enum("integer.h", "IntegerPath").items()}
     assert {"no_integers": 0} | abi.PATHS == paths
     activations = enum("mix.cpp", "Activation")

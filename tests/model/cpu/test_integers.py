@@ -38,7 +38,7 @@ def multiplied(x: torch.Tensor, layer: PackedLinear, path: int, add: torch.Tenso
     p[0].x, p[0].x_bytes, p[0].y, p[0].y_bytes = given.data_ptr(), given.nbytes, y.data_ptr(), y.nbytes
     p[0].w, p[0].w_bytes = layer.codes.data_ptr(), layer.codes.nbytes
     p[0].scales, p[0].scales_bytes = layer.scales.data_ptr(), layer.scales.nbytes
-    p[0].rows, p[0].k, p[0].n, p[0].w_dtype = len(x), layer.columns, layer.rows, abi.QUANTISED[layer.bits]
+    p[0].rows, p[0].k, p[0].n, p[0].w_dtype = len(x), layer.columns, layer.rows, abi.QUANTISED[layer.kind]
     p[0].w_stride_n, p[0].w_stride_k, p[0].y_stride, p[0].add = layer.columns, 1, layer.rows, add is not None
     p[0].integers = path
     assert abi.prefill_library().multiply_all(Span(ctypes.addressof(p), ctypes.sizeof(p)), 1, 0, 2) == 0
@@ -48,14 +48,14 @@ def multiplied(x: torch.Tensor, layer: PackedLinear, path: int, add: torch.Tenso
 def ones(layer: PackedLinear) -> PackedLinear:
     """The same codes, all scales 1."""
     scales = torch.ones_like(layer.parts()[1])
-    return PackedLinear.of_codes(layer.codes, scales, layer.columns, layer.bits)
+    return PackedLinear.of_parts(layer.kind, (layer.codes, scales), layer.columns)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("rows", "columns", "n"), SIZES)
 def test_sums_are_those_of_integers(path, bits, rows, columns, n):
     generator = torch.Generator().manual_seed(columns)
-    layer = ones(PackedLinear(torch.randn(n, columns, generator=generator), bits))
+    layer = ones(PackedLinear(torch.randn(n, columns, generator=generator), f"int{bits}-grouped"))
     x = torch.randint(-127, 128, (rows, columns), generator=generator).float()
     x[:, :: GROUPS[bits]] = 127.0  # so that a group's scale is 1 and its codes are its numbers
     expected = x.long() @ layer.dequantised().long().T
@@ -67,17 +67,19 @@ def test_sums_are_those_of_integers(path, bits, rows, columns, n):
 
 def test_the_largest_bytes_do_not_overflow(path):
     codes, scales = torch.full((16, 256), -127, dtype=torch.int8), torch.ones(16, 4).bfloat16()
-    layer = PackedLinear.of_codes(codes, scales, 256, 8)
+    layer = PackedLinear.of_parts("int8-grouped", (codes, scales), 256)
     for sign in (1, -1):
         assert (multiplied(torch.full((15, 256), 127.0 * sign), layer, path) == -127 * 127 * 256 * sign).all()
-    layer = PackedLinear.of_codes(torch.zeros(16, 64, dtype=torch.int16), torch.ones(16, 8).bfloat16(), 256, 4)
+    layer = PackedLinear.of_parts(
+        "int4-grouped", (torch.zeros(16, 64, dtype=torch.int16), torch.ones(16, 8).bfloat16()), 256
+    )
     assert (multiplied(torch.full((15, 256), 127.0), layer, path) == -8 * 127 * 256).all()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_scales_and_what_is_no_number(path, bits):
     generator = torch.Generator().manual_seed(0)
-    layer = PackedLinear(torch.randn(40, 300, generator=generator), bits)
+    layer = PackedLinear(torch.randn(40, 300, generator=generator), f"int{bits}-grouped")
     x = torch.randn(37, 300, generator=generator) * torch.logspace(-20, 20, 37)[:, None]
     x[2], x[5, 7], x[9, 299] = 0.0, torch.nan, torch.inf
     found = multiplied(x, layer, path)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from rwkv_lab.checkpoint import four_bits
 from rwkv_lab.checkpoint.grouped import restored, rounded
-from rwkv_lab.errors import KernelError
+from rwkv_lab.checkpoint.rounding import NF4_LEVELS
+from rwkv_lab.errors import KernelError, NumericsError
 from rwkv_lab.model.cpu import abi, packing
 from rwkv_lab.model.weight_only import PackedLinear
 from rwkv_lab.wkv import use_backend
@@ -35,6 +37,22 @@ def test_bit_for_bit_as_the_reference(bits, dtype):
         assert torch.equal(found[1].view(torch.int16), expected[1].view(torch.int16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nf4_bit_for_bit_as_the_reference(dtype):
+    for columns in (2, 64, 130, 1000):
+        w = weights(41, columns)
+        w = (w.clamp(-6e4, 6e4) if dtype == torch.float16 else w).to(dtype)
+        codes, absmax = packing.packed_nf4(w)
+        expected = four_bits.nf4(w)
+        assert torch.equal(codes.flatten(), expected[0]) and torch.equal(absmax, expected[1])
+    halves = torch.tensor(NF4_LEVELS)
+    w = torch.cat([halves, (halves[1:] + halves[:-1]) / 2, torch.zeros(33)])[None]  # between two levels: the lower one
+    assert torch.equal(packing.packed_nf4(w)[0].flatten(), four_bits.nf4(w)[0])
+    w[0, 40] = torch.inf
+    with pytest.raises(NumericsError):
+        packing.packed_nf4(w)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_no_number_stays_none(bits, odd):
@@ -53,13 +71,13 @@ def test_other_ways_to_the_same_codes(monkeypatch):
     for given in (w.double(), w.T.contiguous().T):  # neither is for compiled code
         assert torch.equal(packing.packed_codes(given, 4)[0], codes)
     with use_backend("reference"):
-        assert torch.equal(PackedLinear(w, 4).codes, codes)
+        assert torch.equal(PackedLinear(w, "int4-grouped").codes, codes)
 
     def no_compiler():
         raise KernelError("none")
 
     monkeypatch.setattr(abi, "packing_library", no_compiler)
-    assert torch.equal(PackedLinear(w, 4).codes, codes)
+    assert torch.equal(PackedLinear(w, "int4-grouped").codes, codes)
 
 
 def test_memory_that_does_not_go_with_the_sizes_is_refused():
@@ -71,3 +89,10 @@ def test_memory_that_does_not_go_with_the_sizes_is_refused():
         assert library.pack(x, *(right | wrong).values(), y, z, 1) == 1
     for short in ((abi.Span(x.data, 2047), y, z), (x, abi.Span(y.data, 511), z), (x, y, abi.Span(z.data, 15))):
         assert library.pack(short[0], *right.values(), *short[1:], 1) == 1
+    codes, sizes = torch.zeros(256, dtype=torch.uint8), torch.zeros(8)
+    y, z = (span(t, t.shape, t.dtype) for t in (codes, sizes))
+    assert library.pack_nf4(x, 0, 512, y, z, 1) == 0
+    for dtype, n in ((3, 512), (0, 514), (0, 511), (0, 0), (0, 2**62)):
+        assert library.pack_nf4(x, dtype, n, y, z, 1) == 1
+    for short in ((abi.Span(x.data, 2047), y, z), (x, abi.Span(y.data, 255), z), (x, y, abi.Span(z.data, 31))):
+        assert library.pack_nf4(short[0], 0, 512, *short[1:], 1) == 1
