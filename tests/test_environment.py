@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,12 @@ def read_in_python(source: str) -> Iterator[str]:
     tree = ast.parse(source)
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     outside = [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
-    for part in [*functions, *outside]:
-        if touches_environment(part) or (part in outside and touches_environment(tree)):
-            for n in ast.walk(part):
-                if isinstance(n, ast.Constant) and isinstance(n.value, str) and NAME.fullmatch(n.value):
-                    yield n.value
+    if not touches_environment(tree):
+        return
+    for part in [*(f for f in functions if touches_environment(f)), *outside]:
+        for n in ast.walk(part):
+            if isinstance(n, ast.Constant) and isinstance(n.value, str) and NAME.fullmatch(n.value):
+                yield n.value
 
 
 def touches_environment(tree: ast.AST) -> bool:
@@ -50,6 +52,7 @@ def read_in_make(source: str) -> Iterator[str]:
     yield from re.findall(r"(?:^export |^\t@?)([A-Z_]{3,})[ :?]*=", source, re.MULTILINE)
 
 
+@cache
 def used() -> dict[str, str]:
     """Variable -> a file that uses it. Tests of our own are read for variables of our own only."""
     found = {}
