@@ -1,5 +1,6 @@
 """What holds for all tests."""
 
+import gc
 import os
 import re
 import shutil
@@ -17,6 +18,14 @@ from warm_python import Warm, warm_python
 # Processes that tests start take the variable; tests of threads set their own number.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What is imported and collected stays to the end: garbage is looked for among what tests make.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 # Files and folders whose tests take longest. `make test` gives whole files to its processes in this order: one that

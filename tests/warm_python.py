@@ -88,8 +88,10 @@ def warm_python(folder: Path, environment: Mapping[str, str]) -> Iterator[Warm]:
 
 def serve(path: str) -> dict[str, Any] | None:
     """Listen on a socket, and fork for each that connects; ends with its stdin. In a fork: what it is to be."""
+    gc.disable()
     _import()
     gc.freeze()  # a collection in a fork would copy its memory
+    gc.enable()
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)
     server.listen(16)
