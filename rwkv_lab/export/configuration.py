@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.convert.spec import AbsolutePath, ByteCount, Line
+from rwkv_lab.export.onnx_folder import Attention, Exporter
 from rwkv_lab.export.profiles import PROFILES, ProfileName
 from rwkv_lab.export.weight_storage import Level, PytorchFormat
 from rwkv_lab.paths import path_fault
@@ -15,6 +16,7 @@ from rwkv_lab.spec import Number, Spec, Text, did_you_mean
 
 _PARTS = ("model_name", "timestamp", "quantization_level", "export_id")  # what a pattern of names is made of
 _EXAMPLE = dict.fromkeys(_PARTS, "x")
+_SHORTEST = 32  # tokens of a text: with fewer, there would be nothing to compare
 
 
 def _pattern(text: str) -> str:
@@ -57,7 +59,17 @@ def _sizes(sizes: list[int]) -> list[int]:
     return sizes
 
 
+def _fixed_sizes(sizes: list[int]) -> list[int]:
+    if len(sizes) != 3 or sizes[0] < 1 or not 1 <= sizes[1] <= sizes[2] < 2**31 or sizes[2] < _SHORTEST:
+        raise ValueError(
+            "it should be three sizes: rows, tokens of a call, and tokens that a text may have, "
+            f"which are {_SHORTEST} or more"
+        )
+    return sizes
+
+
 Sizes = Annotated[list[int], BeforeValidator(_numbers), AfterValidator(_sizes)]
+FixedSizesList = Annotated[list[int], BeforeValidator(_numbers), AfterValidator(_fixed_sizes)]
 
 
 def _a_path(text: str) -> str:
@@ -79,8 +91,9 @@ class ExportConfiguration(Spec):
         ),
         "formats": (
             *("export_pytorch", "export_onnx", "export_tensorrt", "pytorch_format", "onnx_dynamic_axes"),
-            *("onnx_opset_version", "onnx_optimize_graph", "use_external_data_format"),
-            *("onnx_recurrence", "tensorrt_batch", "tensorrt_length"),
+            *("onnx_fixed_sizes", "onnx_opset_version", "onnx_optimize_graph", "use_external_data_format"),
+            *("onnx_exporter", "attention_implementation", "onnx_recurrence"),
+            *("tensorrt_batch", "tensorrt_length"),
         ),
         "recovery": ("profile", "max_attempts", "attempt_time_limit"),
         "validation": ("run_validation_tests", "test_input_samples"),
@@ -136,11 +149,22 @@ class ExportConfiguration(Spec):
     pytorch_format: PytorchFormat = Field(
         "pth", description="of the model for PyTorch; gguf, of RWKV-6 and 7: int8 is Q8_0 and int4 Q4_0"
     )
-    onnx_dynamic_axes: bool = Field(True, description="batch and length of any size; False is refused: not there yet")
+    onnx_dynamic_axes: bool = Field(
+        True, description="batch and length of any size; False, of Hugging Face models: onnx_fixed_sizes alone"
+    )
+    onnx_fixed_sizes: FixedSizesList = Field(
+        [1, 16, 512], description="where sizes are fixed: rows, tokens of a call, tokens that a text may have"
+    )
     onnx_opset_version: Annotated[int, Field(ge=18, le=25)] = Field(20, description="opset of the ONNX graphs")
     onnx_optimize_graph: bool = Field(True, description="fold constants, leave out nodes without use")
     use_external_data_format: bool | None = Field(
         None, description="weights of the graphs in a file of their own; empty: where there are more than 16 MiB"
+    )
+    onnx_exporter: Exporter = Field(
+        "dynamo", description="of torch, for Hugging Face models; legacy traces by TorchScript, up to opset 23"
+    )
+    attention_implementation: Attention = Field(
+        "eager", description="of Hugging Face models as they are traced; sdpa is one operator from opset 23 on"
     )
     onnx_recurrence: Literal["scan", "linear_attention"] = Field(
         "scan", description="of RWKV's sequence graph; linear_attention, for RWKV-5 and 6: an operator of onnxruntime"
@@ -227,9 +251,10 @@ class ExportConfiguration(Spec):
                 f"export_tensorrt=True and quantization_level={self.quantization_level!r}: TensorRT has no operator "
                 "for weights stored like that; take none or fp16"
             )
-        if not self.onnx_dynamic_axes:
+        if self.export_tensorrt and not self.onnx_dynamic_axes:
             raise ValueError(
-                "onnx_dynamic_axes=False: fixed sizes are not there yet; the graphs take any batch and length"
+                "export_tensorrt=True needs onnx_dynamic_axes=True; engines of one size: tensorrt_batch=[1, 1, 1], "
+                "tensorrt_length=[128, 128, 128]"
             )
         if self.quantization_level == "nf4" and (self.export_onnx or self.pytorch_format == "gguf"):
             raise ValueError(

@@ -125,6 +125,14 @@ FAILURES: tuple[Failure, ...] = (
         "Ask for opset 20, which torch writes without conversion.",
     ),
     Failure(
+        "opset of the old exporter",
+        r"Unsupported onnx_opset_version",
+        "torch's old exporter writes opsets up to 23",
+        {"onnx_opset_version": 20},
+        "Ask for opset 18 to 23, or for the exporter that torch has by default.",
+        when=_OLD,
+    ),
+    Failure(
         "operator of the old exporter",
         r"Exporting the operator .* is not supported",
         "torch's old exporter has no translation of an operator",
@@ -196,6 +204,8 @@ def _stages(text: str) -> frozenset[str]:
 # From what loses nothing to what loses most. A failure of an unknown stage may be any of them.
 LADDER: tuple[Rung, ...] = (
     Rung({"attention_implementation": "eager"}, _stages("capture translate open unknown")),
+    Rung({"attention_implementation": "sdpa"}, _stages("capture translate open unknown")),
+    Rung({"onnx_exporter": "dynamo"}, _stages("capture translate open unknown")),
     Rung({"use_external_data_format": True}, _stages("write open unknown")),
     Rung({"device": "cpu"}, _stages("capture translate unknown")),
     Rung({"onnx_optimize_graph": False}, _stages("optimise open unknown")),

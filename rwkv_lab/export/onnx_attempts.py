@@ -21,6 +21,7 @@ from rwkv_lab.export.recovery import write_with_recovery
 
 log = logging.getLogger(__name__)
 
+WRITER = f"{__name__}:write_in_process"
 _UNTRACED = ((3, 7), (1, 1))  # batch and length at which graphs have to run
 
 
@@ -49,7 +50,7 @@ def write_onnx(
     """
     options = {name: _json(getattr(configuration, name)) for name in type(configuration).model_fields}
     work = Work(
-        f"{__name__}:write_in_process",
+        WRITER,
         {
             "family": family.name,
             "options": options,
@@ -57,6 +58,8 @@ def write_onnx(
         },
     )
     asked = {name: options[name] for name in family.varies}
+    if configuration.export_tensorrt:
+        asked.pop("onnx_dynamic_axes", None)  # engines have sizes of their own
     most, limit = configuration.max_attempts, configuration.attempt_time_limit
     return [Check(**one) for one in write_with_recovery(work, asked, folder, most, limit, attempts)]
 
@@ -74,7 +77,7 @@ def write_in_process(
     whole = WholeModel(Path(model["path"]), model["bytes"], choice=model["choice"])
     checks = writer.write_onnx(configuration, whole, folder)
     graph = OnnxModel(folder, low_memory=True)
-    for shape in _UNTRACED if configuration.onnx_dynamic_axes else ():
+    for shape in _UNTRACED:
         try:
             graph.run(np.zeros(shape, np.int64))
         except Exception as e:  # onnxruntime has no class of its own for them

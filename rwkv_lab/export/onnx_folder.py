@@ -5,6 +5,8 @@ from typing import Literal
 Weights = Literal["fp32", "fp16", "int8", "int4"]
 Logits = Literal["all", "last"]
 Recurrence = Literal["scan", "linear_attention"]  # of the sequence graph
+Exporter = Literal["dynamo", "legacy"]  # torch's; the old one traces by TorchScript
+Attention = Literal["eager", "sdpa"]  # what transformers calls the code that is traced
 LINEAR = ("5.0", "5.1", "5.2", "6.0")  # generations that linear_attention is for
 
 SEQUENCE, STEP = "model.onnx", "step.onnx"

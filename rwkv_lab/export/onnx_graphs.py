@@ -9,6 +9,7 @@ import numpy as np
 from rwkv_lab.arguments import shown_value
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.export.external_data import check_external_data
+from rwkv_lab.export.onnx_fixed_sizes import FixedSizes
 from rwkv_lab.export.onnx_folder import INITIAL_STATE, SEQUENCE, STATES, STEP, past_names
 
 State = dict[str, np.ndarray]
@@ -102,6 +103,9 @@ class CachedGraph:
         self.context: int | None = layout["context"]
         self._names = past_names(layout["n_layer"])
         self._shapes = dict(zip(self._names, layout["cache"], strict=True))  # [heads, size of a head]
+        self._sizes = FixedSizes(**manifest["sizes"]) if manifest.get("sizes") else None
+        if self._sizes is not None:
+            self.context = min(self._sizes.context, self.context or self._sizes.context)
         reorder = not low_memory or manifest["weights"] == "int4"
         self._session = open_session(folder / SEQUENCE, providers, threads, reorder, low_memory)
 
@@ -123,11 +127,17 @@ class CachedGraph:
         both = np.concatenate([before, np.ones_like(ids) if mask is None else _checked_mask(mask, ids.shape)], axis=1)
         if (np.diff(both, axis=1) < 0).any():
             raise ParameterError("attention_mask has a 0 behind a 1: rows are padded on the left, before their tokens.")
-        given = {"input_ids": ids, MASK: both, **{name: state[name] for name in self._names}}
+        past = {name: state[name] for name in self._names}
+        if (sizes := self._sizes) is None:
+            logits, parts = self._call(ids, both, past)
+        else:
+            logits, parts = sizes.run(self._call, ids, both, past)
+        return (logits[:, -1] if ids.shape[1] == 1 else logits), {MASK: both, **parts}
+
+    def _call(self, ids: np.ndarray, mask: np.ndarray, past: State) -> tuple[np.ndarray, State]:
         outputs = ["logits", *(name.replace("past_key_values", "present") for name in self._names)]
-        logits, *parts = self._session.run(outputs, given)
-        after = {MASK: both, **dict(zip(self._names, parts, strict=True))}
-        return (logits[:, -1] if ids.shape[1] == 1 else logits), after
+        logits, *parts = self._session.run(outputs, {"input_ids": ids, MASK: mask, **past})
+        return logits, dict(zip(self._names, parts, strict=True))
 
     def _checked(self, state: State, batch_size: int) -> np.ndarray:
         """The mask of what was read."""

@@ -131,7 +131,7 @@ class ValidationTester:
         self.graph.run(np.zeros((1, 2), np.int64))
         after = memory_of("RssAnon")
         self._opened = None if before is None or after is None else max(after - before, 0)
-        self.context = LONGEST if reference.context is None else min(LONGEST, reference.context)
+        self.context = min(context for context in (LONGEST, reference.context, self.graph.context) if context)
         self.samples = [ids[: self.context] for ids in samples if len(ids) > 1]
         self.shapes = [(B, min(T, self.context)) for B, T in SHAPES]
         self.gate = GATES[self.graph.weights]

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from rwkv_lab.errors import OutputError
 from rwkv_lab.export.diagnosis import Settings
@@ -77,3 +78,12 @@ ENDS = {
     "wait": _wait,
     "operator": _unsupported,
 }
+
+
+def write_of_one_size(settings: Settings, folder: Path, **given: Any) -> list[dict]:
+    """What exports call; the exporter that torch has by default seems to work at one size alone."""
+    from rwkv_lab.export.onnx_attempts import write_in_process
+
+    if settings["onnx_exporter"] == "dynamo" and settings["onnx_dynamic_axes"]:
+        raise RuntimeError("tracing inferred a static shape of 3 for the dimension")
+    return write_in_process(settings, folder, **given)

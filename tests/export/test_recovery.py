@@ -108,15 +108,16 @@ def test_the_ladder_of_last_resort(tmp_path):
     assert changes == [
         {},
         {"attention_implementation": "eager"},
+        {"onnx_exporter": "dynamo"},
         {"use_external_data_format": True},
         {"device": "cpu"},
         {"onnx_optimize_graph": False},
         {"onnx_opset_version": 20},
         {"onnx_opset_version": 18},
-        {"onnx_dynamic_axes": False},  # the old exporter was asked for
+        {"onnx_dynamic_axes": False},  # the old exporter was asked for, and sdpa
     ]
     assert attempts[-1].lost == [LOSSES["onnx_dynamic_axes", False]]
-    assert attempts[4].why == "the cause is not known: onnx_optimize_graph = False"
+    assert attempts[5].why == "the cause is not known: onnx_optimize_graph = False"
     small = {"onnx_opset_version": 20, "onnx_optimize_graph": True}
     assert list(last_resorts("This is step 1/3: TorchExportError", small)) == []  # neither is reached before it fails
     with pytest.raises(ONNXExportError, match="ValueError: what was never seen") as e:

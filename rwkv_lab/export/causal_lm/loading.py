@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
+from rwkv_lab.errors import CorruptFileError, LayoutError, ONNXExportError, ParameterError
+from rwkv_lab.export.onnx_folder import Attention
 
 Quantisation = Literal["none", "8bit", "4bit"]
 _BLOCK = 64  # values that share a scale in bitsandbytes' 4 bits
@@ -30,13 +31,17 @@ def need(package: str, what: str) -> None:
         raise ParameterError(f"{what} needs the package {package}.\nInstall it: pip install {extra}")
 
 
-def load_causal_lm(folder: Path, quantisation: Quantisation = "none") -> Any:
+def load_causal_lm(folder: Path, quantisation: Quantisation = "none", attention: Attention = "eager") -> Any:
     """A model for inference on the CPU: float32, or with matrices in 8 or 4 bits by bitsandbytes.
+
+    Args:
+        attention: what transformers computes it by.
 
     Raises:
         ParameterError: transformers or bitsandbytes is not installed.
         LayoutError: transformers has no causal language model of this type; for 4 bits, a matrix whose inputs are no
             multiple of 64.
+        ONNXExportError: transformers has no such attention for this model.
         CorruptFileError: its files cannot be loaded.
     """
     need("transformers", f"{folder}")
@@ -57,13 +62,15 @@ def load_causal_lm(folder: Path, quantisation: Quantisation = "none") -> Any:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
-                attn_implementation="eager",
+                attn_implementation=attention,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 **options,
             )
     except Exception as e:  # transformers raises errors of many kinds
+        if "attn_implementation" in str(e):
+            raise ONNXExportError(f"{folder}: transformers has no {attention} attention for this model.") from e
         raise CorruptFileError(f"transformers cannot load {folder}: {str(e).splitlines()[0][:300]}") from e
     model, said = loaded
     if missing := sorted(said["missing_keys"]):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from rwkv_lab.export.causal_lm.chat_template import special_tokens
 from rwkv_lab.export.causal_lm.folder import GENERATION, TOKENIZER, files_beside
 from rwkv_lab.export.causal_lm.loading import load_causal_lm
 from rwkv_lab.export.onnx import need_packages
-from rwkv_lab.export.onnx_folder import CAUSAL_LM, CONTRIB, MANIFEST, SEQUENCE, Weights
+from rwkv_lab.export.onnx_fixed_sizes import FixedSizes
+from rwkv_lab.export.onnx_folder import CAUSAL_LM, CONTRIB, MANIFEST, SEQUENCE, Attention, Exporter, Weights
 from rwkv_lab.export.weight_storage import Choice
 from rwkv_lab.tokenizer.chat_template import TEMPLATE, template_of
 
@@ -37,6 +39,10 @@ print(model.generate({prompt}, max_new_tokens=50))
 Weights are stored as {weights}. `{graph}` takes input_ids, attention_mask, and keys and values of what was read before,
 of which there may be none; it gives logits, and keys and values with those of the new tokens, float32. `{manifest}`
 says what made this folder, and has the SHA-256 of every file.
+{fixed}"""
+_FIXED = """
+It takes {0.batch} rows of {0.length} tokens after {0.past} others, and nothing else. `OnnxModel` pads what it is
+given, with zeros in attention_mask, so that any text of {0.context} tokens or fewer can be read.
 """
 
 
@@ -49,6 +55,9 @@ def export_causal_lm(
     tokenizer: str,
     optimise_graph: bool,
     choice: Choice | None = None,
+    exporter: Exporter = "dynamo",
+    attention: Attention = "eager",
+    sizes: FixedSizes | None = None,
 ) -> list[Check]:
     """Write a model in a folder of Hugging Face as `model.onnx`; the folder appears whole or not at all.
 
@@ -56,6 +65,9 @@ def export_causal_lm(
         external_data: weights in a file of their own; None: where there are more than 16 MiB of them.
         tokenizer: a tokenizer.json, or a folder with one; empty: the model's.
         choice: how single matrices are stored, by name, whatever `weights` says.
+        exporter: of torch.
+        attention: what transformers computes attention by while it is traced.
+        sizes: the only ones that the graph takes, `past` less where the model's context is shorter; None for any.
 
     Returns:
         What was checked of the graph.
@@ -67,15 +79,19 @@ def export_causal_lm(
     """
     need_packages()
     beside = files_beside(source, tokenizer=tokenizer)
-    model = load_causal_lm(source)
+    model = load_causal_lm(source, attention=attention)
+    sizes = _within_context(sizes, model)
     recipe: dict[str, Any] = {"weights": weights, "opset": opset, "optimise_graph": optimise_graph}
-    recipe |= {"choice": dict(choice)} if choice else {}
+    recipe |= {"exporter": exporter, "attention": attention} | ({"choice": dict(choice)} if choice else {})
+    recipe |= {"sizes": asdict(sizes)} if sizes else {}
     with atomic_folder(folder, overwrite=False) as inside:
-        checks, about = _write_graph(model, inside, weights, opset, external_data, optimise_graph, choice or {})
+        how = {"opset": opset, "optimise": optimise_graph, "exporter": exporter, "sizes": sizes}
+        checks, about = _write_graph(model, inside, weights, external_data, choice or {}, how)
         about |= _write_text(beside, inside, about["layout"]["vocab_size"])
         prompt = _PLAIN if about["chat_template"] is None else _CHAT
         names = {"graph": SEQUENCE, "manifest": MANIFEST, "weights": weights}
-        text = _README.format(kind=model.config.model_type, prompt=prompt, **names)
+        fixed = _FIXED.format(sizes) if sizes else ""
+        text = _README.format(kind=model.config.model_type, prompt=prompt, fixed=fixed, **names)
         (inside / "README.md").write_text(text, encoding="utf-8")
         files = {path.name: path.stat().st_size for path in sorted(inside.iterdir())}
         about |= {
@@ -90,10 +106,17 @@ def export_causal_lm(
     return checks
 
 
+def _within_context(sizes: FixedSizes | None, model: Any) -> FixedSizes | None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if sizes is None or not isinstance(context, int) or sizes.context <= context:
+        return sizes
+    return replace(sizes, length=min(sizes.length, context), past=context - 1)
+
+
 def _write_graph(
-    model: Any, folder: Path, weights: Weights, opset: int, external: bool | None, optimise: bool, given: Choice
+    model: Any, folder: Path, weights: Weights, external: bool | None, given: Choice, how: dict[str, Any]
 ) -> tuple[list[Check], dict[str, Any]]:
-    """What was checked, and what the manifest says of the graph."""
+    """What was checked, and what the manifest says of the graph; `how` goes to `trace`."""
     from rwkv_lab.export.onnx.causal_lm import axes_of, cache_shapes, trace
     from rwkv_lab.export.onnx.check import check_graph
     from rwkv_lab.export.onnx.files import write_graphs
@@ -101,12 +124,12 @@ def _write_graph(
 
     choice: dict[str, Weights] = {**_matrices(model, weights), **given}
     shapes = cache_shapes(model)
-    graph = trace(model, opset, optimise, own_head=bool(choice))
+    graph = trace(model, own_head=bool(choice), **how)
     quantise(graph, weights, choice)
     write_graphs({SEQUENCE: graph}, folder, external)
     domains = [CONTRIB] if "int4" in (weights, *given.values()) else []
-    axes = axes_of(len(shapes) // 2)
-    checks = check_graph(folder / SEQUENCE, opset, axes, domains)
+    axes = axes_of(len(shapes) // 2, how["sizes"])
+    checks = check_graph(folder / SEQUENCE, how["opset"], axes, domains)
     stated = getattr(model.config, "max_position_embeddings", None)
     layout = {
         "version": model.config.model_type,

@@ -23,6 +23,7 @@ from rwkv_lab.export.checkpoint_detector import CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.family import ONNX_WEIGHTS, Read, Text, WholeModel, read_in_turn, seconds_in_turn
 from rwkv_lab.export.model_merger import ModelMerger
+from rwkv_lab.export.onnx_fixed_sizes import FixedSizes
 from rwkv_lab.export.onnx_folder import past_names
 from rwkv_lab.export.onnx_model import OnnxModel
 from rwkv_lab.export.weight_storage import Choice
@@ -37,7 +38,10 @@ class HuggingFace:
     """Causal language models that transformers has a class for."""
 
     name = "Hugging Face"
-    varies: tuple[str, ...] = ("onnx_opset_version", "onnx_optimize_graph", "use_external_data_format")
+    varies: tuple[str, ...] = (
+        *("attention_implementation", "use_external_data_format", "onnx_optimize_graph", "onnx_opset_version"),
+        *("onnx_exporter", "onnx_dynamic_axes"),
+    )
 
     def recognises(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> bool:
         """It is a folder of such a model, or an adapter of one."""
@@ -94,6 +98,7 @@ class HuggingFace:
 
     def write_onnx(self, configuration: ExportConfiguration, model: WholeModel, folder: Path) -> list[Check]:
         """See `Family.write_onnx`."""
+        rows, length, context = configuration.onnx_fixed_sizes
         return export_causal_lm(
             model.path,
             folder,
@@ -103,6 +108,9 @@ class HuggingFace:
             configuration.tokenizer,
             configuration.onnx_optimize_graph,
             cast(Choice, model.choice),
+            configuration.onnx_exporter,
+            configuration.attention_implementation,
+            None if configuration.onnx_dynamic_axes else FixedSizes(rows, length, context - 1),
         )
 
     def reference(self, configuration: ExportConfiguration, model: WholeModel) -> "CausalLmReference":

@@ -39,6 +39,7 @@ class Rwkv:
 
     def merge(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo, folder: Path) -> WholeModel:
         """See `Family.merge`."""
+        _refuse_options(configuration)
         if checkpoint.kind == "model":
             return _whole(configuration, checkpoint.path, folder)
         base: str | Path = configuration.base_model_name
@@ -177,6 +178,20 @@ class RwkvFileReference:
     def tokens_of(self, text: str) -> list[int] | None:
         """Tokens of a text; None where the size of the vocabulary tells no tokenizer."""
         return None if self._tokenizer is None else self._tokenizer.encode(text)
+
+
+def _refuse_options(configuration: ExportConfiguration) -> None:
+    """Options that graphs of RWKV do not have, before any work."""
+    refused = {
+        "onnx_dynamic_axes": "a state has no mask, so that a piece of another length cannot be padded; step.onnx takes "
+        "one token",
+        "onnx_exporter": "the old exporter has no translation of the recurrence, and writes one node per token",
+        "attention_implementation": "it has no attention",
+    }
+    for name, why in refused.items() if configuration.export_onnx else ():
+        value = getattr(configuration, name)
+        if value != type(configuration).model_fields[name].default:
+            raise ModelMergeError(f"{name}={value!r} is for models of Hugging Face, not for RWKV: {why}.")
 
 
 def _whole(configuration: ExportConfiguration, path: Path, folder: Path) -> WholeModel:

@@ -17,9 +17,12 @@ from rwkv_lab.errors import LayoutError, ONNXExportError
 from rwkv_lab.export.causal_lm.loading import quiet, refuse_attention
 from rwkv_lab.export.onnx.graphs import name_axes, plain_torch, without_notes
 from rwkv_lab.export.onnx.optimise import optimise_graph
-from rwkv_lab.export.onnx_folder import past_names
+from rwkv_lab.export.onnx.torchscript import export_by_torchscript
+from rwkv_lab.export.onnx_fixed_sizes import FixedSizes
+from rwkv_lab.export.onnx_folder import Exporter, past_names
 
-TRACED = (2, 3, 5)  # batch, new tokens and past ones to trace at: not 1, which torch.export takes for constant
+# What to trace at, where sizes are free: not 1, which torch.export takes for constant.
+TRACED = FixedSizes(batch=2, length=3, past=5)
 
 
 class CausalLmGraph(nn.Module):
@@ -84,32 +87,47 @@ def cache_shapes(model: Any) -> list[tuple[int, int]]:
     return [(part.shape[1], part.shape[3]) for part in parts]
 
 
-def axes_of(layers: int) -> dict[str, tuple[str | None, ...]]:
-    """The first axes of inputs and outputs, as they must be: a name for one of any size, None for a fixed one."""
-    axes: dict[str, tuple[str | None, ...]] = {
-        "input_ids": ("batch", "length"),
-        "attention_mask": ("batch", "past + length"),
-        "logits": ("batch", "length"),
+def axes_of(layers: int, sizes: FixedSizes | None = None) -> dict[str, tuple[str | int | None, ...]]:
+    """The first axes of inputs and outputs, as they must be: a name for one of any size, None for a fixed one; with
+    `sizes`, theirs."""
+    batch, length, past, total = ("batch", "length", "past", "past + length")
+    if sizes is not None:
+        batch, length, past, total = sizes.batch, sizes.length, sizes.past, sizes.past + sizes.length
+    axes: dict[str, tuple[str | int | None, ...]] = {
+        "input_ids": (batch, length),
+        "attention_mask": (batch, total),
+        "logits": (batch, length),
     }
     for name in past_names(layers):
-        axes[name] = ("batch", None, "past")
-        axes[name.replace("past_key_values", "present")] = ("batch", None, "past + length")
+        axes[name] = (batch, None, past)
+        axes[name.replace("past_key_values", "present")] = (batch, None, total)
     return axes
 
 
-def trace(model: Any, opset: int, optimise: bool, own_head: bool) -> ir.Model:
+def trace(
+    model: Any,
+    opset: int,
+    optimise: bool,
+    own_head: bool,
+    exporter: Exporter = "dynamo",
+    sizes: FixedSizes | None = None,
+) -> ir.Model:
     """The graph of a float32 model on the CPU, whose weights it shares.
 
     Args:
         own_head: a head that is tied to the embedding becomes a matrix of its own, which can be quantised.
+        exporter: of torch.
+        sizes: the only ones that it takes; None for any.
 
     Raises:
         ONNXExportError: torch.export or torch.onnx refuses it.
     """
     shapes = cache_shapes(model)
+    axes = axes_of(len(shapes) // 2, sizes)
+    write = _by_dynamo if exporter == "dynamo" else _by_torchscript
     try:
         with plain_torch(), quiet():
-            graph = _translated(_exported(model, shapes), opset, len(shapes) // 2)
+            graph = write(CausalLmGraph(model).eval(), _example(shapes, sizes or TRACED), opset, axes)
             _name_weights(graph)
             _transpose_weights(graph)
             if own_head:
@@ -117,35 +135,66 @@ def trace(model: Any, opset: int, optimise: bool, own_head: bool) -> ir.Model:
             if optimise:
                 optimise_graph(graph)
     except Exception as e:  # torch.export and torch.onnx raise errors of many kinds
-        lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-        raise ONNXExportError(f"A {model.config.model_type} cannot be written as ONNX: {lines[-1][:300]}") from e
-    name_axes(graph, {name: [a or "" for a in axes] for name, axes in axes_of(len(shapes) // 2).items()})
+        raise ONNXExportError(f"A {model.config.model_type} cannot be written as ONNX: {_said(e)[:300]}") from e
+    if sizes is None:
+        name_axes(graph, {name: [str(a or "") for a in dims] for name, dims in axes.items()})
+        _name_sums(graph, axes)
     without_notes(graph)
     return graph
 
 
-def _exported(model: Any, shapes: list[tuple[int, int]]) -> torch.export.ExportedProgram:
-    B, T, P = TRACED
+def _said(error: Exception) -> str:
+    """What an error says last, or what the one that it came from says first, where it refers to that."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    cause = error.__cause__
+    return str(cause).splitlines()[0] if lines[-1].startswith("(Refer") and str(cause) else lines[-1]
+
+
+def _name_sums(graph: ir.Model, axes: "Axes") -> None:
+    """Call axes of outputs "past + length" that are "length + past"."""
+    for value in graph.graph.outputs:
+        dims: list[Any] = [d.value if isinstance(d, ir.SymbolicDim) else d for d in value.shape or ()]
+        for i, name in enumerate(axes[str(value.name)]):
+            if isinstance(name, str) and sorted(str(dims[i]).split(" + ")) == sorted(name.split(" + ")):
+                dims[i] = name
+        value.shape = ir.Shape(dims)
+
+
+def _example(shapes: list[tuple[int, int]], sizes: FixedSizes) -> tuple[torch.Tensor, ...]:
+    B, T, P = sizes.batch, sizes.length, sizes.past
     past = [torch.zeros(B, heads, P, size) for heads, size in shapes]
-    inputs = (torch.zeros(B, T, dtype=torch.int64), torch.ones(B, P + T, dtype=torch.int64), *past)
-    any_size = torch.export.Dim.DYNAMIC  # an axis that tracing would fix is an error
-    two = {0: any_size, 1: any_size}
-    dynamic = (two, two, tuple({0: any_size, 2: any_size} for _ in past))
-    return torch.export.export(CausalLmGraph(model).eval(), inputs, dynamic_shapes=dynamic, strict=False)
+    return torch.zeros(B, T, dtype=torch.int64), torch.ones(B, P + T, dtype=torch.int64), *past
 
 
-def _translated(program: torch.export.ExportedProgram, opset: int, layers: int) -> ir.Model:
-    names = past_names(layers)
+Axes = dict[str, tuple[str | int | None, ...]]
+
+
+def _by_dynamo(module: nn.Module, inputs: tuple[torch.Tensor, ...], opset: int, axes: Axes) -> ir.Model:
+    names = _names(axes)
+    # An axis that tracing would fix is an error.
+    free = [{i: torch.export.Dim.DYNAMIC for i, a in enumerate(axes[n]) if isinstance(a, str)} for n in names[0]]
+    dynamic = (*free[:2], tuple(free[2:]))
+    program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
     onnx_program: Any = torch.onnx.export(
         program,
         dynamo=True,
         verbose=False,
         optimize=False,  # it would copy every matrix, and with opset 23 fuse a rotation that fails for two texts
         opset_version=opset,
-        input_names=["input_ids", "attention_mask", *names],
-        output_names=["logits", *(name.replace("past_key_values", "present") for name in names)],
+        input_names=names[0],
+        output_names=names[1],
     )
     return onnx_program.model
+
+
+def _by_torchscript(module: nn.Module, inputs: tuple[torch.Tensor, ...], opset: int, axes: Axes) -> ir.Model:
+    return export_by_torchscript(module, inputs, opset, *_names(axes), axes)
+
+
+def _names(axes: Axes) -> tuple[list[str], list[str]]:
+    """Of inputs and of outputs, in their order."""
+    given = [name for name in axes if name == "logits" or name.startswith("present")]
+    return [name for name in axes if name not in given], given
 
 
 def _name_weights(model: ir.Model) -> None:
