@@ -26,6 +26,7 @@ from rwkv_lab.train import (
     measure_held_out,
     questions,
 )
+from rwkv_lab.train.held_out import change_in_words
 
 _SAMPLE = 100  # tokens
 _RUNS = "the merged model runs: logits that are NaN or Inf"
@@ -49,8 +50,7 @@ class Behaviour:
         parts = []
         for text, of in self.bits.items():
             base, merged = of["base"], of["merged"]
-            share = f"{abs(merged / base - 1):.1%} {'better' if merged < base else 'worse'}"
-            parts.append(f"{text} {base:.3f} to {merged:.3f}, {share if merged != base else 'the same'}")
+            parts.append(f"{text} {base:.3f} to {merged:.3f}, {change_in_words(base, merged)}")
         return f"Bits per byte of held-out text, base to merged: {'; '.join(parts)}." if parts else ""
 
     @property

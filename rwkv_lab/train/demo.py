@@ -25,9 +25,14 @@ def demo_folder() -> Path:
     return user_cache_folder() / "demo"
 
 
+def demo_file(what: str) -> Path:
+    """Where the demo's `base` or `state` is kept, whether it is there yet or not."""
+    return demo_folder() / f"demo-{what}.pth"
+
+
 def demo_base() -> Path:
     """Path of the demo model, RWKV-7 on bytes, pretrained on English; trained now if it is not there."""
-    base = demo_folder() / "demo-base.pth"
+    base = demo_file("base")
     if not base.exists():
         with _alone("the demo model"):
             if not base.exists():  # another process may have trained it while this one waited
@@ -37,7 +42,7 @@ def demo_base() -> Path:
 
 def demo_state() -> Path:
     """Path of the demo model's state, tuned on Python code; both are trained now if they are not there."""
-    base, state = demo_base(), demo_folder() / "demo-state.pth"
+    base, state = demo_base(), demo_file("state")
     if not state.exists():
         with _alone("the demo model's tuned state"):
             if not state.exists():

@@ -17,6 +17,7 @@ from rwkv_lab.train.examples import Example, Examples
 from rwkv_lab.train.token_files import TokenCorpus
 
 WINDOW = 128  # tokens, as most kinds of training take by default
+_COUNTS = 0.0005  # of the bits: a change that is smaller is none that counts
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,14 @@ class Measurement:
     def described(self) -> str:
         """What was measured, in words: "65,535 bytes in windows of 128 tokens, each from a fresh state"."""
         return f"{self.size:,} bytes in windows of {self.window:,} tokens, each from a fresh state"
+
+
+def change_in_words(before: float, after: float, less: str = "better", more: str = "worse") -> str:
+    """How much bits per byte changed: "6.1% better", "the same", or "no difference that counts" of less than 0.05%."""
+    share = abs(after / before - 1)
+    if after == before:
+        return "the same"
+    return "no difference that counts" if share < _COUNTS else f"{share:.1%} {less if after < before else more}"
 
 
 @checked

@@ -1,6 +1,8 @@
 """Fields of a panel: a widget for each kind of parameter, made from the parameter's type."""
 
+import html
 import json
+import re
 from collections.abc import Callable, Iterable
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -16,6 +18,11 @@ from rwkv_lab.workbench.words import takes_mapping
 _LABEL = {"description_width": "9rem"}
 _WIDE = {"width": "44rem"}  # no Layout: that would be a widget, made at import
 _WORDS = "{words}"  # stands in placeholders for the help
+_OF_EMPTY = re.compile(r"\b(?:empty|None): (.+?)(?:;|$)")  # in a parameter's help: what no value stands for
+
+_CHOICE = {"width": "max-content", "min_width": "18.5rem"}
+_UNNAMED = "(none)"  # an empty choice whose parameter does not say what it stands for
+_BESIDE = '<span style="color: var(--jp-ui-font-color2, #616161); line-height: 1.3">{}</span>'
 
 M = TypeVar("M")
 
@@ -27,6 +34,11 @@ class Field:
         self.name, self.widget = name, widget
         self._to_widget, self._from_widget = to_widget, from_widget
         self._placeholder = ""  # with `_WORDS` in the place of the help
+        shown = getattr(widget, "box", widget)
+        holds_help = isinstance(widget, widgets.Checkbox) or hasattr(_typed_in(widget), "placeholder")
+        self._help = None if holds_help else widgets.HTML()
+        # What is shown: the widget, or the box that it comes in, with the help beside it where it holds no text.
+        self.box = shown if self._help is None else widgets.HBox([shown, self._help])
 
     @property
     def value(self) -> Any:
@@ -37,22 +49,37 @@ class Field:
     def value(self, value: Any) -> None:
         self.widget.value = self._to_widget(value)
 
-    @property
-    def box(self) -> widgets.DOMWidget:
-        """What is shown: the widget, or the box that it comes in."""
-        return getattr(self.widget, "box", self.widget)
+    def explain(self, words: str, stands_for: object = None) -> None:
+        """Show the parameter's help.
 
-    def explain(self, words: str) -> None:
-        """Show the parameter's help, where this kind of widget can."""
-        if isinstance(self.widget, widgets.Checkbox):
-            self.widget.description = f"{self.name}: {words}"
-            self.widget.tooltip = words
-            return
-        shown = getattr(self.widget, "text", self.widget)  # a FileChooser has a text field
+        Args:
+            stands_for: what the field comes to while it is empty; None where the help says it.
+        """
+        shown = _typed_in(self.widget)
+        if isinstance(self.widget, widgets.Dropdown):
+            self._name_empty(words if stands_for is None else f"empty: {stands_for}")
+        elif stands_for is not None:
+            words = f"here {stands_for}: {words}"  # the end of long words is not seen
         shown.tooltip = words
-        if hasattr(shown, "placeholder"):
-            self._placeholder = self._placeholder or shown.placeholder
+        if isinstance(self.widget, widgets.Checkbox):
+            shown.description = f"{self.name}: {words}"
+        elif self._help is not None:
+            self._help.value = _BESIDE.format(html.escape(words))
+        else:
+            self._placeholder = self._placeholder or shown.placeholder.strip("\u200b") or _WORDS
             shown.placeholder = self._placeholder.replace(_WORDS, words)
+
+    def _name_empty(self, words: str) -> None:
+        """Have the empty choice of a drop-down list say what it stands for."""
+        labels, found = self.widget._options_labels, _OF_EMPTY.search(words)
+        if "" in dict(self.widget.options).values() and found:
+            # Not by `options`, which chooses the first one: the value would change, and with it the parameters.
+            self.widget.set_trait("_options_labels", (found[1], *labels[1:]))
+
+
+def _typed_in(widget: Any) -> Any:
+    """The widget that has the tooltip and the placeholder: a FileChooser has a text field."""
+    return getattr(widget, "text", widget)
 
 
 def field_for(name: str, info: FieldInfo) -> Field:
@@ -153,8 +180,8 @@ def _text(name: str, placeholder: str = _WORDS) -> Field:
 
 
 def _choice(name: str, choices: tuple[str, ...]) -> Field:
-    options = tuple((text or "(default)", text) for text in choices)
-    return Field(name, widgets.Dropdown(options=options, description=name, style=_LABEL))
+    options = tuple((text or _UNNAMED, text) for text in choices)
+    return Field(name, widgets.Dropdown(options=options, description=name, style=_LABEL, layout=_CHOICE))
 
 
 def _number(name: str) -> Field:
@@ -203,15 +230,16 @@ def _from_json(text: str) -> object:
 def _or_none(field: Field) -> Field:
     """A field that is empty where nothing is given."""
     if isinstance(field.widget, widgets.Dropdown):
-        field.widget.options = (("(default)", ""), *field.widget.options)
+        field.widget.options = ((_UNNAMED, ""), *field.widget.options)
     to_widget, from_widget = field._to_widget, field._from_widget
     read = lambda v: None if v in ("", (), []) else from_widget(v)  # noqa: E731
     return Field(field.name, field.widget, lambda v: to_widget("" if v is None else v), read)
 
 
 def _flag_or_none(name: str) -> Field:
-    options = (("(default)", None), ("True", True), ("False", False))
-    return Field(name, widgets.Dropdown(options=options, description=name, style=_LABEL, value=None))
+    options = ((_UNNAMED, ""), ("True", True), ("False", False))  # None would be no choice, and the list be blank
+    widget = widgets.Dropdown(options=options, description=name, style=_LABEL, layout=_CHOICE)
+    return Field(name, widget, lambda v: "" if v is None else v, lambda v: None if v == "" else v)
 
 
 def _whole(name: str, least: int) -> Field:

@@ -42,7 +42,8 @@ _TOOLTIPS = {
     "Stop": "end what runs now",
     "Reset": "take the values of the parameters cell",
 }
-_MISSING = re.compile(r"(\w+) is missing\b")  # how a message begins where a parameter has not been given yet
+# How a message begins where a parameter has not been given yet.
+_MISSING = re.compile(r"(?P<name>\w+) is missing\b|method '\w+' (needs|takes at least) ")
 
 
 class Panel:
@@ -145,7 +146,7 @@ class Panel:
         for name, field in self.fields.items():
             field.box.layout.display = None if self.run.model.applies(name, given) else "none"
             words = self.run.model.model_fields[name].description or ""
-            field.explain(f"{words} (here {stands_for[name]})" if name in stands_for else words)
+            field.explain(words, stands_for.get(name))
             if isinstance(field.widget, FileChooser) and field.widget.files.several:
                 self._list_files(field.widget, given)
 
@@ -177,8 +178,10 @@ class Panel:
         self.apply()
         missing = _MISSING.match(self.refusal)
         if missing:
-            text = html.escape(f"Next, give {missing[1]}: {self.refusal[missing.end() :].lstrip(': ')}")
-            self.message.value = f'<span style="color: var(--jp-ui-font-color2, #666)">{text}</span>'
+            name, rest = missing["name"], self.refusal[missing.end() :].lstrip(": ")
+            text = html.escape(f"Next, give {name}: {rest}" if name else f"Next: {self.refusal}")
+            style = "color: var(--jp-ui-font-color2, #616161); white-space: pre-wrap"
+            self.message.value = f'<span style="{style}">{text}</span>'
 
     def do(self, work: Callable[[Run], object]) -> None:
         """What a click does: take the fields over, work, and show the result or the refusal in the panel."""

@@ -51,6 +51,8 @@ def test_the_summary_tells_better_from_worse():
         "Bits per byte of held-out text, base to merged: english 2.400 to 2.520, 5.0% worse; "
         "python 2.000 to 1.900, 5.0% better; code 1.000 to 1.000, the same."
     )
+    hardly = {"cats": {"base": 7.396, "merged": 7.394}}
+    assert Behaviour(hardly).summary.endswith("cats 7.396 to 7.394, no difference that counts.")
     assert Behaviour().summary == ""
 
 

@@ -75,6 +75,6 @@ def test_the_cell_has_a_line_for_each():
 
 def test_a_field_of_the_panel_for_each():
     fields = {name: field_for(name, info) for name, info in ToyParameters.model_fields.items()}
-    assert dict(fields["dtype"].widget.options) == {"(default)": "", "bf16": "bf16", "fp32": "fp32"}
+    assert dict(fields["dtype"].widget.options) == {"(none)": "", "bf16": "bf16", "fp32": "fp32"}
     fields["only"].widget.value = "a\n\nb"
     assert fields["only"].value == ["a", "b"] and hasattr(fields["source"].widget, "browse")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from ipywidgets import Dropdown
 
 from rwkv_lab.checkpoint import FileFacts
 from rwkv_lab.workbench import panel as panels
@@ -10,6 +11,7 @@ from rwkv_lab.workbench import start
 from rwkv_lab.workbench.entries import proposed_by
 from rwkv_lab.workbench.next_steps import uses
 from rwkv_lab.workbench.panel import show_panel
+from rwkv_lab.workbench.registry import notebook_names
 
 
 @pytest.fixture
@@ -56,6 +58,12 @@ def test_a_parameter_that_is_still_to_be_given_is_no_error(panel, demo_folder):
     assert "error-color" in panel.message.value and "ParameterError" in panel.message.value
     panel.fields["tuned"].widget.text.value = str(demo_folder / "demo-state.pth")
     assert panel.message.value == ""
+    for method, next_one in {"linear": "weights", "passthrough": "layers", "model_stock": "2 tuned models"}.items():
+        panel.fields["method"].widget.value = method
+        said = panel.message.value
+        assert f"Next: method &#x27;{method}&#x27;" in said and next_one in said and "error-color" not in said
+    panel.buttons["Run"].click()
+    assert "error-color" in panel.message.value
 
 
 def test_every_control_has_a_tooltip(panel):
@@ -68,12 +76,53 @@ def test_what_none_stands_for_is_shown_with_its_number(tmp_path, demo_folder, mo
     monkeypatch.setattr(panels, "frontend_present", lambda: True)
     run = start("train", {"report": str(tmp_path)})
     panel = show_panel(run)
-    assert "here 400)" in panel.fields["steps"].widget.placeholder
+    assert "here 400:" in panel.fields["steps"].widget.placeholder
     panel.fields["kind"].widget.value = "lora"
-    assert "here 200)" in panel.fields["steps"].widget.placeholder
+    assert "here 200:" in panel.fields["steps"].widget.placeholder
     panel.fields["rank"].widget.value = "16"
-    assert "here 32)" in panel.fields["alpha"].widget.placeholder
+    assert "here 32:" in panel.fields["alpha"].widget.placeholder
     assert "None, here 200" in repr(run)
+
+
+def test_an_empty_choice_says_what_it_stands_for(tmp_path, demo_folder, monkeypatch):
+    monkeypatch.setattr(panels, "frontend_present", lambda: True)
+    expected = {
+        ("export", "export_onnx"): "True (default)",
+        ("export", "log_level"): "INFO (default)",
+        ("export", "use_external_data_format"): "where there are more than 16 MiB",
+        ("convert", "dtype"): "each keeps its own",
+        ("train", "preset"): "the kind's own",
+        ("train", "autocast"): "float32",
+        ("train", "long"): "cut",
+        ("chat", "think"): "do not say",
+    }
+    for notebook in notebook_names():
+        panel = show_panel(start(notebook, {"report": str(tmp_path / notebook)}))
+        for name, field in panel.fields.items():
+            if isinstance(field.widget, Dropdown) and "" in dict(field.widget.options).values():
+                label = field.widget._options_labels[0]  # what the browser shows
+                assert label == expected.get((notebook, name), label) and label not in ("", "(none)", "(default)")
+                assert field.widget.index == 0 and not field.value
+    panel = show_panel(start("train", {"report": str(tmp_path / "again")}))
+    panel.fields["dtype"].widget.value = "bfloat16"
+    assert panel.fields["autocast"].widget._options_labels[0] == "bfloat16" and panel.run.config.autocast == ""
+
+
+def test_opening_a_panel_trains_no_demo_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("RWKV_LAB_DEMO", str(tmp_path / "none"))
+    monkeypatch.setattr("rwkv_lab.train.demo.train", lambda *_, **__: pytest.fail("a model was trained"))
+    monkeypatch.setattr("rwkv_lab.workbench.run.frontend_present", lambda: True)
+    monkeypatch.setattr(panels, "frontend_present", lambda: True)
+    for notebook in notebook_names():
+        assert show_panel(start(notebook, {"report": str(tmp_path / notebook)})) is not None
+
+
+def test_fields_that_hold_no_text_have_their_help_beside_them(tmp_path, demo_folder, monkeypatch):
+    monkeypatch.setattr(panels, "frontend_present", lambda: True)
+    panel = show_panel(start("export", {"report": str(tmp_path)}))
+    levels = panel.fields["quantization_level"]
+    assert "here none, int8 (notebook)" in levels.box.children[1].value
+    assert panel.fields["checkpoint_path"].widget.text.placeholder.startswith("here demo:state (notebook): an ")
 
 
 def test_messages_are_escaped(panel):

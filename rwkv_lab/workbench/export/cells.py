@@ -18,6 +18,7 @@ from rwkv_lab.samples import Sample
 from rwkv_lab.workbench.export import figures
 from rwkv_lab.workbench.export.details import STORAGE, storage_as_csv, tables_of_exports
 from rwkv_lab.workbench.export.exported import Exported, facts_of, one_after_the_other, read_exported
+from rwkv_lab.workbench.parameters import train_demo
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
@@ -62,6 +63,7 @@ def preview(run: Run) -> ExportPlan:
     Raises:
         RwkvLabError: what an export refuses.
     """
+    train_demo(run.config)
     made = plan_export(run.config.configurations())
     display(Table("The plan", ("", ""), _facts(made)), _outputs_table(made), _configuration_table(made))
     return made

@@ -22,7 +22,6 @@ from rwkv_lab.workbench.parameters import (
     PathOrEmpty,
     TextFileOrEmpty,
     check_headers,
-    input_path,
 )
 
 _DEMO = {"checkpoint_path": "demo:state", "base_model_name": "demo:base"}
@@ -70,14 +69,16 @@ class ExportParameters(Parameters):
             return {}
         origins = first.origins
         values = {name: getattr(first, name) for name in ExportConfiguration.model_fields}
-        found = {name: f"{v!s} ({origins[name]})" for name, v in values.items() if v not in (None, "")}
+        words = {_demo_path(word): word for word in DEMO}
+        found = {n: f"{words.get(str(v), v)!s} ({origins[n]})" for n, v in values.items() if v not in (None, "")}
         levels = ", ".join(one.quantization_level for one in (first, *others))
         return found | {"quantization_level": f"{levels} ({origins['quantization_level']})"}
 
     def check_files(self) -> None:
         first, *_ = self.configurations()
         path = Path(first.checkpoint_path)
-        if not path.is_dir():  # a folder may hold many; which one is taken is found later
+        is_demo = str(path) in map(_demo_path, DEMO)
+        if not (path.is_dir() or is_demo):  # a folder may hold many; which one is taken is found later
             check_headers(str(path))
 
     def demo_files(self) -> list[str]:
@@ -124,8 +125,10 @@ class ExportParameters(Parameters):
 
 
 def _demo_path(value: Any) -> Any:
-    """The path of a demo file for its name; others as they are."""
-    return str(input_path(value)) if isinstance(value, str) and value in DEMO else value
+    """The path of a demo file, which need not be there, for its name; others as they are."""
+    from rwkv_lab.train.demo import demo_file  # here, because it brings the model with it
+
+    return str(demo_file(value.removeprefix("demo:"))) if isinstance(value, str) and value in DEMO else value
 
 
 PARAMETERS = ExportParameters

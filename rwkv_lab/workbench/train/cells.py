@@ -24,6 +24,7 @@ from rwkv_lab.train import (
     run_training,
     verify_training,
 )
+from rwkv_lab.train.held_out import change_in_words
 from rwkv_lab.train.output import check_destinations
 from rwkv_lab.workbench.estimate import forward_seconds, in_words
 from rwkv_lab.workbench.report import Picture
@@ -113,10 +114,9 @@ def carry_out(run: Run, plan: TrainPlan) -> TrainResult | None:
             "tokens_lost": fit.lost,
             "ctx_len_that_cuts_none": fit.needed,
         }
-    fewer = 1 - result.bits_after / result.bits_before
     run.page.headline = (
         f"{spec.kind} on {spec.data}: {result.bits_before:.3f} to {result.bits_after:.3f} bits per byte of "
-        f"held-out text, {abs(fewer):.1%} {'fewer' if fewer >= 0 else 'more'}; "
+        f"held-out text, {change_in_words(result.bits_before, result.bits_after, 'fewer', 'more')}; "
         f"{Measurement(result.bits_after, result.held_out_bytes, spec.effective('ctx_len')).described}."
     )
     run.page.summary = run.page.headline

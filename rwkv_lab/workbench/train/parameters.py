@@ -62,6 +62,7 @@ class TrainParameters(Parameters):
             return {}
         own = {name: getattr(kind.defaults, name) for name in ("steps", "batch_size", "ctx_len", "lr", "rank")}
         own |= _of_preset(values)
+        own |= {"long": "cut", "autocast": values.get("dtype")}
         rank, steps = values.get("rank") or own["rank"], values.get("steps") or own["steps"]
         numbers = isinstance(rank, int) and isinstance(steps, int)  # a field may hold other text
         return own | ({"alpha": 2 * rank, "warmup": max(1, round(0.05 * steps))} if numbers else {})
