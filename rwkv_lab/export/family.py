@@ -1,12 +1,13 @@
 """What a family of models brings, so that the pipeline can export it. A family is one module in `families/`."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from torch import nn
 
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.export.checkpoint_detector import CheckpointInfo
@@ -103,6 +104,9 @@ def seconds_in_turn(reference: Reference, pieces: Sequence[np.ndarray]) -> list[
     return found
 
 
+Encode = Callable[[bytes], Sequence[int]]
+
+
 class Family(Protocol):
     """How models of one family are merged, written, and run for comparison."""
 
@@ -143,4 +147,8 @@ class Family(Protocol):
 
     def reference(self, configuration: ExportConfiguration, model: WholeModel) -> Reference:
         """The model itself, run by torch."""
+        ...
+
+    def in_memory(self, configuration: ExportConfiguration, model: WholeModel) -> tuple[nn.Module, Encode | None]:
+        """The model in torch, float32, whatever its size; and what makes tokens of texts, None where nothing does."""
         ...

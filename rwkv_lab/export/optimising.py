@@ -8,23 +8,27 @@ from pathlib import Path
 import torch
 
 from rwkv_lab.checkpoint import open_checkpoint
-from rwkv_lab.errors import FormatExportError, LayoutError, ParameterError
-from rwkv_lab.export.calibration import Calibration, load_calibration
+from rwkv_lab.export.calibration import load_calibration
 from rwkv_lab.export.checkpoint_detector import CheckpointDetector
 from rwkv_lab.export.configuration import ExportConfiguration
-from rwkv_lab.export.family import WholeModel
+from rwkv_lab.export.family import Family, WholeModel
 from rwkv_lab.export.onnx_folder import Weights
 from rwkv_lab.export.optimization_processor import OptimizationProcessor, by_storage, described
 from rwkv_lab.export.result import ExportResult
+from rwkv_lab.export.scanned_model import scanned
 from rwkv_lab.export.sensitivity import propose, scan_sensitivity
-from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.train import CORPORA
 
 log = logging.getLogger(__name__)
 
 
 def optimised(
-    configuration: ExportConfiguration, model: WholeModel, checkpoint: Path, result: ExportResult, folder: Path
+    configuration: ExportConfiguration,
+    model: WholeModel,
+    checkpoint: Path,
+    result: ExportResult,
+    folder: Path,
+    family: Family,
 ) -> WholeModel:
     """The model as it will be written: without tensors that no layer reads, where that is asked for, and with a choice
     for each matrix, where a scan is. What was found goes into the result.
@@ -34,7 +38,7 @@ def optimised(
         folder: for what has to be written on the way.
 
     Raises:
-        FormatExportError: a matrix that the level cannot store, or a scan of a model that is no RWKV.
+        FormatExportError: a matrix that the level cannot store.
         ParameterError: calibration data that cannot be read, or a budget that no choice is within.
     """
     processor = OptimizationProcessor(configuration.quantization_level)
@@ -43,8 +47,10 @@ def optimised(
         result.left_out = list(reduced.left_out)
         model = replace(model, path=reduced.path)
     if configuration.sensitivity_scan:
-        model = replace(model, choice=_scan(configuration, model, checkpoint, result))
-        processor = OptimizationProcessor(configuration.quantization_level, model.choice)
+        model = replace(model, choice=_scan(configuration, model, checkpoint, result, family))
+        with open_checkpoint(model.path) as ck:  # a head that is tied to the embedding is in no file
+            stored: dict[str, Weights] = {name: way for name, way in model.choice.items() if name in ck}
+        processor = OptimizationProcessor(configuration.quantization_level, stored)
     if configuration.export_onnx or _is_packed(configuration, model.path):
         tensors = processor.plan_quantisation(model.path)
         result.storage = by_storage(tensors)
@@ -62,19 +68,15 @@ def _is_packed(configuration: ExportConfiguration, path: Path) -> bool:
 
 
 def _scan(
-    configuration: ExportConfiguration, whole: WholeModel, checkpoint: Path, result: ExportResult
+    configuration: ExportConfiguration, whole: WholeModel, checkpoint: Path, result: ExportResult, family: Family
 ) -> dict[str, Weights]:
     """How each matrix is stored, by the scan and the budgets."""
     level = configuration.quantization_level
     assert level in ("int8", "int4"), "refused by ExportConfiguration"
-    try:
-        with torch.inference_mode(False):
-            model = RWKV_Dual.from_pretrained(whole.path, weights="dense")
-    except LayoutError as e:
-        raise FormatExportError(f"sensitivity_scan is for RWKV alone: {e}") from e
-    if configuration.tokenizer:
-        model.tokenizer = configuration.tokenizer
-    read = _calibration(configuration, model, checkpoint)
+    with torch.inference_mode(False):
+        model, encode = family.in_memory(configuration, whole)
+    data = _calibration_data(configuration, checkpoint)
+    read = load_calibration(data, scanned(model).vocab_size, encode, configuration.calibration_samples)
     result.calibration = {"data": read.data, "texts": len(read.texts), **asdict(read.statistics), "notes": read.notes}
     found = scan_sensitivity(model, read.texts, level)
     proposal = propose(model, read.texts, found, configuration.size_budget, configuration.kl_budget)
@@ -83,13 +85,9 @@ def _scan(
     return proposal.choice
 
 
-def _calibration(configuration: ExportConfiguration, model: RWKV_Dual, checkpoint: Path) -> Calibration:
-    data = configuration.calibration_data
-    if not data:  # a training states the names of its data, not their folder: those that Python brings are found again
-        training = CheckpointDetector(checkpoint).get_checkpoint_metadata(checkpoint)["training"] or {}
-        data = training["data"] if training.get("data") in CORPORA else CORPORA[0]
-    try:
-        encode = model.tokenizer.encode
-    except ParameterError:  # the vocabulary does not tell
-        encode = None
-    return load_calibration(data, model.layout.vocab_size, encode, configuration.calibration_samples)
+def _calibration_data(configuration: ExportConfiguration, checkpoint: Path) -> str:
+    if configuration.calibration_data:
+        return configuration.calibration_data
+    # A training states the names of its data, not their folder: those that Python brings are found again.
+    training = CheckpointDetector(checkpoint).get_checkpoint_metadata(checkpoint)["training"] or {}
+    return training["data"] if training.get("data") in CORPORA else CORPORA[0]

@@ -188,7 +188,7 @@ def _write(job: _Job) -> None:
     result.checks += model.checks
     result.warnings += model.warnings
     with _stage(job.monitor, "optimise", FormatExportError):
-        model = optimised(configuration, model, job.checkpoint.path, result, job.inside / _WORK)
+        model = optimised(configuration, model, job.checkpoint.path, result, job.inside / _WORK, job.family)
     _write_formats(job, model)
     if configuration.run_validation_tests and configuration.export_onnx:
         with _stage(job.monitor, "validate", ValidationError):

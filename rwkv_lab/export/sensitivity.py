@@ -4,25 +4,20 @@ One group of matrices at a time is rounded as the ONNX graphs hold it, inputs in
 KL is that of its predictions from the float32 model's. Weight errors do not tell this: they are the same everywhere.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt
 from torch import nn
-from torch.nn import functional as F
 
 from rwkv_lab.arguments import checked
-from rwkv_lab.checkpoint.rounding import BLOCK
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.export.onnx_folder import Weights
-from rwkv_lab.export.optimization_processor import restored
+from rwkv_lab.export.scanned_model import ScannedModel, kind_of, layer_of, rounded_weights, scanned, swapped
 from rwkv_lab.export.validation_tester import GATES
-from rwkv_lab.export.weight_storage import bytes_of, fault_of, is_head, is_matrix, stored_as
-from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.export.weight_storage import bytes_of, fault_of
 from rwkv_lab.progress import Progress
 
 GroupBy = Literal["part", "matrix"]
@@ -103,12 +98,12 @@ class Sensitivity:
 
 @checked
 def scan_sensitivity(
-    model: RWKV_Dual, texts: Sequence[Sequence[int]], level: ScanLevel = "int4", by: GroupBy = "part"
+    model: nn.Module, texts: Sequence[Sequence[int]], level: ScanLevel = "int4", by: GroupBy = "part"
 ) -> Sensitivity:
     """Quantise one group at a time and measure what the model's predictions lose.
 
     Args:
-        model: float32, on the CPU.
+        model: an `RWKV_Dual` or a causal language model of transformers, float32, on the CPU.
         texts: as tokens, each read from a fresh state.
         level: the fewest bits that a group may have; "int4" tries int8, too.
         by: a group is time mix or channel mix of a layer ("part"), or one kind of matrix in all layers ("matrix"); the
@@ -118,26 +113,27 @@ def scan_sensitivity(
         ParameterError: no text, or no matrix to quantise.
     """
     reader = _Reader(model, texts)
-    groups = _groups(model, by)
+    found = reader.scanned
+    groups = _groups(found, by)
     damages: list[GroupDamage] = []
     ways: dict[str, list[Weights]] = {
-        name: [w for w in _ways(model, name, names, level) if w != "fp16"] for name, names in groups.items()
+        name: [w for w in _ways(found, names, level) if w != "fp16"] for name, names in groups.items()
     }
     with Progress("measuring what quantisation costs", sum(map(len, ways.values()))) as progress:
         for group, names in groups.items():
             for stored in ways[group]:
                 one: dict[str, Weights] = dict.fromkeys(names, stored)
                 kl, error, _ = reader.measure(one)
-                size = _bytes(model, one)
-                saved = _bytes(model, dict.fromkeys(names, "fp32")) - size
+                size = _bytes(found, one)
+                saved = _bytes(found, dict.fromkeys(names, "fp32")) - size
                 damages.append(GroupDamage(group, stored, tuple(names), kl, error, size, saved))
                 progress.advance(1)
-    return Sensitivity(level, reader.tokens, damages, _frontier(model, groups, damages, level))
+    return Sensitivity(level, reader.tokens, damages, _frontier(found, groups, damages, level))
 
 
 @checked
 def propose(
-    model: RWKV_Dual,
+    model: nn.Module,
     texts: Sequence[Sequence[int]],
     found: Sensitivity,
     size_budget: Annotated[int, Ge(1)] | None = None,
@@ -165,13 +161,13 @@ def propose(
             )
     if kl_budget is None:
         if size_budget is not None:
-            return _measured(model, reader, found, points[-1])
+            return _measured(reader, found, points[-1])
         kl_budget = GATES[found.level].kl
     best: Proposal | None = None
     for point in points:
         if point is not points[-1] and point.predicted_kl > 4 * kl_budget:
             continue  # far off; measuring it would only take time
-        proposal = _measured(model, reader, found, point)
+        proposal = _measured(reader, found, point)
         if proposal.kl <= kl_budget:
             return proposal
         best = proposal if best is None or proposal.kl < best.kl else best
@@ -186,56 +182,36 @@ def propose(
 
 
 class _Reader:
-    """Reads texts with some matrices quantised, and compares with what the model itself predicts.
+    """Reads texts with some matrices quantised, and compares with what the model itself predicts."""
 
-    What enters each layer is kept: of a group in layer 5, layers 0 to 4 need not be run again.
-    """
-
-    model: Any
-
-    def __init__(self, model: RWKV_Dual, texts: Sequence[Sequence[int]]):
-        vocab = model.layout.vocab_size
+    def __init__(self, model: nn.Module, texts: Sequence[Sequence[int]]):
+        self.scanned = scanned(model)
+        vocab = self.scanned.vocab_size
         for ids in texts:
             if not ids or not all(0 <= token < vocab for token in ids):
                 raise ParameterError(f"texts hold an empty one, or a token that is none of the model's {vocab}.")
         if not texts:
             raise ParameterError("texts is empty: give some to measure on.")
-        self.model, self.head = model, model.head.weight.detach()
-        self.ids = [torch.tensor([list(ids)]) for ids in texts]
-        self.tokens = sum(ids.shape[1] for ids in self.ids)
+        self.tokens = sum(map(len, texts))
         with torch.inference_mode():
-            self.kept = [self._layers(ids) for ids in self.ids]
-
-    def _layers(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """(x, v_first) in front of every layer, and behind the last one."""
-        model = self.model
-        return list(self._run(0, (model.blocks[0].ln0(model.emb(ids)), None)))
-
-    def _run(self, first: int, entered) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        x, v_first = entered
-        state = self.model.create_state(1)
-        yield x, v_first
-        for layer in range(first, len(self.model.blocks)):
-            parts = state.att_shift[:, layer], state.ffn_shift[:, layer], state.wkv[:, layer]
-            x, _, _, _, v_first = self.model.blocks[layer](x, *parts, v_first)
-            yield x, v_first
+            self.kept = [self.scanned.read(torch.tensor([list(ids)])) for ids in texts]
 
     @torch.inference_mode()
     def measure(self, stored: Mapping[str, Weights]) -> tuple[float, float, float]:
         """Mean KL, its standard error, and the share of likeliest tokens that stay, with matrices stored so."""
-        layers = [int(name.split(".")[1]) for name in stored if name.startswith("blocks.")]
-        first = min(layers, default=len(self.model.blocks))
+        found, model = self.scanned, self.scanned.model
+        layers = [found.layers if (at := layer_of(name)) is None else at for name in stored]
+        first, weights = min(layers, default=found.layers), rounded_weights(model, stored)
         kl, same = [], []
-        with as_exported(self.model, stored):
-            for entered in self.kept:
-                *_, (x, _) = self._run(first, entered[first])
-                found = self.model.head(self.model.ln_out(x))[0]
-                # Expected logits are computed each time: those of a large vocabulary would fill the memory.
-                expected = F.linear(self.model.ln_out(entered[-1][0]), self.head)[0]
-                for p, q in zip(expected.split(_ROWS), found.split(_ROWS), strict=True):
-                    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-                    kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0))
-                    same.append(p.argmax(-1) == q.argmax(-1))
+        for kept in self.kept:
+            # Expected logits are computed each time: those of a large vocabulary would fill the memory.
+            expected = found.logits(kept, found.layers)
+            with swapped(model, stored, weights):
+                logits = found.logits(kept, first)
+            for p, q in zip(expected.split(_ROWS), logits.split(_ROWS), strict=True):
+                log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+                kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0))
+                same.append(p.argmax(-1) == q.argmax(-1))
         every = torch.cat(kl)
         return (
             float(every.mean()),
@@ -244,88 +220,43 @@ class _Reader:
         )
 
 
-@contextmanager
-def as_exported(model: RWKV_Dual, stored: Mapping[str, Weights]) -> Iterator[None]:
-    """Within it the model has some matrices as the ONNX graphs hold them, and rounds what they multiply as the graphs
-    do."""
-    linears: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".weight")) for name in stored}
-    before = {name: linear.weight for name, linear in linears.items()}
-    hooks = []
-    try:
-        for name, linear in linears.items():
-            weight = restored(name, before[name].detach(), stored[name])
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            if rounding := _INPUTS.get(stored[name]):
-                hooks.append(linear.register_forward_pre_hook(lambda _, given, r=rounding: (r(given[0]),)))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for name, linear in linears.items():
-            linear.weight = before[name]
-
-
-def round_inputs_int8(x: torch.Tensor) -> torch.Tensor:
-    """As DynamicQuantizeLinear rounds what MatMulInteger multiplies: 256 levels for all of `x` together."""
-    low, high = x.min().clamp_max(0), x.max().clamp_min(0)
-    scale = (high - low) / 255
-    if not scale:
-        return x
-    zero = (-low / scale).round().clamp(0, 255)
-    return ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
-
-
-def round_inputs_int4(x: torch.Tensor) -> torch.Tensor:
-    """As MatMulNBits at accuracy level 4 rounds what it multiplies: to int8 with a scale per 32 values."""
-    blocks = x.unflatten(-1, (-1, BLOCK))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    return ((blocks / torch.where(scale == 0, 1, scale)).round() * scale).flatten(-2)
-
-
-_INPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"int8": round_inputs_int8, "int4": round_inputs_int4}
-
-
 # ------------------------------------------------------------------ groups and choices
 
 
-def _groups(model: RWKV_Dual, by: GroupBy) -> dict[str, list[str]]:
+def _groups(model: ScannedModel, by: GroupBy) -> dict[str, list[str]]:
     """Names of matrices by group, in the model's order."""
     found: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and (is_matrix(name) or is_head(name)):
-            short = name.removesuffix(".weight")
-            part = short.rpartition(".")[0] if by == "part" else re.sub(r"^blocks\.\d+\.", "", short)
-            found.setdefault("head" if is_head(name) else part, []).append(name)
-    if not found:
-        raise ParameterError("The model has no matrix that is quantised.")
+    for name in model.matrices:
+        short = name.removesuffix(".weight")
+        part = short.rpartition(".")[0] if by == "part" else kind_of(short)
+        found.setdefault("head" if name in model.heads else part, []).append(name)
     return found
 
 
-def _ways(model: RWKV_Dual, group: str, names: Sequence[str], level: ScanLevel) -> list[Weights]:
+def _ways(model: ScannedModel, names: Sequence[str], level: ScanLevel) -> list[Weights]:
     """How a group can be stored, from the fewest bits on; as the level says, the head has 8 at least."""
-    shapes = [(name, tuple(model.get_parameter(name).shape)) for name in names]
-    fewest = cast(Weights, stored_as(*shapes[0], level))  # nf4 is of files alone
-    large = any(float(model.get_parameter(name).detach().abs().max()) > _HALF_MAX for name in names)
+    fewest = "int8" if names[0] in model.heads else level
+    large = any(float(model.matrices[name].detach().abs().max()) > _HALF_MAX for name in names)
     found: list[Weights] = []
     for way in _STEPS[level][_STEPS[level].index(fewest) :]:
-        if not any(fault_of(name, shape, way) for name, shape in shapes):
+        if not any(fault_of(name, tuple(model.matrices[name].shape), way) for name in names):
             found.append("fp32" if way == "fp16" and large else way)
     return found
 
 
-def _bytes(model: RWKV_Dual, stored: Mapping[str, Weights]) -> int:
-    return sum(bytes_of(tuple(model.get_parameter(name).shape), way) for name, way in stored.items())
+def _bytes(model: ScannedModel, stored: Mapping[str, Weights]) -> int:
+    return sum(bytes_of(tuple(model.matrices[name].shape), way) for name, way in stored.items())
 
 
 def _frontier(
-    model: RWKV_Dual, groups: Mapping[str, Sequence[str]], damages: Sequence[GroupDamage], level: ScanLevel
+    model: ScannedModel, groups: Mapping[str, Sequence[str]], damages: Sequence[GroupDamage], level: ScanLevel
 ) -> list[FrontierPoint]:
     """From the fewest bits for every group to the most, one group at a time, by KL per byte."""
     kl = {(d.group, d.stored): d.kl for d in damages}  # 16 bits and more cost next to nothing
-    ways = {group: _ways(model, group, names, level) for group, names in groups.items()}
+    ways = {group: _ways(model, names, level) for group, names in groups.items()}
     stored: dict[str, Weights] = {group: found[0] for group, found in ways.items()}
-    matrices = {name for names in groups.values() for name in names}
-    kept = sum(4 * p.numel() for name, p in model.named_parameters() if name not in matrices)
+    # Of a head that is tied to the embedding, graphs with quantised weights have both.
+    kept = sum(4 * p.numel() for name, p in model.model.named_parameters() if name not in model.matrices)
     size: dict[tuple[str, Weights], int] = {
         (g, way): _bytes(model, dict.fromkeys(groups[g], way)) for g in groups for way in ways[g]
     }
@@ -349,7 +280,7 @@ def _frontier(
         points.append(point(group))
 
 
-def _measured(model: RWKV_Dual, reader: _Reader, found: Sensitivity, point: FrontierPoint) -> Proposal:
+def _measured(reader: _Reader, found: Sensitivity, point: FrontierPoint) -> Proposal:
     names = {damage.group: damage.names for damage in found.damages}
     choice: dict[str, Weights] = {name: way for group, way in point.stored.items() for name in names[group]}
     kl, error, top1 = reader.measure(choice)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from causal_lm import edit_json, make_tokenizer, write_adapter, write_model
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
@@ -25,10 +26,19 @@ from rwkv_lab.errors import (
     ParameterError,
     ValidationError,
 )
-from rwkv_lab.export import CheckpointDetector, ConfigurationManager, OnnxModel, run, run_levels, tensorrt_engines
+from rwkv_lab.export import (
+    CheckpointDetector,
+    ConfigurationManager,
+    ModelMerger,
+    OnnxModel,
+    run,
+    run_levels,
+    tensorrt_engines,
+)
 from rwkv_lab.export.attempt import Attempt
 from rwkv_lab.export.causal_lm.loading import load_causal_lm
 from rwkv_lab.export.causal_lm.onnx_folder import export_causal_lm
+from rwkv_lab.peft.quantised import dequantize_nf4, quantised_and_back
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of transformers and peft
 MESSAGES = [{"role": "user", "content": "Which river?"}]
@@ -247,8 +257,26 @@ def test_unusable_inputs_are_refused(trained, refused, tmp_path):
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     refused(CheckpointValidationError, "model.safetensors", checkpoint_path=base)
-    level = {"quantization_level": "nf4", "export_onnx": False}
-    refused(FormatExportError, "nf4", checkpoint_path=trained / "base", **level)
+
+
+def test_nf4_as_transformers_keeps_it(trained, tmp_path):
+    asked = {"checkpoint_path": trained / "base", "output_directory": tmp_path, "naming_pattern": "x"}
+    result = run(configure(**asked, quantization_level="nf4", export_onnx=False))
+    folder = Path(result.pytorch_model_path)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["load_in_4bit"] and config["bnb_4bit_quant_type"] == "nf4"
+    assert "lm_head" in config["llm_int8_skip_modules"] and any("2 matrices" in one for one in result.warnings)
+    found, before = (load_file(place / "model.safetensors") for place in (folder, trained / "base"))
+    for name, weight in before.items():
+        if not name.endswith("_proj.weight") or "down_proj" in name:  # 96 inputs, which is no multiple of 64
+            assert torch.equal(found[name], weight)
+            continue
+        about = json.loads(bytes(found[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+        assert about == {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(weight.shape)}
+        back = dequantize_nf4(found[name].flatten(), found[f"{name}.absmax"], weight.shape)
+        assert torch.equal(back, quantised_and_back(weight, "nf4")) and found[name].shape == (weight.numel() // 2, 1)
+    with pytest.raises(ModelMergeError, match="is quantised .bitsandbytes."):
+        ModelMerger().load_base_model(folder)
 
 
 def test_samples_longer_than_the_context_are_refused(graph, trained, refused, monkeypatch):

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -37,10 +38,11 @@ def load_causal_lm(folder: Path, quantisation: Quantisation = "none", attention:
     Args:
         attention: what transformers computes it by.
 
+    In 4 bits, matrices whose inputs are no multiple of 64 stay in float32, and so does the head.
+
     Raises:
         ParameterError: transformers or bitsandbytes is not installed.
-        LayoutError: transformers has no causal language model of this type; for 4 bits, a matrix whose inputs are no
-            multiple of 64.
+        LayoutError: transformers has no causal language model of this type.
         ONNXExportError: transformers has no such attention for this model.
         CorruptFileError: its files cannot be loaded.
     """
@@ -50,13 +52,12 @@ def load_causal_lm(folder: Path, quantisation: Quantisation = "none", attention:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {}
-    if quantisation == "4bit":
-        _refuse_odd_inputs(folder)
-    if quantisation != "none":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=quantisation == "8bit", load_in_4bit=quantisation == "4bit", bnb_4bit_quant_type="nf4"
-        )
     known_type(folder)
+    if quantisation == "4bit":
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": four_bits(folder).kept}
+        options["quantization_config"] = BitsAndBytesConfig(**bits)
+    elif quantisation == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     try:
         with quiet(), torch.inference_mode(False):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -80,23 +81,31 @@ def load_causal_lm(folder: Path, quantisation: Quantisation = "none", attention:
     return model.eval().requires_grad_(False)
 
 
-def _refuse_odd_inputs(folder: Path) -> None:
-    """What bitsandbytes 0.50 loads, and fails to compute on processors with AVX-512: "shape … is invalid for input of
-    size …". It takes a scale for 64 values of a matrix, and has them row by row there."""
+@dataclass(frozen=True)
+class FourBits:
+    """Names of the linear layers of a model, by whether bitsandbytes holds them in 4 bits."""
+
+    stored: list[str]
+    kept: list[str]
+
+
+def four_bits(folder: Path) -> FourBits:
+    """Which layers are held in 4 bits, from config.json alone.
+
+    Kept are the head, and what bitsandbytes 0.50 loads, and fails to compute on processors with AVX-512: "shape … is
+    invalid for input of size …". It takes a scale for 64 values of a matrix, and has them row by row there.
+    """
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(known_type(folder))
+    found = FourBits([], [])
     for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.Linear)
-            and module is not model.get_output_embeddings()
-            and module.in_features % _BLOCK
-        ):
-            raise LayoutError(
-                f"{folder}: {name} has {module.in_features} inputs, which is no multiple of {_BLOCK}: bitsandbytes "
-                "does not compute it in 4 bits on every processor.\nLoad it in 8 bits, or as it is."
-            )
+        if isinstance(module, nn.Linear | Conv1D):
+            fits = type(module) is nn.Linear and module is not model.get_output_embeddings()
+            (found.stored if fits and module.weight.shape[1] % _BLOCK == 0 else found.kept).append(name)
+    return found
 
 
 def known_type(folder: Path) -> Any:

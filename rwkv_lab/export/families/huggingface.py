@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from rwkv_lab.checkpoint import TensorInfo, open_checkpoint
 from rwkv_lab.checkpoint.stream import OutTensor
@@ -15,13 +16,14 @@ from rwkv_lab.checkpoint.write import shard_files, write_folder
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import FormatExportError, ModelMergeError
 from rwkv_lab.export.causal_lm.folder import CONFIG, architecture, files_beside, open_folder, tokenizer_file
-from rwkv_lab.export.causal_lm.loading import known_type, load_causal_lm, need, refuse_attention
+from rwkv_lab.export.causal_lm.loading import four_bits, known_type, load_causal_lm, need, refuse_attention
 from rwkv_lab.export.causal_lm.merging import SHARD, config_file
+from rwkv_lab.export.causal_lm.nf4 import nf4_config, nf4_parts
 from rwkv_lab.export.causal_lm.onnx_folder import begin_tokens, export_causal_lm
 from rwkv_lab.export.causal_lm.verifying import failed
 from rwkv_lab.export.checkpoint_detector import CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
-from rwkv_lab.export.family import ONNX_WEIGHTS, Read, Text, WholeModel, read_in_turn, seconds_in_turn
+from rwkv_lab.export.family import ONNX_WEIGHTS, Encode, Read, Text, WholeModel, read_in_turn, seconds_in_turn
 from rwkv_lab.export.model_merger import ModelMerger
 from rwkv_lab.export.onnx_fixed_sizes import FixedSizes
 from rwkv_lab.export.onnx_folder import past_names
@@ -81,8 +83,8 @@ class HuggingFace:
     def write_pytorch(self, configuration: ExportConfiguration, model: WholeModel, out: Path) -> list[str]:
         """See `Family.write_pytorch`: a folder of safetensors that transformers loads."""
         level = configuration.quantization_level
-        if level == "nf4":
-            raise FormatExportError("nf4 of a model of Hugging Face is not written; transformers makes it as it loads.")
+        if level == "nf4" and configuration.compress_weights:
+            return _write_nf4(configuration, model.path, out)
         half = level != "none" and configuration.compress_weights
         beside = files_beside(model.path, tokenizer=configuration.tokenizer)
         with (folder := open_folder(model.path)).ck:
@@ -90,7 +92,7 @@ class HuggingFace:
             config = folder.config | ({"dtype": "float16"} if half else {})
             files = {CONFIG: config_file(config), **beside}
             write_folder(out, shard_files(tensors, SHARD), {"format": "pt"}, files, False, scan=lambda t: True)
-        if level in ("int8", "int4") or level == "fp16" and not half:
+        if level in ("int8", "int4") or level != "none" and not half:
             kept = "float16" if half else "the dtype of its checkpoint"
             why = f"a folder for transformers holds no {level}" if half else "compress_weights is False"
             return [f"{out.name} is in {kept}: {why}."]
@@ -117,6 +119,11 @@ class HuggingFace:
         """See `Family.reference`."""
         home = Path(configuration.tokenizer) if configuration.tokenizer else model.path
         return CausalLmReference(load_causal_lm(model.path), tokenizer_file(home))
+
+    def in_memory(self, configuration: ExportConfiguration, model: WholeModel) -> tuple[nn.Module, Encode]:
+        """See `Family.in_memory`."""
+        reference = self.reference(configuration, model)
+        return reference.model, reference.tokens_of
 
 
 class CausalLmReference:
@@ -149,7 +156,7 @@ class CausalLmReference:
         """See `Reference.seconds`."""
         return seconds_in_turn(self, pieces)
 
-    def tokens_of(self, text: str) -> list[int]:
+    def tokens_of(self, text: str | bytes) -> list[int]:
         """Tokens of a text, with those that begin one."""
         return self._begin + self._tokenizer.encode(text)
 
@@ -197,6 +204,28 @@ def _whole(configuration: ExportConfiguration, path: Path) -> WholeModel:
             raise ModelMergeError(f"{path} holds {named}.\nremove_training_artifacts=True leaves them out.")
         said.append(f"left out of {path.name} were {named}.")
     return WholeModel(path, size, [], said)
+
+
+def _write_nf4(configuration: ExportConfiguration, source: Path, out: Path) -> list[str]:
+    """A folder with matrices in NF4, and all else in its own dtype; says what transformers needs for it."""
+    layers = four_bits(source)
+    beside = files_beside(source, tokenizer=configuration.tokenizer)
+    with (folder := open_folder(source)).ck:
+        packed = {f"{name}.weight" for name in layers.stored} & {*folder.tensors}
+        if not packed:
+            raise FormatExportError(f"{source} has no layers that are known to be quantised; export fp16.")
+        dtype = str(folder.tensors[min(packed)].dtype).removeprefix("torch.")
+        tensors = [
+            part
+            for name, info in folder.tensors.items()
+            for part in (nf4_parts(info) if name in packed else [_written(info, half=False)])
+        ]
+        config = folder.config | {"quantization_config": nf4_config(layers.kept, dtype)}
+        files = {CONFIG: config_file(config), **beside}
+        write_folder(out, shard_files(tensors, SHARD), {"format": "pt"}, files, False, scan=lambda t: True)
+    odd = [name for name in layers.kept if f"{name}.weight" in folder.tensors and f"{name}.weight" != folder.head]
+    said = [f"{out.name} is loaded by transformers with bitsandbytes and accelerate."]
+    return said + ([f"{len(odd)} matrices, such as {odd[0]}, keep their dtype: nf4 takes blocks of 64."] if odd else [])
 
 
 def _written(info: TensorInfo, half: bool) -> OutTensor:

@@ -12,7 +12,7 @@ from rwkv_lab.checks import Check
 from rwkv_lab.errors import ModelMergeError, ParameterError
 from rwkv_lab.export.checkpoint_detector import CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
-from rwkv_lab.export.family import ONNX_WEIGHTS, Read, Text, WholeModel, read_in_turn, seconds_in_turn
+from rwkv_lab.export.family import ONNX_WEIGHTS, Encode, Read, Text, WholeModel, read_in_turn, seconds_in_turn
 from rwkv_lab.export.layer_by_layer import LayerByLayer
 from rwkv_lab.export.onnx.export import export_onnx
 from rwkv_lab.export.onnx_model import OnnxModel
@@ -92,7 +92,19 @@ class Rwkv:
             size = 4 * sum(info.numel for info in ck.info.values())
         if size > WHOLE:
             return RwkvFileReference(model.path, configuration.tokenizer)
-        return RwkvReference(RWKV_Dual.from_pretrained(model.path, mode="rnn"), configuration.tokenizer)
+        return RwkvReference(
+            RWKV_Dual.from_pretrained(model.path, mode="rnn", weights="dense"), configuration.tokenizer
+        )
+
+    def in_memory(self, configuration: ExportConfiguration, model: WholeModel) -> tuple[RWKV_Dual, Encode | None]:
+        """See `Family.in_memory`."""
+        loaded = RWKV_Dual.from_pretrained(model.path, weights="dense")
+        if configuration.tokenizer:
+            loaded.tokenizer = configuration.tokenizer
+        try:
+            return loaded, loaded.tokenizer.encode
+        except ParameterError:  # the vocabulary does not tell
+            return loaded, None
 
 
 class RwkvReference:
