@@ -64,6 +64,8 @@ def _setting(value: Any) -> Any:
         copy = json.loads(json.dumps(value))
     except (TypeError, ValueError) as e:
         raise ValueError(f"numbers, texts, lists and mappings are needed ({e})") from None
+    if isinstance(copy, float) and not math.isfinite(copy):
+        raise ValueError("it should be a finite number")
     _refuse_not_finite(copy)
     return copy
 

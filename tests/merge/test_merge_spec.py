@@ -38,7 +38,7 @@ def test_values_are_normalised(monkeypatch):
         ({"tuned": ["a", 3]}, "it should be a path"),
         ({"tuned": "https://host/a.pth"}, "it is an address"),
         ({"method": "linaer"}, "did you mean linear?"),
-        ({"alpha": float("nan")}, "must be finite"),
+        ({"alpha": float("nan")}, "a finite number"),
         ({"weights": [1.0, float("inf")]}, "must be finite"),
         ({"alpha": {0.5}}, "numbers, texts, lists and mappings are needed"),
         ({"parameters": [1]}, "a mapping of names to values"),
