@@ -20,6 +20,7 @@ _NAMES = {
     "fp16": ("float16", ("f16", "half")),
 }
 _SHORT = {long: short for short, (long, _) in _NAMES.items()}
+FLOAT_NAMES = tuple(_SHORT)  # torch's names of the dtypes that have a short name
 _LONG = {name: long for short, (long, others) in _NAMES.items() for name in (short, long, *others)}
 
 

@@ -256,6 +256,7 @@ def calls(world: World) -> list[Call]:
         "quantised_and_back": {"weight": torch.randn(32, 32), "quant": "nf4"},
         "quantize_int8": {"weight": torch.randn(32, 32)},
         "quantize_nf4": {"weight": torch.randn(32, 32)},
+        "check_files": {"spec": merge_spec},
         "check_spec": {"spec": merge_spec},
         "extract_lora": {"base": w.base, "tuned": w.base, "out": there, "rank": 1},
         "merge": {"base": w.base, "tuned": w.state_file, "out": there},

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint.whole_model import whole_model
 from rwkv_lab.convert.hub_download import source_of
 from rwkv_lab.convert.plan import ConvertResult
 from rwkv_lab.convert.planning import plan_convert
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
 from rwkv_lab.convert.targets import hugging_face_target
 from rwkv_lab.convert.writing import write_convert
-from rwkv_lab.errors import LayoutError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.paths import to_path
 
@@ -113,9 +113,7 @@ def to_huggingface(source: AnyPath | None = None, out: AnyPath = "", **options: 
     asked = {name: options[name] for name in ("repo_id", "file", "revision") if name in options}
     spec = ConvertSpec.read({"source": source, "to": "transformers", **asked})  # which target is not known yet
     with source_of(spec, headers=True) as (path, _), open_checkpoint(path) as ck:
-        if ck.layout is None:
-            raise LayoutError(f"{ck.path} is no whole model ({ck.kind}): {ck.reason}.")
-        target = hugging_face_target(ck.layout)
+        target = hugging_face_target(whole_model(ck))
     return convert(source, target, out, **options)  # type: ignore[arg-type]
 
 

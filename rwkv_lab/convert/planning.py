@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -29,32 +28,30 @@ from rwkv_lab.checkpoint.foreign_format import (
 )
 from rwkv_lab.checkpoint.gguf_types import BY_NAME
 from rwkv_lab.checkpoint.numerics import round_to
-from rwkv_lab.checkpoint.open import ADAPTERS, SINGLES
-from rwkv_lab.checkpoint.output_checks import check_free_space, check_name, check_output
+from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
 from rwkv_lab.checkpoint.unchanged import file_states
 from rwkv_lab.convert.about_source import about_source, refuse_odd_weights
 from rwkv_lab.convert.adapters import about_copy, adapter_output, is_adapter
-from rwkv_lab.convert.containers import CONTAINERS, Container, Content
+from rwkv_lab.convert.containers import CONTAINERS, Content
 from rwkv_lab.convert.hub_download import Download, source_of
 from rwkv_lab.convert.hub_push import plan_push
 from rwkv_lab.convert.left_beside import own_template
 from rwkv_lab.convert.made_from import made_from
 from rwkv_lab.convert.option_checks import completed, without_effect
 from rwkv_lab.convert.output import Output, Tensors, copied
+from rwkv_lab.convert.output_checks import check_convert_output
 from rwkv_lab.convert.plan import ConvertPlan, ConvertRow, Dropped
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
 from rwkv_lab.convert.states import about_state, is_state_output, refuse_states_of_some_layers, state_output
-from rwkv_lab.convert.targets import PLAIN, format_for
+from rwkv_lab.convert.targets import PLAIN, STATE, format_for
 from rwkv_lab.convert.tokenizer_files import END_IDS, generation_config, model_tokenizer, tokenizer_files
-from rwkv_lab.errors import LayoutError, OutputError, ParameterError
+from rwkv_lab.errors import LayoutError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.paths import to_path
 from rwkv_lab.peft.rwkv_peft_layout import NOTE
 from rwkv_lab.tokenizer import Tokenizer
-
-_FILES = (".pth", ".safetensors", ".st", ".gguf", ".bin")  # no folder is called so
 
 _STREAMED = ("copy", "cast", "quantised")  # actions that take a tensor block by block
 
@@ -92,7 +89,7 @@ def _plan(
     push_notes: Sequence[str],
 ) -> ConvertPlan:
     output = _output(ck, spec, out)
-    _check_out(out, output.container, ck, options)
+    check_convert_output(out, output.container, ck, options)
     _refuse_collisions(output.content)
     source, tensors = _facts(ck, downloaded), [tensor for _, tensor in output.content]
     notes = made_from(output, ck, source, downloaded) | dict(output.file_notes)
@@ -129,6 +126,17 @@ def _plan(
         states=file_states(ck),
         content=content,
     )
+
+
+def check_source(ck: Checkpoint, spec: ConvertSpec) -> None:
+    """Refuse a source that the target does not take, from its header and without torch; `plan_convert` refuses more.
+
+    Raises:
+        ParameterError, LayoutError: says why.
+    """
+    refuse_unreadable(ck)
+    if ck.kind == "model" and ck.layout is not None and spec.to != STATE:
+        completed(spec, format_for(spec.to, ck.layout), ck.layout)
 
 
 def _facts(ck: Checkpoint, downloaded: Download | None) -> FileFacts:
@@ -197,8 +205,7 @@ def _layout_of(ck: Checkpoint, spec: ConvertSpec) -> Layout | None:
     Raises:
         LayoutError: neither.
     """
-    if ck.kind in ("converted", "unsupported", "unknown", "unusable"):
-        raise LayoutError(f"{ck.path} cannot be converted: {ck.reason}.")
+    refuse_unreadable(ck)
     if ck.kind == "model":
         return ck.layout
     if "it is shard" in ck.reason:
@@ -211,52 +218,14 @@ def _layout_of(ck: Checkpoint, spec: ConvertSpec) -> Layout | None:
     return None
 
 
-def _check_out(out: Path, container: Container, ck: Checkpoint, options: ConvertOptions) -> None:
-    """Refuse an output of the wrong kind, or one that may not be written.
+def refuse_unreadable(ck: Checkpoint) -> None:
+    """Refuse what no target takes.
 
     Raises:
-        OutputError, ParameterError: says why.
+        LayoutError: says what it is.
     """
-    check_name(out)
-    if container.is_folder:
-        if out.suffix in _FILES:
-            raise ParameterError(f"out={str(out)!r}: a folder is written; name it without {out.suffix}")
-        if out.exists() and not out.is_dir():
-            raise OutputError(f"{out} is a file; name a folder")
-        sources = [file.path.resolve() for file in ck.files]
-        if any(source.is_relative_to(out.resolve()) for source in sources):
-            raise OutputError(f"{out} holds the source {ck.path}; inputs are never written to")
-        _refuse_other_files(out)
-    else:
-        if out.suffix not in container.suffixes:
-            raise ParameterError(f"out={str(out)!r}: its name must end in {' or '.join(container.suffixes)}")
-        if out.is_dir():
-            raise OutputError(f"{out} is a folder; name a file in it, such as {out / ('m' + container.suffixes[0])}")
-        if out.name in (*SINGLES, *ADAPTERS) and out.resolve().parent == ck.path.resolve():
-            raise OutputError(f"{out} would be taken for the weights of {ck.path}, the source. Choose another name.")
-    check_output(out, [ck], options.allowed_dir, options.overwrite)
-
-
-# What folders of models and adapters hold.
-_OF_A_MODEL = re.compile(
-    r"(pytorch_)?(adapter_)?model.*|.*config\.json|tokenizer.*|special_tokens_map\.json|.*vocab.*|chat_template\.jinja"
-    r"|README\.md|\w+\.py|\.gitattributes"
-)
-
-
-def _refuse_other_files(folder: Path) -> None:
-    """Refuse to replace a folder with anything in it that no conversion writes: all of it would be gone.
-
-    Raises:
-        OutputError: names what is there.
-    """
-    there = list(folder.iterdir()) if folder.is_dir() else []
-    other = sorted(p.name for p in there if p.is_dir() or not _OF_A_MODEL.fullmatch(p.name))
-    if other:
-        raise OutputError(
-            f"{folder} holds more than a model ({', '.join(other[:3])}), which would be gone.\n"
-            "Choose another folder, or move that elsewhere."
-        )
+    if ck.kind in ("converted", "unsupported", "unknown", "unusable"):
+        raise LayoutError(f"{ck.path} cannot be converted: {ck.reason}.")
 
 
 def _plain(ck: Checkpoint, dtype: torch.dtype | None) -> Tensors:

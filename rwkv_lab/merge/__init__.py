@@ -3,7 +3,7 @@
 from rwkv_lab.merge.extract import ExtractResult, extract_lora
 from rwkv_lab.merge.families import MERGE_METHODS, Method
 from rwkv_lab.merge.inputs import InputFile, MergeInputs, open_inputs
-from rwkv_lab.merge.merge import check_spec, merge, run_merge
+from rwkv_lab.merge.merge import check_files, check_spec, merge, run_merge
 from rwkv_lab.merge.plan import MergePlan, MergeResult, PlanRow
 from rwkv_lab.merge.planning import plan_merge
 from rwkv_lab.merge.recipe import merge_recipe, read_recipe
@@ -23,6 +23,7 @@ __all__ = [
     "MergeSpec",
     "Method",
     "PlanRow",
+    "check_files",
     "check_spec",
     "extract_lora",
     "merge",

@@ -63,6 +63,18 @@ class Family(ABC):
             ParameterError, LayoutError: as `changes`.
         """
 
+    def check_inputs(  # noqa: B027  # `changes` refuses the same, with torch there
+        self, inputs: MergeInputs, spec: MergeSpec, layout: Layout
+    ) -> None:
+        """Refuse inputs that do not belong together; from headers, and without torch.
+
+        Args:
+            spec: as `check` returned it.
+            layout: of the base.
+        Raises:
+            ParameterError, LayoutError: as `changes`.
+        """
+
     @abstractmethod
     def changes(self, inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> Changes:
         """What becomes of the inputs.

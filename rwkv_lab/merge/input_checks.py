@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, expected_tensors
 from rwkv_lab.checkpoint.layout import possible_versions, same_shape
 from rwkv_lab.checkpoint.packed import refuse_packed
-from rwkv_lab.dtypes import floats
+from rwkv_lab.dtypes import FLOAT_NAMES
 from rwkv_lab.errors import LayoutError, ParameterError
-from rwkv_lab.lazy_torch import torch
 from rwkv_lab.names import split_block
 from rwkv_lab.patterns import matches_any
 
@@ -119,23 +118,25 @@ def check_dtypes(ck: Checkpoint) -> None:
         LayoutError: names the first.
     """
     _refuse_other_dtypes(ck)
-    doubles = sum(t.dtype == torch.float64 for t in ck.info.values())
+    doubles = sum(t.dtype_name == "float64" for t in ck.info.values())
     if doubles:
         log.warning("%s holds %d float64 tensors; RWKV models have none", ck.path, doubles)
 
 
 def _refuse_other_dtypes(ck: Checkpoint) -> None:
     odd = [
-        (name, t.dtype)
+        (name, t.dtype_name)
         for name, t in ck.info.items()
-        if t.dtype not in floats() and not (name.endswith(".alpha") and t.numel == 1)  # which may be a whole number
+        if t.dtype_name not in FLOAT_NAMES
+        and not (name.endswith(".alpha") and t.numel == 1)  # which may be a whole number
     ]
     if odd:
         name, dtype = odd[0]
-        packed = not dtype.is_complex and ".lora_" not in name
+        packed = not dtype.startswith("complex") and ".lora_" not in name
         advice = f".\n{len(odd)} of its {len(ck)} tensors look packed in few bits: give the original in 16 or 32 bits"
         raise LayoutError(
-            f"{name} in {ck.path} is {dtype}; weights must be bfloat16, float16, float32 or float64{advice * packed}."
+            f"{name} in {ck.path} is torch.{dtype}; weights must be bfloat16, float16, float32 or float64"
+            f"{advice * packed}."
         )
 
 

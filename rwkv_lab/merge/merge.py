@@ -14,7 +14,7 @@ from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.families import family_of
 from rwkv_lab.merge.inputs import merged_in_itself, open_inputs, open_tuned
 from rwkv_lab.merge.plan import MergeResult
-from rwkv_lab.merge.planning import plan_merge, with_method
+from rwkv_lab.merge.planning import layout_of_inputs, plan_merge, with_method
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
 from rwkv_lab.merge.writing import write_merge
 
@@ -123,3 +123,20 @@ def check_spec(spec: MergeSpec) -> None:
         spec = with_method(spec, tuned)
         family = family_of(spec.method)
         family.check_tuned(tuned, init, family.check(spec))
+
+
+@checked
+def check_files(spec: MergeSpec) -> None:
+    """Refuse what a spec and the headers of all its files can tell, without the libraries that a merge needs.
+
+    Raises:
+        ParameterError: options that the method does not take, or that the files leave open.
+        LayoutError, CorruptFileError, UnsafeFileError: files that cannot be merged, or do not belong together.
+    """
+    check_spec(spec)
+    spec = merged_in_itself(spec)
+    with open_inputs(spec) as inputs:
+        layout, _ = layout_of_inputs(inputs, spec)
+        spec = with_method(spec, inputs.tuned)
+        family = family_of(spec.method)
+        family.check_inputs(inputs, family.check(spec), layout)

@@ -61,7 +61,7 @@ def plan_merge(
     path = to_path(out, "out").absolute()
     kind = file_kind(path)
     check_merge_output(path, inputs.checkpoints, options.allowed_dir, options.overwrite)
-    layout, states = _layout_of_inputs(inputs, spec)
+    layout, states = layout_of_inputs(inputs, spec)
     spec = with_method(spec, inputs.tuned)
     family = family_of(spec.method)
     changes = family.changes(inputs, family.check(spec), layout)
@@ -105,7 +105,7 @@ def plan_merge(
     )
 
 
-def _layout_of_inputs(inputs: MergeInputs, spec: MergeSpec) -> tuple[Layout, bool]:
+def layout_of_inputs(inputs: MergeInputs, spec: MergeSpec) -> tuple[Layout, bool]:
     """The layout of the base, and whether base and tuned are states; inputs that no method takes are refused.
 
     Raises:

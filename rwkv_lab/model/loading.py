@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, open_checkpoint
+from rwkv_lab.checkpoint.whole_model import whole_model
 from rwkv_lab.errors import LayoutError, NumericsError
 
 
@@ -19,15 +20,7 @@ def open_model(path: str | Path) -> Iterator[tuple[Checkpoint, Layout]]:
         LayoutError: not a whole model.
     """
     with open_checkpoint(path) as ck:
-        if ck.kind == "unmerged":
-            raise LayoutError(
-                f"{path} holds {ck.reason}.\nMerge it first: rwkv_lab.merge(base, tuned, out) with this file as both."
-            )
-        if ck.kind == "unusable":
-            raise LayoutError(f"{path}: {ck.reason}.")
-        if ck.kind != "model" or ck.layout is None:
-            raise LayoutError(f"{path} is no whole model ({ck.kind}): {ck.reason}.")
-        yield ck, ck.layout
+        yield ck, whole_model(ck)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, TensorInfo], path: str | Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, file_facts, open_checkpoint, write_checkpoint
 from rwkv_lab.checkpoint.origin import ORIGIN
-from rwkv_lab.dtypes import floats
+from rwkv_lab.dtypes import FLOAT_NAMES
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.peft import hf_layout, rwkv_peft_layout
@@ -89,9 +89,11 @@ def read_adapter(
 
 def _check_dtypes(ck: Checkpoint) -> None:
     numbers = [t for n, t in ck.info.items() if not n.endswith(".alpha")]  # those may be whole numbers
-    odd = next((t for t in numbers if t.dtype not in floats()), None)
+    odd = next((t for t in numbers if t.dtype_name not in FLOAT_NAMES), None)
     if odd is not None:
-        raise LayoutError(f"{ck.path}: {odd.name} is {odd.dtype}; adapters are float64, float32, bfloat16 or float16.")
+        raise LayoutError(
+            f"{ck.path}: {odd.name} is torch.{odd.dtype_name}; adapters are float64, float32, bfloat16 or float16."
+        )
 
 
 def _check_inner_shapes(adapter: Adapter) -> None:

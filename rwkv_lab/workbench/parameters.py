@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field
 
 from rwkv_lab.analysis.texts import Reading
 from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint.whole_model import whole_model
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import path_fault
 from rwkv_lab.spec import Advise, OneOf, Patterns, Spec, Text, unknown_name
@@ -234,6 +235,18 @@ def check_headers(*paths: str | None) -> None:
     for path in paths:
         if path and path not in DEMO:
             open_checkpoint(path).close()
+
+
+def check_models(*paths: str | None) -> None:
+    """Refuse what is no whole model, from the headers; demo files and "" pass.
+
+    Raises:
+        RwkvLabError: as `open_checkpoint` and `whole_model`.
+    """
+    for path in paths:
+        if path and path not in DEMO:
+            with open_checkpoint(path) as ck:
+                whole_model(ck)
 
 
 def train_demo(parameters: Parameters) -> None:

@@ -121,15 +121,12 @@ class Adapters(Family):
     def check_tuned(self, tuned: Sequence[Checkpoint], init: Sequence[Checkpoint | None], spec: MergeSpec) -> None:
         read_adapters(tuned, init, spec)
 
+    def check_inputs(self, inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> None:
+        _fitting(inputs, spec, layout)
+
     def changes(self, inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> Changes:
         """One change per adapted matrix, per matrix that is only quantised, and per whole tensor."""
-        adapters = read_adapters(inputs.tuned, inputs.init, spec)
-        shapes = {n: t.shape for n, t in inputs.base.info.items()}
-        for ck, adapter in zip(inputs.tuned, adapters.adapters, strict=True):
-            _refuse_unmatched(ck, adapter, inputs.base)
-            extra = spec.allow_extra or []
-            known = {n: v for n, v in adapter.full.items() if n in shapes or not matches_any(n, extra)}
-            replace(adapter, full=known).check(shapes, layout)
+        adapters = _fitting(inputs, spec, layout)
         adapters = with_computed_starts(adapters, spec, inputs.base)
         check_weights(adapters, layout.n_layer)
         resolved = _resolved(spec, adapters)
@@ -142,6 +139,18 @@ class Adapters(Family):
             describe=partial(_describe, inputs, adapters, resolved),
             look=partial(_look, inputs, adapters, resolved, spec.method != "lora"),
         )
+
+
+def _fitting(inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> AdapterSet:
+    """The adapters, all of which go with the base."""
+    adapters = read_adapters(inputs.tuned, inputs.init, spec)
+    shapes = {n: t.shape for n, t in inputs.base.info.items()}
+    for ck, adapter in zip(inputs.tuned, adapters.adapters, strict=True):
+        _refuse_unmatched(ck, adapter, inputs.base)
+        extra = spec.allow_extra or []
+        known = {n: v for n, v in adapter.full.items() if n in shapes or not matches_any(n, extra)}
+        replace(adapter, full=known).check(shapes, layout)
+    return adapters
 
 
 def _check(parameter: Parameter, given: Any, count: int, each: bool) -> Any:

@@ -53,20 +53,27 @@ class IntoBase(Family):
         # Of one type: the recipe is a part of the output.
         return spec.changed(alpha=1.0 if spec.alpha is None else check_value(ALPHA, spec.alpha))
 
+    def check_inputs(self, inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> None:
+        _taken(inputs, spec, layout)
+
     def changes(self, inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> Changes:
         """One change per layer, or one per tensor of the fine-tune."""
-        (tuned,) = inputs.tuned
-        if spec.method == "state":
-            taken = check_states(tuned, layout)
-        else:
-            taken = tuned.info
-            check_fine_tune(inputs.base, tuned, layout, spec.allow_extra or [])
+        taken = _taken(inputs, spec, layout)
         tensors = [
             from_tuned(name, inputs.base.info.get(name), info, spec.alpha, spec.arithmetic)
             for name, info in taken.items()
         ]
         describe = partial(_describe, inputs, spec, layout)
         return Changes(tensors, layout, spec, without_effect=spec.alpha == 0, describe=describe)
+
+
+def _taken(inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> Mapping[str, TensorInfo]:
+    """The tensors of the tuned file that go in."""
+    (tuned,) = inputs.tuned
+    if spec.method == "state":
+        return check_states(tuned, layout)
+    check_fine_tune(inputs.base, tuned, layout, spec.allow_extra or [])
+    return tuned.info
 
 
 def _describe(inputs: MergeInputs, spec: MergeSpec, layout: Layout, applied: Sequence[ChangedTensor]) -> Description:

@@ -56,13 +56,8 @@ class Mixing(Family):
         alpha, weights = values.pop("alpha", None), values.pop("weights", None)
         return spec.changed(alpha=alpha, weights=weights, parameters=values)
 
-    def changes(self, inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> Changes:
-        """One change per tensor that any of the tuned models has.
-
-        A tensor that one of them lacks counts as the base's there; one that the base lacks (a `time_state`) counts as
-        zeros. Layer 0's v0, v1 and v2, which RWKV-7 does not use, come from the base or not at all.
-        """
-        base, tuned, method = inputs.base, inputs.tuned, MIXING[spec.method]
+    def check_inputs(self, inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> None:
+        base, tuned = inputs.base, inputs.tuned
         for ck in tuned:
             if ck.kind not in ("model", "partial", "state"):
                 why = f": {ck.reason}" if ck.reason else ""
@@ -72,6 +67,15 @@ class Mixing(Family):
             refuse_other_dimensions(ck, layout)
             check_full_tensors(base, ck, layout, ck.info, spec.allow_extra or [])
         _refuse_state_beside_model(base, tuned)
+
+    def changes(self, inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> Changes:
+        """One change per tensor that any of the tuned models has.
+
+        A tensor that one of them lacks counts as the base's there; one that the base lacks (a `time_state`) counts as
+        zeros. Layer 0's v0, v1 and v2, which RWKV-7 does not use, come from the base or not at all.
+        """
+        self.check_inputs(inputs, spec, layout)
+        base, tuned, method = inputs.base, inputs.tuned, MIXING[spec.method]
         spec = _with_states_weighed(spec, base, tuned)
         there = dict.fromkeys(n for ck in tuned for n in ck.info if n in base.info or n not in UNUSED_IN_LAYER_0)
         names = [n for n in base.info if n in there] + [n for n in there if n not in base.info]

@@ -57,17 +57,26 @@ class Stacking(Family):
             )
         return spec.changed(parameters={"layers": layers})
 
+    def check_inputs(self, inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> None:
+        _order(inputs, spec, layout)
+
     def changes(self, inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> Changes:
         """Every tensor of the output, and the output's layout."""
         models = [inputs.base, *inputs.tuned]
-        layouts = [layout, *(_same_width(ck, layout) for ck in inputs.tuned)]
-        runs = [_run(text, layouts) for text in spec.parameters["layers"]]
-        order = [(model, i) for model, start, end in runs for i in range(start, end)]
+        layouts, order = _order(inputs, spec, layout)
         out_layout = replace(layout, n_layer=len(order))
-        _refuse_first_layers(order, layout.version)
         tensors = _stacked(models, order, out_layout)
         describe = partial(_describe, inputs, out_layout, _sources(models, layouts, order))
         return Changes(tensors, out_layout, spec, keeps_base=False, describe=describe)
+
+
+def _order(inputs: MergeInputs, spec: MergeSpec, layout: Layout) -> tuple[list[Layout], list[tuple[int, int]]]:
+    """(layouts of the models, (model, layer) of every layer of the output)."""
+    layouts = [layout, *(_same_width(ck, layout) for ck in inputs.tuned)]
+    runs = [_run(text, layouts) for text in spec.parameters["layers"]]
+    order = [(model, i) for model, start, end in runs for i in range(start, end)]
+    _refuse_first_layers(order, layout.version)
+    return layouts, order
 
 
 def _sources(models: Sequence[Checkpoint], layouts: Sequence[Layout], order: Sequence[tuple[int, int]]) -> str:

@@ -17,9 +17,9 @@ from rwkv_lab.bench.operators import OPERATORS, Shape, measure_operators
 from rwkv_lab.bench.peers import parse_peers
 from rwkv_lab.bench.speed import Plan, measure_speed
 from rwkv_lab.checkpoint import FileFacts, Layout, file_facts, open_checkpoint
+from rwkv_lab.checkpoint.whole_model import whole_model
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.dtypes import to_dtype
-from rwkv_lab.errors import LayoutError
 from rwkv_lab.machine import cores
 from rwkv_lab.model.device import parse_device
 from rwkv_lab.progress import human_bytes, human_seconds
@@ -63,10 +63,9 @@ def _from_header(run: Run) -> tuple[FileFacts, Layout, int]:
     """(the model's file, its layout, the number of its values)."""
     path = input_path(run.config.model)
     with open_checkpoint(path) as ck:
-        if ck.kind != "model" or ck.layout is None:
-            raise LayoutError(f"{path.name} is no whole model ({ck.kind}): {ck.reason}.")
+        layout = whole_model(ck)
         parse_device(run.config.device)
-        return file_facts(ck), ck.layout, sum(t.numel for t in ck.info.values())
+        return file_facts(ck), layout, sum(t.numel for t in ck.info.values())
 
 
 def _plan_of(run: Run) -> Plan:

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from rwkv_lab.bench.peers import parse_peers
 from rwkv_lab.dtypes import in_short
 from rwkv_lab.spec import Text
-from rwkv_lab.workbench.parameters import Backends, ModelPath, Parameters, PathOrEmpty, check_headers
+from rwkv_lab.workbench.parameters import Backends, ModelPath, Parameters, PathOrEmpty, check_models
 
 
 def _peer(text: str) -> str:
@@ -44,7 +44,7 @@ class BenchmarkParameters(Parameters):
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/benchmark")
 
     def check_files(self) -> None:
-        check_headers(self.model)
+        check_models(self.model)
 
 
 PARAMETERS = BenchmarkParameters

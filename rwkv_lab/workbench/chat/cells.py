@@ -6,9 +6,10 @@ from IPython.display import display
 
 from rwkv_lab.analysis.answers import Answer, Messages, Speaker, load_to_ask, read_prompts
 from rwkv_lab.checkpoint import file_facts, open_checkpoint, write_text
+from rwkv_lab.checkpoint.whole_model import whole_model
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.dtypes import to_dtype
-from rwkv_lab.errors import LayoutError, OutputError
+from rwkv_lab.errors import OutputError
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.samples import Sample
 from rwkv_lab.workbench import steps
@@ -37,9 +38,7 @@ def _plan(run: Run) -> list[tuple[str, object]]:
     asked, rows, needed, seconds = len(_questions(run.config)), [], 0, 0.0
     for config, name in zip(both, _names(both), strict=True):
         with open_checkpoint(input_path(config.model)) as ck:
-            if ck.kind != "model" or ck.layout is None:
-                raise LayoutError(f"{ck.path} is no whole model ({ck.kind}): {ck.reason}.")
-            values, layout = sum(t.numel for t in ck.info.values()), ck.layout
+            values, layout = sum(t.numel for t in ck.info.values()), whole_model(ck)
         dtype = to_dtype(config.dtype)
         rows.append((name, f"{layout}; {_in_words(config)}"))
         needed += values * dtype.itemsize

@@ -18,6 +18,7 @@ from rwkv_lab.workbench.parameters import (
     TextFileOrEmpty,
     TextOrFile,
     check_headers,
+    check_models,
 )
 
 _Dtype = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(in_long)]
@@ -119,7 +120,8 @@ class ChatParameters(Parameters):
 
     def check_files(self) -> None:
         for one in filter(None, (self, self.beside())):
-            check_headers(one.model, one.state, one.adapter)
+            check_models(one.model)
+            check_headers(one.state, one.adapter)
         if self.prompts:
             read_prompts(self.prompts)
 

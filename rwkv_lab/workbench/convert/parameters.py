@@ -9,6 +9,7 @@ from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checkpoint.foreign_format import FOREIGN_FORMATS
 from rwkv_lab.convert import ConvertOptions, ConvertSpec, target_names
 from rwkv_lab.convert.containers import CONTAINERS
+from rwkv_lab.convert.planning import check_source
 from rwkv_lab.convert.spec import RepositoryName
 from rwkv_lab.spec import OneOf, Text
 from rwkv_lab.workbench.options import takes, values_for
@@ -58,7 +59,8 @@ class ConvertParameters(Parameters):
     def check_files(self) -> None:
         spec = self._spec("demo" if self.source in DEMO else self.source)
         if spec.source is not None and self.source not in DEMO:
-            open_checkpoint(spec.source).close()
+            with open_checkpoint(spec.source) as ck:
+                check_source(ck, spec)
 
     def demo_files(self) -> list[str]:
         return [] if self._on_the_hub() else super().demo_files()

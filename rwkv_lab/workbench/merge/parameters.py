@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.merge import MERGE_METHODS, MergeOptions, MergeSpec, check_spec, read_recipe
+from rwkv_lab.merge import MERGE_METHODS, MergeOptions, MergeSpec, check_files, read_recipe
 from rwkv_lab.merge.families import family_of
 from rwkv_lab.merge.method import OF_SOME_METHODS
 from rwkv_lab.spec import Number, Text
@@ -22,7 +22,6 @@ from rwkv_lab.workbench.parameters import (
     ReadsText,
     TextFileOrEmpty,
     WeightedPaths,
-    check_headers,
     input_path,
 )
 
@@ -96,11 +95,9 @@ class MergeParameters(ReadsText):
 
     def check_files(self) -> None:
         if self.recipe:
-            spec = read_recipe(self.recipe)
-            check_headers(*(str(path) for path in (spec.base, *spec.tuned)))
+            check_files(read_recipe(self.recipe))
         elif self.tuned not in DEMO:
-            check_spec(self._spec(self.base, self.tuned))
-            check_headers(self.base)
+            check_files(self._spec(self.base, self.tuned))
         else:
             spec = self._spec("demo", "demo")
             spec = spec.changed(method="state") if spec.method == "auto" else spec  # the demo's tuned file is a state

@@ -21,6 +21,7 @@ from rwkv_lab.analysis.dynamics import measure_dynamics
 from rwkv_lab.analysis.mismatch import explain_failures, first_mismatch
 from rwkv_lab.analysis.texts import tokens_to_read
 from rwkv_lab.checkpoint import FileFacts, Layout, file_facts, open_checkpoint
+from rwkv_lab.checkpoint.whole_model import whole_model
 from rwkv_lab.checks import Check
 from rwkv_lab.dtypes import long_name, to_dtype
 from rwkv_lab.errors import LayoutError
@@ -57,9 +58,8 @@ def _planned(run: Run) -> tuple[list[FileFacts], Layout, list[tuple[str, object]
     """(the inputs, the layout of the model, the plan in words), from headers."""
     config = run.config
     with open_checkpoint(input_path(config.model)) as ck:
-        if ck.layout is None or ck.kind != "model":
-            raise LayoutError(f"{ck.path} is no whole model ({ck.kind}): {ck.reason}.")
-        inputs, layout, needed = [file_facts(ck)], ck.layout, check_memory(ck)
+        layout = whole_model(ck)
+        inputs, needed = [file_facts(ck)], check_memory(ck)
         values = sum(t.numel for t in ck.info.values())
     if config.compare_with:
         with open_checkpoint(input_path(config.compare_with)) as other:

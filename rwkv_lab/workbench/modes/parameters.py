@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from rwkv_lab.dtypes import in_long
-from rwkv_lab.workbench.parameters import Backends, ModelOrEmpty, ModelPath, Parameters, PathOrEmpty, check_headers
+from rwkv_lab.workbench.parameters import Backends, ModelOrEmpty, ModelPath, Parameters, PathOrEmpty, check_models
 
 _Dtype = Annotated[Literal["float64", "float32", "bfloat16", "float16"], BeforeValidator(in_long)]
 
@@ -28,7 +28,7 @@ class ModesParameters(Parameters):
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/modes")
 
     def check_files(self) -> None:
-        check_headers(self.model, self.compare_with)
+        check_models(self.model, self.compare_with)
 
 
 PARAMETERS = ModesParameters

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from rwkv_lab.analysis.tuning import TuningOptions, check_tuning
+from rwkv_lab.analysis.tuning import TuningOptions, check_tuning, open_tuning
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.spec import Number, Patterns
 from rwkv_lab.train.data import check_data
@@ -18,7 +18,6 @@ from rwkv_lab.workbench.parameters import (
     PathOrEmpty,
     ReadsText,
     TextOrFile,
-    check_headers,
 )
 
 
@@ -67,9 +66,13 @@ class PeftParameters(ReadsText):
 
     def check_files(self) -> None:
         for which, path in enumerate((self.adapter, self.second)):
-            if path and path not in DEMO:
+            if not path or path in DEMO:
+                continue
+            if self.base in DEMO:
                 check_tuning(path, self.tuning_options(which), direction_only=which == 1)
-        check_headers(self.base)
+            else:
+                with open_tuning(self.base, path, self.tuning_options(which), direction_only=which == 1):
+                    pass
         check_data(self.data)
 
 

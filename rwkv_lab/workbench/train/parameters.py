@@ -19,6 +19,7 @@ from rwkv_lab.workbench.parameters import (
     PathOrEmpty,
     TextOrFile,
     check_headers,
+    check_models,
     input_path,
 )
 
@@ -71,7 +72,8 @@ class TrainParameters(Parameters):
         self._spec(self.base, self.start)
 
     def check_files(self) -> None:
-        check_headers(self.base, self.start)
+        check_models(self.base)
+        check_headers(self.start)
         check_data(self.data)
 
     def _spec(self, base: str, start: str) -> TrainSpec:
