@@ -126,9 +126,11 @@ class ExportParameters(Parameters):
 
 def _demo_path(value: Any) -> Any:
     """The path of a demo file, which need not be there, for its name; others as they are."""
+    if not isinstance(value, str) or value not in DEMO:
+        return value
     from rwkv_lab.train.demo import demo_file  # here, because it brings the model with it
 
-    return str(demo_file(value.removeprefix("demo:"))) if isinstance(value, str) and value in DEMO else value
+    return str(demo_file(value.removeprefix("demo:")))
 
 
 PARAMETERS = ExportParameters
