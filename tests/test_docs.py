@@ -40,6 +40,7 @@ STAND_INS = [
     (r"torchrun (.*)", rf"{PYTHON} -m torch.distributed.run \1 --steps 1 --batch-size 2 --ctx-len 16 --no-samples"),
     (r"python -m rwkv_lab.bench models --quick", rf"{PYTHON} -m rwkv_lab.bench models --models B.pth --lengths 4 "
      "--batches 1 --rounds 1 --dtypes fp32 --peers --report bench"),
+    (r"python -m rwkv_lab.bench models (--shapes.*)", rf"{PYTHON} -m rwkv_lab.bench models \1 --help"),  # likewise
     (r"python -m rwkv_lab.bench scaling(.*)", rf"{PYTHON} -m rwkv_lab.bench scaling\1 --help"),  # takes minutes
     (r"python (.*)", rf"{PYTHON} \1"),
     (r'eval "\$\(rwkv-lab (.*)\)"', rf"{PYTHON} -m rwkv_lab.cli \1"),

@@ -116,7 +116,7 @@ AMERICAN = re.compile(
 )
 # Names in the interfaces of torch, ONNX, transformers, pillow, bitsandbytes, tokenizers, gguf, the Hub, merge recipes.
 THEIRS = re.compile(
-    r"(de)?quantize(_\w+)?|quantized|optimize|normaliz(e|er|ers|ed)|Optimizer|is_initialized|synchronize|\w*serialization"
+    r"(de)?quantize(_\w+)?|quantized|optimize|normaliz(e|er|ers|ed)|Optimizer|is_initialized|(llama_)?synchronize|\w*serialization"
     r"|set_materialize_grads|modeling_\w+|(another_)?normalized_shape|fill_uninitialized_memory|initializer_list"
     r"|GGMLQuantizationType|llama_model_quantize\w*|quantization_version|quantization_config|organization"
     r"|(is_|register_)?initializers?|DynamicQuantizeLinear|optimizer|graph_optimization_level|GraphOptimizationLevel"

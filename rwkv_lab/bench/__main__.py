@@ -135,7 +135,10 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--backends", nargs="+", default=[], help="of the WKV operators; by default all there are")
         one.add_argument("--device", default="cpu")
         one.add_argument(
-            "--peers", nargs="*", default=[AUTO], help="auto, rwkv, or 'name=command'; see rwkv_lab/bench/peers.py"
+            "--peers",
+            nargs="*",
+            default=[AUTO],
+            help="auto, rwkv, llama.cpp, or 'name=command'; see rwkv_lab/bench/peers.py",
         )
     merge = jobs.add_parser(
         "merge", help="wall time and memory of merging, beside cp and the naive script", parents=[common]

@@ -1,4 +1,5 @@
-"""Other implementations in the same run: the PyPI package `rwkv`, and any other one by a command of the user's.
+"""Other implementations in the same run: the PyPI package `rwkv`, llama.cpp by `llama-cpp-python`, and any other one by
+a command of the user's.
 
 A peer gets requests of three kinds, each with token ids of which the first `read` are read at once:
 
@@ -33,8 +34,11 @@ from rwkv_lab.bench.machine import child_environment, package_version
 from rwkv_lab.errors import ParameterError, RwkvLabError
 from rwkv_lab.lazy_torch import torch
 
-RWKV, AUTO = "rwkv", "auto"
+RWKV, LLAMA, AUTO = "rwkv", "llama.cpp", "auto"
+_MODULES = {RWKV: "rwkv", LLAMA: "llama_cpp"}
+_DISTRIBUTIONS = {RWKV: "rwkv", LLAMA: "llama-cpp-python"}
 _RWKV_DTYPES = ("bf16", "fp32")
+_OF_LLAMA = {"bf16": "BF16", "fp32": "F32", "fp16": "F16", "int8": "Q8_0", "int4": "Q4_0"}  # types of a GGUF file
 _NEEDED = ("{task}", "{model}", "{tokens}", "{out}")
 _TIMEOUT = 1800  # seconds for one request
 _SHORTEST = 1e-9  # seconds
@@ -46,32 +50,36 @@ class PeerError(RwkvLabError):
 
 @dataclass(frozen=True)
 class Peer:
-    """One implementation: a name and, unless it is the package `rwkv`, the command that answers requests."""
+    """One implementation: a package, by which its name begins, or any name and the command that answers requests."""
 
     name: str
     command: str = ""
 
     def runs(self, dtype: str) -> bool:
         """Whether it computes in this dtype at all."""
-        return bool(self.command) or dtype in _RWKV_DTYPES
+        return bool(self.command) or dtype in (_OF_LLAMA if self.is_llama else _RWKV_DTYPES)
+
+    @property
+    def is_llama(self) -> bool:
+        return not self.command and self.name.startswith(LLAMA)
 
 
 @checked
 def parse_peers(wanted: Sequence[str]) -> list[Peer]:
-    """Peers from texts: "auto" (`rwkv` where it is installed), "rwkv", or "name=command".
+    """Peers from texts: "auto" (`rwkv` where it is installed), "rwkv", "llama.cpp", or "name=command".
 
     Raises:
         ParameterError: an unknown name without a command, a command that has no place for what it needs or is no
             command line, or a name that is ours or another peer's.
     """
-    there = importlib.util.find_spec("rwkv") is not None
-    wanted = dict.fromkeys(RWKV if text == AUTO else text for text in wanted if text != AUTO or there)
+    there = {name: importlib.util.find_spec(module) is not None for name, module in _MODULES.items()}
+    known = [RWKV if text == AUTO else text for text in wanted if text != AUTO or there[RWKV]]
     found = []
-    for text in wanted:
+    for text in dict.fromkeys(known):
         name, equals, command = text.partition("=")
         name, command = name.strip(), command.strip()
-        if not equals and name != RWKV:
-            raise ParameterError(f"peers: {text!r} is neither {AUTO!r} nor {RWKV!r} nor 'name=command'.")
+        if not equals and name not in _MODULES:
+            raise ParameterError(f"peers: {text!r} is none of {AUTO!r}, {RWKV!r}, {LLAMA!r} and 'name=command'.")
         missing = [place for place in _NEEDED if place not in command]
         if equals and (not name or missing):
             raise ParameterError(f"peers: {text!r} needs a name, and {', '.join(_NEEDED)} in its command.")
@@ -79,9 +87,10 @@ def parse_peers(wanted: Sequence[str]) -> list[Peer]:
             shlex.split(command)
         except ValueError:
             raise ParameterError(f"peers: {text!r} has a quote that is not closed; close it.") from None
-        if not equals and not there:
-            raise ParameterError("peers: the package rwkv is not installed; pip install rwkv")
-        peer = Peer(f"{RWKV} {package_version(RWKV)}" if not equals else name, command)
+        if not equals and not there[name]:
+            package = _DISTRIBUTIONS[name]
+            raise ParameterError(f"peers: the package {package} is not installed; pip install {package}")
+        peer = Peer(name if equals else f"{name} {package_version(_DISTRIBUTIONS[name])}", command)
         if peer.name in (OURS, *(other.name for other in found)):  # rows and entries go by their names
             raise ParameterError(f"peers: the name {peer.name!r} is taken; give {text!r} another one.")
         found.append(peer)
@@ -128,17 +137,45 @@ def open_peer(peer: Peer, path: Path, dtype: str) -> Iterator[Session]:
     if peer.command:
         yield Session(lambda request: _run_command(peer, path, dtype, request))
         return
+    if peer.is_llama:
+        with tempfile.TemporaryDirectory(prefix="rwkv_lab-peer-") as folder:
+            model = _converted(path, Path(folder) / "model.gguf", _OF_LLAMA[dtype])
+            with _process("rwkv_lab.bench.llama_cpp_package", {}) as ask:
+                yield Session(ask, ask({"model": str(model), "threads": torch.get_num_threads()}))
+        return
     if path.suffix != ".pth":
         raise PeerError(f"it reads .pth files, not {path.name}")
+    with _process("rwkv_lab.bench.rwkv_package", _switches(path)) as ask:
+        # RWKV-7's part of the package puts the suffix on by itself; the other part accepts both.
+        yield Session(ask, ask({"model": str(path.with_suffix("")), "dtype": dtype}))
+
+
+def _converted(path: Path, out: Path, dtype: str) -> Path:
+    """A GGUF file of this checkpoint.
+
+    Raises:
+        PeerError: there is none of such a model.
+    """
+    from rwkv_lab.convert import convert
+
+    try:
+        return Path(convert(path, "gguf", out, dtype=dtype).out)
+    except RwkvLabError as e:
+        raise PeerError(_one_line(e)) from e
+
+
+@contextmanager
+def _process(module: str, environment: dict[str, str]) -> Iterator[Callable[[dict], dict]]:
+    """What asks a process that answers requests line by line, and runs as long as the block."""
     with tempfile.TemporaryFile("w+", errors="replace") as errors_of_peer:
         process = subprocess.Popen(
-            [sys.executable, "-m", "rwkv_lab.bench.rwkv_package"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors_of_peer,
             text=True,
             errors="replace",
-            env=child_environment() | _switches(path),
+            env=child_environment() | environment,
         )
 
         def ask(request: dict) -> dict:
@@ -154,8 +191,7 @@ def open_peer(peer: Peer, path: Path, dtype: str) -> Iterator[Session]:
             return _checked(reply)
 
         try:
-            # RWKV-7's part of the package puts the suffix on by itself; the other part accepts both.
-            yield Session(ask, ask({"model": str(path.with_suffix("")), "dtype": dtype}))
+            yield ask
         finally:
             with suppress(OSError):  # it has ended, and did not read its last request
                 process.stdin.close()

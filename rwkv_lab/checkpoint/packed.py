@@ -30,6 +30,7 @@ from rwkv_lab.checkpoint.rounding import BLOCK, NF4_BLOCK, NF4_LEVELS
 from rwkv_lab.checkpoint.source import Derived, TensorInfo
 from rwkv_lab.errors import CorruptFileError, LayoutError
 from rwkv_lab.lazy_torch import torch
+from rwkv_lab.progress import human_bytes
 
 NOTE, VERSION = "rwkv_lab.packed", "1"
 COLUMNS, ACTIVATIONS = f"{NOTE}.columns", f"{NOTE}.activations"
@@ -116,13 +117,17 @@ def values_of(kind: str, parts: Sequence[torch.Tensor], columns: int, dtype: tor
     return found if dtype is None else found.to(dtype)
 
 
-def packed_kinds(infos: Iterable[TensorInfo]) -> dict[str, tuple[int, int]]:
-    """Kind -> how many matrices are packed so, and their bytes in the file."""
-    found = [x for info in infos if (x := parts_of(info))]
-    counts, sizes = Counter(kind for kind, _ in found), Counter[str]()
-    for kind, parts in found:
-        sizes[kind] += sum(part.nbytes for part in parts)
-    return {kind: (count, sizes[kind]) for kind, count in counts.items()}
+def in_few_bits(infos: Iterable[TensorInfo]) -> str:
+    """Which matrices have 8 bits or fewer in the file, those of GGUF too, in words: how many of which form, their bytes
+    there and as float32; "" where none has."""
+    counts, sizes, wide = Counter[str](), Counter[str](), 0
+    for info in infos:
+        if info.derived is not None and info.derived.quantised:
+            counts[info.derived.quantised] += 1
+            sizes[info.derived.quantised] += sum(part.nbytes for part in (info.derived.of, *info.derived.others))
+            wide += info.nbytes
+    forms = ", ".join(f"{count} in {kind} ({human_bytes(sizes[kind])})" for kind, count in counts.items())
+    return f"{forms}; {human_bytes(wide)} as float32" if forms else ""
 
 
 def refuse_packed(path: Path, infos: Iterable[TensorInfo], job: str) -> None:
@@ -133,8 +138,8 @@ def refuse_packed(path: Path, infos: Iterable[TensorInfo], job: str) -> None:
     Raises:
         LayoutError: says how it is packed, and what to do.
     """
-    if kinds := packed_kinds(infos):
-        described = ", ".join(f"{count} matrices in {kind}" for kind, (count, _) in kinds.items())
+    if kinds := Counter(found[0] for info in infos if (found := parts_of(info))):
+        described = ", ".join(f"{count} matrices in {kind}" for kind, count in kinds.items())
         raise LayoutError(
             f"{path} is packed: {described}. {job} needs weights in 16 or 32 bits: give the model it was packed from.\n"
             "What is left of them, rounded as they are:\n"

@@ -38,6 +38,8 @@ def show_files(paths: Sequence[str], every_tensor: bool) -> int:
 
 
 def _described(ck: "Checkpoint") -> Iterator[str]:
+    from rwkv_lab.checkpoint.packed import in_few_bits
+
     dtypes = Counter(t.dtype_name for t in ck.info.values())
     values = sum(t.numel for t in ck.info.values())
     yield str(ck.path)
@@ -46,6 +48,8 @@ def _described(ck: "Checkpoint") -> Iterator[str]:
         yield f"  model    {ck.layout}"
     yield f"  format   {ck.format}, {len(ck.files)} file{'s' if len(ck.files) > 1 else ''}, {human_bytes(ck.bytes)}"
     yield f"  tensors  {len(ck)}, {values:,} values: {', '.join(f'{n} {d}' for d, n in dtypes.most_common())}"
+    if few := in_few_bits(ck.info.values()):
+        yield f"  packed   {few}"
     misfit = ck.identity.misfit
     for what in ("missing", "wrong", "extra") if misfit else ():
         names = list(getattr(misfit, what))

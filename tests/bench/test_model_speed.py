@@ -5,6 +5,7 @@ import math
 import shlex
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -183,10 +184,32 @@ def test_the_package_rwkv(version, dtype, tmp_path, quick):
     assert all(row.samples and row.agreement.passed for row in theirs), [row.problem for row in theirs]
 
 
+def test_llama_cpp_beside_packed_weights(tmp_path, quick):
+    if find_spec("llama_cpp") is None or find_spec("gguf") is None:
+        pytest.skip("llama-cpp-python is not installed")
+    sizes = dict(n_layer=2, n_embd=128, dim_att=128, dim_ffn=256, vocab_size=257, n_head=2)
+    layout = SHAPES["v7-0.1b"]
+    random_model(tmp_path / "m.pth", type(layout)(**{**layout.__dict__, **sizes}))
+    plan = Plan(dtypes=("int8", "int4"), lengths=(7,), batches=(1,), rounds=1, peers=tuple(parse_peers(["llama.cpp"])))
+    rows, _ = measure_speed(tmp_path / "m.pth", "tiny", plan)
+    theirs = [row for row in rows if row.engine.startswith("llama.cpp 0.")]
+    assert [(row.job, row.dtype) for row in theirs] == [
+        (job, dtype) for job in ("decode", "decode beside a busy loop", "prefill") for dtype in ("int8", "int4")
+    ]
+    assert all(row.samples and row.agreement.passed for row in theirs), [row.problem for row in theirs]
+    four = measure_speed(tiny_of_4(tmp_path), "tiny", Plan(("int8",), (), (1,), 1, peers=plan.peers))[0]
+    assert [row.problem for row in four if row.engine.startswith("llama")][0]
+
+
+def tiny_of_4(folder):
+    random_model(folder / "4.pth", type(SHAPES["v4-169m"])("4.0", 1, 32, 32, 64, 257, 0, 0))
+    return folder / "4.pth"
+
+
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [
-        (["llama"], "neither"),
+        (["llama"], "none of 'auto'"),
         (["llama=run {model}"], "{task}"),
         (["=run {task} {model} {tokens} {out}"], "needs a name"),
         (["x=run 'a {task} {model} {tokens} {out}"], "a quote that is not closed"),

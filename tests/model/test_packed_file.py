@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 from rwkv_lab import RWKV_Dual, open_checkpoint
 from rwkv_lab.checkpoint import TensorInfo
 from rwkv_lab.checkpoint.packed import ACTIVATIONS, COLUMNS, NOTE
+from rwkv_lab.cli import main
 from rwkv_lab.convert import convert
 from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
 from rwkv_lab.merge import merge
 from rwkv_lab.model import RWKVMode, quantise_weights
 from rwkv_lab.model.weight_only import SCHEMES, PackedEmbedding, PackedLinear
 from rwkv_lab.peft import LoraConfig, apply_peft, load_model_and_apply_peft
+from rwkv_lab.progress import human_bytes
 from rwkv_lab.train import plan_training
+from rwkv_lab.workbench.inspect.cells import _facts
 
 # Rows that end inside a group of 64 codes and inside a line of 128.
 SIZES = {"4.0": {"n_embd": 100, "dim_ffn": 300}, "7.0": {"n_embd": 100, "n_head": 5, "head_size": 20}}
@@ -79,6 +82,18 @@ def test_it_is_a_model_to_everything_that_reads_checkpoints(tmp_path):
     assert relative_rms(again(tokens)[0], model(tokens)[0]) < 1e-5
     with pytest.raises(ParameterError, match="has emb, a PackedEmbedding. Weights are rounded once"):
         quantise_weights(RWKV_Dual.from_pretrained(folder))
+
+
+def test_inspection_says_how_it_is_packed(tmp_path, capsys):
+    _, folder = saved(tmp_path, scheme="int4")
+    assert main(["inspect", str(folder), str(tmp_path / "m.safetensors")]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  packed")]
+    with open_checkpoint(folder) as ck:
+        there = [info for info in ck.stored.values() if info.derived]
+        size = sum(part.nbytes for info in there for part in (info.derived.of, *info.derived.others))
+        wide = sum(info.nbytes for info in there)
+        assert dict(_facts(ck))["packed"] == shown[0].split(maxsplit=1)[1]
+    assert shown == [f"  packed   14 in int4-grouped ({human_bytes(size)}); {human_bytes(wide)} as float32"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -5,6 +5,7 @@ from collections import Counter
 from IPython.display import display
 
 from rwkv_lab.checkpoint import Checkpoint, file_facts, open_checkpoint
+from rwkv_lab.checkpoint.packed import in_few_bits
 from rwkv_lab.checkpoint.statistics import Statistics, statistics
 from rwkv_lab.checks import Check
 from rwkv_lab.names import split_block
@@ -122,9 +123,8 @@ def _facts(ck: Checkpoint) -> list[tuple[str, object]]:
     ]
     if ck.layout and ck.reason:
         facts.append(("lacks" if ck.kind == "partial" else "holds", ck.reason))
-    if ck.quantised:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in ck.quantised.items())
-        facts.append(("quantised", f"{kinds}; read as float32"))
+    if few := in_few_bits(ck.info.values()):
+        facts.append(("packed", few))
     if ck.prefixes:
         taken_off = ", ".join(f"{prefix} ({count} names)" for prefix, count in ck.prefixes.items())
         facts.append(("prefixes", f"taken off the names: {taken_off}"))
