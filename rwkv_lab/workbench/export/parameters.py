@@ -13,6 +13,7 @@ from rwkv_lab.errors import ParameterError, RwkvLabError
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.configuration_manager import ConfigurationManager
 from rwkv_lab.spec import Text
+from rwkv_lab.train.demo_paths import demo_file
 from rwkv_lab.workbench.options import takes, unset
 from rwkv_lab.workbench.parameters import (
     DEMO,
@@ -126,11 +127,7 @@ class ExportParameters(Parameters):
 
 def _demo_path(value: Any) -> Any:
     """The path of a demo file, which need not be there, for its name; others as they are."""
-    if not isinstance(value, str) or value not in DEMO:
-        return value
-    from rwkv_lab.train.demo import demo_file  # here, because it brings the model with it
-
-    return str(demo_file(value.removeprefix("demo:")))
+    return str(demo_file(value.removeprefix("demo:"))) if isinstance(value, str) and value in DEMO else value
 
 
 PARAMETERS = ExportParameters
