@@ -19,8 +19,10 @@ from warm_python import Warm, warm_python
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# What is imported and collected stays to the end: garbage is looked for among what tests make.
+# What is imported and collected stays to the end: garbage is looked for among what tests make, and less often, since
+# what exports import then is as much again.
 gc.disable()
+gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_collection_finish() -> None:
@@ -92,6 +94,13 @@ def warm(demo_folder) -> Iterator[Warm]:
     with tempfile.TemporaryDirectory() as folder:  # a short path
         with warm_python(Path(folder), _for_processes(demo_folder)) as warm:
             yield warm
+
+
+@pytest.fixture
+def warm_children(warm) -> Iterator[None]:
+    """Processes that rwkv_lab starts from a test start at once, too."""
+    with warm.for_children():
+        yield
 
 
 def _for_processes(demo_folder: Path) -> dict[str, str]:

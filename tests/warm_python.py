@@ -66,6 +66,22 @@ class Warm(NamedTuple):
     python: str  # in place of sys.executable
     environment: dict[str, str]  # in which the kernel python3 is such a process
 
+    @contextmanager
+    def for_children(self) -> Iterator[None]:
+        """Processes that this one starts by `sys.executable`, as our own code does, are such processes."""
+        names = [name for name in FIXED if name in self.environment]
+        before = sys.executable, {name: os.environ.get(name) for name in names}
+        sys.executable = self.python
+        os.environ.update((name, self.environment[name]) for name in names)
+        try:
+            yield
+        finally:
+            sys.executable = before[0]
+            for name, value in before[1].items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
 
 @contextmanager
 def warm_python(folder: Path, environment: Mapping[str, str]) -> Iterator[Warm]:

@@ -59,7 +59,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exports(trained):
+def exports(trained, warm):
     """By level: what `run` returned for it."""
     asked = configure(
         checkpoint_path=trained / "out",
@@ -68,7 +68,7 @@ def exports(trained):
         test_input_samples=["The river remembers its stones, and so does the sea. " * 6],
     )
     levels = ("none", "int8")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warm.for_children():
         patch.setattr("rwkv_lab.export.validation_tester.SHAPES", ((1, 1), (3, 17), (1, 131)))
         asked = [asked.model_copy(update={"quantization_level": x, "naming_pattern": f"qwen3-{x}"}) for x in levels]
         return dict(zip(levels, run_levels(asked), strict=True))

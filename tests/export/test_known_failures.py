@@ -26,19 +26,22 @@ REFUSED = {"branch on a value", "operator"}  # no setting helps
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
+def found(tmp_path_factory, warm) -> dict:
     """What happened, by model, in a process of its own: tracing leaves much behind in torch."""
     for package in ("onnx", "onnxscript", "onnxruntime", "transformers"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     script = Path(__file__).with_name("known_failures.py")
     path = [str(script.parents[2]), *sys.path]
     words = [
-        sys.executable,
+        warm.python,
         "-c",
         f"import sys, runpy; sys.path[:] = {path!r}; runpy.run_path({str(script)!r}, run_name='__main__')",
     ]
     done = subprocess.run(
-        [*words, str(tmp_path_factory.mktemp("failures")), *DIAGNOSED], capture_output=True, text=True
+        [*words, str(tmp_path_factory.mktemp("failures")), *DIAGNOSED],
+        capture_output=True,
+        text=True,
+        env=warm.environment,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -56,7 +59,7 @@ def test_a_failure_of_today(which, found):
         assert max(errors) < 1e-5, errors
 
 
-def test_recovery_from_two_failures_of_today(tmp_path, found):
+def test_recovery_from_two_failures_of_today(tmp_path, found, warm_children):
     """A loop of Python: torch's old exporter writes it for one length, its new one refuses, fixed sizes are left."""
     attempts: list[Attempt] = []
     work = Work("known_failures:write", {"which": "loop"})

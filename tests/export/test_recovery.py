@@ -43,7 +43,7 @@ def recover(function, settings, folder, most=9, limit=60.0, **keywords) -> list[
 
 
 @pytest.mark.parametrize("which", TEXTS)
-def test_the_one_fix_that_can_work(which, tmp_path):
+def test_the_one_fix_that_can_work(which, tmp_path, warm_children):
     text, remedy = TEXTS[which]
     settings = ALL | ({"example_length": 5, "onnx_exporter": "dynamo"} if which == "static" else {})
     first, second = recover("by_text", settings, tmp_path, which=which)
@@ -66,7 +66,7 @@ def test_a_folder_that_is_there_is_refused_and_kept(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["unordered_map", "cache", "rotary", "protobuf", "memory of a GPU", "static"])
-def test_a_writer_that_has_no_such_setting(which, tmp_path):
+def test_a_writer_that_has_no_such_setting(which, tmp_path, warm_children):
     text, remedy = TEXTS[which]
     settings = {name: value for name, value in ALL.items() if name not in remedy} | {"example_length": 5}
     if which == "static":
@@ -78,7 +78,7 @@ def test_a_writer_that_has_no_such_setting(which, tmp_path):
     assert str(e.value) == f"RuntimeError: {text}\nThe cause: {failure.cause}.\n{failure.advice}"
 
 
-def test_causes_that_nothing_helps_against(tmp_path):
+def test_causes_that_nothing_helps_against(tmp_path, warm_children):
     cases = {
         "operator": (ONNXExportError, "aten._linalg_eigh\nThe cause: ONNX has no translation of an operator.\nReplace"),
         "kill": (DeviceError, r"killed by signal 9 \(SIGKILL\).*\nThe cause: memory ran out, or .*\nEnd other"),
@@ -102,7 +102,7 @@ def test_each_named_error_has_a_cause_and_every_fix_a_setting():
     assert diagnose("GuardOnDataDependentSymNode: u0 > 0", {}).error is TracerWarningError
 
 
-def test_the_ladder_of_last_resort(tmp_path):
+def test_the_ladder_of_last_resort(tmp_path, warm_children):
     attempts = recover("until", ALL, tmp_path, name="onnx_dynamic_axes", value=False, how="raise")
     changes = [{n: v for n, v in one.settings.items() if ALL[n] != v} for one in attempts]
     assert changes == [
@@ -131,7 +131,7 @@ def test_the_ladder_of_last_resort(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["crash", "exit"])
-def test_processes_that_end_without_an_answer(how, tmp_path):
+def test_processes_that_end_without_an_answer(how, tmp_path, warm_children):
     settings = {"onnx_optimize_graph": True, "onnx_opset_version": 20}
     first, second = recover("until", settings, tmp_path, name="onnx_optimize_graph", value=False, how=how)
     says = {"crash": "killed by signal 11 (SIGSEGV)", "exit": "exit code 3"}
