@@ -102,7 +102,8 @@ def trace(
 
 def _first_layers(module: Graph, layout: Layout, opset: int, optimise: bool, recurrence: Recurrence) -> ir.Model:
     """What was traced, of all layers of `module`. The last few are kept, and in files those of models that come from
-    one: the same model in other bits has the same."""
+    one: the same model in other bits has the same, and of one token so has either form of the recurrence."""
+    recurrence = "scan" if module.one_token else recurrence
     shapes = [(name, *w.shape) for name, w in module.named_parameters()]
     key = repr((module, layout, shapes, module.last, module.one_token, opset, optimise, recurrence))
     if key not in _KEPT:
