@@ -6,6 +6,9 @@ from rwkv_lab.checkpoint import Layout, expected_tensors, write_checkpoint
 from rwkv_lab.model import RWKV_Dual
 
 VERSIONS = ("4.0", "5.0", "5.1", "5.2", "6.0", "7.0")
+# Sizes of models that are exported: those of equal sizes are traced once, which takes seconds. int4 has blocks of 32.
+SIZES = {"n_layer": 3, "n_head": 2, "head_size": 32, "dim_ffn": 96, "vocab_size": 257}
+ONE_LAYER = {"n_layer": 1, "n_head": 1, "head_size": 32, "dim_ffn": 64, "vocab_size": 257}
 _RANKS = {"6.0": {"maa": 5, "decay": 7}, "7.0": {"w": 5, "a": 9, "v": 3, "g": 11}}
 
 

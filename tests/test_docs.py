@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from models import random_lora
 from option_tables import pages, with_tables
-from random_models import make_layout, write_model
+from random_models import ONE_LAYER, make_layout, write_model
 from tuned_files import write_fine_tune, write_state
 
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
@@ -118,7 +118,8 @@ def write_tokenizer(path: Path) -> None:
 @pytest.fixture(scope="module")
 def surroundings(warm) -> dict[str, str]:
     """Variables of the commands; nothing is uploaded in anybody's name."""
-    return {**warm.environment, "PYTHON": warm.python, "HF_HUB_OFFLINE": "1", "HF_TOKEN": ""}
+    python = {"PYTHON": warm.python, "PYTHON_EXEC": warm.python}  # the second: what torchrun starts
+    return {**warm.environment, **python, "HF_HUB_OFFLINE": "1", "HF_TOKEN": ""}
 
 
 def finished(words: list[str] | str, cwd: Path, environment: dict[str, str]) -> str:
@@ -170,10 +171,10 @@ def test_the_python_snippets(page, folder, surroundings):
 
 
 def make_shallow(folder: Path) -> None:
-    """One layer, since to trace one takes seconds."""
+    """One layer, since to trace one takes seconds; of the sizes that tests of the pipeline export."""
     for name in ("B.pth", "lora.pth"):
         (folder / name).unlink()
-    layout = make_layout("7.0", n_layer=1, dim_ffn=64, vocab_size=257)
+    layout = make_layout("7.0", **ONE_LAYER)
     write_model(folder / "B.pth", layout)
     write_checkpoint(folder / "lora.pth", random_lora(layout))
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from random_models import load_model
-from traced_sizes import SIZES
+from random_models import SIZES, load_model
 
 from rwkv_lab.model import RWKV_Dual
 
@@ -31,6 +30,7 @@ def exported(tmp_path_factory) -> Callable[..., Exported]:
     def make(version: str, weights: str = "fp32") -> Exported:
         folder = tmp_path_factory.mktemp(f"rwkv{version}-{weights}")
         model = load_model(folder, version, **SIZES)
-        return Exported(model, export_onnx(model, folder / "out", weights, external_data=weights == "int8").folder)
+        source, many = folder / "m.safetensors", weights == "int8"  # a file's graphs are kept for other processes, too
+        return Exported(model, export_onnx(source, folder / "out", weights, external_data=many).folder)
 
     return make

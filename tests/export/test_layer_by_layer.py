@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_models import make_layout, relative_rms, write_model
+from random_models import SIZES, make_layout, relative_rms, write_model
 from tuned_files import write_state
 
 from rwkv_lab import RWKV_Dual, merge
@@ -14,7 +14,6 @@ from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.export.families.rwkv import RwkvFileReference, RwkvReference
 from rwkv_lab.export.family import Text
 
-SIZES = {"n_layer": 3, "n_head": 2, "head_size": 32, "dim_ffn": 96, "vocab_size": 257}
 TEXTS = [Text([np.arange(6).reshape(2, 3), np.array([[7], [8]])], True), Text([np.array([[256, 0]])], False)]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_models import make_layout, random_tensors, write_model
+from random_models import ONE_LAYER, make_layout, random_tensors, write_model
 from tuned_files import write_adapter, write_state
 
 from rwkv_lab import RWKV_Dual, merge
@@ -30,14 +30,12 @@ from rwkv_lab.export.__main__ import main
 from rwkv_lab.export.families.rwkv import Rwkv, RwkvReference
 from rwkv_lab.export.validation_tester import ValidationTester
 
-SIZES = {"n_layer": 1, "n_head": 1, "head_size": 32, "dim_ffn": 64, "vocab_size": 257}
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     """A base and an adapter of it, in a folder."""
     folder = tmp_path_factory.mktemp("files")
-    write_model(folder / "B.pth", make_layout("7.0", **SIZES))
+    write_model(folder / "B.pth", make_layout("7.0", **ONE_LAYER))
     write_adapter(folder / "lora.pth", folder / "B.pth", lora_r=3, lora_alpha=5)
     return folder
 
@@ -146,7 +144,7 @@ def left(folder: Path) -> list[str]:
 
 
 def test_what_the_pytorch_model_holds(files, tmp_path):
-    tensors = random_tensors(make_layout("7.0", **SIZES))
+    tensors = random_tensors(make_layout("7.0", **ONE_LAYER))
     torch.save({**tensors, "optimizer.exp_avg": torch.ones(3), "step": 5}, tmp_path / "M.pth")
     given = dict(checkpoint_path=tmp_path / "M.pth")
     result = run(pytorch_alone(tmp_path, **given, quantization_level="fp16", pytorch_format="safetensors"))
@@ -165,7 +163,7 @@ def test_what_the_pytorch_model_holds(files, tmp_path):
 
 def test_a_pytorch_model_in_few_bits(files, tmp_path):
     """And without tensors that no layer reads, all of it named."""
-    layout = make_layout("7.0", **SIZES | {"n_layer": 2})
+    layout = make_layout("7.0", **ONE_LAYER | {"n_layer": 2})
     unread = {f"blocks.0.att.{n}": torch.ones(s) for n, s in (("v0", (1, 1, 32)), ("v1", (32, 3)), ("v2", (3, 32)))}
     write_checkpoint(tmp_path / "M.pth", {**random_tensors(layout), **unread})
     given = dict(checkpoint_path=tmp_path / "M.pth", optimise_structure=True, overwrite=True)
@@ -183,8 +181,8 @@ def test_a_pytorch_model_in_few_bits(files, tmp_path):
 
 
 def test_errors_leave_nothing_that_looks_finished(files, tmp_path):
-    write_model(tmp_path / "other.pth", make_layout("7.0", **SIZES | {"n_head": 2}))
-    tensors = random_tensors(make_layout("7.0", **SIZES))
+    write_model(tmp_path / "other.pth", make_layout("7.0", **ONE_LAYER | {"n_head": 2}))
+    tensors = random_tensors(make_layout("7.0", **ONE_LAYER))
     tensors["head.weight"][0, 0] = 1e6
     write_checkpoint(tmp_path / "large.pth", tensors)
     write_state(tmp_path / "state.pth", files / "B.pth")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from random_models import make_layout, write_model
+from random_models import ONE_LAYER, make_layout, write_model
 
 from rwkv_lab.errors import ONNXExportError, ParameterError
 from rwkv_lab.export import ConfigurationManager, ExportConfiguration, ExportResult, run
@@ -63,7 +63,7 @@ def test_errors_are_read_from_earlier_results(tmp_path):
 
 
 def test_an_export_states_its_profile_and_its_attempts(tmp_path):
-    write_model(tmp_path / "B.pth", make_layout("7.0", n_layer=1, n_head=1, head_size=32, dim_ffn=64, vocab_size=257))
+    write_model(tmp_path / "B.pth", make_layout("7.0", **ONE_LAYER))
     given = dict(checkpoint_path=tmp_path / "B.pth", output_directory=tmp_path / "out", export_onnx=False)
     limits = dict(export_onnx=True, attempt_time_limit=0.01, max_attempts=2, naming_pattern="hurried")
     with pytest.raises(ONNXExportError, match="2 attempts failed; the first: .* did not end within 0.01 seconds"):

@@ -8,8 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from random_models import load_model, make_tokens
-from traced_sizes import SIZES
+from random_models import SIZES, load_model, make_tokens
 
 from rwkv_lab.export import OnnxModel, export_onnx
 from rwkv_lab.export.onnx import export
