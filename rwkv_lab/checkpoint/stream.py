@@ -36,6 +36,7 @@ class OutTensor:
 
     `compute()` yields flat tensors, in order, whose values are rounded to `dtype` here, once. `watch(start, values,
     rounded)` is shown every piece of it, flat, before and after rounding; of bytes that are copied both are the same.
+    `checksum(crc)` is told the CRC-32 of the bytes that were read, where they are copied.
     Of a quantised tensor (`shape` of its elements, `dtype` uint8) `compute()` yields the bytes of blocks. `gathered` is
     how many bytes of memory computing it takes beyond a few blocks; one of the large ones is computed at a time.
     """
@@ -46,6 +47,7 @@ class OutTensor:
     source: TensorInfo | None = None
     compute: Callable[[], Iterable[torch.Tensor]] | None = None
     watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
+    checksum: Callable[[int], None] | None = None
     quantised: str = ""  # the type of its blocks, "Q8_0"
     gathered: int = 0
 
@@ -198,6 +200,8 @@ def _copy(t: OutTensor, source: TensorInfo, fd: int, offset: int, look: bool, wo
             _write(fd, block, offset + start)
         work.advance(len(block))
     source.check(crc)
+    if t.checksum is not None:
+        t.checksum(crc)
     return crc, _count(t.name, source.blocks(), t.dtype) if dirty else Findings(t.name)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout
+from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo
 from rwkv_lab.checkpoint.foreign_format import ForeignFormat
 from rwkv_lab.checkpoint.unchanged import FileState, refuse_changed, refuse_changed_header
 from rwkv_lab.checks import Check
@@ -16,6 +16,11 @@ from rwkv_lab.convert.hub import Pushed
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.progress import human_bytes
+
+
+def place_of(info: TensorInfo) -> str:
+    """Where the bytes of a tensor lie: file, offset and how many."""
+    return f"{info.file.path}:{info.offset}:{info.nbytes}"
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class ConvertResult:
     rounding: tuple[Rounding, ...] = ()  # of tensors that were cast
     nonfinite: tuple[str, ...] = ()  # tensors of the output with NaN, Inf or overflow, and how many, where allowed
     seconds: dict[str, float] = field(default_factory=dict)  # "plan", "write", "verify", "upload"
+    checksums: Mapping[str, int] = field(default_factory=dict, repr=False)  # by `place_of`, of what was copied
     pushed: Pushed | None = None  # what was uploaded to the Hugging Face Hub
 
     @property

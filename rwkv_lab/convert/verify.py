@@ -1,12 +1,15 @@
 """Proof of a conversion: opens the output again and compares every tensor with its source.
 
-The output is read back under BlinkDL's names, through the inverse of the table that wrote it.
+The output is read back under BlinkDL's names, through the inverse of the table that wrote it. Of tensors that lie in
+both files as they are, the CRC-32 of the output's bytes is compared with that of the source's: taken as they were read
+for writing, or stated in the source's header and compared with them then. Of others both are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 
 from isal.isal_zlib import crc32
 
@@ -18,7 +21,7 @@ from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, OneLarge, one_torch_thread_each
 from rwkv_lab.checks import Check
 from rwkv_lab.convert.adapters import verify_adapter
-from rwkv_lab.convert.plan import ConvertPlan, ConvertResult
+from rwkv_lab.convert.plan import ConvertPlan, ConvertResult, place_of
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.progress import Progress
@@ -48,7 +51,7 @@ def verify_convert(result: ConvertResult) -> list[Check]:
         missing = [n for n in source.info if n not in written.info and n not in dropped]
         extra = [n for n in written.info if n not in source.info]
         pairs = {n: (source.info[n], written.info[n]) for n in source.info if n in written.info}
-        found = _compared(pairs, _halvings(plan), f"comparing {plan.out.name}")
+        found = _compared(pairs, _Known(_halvings(plan), result.checksums), f"comparing {plan.out.name}")
         blocks = [n for n in pairs if _in_blocks(written.info[n])]
         wrong = [n for n in pairs if n not in blocks and found[n]]
         where = f", first {wrong[0]}" if wrong else ""
@@ -78,7 +81,19 @@ def _halvings(plan: ConvertPlan) -> dict[str, int]:
     return {name: layer // plan.spec.rescale for name, layer in layers.items() if layer >= plan.spec.rescale}
 
 
-def _compared(pairs: Mapping[str, Pair], halvings: Mapping[str, int], label: str) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the source beside its files."""
+
+    halvings: Mapping[str, int]  # by name
+    checksums: Mapping[str, int]  # as of `ConvertResult`
+
+    def crc32(self, source: TensorInfo) -> int | None:
+        """Of its bytes; None where it is not known."""
+        return self.checksums.get(place_of(source)) if source.crc32 is None else source.crc32
+
+
+def _compared(pairs: Mapping[str, Pair], known: _Known, label: str) -> dict[str, float]:
     """What is wrong with each tensor: of quantised ones as `quantised.excess`, else 1 where any bit differs.
 
     A few threads take one tensor each, the largest first, as when writing.
@@ -86,7 +101,7 @@ def _compared(pairs: Mapping[str, Pair], halvings: Mapping[str, int], label: str
     names = sorted(pairs, key=lambda n: -pairs[n][0].nbytes)
     total, found, large = sum(source.nbytes for source, _ in pairs.values()), dict[str, float](), OneLarge()
     with one_torch_thread_each(), Progress(label, total) as progress, ThreadPoolExecutor(WORKERS) as pool:
-        futures = {pool.submit(_difference, *pairs[n], halvings.get(n, 0), large): n for n in names}
+        futures = {pool.submit(_difference, n, *pairs[n], known, large): n for n in names}
         try:
             for future in as_completed(futures):
                 name = futures[future]
@@ -98,12 +113,12 @@ def _compared(pairs: Mapping[str, Pair], halvings: Mapping[str, int], label: str
     return found
 
 
-def _difference(source: TensorInfo, written: TensorInfo, halvings: int, large: OneLarge) -> float:
+def _difference(name: str, source: TensorInfo, written: TensorInfo, known: _Known, large: OneLarge) -> float:
     with large.held(source.gathered + written.gathered):
-        return _difference_of(source, written, halvings)
+        return _difference_of(source, written, known.crc32(source), known.halvings.get(name, 0))
 
 
-def _difference_of(source: TensorInfo, written: TensorInfo, halvings: int) -> float:
+def _difference_of(source: TensorInfo, written: TensorInfo, crc: int | None, halvings: int) -> float:
     if source.numel != written.numel:
         return float("inf")
     if _in_blocks(written):
@@ -111,7 +126,7 @@ def _difference_of(source: TensorInfo, written: TensorInfo, halvings: int) -> fl
 
         return excess(source, written)
     if source.plain and written.plain and source.dtype == written.dtype:
-        return float(not _same_bytes(source, written))
+        return float(not _same_bytes(source, written) if crc is None else not _has_crc(written, crc))
     pairs = zip(source.pieces(_PIECE), written.pieces(_PIECE), strict=True)
     return float(not all(_same_bits(_rounded(a, b.dtype, halvings), b) for a, b in pairs))
 
@@ -123,6 +138,23 @@ def _rounded(values: torch.Tensor, dtype: torch.dtype, halvings: int) -> torch.T
 
 def _in_blocks(info: TensorInfo) -> bool:
     return info.derived is not None and bool(info.derived.quantised)
+
+
+def _has_crc(info: TensorInfo, expected: int) -> bool:
+    """Whether the bytes in the file have this checksum.
+
+    Raises:
+        CorruptFileError: they have it, and not the one that was saved with them.
+    """
+    buffer, crc = bytearray(min(BLOCK, info.nbytes)), 0
+    for start in range(0, info.nbytes, BLOCK):
+        block = memoryview(buffer)[: min(BLOCK, info.nbytes - start)]
+        info.file.read_into(block, info.offset + start)
+        crc = crc32(block, crc)
+    if crc != expected:
+        return False
+    info.check(crc)
+    return True
 
 
 def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import file_facts
@@ -14,7 +15,7 @@ from rwkv_lab.checkpoint.stream import Findings, OutTensor
 from rwkv_lab.checks import Check
 from rwkv_lab.convert.hub_push import push_to_hub
 from rwkv_lab.convert.made_from import with_weights
-from rwkv_lab.convert.plan import ConvertPlan, ConvertResult, Rounding
+from rwkv_lab.convert.plan import ConvertPlan, ConvertResult, Rounding, place_of
 from rwkv_lab.convert.verify import verify_convert
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.progress import human_bytes
@@ -40,9 +41,11 @@ def write_convert(plan: ConvertPlan) -> ConvertResult:
         check_free_space(plan.out, plan.output_bytes, plan.memory_needed, "the conversion")
         log.info("%s: %d tensors, %s", plan.spec.to, len(plan.rows), human_bytes(plan.output_bytes))
         start = time.perf_counter()
-        rounding: dict[str, Rounding] = {}
+        rounding, checksums = dict[str, Rounding](), dict[str, int]()
         notes = with_weights(plan.content.notes, plan.checkpoint)
-        content = replace(plan.content, tensors=[_counted(t, rounding) for t in plan.content.tensors], notes=notes)
+        content = replace(
+            plan.content, tensors=[_watched(t, rounding, checksums) for t in plan.content.tensors], notes=notes
+        )
         refuse = not plan.spec.allow_nonfinite
         findings = plan.container.write(plan.out, content, plan.options.overwrite, refuse)
         seconds = {"write": time.perf_counter() - start}
@@ -52,6 +55,7 @@ def write_convert(plan: ConvertPlan) -> ConvertResult:
         checks=_checks(plan, findings),
         rounding=tuple(rounding[t.name] for t in plan.content.tensors if t.name in rounding),
         nonfinite=tuple(map(str, findings)),
+        checksums=checksums,
         seconds=seconds,
     )
     if not plan.options.verify:
@@ -73,10 +77,10 @@ def _uploaded(result: ConvertResult) -> ConvertResult:
     return replace(result, pushed=pushed, checks=(*result.checks, *pushed.checks), seconds=seconds)
 
 
-def _counted(t: OutTensor, rounding: dict[str, Rounding]) -> OutTensor:
-    """The tensor; where it is cast, it counts meanwhile what becomes of its values."""
+def _watched(t: OutTensor, rounding: dict[str, Rounding], checksums: dict[str, int]) -> OutTensor:
+    """The tensor, watched: where it is cast, what becomes of its values, where it is copied, their CRC-32."""
     if t.compute is None:
-        return t
+        return t if t.source is None else replace(t, checksum=partial(checksums.__setitem__, place_of(t.source)))
 
     def count(start: int, values: torch.Tensor, rounded: torch.Tensor) -> None:
         if values.dtype != rounded.dtype:
