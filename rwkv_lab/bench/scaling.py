@@ -140,7 +140,7 @@ JOBS = {
             ("12 P, and 20 P where outputs are compared", "4 P", "a copy of 4 P bytes")),
         Job("load in float32", _times(4), _nothing, "copy", file_bytes, 3.5, ("4 P", "0", "a copy of 2 P bytes")),
         Job("load in bfloat16", _times(2), _nothing, "copy", file_bytes, 2, ("2 P", "0", "a copy of 2 P bytes")),
-        Job("pack to int8", _packing, _nothing, "copy", file_bytes, 3.2,
+        Job("pack to int8", _packing, _nothing, "copy", file_bytes, 1.8,
             ("1.06 P", "0", "a copy of 2 P bytes")),
         Job(f"read {TOKENS} tokens", _times(4), _nothing, "multiply", _multiplies(2), 1.4,
             ("4 P", "0", "2 P T multiplications and additions")),

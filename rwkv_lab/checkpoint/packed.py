@@ -139,9 +139,10 @@ def refuse_packed(path: Path, infos: Iterable[TensorInfo], job: str) -> None:
         LayoutError: says how it is packed, and what to do.
     """
     if kinds := Counter(found[0] for info in infos if (found := parts_of(info))):
-        described = ", ".join(f"{count} matrices in {kind}" for kind, count in kinds.items())
+        described = ", ".join(f"{count} in {kind}" for kind, count in kinds.items())
         raise LayoutError(
-            f"{path} is packed: {described}. {job} needs weights in 16 or 32 bits: give the model it was packed from.\n"
+            f"{path} is packed: of its matrices {described}. "
+            f"{job} needs weights in 16 or 32 bits: give the model it was packed from.\n"
             "What is left of them, rounded as they are:\n"
             f'RWKV_Dual.from_pretrained("{path}", weights="dense").save_pretrained(folder)'
         )

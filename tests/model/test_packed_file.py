@@ -100,7 +100,8 @@ def test_inspection_says_how_it_is_packed(tmp_path, capsys):
 def test_jobs_that_need_weights_as_they_were_say_how_it_is_packed_and_what_to_do(tmp_path, scheme):
     _, folder = saved(tmp_path, scheme=scheme)
     plain = tmp_path / "m.safetensors"
-    says = rf"is packed: 14 matrices in {SCHEMES[scheme]}. {{}} needs .*the model it was packed from.\n.*\n.*\"dense\""
+    how = f"of its matrices 14 in {SCHEMES[scheme]}"
+    says = rf"is packed: {how}. {{}} needs .*the model it was packed from.\n.*\n.*\"dense\""
     for base, tuned in ((folder, plain), (plain, folder)):
         with pytest.raises(LayoutError, match=says.format("A merge")):
             merge(base, tuned, tmp_path / "out.pth", method="linear", weights=[1, 0])
