@@ -1,6 +1,5 @@
 """How graphs of Hugging Face models are made: exporter, attention and fixed sizes, asked for and as last resorts."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +81,11 @@ def test_torchs_old_exporter(which, base, expected, tmp_path):
         np.testing.assert_allclose(padded[1, 6:], alone[0], atol=0.05)  # int8 rounds the inputs of a call together
 
 
-def test_a_product_that_recovers(tmp_path, monkeypatch, warm):
+def test_a_product_that_recovers(tmp_path, monkeypatch, warm_children):
     """The old exporter has no translation of an operator of this model; the other fails as if it were of one size."""
     monkeypatch.setattr("rwkv_lab.export.validation_tester.SHAPES", ((1, 1), (3, 17)))
     base = write_model(tmp_path / "base", "DiffLlamaConfig", num_hidden_layers=1)
     monkeypatch.setattr("rwkv_lab.export.onnx_attempts.WRITER", "failing_exports:write_of_one_size")
-    monkeypatch.setattr(sys, "executable", str(warm.python))
     result = run(configure(base, tmp_path, onnx_exporter="legacy", onnx_fixed_sizes=[2, 8, 64]))
     first, second, third = result.attempts
     assert "aten::rms_norm" in first.error
