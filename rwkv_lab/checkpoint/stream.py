@@ -38,7 +38,8 @@ class OutTensor:
     rounded)` is shown every piece of it, flat, before and after rounding; of bytes that are copied both are the same.
     `checksum(crc)` is told the CRC-32 of the bytes that were read, where they are copied.
     Of a quantised tensor (`shape` of its elements, `dtype` uint8) `compute()` yields the bytes of blocks. `gathered` is
-    how many bytes of memory computing it takes beyond a few blocks; one of the large ones is computed at a time.
+    how many bytes of memory computing it takes beyond a few blocks; one of the large ones is computed at a time. Larger
+    tensors are written first; `written_as` is the size of the one that this one is computed with, 0 where it is alone.
     """
 
     name: str
@@ -50,6 +51,7 @@ class OutTensor:
     checksum: Callable[[int], None] | None = None
     quantised: str = ""  # the type of its blocks, "Q8_0"
     gathered: int = 0
+    written_as: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +101,8 @@ def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: 
         CorruptFileError: the bytes of a source do not have the checksum that was saved with them.
     """
     jobs = [(file, i) for file in files for i in range(len(file.tensors))]
-    jobs.sort(key=lambda job: -job[0].tensors[job[1]].nbytes)  # largest first, or the last one keeps a thread waiting
+    # Largest first, or the last one keeps a thread waiting; what is computed together, one after the other.
+    jobs.sort(key=lambda job: -(job[0].tensors[job[1]].written_as or job[0].tensors[job[1]].nbytes))
     crcs = {id(file): [0] * len(file.tensors) for file in files}
     work = _Work()
 

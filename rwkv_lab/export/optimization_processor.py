@@ -2,8 +2,10 @@
 kept and left out is listed by name, with bytes."""
 
 import copy
+import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -306,17 +308,20 @@ def restored(name: str, weight: torch.Tensor, stored: Stored) -> torch.Tensor:
 
 
 def _packed_parts(name: str, info: TensorInfo, kind: str) -> list[OutTensor]:
+    left: dict[int, torch.Tensor] = {}  # parts of the rounded matrix that are not written yet
+    lock = threading.Lock()
+
     def part(i: int) -> list[torch.Tensor]:
-        return [_rounded(info.read(), kind)[i].flatten()]
+        with lock:
+            if i not in left:
+                left.update(enumerate(_rounded(info.read(), kind)))
+            return [left.pop(i).flatten()]
 
     shapes = part_shapes(kind, info.shape)
     size = 4 * info.numel * 3  # of what rounding takes
-    return [
-        OutTensor(
-            f"{name}.{end}", shapes[end][0], getattr(torch, shapes[end][1]), compute=lambda i=i: part(i), gathered=size
-        )
-        for i, end in enumerate(PARTS[kind])
-    ]
+    parts = [OutTensor(f"{name}.{end}", shapes[end][0], getattr(torch, shapes[end][1])) for end in PARTS[kind]]
+    largest = max(one.nbytes for one in parts)
+    return [replace(one, compute=partial(part, i), gathered=size, written_as=largest) for i, one in enumerate(parts)]
 
 
 def _rounded(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, ...]:

@@ -9,7 +9,7 @@ from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
 from rwkv_lab.checkpoint.packed import NOTE
 from rwkv_lab.checkpoint.rounding import from_int4, from_int8
 from rwkv_lab.errors import CorruptFileError, FormatExportError, LayoutError, NumericsError, OutputError, ParameterError
-from rwkv_lab.export import OptimizationProcessor
+from rwkv_lab.export import OptimizationProcessor, optimization_processor
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.peft import dequantize_nf4, quantize_nf4
 
@@ -60,6 +60,14 @@ def test_packed_files_hold_what_the_processor_leaves(source, tmp_path, level, ki
         assert ck.kind == "model" and ck.quantised[level] == (13 if level == "int8" else 12)
     assert out.stat().st_size < 0.6 * source.stat().st_size
     assert sum(t.bytes for t in tensors) < out.stat().st_size < sum(t.bytes for t in tensors) + 30_000  # its header
+
+
+@pytest.mark.parametrize("level", ["int8", "int4", "nf4"])
+def test_a_matrix_is_rounded_once_for_all_its_parts(source, tmp_path, monkeypatch, level):
+    rounded, round_once = [], optimization_processor._rounded
+    monkeypatch.setattr(optimization_processor, "_rounded", lambda *given: rounded.append(1) or round_once(*given))
+    tensors, _ = OptimizationProcessor(level).compress_model_weights(source, tmp_path / "out.pth", "pth")
+    assert len(rounded) == sum(t.is_quantised for t in tensors) > 6
 
 
 def test_nf4_is_that_of_bitsandbytes(source, tmp_path):
