@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-
 from rwkv_lab.arguments import checked
+from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checkpoint.atomic import atomic_folder, check_target, remove_stale, work_folder
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import (
@@ -35,8 +34,8 @@ from rwkv_lab.export.onnx_attempts import with_chosen_profile
 from rwkv_lab.export.optimising import optimised
 from rwkv_lab.export.optimization_processor import OptimizationProcessor
 from rwkv_lab.export.result import FAILED, RESULT, ExportResult
-from rwkv_lab.export.validation_tester import LONGEST, ValidationTester
-from rwkv_lab.train import load_corpus
+from rwkv_lab.export.samples import check_samples, samples_of
+from rwkv_lab.export.validation_tester import ValidationTester
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,6 @@ REPORT, LOG = "validation.json", "export.log"
 _WORK = "work"  # in it while it is made. Files are never written beside it: their writers lock the folder they are in
 _SHARED = "merged"  # what the model is called that several exports share, while they are made
 _SOURCE = ("checkpoint_path", "checkpoint_name", "base_model_name", "alpha", "remove_training_artifacts")
-_BYTES = 1000  # of a built-in sample: never more than LONGEST tokens
 _MB = 1e6
 
 
@@ -155,6 +153,7 @@ def _export(configuration: ExportConfiguration, result: ExportResult, out: Path,
             checkpoint = detector.detect_latest_checkpoint(configuration.checkpoint_name)
             result.warnings += checkpoint.passed_over
         family = family_of(configuration, checkpoint)
+        check_samples(configuration, model_or_base(configuration, checkpoint))
         _make_folder(out.parent)
         remove_stale(out.with_name(_SHARED))  # of a killed export of several levels; its own is removed below
         _refuse_around(out, checkpoint.path)
@@ -242,7 +241,7 @@ def _write_formats(job: _Job, model: WholeModel) -> None:
 def _validate(job: _Job, model: WholeModel) -> None:
     configuration, result = job.configuration, job.result
     reference = _reference(job, model)
-    samples, said = _samples(configuration, reference)
+    samples, said = samples_of(configuration, reference)
     result.warnings += said
     tester = ValidationTester(reference, job.inside / ONNX, samples)
     checks = tester.test_model_functionality()
@@ -264,46 +263,6 @@ def _reference(job: _Job, model: WholeModel) -> Reference:
     return job.reference
 
 
-def _samples(configuration: ExportConfiguration, reference: Reference) -> tuple[list[list[int]], list[str]]:
-    """What is compared on, as tokens, and what should be known of it."""
-    given = configuration.test_input_samples
-    texts = _built_in(given) if isinstance(given, int) else given
-    samples = [reference.tokens_of(text) for text in texts]
-    found = [ids for ids in samples if ids is not None]
-    if not found:
-        if not isinstance(given, int):
-            raise ValidationError("test_input_samples are texts, and the model has no tokenizer: name it as tokenizer.")
-        draw = np.random.default_rng(0)
-        random = [draw.integers(0, reference.vocab_size, 200).tolist() for _ in texts]
-        return random, ["the model has no tokenizer, so it was compared on random tokens, not on text."]
-    longest = LONGEST if reference.context is None else min(LONGEST, reference.context)
-    if not isinstance(given, int) and reference.context is not None:
-        _refuse_longer(found, reference.context)
-    long = sum(len(ids) > longest for ids in found)
-    said = [f"{long} sample{'s were' if long > 1 else ' was'} cut to {longest} tokens."] if long else []
-    found = [ids for ids in found if len(ids) > 1]
-    if not found:
-        raise ValidationError("test_input_samples hold no text of two tokens or more; give longer ones.")
-    return found, said
-
-
-def _refuse_longer(samples: list[list[int]], context: int) -> None:
-    for number, ids in enumerate(samples, 1):
-        if len(ids) > context:
-            raise ValidationError(
-                f"Text {number} of test_input_samples has {len(ids)} tokens; the model's context ends at {context}.\n"
-                "Give a shorter one."
-            )
-
-
-def _built_in(count: int) -> list[str]:
-    """Parts of the English text that rwkv_lab brings, spread over what trainings hold out of it."""
-    text = load_corpus("english").held_out
-    assert isinstance(text, bytes)
-    starts = [i * len(text) // count for i in range(count)]
-    return [text[start : start + _BYTES].decode(errors="ignore") for start in starts]
-
-
 def family_of(configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> Family:
     """The family that a checkpoint, or the base that it goes with, is of.
 
@@ -323,6 +282,17 @@ def family_of(configuration: ExportConfiguration, checkpoint: CheckpointInfo) ->
         known = ", ".join(family.name for family in FAMILIES)
         raise ModelMergeError(f"{configuration.base_model_name} is no model of a family that is exported: {known}.")
     return found
+
+
+def model_or_base(configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> Path:
+    """The checkpoint where it is a whole model, else what it is merged into, which an adapter of peft may name."""
+    if checkpoint.kind == "model":
+        return checkpoint.path
+    if configuration.base_model_name:
+        return Path(configuration.base_model_name).expanduser()
+    with open_checkpoint(checkpoint.path) as ck:
+        named = (ck.adapter_config or {}).get("base_model_name_or_path")
+    return Path(named) if named else checkpoint.path
 
 
 # ------------------------------------------------------------------ names, folders, logs

@@ -11,7 +11,8 @@ from rwkv_lab.checkpoint.atomic import check_target
 from rwkv_lab.errors import CheckpointValidationError, ModelMergeError, OutputError, ParameterError, RwkvLabError
 from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
-from rwkv_lab.export.pipeline import ONNX, PYTORCH, family_of, folder_name
+from rwkv_lab.export.pipeline import ONNX, PYTORCH, family_of, folder_name, model_or_base
+from rwkv_lab.export.samples import check_samples
 from rwkv_lab.export.weight_storage import Level, bytes_of, stored_as
 from rwkv_lab.machine import disk_free, memory_free
 from rwkv_lab.progress import human_bytes
@@ -62,9 +63,11 @@ def plan_export(configurations: Sequence[ExportConfiguration]) -> ExportPlan:
         configurations: of one model, as `ConfigurationManager.resolve_levels` gives them.
 
     Raises:
-        ParameterError: no configuration is given.
         CheckpointValidationError: the checkpoint is missing, damaged or still being written.
         ModelMergeError: there is no base, or it is of no family that is known.
+        ValidationError: texts to compare on that the model has no tokenizer for, or of less than two tokens.
+        FormatExportError: a tokenizer that is not there, or not the model's.
+        ParameterError: no configuration is given.
         OutputError: a folder of an export is there already, or the disk has not enough space.
     """
     if not configurations:
@@ -78,10 +81,12 @@ def plan_export(configurations: Sequence[ExportConfiguration]) -> ExportPlan:
         raise CheckpointValidationError(str(e)) from e
     family = family_of(first, checkpoint)
     whole = checkpoint.kind == "model"
-    base = None if whole else _base(first, checkpoint)
+    model = model_or_base(first, checkpoint)
+    base = None if model == checkpoint.path else model
     for one in configurations:
         _check_folder(one)
-    described, tensors = _tensors(checkpoint.path if base is None else base)
+        check_samples(one, model)
+    described, tensors = _tensors(model)
     outputs = [output for one in configurations for output in _outputs(one, tensors)]
     source = sum(info.nbytes for info in tensors.values())
     merged = 0 if whole else source
@@ -102,15 +107,6 @@ def plan_export(configurations: Sequence[ExportConfiguration]) -> ExportPlan:
         tuple(configurations), checkpoint, base, family.name, described, size, tuple(outputs),
         disk, free, memory, there, notes,
     )  # fmt: skip
-
-
-def _base(configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> Path | None:
-    """What the checkpoint is merged into: the model that is given, or that an adapter of peft names."""
-    if configuration.base_model_name:
-        return Path(configuration.base_model_name).expanduser()
-    with open_checkpoint(checkpoint.path) as ck:
-        named = (ck.adapter_config or {}).get("base_model_name_or_path")
-    return Path(named) if named else None
 
 
 def _tensors(path: Path) -> tuple[str, Mapping[str, TensorInfo]]:

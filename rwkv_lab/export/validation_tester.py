@@ -20,11 +20,11 @@ from rwkv_lab.errors import ValidationError
 from rwkv_lab.export.family import Reference, Text
 from rwkv_lab.export.onnx_folder import MANIFEST
 from rwkv_lab.export.onnx_model import OnnxModel
+from rwkv_lab.export.samples import LONGEST
 from rwkv_lab.export.validation_metrics import ArrayError, PredictionErrors, Predictions, array_error
 from rwkv_lab.machine import memory_of
 
 SHAPES = ((1, 1), (1, 2), (3, 17), (1, 67), (1, 521))  # batch and length; what was traced is (2, 5)
-LONGEST = 1024  # tokens of a sample that are compared
 _PIECE = 256  # tokens that are read at once: their logits are [T,V]
 _SPLIT = 7  # tokens of the first part, where a text is read in two
 _DRIFT = (1, 2, 5, 16, 67, 256, 521, LONGEST)  # tokens after which states are compared

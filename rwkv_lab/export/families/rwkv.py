@@ -17,9 +17,9 @@ from rwkv_lab.export.layer_by_layer import LayerByLayer
 from rwkv_lab.export.onnx.export import export_onnx
 from rwkv_lab.export.onnx_model import OnnxModel
 from rwkv_lab.export.optimization_processor import OptimizationProcessor, training_artifacts
+from rwkv_lab.export.samples import tokenizer_of
 from rwkv_lab.merge import merge, verify_merge
 from rwkv_lab.model import RWKV_Dual
-from rwkv_lab.tokenizer import load_tokenizer, tokenizer_for
 
 _SHOWN = 5  # names in a sentence
 WHOLE = 256 * 2**20  # bytes in float32 up to which a model to compare with is loaded
@@ -156,14 +156,7 @@ class RwkvFileReference:
     def __init__(self, path: Path, tokenizer: str):
         self.model = LayerByLayer(path)
         self.vocab_size = self.model.layout.vocab_size
-        try:
-            self._tokenizer = (
-                load_tokenizer(tokenizer, self.vocab_size) if tokenizer else tokenizer_for(self.vocab_size)
-            )
-        except ParameterError:
-            if tokenizer:
-                raise
-            self._tokenizer = None
+        self._tokenizer = tokenizer_of(tokenizer, self.vocab_size)
 
     def run(self, tokens: np.ndarray, state: Any | None = None) -> tuple[np.ndarray, Any]:
         """int64 `[B,T]` and an `RWKVState` -> logits float32 `[B,T,V]`, and the state."""

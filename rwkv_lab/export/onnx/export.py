@@ -34,13 +34,14 @@ from rwkv_lab.export.onnx_folder import (
     readme,
 )
 from rwkv_lab.export.optimization_processor import OptimizationProcessor
+from rwkv_lab.export.samples import tokenizer_of
 from rwkv_lab.export.weight_storage import Choice
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.model.dual import outline
 from rwkv_lab.model.loading import check_tensors, open_model, read_tensor
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.standard_modules import replaced_module
-from rwkv_lab.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer, load_tokenizer, tokenizer_for
+from rwkv_lab.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer
 
 Values = Callable[[str], torch.Tensor]  # a parameter's name -> its values in float32, in the shape that the model has
 # What was measured: torch.onnx silently writes 18 for 17, and an invalid file for 26.
@@ -226,13 +227,8 @@ def _write_initial_state(model: RWKV_Dual, values: Values, path: Path) -> None:
 
 def _tokenizer(model: RWKV_Dual, which: str | Path | None) -> tuple[Tokenizer | None, str | None]:
     """The model's tokenizer, and its file's name in the folder, or "bytes"."""
-    try:
-        found = (
-            tokenizer_for(model.layout.vocab_size) if which is None else load_tokenizer(which, model.layout.vocab_size)
-        )
-    except ParameterError:
-        if which is not None:
-            raise
+    found = tokenizer_of(which, model.layout.vocab_size)
+    if found is None:
         return None, None
     if isinstance(found, ByteTokenizer):
         return found, "bytes"
