@@ -3,6 +3,7 @@
 Linux tells most of this in files under `PROC` and, for containers, under `CONTROL_GROUPS`; macOS has neither.
 """
 
+import ctypes
 import math
 import os
 import platform
@@ -50,6 +51,14 @@ def anonymous_memory() -> int | None:
     """Bytes that this process and those it has started hold, files in memory excepted; None where none are reported."""
     own = memory_of("RssAnon")
     return None if own is None else own + sum(memory_of("RssAnon", child) or 0 for child in _descendants("self"))
+
+
+def give_memory_back() -> None:
+    """Have the C library give the system what was freed, which it may keep for later; where it has no such call,
+    nothing is done."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 def _descendants(process: int | str) -> Iterator[int]:

@@ -58,6 +58,7 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
             if overwrite and path.is_dir():
                 _swap(temporary, path)
             else:
+                check_target(path, overwrite)  # others may have made it meanwhile
                 temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

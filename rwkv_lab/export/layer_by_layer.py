@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from rwkv_lab.checkpoint import Layout, TensorInfo
 from rwkv_lab.export.family import Text
+from rwkv_lab.machine import give_memory_back
 from rwkv_lab.model import RWKVState
 from rwkv_lab.model.dual import outline
 from rwkv_lab.model.loading import check_tensors, fill, open_model
@@ -45,8 +46,8 @@ class LayerByLayer:
         layers are read once for all of them; the head once for each piece, since logits are large."""
         readings = [_Reading(text) for text in texts]
         self._run(readings)
-        for reading in readings:
-            yield self._found(reading)
+        while readings:  # what was read is given back
+            yield self._found(readings.pop(0))
 
     @torch.inference_mode()
     def run(self, tokens: np.ndarray, state: RWKVState | None = None) -> tuple[torch.Tensor, RWKVState]:
@@ -80,6 +81,9 @@ class LayerByLayer:
             self._load(model.ln_out, ck.info, "ln_out.")
             for reading in readings:
                 reading.xs = [model.ln_out(x) for x in reading.xs]
+        model.to("meta")
+        self._memory.clear()
+        give_memory_back()
 
     @torch.inference_mode()
     def _found(self, reading: "_Reading") -> Iterator[tuple[torch.Tensor, RWKVState | None]]:
@@ -138,8 +142,8 @@ class _Reading:
             self.xs[i], att, ffn, wkv, self.v_first[i] = block(x, att, ffn, wkv, self.v_first[i])
             state = wkv, att, ffn
             self.seconds[i] += time.perf_counter() - start
-            if self.text.states:
-                self.states[i].append(state)
+            if self.text.states:  # shifts are views of all tokens, which would stay in memory
+                self.states[i].append((state[0].clone(), state[1].clone(), state[2].clone()))
 
 
 def _embed(embedding: TensorInfo, readings: Sequence[_Reading]) -> None:

@@ -159,8 +159,12 @@ def _export(configuration: ExportConfiguration, result: ExportResult, out: Path,
         _refuse_around(out, checkpoint.path)
         check_target(out, configuration.overwrite)
         with atomic_folder(out, configuration.overwrite) as inside:
-            with monitor.writing(inside, LOG):
-                _write(_Job(configuration, result, checkpoint, family, monitor, merged, out, inside))
+            job = _Job(configuration, result, checkpoint, family, monitor, merged, out, inside)
+            try:
+                with monitor.writing(inside, LOG):
+                    _write(job)
+            except OutputError as e:  # by the name that the folder will have, not that of the work folder
+                raise OutputError(str(e).replace(str(inside), str(out))) from e
             result.seconds = monitor.seconds
             result.success = True
             result.write(inside / RESULT)

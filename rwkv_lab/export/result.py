@@ -56,9 +56,9 @@ class ExportResult:
             return f"FAIL: {wrong[0]}"
         if self.degraded:
             return f"DEGRADED: {'; '.join(self.degraded)}"
-        if self.validation_passed is None:
-            return "WARN: exported, and not compared with the model"
-        return f"WARN: {self.warnings[0]}" if self.warnings else "PASS"
+        why = ["exported, and not compared with the model."] if self.validation_passed is None else []
+        why += self.warnings  # all: one of them may be that an adapter does not say what base it is of
+        return f"WARN: {' '.join(why).removesuffix('.')}" if why else "PASS"
 
     def as_json(self) -> str:
         """All of it, with the verdict."""

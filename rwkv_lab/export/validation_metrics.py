@@ -6,7 +6,7 @@ import numpy as np
 
 ENOUGH = 100  # tokens below which percentiles mean nothing
 _VALUES = 2**20  # of two arrays at a time, likewise
-_ROWS = 64  # positions at a time: a whole text in float64 would be large
+_ROWS = 16  # positions at a time: a whole text in float64 would be large
 _TIE = 1e-5  # relative to the larger logit: tokens closer than that are equally likely but for rounding
 
 

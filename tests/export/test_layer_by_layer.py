@@ -13,6 +13,7 @@ from rwkv_lab import RWKV_Dual, merge
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.export.families.rwkv import RwkvFileReference, RwkvReference
 from rwkv_lab.export.family import Text
+from rwkv_lab.export.layer_by_layer import LayerByLayer, _Reading
 
 TEXTS = [Text([np.arange(6).reshape(2, 3), np.array([[7], [8]])], True), Text([np.array([[256, 0]])], False)]
 
@@ -38,6 +39,15 @@ def test_it_computes_what_the_model_in_memory_does(version, tmp_path):
     assert relative_rms(read.run(ids[:, 1:], state)[0], whole_logits[:, 1:]) < 1e-4
     assert len(read.seconds([ids, ids])) == 2 and min(read.seconds([ids])) > 0
     assert read.tokens_of("ab") == whole.tokens_of("ab") == [98, 99]
+
+
+def test_states_do_not_keep_all_tokens_in_memory(tmp_path):
+    model = LayerByLayer(write_model(tmp_path / "M.pth", make_layout("7.0", **SIZES)))
+    reading = _Reading(Text([np.arange(60)[None]], True))
+    model._run([reading])
+    parts = [part for layers in reading.states for state in layers for part in state]
+    assert len(parts) == 3 * 3 and all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
+    assert all(parameter.is_meta for parameter in model.model.parameters())  # the last layer is given back, too
 
 
 _TAKEN = """

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,20 @@ def test_int4_needs_whole_blocks_and_leaves_nothing(tmp_path):
     with pytest.raises(ONNXExportError, match=r"blocks.0.att.key.weight has 48 inputs.*\n.*int8"):
         export_onnx(tmp_path / "m.safetensors", tmp_path / "out", "int4")
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_full_disk_in_the_middle_of_external_data(exported, tmp_path):
+    """A limit on the size of files refuses a write as a full disk does."""
+    model, limits = exported("7.0").model, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot write .*out: File too large; nothing was left behind"):
+            export_onnx(model, tmp_path / "out", external_data=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+    export_onnx(model, tmp_path / "out", external_data=True)
+    assert (tmp_path / "out/model.onnx.data").stat().st_size > 60_000
 
 
 MODELS = ROOT.parent / "shared" / "models"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -243,6 +244,47 @@ def test_two_exports_at_once(files, tmp_path):
     assert len(left(tmp_path)) == 2 and len({result.export_id for result in results}) == 2
     for result in results:
         assert (Path(result.pytorch_model_path).parents[1] / "result.json").read_text() == result.as_json()
+
+
+def test_two_exports_of_one_name_at_once(files, tmp_path):
+    """One is there, whole; the other is refused, or replaces it where it may."""
+
+    def export(number: int, **values):
+        try:
+            return run(pytorch_alone(tmp_path, checkpoint_path=files / "B.pth", **values))
+        except OutputError as e:
+            return e
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(export, range(2)))
+        refused = [one for one in found if isinstance(one, OutputError)]
+        assert len(refused) == 1 and "it exists. Choose another output" in str(refused[0])
+        found = list(pool.map(lambda number: export(number, overwrite=True), range(2)))
+    written = json.loads((tmp_path / "out/it/result.json").read_text())
+    assert written["export_id"] in {result.export_id for result in found} and left(tmp_path) == ["it"]
+
+
+def test_a_full_disk_leaves_nothing_but_why(files, tmp_path):
+    """A limit on the size of files refuses a write as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with pytest.raises(
+            OutputError, match=r"cannot write \S+/out/it/pytorch/B.pth: File too large; nothing"
+        ):
+            run(pytorch_alone(tmp_path, checkpoint_path=files / "B.pth"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert left(tmp_path) == ["it.failed.json"]
+
+
+def test_an_adapter_that_does_not_say_its_base_is_named_in_the_verdict(files, tmp_path):
+    result = run(pytorch_alone(tmp_path, checkpoint_path=files / "lora.pth", base_model_name=str(files / "B.pth")))
+    silent = "lora.pth does not say on which base it was trained"
+    assert result.verdict.startswith("WARN: ") and silent in result.verdict
+    result.validation_passed = None
+    assert result.verdict.startswith("WARN: exported, and not compared with the model. ") and silent in result.verdict
+    assert silent in json.loads((tmp_path / "out/it/result.json").read_text())["verdict"]
 
 
 def test_several_levels_are_merged_once(files, tmp_path, monkeypatch):
