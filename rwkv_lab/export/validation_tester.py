@@ -22,7 +22,7 @@ from rwkv_lab.export.onnx_folder import MANIFEST
 from rwkv_lab.export.onnx_model import OnnxModel
 from rwkv_lab.export.samples import LONGEST
 from rwkv_lab.export.validation_metrics import ArrayError, PredictionErrors, Predictions, array_error
-from rwkv_lab.machine import memory_of
+from rwkv_lab.machine import give_memory_back, memory_of
 
 SHAPES = ((1, 1), (1, 2), (3, 17), (1, 67), (1, 521))  # batch and length; what was traced is (2, 5)
 _PIECE = 256  # tokens that are read at once: their logits are [T,V]
@@ -181,9 +181,11 @@ class ValidationTester:
         )
         arrays: dict[str, ArrayError] = {}
         for shape, tokens in zip(self.shapes, shapes, strict=True):
+            give_memory_back()  # of a large model, what all this leaves behind is half of what it takes
             arrays |= self._errors(shape, tokens, next(read))
         errors = PredictionErrors()
         for ids, parts in zip(self.samples, pieces, strict=True):
+            give_memory_back()
             self._predict(ids, parts, next(read), errors)
         found = Comparison(**asdict(errors.result()), arrays=arrays)
         found.errors = {name: error.relative for name, error in arrays.items()}
