@@ -11,6 +11,8 @@ from rwkv_lab.checkpoint.atomic import check_target
 from rwkv_lab.errors import CheckpointValidationError, ModelMergeError, OutputError, ParameterError, RwkvLabError
 from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
+from rwkv_lab.export.families.rwkv import WHOLE, Rwkv
+from rwkv_lab.export.family import Family
 from rwkv_lab.export.pipeline import ONNX, PYTORCH, family_of, folder_name, model_or_base
 from rwkv_lab.export.samples import check_samples
 from rwkv_lab.export.weight_storage import Level, bytes_of, stored_as
@@ -19,7 +21,10 @@ from rwkv_lab.progress import human_bytes
 
 # Matrices that are stored in 8 or 4 bits, by their names in RWKV models and in those of transformers.
 _INSIDE = 16 * 2**20  # bytes of weights up to which each graph holds them itself
-_PROCESS, _TWO_PROCESSES = 400_000_000, 700_000_000  # bytes without a model; graphs are traced in one of their own
+_PROCESS = 400_000_000  # bytes without a model: of a notebook's, or of an export's two, of which one writes graphs
+_TRACED = 230_000_000  # bytes that tracing takes, whatever the model
+_COMPARED = 600_000_000  # bytes of a layer, and of logits of 521 tokens twice, of a vocabulary of 65,536
+_COPIED = 1.7  # bytes of a weight that onnxruntime copies in int4
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def plan_export(configurations: Sequence[ExportConfiguration]) -> ExportPlan:
     notes = list(checkpoint.passed_over)
     if whole and first.base_model_name:
         notes.append(f"{checkpoint.name} is a whole model, so base_model_name is not used.")
-    memory, there = _memory(configurations, tensors), memory_free()
+    memory, there = _memory(configurations, tensors, family), memory_free()
     if memory > there:
         notes.append(f"about {human_bytes(memory)} of memory are needed, and {human_bytes(there)} are free.")
     size = source if tensors else None
@@ -143,24 +148,30 @@ def _pytorch_bytes(name: str, tensor: TensorInfo, level: Level) -> int:
     return tensor.nbytes if stored == "fp32" else bytes_of(tensor.shape, stored)
 
 
-def _memory(configurations: Sequence[ExportConfiguration], tensors: Mapping[str, TensorInfo]) -> int:
-    traced = any(one.export_onnx for one in configurations)
-    compared = any(one.run_validation_tests and one.export_onnx for one in configurations)
-    return memory_of_weights(sum(prod(t.shape) for t in tensors.values()), traced, compared)
+def _memory(configurations: Sequence[ExportConfiguration], tensors: Mapping[str, TensorInfo], family: Family) -> int:
+    """Bytes of anonymous memory at the peak, about; docs/export.md has what was measured."""
+    sizes = [prod(t.shape) for t in tensors.values()] or [0]
+    traced = [one for one in configurations if one.export_onnx]
+    compared = [one for one in traced if one.run_validation_tests]
+    weights = 4 * sum(sizes)
+    if not traced:
+        return _PROCESS
+    if family.name != Rwkv.name:  # loaded in float32 to be traced, and to be compared
+        return _PROCESS + weights * (5 if compared else 3)
+    needed = _PROCESS + memory_of_graphs(max(sizes))
+    if compared:
+        copied = _COPIED * sum(sizes) if any(one.quantization_level == "int4" for one in compared) else 0
+        needed = max(needed, _PROCESS + int(5 * weights if weights <= WHOLE else _COMPARED + 2 * max(sizes) + copied))
+    return needed
 
 
-def memory_of_weights(parameters: int, traced: bool = True, compared: bool = False) -> int:
-    """Bytes of anonymous memory of an export, about.
-
-    By what was measured, in float32 weights: three times to trace them, five to compare onnxruntime with torch.
+def memory_of_graphs(largest: int) -> int:
+    """Bytes of anonymous memory that writing the graphs of an RWKV takes beside an idle process, at the most of levels.
 
     Args:
-        parameters: values of the model.
-        traced: ONNX is among the formats.
-        compared: what is written is compared with the model.
+        largest: values of its largest tensor, which is the embedding where the vocabulary is large.
     """
-    weights = 4 * parameters
-    return (_TWO_PROCESSES if traced else _PROCESS) + weights * (5 if compared else 3 if traced else 0)
+    return _TRACED + 6 * largest  # in float32, and what is made of it
 
 
 def _check_folder(configuration: ExportConfiguration) -> None:

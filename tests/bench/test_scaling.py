@@ -11,6 +11,8 @@ from rwkv_lab.bench.scaling import ALL, JOBS, parameters, reach
 from rwkv_lab.bench.scaling_runs import RUNS, table
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.convert import convert
+from rwkv_lab.export import ExportConfiguration, plan_export
+from rwkv_lab.export import planning as export_planning
 from rwkv_lab.merge import merge
 from rwkv_lab.train import make_plan
 
@@ -36,6 +38,9 @@ def test_memory_is_that_of_the_plans(inputs, tmp_path):
     assert JOBS["merge a LoRA"].memory(LAYOUT) == adapted.memory_needed
     converted = convert(base, "safetensors", tmp_path / "o.safetensors", dry_run=True).plan
     assert JOBS["convert"].memory(LAYOUT) == converted.memory_needed
+    options = dict(checkpoint_path=base, output_directory=tmp_path / "out", run_validation_tests=False)
+    exported = plan_export([ExportConfiguration(**options)])
+    assert JOBS["export to ONNX, float32"].memory(LAYOUT) == exported.memory_needed - export_planning._PROCESS
     for kind, job in (("full", "train all weights, a step"), ("state", "train a state, a step")):
         plan = make_plan(scaling.training_spec(kind, base))
         assert JOBS[job].memory(LAYOUT) == plan.memory_bytes

@@ -269,9 +269,7 @@ def test_a_full_disk_leaves_nothing_but_why(files, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
     try:
-        with pytest.raises(
-            OutputError, match=r"cannot write \S+/out/it/pytorch/B.pth: File too large; nothing"
-        ):
+        with pytest.raises(OutputError, match=r"cannot write \S+/out/it/pytorch/B.pth: File too large; nothing"):
             run(pytorch_alone(tmp_path, checkpoint_path=files / "B.pth"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
