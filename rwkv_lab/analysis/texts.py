@@ -19,6 +19,7 @@ from rwkv_lab.train.held_out import WINDOW
 Count = Annotated[int, Ge(1), Le(2**20)]
 AnyCorpus = Corpus | Examples | TokenCorpus
 
+_BYTES = 257  # tokens of a vocabulary of bytes
 _LONGEST = 16  # bytes of a token, as a mean over a text
 
 
@@ -70,6 +71,23 @@ class Reading:
         self.corpora()
         if self.tokenizer:
             load_tokenizer(self.tokenizer, vocab_size)
+
+    def tokens(self, vocab_size: int) -> float:
+        """About how many tokens are measured, all texts together: a token is a byte, or some four of them.
+
+        Raises:
+            ParameterError, CorruptFileError: as `corpora`.
+        """
+        return sum(self._tokens(corpus, 1 if vocab_size <= _BYTES else 4) for corpus in self.corpora().values())
+
+    def _tokens(self, corpus: AnyCorpus, each: int) -> float:
+        if isinstance(corpus, TokenCorpus):
+            size = each * len(corpus.held_out)
+        elif isinstance(corpus, Corpus):
+            size = len(corpus.held_out)
+        else:
+            size = sum(len(part) for example in corpus.held_out for turn in example.turns for part in turn)
+        return (size if self.most is None else min(size, self.most)) / each
 
     def name_tokenizer(self, model: models.RWKV_Dual) -> None:
         """Give a model the tokenizer.

@@ -21,6 +21,7 @@ from rwkv_lab.train.data import CORPORA, Corpus, load_corpus
 from rwkv_lab.train.examples import Examples
 from rwkv_lab.train.kinds.whole import fresh_vocabulary
 from rwkv_lab.train.material import Fit, Material, tokenise
+from rwkv_lab.train.presets import PRESETS, START_VALUE
 from rwkv_lab.train.spec import KINDS, Planned, ResolvedSpec, TrainSpec
 from rwkv_lab.train.token_files import TokenCorpus
 
@@ -147,7 +148,9 @@ def _preset_note(spec: TrainSpec) -> str:
     taken = [f"{name} {value:g}" for name, value in settings.items() if getattr(spec, name) is None]
     if not size:
         return f"preset={spec.preset!r} set nothing: the model is smaller than those that presets are for."
-    return f"The preset for {size} set {', '.join(taken) or 'nothing: all of it was given'}."
+    guessed = spec.kind == "pretrain" and spec.lr is None and size != next(iter(PRESETS))
+    said = f"The preset for {size} set {', '.join(taken) or 'nothing: all of it was given'}."
+    return f"{said} {START_VALUE}" if guessed else said
 
 
 def _read(spec: ResolvedSpec, layout: Layout) -> tuple[Corpus | Examples | TokenCorpus | None, Material | None]:

@@ -1,9 +1,9 @@
-"""Settings of a training by the size of its model, with the learning rates that the field uses.
+"""Settings of a training by the size of its model.
 
 Sources, as published with the trainers:
 
-* pretrain: 6e-4 for 0.1B, 16 sequences of 512 tokens, RWKV-LM's demo-training-run.sh, whose notes want less for larger
-  models: 4e-4 to 1.5e-4 here, after arXiv 2305.13048.
+* pretrain: 6e-4 for 0.1B, 16 sequences of 512 tokens, RWKV-LM's demo-training-run.sh (RWKV-v7/train_temp). For larger
+  models its notes say "smaller", and no number: 4e-4 to 1.5e-4 are values to start from, and a plan says so.
 * full: 1e-5, from the notes in the same script.
 * lora: 1e-4, rank 8 with alpha 16 for 0.4B, RWKV-LM-LoRA; rank 64 with alpha 128 for 7B, RWKV-PEFT.
 * pissa: 2e-5, rank 32 for 2.9B, 8 sequences of 512 tokens, 1000 steps, RWKV-PEFT's run_pissa.sh; miss is taken like it.
@@ -20,6 +20,12 @@ from typing import Any
 from rwkv_lab.checkpoint import expected_tensors, open_checkpoint
 
 BY_SIZE = "auto"
+
+
+START_VALUE = (
+    "Its lr is a value to start from: RWKV-LM states 6e-4 for pretraining 0.1B, and of larger models only that they "
+    "take less."
+)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,12 @@ _MEASURED = 0.05  # seconds
 _WIDTH = 1024  # of the matrix that a rate is measured with
 _IN_RNN_MODE = 500  # products of two numbers in the time that a layer of RWKV-7 takes for a token through torch
 _IN_REFERENCE = 45  # the same of the WKV operator's reference alone
+_FILE_COPY = 4  # copies in memory in the time that copying a file takes which the system has in memory
+_LOAD = 3.5  # copies of a checkpoint in the time that loading it takes: docs/scaling.md
+FIGURES = 3.0  # seconds of figures and the report
 
 MEANS = "from the sizes, and products and calls of torch timed now; other processes and caches may double it"
+OF_FILES = "from the sizes, and copies and products timed now; a slow disk and other processes make it longer"
 
 
 def product_seconds(rows: int, values: int, dtype: torch.dtype) -> float:
@@ -39,6 +43,25 @@ def stepping_seconds(tokens: int, rows: int, values: int, layers: int, dtype: to
     return tokens * (product_seconds(rows, values, dtype) + layers * calls * _call_seconds())
 
 
+def file_seconds(size: float) -> float:
+    """Seconds of copying so many bytes from file to file, as far as the processor's part goes."""
+    x = torch.ones(2**20)
+    return _FILE_COPY * _seconds(x.clone) * size / (x.numel() * x.itemsize)
+
+
+def running_seconds(models: int, size: float, values: int, layers: int, read: float, written: float) -> float:
+    """Seconds of loading so many models in float32, and of each reading and then writing tokens.
+
+    Args:
+        size: bytes of one model's file.
+        values: of one model.
+        read, written: tokens of each model.
+    """
+    at_once = forward_seconds(1, max(round(read), 1), values, layers, torch.float32, "cpu")
+    token = stepping_seconds(1, 1, values, layers, torch.float32, "cpu")
+    return models * (file_seconds(_LOAD * size) + at_once + token * written)
+
+
 def _call_seconds() -> float:
     """Seconds of a call of torch on next to nothing."""
     x = torch.ones(64)
@@ -52,9 +75,9 @@ def svd_seconds(shape: tuple[int, int]) -> float:
     return _seconds(lambda: torch.linalg.svdvals(small)) * (least / 128) ** 2 * (most / 128)
 
 
-def in_words(seconds: float) -> str:
+def in_words(seconds: float, means: str = MEANS) -> str:
     """An estimate as a plan shows it, with what it is made of."""
-    return f"about {human_seconds(max(seconds, 1.0))}, {MEANS}"
+    return f"about {human_seconds(max(seconds, 1.0))}, {means}"
 
 
 def memory_in_words(needed: float) -> str:

@@ -32,6 +32,7 @@ def test_a_named_size_sets_what_is_not_given(kind, size, lr, rank, base):
     (note,) = plan.notes
     assert note.startswith(f"The preset for {size} set ctx_len 512") and f"lr {lr:g}" in note
     assert "batch_size" not in note  # it was given
+    assert ("a value to start from" in note) == (kind == "pretrain" and size != "0.1B")
 
 
 def test_auto_looks_at_the_size_of_the_fresh_model():

@@ -32,8 +32,7 @@ def test_every_notebook_has_a_plan_that_loads_no_model(notebook, demo_folder, tm
     monkeypatch.setattr(RWKV_Dual, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     said = plan(notebook, tmp_path, capsys)
     assert re.search(r"memory .*\d [kMG]?B.* are free", said)
-    timed = ("train", "peft", "modes", "benchmark", "chat")
-    assert notebook not in timed or re.search(r"about \d+ (s|min).*timed now", said)
+    assert notebook == "inspect" or re.search(r"about \d+ (s|min).*timed now", said)
 
 
 def test_what_a_plan_counts(model, tmp_path, capsys):
@@ -47,6 +46,27 @@ def test_what_a_plan_counts(model, tmp_path, capsys):
 def test_a_plan_refuses_what_the_job_would_refuse(notebook, demo_folder, tmp_path, capsys):
     with pytest.raises(LayoutError, match="no whole model"):
         plan(notebook, tmp_path, capsys, model=str(demo_folder / "demo-state.pth"))
+
+
+def seconds(said: str) -> float:
+    number, unit = re.search(r"time +about (\S+) (s|min|h),", said).groups()
+    return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
+
+
+def test_the_time_of_a_merge_counts_the_text_and_the_models(demo_folder, tmp_path, capsys):
+    (tmp_path / "long.txt").write_text("the cat sat on the mat. " * 500_000)
+    times = [seconds(plan("merge", tmp_path, capsys, data=data)) for data in ([], [str(tmp_path / "long.txt")])]
+    assert 1 <= times[0] < 0.5 * times[1]
+
+
+def test_the_time_of_an_export_counts_the_comparison(demo_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rwkv_lab.workbench.export.cells.stepping_seconds", lambda *_: 60.0)
+    given = {"quantization_level": ["none"]}
+    compared = plan("export", tmp_path, capsys, **given)
+    alone = plan("export", tmp_path, capsys, **given, run_validation_tests=False)
+    assert seconds(alone) + 30 < seconds(compared)
+    scanned = plan("export", tmp_path, capsys, quantization_level=["int8"], sensitivity_scan=True)
+    assert "a sensitivity scan is not in it" in scanned
 
 
 def test_a_longer_text_takes_longer_and_token_by_token_longest():

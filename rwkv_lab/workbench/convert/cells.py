@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections import Counter
 
 from IPython.display import display
@@ -14,16 +15,19 @@ from rwkv_lab.convert.key_map import KeyMapRow, key_map
 from rwkv_lab.convert.output_name import output_name
 from rwkv_lab.convert.usage import usage
 from rwkv_lab.dtypes import short_name
+from rwkv_lab.machine import memory_free
 from rwkv_lab.plotting import layer_map
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.samples import Sample
 from rwkv_lab.workbench.convert import figures
+from rwkv_lab.workbench.estimate import FIGURES, OF_FILES, file_seconds, in_words, running_seconds
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
 
 _DRY = "dry_run=True: nothing was converted, so there is nothing to show here."
 _COLUMNS = ("BlinkDL's name", "name in the output", "layers", "shape", "what is done", "dtype", "bytes")
+_PASSES = 3  # copies of source and output in the time of writing and comparing them
 _KEY_MAP = "key_map.csv"  # beside the report
 
 
@@ -65,7 +69,8 @@ def preview(run: Run) -> ConvertPlan:
     options = run.config.options().changed(overwrite=run.may_overwrite())
     made = plan_convert(spec, run.output_path(output_name(spec)), options)
     made.checkpoint.close()  # writing opens it again, and looks whether it has changed
-    display(Table("The plan", ("", ""), _facts(made)), *_plan_tables(made))
+    time = ("time", in_words(_seconds(made), OF_FILES))
+    display(Table("The plan", ("", ""), [*_facts(made), time]), *_plan_tables(made))
     return made
 
 
@@ -292,6 +297,15 @@ def _facts(made: ConvertPlan) -> list[tuple[str, object]]:
         ("memory", f"{human_bytes(made.memory_needed)} at most; {human_bytes(made.memory_free)} are free"),
         *(("to know", note) for note in made.notes),
     ]
+
+
+def _seconds(made: ConvertPlan) -> float:
+    """About the seconds of writing and comparing all tensors, and of running source and output; an upload's not."""
+    files = file_seconds(_PASSES * (made.source.bytes + made.output_bytes))
+    values = sum(math.prod(row.shape) for row in made.rows)
+    if made.layout is None or 4 * values > memory_free():  # then no model is run
+        return files
+    return files + FIGURES + running_seconds(2, made.source.bytes, values, made.layout.n_layer, 64, 64)
 
 
 def _target(made: ConvertPlan) -> str:

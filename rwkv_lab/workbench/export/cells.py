@@ -4,17 +4,19 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from IPython.display import display
 
-from rwkv_lab.checkpoint import file_facts
+from rwkv_lab.checkpoint import file_facts, open_checkpoint
 from rwkv_lab.checks import Check, NotApplicable
-from rwkv_lab.errors import ParameterError
+from rwkv_lab.errors import ParameterError, RwkvLabError
 from rwkv_lab.export import OnnxModel, run_levels
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.monitoring_logger import timeline
 from rwkv_lab.export.planning import ExportPlan, plan_export
 from rwkv_lab.progress import human_bytes, human_seconds
 from rwkv_lab.samples import Sample
+from rwkv_lab.workbench.estimate import FIGURES, OF_FILES, file_seconds, in_words, stepping_seconds
 from rwkv_lab.workbench.export import figures
 from rwkv_lab.workbench.export.details import STORAGE, storage_as_csv, tables_of_exports
 from rwkv_lab.workbench.export.exported import Exported, facts_of, one_after_the_other, read_exported
@@ -26,6 +28,10 @@ from rwkv_lab.workbench.tables import Table
 _DRY = "dry_run=True: nothing was exported, so there is nothing to show here."
 _NO_ONNX = "No ONNX model was written, so there is nothing to show here."
 _NEW_TOKENS = 48
+# What the time of an export was, with RWKV-7 of 3.6 and 61 million parameters on 2 cores of an Intel Xeon:
+_TRACE = 10.0  # seconds of tracing the graphs, in a process of its own
+_PASSES = 12  # copies of the model in float32 in the time of writing a level; docs/scaling.md
+_COMPARED = 6000  # tokens, one after the other, in the time of comparing a level with the model
 _TOKENS = [1, 2, 3, 4]  # a prompt where there is no tokenizer
 
 
@@ -65,7 +71,8 @@ def preview(run: Run) -> ExportPlan:
     """
     train_demo(run.config)
     made = plan_export(run.config.configurations())
-    display(Table("The plan", ("", ""), _facts(made)), _outputs_table(made), _configuration_table(made))
+    facts = [*_facts(made), ("time", _time(made))]
+    display(Table("The plan", ("", ""), facts), _outputs_table(made), _configuration_table(made))
     return made
 
 
@@ -215,8 +222,29 @@ def _facts(made: ExportPlan) -> list[tuple[str, object]]:
     ]
 
 
+def _time(made: ExportPlan) -> str:
+    """About how long it takes, in words, from the header of the whole model."""
+    try:
+        with open_checkpoint(made.base or made.checkpoint.path) as ck:
+            values, layout = sum(info.numel for info in ck.info.values()), ck.layout
+    except RwkvLabError:
+        layout = None
+    if layout is None:
+        return "not estimated: it was measured with files of RWKV alone"
+    levels = len(made.configurations)
+    seconds = _TRACE + FIGURES + levels * file_seconds(_PASSES * 4 * values)
+    if _is_compared(made.configurations[0]):
+        seconds += levels * stepping_seconds(_COMPARED, 1, values, layout.n_layer, torch.float32, "cpu")
+    scan = "; a sensitivity scan is not in it" if made.configurations[0].sensitivity_scan else ""
+    return in_words(seconds, OF_FILES) + scan
+
+
+def _is_compared(configuration: ExportConfiguration) -> bool:
+    return configuration.run_validation_tests and configuration.export_onnx
+
+
 def _compared(configuration: ExportConfiguration) -> str:
-    if not (configuration.run_validation_tests and configuration.export_onnx):
+    if not _is_compared(configuration):
         return "nothing is run beside the model"
     samples = configuration.test_input_samples
     return f"onnxruntime with the model, on {samples if isinstance(samples, int) else len(samples)} texts"

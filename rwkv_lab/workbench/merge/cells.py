@@ -1,5 +1,6 @@
 """What the cells of merge.ipynb call, in their order. Each shows its part, and notes it for result and report."""
 
+import math
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -9,7 +10,9 @@ from IPython.display import display
 
 from rwkv_lab.analysis.behaviour import Behaviour, compare_behaviour
 from rwkv_lab.analysis.deltas import deltas
+from rwkv_lab.analysis.texts import Reading
 from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.machine import memory_free
 from rwkv_lab.merge import (
     MERGE_METHODS,
     MergePlan,
@@ -25,12 +28,15 @@ from rwkv_lab.merge.families import family_of
 from rwkv_lab.merge.inputs import open_tuned
 from rwkv_lab.plotting import bits_bars
 from rwkv_lab.progress import human_bytes
+from rwkv_lab.workbench.estimate import FIGURES, OF_FILES, file_seconds, in_words, running_seconds
 from rwkv_lab.workbench.merge import figures
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
 
 _DRY = "dry_run=True: nothing was merged, so there is nothing to show here."
+_PASSES = 8  # copies of inputs and output in the time of writing and proving a merged state; others take twice that
+_WRITTEN = 400  # tokens, about, that each model writes
 _ROLES = {"base": "base", "tuned": "tuned", "init": "PiSSA's start"}
 
 
@@ -70,8 +76,10 @@ def preview(run: Run) -> MergePlan:
     options = run.config.options().changed(overwrite=run.may_overwrite())
     with open_inputs(spec) as inputs:
         made = plan_merge(inputs, spec, run.output_path("merged.pth"), options)
-    run.config.reading(run.config.data).check(made.layout.vocab_size)  # what is not there is refused now
-    display(Table("The plan", ("", ""), _facts(made)), plan_table(made))
+    reading = run.config.reading(run.config.data)
+    reading.check(made.layout.vocab_size)  # what is not there is refused now
+    time = ("time", in_words(_seconds(made, reading), OF_FILES))
+    display(Table("The plan", ("", ""), [*_facts(made), time]), plan_table(made))
     return made
 
 
@@ -203,6 +211,18 @@ def _facts(made: MergePlan) -> list[tuple[str, object]]:
         ("memory", f"{human_bytes(made.memory_needed)} at most; {human_bytes(made.memory_free)} are free"),
         *(("to know", note) for note in made.notes),
     ]
+
+
+def _seconds(made: MergePlan, reading: Reading) -> float:
+    """About the seconds of merging, looking at what was written, and running base, result and what was merged."""
+    goes_into = bool(family_of(made.method).kinds)  # else models are mixed
+    moved = sum(f.bytes for f in made.inputs) + made.output_bytes
+    files = file_seconds((_PASSES if made.method in ("state", "overlay") else 2 * _PASSES) * moved)
+    values = sum(math.prod(row.shape) for row in made.rows)
+    if 4 * values > memory_free():  # then no model is run
+        return files + FIGURES
+    models, read = 3 if goes_into else 2 + len(made.spec.tuned), reading.tokens(made.layout.vocab_size)
+    return files + FIGURES + running_seconds(models, made.output_bytes, values, made.layout.n_layer, read, _WRITTEN)
 
 
 def _effect(result: MergeResult) -> str:
