@@ -22,7 +22,10 @@ _OF_EMPTY = re.compile(r"\b(?:empty|None): (.+?)(?:;|$)")  # in a parameter's he
 
 _CHOICE = {"width": "max-content", "min_width": "18.5rem"}
 _UNNAMED = "(none)"  # an empty choice whose parameter does not say what it stands for
-_BESIDE = '<span style="color: var(--jp-ui-font-color2, #616161); line-height: 1.3">{}</span>'
+_BESIDE = (
+    '<div style="color: var(--jp-ui-font-color2, #616161); line-height: 1.3; padding: 5px 0 0 4px; max-width: 30rem">'
+    "{}</div>"
+)
 
 M = TypeVar("M")
 

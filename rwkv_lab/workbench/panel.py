@@ -36,6 +36,15 @@ _KEYS = """setTimeout(() => {
   panel?.setAttribute("data-lm-suppress-shortcuts", "true");
   panel?.addEventListener("keydown", event => event.stopPropagation());
 }, 100);"""
+# ipywidgets draws the arrow of drop-down lists in black, also where JupyterLab's theme is dark.
+_ARROW = (
+    "%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E"
+    "%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23e0e0e0' stroke-width='1.8'/%3E%3C/svg%3E"
+)
+_STYLE = (
+    '<style>body[data-jp-theme-light="false"] .rwkv-lab-panel .widget-dropdown > select '
+    f'{{ background-image: url("data:image/svg+xml,{_ARROW}") }}</style>'
+)
 _TOOLTIPS = {
     "Plan": "show what would happen",
     "Run": "do all that the cells below do",
@@ -79,7 +88,10 @@ class Panel:
         folded = [more] if len(basic) < len(fields) else []
         row = widgets.HBox([*self.buttons.values(), self.progress.box], layout=widgets.Layout(flex_flow="row wrap"))
         self.controls = widgets.VBox([f.box for f in fields if f.name in basic] + folded)
-        self.box = widgets.VBox([self.controls, row, self.message, self.onward.box, self.output.box])
+        # HTML with a style in it would be a row of its own.
+        style = widgets.HTML(_STYLE, layout=widgets.Layout(height="0", margin="0"))
+        self.box = widgets.VBox([self.controls, row, self.message, self.onward.box, self.output.box, style])
+        self.box.add_class("rwkv-lab-panel")
         run.listeners.append(self._run_changed)
         if entries:
             self._changed()
@@ -142,7 +154,7 @@ class Panel:
     def hide(self) -> None:
         """Show the fields that apply beside the others' values, and no others, with what they stand for if empty."""
         given = {name: field.value for name, field in self.fields.items()}
-        stands_for = self.run.model.stands_for(given)
+        stands_for = self.run.model.stands_for(given | {"report": str(self.run.folder)})
         for name, field in self.fields.items():
             field.box.layout.display = None if self.run.model.applies(name, given) else "none"
             words = self.run.model.model_fields[name].description or ""
@@ -245,7 +257,8 @@ class Panel:
 
 
 def _button(label: str, action: Callable[[], None]) -> widgets.Button:
-    button = widgets.Button(description=label, tooltip=_TOOLTIPS.get(label, label))
+    style = "primary" if label == "Run" else ""
+    button = widgets.Button(description=label, tooltip=_TOOLTIPS.get(label, label), button_style=style)
     button.on_click(lambda _: action())
     return button
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")
 MISSING = next((f"{name} is not installed" for name in ("chromium", "make") if not shutil.which(name)), "")
+IN_SIGHT = ".jp-NotebookPanel:not(.lm-mod-hidden)"  # of several notebooks that are open, the one that is seen
 WAIT = 180  # seconds, for what takes a few on an idle machine
 COPIED = ("notebooks", "docs/images", "reports/README.md", "Makefile", "pyproject.toml", "constraints.txt")
 LINKED = ("rwkv_lab", "kernels")
@@ -142,6 +143,10 @@ class Lab:
         path = self.folder / "reports" / notebook / "result.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
+    def begun(self, notebook: str) -> str:
+        """When its last run began; empty before the first."""
+        return self.result(notebook).get("started", "")
+
     def ended(self, notebook: str) -> bool:
         """Whether its last run is no longer at work."""
         return self.result(notebook).get("status") in ("ok", "failed")
@@ -166,7 +171,7 @@ def open_notebook(page: "Page", lab: Lab, name: str) -> None:
 
 
 def wait_for_kernel(page: "Page") -> None:
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    page.locator(f"{IN_SIGHT} .jp-CodeCell").first.wait_for()
     page.locator(".jp-StatusBar-TextItem", has_text=re.compile("Python 3.* Idle")).wait_for()
 
 
@@ -179,7 +184,7 @@ def run_all(page: "Page", seconds: float = WAIT) -> None:
 
 def wait_for_end(page: "Page", seconds: float = WAIT) -> None:
     """Until no cell is at work, after the first one began."""
-    prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
+    prompts = page.locator(f"{IN_SIGHT} .jp-CodeCell .jp-InputPrompt")
 
     def ended() -> bool:
         texts = prompts.all_inner_texts()

@@ -7,7 +7,18 @@ import re
 
 import pytest
 from browser.accessibility import assert_accessible
-from browser.lab import MISSING, Lab, errors_in, open_notebook, panel_of, run_all, screenshot, wait_for_end, wait_until
+from browser.lab import (
+    MISSING,
+    Lab,
+    errors_in,
+    open_notebook,
+    panel_of,
+    run_all,
+    screenshot,
+    wait_for_end,
+    wait_for_kernel,
+    wait_until,
+)
 
 from rwkv_lab.workbench.registry import cells_of, notebook_names
 
@@ -50,11 +61,11 @@ def test_by_mouse(notebook: str, lab: Lab, page):
         assert lab.result(notebook)["status"] == "failed"
         fields.fill(short)
         fields.press("Tab")
+    begun = lab.begun(notebook)
     run.click()
-    panel.get_by_text(re.compile("memory .* in use|done after")).first.wait_for()
-    panel.get_by_text("done after").wait_for(timeout=MINUTES * 1000)
-    wait_until(page, lambda: lab.result(notebook)["status"] == "ok")
-    assert errors_in(page) == []
+    wait_until(page, lambda: lab.begun(notebook) != begun and lab.ended(notebook), MINUTES)
+    panel.get_by_text("done after").wait_for()
+    assert lab.result(notebook)["status"] == "ok" and errors_in(page) == []
     panel_of(page)
     screenshot(page, f"{notebook}-done")
     assert_accessible(page, ".jp-OutputArea-output")
@@ -73,6 +84,76 @@ def test_report(notebook: str, width: int, scheme: str, lab: Lab, page):
     page.evaluate("for (const folded of document.querySelectorAll('details')) folded.open = true")
     assert_accessible(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_report_link_and_next_notebook(lab: Lab, page):
+    """After a run of merge.ipynb its report opens, and a button opens inspect.ipynb with the path filled in."""
+    open_notebook(page, lab, "merge")
+    run_all(page, MINUTES)
+    panel = panel_of(page)
+    panel.get_by_role("link", name="Open report").click()
+    page.frame_locator("iframe").get_by_text("What to do next").first.wait_for()
+    screenshot(page, "merge-report-in-lab")
+    page.get_by_role("tab", name="merge.ipynb").click()
+    panel.get_by_role("button", name="inspect", exact=True).click()
+    page.locator(".jp-mod-current", has_text="inspect.ipynb").first.wait_for()
+    wait_for_kernel(page)
+    run_all(page, MINUTES)
+    merged = str(lab.folder / "reports" / "merge" / "merged.pth")
+    field = page.get_by_label("checkpoint", exact=True)
+    field.wait_for()
+    assert field.input_value() == merged == lab.result("inspect")["parameters"]["checkpoint"]
+    assert errors_in(page) == []
+
+
+def test_page_is_loaded_again_while_a_job_runs(lab: Lab, page):
+    """The page does not contradict the kernel: it is busy, the job can be stopped, and its end is seen."""
+    open_notebook(page, lab, "train")
+    run_all(page, MINUTES)
+    page.keyboard.press("Control+s")
+    panel = panel_of(page)
+    steps = panel.get_by_label("steps", exact=True)
+    steps.fill("100000")
+    steps.press("Tab")
+    panel.get_by_role("button", name="Run", exact=True).click()
+    panel.get_by_text(re.compile("memory .* in use")).wait_for()
+    page.reload()
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    page.locator(".jp-StatusBar-TextItem", has_text=re.compile("Python 3.* Busy")).wait_for()
+    screenshot(page, "train-loaded-again")
+    panel = panel_of(page)
+    panel.get_by_text(re.compile("memory .* in use")).wait_for()
+    panel.get_by_role("button", name="Stop", exact=True).click()
+    panel.get_by_text("stopped after").wait_for()
+    assert lab.result("train")["status"] == "failed" and errors_in(page) == []
+
+
+def test_run_all_before_the_kernel_is_there(lab: Lab, page):
+    """The cells run as soon as the kernel has connected."""
+    page.goto(f"{lab.address}/lab/tree/notebooks/inspect.ipynb?reset")
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    run_all(page, MINUTES)
+    panel_of(page).get_by_role("button", name="Plan", exact=True).click()
+    panel_of(page).get_by_text("done after").wait_for()
+    assert lab.result("inspect")["status"] == "ok" and errors_in(page) == []
+
+
+@pytest.mark.parametrize("notebook", ["merge", "export"])
+def test_panel_in_the_dark_theme(notebook: str, lab: Lab, page):
+    """Accessible, with every field in sight; lists show where they open."""
+    open_notebook(page, lab, notebook)
+    page.get_by_role("menuitem", name="Settings", exact=True).click()
+    for label in ("Theme", "JupyterLab Dark"):
+        page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{label}$")).click()
+    page.locator('body[data-jp-theme-light="false"]').wait_for(state="attached")
+    run_all(page, MINUTES)
+    panel = panel_of(page)
+    panel.get_by_text("More", exact=True).click()
+    panel_of(page)
+    screenshot(page, f"{notebook}-dark")
+    arrow = panel.locator(".widget-dropdown select").first.evaluate("(list) => getComputedStyle(list).backgroundImage")
+    assert "e0e0e0" in arrow
+    assert_accessible(page, ".jp-OutputArea-output")
 
 
 def test_by_keyboard(lab: Lab, page):

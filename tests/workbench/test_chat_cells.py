@@ -1,6 +1,8 @@
 """chat.ipynb without a browser: models beside each other, prompts from files, the box to write in, refusals."""
 
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from rwkv_lab.merge import merge
 from rwkv_lab.model import RWKV_Dual, generate_stream, quantise_weights
 from rwkv_lab.workbench import start
 from rwkv_lab.workbench.chat.conversation import Conversation
+from rwkv_lab.workbench.job import Job
 from rwkv_lab.workbench.steps import run_all
 
 
@@ -136,13 +139,11 @@ def box(files, tmp_path):
 def test_the_box_to_write_in(box):
     box.text.value = "hi <i>"
     box.send.click()
-    box.wait()
     assert [m["role"] for m in box.said["two"]] == ["user", "assistant"]
     shown = box.shown["one<b>"].value
     assert "hi &lt;i&gt;" in shown and "one&lt;b&gt;" in shown and box.text.value == ""
     box.text.value = "more"
     box.send.click()
-    box.wait()
     assert len(box.said["one<b>"]) == 4
     box.new.click()
     assert not box.said["two"] and "hi" not in box.shown["two"].value
@@ -155,9 +156,20 @@ def test_stop_ends_what_is_being_written(box):
     box.speakers[0].model.tokenizer.end_of_text = None
     box.speakers[0].settings["stop"] = ["\u2603"]
     box.text.value = "go"
-    box.send.click()
+    writing = threading.Thread(target=box.send.click)  # without a kernel a job runs where it is started
+    writing.start()
+    while not any(box._found.values()):
+        time.sleep(0.01)
     assert box.send.disabled and not box.stop.disabled
     box.stop.click()
-    box.wait()
+    writing.join()
     assert not box.send.disabled and box.stop.disabled
     assert len(box.said["one<b>"]) == 2 and not box.said["two"]
+
+
+def test_the_box_waits_for_the_job_of_a_panel(box):
+    box.text.value = "go"
+    Job(box.send.click, lambda: None, lambda error: None).start()
+    assert "is at work" in box.message.value and not box.send.disabled and not box.said["two"]
+    box.send.click()
+    assert len(box.said["two"]) == 2

@@ -122,6 +122,7 @@ def test_fields_that_hold_no_text_have_their_help_beside_them(tmp_path, demo_fol
     panel = show_panel(start("export", {"report": str(tmp_path)}))
     levels = panel.fields["quantization_level"]
     assert "here none, int8 (notebook)" in levels.box.children[1].value
+    assert panel.fields["output_directory"].widget.placeholder.startswith(f"here {tmp_path / 'exported'} (notebook): ")
     assert panel.fields["checkpoint_path"].widget.text.placeholder.startswith("here demo:state (notebook): an ")
 
 

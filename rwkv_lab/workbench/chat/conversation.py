@@ -1,17 +1,18 @@
-"""A box to write in, for JupyterLab: models answer while one looks on, side by side, until they end or are stopped."""
+"""A box to write in, for JupyterLab: models answer while one looks on, side by side, until they end or are stopped.
+
+What is written is a job like a panel's: the kernel is busy, and neither a panel nor a cell works meanwhile.
+"""
 
 import html
-import threading
-import time
 from collections.abc import Callable
 
 import ipywidgets as widgets
 
 from rwkv_lab.analysis.answers import Messages, Speaker
 from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.workbench.job import Job
 from rwkv_lab.workbench.run import Run
 
-_EVERY = 0.1  # seconds between two changes of what is shown
 _TURN = '<p style="margin: .4em 0; white-space: pre-wrap"><b>{who}</b> {text}</p>'
 
 
@@ -31,30 +32,30 @@ class Conversation:
         self.stop.disabled = True
         self.message = widgets.HTML()
         self.shown = {s.name: widgets.HTML(layout=widgets.Layout(width="22rem", margin="0 1rem 0 0")) for s in speakers}
-        self._stopped, self._thread = threading.Event(), None
+        self.job: Job | None = None
+        self._found: dict[str, list[str]] = {}  # what is being written, by speaker
         buttons = widgets.HBox([self.send, self.stop, self.new])
         self.box = widgets.VBox([self.text, buttons, self.message, widgets.HBox([*self.shown.values()])])
         self._show()
 
     def start(self) -> None:
-        """Ask, in a thread of its own, so that Stop can be pressed meanwhile."""
+        """Ask, so that Stop can be pressed meanwhile."""
         question = self.text.value
         if not question.strip():
             self.message.value = "There is nothing to answer yet."
             return
-        self._stopped.clear()
+        self.job = job = Job(lambda: self._ask(question, job), self._show, self._ended)
         self._enable(False)
-        self._thread = threading.Thread(target=self._ask, args=(question,), daemon=True)
-        self._thread.start()
+        self.message.value = "writing …"
+        if not job.start():
+            self.job = None
+            self._enable(True)
+            self.message.value = "A panel of this notebook is at work; wait for its end, or stop it."
 
     def end(self) -> None:
         """End what is being written; what is there stays."""
-        self._stopped.set()
-
-    def wait(self) -> None:
-        """Until the answers are there."""
-        if self._thread is not None:
-            self._thread.join()
+        if self.job is not None:
+            self.job.watcher.stopped = True  # the next token is the last; no exception in the middle of one
 
     def forget(self) -> None:
         """Begin a new conversation."""
@@ -62,44 +63,45 @@ class Conversation:
             messages.clear()
         self._show()
 
-    def _ask(self, question: str) -> None:
-        self.message.value = "writing …"
-        try:
-            for speaker in self.speakers:
-                if not self._stopped.is_set():
-                    self._ask_one(speaker, question)
-            self.message.value, self.text.value = "", ""
-        except RwkvLabError as e:
-            self.message.value = f'<pre style="white-space: pre-wrap">{html.escape(f"{type(e).__name__}: {e}")}</pre>'
-        finally:
-            self._enable(True)
+    def _ask(self, question: str, job: Job) -> None:
+        for speaker in self.speakers:
+            if not job.watcher.stopped:
+                self._ask_one(speaker, question, job)
 
-    def _ask_one(self, speaker: Speaker, question: str) -> None:
+    def _ask_one(self, speaker: Speaker, question: str, job: Job) -> None:
         messages = self.said[speaker.name]
         if not self.run.config.conversation:
             messages.clear()
         messages.append({"role": "user", "content": question})
-        found, last = [], time.monotonic()
+        found = self._found[speaker.name] = []
 
         def told(token: int, text: str) -> bool:
-            nonlocal last
             found.append(text)
-            if time.monotonic() - last > _EVERY:
-                last = time.monotonic()
-                self._show(speaker, "".join(found))
-            return not self._stopped.is_set()
+            return not job.watcher.stopped
 
         try:
             answer = speaker.answer([*messages] if self.run.config.conversation else question, told)
-        except RwkvLabError:
+        except (RwkvLabError, KeyboardInterrupt):  # refused, or the kernel's Interrupt
             messages.pop()
             raise
+        finally:
+            del self._found[speaker.name]
         messages.append({"role": "assistant", "content": answer.text})
-        self._show()
 
-    def _show(self, speaker: Speaker | None = None, so_far: str = "") -> None:
-        for one in self.speakers if speaker is None else (speaker,):
-            turns = [(m["role"], m["content"]) for m in self.said[one.name]]
+    def _ended(self, error: BaseException | None) -> None:
+        self.job = None
+        self._enable(True)
+        self._show()
+        if error is None:
+            self.message.value, self.text.value = "", ""
+        else:
+            what = "stopped" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+            self.message.value = f'<pre style="white-space: pre-wrap">{html.escape(what)}</pre>'
+
+    def _show(self) -> None:
+        for one in self.speakers:
+            turns = [(m["role"], m["content"]) for m in [*self.said[one.name]]]
+            so_far = "".join(self._found.get(one.name, ()))
             turns += [("assistant", so_far)] if so_far else []
             lines = [_TURN.format(who="You" if r == "user" else "", text=html.escape(text)) for r, text in turns]
             self.shown[one.name].value = f"<b>{html.escape(one.name)}</b>{''.join(lines)}"
