@@ -187,7 +187,7 @@ def _format(adapter: Adapter, spec: ConvertSpec) -> ForeignFormat:
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        could = ", ".join(version for f in fitting for version in f.versions)
+        could = ", ".join(sorted(version for f in fitting for version in f.versions))
         raise LayoutError(f"The adapter could be of RWKV-{could}. Pass generation=, the one of its base.")
     missing = next(x for x in adapter.targets if not their_module(of_generation[-1], x))
     raise LayoutError(

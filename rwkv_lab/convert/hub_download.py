@@ -23,7 +23,15 @@ from rwkv_lab.convert.hub import HubFile, hub_api, refusals_in_words, require_hu
 from rwkv_lab.convert.hub_headers import NoRangesError, headers_only
 from rwkv_lab.convert.left_beside import LICENCES
 from rwkv_lab.convert.spec import ConvertSpec
-from rwkv_lab.errors import CorruptFileError, HubError, HubUnreachableError, LayoutError, OutputError, ParameterError
+from rwkv_lab.errors import (
+    CorruptFileError,
+    HubError,
+    HubUnreachableError,
+    LayoutError,
+    OutputError,
+    ParameterError,
+    UnsafeFileError,
+)
 from rwkv_lab.machine import disk_free
 from rwkv_lab.paths import missing_file
 from rwkv_lab.progress import Progress, human_bytes
@@ -157,6 +165,9 @@ def find_repository(repo_id: str, revision: str = "") -> Repository:
 
 
 def _hub_file(sibling: Any) -> HubFile:
+    path = PurePosixPath(sibling.rfilename)
+    if path.is_absolute() or ".." in path.parts:
+        raise UnsafeFileError(f"The Hub lists {sibling.rfilename!r}, outside its repository; nothing was written.")
     lfs = sibling.lfs
     return HubFile(sibling.rfilename, sibling.size or 0, lfs.sha256 if lfs else "")
 

@@ -76,6 +76,23 @@ def test_only_what_a_sharded_folder_needs(hub, tmp_path):
     assert by_index.path == download("owner/shards").path and by_index.fetched == 0
 
 
+def test_the_chat_template_of_a_folder_comes_along_and_its_licence_is_told(hub, tmp_path):
+    write_checkpoint(tmp_path / "m.pth", random_model())
+    folder = convert(tmp_path / "m.pth", "fla", tmp_path / "folder").out
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    hub.add("owner/f", files | {"chat_template.jinja": b"{{ messages }}", "LICENSE": b"words", "README.md": b"x"})
+    result = convert(None, "gguf", tmp_path / "m.gguf", repo_id="owner/f")
+    assert any("own chat template goes along" in note for note in result.notes)
+    assert any("LICENSE of the source stays behind" in note for note in result.notes)
+
+
+def test_a_list_of_files_that_leads_out_of_the_repository(hub, tmp_path):
+    hub.add("owner/odd", {"../../../odd.safetensors": b"x"})
+    for dry_run in (True, False):
+        with pytest.raises(UnsafeFileError, match="'../../../odd.safetensors', outside its repository"):
+            convert(None, "pth", tmp_path / "o.pth", repo_id="owner/odd", dry_run=dry_run)
+
+
 def test_a_folder_inside_a_repository_and_an_adapter(hub, tmp_path):
     write_checkpoint(tmp_path / "lora.pth", random_lora(full=False))
     convert(tmp_path / "lora.pth", "safetensors", tmp_path / "lora", alpha=8)
