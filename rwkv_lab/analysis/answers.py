@@ -19,7 +19,7 @@ from rwkv_lab.peft import open_adapter
 from rwkv_lab.train.records import read_template
 
 Messages = list[dict[str, Any]]
-WEIGHTS = ("none", "int8", "int4")  # and `SCHEMES` of the model, which brings torch
+WEIGHTS = ("none", "int8", "int4", "nf4")  # and `SCHEMES` of the model, which brings torch
 _CACHE = 1 << 28  # bytes of states, so that a conversation is not read anew with every turn
 
 
@@ -86,7 +86,7 @@ def load_to_ask(
     Args:
         state: a tuned state, from which every text begins.
         adapter: a LoRA, PiSSA or MiSS adapter of this model, applied in memory.
-        weights: "none", or "int8" or "int4": rounded as by `quantise_weights`.
+        weights: "none", or "int8", "int4" or "nf4": rounded as by `quantise_weights`.
         alpha: of a LoRA whose file does not state it.
         tokenizer: a name or the path of a file; "" for what the size of the vocabulary tells.
     Raises:

@@ -87,7 +87,7 @@ class ChatParameters(Parameters):
     stop: Patterns = Field([], examples=[["User:"]], description="texts that end what is written")
     template: TextOrFile = Field("world", description="of conversations: world, or the path of a JSON file with one")
     think: bool | None = Field(None, description="of World models that can: think first or not; None: do not say")
-    weights: _Weights = Field("none", description="none, or int8 or int4: the model with rounded weights")
+    weights: _Weights = Field("none", description="none, or int8, int4 or nf4: the model with rounded weights")
     dtype: _Dtype = Field("float32", description="float32, bfloat16 or float16")
     device: Text = Field("cpu", description="cpu or cuda")
     alpha: Annotated[Number, Field(gt=0)] | None = Field(None, description="of a LoRA whose file does not state it")
