@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from warm_python import Warm, warm_python
 # Processes that tests start take the variable; tests of threads set their own number.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# As in rwkv_lab.workbench.batch: it checks what no notebook holds, and its import takes a second.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 # What is imported and collected stays to the end: garbage is looked for among what tests make, and less often, since
 # what exports import then is as much again.

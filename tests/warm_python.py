@@ -137,6 +137,20 @@ def _import() -> None:
 
     for name in notebook_names():
         cells_of(name)
+    _do_less()
+
+
+def _do_less() -> None:
+    """What takes long and shows nothing more: small pictures, short answers, the beginning of texts that are compared.
+
+    Processes that start as users do have all of it.
+    """
+    from rwkv_lab import plotting
+    from rwkv_lab.analysis import behaviour
+
+    measure = behaviour.measure_held_out
+    behaviour.measure_held_out = lambda *given, most=None: measure(*given, most=most or 2000)
+    behaviour._SAMPLE, plotting._DPI = 10, 36
 
 
 def _become(connection: socket.socket) -> dict[str, Any]:
