@@ -1,7 +1,7 @@
 """What a family of models brings, so that the pipeline can export it. A family is one module in `families/`."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from rwkv_lab.checks import Check, NotApplicable
+from rwkv_lab.errors import FormatExportError
 from rwkv_lab.export.checkpoint_detector import CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.onnx_folder import Weights
@@ -104,6 +105,22 @@ def seconds_in_turn(reference: Reference, pieces: Sequence[np.ndarray]) -> list[
     return found
 
 
+def refuse_options(configuration: ExportConfiguration, refused: Mapping[str, str], owner: str, other: str) -> None:
+    """Refuse values that are not the default.
+
+    Args:
+        refused: option -> why models of `other` do not have it.
+        owner: whose models have it.
+
+    Raises:
+        FormatExportError: names the first and says why.
+    """
+    for name, why in refused.items():
+        value = getattr(configuration, name)
+        if value != type(configuration).model_fields[name].default:
+            raise FormatExportError(f"{name}={value!r} is for models of {owner}, not for {other}: {why}.")
+
+
 Encode = Callable[[bytes], Sequence[int]]
 
 
@@ -115,6 +132,14 @@ class Family(Protocol):
 
     def recognises(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> bool:
         """Whether a checkpoint, or the base that it goes with, is of this family."""
+        ...
+
+    def check_options(self, configuration: ExportConfiguration) -> None:
+        """Refuse options that models of this family do not have, before any work.
+
+        Raises:
+            FormatExportError: names the first and says why.
+        """
         ...
 
     def merge(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo, folder: Path) -> WholeModel:

@@ -153,6 +153,7 @@ def _export(configuration: ExportConfiguration, result: ExportResult, out: Path,
             checkpoint = detector.detect_latest_checkpoint(configuration.checkpoint_name)
             result.warnings += checkpoint.passed_over
         family = family_of(configuration, checkpoint)
+        family.check_options(configuration)
         check_samples(configuration, model_or_base(configuration, checkpoint))
         _make_folder(out.parent)
         remove_stale(out.with_name(_SHARED))  # of a killed export of several levels; its own is removed below

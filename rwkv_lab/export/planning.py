@@ -71,7 +71,8 @@ def plan_export(configurations: Sequence[ExportConfiguration]) -> ExportPlan:
         CheckpointValidationError: the checkpoint is missing, damaged or still being written.
         ModelMergeError: there is no base, or it is of no family that is known.
         ValidationError: texts to compare on that the model has no tokenizer for, or of less than two tokens.
-        FormatExportError: a tokenizer that is not there, or not the model's.
+        FormatExportError: a tokenizer that is not there, or not the model's; an option that models of the family do not
+            have.
         ParameterError: no configuration is given.
         OutputError: a folder of an export is there already, or the disk has not enough space.
     """
@@ -90,6 +91,7 @@ def plan_export(configurations: Sequence[ExportConfiguration]) -> ExportPlan:
     base = None if model == checkpoint.path else model
     for one in configurations:
         _check_folder(one)
+        family.check_options(one)
         check_samples(one, model)
     described, tensors = _tensors(model)
     outputs = [output for one in configurations for output in _outputs(one, tensors)]

@@ -13,8 +13,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-from rwkv_lab.errors import ModelMergeError, ParameterError
-from rwkv_lab.export import ConfigurationManager, OnnxModel, run
+from rwkv_lab.errors import FormatExportError, ParameterError
+from rwkv_lab.export import ConfigurationManager, OnnxModel, plan_export, run
 from rwkv_lab.export.causal_lm.loading import load_causal_lm
 from rwkv_lab.export.causal_lm.onnx_folder import export_causal_lm
 from rwkv_lab.export.diagnosis import LOSSES, last_resorts
@@ -107,13 +107,30 @@ def test_the_last_resorts_of_products(base, tmp_path):
         assert asked.changed(**one)  # none is refused
 
 
-def test_rwkv_has_none_of_these_options(tmp_path):
-    path = write_rwkv(tmp_path / "B.pth", make_layout("7.0", n_layer=1))
-    cases = {
-        "onnx_dynamic_axes=False": {"onnx_dynamic_axes": False},
-        "onnx_exporter='legacy'": {"onnx_exporter": "legacy"},
-        "attention_implementation='sdpa'": {"attention_implementation": "sdpa"},
-    }
-    for says, options in cases.items():
-        with pytest.raises(ModelMergeError, match=f"{says} is for models of Hugging Face, not for RWKV: "):
-            run(configure(path, tmp_path, **options))
+@pytest.mark.parametrize(
+    ("family", "options", "says"),
+    [
+        ("RWKV", {"onnx_dynamic_axes": False}, "onnx_dynamic_axes=False is for models of Hugging Face, not for RWKV"),
+        ("RWKV", {"onnx_exporter": "legacy"}, "onnx_exporter='legacy' is for models of Hugging Face"),
+        ("RWKV", {"attention_implementation": "sdpa"}, "attention_implementation='sdpa' is for models of Hugging Face"),
+        (
+            "Hugging Face",
+            {"onnx_recurrence": "linear_attention"},
+            "onnx_recurrence='linear_attention' is for",
+        ),
+        (
+            "Hugging Face",
+            {"export_pytorch": True, "pytorch_format": "gguf"},
+            "pytorch_format='gguf' is for models",
+        ),
+    ],
+)
+def test_options_of_another_family(family, options, says, base, tmp_path):
+    """Refused by the plan and by the export, before any work."""
+    rwkv = write_rwkv(tmp_path / "B.pth", make_layout("7.0", n_layer=1))
+    configuration = configure(rwkv if family == "RWKV" else base, tmp_path, **options)
+    with pytest.raises(FormatExportError, match=says):
+        plan_export([configuration])
+    with pytest.raises(FormatExportError, match=says):
+        run(configuration)
+    assert not (tmp_path / "e").exists()

@@ -27,7 +27,7 @@ def test_benchmark(batch):
 
 
 @pytest.mark.parametrize(
-    ("given", "says"), [({"peers": ["llama.cpp"]}, "llama.cpp"), ({"lenghts": [8]}, "did you mean lengths?")]
+    ("given", "says"), [({"peers": ["rwkv.cpp"]}, "rwkv.cpp"), ({"lenghts": [8]}, "did you mean lengths?")]
 )
 def test_wrong_parameters_are_refused(batch, given, says):
     run = batch("benchmark", "-y", json.dumps(SMALL | given))

@@ -23,7 +23,16 @@ from rwkv_lab.export.causal_lm.onnx_folder import begin_tokens, export_causal_lm
 from rwkv_lab.export.causal_lm.verifying import failed
 from rwkv_lab.export.checkpoint_detector import CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
-from rwkv_lab.export.family import ONNX_WEIGHTS, Encode, Read, Text, WholeModel, read_in_turn, seconds_in_turn
+from rwkv_lab.export.family import (
+    ONNX_WEIGHTS,
+    Encode,
+    Read,
+    Text,
+    WholeModel,
+    read_in_turn,
+    refuse_options,
+    seconds_in_turn,
+)
 from rwkv_lab.export.model_merger import ModelMerger
 from rwkv_lab.export.onnx_fixed_sizes import FixedSizes
 from rwkv_lab.export.onnx_folder import past_names
@@ -52,6 +61,15 @@ class HuggingFace:
             return False
         with open_checkpoint(path) as ck:
             return ck.layout is None and architecture(ck.config) is not None
+
+    def check_options(self, configuration: ExportConfiguration) -> None:
+        """See `Family.check_options`."""
+        if configuration.export_onnx:
+            refuse_options(configuration, {"onnx_recurrence": "they have none"}, "RWKV", "Hugging Face")
+        if configuration.export_pytorch and configuration.pytorch_format == "gguf":
+            raise FormatExportError(
+                "pytorch_format='gguf' is for models of RWKV, not for Hugging Face, of which a folder is written."
+            )
 
     def merge(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo, folder: Path) -> WholeModel:
         """See `Family.merge`."""

@@ -12,7 +12,16 @@ from rwkv_lab.checks import Check
 from rwkv_lab.errors import ModelMergeError, ParameterError
 from rwkv_lab.export.checkpoint_detector import CheckpointInfo
 from rwkv_lab.export.configuration import ExportConfiguration
-from rwkv_lab.export.family import ONNX_WEIGHTS, Encode, Read, Text, WholeModel, read_in_turn, seconds_in_turn
+from rwkv_lab.export.family import (
+    ONNX_WEIGHTS,
+    Encode,
+    Read,
+    Text,
+    WholeModel,
+    read_in_turn,
+    refuse_options,
+    seconds_in_turn,
+)
 from rwkv_lab.export.layer_by_layer import LayerByLayer
 from rwkv_lab.export.onnx.export import export_onnx
 from rwkv_lab.export.onnx_model import OnnxModel
@@ -23,6 +32,14 @@ from rwkv_lab.model import RWKV_Dual
 
 _SHOWN = 5  # names in a sentence
 WHOLE = 256 * 2**20  # bytes in float32 up to which a model to compare with is loaded
+
+# Options of graphs -> why RWKV's have none.
+_REFUSED = {
+    "onnx_dynamic_axes": "a state has no mask, so that a piece of another length cannot be padded; step.onnx takes one "
+    "token",
+    "onnx_exporter": "the old exporter has no translation of the recurrence, and writes one node per token",
+    "attention_implementation": "it has no attention",
+}
 
 
 class Rwkv:
@@ -37,9 +54,13 @@ class Rwkv:
         with open_checkpoint(path) as ck:
             return ck.layout is not None
 
+    def check_options(self, configuration: ExportConfiguration) -> None:
+        """See `Family.check_options`."""
+        if configuration.export_onnx:
+            refuse_options(configuration, _REFUSED, "Hugging Face", "RWKV")
+
     def merge(self, configuration: ExportConfiguration, checkpoint: CheckpointInfo, folder: Path) -> WholeModel:
         """See `Family.merge`."""
-        _refuse_options(configuration)
         if checkpoint.kind == "model":
             return _whole(configuration, checkpoint.path, folder)
         base: str | Path = configuration.base_model_name
@@ -183,20 +204,6 @@ class RwkvFileReference:
     def tokens_of(self, text: str) -> list[int] | None:
         """Tokens of a text; None where the size of the vocabulary tells no tokenizer."""
         return None if self._tokenizer is None else self._tokenizer.encode(text)
-
-
-def _refuse_options(configuration: ExportConfiguration) -> None:
-    """Options that graphs of RWKV do not have, before any work."""
-    refused = {
-        "onnx_dynamic_axes": "a state has no mask, so that a piece of another length cannot be padded; step.onnx takes "
-        "one token",
-        "onnx_exporter": "the old exporter has no translation of the recurrence, and writes one node per token",
-        "attention_implementation": "it has no attention",
-    }
-    for name, why in refused.items() if configuration.export_onnx else ():
-        value = getattr(configuration, name)
-        if value != type(configuration).model_fields[name].default:
-            raise ModelMergeError(f"{name}={value!r} is for models of Hugging Face, not for RWKV: {why}.")
 
 
 def _whole(configuration: ExportConfiguration, path: Path, folder: Path) -> WholeModel:
