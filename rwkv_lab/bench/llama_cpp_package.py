@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+GGUF_TYPES = {"bf16": "BF16", "fp32": "F32", "fp16": "F16", "int8": "Q8_0", "int4": "Q4_0"}  # by our names of dtypes
 _AT_ONCE = 512  # tokens of one call
 
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.bench.comparison import OURS
+from rwkv_lab.bench.llama_cpp_package import GGUF_TYPES
 from rwkv_lab.bench.machine import child_environment, package_version
 from rwkv_lab.errors import ParameterError, RwkvLabError
 from rwkv_lab.lazy_torch import torch
@@ -38,7 +39,6 @@ RWKV, LLAMA, AUTO = "rwkv", "llama.cpp", "auto"
 _MODULES = {RWKV: "rwkv", LLAMA: "llama_cpp"}
 _DISTRIBUTIONS = {RWKV: "rwkv", LLAMA: "llama-cpp-python"}
 _RWKV_DTYPES = ("bf16", "fp32")
-_OF_LLAMA = {"bf16": "BF16", "fp32": "F32", "fp16": "F16", "int8": "Q8_0", "int4": "Q4_0"}  # types of a GGUF file
 _NEEDED = ("{task}", "{model}", "{tokens}", "{out}")
 _TIMEOUT = 1800  # seconds for one request
 _SHORTEST = 1e-9  # seconds
@@ -57,7 +57,7 @@ class Peer:
 
     def runs(self, dtype: str) -> bool:
         """Whether it computes in this dtype at all."""
-        return bool(self.command) or dtype in (_OF_LLAMA if self.is_llama else _RWKV_DTYPES)
+        return bool(self.command) or dtype in (GGUF_TYPES if self.is_llama else _RWKV_DTYPES)
 
     @property
     def is_llama(self) -> bool:
@@ -139,7 +139,7 @@ def open_peer(peer: Peer, path: Path, dtype: str) -> Iterator[Session]:
         return
     if peer.is_llama:
         with tempfile.TemporaryDirectory(prefix="rwkv_lab-peer-") as folder:
-            model = _converted(path, Path(folder) / "model.gguf", _OF_LLAMA[dtype])
+            model = _converted(path, Path(folder) / "model.gguf", GGUF_TYPES[dtype])
             with _process("rwkv_lab.bench.llama_cpp_package", {}) as ask:
                 yield Session(ask, ask({"model": str(model), "threads": torch.get_num_threads()}))
         return

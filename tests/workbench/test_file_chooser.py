@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -157,6 +158,7 @@ def test_a_file_that_the_other_values_refuse_says_so_before_it_is_chosen(panel, 
 
 
 def test_several_files_are_added_to_a_list_and_removed(panel, zoo):
+    shutil.copy(zoo / "tuned.pth", zoo / "other.pth")
     made = panel("merge", base=str(zoo / "seven.pth"), tuned=str(zoo / "state.pth"))
     made.fields["method"].widget.value = "linear"
     chooser = made.fields["tuned"].widget
@@ -164,11 +166,11 @@ def test_several_files_are_added_to_a_list_and_removed(panel, zoo):
     mark(chooser, "tuned.pth")
     chooser.use.click()
     chooser.show(zoo)
-    mark(chooser, "seven.pth")
+    mark(chooser, "other.pth")
     chooser.add.click()
-    assert made.fields["tuned"].value == [str(zoo / "tuned.pth"), str(zoo / "seven.pth")]
+    assert made.fields["tuned"].value == [str(zoo / "tuned.pth"), str(zoo / "other.pth")]
     labels = [row.children[0].value for row in chooser.several.box.children]
-    assert [label.split(":")[0] for label in labels] == ["seven.pth", "tuned.pth", "seven.pth"]  # the base has a weight
+    assert [label.split(":")[0] for label in labels] == ["seven.pth", "tuned.pth", "other.pth"]  # the base has a weight
     assert all("RWKV-7" in label for label in labels)
     for box, weight in zip(chooser.several.weights, ("0.5", "0.3", "0.2"), strict=True):
         assert made.run.config.weights == []  # until every file has one
@@ -177,7 +179,7 @@ def test_several_files_are_added_to_a_list_and_removed(panel, zoo):
     made.fields["weights"].widget.value = "1, 2, 3"
     assert [box.value for box in chooser.several.weights] == ["1", "2", "3"]
     chooser.several.box.children[1].children[-1].click()  # Remove
-    assert made.fields["tuned"].value == str(zoo / "seven.pth")
+    assert made.fields["tuned"].value == str(zoo / "other.pth")
 
 
 def test_lists_of_other_notebooks(panel, zoo):
