@@ -20,7 +20,7 @@ from isal.isal_zlib import crc32
 from rwkv_lab.checkpoint.file_layout import FileLayout
 from rwkv_lab.checkpoint.gguf_types import BY_NAME as TENSOR_TYPES
 from rwkv_lab.checkpoint.numerics import all_finite, round_to
-from rwkv_lab.checkpoint.source import BLOCK, TensorInfo
+from rwkv_lab.checkpoint.source import BLOCK, WRITE_BLOCK, TensorInfo
 from rwkv_lab.errors import NumericsError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.machine import cores
@@ -257,7 +257,7 @@ def _add(a: Findings, b: Findings) -> Findings:
 def _write(fd: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
+        done += os.pwrite(fd, data[done : done + WRITE_BLOCK], offset + done)
 
 
 @contextmanager

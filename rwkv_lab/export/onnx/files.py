@@ -9,11 +9,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx_ir as ir
 
+from rwkv_lab.checkpoint.source import WRITE_BLOCK
+
 DATA = "model.onnx.data"
 INLINE = 16 * 2**20  # bytes of weights up to which a graph holds them itself
 _SMALL = 1024  # bytes; smaller tensors stay in the graph
 _ALIGNMENT = 4096
-_BLOCK = 2**24  # bytes that are written at once
 
 
 def write_graphs(
@@ -66,7 +67,7 @@ def _place(tensor: Any, file: BinaryIO, places: dict[Any, tuple[int, int]]) -> t
     array, before = tensor.numpy(), file.tell()
     file.seek(-before % _ALIGNMENT, os.SEEK_CUR)
     start, digest = file.tell(), hashlib.sha256()
-    rows = max(1, _BLOCK // array[:1].nbytes)
+    rows = max(1, WRITE_BLOCK // array[:1].nbytes)
     for at in range(0, len(array), rows):  # a matrix may be a view whose rows are not together
         data = np.ascontiguousarray(array[at : at + rows]).reshape(-1).view(np.uint8).data
         digest.update(data)
