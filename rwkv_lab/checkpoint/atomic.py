@@ -4,6 +4,7 @@ A temporary is locked (`flock`) while its process lives. Whoever writes to the s
 no process has locked any more, so that a killed run leaves nothing behind for long.
 """
 
+import errno
 import fcntl
 import os
 import secrets
@@ -55,7 +56,7 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         with _os_errors(path):
             yield temporary
             os.fsync(fd)
-            if overwrite and path.is_dir():
+            if overwrite and not path.is_file():
                 _swap(temporary, path)
             else:
                 check_target(path, overwrite)  # others may have made it meanwhile
@@ -170,16 +171,29 @@ def _make_folder(temporary: Path) -> int:
 def _swap(temporary: Path, path: Path) -> None:
     """Put the folder `temporary` in the place of the folder `path`.
 
-    Two renames, so killed between them `path` is gone; `remove_stale` puts the old folder back.
+    Two renames, so killed between them `path` is gone; `remove_stale` puts the old folder back. Where another writer
+    puts its own there between them, that one is replaced too.
     """
-    old = _temporary(path, _PREVIOUS)
-    path.rename(old)
-    try:
-        temporary.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old)
+    while True:
+        old: Path | None = _temporary(path, _PREVIOUS)
+        try:
+            path.rename(old)
+        except FileNotFoundError:  # there is none, or another writer is between its two renames
+            old = None
+        try:
+            temporary.rename(path)
+        except BaseException as e:
+            there = isinstance(e, OSError) and e.errno in (errno.ENOTEMPTY, errno.EEXIST)  # another writer's, meanwhile
+            if not there:
+                if old is not None:
+                    old.rename(path)
+                raise
+        else:
+            there = False
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+        if not there:
+            return
 
 
 def _publish(temporary: Path, path: Path, overwrite: bool) -> None:

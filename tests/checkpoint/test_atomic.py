@@ -5,6 +5,7 @@ import fcntl
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -200,3 +201,17 @@ def test_it_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     write_text(tmp_path / "x", "x", overwrite=False)
     write_text(tmp_path / "x", "y", overwrite=True)
     assert order == ["fsync", "link", "fsync", "fsync", "replace", "fsync"]
+
+
+def test_writers_that_replace_one_folder_at_once(tmp_path):
+    """Each ends well; one of their folders is there, whole, and nothing beside it."""
+    target = tmp_path / "x"
+
+    def write(number: int) -> None:
+        with atomic_folder(target, overwrite=True) as folder:
+            (folder / "a").write_text(str(number))
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(30):  # without another try, one in five fails
+            list(pool.map(write, range(3)))
+    assert (target / "a").read_text() in ("0", "1", "2") and os.listdir(tmp_path) == ["x"]
