@@ -17,6 +17,7 @@ from rwkv_lab.errors import OutputError
 
 _MARK = ".rwkv_lab-partial"
 _PREVIOUS = ".rwkv_lab-previous"  # a folder that is just being replaced
+_THERE = (errno.ENOTEMPTY, errno.EEXIST)  # of renaming a folder to where there is one
 
 
 @contextmanager
@@ -60,7 +61,8 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
                 _swap(temporary, path)
             else:
                 check_target(path, overwrite)  # others may have made it meanwhile
-                temporary.rename(path)
+                while not _moved(temporary, path, *_THERE):
+                    check_target(path, overwrite)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -156,7 +158,12 @@ def _create(path: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
     with _os_errors(path):
         while True:
             temporary = _temporary(path)
-            fd = create(temporary)
+            try:
+                fd = create(temporary)
+            except FileNotFoundError:
+                if path.parent.is_dir():  # as below, before it was opened
+                    continue
+                raise
             fcntl.flock(fd, fcntl.LOCK_EX)
             if temporary.exists():  # else another process took it for a dead one's before it was locked
                 return temporary, fd
@@ -174,26 +181,29 @@ def _swap(temporary: Path, path: Path) -> None:
     Two renames, so killed between them `path` is gone; `remove_stale` puts the old folder back. Where another writer
     puts its own there between them, that one is replaced too.
     """
-    while True:
-        old: Path | None = _temporary(path, _PREVIOUS)
+    placed = False
+    while not placed:
+        old = _temporary(path, _PREVIOUS)
+        has_old = _moved(path, old, errno.ENOENT)
         try:
-            path.rename(old)
-        except FileNotFoundError:  # there is none, or another writer is between its two renames
-            old = None
-        try:
-            temporary.rename(path)
-        except BaseException as e:
-            there = isinstance(e, OSError) and e.errno in (errno.ENOTEMPTY, errno.EEXIST)  # another writer's, meanwhile
-            if not there:
-                if old is not None:
-                    old.rename(path)
-                raise
-        else:
-            there = False
-        if old is not None:
+            placed = _moved(temporary, path, *_THERE)
+        except BaseException:
+            if has_old:
+                old.rename(path)
+            raise
+        if has_old:
             shutil.rmtree(old, ignore_errors=True)
-        if not there:
-            return
+
+
+def _moved(folder: Path, to: Path, *meanwhile: int) -> bool:
+    """Rename a folder; False where that fails with one of these numbers, of what other writers do meanwhile."""
+    try:
+        folder.rename(to)
+    except OSError as e:
+        if e.errno not in meanwhile:
+            raise
+        return False
+    return True
 
 
 def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
@@ -220,7 +230,8 @@ def remove_stale(path: Path) -> None:
         if not left.name.startswith(_head(path)) or left.is_symlink():
             continue
         if left.name.endswith(_PREVIOUS) and left.is_dir():
-            shutil.rmtree(left, ignore_errors=True) if path.exists() else left.rename(path)
+            if path.exists() or not _moved(left, path, errno.ENOENT, *_THERE):
+                shutil.rmtree(left, ignore_errors=True)
         if not left.name.endswith(_MARK):
             continue
         try:
