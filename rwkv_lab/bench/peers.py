@@ -38,7 +38,7 @@ from rwkv_lab.lazy_torch import torch
 RWKV, LLAMA, AUTO = "rwkv", "llama.cpp", "auto"
 _MODULES = {RWKV: "rwkv", LLAMA: "llama_cpp"}
 _DISTRIBUTIONS = {RWKV: "rwkv", LLAMA: "llama-cpp-python"}
-_RWKV_DTYPES = ("bf16", "fp32")
+_DTYPES = {RWKV: ("bf16", "fp32"), LLAMA: tuple(GGUF_TYPES)}
 _NEEDED = ("{task}", "{model}", "{tokens}", "{out}")
 _TIMEOUT = 1800  # seconds for one request
 _SHORTEST = 1e-9  # seconds
@@ -50,18 +50,15 @@ class PeerError(RwkvLabError):
 
 @dataclass(frozen=True)
 class Peer:
-    """One implementation: a package, by which its name begins, or any name and the command that answers requests."""
+    """One implementation: a name, and the package, or else the command, that answers requests."""
 
     name: str
     command: str = ""
+    package: str = RWKV  # where there is no command
 
     def runs(self, dtype: str) -> bool:
         """Whether it computes in this dtype at all."""
-        return bool(self.command) or dtype in (GGUF_TYPES if self.is_llama else _RWKV_DTYPES)
-
-    @property
-    def is_llama(self) -> bool:
-        return not self.command and self.name.startswith(LLAMA)
+        return bool(self.command) or dtype in _DTYPES[self.package]
 
 
 @checked
@@ -90,7 +87,7 @@ def parse_peers(wanted: Sequence[str]) -> list[Peer]:
         if not equals and not there[name]:
             package = _DISTRIBUTIONS[name]
             raise ParameterError(f"peers: the package {package} is not installed; pip install {package}")
-        peer = Peer(name if equals else f"{name} {package_version(_DISTRIBUTIONS[name])}", command)
+        peer = Peer(name, command) if equals else Peer(f"{name} {package_version(_DISTRIBUTIONS[name])}", package=name)
         if peer.name in (OURS, *(other.name for other in found)):  # rows and entries go by their names
             raise ParameterError(f"peers: the name {peer.name!r} is taken; give {text!r} another one.")
         found.append(peer)
@@ -137,7 +134,7 @@ def open_peer(peer: Peer, path: Path, dtype: str) -> Iterator[Session]:
     if peer.command:
         yield Session(lambda request: _run_command(peer, path, dtype, request))
         return
-    if peer.is_llama:
+    if peer.package == LLAMA:
         with tempfile.TemporaryDirectory(prefix="rwkv_lab-peer-") as folder:
             model = _converted(path, Path(folder) / "model.gguf", GGUF_TYPES[dtype])
             with _process("rwkv_lab.bench.llama_cpp_package", {}) as ask:
