@@ -22,13 +22,13 @@ from rwkv_lab.bench.machine import describe_machine, matmul_rate, read_rate
 from rwkv_lab.bench.models import SHAPES, check_sizes, random_lora, random_model, random_state
 from rwkv_lab.bench.scaling import ALL, JOBS, RANK, TOKENS, Job, Rates, parameters, training_spec
 from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint.source import WRITE_BLOCK
 from rwkv_lab.checkpoint.statistics import statistics as statistics_of
 from rwkv_lab.machine import anonymous_memory, disk_free, memory_free
 from rwkv_lab.progress import human_bytes, human_seconds
 
 SIZES = ("v7-0.1b", "v7-0.4b", "v7-1.5b")
 _BESIDE = 1_500_000_000  # bytes that stay free for the processes themselves
-_PIECE = 1 << 24  # bytes copied at a time
 _SQUARE = 1024  # of the product of matrices
 _NUMBERS = 1 << 26  # float32, read from memory
 
@@ -262,7 +262,7 @@ def _processor_of(job: Job, work: float, inputs: Mapping[str, Path], out: Path) 
 
 def _copy(source: Path, target: Path, most: int) -> int:
     """Copy the beginning of a file; how many bytes."""
-    done, buffer = 0, bytearray(_PIECE)
+    done, buffer = 0, bytearray(WRITE_BLOCK)  # as cp
     with source.open("rb", 0) as reader, target.open("wb", 0) as writer:
         while done < most and (count := reader.readinto(buffer)):
             writer.write(memoryview(buffer)[:count])

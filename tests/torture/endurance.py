@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -52,15 +53,15 @@ def run_notebooks(count: int, folder: Path, seed: int = 0) -> tuple[str, list[st
     used, files, processes, wrong = [], [], [], []
     own = folder / "temporary"  # other programs use the usual place
     own.mkdir()
-    os.environ["TMPDIR"], tempfile.tempdir = str(own), str(own)
     for _ in range(count):
-        papermill.execute_notebook(
-            notebooks_folder() / "inspect.ipynb",
-            folder / "run.ipynb",
-            {"checkpoint": str(path), "report": str(folder / "report")},
-            progress_bar=False,
-            cwd=str(folder),
-        )
+        with patch.dict(os.environ, TMPDIR=str(own)), patch.object(tempfile, "tempdir", str(own)):
+            papermill.execute_notebook(
+                notebooks_folder() / "inspect.ipynb",
+                folder / "run.ipynb",
+                {"checkpoint": str(path), "report": str(folder / "report")},
+                progress_bar=False,
+                cwd=str(folder),
+            )
         used.append(memory_of("RssAnon") or 0)
         files.append(len(os.listdir(own)) + len(os.listdir("/proc/self/fd")))
         processes.append(len(subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True).stdout.split()))
