@@ -13,7 +13,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from isal.isal_zlib import crc32
 
@@ -84,6 +85,30 @@ class OutFile:
     fd: int
     layout: FileLayout
     tensors: Sequence[OutTensor]
+
+
+def computed_together(
+    tensors: Sequence[OutTensor], compute: Callable[[], Sequence[torch.Tensor]], gathered: int
+) -> list[OutTensor]:
+    """Tensors that come from one computation, which is done once: when the first of them is written.
+
+    Args:
+        compute: gives all of them, in order.
+        gathered: bytes of memory that it takes.
+    """
+    left: dict[int, torch.Tensor] = {}  # what is computed and not written yet
+    lock = threading.Lock()
+
+    def part(i: int) -> list[torch.Tensor]:
+        with lock:
+            if i not in left:
+                left.update(enumerate(compute()))
+            return [left.pop(i).flatten()]
+
+    largest = max(one.nbytes for one in tensors)
+    return [
+        replace(one, compute=partial(part, i), gathered=gathered, written_as=largest) for i, one in enumerate(tensors)
+    ]
 
 
 def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: bool, label: str) -> list[Findings]:

@@ -2,10 +2,8 @@
 kept and left out is listed by name, with bytes."""
 
 import copy
-import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.packed import NOTE, PARTS, VERSION, part_shapes
 from rwkv_lab.checkpoint.provenance import RECORD, as_text, provenance
 from rwkv_lab.checkpoint.rounding import from_int4, from_int8, int4, int8
-from rwkv_lab.checkpoint.stream import OutTensor
+from rwkv_lab.checkpoint.stream import OutTensor, computed_together
 from rwkv_lab.checkpoint.tensors import expected_tensors
 from rwkv_lab.checkpoint.write import file_kind, write_stream
 from rwkv_lab.convert import convert
@@ -308,20 +306,10 @@ def restored(name: str, weight: torch.Tensor, stored: Stored) -> torch.Tensor:
 
 
 def _packed_parts(name: str, info: TensorInfo, kind: str) -> list[OutTensor]:
-    left: dict[int, torch.Tensor] = {}  # parts of the rounded matrix that are not written yet
-    lock = threading.Lock()
-
-    def part(i: int) -> list[torch.Tensor]:
-        with lock:
-            if i not in left:
-                left.update(enumerate(_rounded(info.read(), kind)))
-            return [left.pop(i).flatten()]
-
     shapes = part_shapes(kind, info.shape)
-    size = 4 * info.numel * 3  # of what rounding takes
+    taken = 4 * info.numel * 3  # bytes that rounding takes
     parts = [OutTensor(f"{name}.{end}", shapes[end][0], getattr(torch, shapes[end][1])) for end in PARTS[kind]]
-    largest = max(one.nbytes for one in parts)
-    return [replace(one, compute=partial(part, i), gathered=size, written_as=largest) for i, one in enumerate(parts)]
+    return computed_together(parts, lambda: _rounded(info.read(), kind), taken)
 
 
 def _rounded(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rwkv_lab.checkpoint import TensorInfo
-from rwkv_lab.checkpoint.stream import OutTensor
+from rwkv_lab.checkpoint.stream import OutTensor, computed_together
 from rwkv_lab.errors import NumericsError
 from rwkv_lab.peft.quantised import BLOCK_SIZE, NF4_LEVELS, quantize_nf4
 
@@ -18,21 +18,21 @@ def nf4_parts(info: TensorInfo) -> list[OutTensor]:
     """The tensors that bitsandbytes keeps of a matrix: codes, a scale for 64 values, the levels, and what describes
     them."""
 
-    def part(i: int) -> list[torch.Tensor]:
+    def rounded() -> tuple[torch.Tensor, torch.Tensor]:
         weight = info.read()
         if not weight.isfinite().all():
             raise NumericsError(f"{info.name} holds NaN or infinity; not quantised.")
-        return [quantize_nf4(weight)[i].flatten()]
+        return quantize_nf4(weight)
 
     dtype = str(info.dtype).removeprefix("torch.")
     about = {"quant_type": "nf4", "blocksize": BLOCK_SIZE, "dtype": dtype, "shape": list(info.shape)}
     text = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
     levels = torch.tensor(NF4_LEVELS, dtype=torch.float32)
-    codes, scales = info.numel // 2, -(-info.numel // BLOCK_SIZE)
     taken = 4 * info.numel * 3  # bytes that rounding takes
+    codes = OutTensor(info.name, (info.numel // 2, 1), torch.uint8)
+    scales = OutTensor(f"{info.name}.absmax", (-(-info.numel // BLOCK_SIZE),), torch.float32)
     return [
-        OutTensor(info.name, (codes, 1), torch.uint8, compute=lambda: part(0), gathered=taken),
-        OutTensor(f"{info.name}.absmax", (scales,), torch.float32, compute=lambda: part(1), gathered=taken),
+        *computed_together([codes, scales], rounded, taken),
         OutTensor(f"{info.name}.quant_map", (len(levels),), torch.float32, compute=lambda: [levels]),
         OutTensor(f"{info.name}.{STATE}", (len(text),), torch.uint8, compute=lambda: [text]),
     ]
