@@ -94,20 +94,21 @@ def load_to_ask(
     """
     if weights not in WEIGHTS:
         raise ParameterError(f"weights={weights!r}: it is one of {', '.join(WEIGHTS)}.")
-    model = models.RWKV_Dual.from_pretrained(path, dtype, device).eval()
+    # With an adapter, matrices are rounded when it is in them; without one, while they are read.
+    while_read: Any = "stored" if weights == "none" or adapter is not None else weights
+    model = models.RWKV_Dual.from_pretrained(path, dtype, device, weights=while_read).eval()
     if adapter is not None:
         with open_checkpoint(adapter) as ck:
             if ck.kind == "state":
                 raise ParameterError(f"{ck.path.name} is a tuned state: give it as state, not as adapter.")
         with open_adapter(adapter, alpha=alpha) as opened:
             peft.load_adapter(model, opened)
-        if weights != "none":  # matrices are rounded once, with the adapter in them
+        if weights != "none":
             merged, model = peft.merged_state_dict(model), models.RWKV_Dual.from_pretrained(path, dtype, device).eval()
             model.load_state_dict(merged)
+            model = models.quantise_weights(model, weights, in_place=True)
     if state is not None:
         model.load_state_file(state)
-    if weights != "none":
-        model = models.quantise_weights(model, weights, in_place=True)
     if tokenizer:
         model.tokenizer = tokenizer
     return model.requires_grad_(False)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import nn
 
+from rwkv_lab.checkpoint import TensorInfo
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import FormatExportError
 from rwkv_lab.export.checkpoint_detector import CheckpointInfo
@@ -152,6 +153,10 @@ class Family(Protocol):
 
     def pytorch_name(self, configuration: ExportConfiguration, name: str) -> str:
         """What `write_pytorch` writes is called, for a model of that name."""
+        ...
+
+    def pytorch_bytes(self, configuration: ExportConfiguration, tensors: Mapping[str, TensorInfo]) -> int:
+        """About the size of what `write_pytorch` writes of a model's tensors."""
         ...
 
     def write_pytorch(self, configuration: ExportConfiguration, model: WholeModel, out: Path) -> list[str]:

@@ -15,7 +15,7 @@ from rwkv_lab.export.families.rwkv import WHOLE, Rwkv
 from rwkv_lab.export.family import Family
 from rwkv_lab.export.pipeline import ONNX, PYTORCH, family_of, folder_name, model_or_base
 from rwkv_lab.export.samples import check_samples
-from rwkv_lab.export.weight_storage import Level, bytes_of, stored_as
+from rwkv_lab.export.weight_storage import bytes_of, stored_as
 from rwkv_lab.machine import disk_free, memory_free
 from rwkv_lab.progress import human_bytes
 
@@ -94,7 +94,7 @@ def plan_export(configurations: Sequence[ExportConfiguration]) -> ExportPlan:
         family.check_options(one)
         check_samples(one, model)
     described, tensors = _tensors(model)
-    outputs = [output for one in configurations for output in _outputs(one, tensors)]
+    outputs = [output for one in configurations for output in _outputs(one, tensors, family)]
     source = sum(info.nbytes for info in tensors.values())
     merged = 0 if whole else source
     disk, free = merged + sum(output.bytes for output in outputs), disk_free(_existing(first.output_directory))
@@ -128,26 +128,18 @@ def _tensors(path: Path) -> tuple[str, Mapping[str, TensorInfo]]:
         raise ModelMergeError(f"base_model_name: {e}") from e
 
 
-def _outputs(configuration: ExportConfiguration, tensors: Mapping[str, TensorInfo]) -> list[PlannedOutput]:
+def _outputs(
+    configuration: ExportConfiguration, tensors: Mapping[str, TensorInfo], family: Family
+) -> list[PlannedOutput]:
     level = configuration.quantization_level
     found = []
     if configuration.export_pytorch:
-        stored = level if configuration.compress_weights else "none"
-        size = sum(_pytorch_bytes(name, t, stored) for name, t in tensors.items())
-        found.append(PlannedOutput(level, PYTORCH, size))
+        found.append(PlannedOutput(level, PYTORCH, family.pytorch_bytes(configuration, tensors)))
     if configuration.export_onnx:
         size = sum(bytes_of(t.shape, stored_as(name, t.shape, level)) for name, t in tensors.items())
         inside = size <= _INSIDE and not configuration.use_external_data_format
         found.append(PlannedOutput(level, ONNX, 2 * size if inside else size))  # of two graphs
     return found
-
-
-def _pytorch_bytes(name: str, tensor: TensorInfo, level: Level) -> int:
-    """Bytes of a tensor in a file for PyTorch; what is not quantised keeps its dtype."""
-    if level == "fp16":
-        return 2 * prod(tensor.shape)
-    stored = stored_as(name, tensor.shape, level)
-    return tensor.nbytes if stored == "fp32" else bytes_of(tensor.shape, stored)
 
 
 def _memory(configurations: Sequence[ExportConfiguration], tensors: Mapping[str, TensorInfo], family: Family) -> int:

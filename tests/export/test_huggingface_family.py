@@ -31,14 +31,16 @@ from rwkv_lab.export import (
     ConfigurationManager,
     ModelMerger,
     OnnxModel,
+    plan_export,
     run,
     run_levels,
     tensorrt_engines,
 )
 from rwkv_lab.export.attempt import Attempt
+from rwkv_lab.export.causal_lm import nf4
 from rwkv_lab.export.causal_lm.loading import load_causal_lm
 from rwkv_lab.export.causal_lm.onnx_folder import export_causal_lm
-from rwkv_lab.peft.quantised import dequantize_nf4, quantised_and_back
+from rwkv_lab.peft.quantised import dequantize_nf4, quantised_and_back, quantize_nf4
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of transformers and peft
 MESSAGES = [{"role": "user", "content": "Which river?"}]
@@ -259,7 +261,9 @@ def test_unusable_inputs_are_refused(trained, refused, tmp_path):
     refused(CheckpointValidationError, "model.safetensors", checkpoint_path=base)
 
 
-def test_nf4_as_transformers_keeps_it(trained, tmp_path):
+def test_nf4_as_transformers_keeps_it(trained, tmp_path, monkeypatch):
+    rounded = []
+    monkeypatch.setattr(nf4, "quantize_nf4", lambda weight: rounded.append(1) or quantize_nf4(weight))
     asked = {"checkpoint_path": trained / "base", "output_directory": tmp_path, "naming_pattern": "x"}
     result = run(configure(**asked, quantization_level="nf4", export_onnx=False))
     folder = Path(result.pytorch_model_path)
@@ -275,8 +279,18 @@ def test_nf4_as_transformers_keeps_it(trained, tmp_path):
         assert about == {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(weight.shape)}
         back = dequantize_nf4(found[name].flatten(), found[f"{name}.absmax"], weight.shape)
         assert torch.equal(back, quantised_and_back(weight, "nf4")) and found[name].shape == (weight.numel() // 2, 1)
+    assert len(rounded) == len([name for name in found if name.endswith(".absmax")])  # each matrix once
     with pytest.raises(ModelMergeError, match="is quantised .bitsandbytes."):
         ModelMerger().load_base_model(folder)
+
+
+@pytest.mark.parametrize("level", ["none", "fp16", "int8", "nf4"])
+def test_the_plan_states_what_a_folder_for_pytorch_takes(level, trained, tmp_path):
+    asked = {"checkpoint_path": trained / "base", "output_directory": tmp_path, "naming_pattern": "x"}
+    configuration = configure(**asked, quantization_level=level, export_onnx=False)
+    (planned,) = plan_export([configuration]).outputs
+    written = (Path(run(configuration).pytorch_model_path) / "model.safetensors").stat().st_size
+    assert 0 < written - planned.bytes < 10_000  # the header; of nf4, levels and descriptions
 
 
 def test_samples_longer_than_the_context_are_refused(graph, trained, refused, monkeypatch):

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rwkv_lab.checkpoint import TensorInfo, open_checkpoint
+from rwkv_lab.checkpoint.rounding import NF4_BLOCK
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.checkpoint.write import shard_files, write_folder
 from rwkv_lab.checks import Check
@@ -37,7 +38,7 @@ from rwkv_lab.export.model_merger import ModelMerger
 from rwkv_lab.export.onnx_fixed_sizes import FixedSizes
 from rwkv_lab.export.onnx_folder import past_names
 from rwkv_lab.export.onnx_model import OnnxModel
-from rwkv_lab.export.weight_storage import Choice
+from rwkv_lab.export.weight_storage import Choice, bytes_of, stored_as
 from rwkv_lab.tokenizer import load_tokenizer
 
 _OF_TRAINING = ("optimizer", "scheduler", "rng_state", "scaler", "trainer_state", "training_args", "global_step")
@@ -97,6 +98,17 @@ class HuggingFace:
     def pytorch_name(self, configuration: ExportConfiguration, name: str) -> str:
         """A folder, whatever `pytorch_format` says."""
         return name
+
+    def pytorch_bytes(self, configuration: ExportConfiguration, tensors: Mapping[str, TensorInfo]) -> int:
+        """See `Family.pytorch_bytes`: in float16, but for "none" and "nf4"; of "nf4" the head keeps its dtype."""
+        level = configuration.quantization_level
+        if level == "none" or not configuration.compress_weights:
+            return sum(tensor.nbytes for tensor in tensors.values())
+        if level != "nf4":
+            return sum(2 * tensor.numel for tensor in tensors.values())
+        matrices = {name for name, t in tensors.items() if stored_as(name, t.shape, "nf4") == "nf4"}
+        packed = {name for name in matrices if tensors[name].shape[1] % NF4_BLOCK == 0}
+        return sum(bytes_of(t.shape, "nf4") if name in packed else t.nbytes for name, t in tensors.items())
 
     def write_pytorch(self, configuration: ExportConfiguration, model: WholeModel, out: Path) -> list[str]:
         """See `Family.write_pytorch`: a folder of safetensors that transformers loads."""

@@ -1,13 +1,13 @@
 """RWKV of every generation: merged by `rwkv_lab.merge`, written by `rwkv_lab.convert` and `export_onnx`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint import TensorInfo, open_checkpoint
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import ModelMergeError, ParameterError
 from rwkv_lab.export.checkpoint_detector import CheckpointInfo
@@ -27,6 +27,7 @@ from rwkv_lab.export.onnx.export import export_onnx
 from rwkv_lab.export.onnx_model import OnnxModel
 from rwkv_lab.export.optimization_processor import OptimizationProcessor, training_artifacts
 from rwkv_lab.export.samples import tokenizer_of
+from rwkv_lab.export.weight_storage import Level, bytes_of, stored_as
 from rwkv_lab.merge import merge, verify_merge
 from rwkv_lab.model import RWKV_Dual
 
@@ -82,6 +83,11 @@ class Rwkv:
     def pytorch_name(self, configuration: ExportConfiguration, name: str) -> str:
         """See `Family.pytorch_name`."""
         return f"{name}.{configuration.pytorch_format}"
+
+    def pytorch_bytes(self, configuration: ExportConfiguration, tensors: Mapping[str, TensorInfo]) -> int:
+        """See `Family.pytorch_bytes`."""
+        level = configuration.quantization_level if configuration.compress_weights else "none"
+        return sum(_pytorch_bytes(name, tensor, level) for name, tensor in tensors.items())
 
     def write_pytorch(self, configuration: ExportConfiguration, model: WholeModel, out: Path) -> list[str]:
         """See `Family.write_pytorch`."""
@@ -204,6 +210,14 @@ class RwkvFileReference:
     def tokens_of(self, text: str) -> list[int] | None:
         """Tokens of a text; None where the size of the vocabulary tells no tokenizer."""
         return None if self._tokenizer is None else self._tokenizer.encode(text)
+
+
+def _pytorch_bytes(name: str, tensor: TensorInfo, level: Level) -> int:
+    """Bytes of a tensor in a file for PyTorch; what is not quantised keeps its dtype."""
+    if level == "fp16":
+        return 2 * tensor.numel
+    stored = stored_as(name, tensor.shape, level)
+    return tensor.nbytes if stored == "fp32" else bytes_of(tensor.shape, stored)
 
 
 def _whole(configuration: ExportConfiguration, path: Path, folder: Path) -> WholeModel:
