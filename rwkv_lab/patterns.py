@@ -5,6 +5,7 @@ any run of its dotted parts: `blocks.0`, `att.key` and `blocks.*.att` all match 
 `blocks.1` does not match `blocks.10.att.key.weight`. Upper and lower case differ.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
@@ -13,6 +14,13 @@ from rwkv_lab.errors import ParameterError
 
 # Ratios of SequenceMatcher: of a whole run and of each of its parts. Below, words share letters by chance.
 _NEAR, _NEAR_PARTS = 0.7, 0.6
+_MOST_REPEATED = 3  # in a regular expression of a file
+
+
+def is_quick(expression: str) -> bool:
+    """Whether a regular expression of a file takes no time to speak of on any name: no group is repeated, and little
+    else. With `(a|.)*` one can take hours on a name of 30 letters."""
+    return len(re.findall(r"[*+{]", expression)) <= _MOST_REPEATED and not re.search(r"\)[*+{]", expression)
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rwkv_lab.checkpoint.prefixes import bare_names
 from rwkv_lab.names import split_block
+from rwkv_lab.patterns import is_quick
 
 _WORDS = ("all-linear",)  # that stand for many layers
 
@@ -24,6 +25,10 @@ def contradictions(
         whole: tensors that take the place of the base's.
         names_in_file: of tensors whose names there are those of a foreign format.
     """
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(named := config.get(name), str) and not is_quick(named):
+            yield f"{name} is a regular expression that may take too long: it was not compared with the tensors."
+            config = {**config, name: None}
     theirs = _layers_in_file(layers, names_in_file)
     left_out = [x for x in layers if not _is_target(config, x, theirs.get(x, x))]
     if left_out:

@@ -194,6 +194,7 @@ REFUSED_SETTINGS = {
     "r": (8, "has rank 4; adapter_config.json states 8"),
     "lora_alpha": ("12", "a number above 0"),
     "rank_pattern": ({"(": 2}, "no regular expression"),
+    "alpha_pattern": ({r"((\w|\.)*)*!": 2}, "may take too long. Name the layers"),
     "auto_mapping": ({"base_model_class": "LlamaForCausalLM"}, "is of a LlamaForCausalLM"),
 }
 

@@ -339,6 +339,7 @@ def test_a_folder_that_is_half_written(base, folder, tmp_path):
         ({"r": ...}, LayoutError, "rank None"),
         ({"rank_pattern": {"att.key": 2}}, LayoutError, "rank 2"),
         ({"rank_pattern": {"(": 2}}, LayoutError, "regular expression"),
+        ({"rank_pattern": {r"((\w|\.)*)*!": 2}}, LayoutError, "may take too long. Name the layers"),
         ({"rank_pattern": [2]}, LayoutError, "table"),
         ({"target_modules": [3]}, LayoutError, "list of names"),
         ({"use_dora": True}, LayoutError, "use_dora"),

@@ -80,6 +80,15 @@ def test_what_agrees_is_not_told(settings, name, folders, tmp_path):
         assert not any("does not name" in note for note in adapter.notes)
 
 
+@pytest.mark.parametrize("setting", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("pattern", [r"((\w|\.)*)*!", r"(\w+\.?)+!", r".*.*.*.*!", r"(a|.){1,99}!"])
+def test_a_regular_expression_that_takes_too_long_is_not_tried(pattern, setting, folders, tmp_path):
+    """On a name of 30 letters the first would take hours."""
+    with open_adapter(changed(folders, "fla", tmp_path, **{setting: pattern})) as adapter:
+        assert any(note.startswith(f"{setting} is a regular expression") for note in adapter.notes)
+        assert not any("does not name" in note for note in adapter.notes) and len(adapter.targets) == 10
+
+
 def test_a_merge_says_it_too(folders, tmp_path):
     path = changed(folders, "fla", tmp_path, target_modules=r".*att.*", modules_to_save=None)
     notes = merge(folders / "m.pth", path, tmp_path / "o.pth", dry_run=True).plan.notes

@@ -9,6 +9,7 @@ from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from rwkv_lab.errors import LayoutError
+from rwkv_lab.patterns import is_quick
 
 _PREFIX = "base_model.model."
 _PART = re.compile(
@@ -192,6 +193,10 @@ def _of_layer(path: Path, config: Mapping[str, Any], patterns: str, layer: str, 
     by_pattern = config.get(patterns) or {}
     if not isinstance(by_pattern, dict):
         raise LayoutError(f"{path}: {patterns} is {by_pattern!r}; names and numbers are expected.")
+    if slow := next((k for k in by_pattern if not is_quick(k)), None):
+        raise LayoutError(
+            f"{path}: {patterns} has {slow!r:.80}, a regular expression that may take too long. Name the layers."
+        )
     try:
         key = next((k for k in by_pattern if re.match(rf"(.*\.)?({k})$", layer)), None)
     except re.error as e:

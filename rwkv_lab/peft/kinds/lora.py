@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.lazy_torch import torch
+from rwkv_lab.patterns import is_quick
 from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values
 from rwkv_lab.peft.config import AdapterKind, Layers, LoraConfig, register
 from rwkv_lab.peft.lora_target import MAGNITUDE, LoraTarget, as_plain_lora, lora_targets
@@ -292,6 +293,11 @@ def _of_layer(ck: Checkpoint, config: Mapping[str, Any], patterns: str, layer: s
     if not isinstance(table, dict):
         raise LayoutError(f"{ck.path}: {patterns} is {table!r}, a table is expected.")
     for pattern, value in table.items():
+        if not is_quick(pattern):
+            raise LayoutError(
+                f"{ck.path}: {patterns} has {pattern!r:.80}, a regular expression that may take too long. "
+                "Name the layers."
+            )
         try:
             if re.match(rf"(.*\.)?({pattern})$", layer):
                 return value
