@@ -1,6 +1,5 @@
 """Every hostile input through the command line: it says what Python says, and nothing else happens."""
 
-import os
 from itertools import groupby
 
 import pytest
@@ -35,7 +34,7 @@ def command(monkeypatch, tmp_path_factory, capsys):
     """(words of the command line) -> (exit code, what it says on stderr)."""
     report = tmp_path_factory.mktemp("report")
     monkeypatch.setattr(batch, "execute", execute)
-    monkeypatch.setattr(os, "environ", os.environ | {"RWKV_LAB_COMMAND": ""})
+    monkeypatch.setenv("RWKV_LAB_COMMAND", "")  # which the command sets
 
     def run(*words: str) -> tuple[int, str]:
         code = cli.main([*words, f"report={report}"])
