@@ -50,7 +50,7 @@ class Finding:
     advice: str = ""
 
     def __str__(self) -> str:
-        return f"{self.state:<5} {self.what:<12} {self.found}{f'. {self.advice}' if self.advice else ''}"
+        return f"{self.state:<5} {self.what:<13} {self.found}{f'. {self.advice}' if self.advice else ''}"
 
 
 def examine() -> list[Finding]:
@@ -72,7 +72,7 @@ def _packages() -> Iterator[Finding]:
         wrong = [line for line in lines if not _is_installed(line)]
         name = f"[{extra}]" if extra else "packages"
         if not wrong:
-            yield Finding("ok", name, f"{len(lines)} packages are there")
+            yield Finding("ok", name, f"all {len(lines)} are there" if len(lines) > 1 else "is there")
             continue
         wanted = f"rwkv_lab[{extra}]" if extra else "rwkv_lab"
         state = "note" if extra else "FAIL"

@@ -124,7 +124,8 @@ def _run(given: argparse.Namespace) -> int:
 def _list(given: argparse.Namespace) -> int:
     for name in notebooks.names():
         book = notebooks.notebook(name)
-        print(f"{name:<10} {book.title}\n{'':<10} {book.purpose}\n")
+        purpose = textwrap.indent(textwrap.fill(book.purpose, 105), " " * 11)
+        print(f"{name:<10} {book.title}\n{purpose}\n")
     print("Run one by its name: rwkv-lab merge base=B.pth tuned=T.pth out=O.pth; its parameters: rwkv-lab merge --help")
     return 0
 
