@@ -198,6 +198,18 @@ def test_what_needs_no_torch_does_not_import_it():
     assert done.stdout.splitlines()[-1] == "[0, 1, 1] []", done.stderr
 
 
+def test_a_refusal_starts_no_kernel(tmp_path):
+    words = ["merge", "base=B.pth", "tuned=T.pth"]
+    code = (
+        f"import sys; from rwkv_lab import cli; done = cli.main({words});"
+        "print(done, [m for m in ('torch', 'papermill', 'nbformat', 'jupyter_client', 'IPython') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "1 []" and "there is no file" in done.stderr, done.stderr
+    result = json.loads((tmp_path / "reports" / "merge" / "result.json").read_text())
+    assert result["status"] == "failed" and "there is no file" in result["error"]["message"]
+
+
 def test_a_run_from_words_to_report(demo_folder, warm, tmp_path):
     given = f"checkpoint={demo_folder / 'demo-base.pth'}"
     done = command("inspect", given, environment=warm.environment, cwd=tmp_path)

@@ -14,7 +14,7 @@ from rwkv_lab.spec import unknown_name
 def parameters_from(words: Iterable[str], notebook: Notebook) -> dict[str, Any]:
     """The parameters that words give, for papermill: numbers, True, False and None where the notebook takes them.
 
-    What is wrong with a value is left to the notebook's first cell, which says so as Python does.
+    What is wrong with a value is said later, as Python does.
 
     Raises:
         ParameterError: a word that is no `name=value`, a name that the notebook does not have, or one given twice.

@@ -258,6 +258,23 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
     return run
 
 
+@checked
+def check_parameters(notebook: str, values: Mapping[str, Any]) -> None:
+    """Refuse what `start` would, in the process that is about to start a kernel for it; a kernel takes a second.
+
+    Args:
+        values: those of the parameters cell, and in their place those that were given.
+    Raises:
+        ParameterError: as `start`, which leaves `result.json` and the report of the refusal.
+        RwkvLabError: of a file, as `start`.
+    """
+    try:
+        read_parameters(parameters_of(notebook), values, names_are_all=True).check_files()
+    except RwkvLabError:
+        start(notebook, values)  # says the same, and writes it down
+        raise
+
+
 def _report_folder(notebook: str, wanted: str) -> Path:
     folder = Path(os.path.expanduser(wanted)).absolute() if wanted.strip() else reports_folder() / notebook
     if folder.exists() and not folder.is_dir():
@@ -271,9 +288,8 @@ def _report_folder(notebook: str, wanted: str) -> Path:
 
 def _join_kernel(run: Run) -> None:
     """Register for cells that raise, in the place of an earlier run, and show the package's log under the cells."""
-    from IPython.core.getipython import get_ipython
-
-    shell = get_ipython()
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
     if shell is None:  # plain Python: exceptions reach the caller
         return
     for callback in list(shell.events.callbacks["post_run_cell"]):
