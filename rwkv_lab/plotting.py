@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -34,10 +35,9 @@ CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, "#E69F00", "#F0E442", GREY)
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as PNG, on white, for screens of twice the usual density."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")
-    return buffer.getvalue()
+    """The figure as PNG, on white, for screens of twice the usual density. Its parts keep their places from then on."""
+    figure.set_facecolor("white")
+    return _drawn(figure)
 
 
 def dark_png(figure: Figure) -> bytes:
@@ -50,8 +50,15 @@ def dark_png(figure: Figure) -> bytes:
             colour = getattr(artist, f"get_{what}", lambda: None)()
             if colour is not None and not (isinstance(colour, str) and colour in ("none", "auto", "inherit")):
                 getattr(artist, f"set_{what}")(_in_dark(colour))
+    return _drawn(figure)
+
+
+def _drawn(figure: Figure) -> bytes:
+    """PNG of the figure as it is. `savefig` would draw everything twice, since it finds the places first."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, facecolor=figure.get_facecolor())
+    figure.set_dpi(_DPI)
+    FigureCanvasAgg(figure).print_png(buffer)
+    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 
