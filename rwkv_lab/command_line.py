@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import missing_file
-from rwkv_lab.spec import unknown_name
+from rwkv_lab.suggestions import unknown_name
 
 
 def add_flags(parser: argparse.ArgumentParser, fields: Mapping[str, FieldInfo]) -> None:

@@ -8,7 +8,6 @@ YAML 1.1 takes `1e-3` for text.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, ValidationError
@@ -16,6 +15,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import path_fault
+from rwkv_lab.suggestions import did_you_mean, unknown_name
 
 
 def _number(value: Any) -> Any:
@@ -108,21 +108,6 @@ class Spec(BaseModel):
             for name, field in type(self).model_fields.items()
             if field.is_required() or getattr(self, name) != field.get_default(call_default_factory=True)
         }
-
-
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """`; did you mean X?` where one of `words` is near, else empty."""
-    by_small = {w.lower(): w for w in words}
-    near = get_close_matches(word, list(by_small.values()), n=1) or get_close_matches(word.lower(), list(by_small), n=1)
-    return f"; did you mean {by_small.get(near[0], near[0])}?" if near else ""
-
-
-def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ParameterError:
-    """The error for a parameter that `what` does not take."""
-    allowed = list(allowed)
-    return ParameterError(
-        f"{what} has no parameter {name!r}{did_you_mean(name, allowed) or '.'}\nIt takes: {', '.join(allowed)}"
-    )
 
 
 def _in_words(error: ValidationError, advise: Advise | None) -> ParameterError:

@@ -192,7 +192,7 @@ def test_what_needs_no_torch_does_not_import_it():
     code = (
         "import sys; from rwkv_lab import cli;"
         "done = [cli.main(words) for words in (['list'], ['merge', 'x=1'], ['run', 'merg'])];"
-        "print(done, [m for m in ('torch', 'numpy', 'papermill', 'jinja2', 'IPython') if m in sys.modules])"
+        "print(done, [m for m in ('torch', 'numpy', 'pydantic', 'papermill', 'jinja2', 'IPython') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[0, 1, 1] []", done.stderr

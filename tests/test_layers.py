@@ -32,6 +32,7 @@ LAYERS = (
         "checks",
         "machine",
         "spec",
+        "suggestions",
         "patterns",
         "names",
         "paths",

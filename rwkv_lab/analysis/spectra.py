@@ -15,7 +15,7 @@ from rwkv_lab.checkpoint import Checkpoint, TensorInfo
 from rwkv_lab.errors import LayoutError, NumericsError, ParameterError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.peft.adapter import Adapter, Target, Values
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 
 
 @dataclass(frozen=True)

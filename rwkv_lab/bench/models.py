@@ -12,7 +12,7 @@ from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.checkpoint.write import write_stream
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 
 # The shapes of released models; the 0.3B of RWKV-6 is none of them, it lies between.
 SHAPES = {

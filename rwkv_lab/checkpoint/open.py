@@ -29,7 +29,7 @@ from rwkv_lab.checkpoint.unusable import split_folder
 from rwkv_lab.errors import CorruptFileError, LayoutError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.paths import missing_file, to_path
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 
 log = logging.getLogger(__name__)
 

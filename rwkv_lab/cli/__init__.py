@@ -10,10 +10,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 from rwkv_lab.cli import notebooks
-from rwkv_lab.command_line import add_flags
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.version import __version__
-from rwkv_lab.workbench.sweep.spec import SweepOptions
 
 _NOTES = """\
 A run ends with its verdict and the path of its report. Exit codes: 0 the run is ok, 1 it was refused or a check failed,
@@ -34,9 +32,11 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: without the name of the command; those of this process where None is given.
     """
-    parser = _parser()
+    words = sys.argv[1:] if words is None else words
+    completed = os.environ.get("COMP_LINE", "") if "_ARGCOMPLETE" in os.environ else ""
+    parser = _parser([*words, *completed.split()])
     _complete(parser)
-    given, others = parser.parse_known_args(sys.argv[1:] if words is None else words)
+    given, others = parser.parse_known_args(words)
     if others and not hasattr(given, "words"):
         parser.error(f"no such option: {' '.join(others)}")
     if others:
@@ -54,7 +54,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """All commands; what takes long to describe is described for those that are among the words."""
     parser = argparse.ArgumentParser(
         "rwkv-lab", description="A workbench for RWKV language models.", epilog=_NOTES, formatter_class=_Plain
     )
@@ -72,21 +73,22 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("notebook", metavar="NOTEBOOK", help="a name that `rwkv-lab list` shows, or a path")
     _add_words(run, None)
     for name in notebooks.names():
-        _add_notebook(add, name)
+        _add_notebook(add, name, words)
     add("list", _list, "List the notebooks, and what they are for.")
-    _add_others(add)
+    _add_others(add, words)
     return parser
 
 
-def _add_notebook(add: Callable[..., argparse.ArgumentParser], name: str) -> None:
+def _add_notebook(add: Callable[..., argparse.ArgumentParser], name: str, words: Sequence[str]) -> None:
     """The short form of `run` for a notebook."""
-    from rwkv_lab.cli.words import described
-
     book = notebooks.notebook(name)
     files = "\n\nWith paths in place of parameters it says at once what the files are, from headers alone."
     more = book.purpose + (files if name == "inspect" else "")
     one = add(name, _run, book.title if book.title.endswith("?") else f"{book.title}.", more.replace("%", "%%"))
-    one.epilog = described(book).replace("%", "%%")
+    if name in words:
+        from rwkv_lab.cli.words import described
+
+        one.epilog = described(book).replace("%", "%%")
     one.set_defaults(notebook=name)
     if name == "inspect":
         one.add_argument("--all", action="store_true", help="of files: list every tensor")
@@ -98,11 +100,15 @@ def _add_words(parser: argparse.ArgumentParser, name: str | None) -> None:
     words.completer = _Names(name)  # type: ignore[attr-defined]  # where argcomplete looks
 
 
-def _add_others(add: Callable[..., argparse.ArgumentParser]) -> None:
+def _add_others(add: Callable[..., argparse.ArgumentParser], words: Sequence[str]) -> None:
     sweep = add("sweep", _sweep, "Run a notebook many times, and summarise what came out.", _SWEEPS)
     sweep.add_argument("notebook", metavar="NOTEBOOK", help="a name that `rwkv-lab list` shows, or its path")
     sweep.add_argument("grid", metavar="GRID.yaml", help="what the runs differ in")
-    add_flags(sweep, SweepOptions.model_fields)
+    if "sweep" in words:
+        from rwkv_lab.command_line import add_flags
+        from rwkv_lab.workbench.sweep.spec import SweepOptions
+
+        add_flags(sweep, SweepOptions.model_fields)
     report = add("report", _report, "Show what became of runs.", "Without a folder: lists those below reports/.")
     report.add_argument("folder", nargs="?", help="of a run, or one with runs below it; or a notebook's name")
     report.add_argument("--open", action="store_true", help="open the report, or the list, in a browser")

@@ -15,7 +15,7 @@ from typing import Any
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.paths import missing_file
 from rwkv_lab.resources import notebooks_folder
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Notebook:
 def names() -> list[str]:
     """The notebooks of the package that take parameters, in alphabetical order."""
     found = sorted(notebooks_folder().glob("*.ipynb"))
-    return [path.stem for path in found if any(_is_parameters(cell) for cell in _read(path))]
+    return [path.stem for path in found if _takes_parameters(_read(path))]
 
 
 def notebook(given: str) -> Notebook:
@@ -89,19 +89,19 @@ def notebook(given: str) -> Notebook:
         ParameterError: there is none.
         CorruptFileError: the file is no notebook.
     """
-    known = names()
-    if given in known:
-        path = notebooks_folder() / f"{given}.ipynb"
-    elif given.endswith(".ipynb"):
+    for path in notebooks_folder().glob("*.ipynb"):
+        if path.stem == given and _takes_parameters(cells := _read(path)):
+            return Notebook(path, cells)
+    if given.endswith(".ipynb"):
         path = Path(given).expanduser()
         if not path.is_file():
             raise missing_file(path)
-    else:
-        raise ParameterError(
-            f"{given!r} is no notebook{did_you_mean(given, known)}; there are: {', '.join(known)}.\n"
-            "Give one of these names, or the path of an .ipynb file."
-        )
-    return Notebook(path, _read(path))
+        return Notebook(path, _read(path))
+    known = names()
+    raise ParameterError(
+        f"{given!r} is no notebook{did_you_mean(given, known)}; there are: {', '.join(known)}.\n"
+        "Give one of these names, or the path of an .ipynb file."
+    )
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -110,6 +110,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CorruptFileError(f"{path} cannot be read as a notebook: {type(e).__name__}: {e}") from e
     return [cell for cell in cells if isinstance(cell, dict)]
+
+
+def _takes_parameters(cells: list[dict[str, Any]]) -> bool:
+    return any(map(_is_parameters, cells))
 
 
 def _is_parameters(cell: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rwkv_lab.cli.notebooks import Notebook, Parameter
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.spec import unknown_name
+from rwkv_lab.suggestions import unknown_name
 
 
 def parameters_from(words: Iterable[str], notebook: Notebook) -> dict[str, Any]:

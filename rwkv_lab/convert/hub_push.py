@@ -24,7 +24,7 @@ from rwkv_lab.convert.spec import ConvertOptions
 from rwkv_lab.errors import HubError, LayoutError, ParameterError, RwkvLabError
 from rwkv_lab.paths import to_path
 from rwkv_lab.progress import human_bytes
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 from rwkv_lab.version import __version__
 
 log = logging.getLogger(__name__)

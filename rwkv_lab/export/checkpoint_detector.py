@@ -21,7 +21,7 @@ from rwkv_lab.errors import CheckpointValidationError, RwkvLabError
 from rwkv_lab.export.causal_lm.folder import architecture
 from rwkv_lab.paths import missing_file, to_path
 from rwkv_lab.progress import Progress
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 from rwkv_lab.train.finished import NOTE
 from rwkv_lab.train.resume import resume_path
 

@@ -12,7 +12,8 @@ from rwkv_lab.export.onnx_folder import Attention, Exporter
 from rwkv_lab.export.profiles import PROFILES, ProfileName
 from rwkv_lab.export.weight_storage import Level, PytorchFormat
 from rwkv_lab.paths import path_fault
-from rwkv_lab.spec import Number, Spec, Text, did_you_mean
+from rwkv_lab.spec import Number, Spec, Text
+from rwkv_lab.suggestions import did_you_mean
 
 _PARTS = ("model_name", "timestamp", "quantization_level", "export_id")  # what a pattern of names is made of
 _EXAMPLE = dict.fromkeys(_PARTS, "x")

@@ -13,7 +13,7 @@ from rwkv_lab.command_line import type_of
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.paths import to_path
-from rwkv_lab.spec import did_you_mean, unknown_name
+from rwkv_lab.suggestions import did_you_mean, unknown_name
 from rwkv_lab.yaml_file import read_mapping
 
 _OWN_NAMES = {"output_directory": "EXPORT_OUTPUT_DIR"}  # of variables that are not made from the option's name

@@ -15,7 +15,7 @@ from rwkv_lab.merge.contained_adapters import after_changes
 from rwkv_lab.merge.inputs import MergeInputs
 from rwkv_lab.merge.method import MERGE_METHODS, OF_SOME_METHODS, Method
 from rwkv_lab.merge.spec import MergeSpec
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 
 
 @dataclass(frozen=True)

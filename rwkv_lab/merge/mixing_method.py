@@ -29,7 +29,7 @@ from rwkv_lab.errors import ParameterError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.method_parameters import NEEDED, Parameter, Takes
 from rwkv_lab.merge.proof import Exact
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 
 Blocks = Callable[[], Iterator[tuple["torch.Tensor", list["torch.Tensor"]]]]  # each call is another pass: (base, tuned)
 Draws = Callable[[int, int], "torch.Tensor"]  # (seed, which of tuned) -> [n] float64, uniform in [0, 1)

@@ -22,7 +22,7 @@ from rwkv_lab.merge.plan import MergeResult
 from rwkv_lab.merge.settings import GRADIENT, REST, with_default
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
 from rwkv_lab.paths import to_path
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 from rwkv_lab.yaml_file import read_mapping
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.chat_template import ChatTemplate, chat_template, render_turns
 from rwkv_lab.model.generation import check_callback, generate_stream, read_to_end
 from rwkv_lab.model.protocol import Model
-from rwkv_lab.spec import unknown_name
+from rwkv_lab.suggestions import unknown_name
 
 
 @checked

@@ -8,7 +8,7 @@ from typing import Any
 
 from rwkv_lab.arguments import check_fields, checked
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 
 # Names of roles and fields in use; the first of each is OpenAI's, the others are those of ShareGPT and its relatives.
 _ROLES = {

@@ -19,7 +19,7 @@ from rwkv_lab.lazy_torch import torch
 from rwkv_lab.peft.adapter import Adapter, Target, Values
 from rwkv_lab.peft.options import AdapterOptions
 from rwkv_lab.peft.settings import check_dropout, check_quant
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from rwkv_lab.peft.linear import AdaptedLinear

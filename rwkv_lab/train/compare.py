@@ -9,7 +9,7 @@ from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Layout, expected_tensors, open_checkpoint
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.peft import LoraConfig, planned_parameters
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 from rwkv_lab.train.planning import make_plan
 from rwkv_lab.train.spec import KINDS, TrainOptions, TrainSpec
 from rwkv_lab.train.trainer import run_training

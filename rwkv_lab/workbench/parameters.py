@@ -17,7 +17,8 @@ from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.checkpoint.whole_model import whole_model
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import path_fault
-from rwkv_lab.spec import Advise, OneOf, Patterns, Spec, Text, unknown_name
+from rwkv_lab.spec import Advise, OneOf, Patterns, Spec, Text
+from rwkv_lab.suggestions import unknown_name
 from rwkv_lab.train.held_out import WINDOW
 from rwkv_lab.workbench.words import as_option, example, from_words, in_command, takes_mapping
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 from rwkv_lab.workbench.parameters import Parameters
 
 _FOLDER = Path(__file__).parent

@@ -42,7 +42,7 @@ from rwkv_lab.peft.adapter import Adapter
 from rwkv_lab.peft.config import ADAPTER_KINDS
 from rwkv_lab.peft.pissa_start import ComputedHalf
 from rwkv_lab.peft.settings import QUANTS
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 
 ALPHA = Parameter("alpha", float, Takes("of a LoRA, whose product is scaled by alpha / r", 0), None)
 PARAMETERS = {

@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field
 from rwkv_lab.analysis.answers import WEIGHTS, read_prompts
 from rwkv_lab.dtypes import in_long
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.spec import Number, OneOf, Patterns, Text, unknown_name
+from rwkv_lab.spec import Number, OneOf, Patterns, Text
+from rwkv_lab.suggestions import unknown_name
 from rwkv_lab.workbench.parameters import (
     TEXT,
     Files,

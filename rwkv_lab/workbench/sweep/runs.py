@@ -15,7 +15,7 @@ from rwkv_lab.checkpoint import file_facts, open_checkpoint
 from rwkv_lab.errors import ParameterError, RwkvLabError
 from rwkv_lab.paths import missing_file
 from rwkv_lab.resources import notebooks_folder
-from rwkv_lab.spec import unknown_name
+from rwkv_lab.suggestions import unknown_name
 from rwkv_lab.workbench.parameters import DEMO, Files, Parameters, input_path
 from rwkv_lab.workbench.registry import cells_of, parameters_of
 from rwkv_lab.workbench.sweep.jobs import RESULT, Job, read_json, record_of, size_of

@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from rwkv_lab.errors import ParameterError
-from rwkv_lab.spec import Spec, Text, unknown_name
+from rwkv_lab.spec import Spec, Text
+from rwkv_lab.suggestions import unknown_name
 from rwkv_lab.yaml_file import read_mapping
 
 _RANGE = ("low", "high", "log")

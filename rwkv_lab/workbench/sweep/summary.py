@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from rwkv_lab.checkpoint import write_text
 from rwkv_lab.progress import human_seconds
-from rwkv_lab.spec import did_you_mean
+from rwkv_lab.suggestions import did_you_mean
 from rwkv_lab.workbench.pages import environment
 from rwkv_lab.workbench.result import write_json
 from rwkv_lab.workbench.sweep.progress import SUMMARY, link_to
