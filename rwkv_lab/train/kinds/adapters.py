@@ -53,9 +53,12 @@ class Adapters(Kind):
         states = {name: shape for name, shape, _ in planned_states(layout)} if "time_state" in spec.train_parts else {}
         config, tree = adapter_config(spec), _tree(dict(shapes) | states)
         rows: list[Planned] = []
+        counts: dict[tuple[int, int], int] = {}  # by shape: a model has few, and each is tried on a layer
         for name in target_modules(tree, config.lora_target_modules, "targets"):
             out, into = shapes[f"{name}.weight"]
-            rows.append((f"{name}.weight", (out, into), peft.planned_parameters(name, out, into, config)))
+            if (out, into) not in counts:
+                counts[out, into] = peft.planned_parameters(name, out, into, config)
+            rows.append((f"{name}.weight", (out, into), counts[out, into]))
         besides = dict(tree.named_parameters())
         for name in trained_parts(tree, config.train_parts):
             rows.append((name, tuple(besides[name].shape), besides[name].numel()))
