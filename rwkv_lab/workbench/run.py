@@ -1,5 +1,7 @@
 """One run of a notebook: its parameters, its folder, `result.json` and `report.html`, from first cell to last."""
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -302,6 +304,8 @@ def _join_kernel(run: Run) -> None:
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
     shell.set_custom_exc((RwkvLabError,), show)
+    if not frontend_present():  # at its end Python would look a second for garbage among all that torch made
+        atexit.register(gc.freeze)
     log = logging.getLogger("rwkv_lab")
     if not log.handlers:
         log.addHandler(logging.StreamHandler(sys.stdout))

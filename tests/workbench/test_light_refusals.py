@@ -137,3 +137,15 @@ def test_what_chat_states_without_the_model_is_the_models_own():
     own = {name: p.default for name, p in signature(generate_stream).parameters.items()}
     stated = {name: ChatParameters.model_fields[name].default for name in SETTINGS if name != "stop"}
     assert stated == {name: own[name] for name in stated}
+
+
+def test_a_kernel_in_batch_ends_without_a_search_for_garbage(folder):
+    program = (
+        "import atexit, gc; atexit.register(lambda: print('kept', gc.get_freeze_count() > 0))\n"
+        "from IPython.core.interactiveshell import InteractiveShell\n"
+        "InteractiveShell.instance()\n"
+        "from rwkv_lab.workbench import start\n"
+        "start('inspect', {'checkpoint': 'missing.pth'})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+    assert "there is no file" in done.stderr and done.stdout.endswith("kept True\n")
