@@ -27,6 +27,7 @@ LAYERS = (
         "command_line",
         "errors",
         "lazy_names",
+        "lazy_numpy",
         "lazy_torch",
         "progress",
         "checks",

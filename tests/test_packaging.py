@@ -82,14 +82,14 @@ def test_the_process_that_starts_a_kernel_is_light():
     assert done.stdout.split() == ["[]"]
 
 
-def test_inspecting_imports_no_torch(tmp_path):
-    """Not even to name the dtypes; what is no checkpoint is refused without it, too."""
+def test_inspecting_imports_neither_torch_nor_numpy(tmp_path):
+    """Not even to name the dtypes; what is no checkpoint is refused without them, too."""
     path = str(write_model(tmp_path / "m.pth", make_layout("7.0")))
     code = "import sys; from rwkv_lab.cli.inspecting import show_files; show_files(sys.argv[1:], True);"
-    code += "print('torch' in sys.modules)"
+    code += "print({'torch', 'numpy', 'pydantic'} & {*sys.modules})"
     run = [sys.executable, "-c", code, "README.md", path]
     done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert "RWKV-7.0" in done.stdout and "float32" in done.stdout and done.stdout.endswith("False\n")
+    assert "RWKV-7.0" in done.stdout and "float32" in done.stdout and done.stdout.endswith("set()\n")
     assert "CorruptFileError" in done.stderr
 
 

@@ -3,13 +3,14 @@
 The C functions are called as the package has them, without what its class `Llama` adds for each token.
 """
 
+from __future__ import annotations
+
 import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from rwkv_lab.bench.peer_process import answer_requests
+from rwkv_lab.lazy_numpy import np
 
 GGUF_TYPES = {"bf16": "BF16", "fp32": "F32", "fp16": "F16", "int8": "Q8_0", "int4": "Q4_0"}  # by our names of dtypes
 _AT_ONCE = 512  # tokens of one call

@@ -3,6 +3,8 @@
 `rwkv_lab.bench.peers` writes the requests and describes their content.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import sys
@@ -10,9 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from rwkv_lab.bench.machine import forget_peak
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.machine import memory_of
 
 

@@ -26,13 +26,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from rwkv_lab.arguments import checked
 from rwkv_lab.bench.comparison import OURS
 from rwkv_lab.bench.llama_cpp_package import GGUF_TYPES
 from rwkv_lab.bench.machine import child_environment, package_version
 from rwkv_lab.errors import ParameterError, RwkvLabError
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
 
 RWKV, LLAMA, AUTO = "rwkv", "llama.cpp", "auto"

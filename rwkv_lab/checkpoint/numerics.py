@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
-
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
 
 # For each float format: unsigned and signed view, and the bits of +Inf. As integers, every NaN and Inf lies at or above
 # +Inf when the sign is clear (a signed comparison) and at or above -Inf when it is set (an unsigned one), so that two
 # running maxima find them; that goes at memory speed, and without a temporary.
 _VIEWS = {
-    "bfloat16": (np.uint16, np.int16, 0x7F80),
-    "float16": (np.uint16, np.int16, 0x7C00),
-    "float32": (np.uint32, np.int32, 0x7F800000),
-    "float64": (np.uint64, np.int64, 0x7FF0000000000000),
-    "complex64": (np.uint32, np.int32, 0x7F800000),
-    "complex128": (np.uint64, np.int64, 0x7FF0000000000000),
-    "float8_e5m2": (np.uint8, np.int8, 0x7C),
-    "float8_e4m3fn": (np.uint8, np.int8, 0x7F),  # has no Inf, and one NaN
+    "bfloat16": ("u2", "i2", 0x7F80),
+    "float16": ("u2", "i2", 0x7C00),
+    "float32": ("u4", "i4", 0x7F800000),
+    "float64": ("u8", "i8", 0x7FF0000000000000),
+    "complex64": ("u4", "i4", 0x7F800000),
+    "complex128": ("u8", "i8", 0x7FF0000000000000),
+    "float8_e5m2": ("u1", "i1", 0x7C),
+    "float8_e4m3fn": ("u1", "i1", 0x7F),  # has no Inf, and one NaN
 }
 
 

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rwkv_lab.checkpoint.fingerprint import FileFacts
 from rwkv_lab.checkpoint.open import Checkpoint
 from rwkv_lab.checkpoint.stream import Findings
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.version import __version__
 

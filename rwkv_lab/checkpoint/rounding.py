@@ -1,6 +1,8 @@
 """Weights in 8 and 4 bits, and back: the numbers that packed checkpoints and ONNX graphs hold."""
 
-import numpy as np
+from __future__ import annotations
+
+from rwkv_lab.lazy_numpy import np
 
 BLOCK = 32  # weights along the input that share a scale in int4
 _COLUMNS = 1024  # that int8 computes at a time: whole matrices would be in memory several times

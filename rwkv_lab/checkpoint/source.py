@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 from annotated_types import Ge, Le
 from isal.isal_zlib import crc32
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import CorruptFileError, ParameterError
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
 
 ITEM_BYTES = {  # of an element, by torch's name of its dtype

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from statistics import median
 
-import numpy as np
-
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.random_numbers import draws
 from rwkv_lab.peft.adapter import Adapter, Target

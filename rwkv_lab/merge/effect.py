@@ -12,12 +12,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from rwkv_lab.checkpoint import TensorInfo
 from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checks import Check
 from rwkv_lab.dtypes import short_name
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
 
 _PIECE = 1 << 16  # elements measured at a time: a few of them in float32 stay in a core's cache

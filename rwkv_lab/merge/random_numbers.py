@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from hashlib import sha256
 
-import numpy as np
-
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
 
 _WORDS = 8  # of 32 bits that one step of the counter gives

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import no_grad, torch
 from rwkv_lab.train.data import Corpus
 from rwkv_lab.train.examples import Examples

@@ -1,12 +1,13 @@
 """A corpus as tokens of a model: a long text, or one example a row; and what the length of the context does to them."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.train.data import Corpus
 from rwkv_lab.train.examples import Example, Examples, split_examples
 from rwkv_lab.train.token_files import TokenCorpus
@@ -33,7 +34,7 @@ class Row:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def part(self, start: int, end: int) -> "Row":
+    def part(self, start: int, end: int) -> Row:
         """Tokens from `start` to before `end`, as a row of its own."""
         learned = self.learned[start:end].copy()
         learned[:1] = False

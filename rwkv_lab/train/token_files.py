@@ -4,18 +4,19 @@ Both are mapped, not read: they may be larger than memory. The end of what they 
 begins.
 """
 
+from __future__ import annotations
+
 import io
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from rwkv_lab.errors import CorruptFileError, ParameterError
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.train.sources import INDEX, Source
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, entries of the list of documents
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_DTYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}
 _MAX_HELD_OUT = 16 * 1024  # tokens, about as much as is held out of text
 _AT_ONCE = 1 << 24  # tokens; bounds the memory of a check
 

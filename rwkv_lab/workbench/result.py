@@ -13,10 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rwkv_lab.checkpoint import FileFacts, write_text
 from rwkv_lab.checks import Check, NotApplicable
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.version import __version__
 from rwkv_lab.workbench.process import is_running, this_process
@@ -120,7 +119,7 @@ def versions() -> dict[str, str]:
         "rwkv_lab": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__ if "torch" in sys.modules else version("torch"),  # a refusal does not wait for it
-        "numpy": np.__version__,
+        "numpy": version("numpy"),
         "platform": platform.platform(),
     }
 
@@ -141,7 +140,8 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    if isinstance(value, np.generic) or "torch" in sys.modules and isinstance(value, torch.Tensor):
+    is_number = "numpy" in sys.modules and isinstance(value, np.generic)
+    if is_number or "torch" in sys.modules and isinstance(value, torch.Tensor):
         value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)

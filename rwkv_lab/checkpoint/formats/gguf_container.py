@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from rwkv_lab.checkpoint.format import Format, Header, register
 from rwkv_lab.checkpoint.gguf_header import GgufTensor, read_gguf_header
 from rwkv_lab.checkpoint.gguf_types import MAGIC, TensorType, require_gguf
 from rwkv_lab.checkpoint.source import Derived, SourceFile, TensorInfo
 from rwkv_lab.errors import CorruptFileError
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
 
 ARCHITECTURES = ("rwkv6", "rwkv7")

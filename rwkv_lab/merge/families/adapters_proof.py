@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import safe_open
 
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.families.mixing_proof import setting_at
 from rwkv_lab.merge.proof import Exact, Proof, ProofInputs, Source

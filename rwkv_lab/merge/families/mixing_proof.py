@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.mixing_method import MIXING
 from rwkv_lab.merge.proof import Exact, Proof, ProofInputs, Source, WholeTensor, pattern_matches

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Annotated, Any
 
-import numpy as np
-
+from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.method_parameters import Takes
 from rwkv_lab.merge.mixing.task_arithmetic import EQUAL, Scale, Weights, add
