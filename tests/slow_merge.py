@@ -15,13 +15,14 @@ from rwkv_lab.merge import writing
 PAUSE = 0.02  # seconds that each block takes to be written
 MOMENTS = ("planned", "first block", "half written", "synced", "named", "linked", "published")
 
-# Processes of the fork server have torch imported already.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["slow_merge", "rwkv_lab.merge"])
 
 
 def start(moment: str, arguments: dict, limit: int | None = None):
     """(process, pipe): the pipe says "here" when the moment has come, and at the end the error's class or "done"."""
+    # Processes of the fork server have imported what a merge needs, torch foremost, where one has run here.
+    ours = ("rwkv_lab.merge", "rwkv_lab.checkpoint")
+    context.set_forkserver_preload(["torch", *(name for name in sorted(sys.modules) if name.startswith(ours))])
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(moment, arguments, limit, there))
     process.start()

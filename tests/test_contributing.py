@@ -29,7 +29,7 @@ def blocks(recipe: str) -> tuple[dict[str, str], str]:
 def project(tmp_path_factory, demo_folder) -> Path:
     """A copy of the project, with a base model and a text beside it."""
     tree = tmp_path_factory.mktemp("project")
-    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    ignored = shutil.ignore_patterns(".ipynb_checkpoints")  # what is compiled stays so
     for folder in ("rwkv_lab", "notebooks", "kernels"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
     for file in ("pyproject.toml", "README.md", "LICENSE"):

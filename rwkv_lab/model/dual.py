@@ -89,7 +89,8 @@ class RWKV_Dual(nn.Module):
         self._loaded: Loaded | None = None
         self.set_mode(mode)
         with torch.device("meta"):
-            self.emb = nn.Embedding(layout.vocab_size, layout.n_embd)
+            # Random values of nn.Embedding, even of the device "meta", make torch import its compiler: 1 to 2 seconds.
+            self.emb = nn.Embedding.from_pretrained(torch.empty(layout.vocab_size, layout.n_embd), freeze=False)
             self.blocks = nn.ModuleList(
                 generation_of(layout).make_block(layout, layer, group_norm_eps, names)
                 for layer in range(layout.n_layer)
