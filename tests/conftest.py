@@ -20,6 +20,9 @@ from warm_python import Warm, warm_python
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# No file of a test must outlive a crash of the machine; thousands of them would wait for the disk.
+os.fsync = os.fdatasync = lambda fd: None
+
 # As in rwkv_lab.workbench.batch: it checks what no notebook holds, and its import takes a second.
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 

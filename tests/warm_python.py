@@ -130,6 +130,7 @@ def _import() -> None:
     import ipykernel.kernelapp  # noqa: F401
     import ipywidgets  # noqa: F401
     import papermill.cli  # noqa: F401
+    import torch._dynamo  # noqa: F401  what torch imports when an operator of ours runs for the first time
 
     from rwkv_lab import plotting  # noqa: F401
     from rwkv_lab.workbench import panel  # noqa: F401
@@ -141,7 +142,8 @@ def _import() -> None:
 
 
 def _do_less() -> None:
-    """What takes long and shows nothing more: small pictures, short answers, the beginning of texts that are compared.
+    """What takes long and shows nothing more: small pictures, short answers, the beginning of texts that are compared,
+    no file that waits for the disk.
 
     Processes that start as users do have all of it.
     """
@@ -151,6 +153,7 @@ def _do_less() -> None:
     measure = behaviour.measure_held_out
     behaviour.measure_held_out = lambda *given, most=None: measure(*given, most=most or 2000)
     behaviour._SAMPLE, plotting._DPI = 10, 36
+    os.fsync = os.fdatasync = lambda fd: None
 
 
 def _become(connection: socket.socket) -> dict[str, Any]:
