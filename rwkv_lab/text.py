@@ -11,3 +11,8 @@ def shown(value: object) -> str:
         return f"{value:.4g}"
     text = str(value)
     return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things, of which one is called `what`: "1 file", "12,000 files"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

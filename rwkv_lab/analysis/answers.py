@@ -12,7 +12,7 @@ from typing import Any
 from rwkv_lab import model as models
 from rwkv_lab import peft
 from rwkv_lab.arguments import checked
-from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint import Checkpoint, open_checkpoint
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.paths import to_path
 from rwkv_lab.peft import open_adapter
@@ -99,8 +99,7 @@ def load_to_ask(
     model = models.RWKV_Dual.from_pretrained(path, dtype, device, weights=while_read).eval()
     if adapter is not None:
         with open_checkpoint(adapter) as ck:
-            if ck.kind == "state":
-                raise ParameterError(f"{ck.path.name} is a tuned state: give it as state, not as adapter.")
+            refuse_as_adapter(ck)
         with open_adapter(adapter, alpha=alpha) as opened:
             peft.load_adapter(model, opened)
         if weights != "none":
@@ -112,6 +111,17 @@ def load_to_ask(
     if tokenizer:
         model.tokenizer = tokenizer
     return model.requires_grad_(False)
+
+
+def refuse_as_adapter(ck: Checkpoint) -> None:
+    """Refuse what is asked in another way, from the header.
+
+    Raises:
+        ParameterError: it is a tuned state or a whole model.
+    """
+    words = {"state": "a tuned state", "model": "a whole model"}
+    if ck.kind in words:
+        raise ParameterError(f"{ck.path.name} is {words[ck.kind]}: give it as {ck.kind}, not as adapter.")
 
 
 @checked

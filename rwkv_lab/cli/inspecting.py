@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.progress import human_bytes
+from rwkv_lab.text import counted
 
 if TYPE_CHECKING:
     from rwkv_lab.checkpoint import Checkpoint
@@ -46,7 +47,7 @@ def _described(ck: "Checkpoint") -> Iterator[str]:
     yield f"  kind     {ck.kind}{f': {ck.reason}' if ck.reason else ''}"
     if ck.layout:
         yield f"  model    {ck.layout}"
-    yield f"  format   {ck.format}, {len(ck.files)} file{'s' if len(ck.files) > 1 else ''}, {human_bytes(ck.bytes)}"
+    yield f"  format   {ck.format}, {counted(len(ck.files), 'file')}, {human_bytes(ck.bytes)}"
     yield f"  tensors  {len(ck)}, {values:,} values: {', '.join(f'{n} {d}' for d, n in dtypes.most_common())}"
     if few := in_few_bits(ck.info.values()):
         yield f"  packed   {few}"

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from rwkv_lab.checkpoint import Checkpoint, Layout, TensorInfo, open_checkpoint
+from rwkv_lab.checkpoint.tuned_states import state_names
 from rwkv_lab.checkpoint.whole_model import whole_model
 from rwkv_lab.errors import LayoutError, NumericsError
+from rwkv_lab.text import counted
 
 
 @contextmanager
@@ -106,12 +108,11 @@ def read_time_states(path: str | Path, n_layer: int, shape: tuple[int, ...]) -> 
         NumericsError: NaN or infinity in a state.
     """
     with open_checkpoint(path) as ck:
-        names = [name for name in ck.info if name.endswith("att.time_state")]
-        states = {name: ck[name] for name in names}
+        states = {name: ck[name] for name in state_names(ck)}
     expected = [f"blocks.{layer}.att.time_state" for layer in range(n_layer)]
     if sorted(states) != sorted(expected):
         raise LayoutError(
-            f"{path} holds time_state for {len(states)} layers ({', '.join(sorted(states)[:2]) or 'none'} …); "
+            f"{path} holds tuned states of {counted(len(states), 'layer')} ({', '.join(sorted(states)[:2])} …); "
             f"the model has layers 0 to {n_layer - 1}."
         )
     for name in expected:

@@ -15,32 +15,32 @@ from rwkv_lab.workbench.file_chooser import SEPARATOR, FileChooser
 from rwkv_lab.workbench.parameters import Files
 from rwkv_lab.workbench.words import takes_mapping
 
-_LABEL = {"description_width": "9rem"}
-_WIDE = {"width": "44rem"}  # no Layout: that would be a widget, made at import
+_NARROW = {"width": "22rem"}  # with help beside it; no Layout: that would be a widget, made at import
+_WIDE = {"width": "44rem"}
+_CHOICE = {"width": "max-content", "min_width": "22rem"}
 _WORDS = "{words}"  # stands in placeholders for the help
-_OF_EMPTY = re.compile(r"\b(?:empty|None): (.+?)(?:;|$)")  # in a parameter's help: what no value stands for
-
-_CHOICE = {"width": "max-content", "min_width": "18.5rem"}
+_OF_EMPTY = re.compile(r"\bempty: (.+?)(?:;|$)")  # in a parameter's help: what no value stands for
+_SAY_IT = ("empty: ", "None everywhere: ")  # parts of a help that the value itself stands in the place of
 _UNNAMED = "(none)"  # an empty choice whose parameter does not say what it stands for
-_BESIDE = (
-    '<div style="color: var(--jp-ui-font-color2, #616161); line-height: 1.3; padding: 5px 0 0 4px; max-width: 30rem">'
-    "{}</div>"
-)
+_BESIDE = '<div style="color: var(--jp-ui-font-color2, #616161); line-height: 1.3; padding: 5px 0 0 4px">{}</div>'
 
 M = TypeVar("M")
 
 
 class Field:
-    """A widget for one parameter, and how its value is turned into the parameter's and back."""
+    """A widget for one parameter, and how its value is turned into the parameter's and back.
+
+    A wide one, for a path or a text, has its help as placeholder; the others have it beside them.
+    """
 
     def __init__(self, name: str, widget: Any, to_widget: Callable = lambda v: v, from_widget: Callable = lambda v: v):
         self.name, self.widget = name, widget
         self._to_widget, self._from_widget = to_widget, from_widget
         self._placeholder = ""  # with `_WORDS` in the place of the help
         shown = getattr(widget, "box", widget)
-        holds_help = isinstance(widget, widgets.Checkbox) or hasattr(_typed_in(widget), "placeholder")
-        self._help = None if holds_help else widgets.HTML()
-        # What is shown: the widget, or the box that it comes in, with the help beside it where it holds no text.
+        wide = _typed_in(widget).layout.width == _WIDE["width"]
+        self._help = None if wide else widgets.HTML(layout={"flex": "1 1 10rem", "max_width": "32rem"})
+        # What is shown: the widget, or the box that it comes in, with the help.
         self.box = shown if self._help is None else widgets.HBox([shown, self._help])
 
     @property
@@ -58,19 +58,21 @@ class Field:
         Args:
             stands_for: what the field comes to while it is empty; None where the help says it.
         """
-        shown = _typed_in(self.widget)
+        shown, words = _typed_in(self.widget), words.replace("None: ", "empty: ")  # what a person sees of it
         if isinstance(self.widget, widgets.Dropdown):
             self._name_empty(words if stands_for is None else f"empty: {stands_for}")
-        elif stands_for is not None:
-            words = f"here {stands_for}: {words}"  # the end of long words is not seen
-        shown.tooltip = words
-        if isinstance(self.widget, widgets.Checkbox):
-            shown.description = f"{self.name}: {words}"
-        elif self._help is not None:
-            self._help.value = _BESIDE.format(html.escape(words))
-        else:
+            stands_for = None  # the list says it
+        if stands_for is not None:
+            words = "; ".join(part for part in words.split("; ") if not part.startswith(_SAY_IT))
+        here = "" if stands_for is None else f"empty: {stands_for}"
+        shown.tooltip = "; ".join(filter(None, (here, words)))  # first, since the end of long words is not seen
+        if self._help is None:
             self._placeholder = self._placeholder or shown.placeholder.strip("\u200b") or _WORDS
-            shown.placeholder = self._placeholder.replace(_WORDS, words)
+            shown.placeholder = self._placeholder.replace(_WORDS, shown.tooltip)
+        elif hasattr(shown, "placeholder"):
+            shown.placeholder, self._help.value = here, _BESIDE.format(html.escape(words))
+        else:
+            self._help.value = _BESIDE.format(html.escape(shown.tooltip))
 
     def _name_empty(self, words: str) -> None:
         """Have the empty choice of a drop-down list say what it stands for."""
@@ -83,6 +85,20 @@ class Field:
 def _typed_in(widget: Any) -> Any:
     """The widget that has the tooltip and the placeholder: a FileChooser has a text field."""
     return getattr(widget, "text", widget)
+
+
+def align(fields: Iterable[Field]) -> None:
+    """Give the labels of a panel's fields one width, into which the longest fits."""
+    width = max(9.0, 0.48 * max((len(field.name) for field in fields), default=0))  # rem
+    for field in fields:
+        if isinstance(field.widget, FileChooser):
+            field.widget.align(width)
+            continue
+        field.widget.style.description_width = f"{width:g}rem"
+        if field.widget.layout.width == _NARROW["width"]:
+            field.widget.layout.width = f"{width + 13:g}rem"
+        elif field.widget.layout.min_width == _CHOICE["min_width"]:
+            field.widget.layout.min_width = f"{width + 13:g}rem"
 
 
 def field_for(name: str, info: FieldInfo) -> Field:
@@ -175,26 +191,23 @@ def _paths(name: str, files: Files, is_list: bool) -> Field:
     return Field(name, FileChooser(name, files), join, read)
 
 
-def _text(name: str, placeholder: str = _WORDS) -> Field:
-    widget = widgets.Text(
-        description=name, placeholder=placeholder, style=_LABEL, layout=_WIDE, continuous_update=False
-    )
-    return Field(name, widget)
+def _text(name: str, placeholder: str = _WORDS, layout: dict[str, str] = _WIDE) -> Field:
+    return Field(name, widgets.Text(description=name, placeholder=placeholder, layout=layout, continuous_update=False))
 
 
 def _choice(name: str, choices: tuple[str, ...]) -> Field:
     options = tuple((text or _UNNAMED, text) for text in choices)
-    return Field(name, widgets.Dropdown(options=options, description=name, style=_LABEL, layout=_CHOICE))
+    return Field(name, widgets.Dropdown(options=options, description=name, layout=_CHOICE))
 
 
 def _number(name: str) -> Field:
-    field = _text(name)
+    field = _text(name, layout=_NARROW)
     # Text that is no number stays text, and is refused by the parameter's type.
     return Field(name, field.widget, lambda v: "" if v is None else f"{v:g}", lambda text: text.strip() or None)
 
 
 def _numbers(name: str) -> Field:
-    field = _text(name)
+    field = _text(name, layout=_NARROW)
     return Field(
         name,
         field.widget,
@@ -205,7 +218,7 @@ def _numbers(name: str) -> Field:
 
 def _setting(name: str, default: object) -> Field:
     """A number, numbers with commas between them, or JSON; the parameters read them as words."""
-    field = _text(name)
+    field = _text(name, layout=_NARROW)
 
     def shown(value: Any) -> str:
         if value == default:
@@ -241,17 +254,17 @@ def _or_none(field: Field) -> Field:
 
 def _flag_or_none(name: str) -> Field:
     options = ((_UNNAMED, ""), ("True", True), ("False", False))  # None would be no choice, and the list be blank
-    widget = widgets.Dropdown(options=options, description=name, style=_LABEL, layout=_CHOICE)
+    widget = widgets.Dropdown(options=options, description=name, layout=_CHOICE)
     return Field(name, widget, lambda v: "" if v is None else v, lambda v: None if v == "" else v)
 
 
 def _whole(name: str, least: int) -> Field:
-    widget = widgets.BoundedIntText(description=name, min=least, max=2**20, style=_LABEL)
+    widget = widgets.BoundedIntText(description=name, min=least, max=2**20, layout=_NARROW)
     return Field(name, widget)
 
 
 def _whole_or_none(name: str) -> Field:
-    field = _text(name)
+    field = _text(name, layout=_NARROW)
 
     def read(text: str) -> Any:
         text = text.strip()
@@ -261,7 +274,7 @@ def _whole_or_none(name: str) -> Field:
 
 
 def _several_whole(name: str) -> Field:
-    field = _text(name)
+    field = _text(name, layout=_NARROW)
     return Field(name, field.widget, lambda v: ", ".join(map(str, v)), _whole_numbers)
 
 
@@ -271,7 +284,7 @@ def _whole_numbers(text: str) -> list:
 
 
 def _several(name: str, options: tuple[str, ...]) -> Field:
-    widget = widgets.SelectMultiple(options=options, description=name, rows=len(options), style=_LABEL)
+    widget = widgets.SelectMultiple(options=options, description=name, rows=len(options), layout=_NARROW)
     return Field(name, widget, tuple, list)
 
 
@@ -280,7 +293,6 @@ def _patterns(name: str) -> Field:
         description=name,
         placeholder=f"{_WORDS}; one per line",
         rows=2,
-        style=_LABEL,
         layout=_WIDE,
         continuous_update=False,
     )
@@ -288,4 +300,4 @@ def _patterns(name: str) -> Field:
 
 
 def _flag(name: str) -> Field:
-    return Field(name, widgets.Checkbox(style=_LABEL, layout=_WIDE))
+    return Field(name, widgets.Checkbox(description=name, layout=_NARROW))

@@ -41,7 +41,6 @@ class FileChooser(HasTraits):
         self.text = widgets.Text(
             description=name,
             continuous_update=False,
-            style={"description_width": "9rem"},
             layout=widgets.Layout(width="44rem"),
         )
         self.browse = widgets.ToggleButton(
@@ -53,6 +52,13 @@ class FileChooser(HasTraits):
         self.text.observe(lambda change: setattr(self, "value", change["new"]), "value")
         self.observe(lambda change: setattr(self.text, "value", change["new"]), "value")
         self.browse.observe(lambda change: self._open(change["new"]), "value")
+        self.align(9)
+
+    def align(self, width: float) -> None:
+        """Give the label so many rem; what is under it begins where the text does."""
+        self.text.style.description_width = f"{width:g}rem"
+        self.several.box.layout.margin = f"0 0 0 {width + 0.5:g}rem"
+        self.walk.layout.margin = f"0 0 0 {width - 3.5:g}rem"  # its own labels are narrower
 
     def _make_list(self) -> None:
         """What Browse unfolds: the folder, its rows, what the marked row is, and buttons: the arrow keys only mark."""
@@ -70,7 +76,7 @@ class FileChooser(HasTraits):
         style = widgets.HTML(_STYLE, layout=widgets.Layout(height="0", margin="0"))
         self.walk = widgets.VBox(
             [self.place, self.list, self.details, buttons, style],
-            layout=widgets.Layout(margin="0 0 0 5.5rem", display="none"),
+            layout=widgets.Layout(display="none"),
         )
         self.place.observe(lambda change: self._fill(Path(change["new"]).expanduser()), "value")
         self.list.observe(self._marked, "index")

@@ -20,7 +20,7 @@ class FileList:
         self._shown: tuple = ()
         self.weights: list[widgets.Text] = []
         self.give_weights: Callable[[str], None] = lambda text: None
-        self.box = widgets.VBox(layout=widgets.Layout(margin="0 0 0 9.5rem", display="none"))
+        self.box = widgets.VBox(layout=widgets.Layout(display="none"))
 
     def refresh(self, paths: Sequence[str], weighted: Sequence[str] = (), weights: object = None) -> None:
         """Show these paths.

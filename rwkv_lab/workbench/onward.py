@@ -1,4 +1,4 @@
-"""Where a panel leads after a run: to the report, and to the notebooks that take the output."""
+"""What a panel says after a run: its verdict, and where it leads, to the report and to notebooks that go on with it."""
 
 import html
 import os
@@ -10,6 +10,7 @@ import ipywidgets as widgets
 from rwkv_lab.resources import notebooks_folder
 from rwkv_lab.workbench.entries import propose
 from rwkv_lab.workbench.next_steps import Use, uses
+from rwkv_lab.workbench.report import verdict, verdict_in_words
 from rwkv_lab.workbench.result import Record
 
 # JupyterLab resolves links to files of its own folders, and opens these itself. Elsewhere a person follows the link.
@@ -23,7 +24,7 @@ const timer = setInterval(() => {
 
 
 class Onward:
-    """A link to the report, and a button for each notebook that takes what the run wrote; `box` shows them."""
+    """The verdict, a link to the report, a button for each notebook that takes what was written; `box` shows them."""
 
     def __init__(self):
         self.links, self.buttons = widgets.Output(), widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
@@ -40,7 +41,8 @@ class Onward:
         if record.report is None:
             self.hide()
             return
-        self.links.outputs = (_html(f"{_link(record.report, 'Open report')} {html.escape(str(record.report))}"),)
+        link = _html(f"{_link(record.report, 'Open report')} {html.escape(str(record.report))}")
+        self.links.outputs = (*_found(record), link)
         found = uses(record)
         label = [widgets.Label("Use this output in:")] if found else []
         self.buttons.children = (*label, *(self._button(use, record) for use in found))
@@ -48,7 +50,8 @@ class Onward:
         self.box.layout.display = None
 
     def _button(self, use: Use, record: Record) -> widgets.Button:
-        button = widgets.Button(description=use.notebook, tooltip=f"{use.purpose}: opens {use.notebook}.ipynb")
+        tooltip = f"{use.purpose}: opens {use.notebook}.ipynb"
+        button = widgets.Button(description=use.notebook, tooltip=tooltip, layout=widgets.Layout(width="7rem"))
         button.on_click(lambda _: self._open(use, record))
         return button
 
@@ -62,6 +65,14 @@ class Onward:
         words += "Where it is open already, run them again."
         script = {"output_type": "display_data", "data": {"application/javascript": _FOLLOW}, "metadata": {}}
         self.opened.outputs = (_html(words), script)
+
+
+def _found(record: Record) -> tuple[dict, ...]:
+    """The verdict of a run that came to its end, and what it found; of others the panel says what ended them."""
+    if record.status == "failed" and not record.failed_checks:
+        return ()
+    summary = html.escape(str(record.metrics.get("summary", "")))
+    return (_html(f"<b>{verdict(record)}</b> {html.escape(verdict_in_words(record))} {summary}"),)
 
 
 def _link(path: Path, words: str) -> str:

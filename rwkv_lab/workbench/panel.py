@@ -18,7 +18,7 @@ from traitlets import TraitError
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.workbench.entries import entered, keep, keep_entries, last_folder
-from rwkv_lab.workbench.fields import Field, field_for
+from rwkv_lab.workbench.fields import Field, align, field_for
 from rwkv_lab.workbench.file_chooser import FileChooser
 from rwkv_lab.workbench.job import Job
 from rwkv_lab.workbench.job_output import JobOutput
@@ -41,9 +41,13 @@ _ARROW = (
     "%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E"
     "%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23e0e0e0' stroke-width='1.8'/%3E%3C/svg%3E"
 )
+# Buttons that do nothing now are flat. They are not disabled: one without focus is lost by Tab.
+_OFF = "rwkv-lab-off"
 _STYLE = (
     '<style>body[data-jp-theme-light="false"] .rwkv-lab-panel .widget-dropdown > select '
-    f'{{ background-image: url("data:image/svg+xml,{_ARROW}") }}</style>'
+    f'{{ background-image: url("data:image/svg+xml,{_ARROW}") }}'
+    f".rwkv-lab-panel .{_OFF} {{ background: none; box-shadow: none; cursor: default; "
+    "color: var(--jp-ui-font-color2) }</style>"
 )
 _TOOLTIPS = {
     "Plan": "show what would happen",
@@ -72,6 +76,7 @@ class Panel:
         self._before = run.record  # the last run, before the job
         self._disabled: list[Any] = []  # while a job reads the fields
         entries = entered(run.folder, run.cell)
+        align(fields)
         for field in fields:
             self._fill(field, entries.get(field.name, getattr(run.config, field.name)))
             field.widget.observe(lambda change: self._changed(), "value")
@@ -83,6 +88,7 @@ class Panel:
             "Reset": self.reset,
         }
         self.buttons = {label: _button(label, action) for label, action in actions.items()}
+        self.buttons["Stop"].add_class(_OFF)
         basic = run.model.basic
         more = widgets.Accordion([widgets.VBox([f.box for f in fields if f.name not in basic])], titles=["More"])
         folded = [more] if len(basic) < len(fields) else []
@@ -246,7 +252,7 @@ class Panel:
         self.message.value = f'<pre style="color: var(--jp-error-color1, #c00); white-space: pre-wrap">{text}</pre>'
 
     def _enable(self, enabled: bool) -> None:
-        """Fields cannot be changed while a job reads them. Buttons can be pressed: one without focus is lost by Tab."""
+        """Fields cannot be changed while a job reads them; buttons do nothing then, and Stop nothing at other times."""
         if not enabled:
             self._disabled = [w for w in _inside(self.controls) if w.has_trait("disabled") and not w.disabled]
         for widget in self._disabled:
@@ -254,6 +260,7 @@ class Panel:
         for label, button in self.buttons.items():
             chief = "Run" if enabled else "Stop"
             button.button_style = ("primary" if enabled else "warning") if label == chief else ""
+            (button.remove_class if enabled == (label != "Stop") else button.add_class)(_OFF)
 
 
 def _button(label: str, action: Callable[[], None]) -> widgets.Button:

@@ -1,5 +1,6 @@
 """Tables as JupyterLab, a log and the report show them. Every cell is escaped: names may come from a hostile file."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -7,6 +8,7 @@ from html import escape
 from rwkv_lab.text import shown
 
 _TEXT_ROWS = 40  # of a table in a log
+_UNIT = re.compile(r"(?<=\d) (?=(?:s|ms|min|h|B|kB|MB|GB|%)\b)")  # a number and its unit stay on one line
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Table:
 
 
 def _cell(value: object) -> str:
-    return f"<td{_side(value)}>{escape(shown(value))}</td>"
+    text = _UNIT.sub("\N{NO-BREAK SPACE}", shown(value))
+    return f"<td{_side(value)}>{escape(text)}</td>"
 
 
 def _side(value: object) -> str:

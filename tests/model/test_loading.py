@@ -92,11 +92,11 @@ def test_state_files_that_do_not_fit_are_refused(tmp_path):
     first = "blocks.0.att.time_state"
     for number, (tensors, error, words) in enumerate(
         [
-            ({first: good[first]}, LayoutError, "1 layers"),
+            ({first: good[first]}, LayoutError, "of 1 layer "),
             (good | {"blocks.2.att.time_state": good[first]}, LayoutError, "3 layers"),
             (good | {first: torch.zeros(1, 64, 64)}, LayoutError, r"blocks.0.*\[1, 64, 64\].*\[2, 32, 32\]"),
             (good | {first: torch.full((2, 32, 32), float("nan"))}, NumericsError, "blocks.0"),
-            ({"emb.weight": torch.zeros(3, 3)}, LayoutError, "none"),
+            ({"emb.weight": torch.zeros(3, 3)}, LayoutError, "holds no tuned state"),
         ]
     ):
         path = tmp_path / f"{number}.pth"

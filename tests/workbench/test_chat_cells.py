@@ -112,12 +112,17 @@ def test_conversations_of_a_file(files, tmp_path):
         ({"second": {"temprature": 1}}, ParameterError, "temprature.*temperature"),
         ({"second": {"top_p": 2}}, ParameterError, "second: .*top_p"),
         ({"weights": "int3"}, ParameterError, "int8"),
-        ({"adapter": "state"}, ParameterError, "is a tuned state"),
+        ({"adapter": "state"}, ParameterError, "is a tuned state: give it as state"),
+        ({"adapter": "model"}, ParameterError, "is a whole model: give it as model"),
+        ({"state": "model"}, LayoutError, "holds no tuned state: it is of kind 'model'"),
+        ({"state": "adapter"}, LayoutError, "holds no tuned state: it is of kind 'lora'"),
+        ({"second": {"state": "model"}}, LayoutError, "holds no tuned state"),
         ({"model": "state"}, LayoutError, "state"),
     ],
 )
 def test_what_is_refused(files, tmp_path, given, error, words):
-    given = {name: files.get(value, value) if isinstance(value, str) else value for name, value in given.items()}
+    second = {name: files.get(value, value) for name, value in given.get("second", {}).items()}
+    given = {name: files.get(value, value) for name, value in given.items() if name != "second"} | {"second": second}
     with pytest.raises(error, match=words):
         done(tmp_path, **{"model": files["model"]} | given)
 

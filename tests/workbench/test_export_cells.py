@@ -104,8 +104,8 @@ def test_the_panel_leaves_out_what_is_not_given(model, tmp_path, monkeypatch):
         *("checkpoint_path", "quantization_level", "overwrite", "prompt", "dry_run", "report")
     }
     shown = [getattr(field.widget, "text", field.widget).tooltip for field in panel.fields.values()]
-    assert not [words for words in shown if "here None" in words or "here  (" in words]
-    assert "here 20 (default)" in panel.fields["onnx_opset_version"].widget.tooltip
+    assert not [words for words in shown if "empty: None" in words or "empty:  (" in words]
+    assert "empty: 20 (default)" in panel.fields["onnx_opset_version"].widget.tooltip
     panel.fields["pytorch_format"].widget.value = "safetensors"
     panel.fields["export_onnx"].widget.value = False
     panel.fields["test_input_samples"].widget.value = "3"

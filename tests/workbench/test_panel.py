@@ -76,12 +76,43 @@ def test_what_none_stands_for_is_shown_with_its_number(tmp_path, demo_folder, mo
     monkeypatch.setattr(panels, "frontend_present", lambda: True)
     run = start("train", {"report": str(tmp_path)})
     panel = show_panel(run)
-    assert "here 400:" in panel.fields["steps"].widget.placeholder
+    assert "empty: 400" == panel.fields["steps"].widget.placeholder
     panel.fields["kind"].widget.value = "lora"
-    assert "here 200:" in panel.fields["steps"].widget.placeholder
+    assert "empty: 200" == panel.fields["steps"].widget.placeholder
     panel.fields["rank"].widget.value = "16"
-    assert "here 32:" in panel.fields["alpha"].widget.placeholder
+    assert "empty: 32" == panel.fields["alpha"].widget.placeholder
     assert "None, here 200" in repr(run)
+
+
+def test_alpha_of_a_merge_says_what_it_is_where_none_is_given(panel, demo_folder):
+    alpha, method = panel.fields["alpha"], panel.fields["method"].widget
+    assert alpha.widget.placeholder == "empty: 1" and "how far to go" in alpha.box.children[1].value
+    method.value = "slerp"
+    assert alpha.widget.placeholder == "empty: 0.5"
+    method.value = "lora"
+    assert alpha.widget.placeholder == "empty: what the file states"
+    method.value = "auto"
+    panel.fields["tuned"].widget.text.value = str(demo_folder / "demo-state.pth")
+    assert alpha.widget.placeholder == "empty: 1"
+    panel.fields["tuned"].widget.text.value = str(demo_folder / "none.pth")
+    assert alpha.widget.placeholder == ""
+
+
+def test_the_longest_label_has_room(tmp_path, demo_folder, monkeypatch):
+    monkeypatch.setattr(panels, "frontend_present", lambda: True)
+    for notebook, width in (("inspect", "9rem"), ("export", "12.48rem")):
+        panel = show_panel(start(notebook, {"report": str(tmp_path / notebook)}))
+        widths = {getattr(f.widget, "text", f.widget).style.description_width for f in panel.fields.values()}
+        assert widths == {width}
+
+
+def test_buttons_that_do_nothing_now_are_flat(panel):
+    flat = lambda: {name for name, button in panel.buttons.items() if button._dom_classes}  # noqa: E731
+    assert flat() == {"Stop"}
+    panel._enable(False)
+    assert flat() == {"Plan", "Run", "Reset"}
+    panel._enable(True)
+    assert flat() == {"Stop"}
 
 
 def test_an_empty_choice_says_what_it_stands_for(tmp_path, demo_folder, monkeypatch):
@@ -121,9 +152,11 @@ def test_fields_that_hold_no_text_have_their_help_beside_them(tmp_path, demo_fol
     monkeypatch.setattr(panels, "frontend_present", lambda: True)
     panel = show_panel(start("export", {"report": str(tmp_path)}))
     levels = panel.fields["quantization_level"]
-    assert "here none, int8 (notebook)" in levels.box.children[1].value
-    assert panel.fields["output_directory"].widget.placeholder.startswith(f"here {tmp_path / 'exported'} (notebook): ")
-    assert panel.fields["checkpoint_path"].widget.text.placeholder.startswith("here demo:state (notebook): an ")
+    assert "empty: none, int8 (notebook); how" in levels.box.children[1].value
+    assert panel.fields["output_directory"].widget.placeholder.startswith(
+        f"empty: {tmp_path / 'exported'} (notebook); where"
+    )
+    assert panel.fields["checkpoint_path"].widget.text.placeholder.startswith("empty: demo:state (notebook); an ")
 
 
 def test_messages_are_escaped(panel):
@@ -162,7 +195,9 @@ def test_a_run_leads_to_its_report_and_to_the_notebooks_that_take_its_output(pan
     monkeypatch.chdir(tmp_path)
     assert panel.onward.box.layout.display == "none"
     panel.buttons["Run"].click()
-    (link,) = panel.onward.links.outputs
+    found, link = panel.onward.links.outputs
+    summary = panel.run.page.summary
+    assert f"<b>PASS</b> All {len(panel.run.record.checks)} checks passed. {summary}" in found["data"]["text/html"]
     assert '<a href="report/report.html" target="_blank">Open report</a>' in link["data"]["text/html"]
     label, *buttons = panel.onward.buttons.children
     named = {button.description: button for button in buttons}

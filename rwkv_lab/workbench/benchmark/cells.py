@@ -23,6 +23,7 @@ from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.machine import cores
 from rwkv_lab.model.device import parse_device
 from rwkv_lab.progress import human_bytes, human_seconds
+from rwkv_lab.text import counted
 from rwkv_lab.wkv import backends
 from rwkv_lab.workbench.estimate import forward_seconds, in_words, memory_in_words
 from rwkv_lab.workbench.parameters import input_path
@@ -98,11 +99,14 @@ def _plan_table(run: Run, plan: Plan, facts: FileFacts, layout: Layout, values: 
     loading = engines * min(plan.rounds, _LOADS) * _START
     read = max(_GROWTH) * longest + len(_GROWTH) * rounds * 512
     context = forward_seconds(read, *size, to_dtype(_COMPUTES_IN.get(plan.dtypes[0], plan.dtypes[0])), "cpu") + rounds
+    measured = f"rwkv_lab in {', '.join(plan.dtypes)}" + (
+        f" and {counted(len(plan.peers), 'peer')}" if plan.peers else ""
+    )
     parts = [
-        ("decode and prefill", f"{engines} programs and dtypes, batches {_list(plan.batches)}, prompts "
-         f"{_list(plan.lengths)}, {plan.rounds} rounds", rates),
+        ("decode and prefill", f"{measured}; batches {_list(plan.batches)}, prompts of {_list(plan.lengths)} tokens, "
+         f"{counted(plan.rounds, 'round')}", rates),
         ("WKV operators", f"{', '.join(names)}, {longest} tokens", operators),
-        ("loading", f"{engines} programs and dtypes, each in processes of its own", loading),
+        ("loading", f"{measured}; each in processes of its own", loading),
         ("along the context", f"up to {max(_GROWTH) * longest:,} tokens", context),
     ]  # fmt: skip
     total = sum(seconds for *_, seconds in parts)

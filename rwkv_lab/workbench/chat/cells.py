@@ -12,6 +12,7 @@ from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import OutputError
 from rwkv_lab.progress import frontend_present
 from rwkv_lab.samples import Sample
+from rwkv_lab.text import counted
 from rwkv_lab.workbench import steps
 from rwkv_lab.workbench.chat.parameters import ChatParameters
 from rwkv_lab.workbench.estimate import in_words, memory_in_words, stepping_seconds
@@ -92,7 +93,7 @@ def answer(run: Run, speakers: list[Speaker]) -> Asked:
     tokens = sum(len(a.ids) for _, answers in asked for a in answers.values())
     seconds = sum(a.seconds for _, answers in asked for a in answers.values())
     of = "" if len(speakers) == 1 else f", {len(speakers)} answers each"
-    prompts = f"{len(asked)} prompt{'s' if len(asked) > 1 else ''}{of}"
+    prompts = f"{counted(len(asked), 'prompt')}{of}"
     run.page.summary = f"{prompts}: {tokens} tokens, {tokens / max(seconds, 1e-9):.0f} tokens/s with reading."
     run.record.metrics |= {"prompts": len(asked), "tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9)}
     out = run.output_path("answers.json")

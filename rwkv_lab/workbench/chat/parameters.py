@@ -5,12 +5,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rwkv_lab.analysis.answers import WEIGHTS, read_prompts
+from rwkv_lab.analysis.answers import WEIGHTS, read_prompts, refuse_as_adapter
+from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint.tuned_states import state_names
 from rwkv_lab.dtypes import in_long
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.spec import Number, OneOf, Patterns, Text
 from rwkv_lab.suggestions import unknown_name
 from rwkv_lab.workbench.parameters import (
+    DEMO,
     TEXT,
     Files,
     ModelPath,
@@ -18,7 +21,6 @@ from rwkv_lab.workbench.parameters import (
     PathOrEmpty,
     TextFileOrEmpty,
     TextOrFile,
-    check_headers,
     check_models,
 )
 
@@ -70,7 +72,7 @@ class ChatParameters(Parameters):
     prompts: TextFileOrEmpty = Field(
         "", description="instead: a file, one prompt per line, or JSON with texts or messages"
     )
-    max_new_tokens: Annotated[int, Field(ge=0)] = Field(100, description="at most")
+    max_new_tokens: Annotated[int, Field(ge=0)] = Field(100, description="tokens of an answer, at most")
     temperature: Annotated[Number, Field(ge=0)] = Field(1.0, description="0 always takes the likeliest token")
     top_p: Annotated[Number, Field(ge=0, le=1)] = Field(
         0.9, description="draw from the likeliest tokens that hold this much probability"
@@ -122,7 +124,10 @@ class ChatParameters(Parameters):
     def check_files(self) -> None:
         for one in filter(None, (self, self.beside())):
             check_models(one.model)
-            check_headers(one.state, one.adapter)
+            for path, refuse in ((one.state, state_names), (one.adapter, refuse_as_adapter)):
+                if path and path not in DEMO:
+                    with open_checkpoint(path) as ck:
+                        refuse(ck)
         if self.prompts:
             read_prompts(self.prompts)
 

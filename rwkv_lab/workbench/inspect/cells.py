@@ -11,6 +11,7 @@ from rwkv_lab.checks import Check
 from rwkv_lab.names import split_block
 from rwkv_lab.plotting import layer_map
 from rwkv_lab.progress import human_bytes
+from rwkv_lab.text import counted
 from rwkv_lab.workbench.estimate import memory_in_words
 from rwkv_lab.workbench.inspect import figures
 from rwkv_lab.workbench.parameters import input_path
@@ -116,7 +117,7 @@ def _facts(ck: Checkpoint) -> list[tuple[str, object]]:
     dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in ck.info.values())
     facts: list[tuple[str, object]] = [
         ("kind", _kind_in_words(ck)),
-        ("format", f"{ck.format}, {len(ck.files)} file{'s' if len(ck.files) > 1 else ''}, {human_bytes(ck.bytes)}"),
+        ("format", f"{ck.format}, {counted(len(ck.files), 'file')}, {human_bytes(ck.bytes)}"),
         ("model", str(ck.layout) if ck.layout else f"no layout: {ck.reason}"),
         ("tensors", f"{len(ck)}, {sum(t.numel for t in ck.info.values()):,} values"),
         ("dtypes", ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())),

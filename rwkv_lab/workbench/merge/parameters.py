@@ -5,10 +5,11 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from rwkv_lab.errors import ParameterError
+from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.errors import ParameterError, RwkvLabError
 from rwkv_lab.merge import MERGE_METHODS, MergeOptions, MergeSpec, check_files, read_recipe
-from rwkv_lab.merge.families import family_of
-from rwkv_lab.merge.method import OF_SOME_METHODS
+from rwkv_lab.merge.families import family_of, method_of
+from rwkv_lab.merge.method import OF_SOME_METHODS, Method
 from rwkv_lab.spec import Number, Text
 from rwkv_lab.train import CORPORA
 from rwkv_lab.train.data import check_data
@@ -72,6 +73,17 @@ class MergeParameters(ReadsText):
         return method is None or name not in OF_SOME_METHODS or name in method.takes
 
     @classmethod
+    def stands_for(cls, values: Mapping[str, Any]) -> Mapping[str, object]:
+        if values["recipe"]:
+            return {}
+        method = MERGE_METHODS.get(values["method"]) or _method_of_file(values["tuned"])
+        own = {p.name: p.default for p in method.parameters} if method else {}
+        found = {name: f"{own[name]:g}" for name in ("alpha", "weights") if isinstance(own.get(name), int | float)}
+        if method and "alpha" in method.takes and own["alpha"] is None:  # of adapters
+            found["alpha"] = "what the file states"
+        return found
+
+    @classmethod
     def weighted(cls, values: Mapping[str, Any]) -> Sequence[str]:
         if not cls.applies("weights", values):
             return ()
@@ -130,6 +142,17 @@ class MergeParameters(ReadsText):
     def options(self) -> MergeOptions:
         """How the merge runs."""
         return MergeOptions.read(values_for(MergeOptions, self))
+
+
+def _method_of_file(tuned: Any) -> Method | None:
+    """The method that auto stands for with one file, as far as its header tells."""
+    if tuned in DEMO:
+        return MERGE_METHODS["state"]
+    try:
+        with open_checkpoint(tuned) as ck:
+            return MERGE_METHODS[method_of(ck)]
+    except (RwkvLabError, OSError, TypeError):  # the message beside the fields says so; or several files
+        return None
 
 
 PARAMETERS = MergeParameters

@@ -26,6 +26,7 @@ from rwkv_lab.checks import Check
 from rwkv_lab.dtypes import long_name, to_dtype
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.model import RWKV_Dual
+from rwkv_lab.text import counted
 from rwkv_lab.wkv import backends as all_backends
 from rwkv_lab.workbench.estimate import forward_seconds, in_words, memory_in_words, stepping_seconds
 from rwkv_lab.workbench.modes import figures
@@ -78,7 +79,7 @@ def _planned(run: Run) -> tuple[list[FileFacts], Layout, list[tuple[str, object]
         layout,
         [
             ("model", f"{inputs[0].path.name}: {layout}"),
-            ("tokens", f"{config.batch} sequences of {config.length}"),
+            ("tokens", f"{counted(config.batch, 'sequence')} of {config.length}"),
             ("runs", f"{runs}: in parallel and token by token, {', '.join(config.dtypes)}, each beside float64"),
             ("backends", ", ".join(dict.fromkeys(name for names in backends.values() for name in names))),
             ("memory", memory_in_words(needed)),
@@ -117,7 +118,7 @@ def load(run: Run) -> Subject:
     run.page.headline = f"{name}, an RWKV-{version}, in every mode, backend and dtype."
     run.page.facts = [
         ("model", f"{name}: {layout}"),
-        ("tokens", f"{config.batch} sequences of {config.length}: {source}"),
+        ("tokens", f"{counted(config.batch, 'sequence')} of {config.length}: {source}"),
         *(fact for fact in plan if fact[0] not in ("model", "tokens", "time")),
     ]
     print(f"tokens: {source}")
@@ -231,8 +232,7 @@ def explore(run: Run, subject: Subject) -> None:
 
 def _subtitle(run: Run, subject: Subject) -> str:
     B, T = subject.tokens.shape
-    sequences = "1 sequence" if B == 1 else f"{B} sequences"
-    return f"{run.page.facts[0][1]}\n{sequences} of {T} tokens, {subject.source}"
+    return f"{run.page.facts[0][1]}\n{counted(B, 'sequence')} of {T} tokens, {subject.source}"
 
 
 def _summary(rows: Sequence[ModeRow]) -> str:

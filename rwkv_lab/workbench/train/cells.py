@@ -10,6 +10,7 @@ from rwkv_lab.machine import memory_free
 from rwkv_lab.plotting import bits_bars, dark_png, png
 from rwkv_lab.progress import frontend_present, human_bytes
 from rwkv_lab.samples import Sample
+from rwkv_lab.text import counted
 from rwkv_lab.train import (
     Compared,
     Corpus,
@@ -232,7 +233,7 @@ def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
     if spec.base:
         with open_checkpoint(spec.base) as ck:
             described = f"{ck.path.name}, {human_bytes(ck.bytes)}"
-    each = f"{spec.accumulate} × {spec.batch_size}" if spec.accumulate > 1 else str(spec.batch_size)
+    each = f"{spec.accumulate} × " if spec.accumulate > 1 else ""
     facts: list[tuple[str, object]] = [
         ("kind", spec.kind),
         ("base", described),
@@ -240,7 +241,7 @@ def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
         ("trained", f"{made.count:,} parameters, {made.count / total:.2%} of {total:,}; {made.frozen:,} are frozen"),
         ("text", f"{corpus.name}, {_size(corpus, 'train')}"),
         ("held out", f"{_size(corpus, 'held_out')}: {corpus.split}"),
-        ("steps", f"{spec.steps:,}, each of {each} sequences of {spec.ctx_len} tokens"),
+        ("steps", f"{spec.steps:,}, each of {each}{counted(spec.batch_size, 'sequence')} of {spec.ctx_len} tokens"),
         ("learning rate", f"up to {spec.lr:g} after {spec.warmup_steps:,} steps"),
         (
             "memory",
