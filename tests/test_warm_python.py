@@ -1,5 +1,6 @@
 """Python that starts at once does what `sys.executable` does."""
 
+import signal
 import subprocess
 import sys
 
@@ -55,6 +56,15 @@ def test_ends(code, both, tmp_path):
     one, other = both("-c", code)
     assert one == other and one[0] == ENDS[code]
     assert not ("at-exit" in code or "late" in code) or list(tmp_path.iterdir())
+
+
+def test_an_interrupt_reaches_it(warm):
+    code = "import time\nprint('on', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('interrupted')"
+    given = {"env": warm.environment | {"WORD": ""}, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([warm.python, "-c", code], **given) as process:
+        assert process.stdout.readline() == "on\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[0] == "interrupted\n" and process.returncode == 0
 
 
 def test_what_is_imported_already_is_not_taken_where_it_could_differ(both, warm, tmp_path):

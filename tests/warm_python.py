@@ -37,7 +37,6 @@ plain = words[unbuffered:]
 script = bool(plain) and not plain[0].startswith("-")
 if not (script or plain[:1] in (["-m"], ["-c"])) or any(environment.get(n, "") != v for n, v in fixed.items()):
     os.execv({python!r}, [{python!r}, *words])
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is meant for the kernel
 server = socket.socket(socket.AF_UNIX)
 server.connect({path!r})
 given = dict(words=plain, unbuffered=unbuffered, environment=environment)
@@ -46,6 +45,7 @@ message = json.dumps(given).encode("utf-8", "surrogateescape")
 socket.send_fds(server, [struct.pack("!I", len(message))], [0, 1, 2])
 server.sendall(message)
 server.settimeout(1)
+signal.signal(signal.SIGINT, lambda *_: server.send(b"i"))  # it is meant for the fork
 while os.getppid() == given["parent"]:  # it does not outlive who started it
     try:
         code = server.recv(4)
@@ -184,11 +184,13 @@ def _answer(connection: socket.socket, pid: int) -> NoReturn:
     for stream in (0, 1, 2):
         os.close(stream)
 
-    def end_with_it() -> None:
-        if not connection.recv(1):
-            os.kill(pid, signal.SIGKILL)
+    def pass_on() -> None:
+        """Interrupts, and the end."""
+        while connection.recv(1):
+            os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGKILL)
 
-    threading.Thread(target=end_with_it, daemon=True).start()
+    threading.Thread(target=pass_on, daemon=True).start()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with suppress(OSError):
         connection.sendall(struct.pack("!i", code))

@@ -175,10 +175,32 @@ def wait_for_kernel(page: "Page") -> None:
     page.locator(".jp-StatusBar-TextItem", has_text=re.compile("Python 3.* Idle")).wait_for()
 
 
+def choose(page: "Page", menu: str, *items: str) -> None:
+    """Choose from JupyterLab's menu by the mouse; of several items, those before the last open a menu of their own."""
+    page.get_by_role("menuitem", name=menu, exact=True).click()
+    for item in items:
+        page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{re.escape(item)}$")).click()
+
+
+def use_theme(page: "Page", name: str) -> None:
+    """JupyterLab's "Light" or "Dark"; it is kept for all notebooks."""
+    choose(page, "Settings", "Theme", f"JupyterLab {name}")
+    light = "true" if name == "Light" else "false"
+    page.locator(f'body[data-jp-theme-light="{light}"]').wait_for(state="attached")
+
+
 def run_all(page: "Page", seconds: float = WAIT) -> None:
     """Run > Run All Cells, by the mouse, and wait for the last one."""
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    choose(page, "Run", "Run All Cells")
+    wait_for_end(page, seconds)
+
+
+def restart_and_run_all(page: "Page", seconds: float = WAIT) -> None:
+    """Kernel > Restart Kernel and Run All Cells, by the mouse, and wait for the last one."""
+    choose(page, "Kernel", "Restart Kernel and Run All Cells…")
+    page.get_by_role("button", name="Confirm Kernel Restart").click()
+    first = page.locator(f"{IN_SIGHT} .jp-CodeCell .jp-InputPrompt").first
+    wait_until(page, lambda: first.inner_text() in ("[ ]:", "[*]:"))  # what was run before is gone
     wait_for_end(page, seconds)
 
 
@@ -193,10 +215,13 @@ def wait_for_end(page: "Page", seconds: float = WAIT) -> None:
     wait_until(page, ended, seconds)
 
 
-def run_cell(page: "Page", source: str) -> None:
-    """Run the cell that has this source, by the keyboard."""
+def run_cell(page: "Page", source: str, more: str = "") -> None:
+    """Run the cell that has this source, and `more` at its end, by the keyboard."""
     cell = page.locator(".jp-CodeCell", has=page.locator(".cm-content", has_text=source)).first
     cell.locator(".cm-content").click()
+    if more:
+        page.keyboard.press("Control+End")
+        page.keyboard.insert_text(more)
     before = cell.locator(".jp-InputPrompt").inner_text()
     page.keyboard.press("Control+Enter")
     wait_until(page, lambda: cell.locator(".jp-InputPrompt").inner_text() not in (before, "[*]:"))

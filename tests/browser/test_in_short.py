@@ -10,6 +10,7 @@ from browser.accessibility import assert_accessible
 from browser.lab import (
     MISSING,
     Lab,
+    choose,
     errors_in,
     open_notebook,
     panel_of,
@@ -81,22 +82,25 @@ def test_report_and_list_of_runs(lab: Lab, page):
 
 
 def test_chat(lab: Lab, page):
-    """The box of chat.ipynb: Send has the model write while one looks on, Stop ends it, New forgets it."""
+    """The box of chat.ipynb: Send has the model write, Stop and the kernel's Interrupt end it, New forgets it."""
     open_notebook(page, lab, "chat")
     run_all(page)
     panel_of(page).get_by_label("max_new_tokens", exact=True).fill("100000")
-    for source in ("cells.load", "cells.converse"):  # leaving the field sets it; the box is made again with it
-        run_cell(page, source)
+    never_ends = "\nfor one in speakers: one.model.tokenizer.end_of_text = None"
+    for source, more in (("cells.load", never_ends), ("cells.converse", "")):
+        run_cell(page, source, more)  # leaving the field sets it; the box is made again with it
     box = page.locator(".jp-CodeCell", has=page.get_by_role("button", name="Send", exact=True))
     send, stop, new = (box.get_by_role("button", name=name, exact=True) for name in ("Send", "Stop", "New"))
-    box.locator("textarea").fill("The cat")
-    send.click()
     said = box.locator(".widget-html-content", has_text="You The cat")
-    said.wait_for()
-    wait_until(page, lambda: len(said.inner_text()) > len("demo-base.pth You The cat") + 40)  # it has not ended yet
-    stop.evaluate("button => button.click()")  # a text that ended by itself meanwhile has disabled it
-    wait_until(page, send.is_enabled)
-    assert stop.is_disabled() and len(said.inner_text()) < 90_000
-    new.click()
-    said.wait_for(state="detached")
+    for end in (stop.click, lambda: choose(page, "Kernel", "Interrupt Kernel"), stop.click):
+        box.locator("textarea").fill("The cat")
+        send.click()
+        said.wait_for()
+        wait_until(page, lambda: len(said.inner_text()) > len("demo-base.pth You The cat") + 40)
+        assert send.is_disabled() and stop.is_enabled()
+        end()
+        wait_until(page, send.is_enabled)
+        assert stop.is_disabled() and len(said.inner_text()) < 90_000
+        new.click()
+        said.wait_for(state="detached")
     assert errors_in(page) == []
