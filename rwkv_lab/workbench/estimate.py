@@ -16,6 +16,7 @@ _MEASURED = 0.05  # seconds
 _WIDTH = 1024  # of the matrix that a rate is measured with
 _IN_RNN_MODE = 500  # products of two numbers in the time that a layer of RWKV-7 takes for a token through torch
 _IN_REFERENCE = 45  # the same of the WKV operator's reference alone
+_IN_WRITING = 400  # calls of torch in the time that choosing a token takes, and decoding and showing its text
 _FILE_COPY = 4  # copies in memory in the time that copying a file takes which the system has in memory
 _LOAD = 3.5  # copies of a checkpoint in the time that loading it takes: docs/scaling.md
 FIGURES = 3.0  # seconds of figures and the report
@@ -41,6 +42,13 @@ def stepping_seconds(tokens: int, rows: int, values: int, layers: int, dtype: to
     """Seconds of the same token by token; backend "cpu" has compiled steps."""
     calls = 1 if backend == "cpu" else _IN_RNN_MODE
     return tokens * (product_seconds(rows, values, dtype) + layers * calls * _call_seconds())
+
+
+def writing_seconds(tokens: int, vocabulary: int, values: int, layers: int, dtype: torch.dtype) -> float:
+    """Seconds of writing so many tokens one after the other, each drawn from a vocabulary of this size."""
+    logits = torch.rand(vocabulary)
+    drawing = _seconds(lambda: logits.sort(descending=True)) + _IN_WRITING * _call_seconds()
+    return tokens * drawing + stepping_seconds(tokens, 1, values, layers, dtype, "cpu")
 
 
 def file_seconds(size: float) -> float:

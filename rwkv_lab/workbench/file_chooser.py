@@ -58,20 +58,21 @@ class FileChooser(HasTraits):
         """Give the label so many rem; what is under it begins where the text does."""
         self.text.style.description_width = f"{width:g}rem"
         self.several.box.layout.margin = f"0 0 0 {width + 0.5:g}rem"
-        self.walk.layout.margin = f"0 0 0 {width - 3.5:g}rem"  # its own labels are narrower
+        self.walk.layout.margin = f"0 0 0 {width - 4:g}rem"  # its own labels have 4
 
     def _make_list(self) -> None:
         """What Browse unfolds: the folder, its rows, what the marked row is, and buttons: the arrow keys only mark."""
-        shape = {"layout": widgets.Layout(width="50rem"), "style": {"description_width": "4rem"}}
+        shape = {"layout": widgets.Layout(width="auto", max_width="50rem"), "style": {"description_width": "4rem"}}
         tooltip = "the folder; another can be written"
         self.place = widgets.Text(description="folder", continuous_update=False, tooltip=tooltip, **shape)
         self.list = widgets.Select(description="files", tooltip="a file, or a folder to look into", rows=10, **shape)
         self.list.add_class("rwkv-files")
-        self.details = widgets.HTML(layout=widgets.Layout(width="46rem"))
+        self.details = widgets.HTML(layout=widgets.Layout(max_width="46rem", margin="0 0 0 4.5rem"))
         self.open = _button("Open folder", "look into the marked folder")
         self.use = _button("Use", f"take the marked file as {self.name}")
         self.add = _button("Add", f"take the marked file too, beside those of {self.name}")
-        buttons = widgets.HBox([self.open, self.use, *([self.add] if self.files.several else [])])
+        shown = [self.open, self.use, *([self.add] if self.files.several else [])]
+        buttons = widgets.HBox(shown, layout=widgets.Layout(margin="0 0 0 4.5rem"))
         # HTML with a style in it would be a row of its own.
         style = widgets.HTML(_STYLE, layout=widgets.Layout(height="0", margin="0"))
         self.walk = widgets.VBox(

@@ -172,6 +172,19 @@ def test_stop_ends_what_is_being_written(box):
     assert len(box.said["one<b>"]) == 2 and not box.said["two"]
 
 
+def test_an_interrupt_leaves_what_is_written(box, monkeypatch):
+    def writes(question, told):
+        told(1, "so far")
+        box.end()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(box.speakers[0], "answer", writes)
+    box.text.value = "go"
+    box.send.click()
+    assert [m["content"] for m in box.said["one<b>"]] == ["go", "so far"] and not box.said["two"]
+    assert box.message.value == "stopped" and not box.send.disabled and box.stop.disabled
+
+
 def test_the_box_waits_for_the_job_of_a_panel(box):
     box.text.value = "go"
     Job(box.send.click, lambda: None, lambda error: None).start()

@@ -39,7 +39,9 @@ def test_what_a_plan_counts(model, tmp_path, capsys):
     said = plan("modes", tmp_path, capsys, model=str(model), dtypes=["float32"], backends=["reference", "chunked"])
     assert re.search(r"runs +4: ", said) and "reference, chunked" in said and "2 sequences of 512" in said
     said = plan("benchmark", tmp_path, capsys, model=str(model), lengths=[32], batches=[1, 2], peers=[])
-    assert "batches 1, 2, prompts 32, 3 rounds" in said and "up to 512 tokens" in said
+    assert "batches 1, 2, prompts of 32 tokens, 3 rounds" in said and "up to 512 tokens" in said
+    said = plan("modes", tmp_path, capsys, model=str(model), batch=1)
+    assert "1 sequence of 512" in said
 
 
 @pytest.mark.parametrize("notebook", ["modes", "benchmark", "chat"])
@@ -69,6 +71,19 @@ def test_the_time_of_an_export_counts_the_comparison(demo_folder, tmp_path, caps
     assert seconds(alone) + 30 < seconds(compared)
     scanned = plan("export", tmp_path, capsys, quantization_level=["int8"], sensitivity_scan=True)
     assert "a sensitivity scan is not in it" in scanned
+
+
+def test_the_time_of_answers_counts_their_tokens(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rwkv_lab.workbench.chat.cells.writing_seconds", lambda tokens, *_: tokens)
+    (tmp_path / "p.txt").write_text("the cat\n" * 50)
+    given = {"model": str(model), "max_new_tokens": 12, "second": {"max_new_tokens": 24}}
+    assert seconds(plan("chat", tmp_path, capsys, prompts=str(tmp_path / "p.txt"), **given)) == 50 * 36
+
+
+def test_choosing_tokens_and_showing_their_text_is_counted():
+    size = (4, torch.float32)  # of a small model, which takes less itself
+    writing = estimate.writing_seconds(1000, 257, 50_000, *size)
+    assert writing > 3 * estimate.stepping_seconds(1000, 1, 50_000, *size, "cpu")
 
 
 def test_a_longer_text_takes_longer_and_token_by_token_longest():

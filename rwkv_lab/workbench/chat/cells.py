@@ -1,6 +1,7 @@
 """What the cells of chat.ipynb call, in their order. Each shows its part, and notes it for result and report."""
 
 import json
+from contextlib import nullcontext
 
 from IPython.display import display
 
@@ -10,12 +11,12 @@ from rwkv_lab.checkpoint.whole_model import whole_model
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import OutputError
-from rwkv_lab.progress import frontend_present
+from rwkv_lab.progress import Progress, frontend_present
 from rwkv_lab.samples import Sample
 from rwkv_lab.text import counted
 from rwkv_lab.workbench import steps
 from rwkv_lab.workbench.chat.parameters import ChatParameters
-from rwkv_lab.workbench.estimate import in_words, memory_in_words, stepping_seconds
+from rwkv_lab.workbench.estimate import in_words, memory_in_words, writing_seconds
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step
@@ -44,11 +45,11 @@ def _plan(run: Run) -> list[tuple[str, object]]:
         rows.append((name, f"{layout}; {_in_words(config)}"))
         needed += values * dtype.itemsize
         tokens = asked * config.max_new_tokens
-        seconds += stepping_seconds(tokens, 1, values, layout.n_layer, dtype, "cpu")
+        seconds += writing_seconds(tokens, layout.vocab_size, values, layout.n_layer, dtype)
     written = " and ".join(str(config.max_new_tokens) for config in both)
     return [
         *rows,
-        ("prompts", f"{asked}, answered by at most {written} tokens each"),
+        ("prompts", f"{asked:,}, answered by at most {written} tokens each"),
         ("memory", memory_in_words(needed)),
         ("time", in_words(seconds)),
     ]
@@ -83,13 +84,17 @@ def answer(run: Run, speakers: list[Speaker]) -> Asked:
         ParameterError: a conversation that cannot be answered.
     """
     asked: Asked = []
-    with run.timed("answers"):
-        for question in _questions(run.config):
+    questions = _questions(run.config)
+    counts = Progress("answers", len(questions), "prompts") if len(questions) > 1 else nullcontext()
+    with run.timed("answers"), counts as progress:
+        for question in questions:
             answers = {speaker.name: _said(speaker, question) for speaker in speakers}
             asked.append((question, answers))
             shown = _shown(question)
             run.page.samples.append(Sample(shown, {name: a.text for name, a in answers.items()}))
             display(Table(f"After the prompt {shown!r}", [*answers], [[a.text for a in answers.values()]]))
+            if progress:
+                progress.advance(1)
     tokens = sum(len(a.ids) for _, answers in asked for a in answers.values())
     seconds = sum(a.seconds for _, answers in asked for a in answers.values())
     of = "" if len(speakers) == 1 else f", {len(speakers)} answers each"

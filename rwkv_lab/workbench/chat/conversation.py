@@ -81,22 +81,26 @@ class Conversation:
 
         try:
             answer = speaker.answer([*messages] if self.run.config.conversation else question, told)
-        except (RwkvLabError, KeyboardInterrupt):  # refused, or the kernel's Interrupt
+        except RwkvLabError:
             messages.pop()
+            raise
+        except KeyboardInterrupt:  # of the kernel, which does what Stop does
+            messages.append({"role": "assistant", "content": "".join(found)})
             raise
         finally:
             del self._found[speaker.name]
         messages.append({"role": "assistant", "content": answer.text})
 
     def _ended(self, error: BaseException | None) -> None:
+        stopped = self.job is not None and self.job.watcher.stopped
         self.job = None
         self._enable(True)
         self._show()
-        if error is None:
-            self.message.value, self.text.value = "", ""
+        if error is None or stopped:
+            self.message.value, self.text.value = "stopped" if stopped else "", ""
         else:
-            what = "stopped" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-            self.message.value = f'<pre style="white-space: pre-wrap">{html.escape(what)}</pre>'
+            what = html.escape(f"{type(error).__name__}: {error}")
+            self.message.value = f'<pre style="white-space: pre-wrap">{what}</pre>'
 
     def _show(self) -> None:
         for one in self.speakers:
