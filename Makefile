@@ -82,7 +82,7 @@ bench: $(TESTS_READY)
 	$(BIN)/python -m rwkv_lab.bench convert
 
 browser: $(TESTS_READY)
-	$(BIN)/python -m pytest tests/browser/tour.py
+	$(BIN)/python -m pytest tests/browser/test_in_short.py tests/browser/tour.py
 
 sanitize: $(TESTS_READY)
 	RWKV_LAB_LOOPS=1000 $(BIN)/python tests/sanitize.py

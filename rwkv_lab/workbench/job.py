@@ -9,6 +9,7 @@ import ctypes
 import inspect
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextvars import copy_context
@@ -44,6 +45,7 @@ class Job:
         self._work, self._look, self._ended = work, look, ended
         self._thread: threading.Thread | None = None
         self._over, self._lock = False, threading.RLock()  # a signal may come while this thread holds it
+        self._raises = False  # stopped by an exception; `watcher.stopped` may be set alone, for a gentle end
         self._others: set[int] = set()  # processes that are not the job's
 
     def start(self) -> bool:
@@ -66,12 +68,19 @@ class Job:
         with self._lock:
             if self._over or self.watcher.stopped:
                 return
-            self.watcher.stopped = True
+            self.watcher.stopped = self._raises = True
             if self._thread is not None and self._thread.ident is not None:
                 _raise_in(self._thread.ident, KeyboardInterrupt)
         for child in psutil.Process().children() if self._thread is not None else ():
             if child.pid not in self._others:
                 os.kill(child.pid, signal.SIGINT)
+
+    def _stop_again(self) -> None:
+        """Raise KeyboardInterrupt once more where it was lost: Python ignores what is raised in callbacks."""
+        with self._lock:
+            ident = self._thread.ident if self._thread is not None else None
+            if self._raises and not self._over and ident is not None and not _unwinds(ident):
+                _raise_in(ident, KeyboardInterrupt)
 
     def _run(self) -> None:
         try:
@@ -92,11 +101,10 @@ class Job:
             self._others = {child.pid for child in psutil.Process().children()}
             self._thread = threading.Thread(target=copy_context().run, args=(self._run,), daemon=True)
             self._thread.start()
-        else:
-            self.error = KeyboardInterrupt()
         try:
             while self._thread is not None and self._thread.is_alive():
                 _take_interrupts()
+                self._stop_again()
                 _say(kernel, "busy", parent)  # again and again: every message that is handled ends with "idle"
                 self._look()
                 await asyncio.sleep(_EVERY)
@@ -108,12 +116,23 @@ class Job:
     def _end(self) -> None:
         global _current
         _current = None
+        if not self._over and self.error is None:  # stopped before its first line
+            self.error = KeyboardInterrupt()
         self._ended(self.error)
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
     """Have a thread raise an exception, as soon as it executes Python; None takes one back that it has not raised."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind) if kind else None)
+
+
+def _unwinds(thread: int) -> bool:
+    """Whether a thread handles a KeyboardInterrupt, so that another would cut short what it cleans up."""
+    found: Any = sys._current_exceptions().get(thread)
+    error = found[1] if isinstance(found, tuple) else found  # a tuple before Python 3.12
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _say(kernel: Any, status: str, parent: Any) -> None:

@@ -47,7 +47,8 @@ _STYLE = (
     '<style>body[data-jp-theme-light="false"] .rwkv-lab-panel .widget-dropdown > select '
     f'{{ background-image: url("data:image/svg+xml,{_ARROW}") }}'
     f".rwkv-lab-panel .{_OFF} {{ background: none; box-shadow: none; cursor: default; "
-    "color: var(--jp-ui-font-color2) }</style>"
+    "color: var(--jp-ui-font-color2) }"
+    ".rwkv-lab-panel ::placeholder { color: var(--jp-ui-font-color2); opacity: 1 }</style>"
 )
 _TOOLTIPS = {
     "Plan": "show what would happen",

@@ -147,6 +147,38 @@ def test_after_a_stop_a_job_runs_to_its_end_and_sets_the_variables_of_the_cells(
     assert notebook.cell("print(result.steps if hasattr(result, 'steps') else type(result).__name__)")
 
 
+_DEAF = """
+import time
+
+from rwkv_lab.workbench.job import Job
+
+done = []
+def work():
+    try:
+        while True:
+            time.sleep(0.01)
+    except BaseException:
+        done.append("lost")  # as Python loses what is raised in a callback
+    try:
+        while True:
+            time.sleep(0.01)
+    finally:
+        for _ in range(100):
+            time.sleep(0.01)
+        done.append("cleaned up")
+job = Job(work, lambda: None, lambda error: done.append(type(error).__name__))
+job.start()
+"""
+
+
+def test_a_stop_that_was_lost_is_repeated_until_the_work_cleans_up(notebook):
+    notebook.cell(_DEAF)
+    notebook.wait(lambda: notebook.status == "busy", 5)
+    os.kill(notebook.pid, signal.SIGINT)
+    notebook.wait(lambda: notebook.status == "idle")
+    assert notebook.cell("print(done)") == "['lost', 'cleaned up', 'KeyboardInterrupt']\n"
+
+
 def test_a_click_while_a_cell_runs_waits_for_its_end(notebook):
     cell = notebook.begin_cell("import time; time.sleep(1); print(run.record.status)")
     notebook.said.clear()

@@ -98,7 +98,7 @@ def test_alpha_of_a_merge_says_what_it_is_where_none_is_given(panel, demo_folder
     assert alpha.widget.placeholder == ""
 
 
-def test_the_longest_label_has_room(tmp_path, demo_folder, monkeypatch):
+def test_labels_are_as_wide_as_the_longest_needs(tmp_path, demo_folder, monkeypatch):
     monkeypatch.setattr(panels, "frontend_present", lambda: True)
     for notebook, width in (("inspect", "9rem"), ("export", "12.48rem")):
         panel = show_panel(start(notebook, {"report": str(tmp_path / notebook)}))
