@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.request import Request, urlopen
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -80,7 +81,13 @@ def _configure(folder: Path, opened: Path) -> dict[str, str]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     config = {
-        "ServerApp": {"ip": "127.0.0.1", "port": port, "port_retries": 0, "allow_root": True},
+        "ServerApp": {
+            "ip": "127.0.0.1",
+            "port": port,
+            "port_retries": 0,
+            "allow_root": True,
+            "disable_check_xsrf": True,  # for `Lab.end_kernels`
+        },
         "IdentityProvider": {"token": ""},
         # where `make lab` writes the settings of the environment; the real environment is only linked to
         "LabApp": {"app_settings_dir": str(folder / ".venv/share/jupyter/lab/settings")},
@@ -151,16 +158,26 @@ class Lab:
         """Whether its last run is no longer at work."""
         return self.result(notebook).get("status") in ("ok", "failed")
 
+    def end_kernels(self) -> None:
+        """Shut down every kernel, as a person who is done does."""
+        sessions = f"{self.address}/api/sessions"
+        with urlopen(sessions) as answer:
+            found = json.load(answer)
+        for session in found:
+            urlopen(Request(f"{sessions}/{session['id']}", method="DELETE")).close()
+
     def notebooks(self) -> list[Path]:
         """The files of all notebooks."""
         return sorted((self.folder / "notebooks").glob("*.ipynb"))
 
 
-def wait_until(page: "Page", condition: Callable[[], bool], seconds: float = WAIT) -> None:
-    """Let the page work until something holds."""
+def wait_until(
+    page: "Page", condition: Callable[[], bool], seconds: float = WAIT, state: Callable[[], str] = lambda: ""
+) -> None:
+    """Let the page work until something holds; after so many seconds, fail with the state."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it took too long"
+        assert time.monotonic() < deadline, f"it took too long; {state()}"
         page.wait_for_timeout(100)
 
 
@@ -212,7 +229,7 @@ def wait_for_end(page: "Page", seconds: float = WAIT) -> None:
         texts = prompts.all_inner_texts()
         return "[*]:" not in texts and texts[0] != "[ ]:"
 
-    wait_until(page, ended, seconds)
+    wait_until(page, ended, seconds, lambda: f"prompts: {prompts.all_inner_texts()}")
 
 
 def run_cell(page: "Page", source: str, more: str = "") -> None:
