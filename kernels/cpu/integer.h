@@ -8,8 +8,8 @@
 
 #include <cmath>
 
+#include "quantised.h"
 #include "transpose.h"
-#include "weights.h"
 
 namespace rwkv_lab {
 
@@ -170,34 +170,72 @@ void round_tile(const RoundedRows &to, int64_t tile, const float *packed, int64_
 
 // ------------------------------------------------------------------ weights
 
+// 127 times the levels of NF4, rounded: what is multiplied in their place, which costs far less than NF4 itself.
+alignas(16) constexpr int8_t NF4_CODES[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
+
+// Numbers of a row that are added up as integers, and all of them with their padding.
+inline int integer_group(int64_t format) { return format == INT4 || format == BLOCKS4 ? GROUP4 : GROUP8; }
+inline int64_t integers_of_row(int64_t format, int64_t k) { return round_up(int(k), format == INT4 ? LINE4 : GROUP8); }
+
+// Of every byte the codes of its high and its low half, 2 n in all; n is a multiple of 16.
+INLINE void look_up_pairs(uint8_t *to, const uint8_t *bytes, int n, const uint8_t *codes) {
+#if defined(__SSSE3__)
+    const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i *>(codes)), half = _mm_set1_epi8(15);
+    for (int i = 0; i < n; i += 16) {
+        const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes + i));
+        const __m128i high = _mm_shuffle_epi8(all, _mm_and_si128(_mm_srli_epi16(both, 4), half));
+        const __m128i low = _mm_shuffle_epi8(all, _mm_and_si128(both, half));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 2 * i), _mm_unpacklo_epi8(high, low));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 2 * i + 16), _mm_unpackhi_epi8(high, low));
+    }
+#else
+    for (int i = 0; i < n; i++) to[2 * i] = codes[bytes[i] >> 4], to[2 * i + 1] = codes[bytes[i] & 15];
+#endif
+}
+
+// `there` numbers of a row, from number `at` on, with `bias` on top; `there` is a multiple of a group.
+INLINE void codes_with_bias(uint8_t *to, const Tensor &w, int64_t row, int64_t at, int there, int bias) {
+    const int64_t first = row * integers_of_row(w.format, w.columns) + at;
+    const auto *bytes = static_cast<const uint8_t *>(w.data);
+    if (w.format == INT8 || w.format == ROWS8) {
+        for (int j = 0; j < there; j++) to[j] = uint8_t(bytes[first + j] + bias);
+    } else if (w.format == INT4) {  // always a whole line, as it is stored
+        uint16_t line[LINE4 / 4];
+        memcpy(line, bytes + first / 2, sizeof line);
+        for (int n = 0; n < 4; n++)
+            for (int j = 0; j < 32; j++) to[32 * n + j] = uint8_t(line[j] >> (4 * n) & 15);
+    } else if (w.format == NF4) {
+        uint8_t codes[16];
+        for (int i = 0; i < 16; i++) codes[i] = uint8_t(NF4_CODES[i] + bias);
+        look_up_pairs(to, bytes + first / 2, there / 2, codes);
+    } else {
+        for (int j = 0; j < there; j += GROUP4) {
+            const int on_top = bias - zero_of(w, row, int(at + j) / GROUP4);
+            for (int i = 0; i < GROUP4 / 2; i++) {
+                const uint8_t two = bytes[(first + j) / 2 + i];
+                to[j + 2 * i] = uint8_t((two & 15) + on_top);
+                to[j + 2 * i + 1] = uint8_t((two >> 4) + on_top);
+            }
+        }
+    }
+}
+
 // Codes of groups begin .. end-1 of columns first .. first+columns-1, to[unit][panel], and their scales [group][panel].
 inline void pack_codes(int32_t *to, float *scales, const Tensor &w, const Path &path, int64_t begin, int64_t end, int64_t first,
                        int columns) {
-    const int panel = 2 * path.width, group = w.format == INT8 ? GROUP8 : GROUP4;
-    const int64_t row_groups = w.format == INT8 ? (w.columns + GROUP8 - 1) / GROUP8 : round_up(w.columns, LINE4) / GROUP4;
+    const int panel = 2 * path.width, group = integer_group(w.format);
     const int64_t units = (end - begin) * (group / 4);
+    const float unit = w.format == NF4 ? 127 : 1;  // of the codes
     for (int c = 0; c < panel; c++)
         for (int64_t g = begin; g < end; g++)
-            scales[(g - begin) * panel + c] = c < columns ? bfloat_to_float(short_scales(w)[(first + c) * row_groups + g]) : 0;
+            scales[(g - begin) * panel + c] = c < columns ? scale_of(w, first + c, int(g)) / unit : 0;
     constexpr int SOME = 32;  // units at a time: a line of 128 codes
     alignas(64) uint8_t rows[PATH_WIDTH][4 * SOME];
     for (int c0 = 0; c0 < panel; c0 += path.width) {
         const int count = std::clamp(columns - c0, 0, path.width);
         for (int64_t u = 0; u < units; u += SOME) {
             const int there = int(std::min<int64_t>(SOME, units - u));
-            for (int i = 0; i < count; i++) {
-                const int64_t row = first + c0 + i, at = begin * group + 4 * u;
-                if (w.format == INT8) {
-                    memcpy(rows[i], static_cast<const int8_t *>(w.data) + row * row_groups * GROUP8 + at, size_t(4 * there));
-                    for (int j = 0; j < 4 * there; j++) rows[i][j] = uint8_t(rows[i][j] + path.bias);
-                } else {
-                    const auto *words = static_cast<const uint16_t *>(w.data) + (row * row_groups * GROUP4 + at) / 4;
-                    uint16_t line[32];
-                    memcpy(line, words, sizeof line);
-                    for (int n = 0; n < 4; n++)
-                        for (int j = 0; j < 32; j++) rows[i][32 * n + j] = uint8_t(line[j] >> (4 * n) & 15);
-                }
-            }
+            for (int i = 0; i < count; i++) codes_with_bias(rows[i], w, first + c0 + i, begin * group + 4 * u, 4 * there, path.bias);
             int32_t *out = to + u * panel + c0;
             if (path.width == LANES && there % LANES == 0) {
                 for (int j = 0; j < there; j += LANES)

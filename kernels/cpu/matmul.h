@@ -220,7 +220,7 @@ struct Product {
     int64_t x_bytes, w_bytes, y_bytes;
     const void *scales;  // of a W of codes
     int64_t scales_bytes;
-    int64_t integers;  // an IntegerPath, for a W of INT8 or INT4: X is rounded to 8 bits
+    int64_t integers;  // an IntegerPath, for a W of codes: X is rounded to 8 bits
     const uint8_t *zeros;
     int64_t zeros_bytes;
 
@@ -243,7 +243,7 @@ inline bool weight_fits(const Product &p, bool pairs) {
 }
 
 inline bool fits(const Product &p, bool pairs) {
-    if (p.integers != NO_INTEGERS && ((p.w_dtype != INT8 && p.w_dtype != INT4) || !has_path(p.integers))) return false;
+    if (p.integers != NO_INTEGERS && (!is_coded(p.w_dtype) || !has_path(p.integers))) return false;
     return p.rows > 0 && p.k > 0 && p.n > 0 && is_dtype(p.y_dtype) && weight_fits(p, pairs) && (!p.add || p.y_dtype == FLOAT32) &&
            p.y_stride >= p.n && holds({const_cast<float *>(p.x), p.x_bytes}, 4, {packed_floats_of(p.rows, p.k, pairs)}) &&
            reaches({p.y, p.y_bytes}, size_of(p.y_dtype), {p.rows, p.n}, {p.y_stride, 1});
@@ -326,8 +326,8 @@ void multiply_few(const Product &p, int64_t first, int columns) {
 
 // How X of a product lies once it is rounded, in memory that begins at `at`.
 inline RoundedRows rounded_rows(const Product &p, int32_t *at) {
-    const int group = p.w_dtype == INT8 ? GROUP8 : GROUP4;
-    const int64_t groups = round_up(int(p.k), p.w_dtype == INT8 ? GROUP8 : LINE4) / group, all = p.tiles() * groups * TILE;
+    const int group = integer_group(p.w_dtype);
+    const int64_t groups = integers_of_row(p.w_dtype, p.k) / group, all = p.tiles() * groups * TILE;
     int32_t *scales = at + all * (group / 4);
     return {groups, group, p.w_dtype == INT4 ? 8 : path_of(p.integers).bias, at, reinterpret_cast<float *>(scales), scales + all};
 }
@@ -342,6 +342,12 @@ INLINE void put(float *y, const float *from, int columns, bool add) {
     int j = 0;
     for (; j + LANES <= columns; j += LANES) store(y + j, add ? load(y + j) + load(from + j) : load(from + j));
     for (; j < columns; j++) y[j] = from[j] + (add ? y[j] : 0);
+}
+
+// Has count rows of `columns` floats brought to the cache while the products are made that will be written there.
+INLINE void fetch_to_write(const float *y, int64_t stride, int count, int columns) {
+    for (int i = 0; i < count; i++)
+        for (int j = 0; j < columns; j += 16) __builtin_prefetch(y + i * stride + j, 1);
 }
 
 // As multiply_block.
@@ -365,10 +371,11 @@ inline void multiply_integers(const Product &p, const RoundedRows &x, int64_t be
         for (int64_t tile = begin; tile < end; tile++) {
             const int count = int(std::min<int64_t>(TILE, p.rows - tile * TILE));
             for (int c = 0; c < columns; c += panel) {
+                float *to = y + (tile - begin) * TILE * stride + c;
+                fetch_to_write(to, stride, count, std::min(panel, columns - c));
                 path.multiply({x.of_tile(tile) + g * units * TILE, codes + c * some * units, x.scales_of(tile) + g * TILE,
                                x.starts_of(tile) + g * TILE, scales.get() + c * some, some, units},
                               out);
-                float *to = y + (tile - begin) * TILE * stride + c;
                 for (int i = 0; i < count; i++, to += stride) put(to, out + i * panel, std::min(panel, columns - c), p.add || g > 0);
             }
         }

@@ -43,8 +43,7 @@ def tensors_of_file(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str
     grouped = {name: module for name, module in packed.items() if module.kind in GROUPED}
     columns = {f"{name}.weight": (module.columns, GROUPED[module.kind]) for name, module in grouped.items()}
     notes = {NOTE: VERSION} | columns_note(columns)
-    if grouped:
-        notes[ACTIVATIONS] = next(iter(grouped.values())).activations
+    notes[ACTIVATIONS] = next(iter(packed.values())).activations
     return tensors, notes
 
 
@@ -58,8 +57,7 @@ def take_activations(model: nn.Module, notes: Mapping[str, str]) -> None:
     if read not in choices:
         raise CorruptFileError(f"The file states {ACTIVATIONS}={read!r:.40}; {', '.join(choices)}.")
     for module in packed_modules(model).values():
-        if module.kind in GROUPED:
-            module.activations = read
+        module.activations = read
 
 
 def take_packed(

@@ -18,9 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkv_lab.arguments import checked
+from rwkv_lab.checkpoint.four_bits import from_4_bits
 from rwkv_lab.checkpoint.grouped import GROUPS
 from rwkv_lab.checkpoint.packed import GROUPED, PARTS, part_shapes, values_of
-from rwkv_lab.checkpoint.rounding import NF4_BLOCK
+from rwkv_lab.checkpoint.rounding import NF4_BLOCK, NF4_LEVELS
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model.cpu.packing import packed_codes, packed_nf4
 from rwkv_lab.model.standard_modules import replaced_module, watched
@@ -29,6 +30,10 @@ from rwkv_lab.torch_private import hooks_of
 SCHEMES = {"int8": "int8-grouped", "int4": "int4-grouped", "nf4": "nf4"}  # -> kind
 ACTIVATIONS = ("int8", "float32")  # what products of many tokens read; the first is the default
 Activations = Literal["int8", "float32"]
+# Kind -> inputs that share a scale where activations are rounded.
+ACTIVATION_GROUPS = {"int8": GROUPS[8], "int4": GROUPS[4], "nf4": NF4_BLOCK}
+ACTIVATION_GROUPS |= {kind: GROUPS[bits] for kind, bits in GROUPED.items()}
+NF4_CODES = tuple(float(round(127 * level)) for level in NF4_LEVELS)  # as kernels/cpu/integer.h has them
 _RUN = 16  # tokens read at once from which activations are rounded: fewer are as fast without
 
 
@@ -48,8 +53,7 @@ class _Packed(nn.Module):
     def __init__(self, weight: torch.Tensor, kind: str, activations: str = ACTIVATIONS[0]):
         super().__init__()
         self._hold(kind, packed_parts(weight, kind), weight.shape[1])
-        if kind in GROUPED:
-            self.activations = activations
+        self.activations = activations
 
     @classmethod
     def of_parts(cls, kind: str, parts: Sequence[torch.Tensor], columns: int) -> Self:
@@ -67,7 +71,7 @@ class _Packed(nn.Module):
         if zeros:
             self.register_buffer("zeros", zeros[0])
         self.register_buffer("_like", torch.tensor(torch.nan, dtype=torch.float32, device="cpu"))
-        self.activations = ACTIVATIONS[0] if kind in GROUPED else "float32"
+        self.activations = ACTIVATIONS[0]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -143,11 +147,20 @@ class PackedLinear(_Packed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[...,columns]` -> `[...,rows]`; x `[B,T,columns]` of many tokens is rounded first."""
-        weight = self.dequantised()
+        rounds = x.ndim == 3 and self.rounds_activations(x.shape[1])
+        weight = self.of_integers() if rounds else self.dequantised()
         given = x.to(weight.dtype)
-        if x.ndim == 3 and self.rounds_activations(x.shape[1]):
-            given = rounded_activations(given, GROUPS[GROUPED[self.kind]])
+        if rounds:
+            given = rounded_activations(given, ACTIVATION_GROUPS[self.kind])
         return F.linear(given, weight).to(x.dtype)
+
+    def of_integers(self) -> torch.Tensor:
+        """As `dequantised`, each number an integer times its scale: the levels of "nf4" are 127ths of its largest."""
+        if self.kind != "nf4":
+            return self.dequantised()
+        (codes, absmax), n = self.parts(), self.rows * self.columns
+        found = from_4_bits(codes, absmax / 127, n, torch.float32, NF4_BLOCK, NF4_CODES).view(-1, self.columns)
+        return found.to(torch.promote_types(self._like.dtype, torch.float32))
 
     def rounds_activations(self, tokens: int) -> bool:
         """Whether it rounds what it reads, of so many tokens at once."""
@@ -180,7 +193,8 @@ def quantise_weights(
         scheme: "int8" (8.25 bits per weight), "int4" (4.5) or "nf4" (4.5), the numbers of bitsandbytes.
         in_place: change the model given, matrix by matrix, so that its own weights are freed on the way.
         activations: what the matrices read of 16 tokens and more at once: "int8", in groups as the weights, so that
-            prompts are multiplied in integers, or "float32", as the tokens one by one always are. "nf4" reads float32.
+            prompts are multiplied in integers, or "float32", as the tokens one by one always are. With "int8", levels
+            of "nf4" are rounded for these to 127ths of the largest.
 
     Raises:
         NumericsError: NaN or infinity in a matrix, with "nf4".

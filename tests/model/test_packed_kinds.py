@@ -43,10 +43,15 @@ def files(tmp_path_factory):
     return path
 
 
+# Rounding to 8 bits may bring an activation to the next number, as in `tests/model/cpu/test_packed_prefill.py`.
+APART = {"float32": 2e-5, "int8": 5e-3}
+
+
+@pytest.mark.parametrize("activations", APART)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("version", LAYOUTS)
 @torch.inference_mode()
-def test_exported_files_are_computed_with_as_they_lie_there(files, version, kind, monkeypatch):
+def test_exported_files_are_computed_with_as_they_lie_there(files, version, kind, activations, monkeypatch):
     path, calls = files(version, kind), []
     for module in (step, prefill):
         monkeypatch.setattr(module, "run", lambda *given, run=module.run: calls.append(1) or run(*given))
@@ -55,6 +60,8 @@ def test_exported_files_are_computed_with_as_they_lie_there(files, version, kind
     assert kinds == {"int8", kind} and not packed_modules(dense)  # the head is int8
     for name, module in packed_modules(model).items():
         assert torch.equal(module.dequantised(), dense.get_submodule(name).weight)
+        assert module.activations == "int8"
+        module.activations = activations
     for B, T in ((1, 2), (2, 40), (21, 1)):
         tokens = make_tokens(B, T)
         for mode in RWKVMode:
@@ -62,9 +69,14 @@ def test_exported_files_are_computed_with_as_they_lie_there(files, version, kind
             found, state = model(tokens)
             with use_backend("reference"):
                 expected, right = model(tokens)
-            assert relative_rms(found, expected) < 2e-5 and relative_rms(state.wkv, right.wkv) < 2e-5
-            assert relative_rms(found, dense(tokens)[0]) < 2e-5
+            limit = APART[activations if T == 40 and mode == RWKVMode.TRANSFORMER else "float32"]
+            assert apart(found, expected) < limit and apart(state.wkv, right.wkv) < limit
+            assert apart(found, dense(tokens)[0]) < (2e-5 if limit == 2e-5 else 0.05)
     assert len(calls) >= 2 * 3 * 2  # compiled code has computed them, packed ones and dense ones
+
+
+def apart(found, expected):
+    return ((found - expected).norm(dim=-1) / (expected.norm(dim=-1) + 1e-9)).median()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +96,7 @@ def test_saved_again_they_have_the_same_parts(files, kind, tmp_path):
 def test_nf4_has_the_numbers_of_bitsandbytes_and_is_opened_again_bit_for_bit(tmp_path):
     write_model(tmp_path / "m.pth", LAYOUTS["7.0"])
     plain = RWKV_Dual.from_pretrained(tmp_path / "m.pth")
-    model = quantise_weights(plain, "nf4")
+    model = quantise_weights(plain, "nf4", activations="float32")
     for name, module in packed_modules(model).items():
         weight = plain.get_submodule(name).weight
         assert torch.equal(module.dequantised(), dequantize_nf4(*quantize_nf4(weight), weight.shape))

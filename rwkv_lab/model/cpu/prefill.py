@@ -69,7 +69,7 @@ def integer_path(library: ctypes.CDLL) -> int:
 
 
 def takes_pairs(library: ctypes.CDLL) -> bool:
-    """Whether bfloat16 models are multiplied in pairs of bfloat16: where the processor does that faster than float32."""
+    """Whether bfloat16 models are multiplied in pairs: where the processor does that faster than in float32."""
     return bool(library.pairs_pay())
 
 

@@ -6,14 +6,16 @@ import pytest
 import torch
 from random_models import load_model, make_tokens
 
-from rwkv_lab.checkpoint.grouped import GROUPS, padded
+from rwkv_lab.checkpoint.grouped import padded
+from rwkv_lab.checkpoint.packed import part_shapes
 from rwkv_lab.model import quantise_weights
 from rwkv_lab.model.cpu import abi, prefill
-from rwkv_lab.model.weight_only import PackedLinear, rounded_activations
+from rwkv_lab.model.weight_only import ACTIVATION_GROUPS, PackedLinear, rounded_activations
 from rwkv_lab.wkv.pointers import Span
 
 # Columns that end inside a group and a line, and go over more than one block of them; rows that fill no panel or tile.
 SIZES = [(17, 70, 40), (37, 300, 150), (130, 3300, 33), (1, 64, 1)]  # rows of x, columns, rows of the matrix
+KINDS = sorted(ACTIVATION_GROUPS)
 
 
 @pytest.fixture(scope="module", params=abi.PATHS)
@@ -38,6 +40,8 @@ def multiplied(x: torch.Tensor, layer: PackedLinear, path: int, add: torch.Tenso
     p[0].x, p[0].x_bytes, p[0].y, p[0].y_bytes = given.data_ptr(), given.nbytes, y.data_ptr(), y.nbytes
     p[0].w, p[0].w_bytes = layer.codes.data_ptr(), layer.codes.nbytes
     p[0].scales, p[0].scales_bytes = layer.scales.data_ptr(), layer.scales.nbytes
+    if layer.kind == "int4":
+        p[0].zeros, p[0].zeros_bytes = layer.zeros.data_ptr(), layer.zeros.nbytes
     p[0].rows, p[0].k, p[0].n, p[0].w_dtype = len(x), layer.columns, layer.rows, abi.QUANTISED[layer.kind]
     p[0].w_stride_n, p[0].w_stride_k, p[0].y_stride, p[0].add = layer.columns, 1, layer.rows, add is not None
     p[0].integers = path
@@ -45,20 +49,37 @@ def multiplied(x: torch.Tensor, layer: PackedLinear, path: int, add: torch.Tenso
     return y
 
 
+def any_layer(kind: str, n: int, columns: int, generator: torch.Generator) -> PackedLinear:
+    """A matrix `[n,columns]`; of kinds of exported files any codes, scales and zero points."""
+    if kind.endswith("grouped"):
+        return PackedLinear(torch.randn(n, columns, generator=generator), kind)
+    parts = []
+    for shape, dtype in part_shapes(kind, (n, columns)).values():
+        if dtype == "float32":
+            parts.append(torch.rand(shape, generator=generator) + 0.5)
+        else:
+            least, most = (-127, 128) if dtype == "int8" else (0, 256)
+            parts.append(torch.randint(least, most, shape, generator=generator).to(getattr(torch, dtype)))
+    return PackedLinear.of_parts(kind, parts, columns)
+
+
 def ones(layer: PackedLinear) -> PackedLinear:
-    """The same codes, all scales 1."""
-    scales = torch.ones_like(layer.parts()[1])
-    return PackedLinear.of_parts(layer.kind, (layer.codes, scales), layer.columns)
+    """The same codes, all scales 1; of nf4 127, so that levels are their 127ths."""
+    codes, scales, *zeros = layer.parts()
+    same = torch.full_like(scales, 127 if layer.kind == "nf4" else 1)
+    return PackedLinear.of_parts(layer.kind, (codes, same, *zeros), layer.columns)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "columns", "n"), SIZES)
-def test_sums_are_those_of_integers(path, bits, rows, columns, n):
+def test_sums_are_those_of_integers(path, kind, rows, columns, n):
     generator = torch.Generator().manual_seed(columns)
-    layer = ones(PackedLinear(torch.randn(n, columns, generator=generator), f"int{bits}-grouped"))
+    if not kind.endswith("grouped"):
+        columns = padded(columns, 8)  # others are computed with by PyTorch
+    layer = ones(any_layer(kind, n, columns, generator))
     x = torch.randint(-127, 128, (rows, columns), generator=generator).float()
-    x[:, :: GROUPS[bits]] = 127.0  # so that a group's scale is 1 and its codes are its numbers
-    expected = x.long() @ layer.dequantised().long().T
+    x[:, :: ACTIVATION_GROUPS[kind]] = 127.0  # so that a group's scale is 1 and its codes are its numbers
+    expected = x.long() @ layer.of_integers().long().T
     assert expected.abs().max() < 2**24  # float32 holds every sum on the way
     assert torch.equal(multiplied(x, layer, path).long(), expected)
     before = torch.randint(-9, 9, expected.shape).float()
@@ -76,19 +97,18 @@ def test_the_largest_bytes_do_not_overflow(path):
     assert (multiplied(torch.full((15, 256), 127.0), layer, path) == -8 * 127 * 256).all()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_scales_and_what_is_no_number(path, bits):
-    generator = torch.Generator().manual_seed(0)
-    layer = PackedLinear(torch.randn(40, 300, generator=generator), f"int{bits}-grouped")
-    x = torch.randn(37, 300, generator=generator) * torch.logspace(-20, 20, 37)[:, None]
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_and_what_is_no_number(path, kind):
+    generator, columns = torch.Generator().manual_seed(0), 300 if kind.endswith("grouped") else 320
+    layer = any_layer(kind, 40, columns, generator)
+    x = torch.randn(37, columns, generator=generator) * torch.logspace(-20, 20, 37)[:, None]
     x[2], x[5, 7], x[9, 299] = 0.0, torch.nan, torch.inf
     found = multiplied(x, layer, path)
-    expected = rounded_activations(x.double(), GROUPS[bits]) @ layer.dequantised().double().T
+    expected = rounded_activations(x.double(), ACTIVATION_GROUPS[kind]) @ layer.of_integers().double().T
     assert found[5].isnan().all() and found[9].isnan().all() and not found[2].any()
     finite = [i for i in range(37) if i not in (5, 9)]
     apart = (found.double() - expected)[finite].norm(dim=1)
     assert (apart <= 2e-6 * expected[finite].norm(dim=1)).all()
-    assert padded(300, bits) > 300
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
