@@ -177,7 +177,8 @@ alignas(16) constexpr int8_t NF4_CODES[16] = {-127, -88, -67, -50, -36, -23, -12
 inline int integer_group(int64_t format) { return format == INT4 || format == BLOCKS4 ? GROUP4 : GROUP8; }
 inline int64_t integers_of_row(int64_t format, int64_t k) { return round_up(int(k), format == INT4 ? LINE4 : GROUP8); }
 
-// Of every byte the codes of its high and its low half, 2 n in all; n is a multiple of 16.
+// Of every byte the codes of both halves, 2 n in all; n is a multiple of 16.
+template <bool HIGH_FIRST>
 INLINE void look_up_pairs(uint8_t *to, const uint8_t *bytes, int n, const uint8_t *codes) {
 #if defined(__SSSE3__)
     const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i *>(codes)), half = _mm_set1_epi8(15);
@@ -185,11 +186,12 @@ INLINE void look_up_pairs(uint8_t *to, const uint8_t *bytes, int n, const uint8_
         const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes + i));
         const __m128i high = _mm_shuffle_epi8(all, _mm_and_si128(_mm_srli_epi16(both, 4), half));
         const __m128i low = _mm_shuffle_epi8(all, _mm_and_si128(both, half));
-        _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 2 * i), _mm_unpacklo_epi8(high, low));
-        _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 2 * i + 16), _mm_unpackhi_epi8(high, low));
+        const __m128i one = HIGH_FIRST ? high : low, two = HIGH_FIRST ? low : high;
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 2 * i), _mm_unpacklo_epi8(one, two));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 2 * i + 16), _mm_unpackhi_epi8(one, two));
     }
 #else
-    for (int i = 0; i < n; i++) to[2 * i] = codes[bytes[i] >> 4], to[2 * i + 1] = codes[bytes[i] & 15];
+    for (int i = 0; i < n; i++) to[2 * i + !HIGH_FIRST] = codes[bytes[i] >> 4], to[2 * i + HIGH_FIRST] = codes[bytes[i] & 15];
 #endif
 }
 
@@ -204,18 +206,14 @@ INLINE void codes_with_bias(uint8_t *to, const Tensor &w, int64_t row, int64_t a
         memcpy(line, bytes + first / 2, sizeof line);
         for (int n = 0; n < 4; n++)
             for (int j = 0; j < 32; j++) to[32 * n + j] = uint8_t(line[j] >> (4 * n) & 15);
-    } else if (w.format == NF4) {
+    } else {
         uint8_t codes[16];
         for (int i = 0; i < 16; i++) codes[i] = uint8_t(NF4_CODES[i] + bias);
-        look_up_pairs(to, bytes + first / 2, there / 2, codes);
-    } else {
+        if (w.format == NF4) return look_up_pairs<true>(to, bytes + first / 2, there / 2, codes);
         for (int j = 0; j < there; j += GROUP4) {
-            const int on_top = bias - zero_of(w, row, int(at + j) / GROUP4);
-            for (int i = 0; i < GROUP4 / 2; i++) {
-                const uint8_t two = bytes[(first + j) / 2 + i];
-                to[j + 2 * i] = uint8_t((two & 15) + on_top);
-                to[j + 2 * i + 1] = uint8_t((two >> 4) + on_top);
-            }
+            const int zero = zero_of(w, row, int(at + j) / GROUP4);
+            for (int i = 0; i < 16; i++) codes[i] = uint8_t(i - zero + bias);
+            look_up_pairs<false>(to + j, bytes + (first + j) / 2, GROUP4 / 2, codes);
         }
     }
 }

@@ -77,7 +77,8 @@ INLINE int group_of(const Tensor &w) { return w.format == INT4 || w.format == BL
 INLINE float scale_of(const Tensor &w, int64_t row, int group) {
     const auto *wide = static_cast<const float *>(w.scales);
     if (w.format == ROWS8) return wide[row];
-    if (w.format == BLOCKS4 || w.format == NF4) return wide[row * (w.columns / group_of(w)) + group];
+    if (w.format == BLOCKS4) return wide[row * (w.columns / GROUP4) + group];
+    if (w.format == NF4) return wide[row * (w.columns / GROUP8) + group];
     const int groups = w.format == INT8 ? (w.columns + GROUP8 - 1) / GROUP8 : round_up(w.columns, LINE4) / GROUP4;
     return bfloat_to_float(short_scales(w)[row * groups + group]);
 }
