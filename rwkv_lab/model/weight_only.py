@@ -4,7 +4,7 @@ They are of the kinds of `rwkv_lab.checkpoint.packed`: those made here, and thos
 
 Everything else keeps the model's dtype. The compiled step unpacks weights in registers, the compiled prefill block by
 block; the torch modules, the reference, unpack one matrix at a time into float32. All compute with the same rounded
-weights; in a bfloat16 model the prefill rounds them to that.
+weights, but for the levels of nf4 in products of integers, and where the prefill of a bfloat16 model multiplies pairs.
 """
 
 import copy
