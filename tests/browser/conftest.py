@@ -22,7 +22,10 @@ def lab(environment, tmp_path_factory) -> Iterator[Lab]:
 
 @pytest.fixture
 def page(chromium, lab: Lab, request):
-    """A page of 1280 px, photographed at the end, when kernels end too; an error in its console fails the test."""
+    """A page of 1280 px, photographed at the end, after which the lab is as at first but for its reports.
+
+    An error in the page's console fails the test.
+    """
     pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     page, said = context.new_page(), []
@@ -32,5 +35,5 @@ def page(chromium, lab: Lab, request):
     yield page
     screenshot(page, request.node.name)
     context.close()
-    lab.end_kernels()
+    lab.start_afresh()
     assert said == []

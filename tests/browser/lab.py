@@ -86,7 +86,7 @@ def _configure(folder: Path, opened: Path) -> dict[str, str]:
             "port": port,
             "port_retries": 0,
             "allow_root": True,
-            "disable_check_xsrf": True,  # for `Lab.end_kernels`
+            "disable_check_xsrf": True,  # for `Lab.start_afresh`
         },
         "IdentityProvider": {"token": ""},
         # where `make lab` writes the settings of the environment; the real environment is only linked to
@@ -144,6 +144,7 @@ class Lab:
     def __init__(self, folder: Path, first: str, log: Path):
         self.folder, self.first, self.log = folder, first, log
         self.address = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())[0]
+        self._first = {path: path.read_bytes() for path in self.notebooks()}
 
     def result(self, notebook: str) -> dict:
         """`result.json` of the notebook's last run; empty before the first."""
@@ -158,13 +159,18 @@ class Lab:
         """Whether its last run is no longer at work."""
         return self.result(notebook).get("status") in ("ok", "failed")
 
-    def end_kernels(self) -> None:
-        """Shut down every kernel, as a person who is done does."""
+    def start_afresh(self) -> None:
+        """Shut down every kernel; forget what was saved in notebooks, and entered in panels."""
         sessions = f"{self.address}/api/sessions"
         with urlopen(sessions) as answer:
             found = json.load(answer)
         for session in found:
             urlopen(Request(f"{sessions}/{session['id']}", method="DELETE")).close()
+        for path, content in self._first.items():
+            if path.read_bytes() != content:
+                path.write_bytes(content)
+        for entries in self.folder.glob("reports/*/panel.json"):
+            entries.unlink()
 
     def notebooks(self) -> list[Path]:
         """The files of all notebooks."""
