@@ -183,6 +183,8 @@ def test_an_interrupt_leaves_what_is_written(box, monkeypatch):
     box.send.click()
     assert [m["content"] for m in box.said["one<b>"]] == ["go", "so far"] and not box.said["two"]
     assert box.message.value == "stopped" and not box.send.disabled and box.stop.disabled
+    box.new.click()
+    assert box.message.value == "" and not box.said["one<b>"]
 
 
 def test_the_box_waits_for_the_job_of_a_panel(box):

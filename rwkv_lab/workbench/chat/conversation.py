@@ -61,6 +61,7 @@ class Conversation:
         """Begin a new conversation."""
         for messages in self.said.values():
             messages.clear()
+        self.message.value = ""
         self._show()
 
     def _ask(self, question: str, job: Job) -> None:
