@@ -220,8 +220,10 @@ def _be_kernel(arguments: list[str], parent: int) -> None:
     os.getppid = lambda: parent  # that of every other kernel
     # It ends with whoever asked for it instead of its parent.
     sys.argv = ["ipykernel_launcher", *arguments, "--IPKernelApp.parent_handle=1"]
+    import ipywidgets
     from ipykernel import kernelapp
 
+    ipywidgets.register_comm_target()  # what its import does in a kernel
     kernelapp.launch_new_instance()
     sys.stdout.flush()
     os._exit(0)
