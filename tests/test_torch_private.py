@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import load_model, make_tokens, relative_rms
+from random_models import load_model, make_layout, make_tokens, relative_rms, write_model
 
 from rwkv_lab import torch_private
 from rwkv_lab.model import RWKVMode
@@ -34,11 +34,16 @@ def test_the_mark_of_constants_is_torchs_own():
     assert vars(ours) == vars(theirs) != {}
 
 
-def test_models_are_imported_without_torchs_compiler():
+def test_models_are_imported_and_run_without_torchs_compiler(tmp_path):
     """It takes as long to import as the rest of torch."""
-    code = "import sys, rwkv_lab.model, rwkv_lab.train, rwkv_lab.merge; print('torch._dynamo' in sys.modules)"
+    code = (
+        "import sys, torch, rwkv_lab.train, rwkv_lab.merge; from rwkv_lab.model import RWKV_Dual\n"
+        "model = RWKV_Dual.from_pretrained(sys.argv[1]).requires_grad_(False)\n"
+        "model(torch.zeros(1, 5, dtype=torch.long)); print('torch._dynamo' in sys.modules)"
+    )
+    path = write_model(tmp_path / "m.pth", make_layout("7.0"))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(path)], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 
 

@@ -5,27 +5,28 @@ Inputs are what the checks there let through; unlike the torch forms, these take
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from rwkv_lab.errors import KernelError
-from rwkv_lab.torch_private import takes_tangents, transformed
-from rwkv_lab.wkv import operators
-from rwkv_lab.wkv.choice import problem, unfit
+from rwkv_lab.torch_private import intercepted, takes_tangents, transformed
+from rwkv_lab.wkv import cpu, operators
+from rwkv_lab.wkv.choice import only_traced, problem, unfit
 from rwkv_lab.wkv.pointers import DTYPES
 
 
 def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """y and the final state; see `rwkv_lab.wkv.wkv4`."""
-    return _run(operators.wkv4, (w, u, k, v), state)
+    return _run(operators.wkv4, cpu.wkv4_forward, (w, u, k, v), state)
 
 
 def wkv6(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """y and the final state; see `rwkv_lab.wkv.wkv6` and, for w of `[H,N]`, `rwkv_lab.wkv.wkv5`."""
-    return _run(operators.wkv6, (r, w, k, v, u), state)
+    return _run(operators.wkv6, cpu.wkv6_forward, (r, w, k, v, u), state)
 
 
 def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """y and the final state; see `rwkv_lab.wkv.wkv7`."""
-    return _run(operators.wkv7, (r, w, k, v, a, b), state)
+    return _run(operators.wkv7, cpu.wkv7_forward, (r, w, k, v, a, b), state)
 
 
 def check(name: str, backend: str, device: str, double: bool, width: int) -> None:
@@ -51,8 +52,17 @@ def check(name: str, backend: str, device: str, double: bool, width: int) -> Non
         raise KernelError(why)
 
 
-def _run(operator, inputs, state):
+def _run(operator, on_cpu, inputs, state):
     inputs = [x if x.dtype in DTYPES else x.float() for x in inputs]
     state = state.float()
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
+    if not keep and _needs_no_operator(*inputs, state):
+        return on_cpu(*inputs, state, keep)[:2]
     return operator(*inputs, state, keep)[:2]
+
+
+def _needs_no_operator(*tensors: Tensor) -> bool:
+    """Whether torch would only call the function behind the operator, having imported its compiler for a second."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return False
+    return not (only_traced() or intercepted()) and all(type(x) in (Tensor, Parameter) and x.is_cpu for x in tensors)
