@@ -43,7 +43,8 @@ def png(figure: Figure) -> bytes:
 def dark_png(figure: Figure) -> bytes:
     """As `png`, on a dark page: grey, black and white change places, colours stay. Changes the figure."""
     on_data = {text for axes in figure.axes if axes.images for text in axes.texts}  # their colour suits their cell
-    for artist in figure.findobj():
+    behind = [patch for text in figure.findobj(Text) if (patch := text.get_bbox_patch()) and text not in on_data]
+    for artist in [*figure.findobj(), *behind]:
         mapped = getattr(artist, "get_array", lambda: None)() is not None
         whole = isinstance(artist, (Figure, Axes))  # what these are asked for is the colour of another artist
         for what in () if mapped or whole or artist in on_data else _COLOURED:

@@ -26,6 +26,13 @@ def text_of(figure) -> str:
     return "\n".join(t.get_text() for t in texts)
 
 
+def test_what_lies_behind_a_text_is_dark_on_a_dark_page():
+    figure = plotting.titled(2, "Rates", "of a model")
+    text = figure.subplots().text(0.5, 0.5, "12", bbox={"facecolor": "white", "edgecolor": "none"})
+    plotting.dark_png(figure)
+    assert max(text.get_bbox_patch().get_facecolor()[:3]) < 0.2 < 0.8 < min(text.get_color()[:3])
+
+
 @pytest.mark.parametrize("n_layer", [1, 3, 12, 61])
 def test_heat_map_has_a_cell_per_layer_and_matrix(n_layer):
     changes = [delta(f"blocks.{i}.{m}.weight") for i in range(n_layer) for m in ("att.key", "ffn.key")]

@@ -136,10 +136,11 @@ def load(run: Run) -> Measured:
     display(_plan_table(run, plan, facts, layout, values))
     described = describe_machine()
     run.record.metrics |= {"layout": str(layout), "machine": described}
+    threads = counted(described["threads"], "thread")
     run.page.headline = f"{path.name}, an RWKV-{layout.version}, on {described['cpu']}."
     run.page.facts = [
         ("model", f"{path.name}, {human_bytes(facts.bytes)}: {layout}"),
-        ("machine", f"{described['cpu']}, {described['threads']} threads on {described['cores']} cores"),
+        ("machine", f"{described['cpu']}, {threads} on {counted(described['cores'], 'core')}"),
         ("versions", f"Python {described['python']}, torch {described['torch']}, {described['system']}"),
         ("beside", ", ".join(peer.name for peer in plan.peers) or "no peer: none is installed or named"),
         ("waiting threads", f"{described['wait policy']}; of peers: {described['wait policy of peers']}"),
@@ -209,9 +210,10 @@ def _summary(rows: Sequence[Row]) -> str:
     for job in ("decode", "prefill"):
         ours = next((row for row in rows if row.job == job and row.engine == OURS and row.samples), None)
         if ours is not None:
-            of = f"{ours.size} {'sequences' if job == 'decode' else 'tokens'}"
+            of = counted(ours.size, "sequence" if job == "decode" else "token")
             found.append(f"{job} {ours.median:,.0f} {ours.unit} ({ours.dtype}, {of})")
-    return f"{'; '.join(found)}." if found else "No rate was measured."
+    words = "; ".join(found)
+    return f"{words[:1].upper()}{words[1:]}." if found else "No rate was measured."
 
 
 def _of_load(cores_of_others: float) -> str:
