@@ -98,7 +98,7 @@ def test_text_is_measured_by_the_tokenizer_that_is_named(demo_folder, tmp_path):
     assert found.unread == "" and found.bits["python"]["merged"] > 0 and len(found.samples) == 4
 
 
-@pytest.mark.parametrize("version", ["4.0", "5.2", "6.0", "7.0"])
+@pytest.mark.parametrize("version", ["4.0", "7.0"])
 def test_a_world_model_of_any_generation_reads_and_writes(version, tmp_path):
     write_model(tmp_path / "base.pth", make_layout(version, n_layer=1, vocab_size=65536))
     write_fine_tune(tmp_path / "tuned.pth", tmp_path / "base.pth", seed=1)

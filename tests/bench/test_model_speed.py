@@ -48,8 +48,8 @@ def command(tmp_path, tiny):
     return lambda factor: f"{start} {{task}} {{model}} {{tokens}} {{read}} {{out}} {tmp_path} {factor}"
 
 
-@pytest.mark.parametrize("version", LAYOUTS)
-def test_every_generation_has_rates_and_shares(version, tiny, quick):
+@pytest.mark.parametrize("version", ["4.0", "7.0"])
+def test_a_generation_has_rates_and_shares(version, tiny, quick):
     rows, floors = measure_speed(tiny(version), "tiny", TINY)
     where = [(row.job, row.size) for row in rows]
     assert where == [("decode", 1), ("decode beside a busy loop", 1), ("decode", 3), ("prefill", 5)]

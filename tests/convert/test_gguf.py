@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import random_model, random_state, same
+from pairwise import pairwise
 
 from rwkv_lab import RWKV_Dual, merge
 from rwkv_lab.checkpoint import Layout, open_checkpoint, write_checkpoint
@@ -200,9 +201,10 @@ def test_blocks_and_differences_of_every_dtype(compiled, dtype, kind, monkeypatc
     assert 0 < expected <= 1 and found == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("wrong", ["a level", "a sign", "a large step", "infinity", "NaN"])
+@pytest.mark.parametrize(
+    ("wrong", "compiled", "kind"),
+    pairwise(["a level", "a sign", "a large step", "infinity", "NaN"], [True, False], ["Q8_0", "Q4_0"]),
+)
 def test_blocks_that_mean_something_else_are_found(wrong, compiled, kind, tmp_path, monkeypatch):
     """In the last block of the last matrix of a file."""
     if not compiled:

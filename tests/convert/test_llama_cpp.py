@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bpe_files import BLANKS, write_bpe
+from pairwise import each
 from random_models import make_layout, make_tokens, relative_rms, write_model
 
 from rwkv_lab import RWKV_Dual
@@ -74,8 +75,9 @@ def test_logits_of_fewer_bits(kind, version, tmp_path):
     assert found < 2 * by_weights
 
 
-@pytest.mark.parametrize("version", ["6.0", "7.0"])
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K_M", "Q5_K_S", "Q6_K", "Q3_K_M", "Q2_K"])
+@pytest.mark.parametrize(
+    ("version", "kind"), each(["7.0", "6.0"], ["Q4_0", "Q4_K_M", "Q5_K_S", "Q6_K", "Q3_K_M", "Q2_K", "Q2_K", "Q3_K_M"])
+)
 def test_files_that_llama_cpp_quantised(kind, version, tmp_path):
     layout = make_layout(version, vocab_size=257, n_head=4, head_size=64, dim_ffn=512)
     source = write_model(tmp_path / "m.pth", layout)

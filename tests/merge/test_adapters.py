@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from models import same, snapshot
+from pairwise import each, pairwise
 from random_models import VERSIONS, make_layout, make_tokens, relative_rms, write_model
 
 from rwkv_lab import RWKV_Dual, merge, open_checkpoint
@@ -33,6 +34,7 @@ KINDS = {
     "bat-hf": LoraConfig("miss", lora_r=4, miss_variant="bat-hf"),
     "bat-rwkv-peft": LoraConfig("miss", lora_r=4, miss_variant="bat-rwkv-peft"),
 }
+LARGE = ["lora", "pissa", "bat-hf", "bat-rwkv-peft"]
 METHODS = {"rslora": "lora", "miss-mini": "miss", "bat-hf": "miss", "bat-rwkv-peft": "miss"}
 
 
@@ -100,11 +102,11 @@ def refused(error, says, *given, **more):
     assert snapshot(folder) == before
 
 
-QUANTISED = [(version, quant) for version in ("5.2", "7.0") for quant in ("int8", "nf4")]
+CASES = [*each(VERSIONS[:-1], ["none"], KINDS), *(("7.0", "none", kind) for kind in KINDS)]
+QUANTISED = pairwise(("5.2", "7.0"), ("int8", "nf4"), KINDS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("version", "quant"), [*((version, "none") for version in VERSIONS), *QUANTISED])
+@pytest.mark.parametrize(("version", "quant", "kind"), CASES + QUANTISED)
 def test_the_merged_file_computes_what_was_trained(base, trained, tmp_path, version, kind, quant):
     path, model = trained(kind, version, quant=quant, parts=["ln"])
     result = proved(merge(base(version), path, tmp_path / "m.pth"))
@@ -225,8 +227,7 @@ def test_what_the_file_does_not_say_is_asked(base, trained, tmp_path):
     refused(ParameterError, "is miss", *given, parameters={"bat": "hf"}, method="lora")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("version", ["4.0", "7.0"])
+@pytest.mark.parametrize(("version", "kind"), each(["4.0", "7.0"], KINDS))
 def test_unmerging_restores_the_base(base, trained, tmp_path, version, kind):
     """To rounding of the merged file's dtype; a bfloat16 base merged in float32 comes back nearly to the last bit."""
     path, _ = trained(kind, version)
@@ -380,8 +381,9 @@ def test_alpha_0_is_the_base_and_twice_is_the_same_file(base, trained, tmp_path,
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("kind", ["lora", "pissa", "bat-hf", "bat-rwkv-peft"])
-@pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
+@pytest.mark.parametrize(
+    ("quant", "kind"), [*each(["none"], LARGE), *each(["int8", "nf4"], LARGE), ("nf4", "lora"), ("int8", "pissa")]
+)
 def test_matrices_larger_than_a_block(trained, base, tmp_path, kind, quant):
     """Rows come in pieces: each must find its part of the adapter, and whole blocks of NF4."""
     sizes = {"n_head": 8, "head_size": 20, "dim_ffn": 4000, "n_layer": 1}

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import LAYOUTS, SEVEN, random_model, random_state, same
+from pairwise import each
 
 from rwkv_lab import merge
 from rwkv_lab.checkpoint import Layout, write_checkpoint
@@ -94,6 +95,7 @@ def by_hand(method: str, name: str, base, tuned, alpha=1.0, weights=None, densit
     return b + alpha * (weighted * agree).sum(0) / np.where(below == 0, 1, below)
 
 
+DTYPES = [torch.bfloat16, torch.float16, torch.float64]
 CASES = [
     ("linear", 1, {"weights": [0.25, 0.75]}),
     ("linear", 3, {"weights": [1.0, -0.5, 2.0, 0.3]}),
@@ -109,10 +111,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize(("method", "count", "given"), CASES, ids=[f"{m}-{n}" for m, n, _ in CASES])
-def test_against_the_formula(method, count, given, dtype, run):
+@pytest.mark.parametrize(("case", "dtype"), each(CASES, [torch.float32]) + each(CASES, DTYPES), ids=str)
+def test_against_the_formula(case, dtype, run):
     """Every dtype of the base; the tuned models are float32, so that no two deltas are equal."""
+    method, count, given = case
     base = random_model(dtype=dtype)
     tuned = [tune(base, s, dtype=torch.float32) for s in range(1, count + 1)]
     arguments = {k: v for k, v in given.items() if k in ("alpha", "weights")}
@@ -126,8 +128,7 @@ def test_against_the_formula(method, count, given, dtype, run):
         assert found[name].dtype == dtype and found[name].shape == b.shape
 
 
-@pytest.mark.parametrize("version", list(LAYOUTS))
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize(("method", "version"), [*each(NAMES, LAYOUTS), *each(NAMES, list(LAYOUTS)[::-1])])
 def test_every_method_on_every_generation(method, version, run):
     base = random_model(LAYOUTS[version])
     tuned = [tune(base, s) for s in ((1,) if method == "slerp" else (1, 2))]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import random_lora, random_model, random_state, same
+from pairwise import each
 from random_models import make_layout, make_tokens, random_tensors
 from torch import nn
 
@@ -36,8 +37,7 @@ def merged(base, tuned, out, **given):
     return torch.load(out, weights_only=True), result.plan.notes
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("kind", ["state", "fine-tune", "lora"])
+@pytest.mark.parametrize(("kind", "prefix"), each(["state", "fine-tune", "lora"], PREFIXES))
 def test_a_prefix_in_base_and_in_tuned_changes_nothing(tmp_path, kind, prefix):
     base, given = random_model(), {"alpha": 8.0} if kind == "lora" else {}
     tuned = {"state": random_state, "fine-tune": lambda: random_model(seed=7), "lora": random_lora}[kind]()

@@ -7,6 +7,7 @@ from weakref import ref
 
 import pytest
 import torch
+from pairwise import each
 from random_rwkv7 import add_random_time_state, make_model, make_tokens
 
 from rwkv_lab.checkpoint import open_checkpoint, write_checkpoint
@@ -253,8 +254,10 @@ def other_weights(model: RWKV_Dual) -> RWKV_Dual:
     return other
 
 
-@pytest.mark.parametrize("made_by", ["create_state", "init_state_with_past", "parallel", "step", "generation"])
-@pytest.mark.parametrize("mode", list(RWKVMode))
+@pytest.mark.parametrize(
+    ("mode", "made_by"),
+    each(RWKVMode, ["create_state", "init_state_with_past", "parallel", "step", "generation", "parallel"]),
+)
 def test_a_model_with_other_weights_refuses_a_state_in_memory(tmp_path, made_by, mode):
     model, tokens = make_model(), make_tokens(1, 1)
     other = other_weights(model)

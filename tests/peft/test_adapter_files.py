@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models import same, snapshot
+from pairwise import pairwise
 from random_models import VERSIONS, make_layout, make_tokens, random_tensors, relative_rms
 from reading import record_reads
 from trained import CONFIGS, as_if_trained
@@ -27,6 +28,13 @@ from rwkv_lab.peft import (
 )
 
 TOKENS = make_tokens(2, 9)
+DTYPES = [torch.float32, torch.bfloat16]
+WHERE = [  # the other layout has no such adapter: test_adapter_refusals.py
+    (name, target)
+    for name in CONFIGS
+    for target in ("a.pth", "a.safetensors", "folder")
+    if (name, target) != ("bat-rwkv-peft", "folder") and (target == "folder" or name not in ("miss-mini", "bat-hf"))
+]
 X = "blocks.1.ffn.key"  # 52 x 32
 
 
@@ -132,13 +140,9 @@ def test_names_taken_out_of_a_folder(base, tmp_path):
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("target", ["a.pth", "a.safetensors", "folder"])
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("version", VERSIONS)
-def test_what_is_saved_comes_back(base, adapted, tmp_path, version, name, target, dtype):
-    if (name, target) in [("bat-rwkv-peft", "folder")] or (name in ("miss-mini", "bat-hf") and target != "folder"):
-        return  # the other layout has no such adapter: test_adapter_refusals.py
+@pytest.mark.parametrize(("where", "version", "dtype"), pairwise(WHERE, VERSIONS, DTYPES), ids=str)
+def test_what_is_saved_comes_back(base, adapted, tmp_path, version, where, dtype):
+    name, target = where
     model = as_if_trained(adapted(version, CONFIGS[name], dtype))
     saved = adapter_of(model)
     save_adapter(saved, tmp_path / target)

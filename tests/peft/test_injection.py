@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pairwise import each
 from random_models import VERSIONS, make_layout, make_tokens, random_tensors, relative_rms
 from torch import nn
 from torch.nn import functional as F
@@ -80,8 +81,7 @@ def test_pissa_changes_nothing_but_rounding(base, adapted, version, dtype):
         torch.testing.assert_close(merged.to(torch.float64), weight.double(), rtol=0, atol=4 * eps)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("version", "name"), [*each(VERSIONS[:-1], CONFIGS), *each(VERSIONS[-1:], CONFIGS)])
 def test_both_modes_run_what_was_trained(base, adapted, version, name):
     """As the plain model with the merged weights does; and no target is forgotten."""
     tuned = as_if_trained(adapted(version, CONFIGS[name]))

@@ -43,8 +43,8 @@ def break_the_chunked_decay(monkeypatch):
     monkeypatch.setitem(wkv._FORMS["wkv7"], "chunked", lambda r, w, *rest: right(r, 1.5 * w, *rest))
 
 
-@pytest.mark.parametrize("version", LAYOUTS)
-def test_a_model_of_every_generation_passes(version, run, tmp_path, capsys):
+@pytest.mark.parametrize("version", ["4.0", "6.0", "7.0"])  # what it compares: analysis/test_agreement.py, on all
+def test_a_model_of_a_generation_passes(version, run, tmp_path, capsys):
     write_checkpoint(tmp_path / "m.pth", calm(LAYOUTS[version]))
     run = run(tmp_path / "m.pth", **SHORT)
     run_all(run)

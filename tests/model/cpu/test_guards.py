@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pairwise import each
 from random_models import VERSIONS, load_model, make_tokens
 
 from rwkv_lab.model import RWKVMode, quantise_weights
@@ -57,8 +58,7 @@ def surrounded(model, guards):
     return model
 
 
-@pytest.mark.parametrize("bits", [0, 8, 4])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("version", "bits"), [*each(VERSIONS, [0]), *each(VERSIONS, [8, 4])])
 def test_models_and_states(tmp_path, guards, monkeypatch, version, bits):
     for dtype, sizes in (
         (torch.float32, dict(n_head=3, head_size=10, dim_ffn=51, vocab_size=37)),

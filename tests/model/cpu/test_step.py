@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from pairwise import each
 from random_models import VERSIONS, load_model, make_tokens, relative_rms
 
 from rwkv_lab.errors import KernelError, ParameterError
@@ -83,8 +84,9 @@ def poison(monkeypatch):
     monkeypatch.setattr(step, "Memory", FullOfNaN)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("version", "dtype"), [*each(VERSIONS, [torch.float32]), *each(VERSIONS, [torch.bfloat16, torch.float16])]
+)
 def test_it_gives_what_the_modules_give(tmp_path, version, dtype, poison, steps):
     for sizes in SIZES:
         model = rnn(load_model(tmp_path, version, dtype=dtype, **sizes))

@@ -1,0 +1,18 @@
+"""Cases that are chosen from a product have what they promise."""
+
+from itertools import combinations, product
+
+from pairwise import each, pairwise
+
+
+def test_every_value_is_there():
+    cases = each("abc", range(7), [True])
+    assert len(cases) == 7 and [set(column) for column in zip(*cases, strict=True)] == [{*"abc"}, {*range(7)}, {True}]
+
+
+def test_every_pair_is_there():
+    lists = "abc", range(5), [True, False], "xyz"
+    cases = pairwise(*lists)
+    assert len(cases) < 22 and {*cases} <= {*product(*lists)}
+    for i, j in combinations(range(4), 2):
+        assert {(case[i], case[j]) for case in cases} == {*product(lists[i], lists[j])}
