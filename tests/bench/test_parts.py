@@ -67,7 +67,7 @@ def test_training_with_wrong_gradients_has_no_rate(monkeypatch):
     assert row.disagrees and row.samples == []
 
 
-def test_loading_in_processes_of_their_own(tiny, warm_children):
+def test_loading_in_processes_of_their_own(tiny):
     rows = measure_loading(tiny("6.0"), "tiny", ["fp32"], rounds=1)
     assert rows[0].job == "load" and rows[0].unit == "s" and len(rows[0].samples) == 1
     if sys.platform.startswith("linux"):
@@ -75,7 +75,7 @@ def test_loading_in_processes_of_their_own(tiny, warm_children):
         assert rows[1].facts["model MB"] == pytest.approx(rows[1].median / rows[1].shares["the model's size"])
 
 
-def test_loading_what_is_no_model_says_why(tmp_path, warm_children):
+def test_loading_what_is_no_model_says_why(tmp_path):
     (tmp_path / "m.pth").write_bytes(b"nothing")
     (row,) = measure_loading(tmp_path / "m.pth", "tiny", ["fp32"], rounds=1)
     assert row.samples == [] and "m.pth" in row.problem

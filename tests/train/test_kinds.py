@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from pairwise import each
 from tiny_training import LRS, SHORT, sha256
 
 from rwkv_lab.checkpoint import open_checkpoint
@@ -18,7 +19,7 @@ from rwkv_lab.train import (
 )
 
 PLAIN = [(kind, "none") for kind in ("full", "state", "lora", "pissa", "miss")]
-PACKED = [(kind, quant) for kind in ("state", "lora", "pissa", "miss") for quant in ("int8", "nf4")]
+PACKED = each(("state", "lora", "miss", "pissa"), ("int8", "nf4"))
 
 
 def held_out_bits(model, data, ctx_len) -> float:

@@ -20,7 +20,7 @@ def panel(tmp_path_factory, demo_folder):
         yield show_panel(start("merge", {"report": str(tmp_path_factory.mktemp("report"))}))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize("case", CASES[1::2], ids=lambda c: c.id)  # the others: notebooks/test_refusals.py
 def test_the_panel_says_what_python_says(case, panel, tmp_path):
     given = {name: value for name, value in case.make(tmp_path).items() if value is not None}
     before = snapshot(tmp_path)
