@@ -7,6 +7,7 @@ no process has locked any more, so that a killed run leaves nothing behind for l
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -110,6 +111,11 @@ def one_writer(path: Path, companion: Path, overwrite: bool) -> Iterator[Callabl
             companion.unlink(missing_ok=True)
 
         yield before_publishing
+
+
+def by_final_names(text: str) -> str:
+    """A message with outputs by the names that they would have had, not those of the temporaries that it names."""
+    return re.sub(rf"\.([^/\n]+)\.[0-9a-f]{{12}}{re.escape(_MARK)}", r"\1", text)
 
 
 def check_target(path: Path, overwrite: bool) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rwkv_lab.export.pipeline import run, run_levels
     from rwkv_lab.export.planning import ExportPlan, plan_export
     from rwkv_lab.export.result import ExportResult
+    from rwkv_lab.export.validation_tester import ValidationTester
 
 _HOME = {
     "CheckpointDetector": "rwkv_lab.export.checkpoint_detector",
@@ -33,6 +34,7 @@ _HOME = {
     "OnnxExport": "rwkv_lab.export.onnx.export",
     "OnnxModel": "rwkv_lab.export.onnx_model",
     "OptimizationProcessor": "rwkv_lab.export.optimization_processor",
+    "ValidationTester": "rwkv_lab.export.validation_tester",
     "export_onnx": "rwkv_lab.export.onnx.export",
     "plan_export": "rwkv_lab.export.planning",
     "run": "rwkv_lab.export.pipeline",
@@ -52,6 +54,7 @@ __all__ = [
     "OnnxExport",
     "OnnxModel",
     "OptimizationProcessor",
+    "ValidationTester",
     "export_onnx",
     "plan_export",
     "run",

@@ -119,9 +119,11 @@ def _options_of(environment: Mapping[str, str]) -> dict[str, str]:
     for variable in environment:
         if isinstance(variable, str) and variable.startswith("EXPORT_") and variable not in known:
             short = {name.removeprefix("EXPORT_"): name for name in known}
-            near = did_you_mean(variable.removeprefix("EXPORT_"), short)
-            if near:
-                right = next(name for word, name in short.items() if word == near.split()[-1].rstrip("?"))
+            word = variable.removeprefix("EXPORT_")
+            own = next((one for one in (word.lower(), variable.lower()) if one in known.values()), None)
+            near = did_you_mean(word, short)
+            if own or near:
+                right = variable_of(own) if own else short[near.split()[-1].rstrip("?")]
                 raise ParameterError(f"The environment variable {variable} is not known; did you mean {right}?")
     return {option: environment[name] for name, option in known.items() if environment.get(name, "") != ""}
 

@@ -11,6 +11,7 @@ from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.export.external_data import check_external_data
 from rwkv_lab.export.onnx_fixed_sizes import FixedSizes
 from rwkv_lab.export.onnx_folder import INITIAL_STATE, SEQUENCE, STATES, STEP, past_names
+from rwkv_lab.machine import give_memory_back
 
 State = dict[str, np.ndarray]
 MASK = "attention_mask"
@@ -52,8 +53,14 @@ class RecurrentGraphs:
         weights, size = manifest["weights"], sum(facts["bytes"] for facts in manifest["files"].values())
         rounded = weights == "int4" or weights != "fp32" and not low_memory
         reorder = rounded or size <= _COPIED and not low_memory
-        self._sequence = open_session(folder / SEQUENCE, providers, threads, reorder, low_memory)
-        self._step = open_session(folder / STEP, providers, threads, rounded, low_memory)
+
+        def opened(name: str) -> Any:
+            return open_session(folder / name, providers, threads, reorder if name == SEQUENCE else rounded, low_memory)
+
+        self._opened, self._sessions = opened, {}
+        self._alone = low_memory and rounded  # one graph has copies of the weights at a time
+        for name in (STEP, SEQUENCE):  # a text is read before it is continued
+            self._session(name)
         try:
             with np.load(folder / INITIAL_STATE, allow_pickle=False) as parts:
                 self._initial = {name: parts[name] for name in STATES}
@@ -69,9 +76,16 @@ class RecurrentGraphs:
         if mask is not None:
             raise ParameterError("attention_mask is for models with attention; an RWKV reads every token it is given.")
         state = self._checked(state, len(ids))
-        session = self._step if ids.shape[1] == 1 else self._sequence
+        session = self._session(STEP if ids.shape[1] == 1 else SEQUENCE)
         logits, *parts = session.run(["logits", *(f"{name}_out" for name in STATES)], {"tokens": ids, **state})
         return logits, dict(zip(STATES, parts, strict=True))
+
+    def _session(self, name: str) -> Any:
+        if (session := self._sessions.get(name)) is None:
+            if self._alone:
+                self._sessions.clear()
+            session = self._sessions[name] = self._opened(name)
+        return session
 
     def _checked(self, state: State, batch_size: int) -> State:
         for name, initial in self._initial.items():
@@ -197,6 +211,9 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=wanted)
+        session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+        if low_memory:
+            give_memory_back()  # what opening it took
+        return session
     except Exception as e:  # onnxruntime has no class of its own for them
         raise CorruptFileError(f"onnxruntime cannot open {path}: {str(e).splitlines()[0][:300]}") from e

@@ -28,7 +28,8 @@ class OnnxModel:
             names those that are there.
         threads: of onnxruntime within an operator; None for as many as there are cores.
         low_memory: leave weights in their file, which the system reads into memory and drops again as it needs; each
-            call then casts those of fp16, and those of int8 are multiplied at half the speed. int4 is copied anyway.
+            call then casts those of fp16, and those of int8 are multiplied at half the speed. Those of int4 are copied
+            anyway, but for one graph at a time: the other is opened where a call needs it.
 
     Attributes:
         layout: generation or type, and dimensions: n_layer, n_embd, vocab_size, …

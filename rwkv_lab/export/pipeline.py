@@ -12,7 +12,8 @@ from pathlib import Path
 
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import open_checkpoint
-from rwkv_lab.checkpoint.atomic import atomic_folder, check_target, remove_stale, work_folder
+from rwkv_lab.checkpoint.atomic import atomic_folder, by_final_names, check_target, remove_stale, work_folder
+from rwkv_lab.checkpoint.packed import refuse_packed
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import (
     CheckpointValidationError,
@@ -85,8 +86,8 @@ def run(configuration: ExportConfiguration) -> ExportResult:
         False and the verdict is FAIL.
 
     Raises:
-        CheckpointValidationError: the checkpoint is missing, damaged or still being written.
-        ModelMergeError: there is no base, it is another's, or the merge does not stand its checks.
+        CheckpointValidationError: the checkpoint is missing, damaged, still being written, or packed in 8 or 4 bits.
+        ModelMergeError: there is no base, it is another's or packed, or the merge does not stand its checks.
         FormatExportError, ONNXExportError: a format cannot be written.
         ValidationError: what was written does not compute what the model does.
         OutputError: the folder is there already, or cannot be written.
@@ -153,8 +154,7 @@ def _export(configuration: ExportConfiguration, result: ExportResult, out: Path,
             checkpoint = detector.detect_latest_checkpoint(configuration.checkpoint_name)
             result.warnings += checkpoint.passed_over
         family = family_of(configuration, checkpoint)
-        family.check_options(configuration)
-        check_samples(configuration, model_or_base(configuration, checkpoint))
+        check_source(configuration, checkpoint, family)
         _make_folder(out.parent)
         remove_stale(out.with_name(_SHARED))  # of a killed export of several levels; its own is removed below
         _refuse_around(out, checkpoint.path)
@@ -164,11 +164,19 @@ def _export(configuration: ExportConfiguration, result: ExportResult, out: Path,
             try:
                 with monitor.writing(inside, LOG):
                     _write(job)
-            except OutputError as e:  # by the name that the folder will have, not that of the work folder
-                raise OutputError(str(e).replace(str(inside), str(out))) from e
+            except RwkvLabError as e:
+                raise type(e)(_finally_named(str(e), job)) from e
+            finally:
+                for attempt in result.attempts:
+                    attempt.error = attempt.error and _finally_named(attempt.error, job)
             result.seconds = monitor.seconds
             result.success = True
             result.write(inside / RESULT)
+
+
+def _finally_named(text: str, job: _Job) -> str:
+    """A message by the names that the folder and what is in it will have, not those of work folders."""
+    return by_final_names(text.replace(str(job.inside), str(job.out)))
 
 
 def _stages(configuration: ExportConfiguration) -> list[str]:
@@ -287,6 +295,26 @@ def family_of(configuration: ExportConfiguration, checkpoint: CheckpointInfo) ->
         known = ", ".join(family.name for family in FAMILIES)
         raise ModelMergeError(f"{configuration.base_model_name} is no model of a family that is exported: {known}.")
     return found
+
+
+def check_source(configuration: ExportConfiguration, checkpoint: CheckpointInfo, family: Family) -> Path:
+    """Refuse before any work what cannot be exported as the configuration says; the model that is read, or its base.
+
+    Raises:
+        CheckpointValidationError, ModelMergeError: the model or the base is packed in 8 or 4 bits.
+        FormatExportError, ValidationError: an option, tokenizer or text that does not go with the model.
+    """
+    family.check_options(configuration)
+    path = model_or_base(configuration, checkpoint)
+    if path.exists():
+        try:
+            with open_checkpoint(path) as ck:
+                refuse_packed(ck.path, ck.info.values(), "An export")
+        except RwkvLabError as e:
+            error = CheckpointValidationError if path == checkpoint.path else ModelMergeError
+            raise error(str(e)) from e
+    check_samples(configuration, path)
+    return path
 
 
 def model_or_base(configuration: ExportConfiguration, checkpoint: CheckpointInfo) -> Path:

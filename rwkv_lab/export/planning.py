@@ -13,18 +13,19 @@ from rwkv_lab.export.checkpoint_detector import CheckpointDetector, CheckpointIn
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.families.rwkv import WHOLE, Rwkv
 from rwkv_lab.export.family import Family
-from rwkv_lab.export.pipeline import ONNX, PYTORCH, family_of, folder_name, model_or_base
-from rwkv_lab.export.samples import check_samples
+from rwkv_lab.export.pipeline import ONNX, PYTORCH, check_source, family_of, folder_name
 from rwkv_lab.export.weight_storage import bytes_of, stored_as
 from rwkv_lab.machine import disk_free, memory_free
+from rwkv_lab.model.dual import outline
+from rwkv_lab.model.loading import open_model
 from rwkv_lab.progress import human_bytes
 
 # Matrices that are stored in 8 or 4 bits, by their names in RWKV models and in those of transformers.
 _INSIDE = 16 * 2**20  # bytes of weights up to which each graph holds them itself
 _PROCESS = 400_000_000  # bytes without a model: of a notebook's, or of an export's two, of which one writes graphs
 _TRACED = 230_000_000  # bytes that tracing takes, whatever the model
-_COMPARED = 600_000_000  # bytes of a layer, and of logits of 521 tokens twice, of a vocabulary of 65,536
-_COPIED = 1.7  # bytes of a weight that onnxruntime copies in int4
+_COMPARED = 450_000_000  # bytes of a layer, and of logits of 521 tokens twice, of a vocabulary of 65,536
+_COPIED = 0.85  # bytes of a weight that onnxruntime copies in int4, of one graph at a time
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def plan_export(configurations: Sequence[ExportConfiguration]) -> ExportPlan:
         configurations: of one model, as `ConfigurationManager.resolve_levels` gives them.
 
     Raises:
-        CheckpointValidationError: the checkpoint is missing, damaged or still being written.
-        ModelMergeError: there is no base, or it is of no family that is known.
+        CheckpointValidationError: the checkpoint is missing, damaged, still being written, or packed in 8 or 4 bits.
+        ModelMergeError: there is no base, it is of no family that is known, or packed.
         ValidationError: texts to compare on that the model has no tokenizer for, or of less than two tokens.
         FormatExportError: a tokenizer that is not there, or not the model's; an option that models of the family do not
             have.
@@ -87,12 +88,10 @@ def plan_export(configurations: Sequence[ExportConfiguration]) -> ExportPlan:
         raise CheckpointValidationError(str(e)) from e
     family = family_of(first, checkpoint)
     whole = checkpoint.kind == "model"
-    model = model_or_base(first, checkpoint)
-    base = None if model == checkpoint.path else model
     for one in configurations:
         _check_folder(one)
-        family.check_options(one)
-        check_samples(one, model)
+        model = check_source(one, checkpoint, family)
+    base = None if model == checkpoint.path else model
     described, tensors = _tensors(model)
     outputs = [output for one in configurations for output in _outputs(one, tensors, family)]
     source = sum(info.nbytes for info in tensors.values())
@@ -154,9 +153,33 @@ def _memory(configurations: Sequence[ExportConfiguration], tensors: Mapping[str,
         return _PROCESS + weights * (5 if compared else 3)
     needed = _PROCESS + memory_of_graphs(max(sizes))
     if compared:
-        copied = _COPIED * sum(sizes) if any(one.quantization_level == "int4" for one in compared) else 0
+        levels = {one.quantization_level for one in compared}
+        copied = max(
+            _COPIED * sum(sizes) * ("int4" in levels), 4 * max(sizes) * ("fp16" in levels)
+        )  # that: a cast head
         needed = max(needed, _PROCESS + int(5 * weights if weights <= WHOLE else _COMPARED + 2 * max(sizes) + copied))
     return needed
+
+
+def graphs_are_kept(plan: ExportPlan) -> bool:
+    """Whether the graphs of an RWKV will not be traced, since an earlier export of a model of its shapes has kept them.
+
+    Raises:
+        RwkvLabError: the model cannot be opened.
+    """
+    try:
+        from rwkv_lab.export.onnx.tracing import is_kept
+    except ImportError:
+        return False
+    with open_model(plan.base or plan.checkpoint.path) as (ck, layout):
+        model = outline(ck, layout)
+    if plan.checkpoint.kind == "state":
+        model.add_time_state()
+    return all(
+        is_kept(model, one.onnx_opset_version, one.onnx_optimize_graph, one.onnx_recurrence)
+        for one in plan.configurations
+        if one.export_onnx
+    )
 
 
 def memory_of_graphs(largest: int) -> int:

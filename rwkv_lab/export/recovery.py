@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rwkv_lab.checkpoint.atomic import check_target
+from rwkv_lab.checkpoint.atomic import by_final_names, check_target
 from rwkv_lab.errors import FormatExportError, RwkvLabError
 from rwkv_lab.export.attempt import Answer, Attempt, Fault, Work, try_once
 from rwkv_lab.export.diagnosis import Failure, Settings, changes, diagnose, last_resorts, what_is_lost
@@ -45,7 +45,8 @@ def write_with_recovery(
         if isinstance(came, Answer):
             attempt.lost = what_is_lost(asked, settings)
             return came.value
-        log.warning("attempt %d failed after %.0f s: %s", len(attempts), attempt.seconds, attempt.error)
+        error = by_final_names(str(attempt.error))
+        log.warning("attempt %d failed after %.0f s: %s", len(attempts), attempt.seconds, error)
         if not isinstance(came.error, FormatExportError):
             raise came.error
         tried = [one.settings for one in attempts]

@@ -48,15 +48,16 @@ class ExportResult:
 
     @property
     def verdict(self) -> str:
-        """One word, and why."""
+        """One word, and why: what failed first and what was lost, or all that should be known."""
         if not self.success:
             return f"FAIL: {self.error_message or 'the export did not end'}"
+        lost = "; ".join(self.degraded)
         wrong = [str(check.name) for check in self.checks if isinstance(check, Check) and not check.passed]
         if wrong:
-            return f"FAIL: {wrong[0]}"
-        if self.degraded:
-            return f"DEGRADED: {'; '.join(self.degraded)}"
+            return f"FAIL: {wrong[0]}" + (f"; degraded: {lost}" if lost else "")
         why = ["exported, and not compared with the model."] if self.validation_passed is None else []
+        if lost:
+            return f"DEGRADED: {'; '.join([lost, *why]).removesuffix('.')}"
         why += self.warnings  # all: one of them may be that an adapter does not say what base it is of
         return f"WARN: {' '.join(why).removesuffix('.')}" if why else "PASS"
 

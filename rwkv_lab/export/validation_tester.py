@@ -19,6 +19,7 @@ from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.errors import ValidationError
 from rwkv_lab.export.family import Reference, Text
 from rwkv_lab.export.onnx_folder import MANIFEST
+from rwkv_lab.export.onnx_graphs import State
 from rwkv_lab.export.onnx_model import OnnxModel
 from rwkv_lab.export.samples import LONGEST
 from rwkv_lab.export.validation_metrics import ArrayError, PredictionErrors, Predictions, array_error
@@ -127,8 +128,8 @@ class ValidationTester:
         self.low_memory = sum(path.stat().st_size for path in folder.iterdir()) > _LARGE
         before = memory_of("RssAnon")
         self.graph = OnnxModel(folder, low_memory=self.low_memory)
-        self.graph.run(np.zeros((1, 1), np.int64))
         self.graph.run(np.zeros((1, 2), np.int64))
+        self.graph.run(np.zeros((1, 1), np.int64))
         after = memory_of("RssAnon")
         self._opened = None if before is None or after is None else max(after - before, 0)
         self.context = min(context for context in (LONGEST, reference.context, self.graph.context) if context)
@@ -168,9 +169,8 @@ class ValidationTester:
         write after each."""
         shapes = [self._random(shape) for shape in self.shapes]
         pieces = [[_row(ids[at : at + _PIECE]) for at in range(0, len(ids), _PIECE)] for ids in self.samples]
-        starts, written = [ids[: self._start] for ids in self.samples], []
-        for ids in starts:
-            written.append(self._write(ids))
+        starts = [ids[: self._start] for ids in self.samples]
+        written = self._write(starts)
         read = self.reference.read(  # at once: a large model is read from its file each time
             [
                 *(Text([tokens], True) for tokens in shapes),
@@ -228,13 +228,16 @@ class ValidationTester:
         """Tokens of a sample after which both write."""
         return max(1, min(_STARTS, self.context - _GREEDY))
 
-    def _write(self, ids: list[int]) -> list[int]:
-        """The tokens that the graph finds likeliest, one after the other, after a text."""
-        logits, state = self.graph.run(_row(ids))
+    def _write(self, starts: list[list[int]]) -> list[list[int]]:
+        """The tokens that the graph finds likeliest, one after the other, after each of some texts."""
+        read = [self.graph.run(_row(ids)) for ids in starts]  # at once: of a large model one graph is open at a time
+        return [self._continue(len(ids), *one) for ids, one in zip(starts, read, strict=True)]
+
+    def _continue(self, length: int, logits: np.ndarray, state: State) -> list[int]:
         tokens: list[int] = []
         while True:
             tokens.append(int((logits[0, -1] if logits.ndim == 3 else logits[0]).argmax()))
-            if len(tokens) == _GREEDY or len(ids) + len(tokens) > self.context:
+            if len(tokens) == _GREEDY or length + len(tokens) > self.context:
                 return tokens
             logits, state = self.graph.run(_row(tokens[-1:]), state)
 

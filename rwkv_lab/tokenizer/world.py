@@ -1,8 +1,8 @@
 """The World vocabulary of RWKV-4 World to RWKV-7: byte strings, the longest that fits is taken.
 
 A vocabulary file has one line per token: its id, a Python literal (text or bytes) and the number of bytes in it. Id 0
-is in no file: it ends a text. pyrwkv-tokenizer does the encoding and brings the vocabulary. It decodes whole texts
-only and takes the process down at an id that is padding, so decoding is done here.
+is in no file: it ends a text. pyrwkv-tokenizer brings the vocabulary and encodes all but a few short texts. It decodes
+whole texts only and takes the process down at an id that is padding, so decoding is done here.
 """
 
 import ast
@@ -16,6 +16,7 @@ from rwkv_lab.tokenizer.decoding import ByteDecoding, utf8
 
 _HIGHEST = 65535  # id that the library can hold
 _LONGEST_LINE = 10_000  # characters; the longest in the World vocabulary has 520
+_FEW = 256_000  # bytes of text that are encoded as fast without the library, whose tables take 240 MB
 
 
 class WorldTokenizer(ByteDecoding):
@@ -34,6 +35,7 @@ class WorldTokenizer(ByteDecoding):
         self._path = _packaged() if path is None else path
         bytes_of = _read_vocabulary(self._path, _stamp(self._path))
         super().__init__(bytes_of, max(bytes_of) + 1, end_of_text=0)
+        self._few = _FEW  # bytes to encode without the library
 
     @property
     def path(self) -> Path:
@@ -43,13 +45,16 @@ class WorldTokenizer(ByteDecoding):
     @checked
     def encode(self, text: str | bytes) -> list[int]:
         """Tokens of a text; bytes need not be valid UTF-8."""
-        if isinstance(text, str):
-            utf8(text)
-        else:
-            try:
-                text = text.decode()
-            except UnicodeDecodeError:  # the library takes text only
-                return self._longest_matches(text)
+        data = utf8(text) if isinstance(text, str) else text
+        self._few -= len(data)
+        if self._few >= 0:
+            return self._longest_matches(data)
+        try:
+            return self._by_library(data.decode())
+        except UnicodeDecodeError:  # the library takes text only
+            return self._longest_matches(data)
+
+    def _by_library(self, text: str) -> list[int]:
         return _encoder(self._path, _stamp(self._path)).encode(text)
 
     def _longest_matches(self, data: bytes) -> list[int]:

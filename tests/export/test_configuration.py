@@ -142,10 +142,14 @@ def test_a_refusal_says_where_the_value_came_from(tmp_path):
 
 
 def test_a_variable_that_is_nearly_one_is_refused_and_others_are_not_ours():
-    with pytest.raises(
-        ParameterError, match="EXPORT_QUANTISATION_LEVEL is not known; did you mean EXPORT_QUANTIZATION_LEVEL"
+    for wrong, right in (
+        ("EXPORT_QUANTISATION_LEVEL", "EXPORT_QUANTIZATION_LEVEL"),
+        ("EXPORT_ONNX", "EXPORT_ENABLE_ONNX"),
+        ("EXPORT_OUTPUT_DIRECTORY", "EXPORT_OUTPUT_DIR"),
+        ("EXPORT_ENABLE_PYTORCH", "EXPORT_PYTORCH"),
     ):
-        ConfigurationManager(environment={"EXPORT_QUANTISATION_LEVEL": "int8"})
+        with pytest.raises(ParameterError, match=f"{wrong} is not known; did you mean {right}[?]"):
+            ConfigurationManager(environment={wrong: "int8"})
     ConfigurationManager(environment={"EXPORT_XYZ": "1", "HOME": "/"})
 
 

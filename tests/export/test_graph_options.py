@@ -8,17 +8,19 @@ import torch
 from causal_lm import write_model
 from random_models import make_layout
 from random_models import write_model as write_rwkv
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-from rwkv_lab.errors import FormatExportError, ParameterError
+from rwkv_lab.errors import FormatExportError, ONNXExportError, ParameterError
 from rwkv_lab.export import ConfigurationManager, OnnxModel, plan_export, run
 from rwkv_lab.export.causal_lm.loading import load_causal_lm
 from rwkv_lab.export.causal_lm.onnx_folder import export_causal_lm
 from rwkv_lab.export.diagnosis import LOSSES, last_resorts
 from rwkv_lab.export.families.huggingface import HuggingFace
+from rwkv_lab.export.onnx import causal_lm
 from rwkv_lab.export.onnx_fixed_sizes import FixedSizes
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (3, 37))
@@ -134,3 +136,25 @@ def test_options_of_another_family(family, options, says, base, tmp_path):
     with pytest.raises(FormatExportError, match=says):
         run(configuration)
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "legacy"])
+def test_levels_are_traced_once_in_all_processes(exporter, base, tmp_path, monkeypatch):
+    """A graph is kept without weights: those of another model of its shapes go into it as well."""
+    monkeypatch.setenv("RWKV_LAB_CACHE", str(tmp_path / "cache"))
+    how = {"exporter": exporter, "optimise_graph": True, "opset": 20, "external_data": None, "tokenizer": ""}
+    for name, weights in (("traced", "int8"), ("kept", "int8"), ("fp32", "fp32")):
+        export_causal_lm(base, tmp_path / name, weights, **how)
+        for write in ("_by_dynamo", "_by_torchscript"):
+            monkeypatch.setattr(causal_lm, write, None)
+    traced, kept = ((tmp_path / name / "model.onnx").read_bytes() for name in ("traced", "kept"))
+    assert traced == kept and len(list((tmp_path / "cache/graphs").iterdir())) == 1
+    other = write_model(tmp_path / "other", num_hidden_layers=1, intermediate_size=128, tie_word_embeddings=True)
+    tensors = {name: 1.1 * tensor for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    export_causal_lm(other, tmp_path / "out", "fp32", **how)
+    with torch.no_grad():
+        logits = load_causal_lm(other)(torch.from_numpy(TOKENS)).logits.numpy()
+    assert error(OnnxModel(tmp_path / "out", threads=1), logits) < 1e-5
+    with pytest.raises(ONNXExportError):  # another opset is traced anew
+        export_causal_lm(base, tmp_path / "21", "fp32", **how | {"opset": 21})

@@ -8,6 +8,8 @@ from random_models import load_model, make_layout, write_model
 
 from rwkv_lab.export import export_onnx
 from rwkv_lab.export.onnx import kept_graphs, tracing
+from rwkv_lab.model.dual import outline
+from rwkv_lab.model.loading import open_model
 
 # With another seed of hashes, and without what traces.
 ELSEWHERE = """
@@ -45,8 +47,12 @@ def test_levels_are_traced_once_in_all_processes(cache, warm, tmp_path, monkeypa
         export_onnx(source, tmp_path / name, weights)
         return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
 
+    with open_model(source) as (ck, layout):
+        model = outline(ck, layout)
+    assert not tracing.is_kept(model, 20, True, "scan")
     first, files = export("first", "fp32"), list(cache.iterdir())
     assert len(traced) == len(files) == 2
+    assert tracing.is_kept(model, 20, True, "scan") and not tracing.is_kept(model, 21, True, "scan")
     assert export("again", "fp32") == first and len(traced) == 2
     words = [warm.python, "-c", ELSEWHERE, source, tmp_path / "there"]
     subprocess.run(words, check=True, env=warm.environment | {"RWKV_LAB_CACHE": str(cache.parent)})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rwkv_lab.errors import CorruptFileError, ParameterError
-from rwkv_lab.export import OnnxModel
+from rwkv_lab.export import OnnxModel, onnx_graphs
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +48,19 @@ def test_streaming_seeds_and_stops(exported):
     assert graph.generate("", 3, temperature=0) == graph.generate([0], 3, temperature=0)
     assert len({graph.generate("a", 30, seed=None) for _ in range(3)}) > 1
     assert graph.generate("a", 5, top_p=1e-9) == graph.generate("a", 5, temperature=0)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8", "int4"])
+def test_low_memory_writes_the_same(exported, monkeypatch, weights):
+    """Weights of int4 are copied by onnxruntime: those of one graph at a time."""
+    folder, opened = exported("7.0", weights).folder, []
+    expected = OnnxModel(folder).generate("The quick", 8, temperature=0)
+    before = onnx_graphs.open_session
+    monkeypatch.setattr(onnx_graphs, "open_session", lambda *given: opened.append(given[0].name) or before(*given))
+    graph = OnnxModel(folder, low_memory=True)
+    assert [graph.generate("The quick", 8, temperature=0) for _ in range(2)] == [expected] * 2
+    reopened = ["step.onnx", "model.onnx", "step.onnx"] if weights == "int4" else []
+    assert opened == ["step.onnx", "model.onnx", *reopened]
 
 
 def test_tokens_and_states_that_do_not_fit(exported):

@@ -22,12 +22,22 @@ from rwkv_lab.errors import (
     CheckpointValidationError,
     FormatExportError,
     ModelMergeError,
+    ONNXExportError,
     OutputError,
     ParameterError,
     ValidationError,
 )
-from rwkv_lab.export import ConfigurationManager, OnnxModel, run, run_levels, tensorrt_engines
+from rwkv_lab.export import (
+    ConfigurationManager,
+    OnnxModel,
+    onnx_attempts,
+    plan_export,
+    run,
+    run_levels,
+    tensorrt_engines,
+)
 from rwkv_lab.export.__main__ import main
+from rwkv_lab.export.attempt import Attempt
 from rwkv_lab.export.families.rwkv import Rwkv, RwkvReference
 from rwkv_lab.export.validation_tester import ValidationTester
 
@@ -175,6 +185,11 @@ def test_a_pytorch_model_in_few_bits(files, tmp_path):
             assert ck.quantised[stored] >= 12 and not unread.keys() & {*ck}
         if level == "nf4":
             assert len(result.storage["nf4"]["tensors"]) == 12 and result.storage["int8"]["tensors"] == ["head.weight"]
+            again = pytorch_alone(tmp_path, checkpoint_path=result.pytorch_model_path, naming_pattern="again")
+            for job in (run, lambda one: plan_export([one])):
+                with pytest.raises(CheckpointValidationError, match="M.pth is packed: .* An export needs weights"):
+                    job(again)
+            (tmp_path / "out/again.failed.json").unlink()
     with pytest.raises(FormatExportError, match="48 inputs"):
         path = write_model(tmp_path / "48.pth", make_layout("4.0", n_layer=1, n_head=1, head_size=48, vocab_size=256))
         run(pytorch_alone(tmp_path, checkpoint_path=path, quantization_level="int4", naming_pattern="no"))
@@ -274,6 +289,25 @@ def test_a_full_disk_leaves_nothing_but_why(files, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert left(tmp_path) == ["it.failed.json"]
+
+
+def test_errors_name_folders_as_they_will_be(files, tmp_path, monkeypatch):
+    """Not as they are called while they are made."""
+    final = tmp_path / "out/it/onnx"
+
+    def fails(work, asked, folder, most, limit, attempts):
+        assert folder != final
+        says = f"cannot write {folder.with_name('.onnx.0123456789ab.rwkv_lab-partial')}/model.onnx: No space left"
+        attempts.append(Attempt({}, "as asked for", error=says))
+        raise ONNXExportError(says)
+
+    monkeypatch.setattr(onnx_attempts, "write_with_recovery", fails)
+    expected = f"cannot write {final}/model.onnx: No space left"
+    with pytest.raises(ONNXExportError) as caught:
+        run(pytorch_alone(tmp_path, checkpoint_path=files / "B.pth", export_pytorch=False, export_onnx=True))
+    failed = json.loads((tmp_path / "out/it.failed.json").read_text())
+    assert str(caught.value) == failed["attempts"][0]["error"] == expected
+    assert failed["verdict"] == f"FAIL: ONNXExportError: {expected}"
 
 
 def test_an_adapter_that_does_not_say_its_base_is_named_in_the_verdict(files, tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 from random_models import ONE_LAYER, make_layout, write_model
 
+from rwkv_lab.checks import Check
 from rwkv_lab.errors import ONNXExportError, ParameterError
 from rwkv_lab.export import ConfigurationManager, ExportConfiguration, ExportResult, run
 from rwkv_lab.export.profiles import PROFILES, choose_profile, earlier_failures
@@ -88,3 +89,8 @@ def test_a_degraded_result_says_so():
     lost = ["opset 22, not 23 as asked for"]
     assert ExportResult("", "", True, validation_passed=True, degraded=lost).verdict == f"DEGRADED: {lost[0]}"
     assert ExportResult("", "", False, error_message="it ended", degraded=lost).verdict == "FAIL: it ended"
+    not_compared = ExportResult("", "", True, degraded=lost)
+    assert not_compared.verdict == f"DEGRADED: {lost[0]}; exported, and not compared with the model"
+    failed = [Check("merged", 0, 0, True), Check("mean KL", 1.0, 0.5, False), Check("top-1", 0.1, 0.9, False)]
+    wrong = ExportResult("", "", True, validation_passed=False, degraded=lost, checks=failed)
+    assert wrong.verdict == f"FAIL: mean KL; degraded: {lost[0]}"

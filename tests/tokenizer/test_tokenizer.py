@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from rwkv_lab.errors import CorruptFileError, ParameterError, UnsafeFileError
 from rwkv_lab.model import load_tokenizer
 from rwkv_lab.tokenizer import tokenizer_for
+from rwkv_lab.tokenizer import world as world_vocabulary
 
 TEXT = "naïve 日本語 👩‍🔬 \ufffd\n\n  the end"
 MANY = settings(max_examples=200, deadline=None)
@@ -87,9 +88,23 @@ def test_world_decodes_the_end_of_text_and_padding_as_nothing(world):
 @MANY
 @given(text=st.text(st.characters(codec="utf-8"), max_size=40))
 def test_world_takes_the_longest_match_and_loses_nothing(world, text):
-    ids = world.encode(text)
-    assert ids == world._longest_matches(text.encode())
+    ids = world._longest_matches(text.encode())
+    assert ids == world._by_library(text)  # which encodes long texts
     assert world.decode(ids) == text and world.encode(text.encode()) == ids
+
+
+def test_world_loads_the_library_for_long_texts_alone(monkeypatch):
+    """Its tables take 240 MB."""
+    by_library = []
+    monkeypatch.setattr(world_vocabulary.WorldTokenizer, "_by_library", lambda self, text: by_library.append(text))
+    tokenizer = world_vocabulary.WorldTokenizer()
+    assert tokenizer.encode(" Hello" * 9) == [36786] * 9
+    assert tokenizer.encode(b"\xff") == [256] and not by_library
+    long = " " * world_vocabulary._FEW
+    tokenizer.encode(long)
+    tokenizer.encode(" Hello")
+    assert by_library == [long, " Hello"]
+    assert tokenizer.encode(b"\xff") == [256]
 
 
 @MANY

@@ -86,6 +86,17 @@ def test_choosing_tokens_and_showing_their_text_is_counted():
     assert writing > 3 * estimate.stepping_seconds(1000, 1, 50_000, *size, "cpu")
 
 
+def test_the_time_of_an_export_has_tracing_where_no_graph_is_kept(demo_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rwkv_lab.workbench.export.cells.file_seconds", lambda *_: 60.0)
+    taken = {}
+    for kept in (True, False):
+        monkeypatch.setattr("rwkv_lab.workbench.export.cells.graphs_are_kept", lambda plan, kept=kept: kept)
+        said = plan("export", tmp_path, capsys, quantization_level=["none"], run_validation_tests=False)
+        taken[kept] = seconds(said)
+        assert ("; 8 s of it trace graphs, once for models of these shapes" in said) is not kept
+    assert taken[False] - taken[True] >= 5
+
+
 def test_a_longer_text_takes_longer_and_token_by_token_longest():
     size = (1, 1_000_000, 4, torch.float32)
     short, long = (estimate.forward_seconds(tokens, *size, "cpu") for tokens in (100, 10_000))

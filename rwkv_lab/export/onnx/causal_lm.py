@@ -7,14 +7,17 @@ Positions are counted from the mask, so that rows padded on the left begin at 0.
 """
 
 import inspect
+from importlib.metadata import version
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import nn
 
 from rwkv_lab.errors import LayoutError, ONNXExportError
 from rwkv_lab.export.causal_lm.loading import quiet, refuse_attention
+from rwkv_lab.export.onnx import kept_graphs
 from rwkv_lab.export.onnx.graphs import name_axes, plain_torch, without_notes
 from rwkv_lab.export.onnx.optimise import optimise_graph
 from rwkv_lab.export.onnx.torchscript import export_by_torchscript
@@ -124,11 +127,9 @@ def trace(
     """
     shapes = cache_shapes(model)
     axes = axes_of(len(shapes) // 2, sizes)
-    write = _by_dynamo if exporter == "dynamo" else _by_torchscript
     try:
         with plain_torch(), quiet():
-            graph = write(CausalLmGraph(model).eval(), _example(shapes, sizes or TRACED), opset, axes)
-            _name_weights(graph)
+            graph = _captured(model, _example(shapes, sizes or TRACED), opset, axes, exporter)
             _transpose_weights(graph)
             if own_head:
                 _split_head(graph, model)
@@ -140,6 +141,26 @@ def trace(
         name_axes(graph, {name: [str(a or "") for a in dims] for name, dims in axes.items()})
         _name_sums(graph, axes)
     without_notes(graph)
+    return graph
+
+
+def _captured(model: Any, inputs: tuple[torch.Tensor, ...], opset: int, axes: "Axes", exporter: Exporter) -> ir.Model:
+    """What torch makes of a model; kept without its weights, since a model in several levels has the same."""
+    weights = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    shapes = [(name, *w.shape) for name, w in weights.items()]
+    config = model.config.to_json_string(), model.config._attn_implementation, version("transformers")
+    key = repr((type(model).__qualname__, config, shapes, [x.shape for x in inputs], opset, axes, exporter))
+    if (graph := kept_graphs.find(key)) is None:
+        write = _by_dynamo if exporter == "dynamo" else _by_torchscript
+        graph = write(CausalLmGraph(model).eval(), inputs, opset, axes)
+        _name_weights(graph)
+        for name, value in graph.graph.initializers.items():
+            if name in weights:
+                value.const_value = None
+        graph = kept_graphs.keep(key, graph)
+    for name, value in graph.graph.initializers.items():
+        if name in weights:
+            value.const_value = TorchTensor(weights[name].detach(), name=name)
     return graph
 
 

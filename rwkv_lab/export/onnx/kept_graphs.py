@@ -40,8 +40,13 @@ def find(key: str) -> ir.Model | None:
         return None
 
 
-def keep(key: str, model: ir.Model) -> None:
-    """Keep a graph whose weights have no values; where that cannot be done, it is logged."""
+def has(key: str) -> bool:
+    """Whether a file is kept under this key."""
+    return _path(key).is_file()
+
+
+def keep(key: str, model: ir.Model) -> ir.Model:
+    """Keep a graph whose weights have no values; where that cannot be done, it is logged. Returns it as `find` does."""
     path, data = _path(key), _bytes(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +56,7 @@ def keep(key: str, model: ir.Model) -> None:
             old.unlink(missing_ok=True)
     except (OSError, OutputError) as e:
         log.info("a traced graph is not kept: %s", e)
+    return _graph(data)
 
 
 def _path(key: str) -> Path:

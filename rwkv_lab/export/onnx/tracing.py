@@ -85,7 +85,7 @@ def trace(
     Raises:
         ONNXExportError: torch.export or torch.onnx refuses it.
     """
-    layers = model.layout.n_layer if whole or not _alike(model) else min(2, model.layout.n_layer)
+    layers = _traced_layers(model, whole)
     try:
         with plain_torch():
             module = Graph(model, layers, one_token, logits).eval()
@@ -100,17 +100,33 @@ def trace(
     return graph
 
 
+def is_kept(model: RWKV_Dual, opset: int, optimise: bool, recurrence: Recurrence) -> bool:
+    """Whether both graphs of a model, such as `outline` makes, were traced before, so that they will not be again."""
+    with plain_torch():
+        modules = [Graph(model, _traced_layers(model), one_token, "all").eval() for one_token in (False, True)]
+        return all(kept_graphs.has(_key(one, model.layout, opset, optimise, recurrence)) for one in modules)
+
+
+def _traced_layers(model: RWKV_Dual, whole: bool = False) -> int:
+    return model.layout.n_layer if whole or not _alike(model) else min(2, model.layout.n_layer)
+
+
+def _key(module: Graph, layout: Layout, opset: int, optimise: bool, recurrence: Recurrence) -> str:
+    """All that a graph of these layers depends on but packages and our own sources."""
+    recurrence = "scan" if module.one_token else recurrence
+    shapes = [(name, *w.shape) for name, w in module.named_parameters()]
+    return repr((module, layout, shapes, module.last, module.one_token, opset, optimise, recurrence))
+
+
 def _first_layers(module: Graph, layout: Layout, opset: int, optimise: bool, recurrence: Recurrence) -> ir.Model:
     """What was traced, of all layers of `module`. The last few are kept, and in files those of models that come from
     one: the same model in other bits has the same, and of one token so has either form of the recurrence."""
-    recurrence = "scan" if module.one_token else recurrence
-    shapes = [(name, *w.shape) for name, w in module.named_parameters()]
-    key = repr((module, layout, shapes, module.last, module.one_token, opset, optimise, recurrence))
+    key = _key(module, layout, opset, optimise, recurrence)
     if key not in _KEPT:
         is_outline = module.emb.weight.is_meta  # others may have been changed in ways that the key does not tell
         graph = kept_graphs.find(key) if is_outline else None
         if graph is None:
-            graph = _traced(module, layout, opset, optimise, recurrence)
+            graph = _traced(module, layout, opset, optimise, "scan" if module.one_token else recurrence)
             if is_outline:
                 kept_graphs.keep(key, graph)
         if len(_KEPT) >= _MOST_KEPT:

@@ -13,7 +13,7 @@ from rwkv_lab.errors import ParameterError, RwkvLabError
 from rwkv_lab.export import OnnxModel, run_levels
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.monitoring_logger import timeline
-from rwkv_lab.export.planning import ExportPlan, plan_export
+from rwkv_lab.export.planning import ExportPlan, graphs_are_kept, plan_export
 from rwkv_lab.progress import human_bytes, human_seconds
 from rwkv_lab.samples import Sample
 from rwkv_lab.workbench.estimate import FIGURES, OF_FILES, file_seconds, in_words, stepping_seconds
@@ -29,7 +29,8 @@ _DRY = "dry_run=True: nothing was exported, so there is nothing to show here."
 _NO_ONNX = "No ONNX model was written, so there is nothing to show here."
 _NEW_TOKENS = 48
 # What the time of an export was, with RWKV-7 of 3.6 and 61 million parameters on 2 cores of an Intel Xeon:
-_TRACE = 10.0  # seconds of tracing the graphs, in a process of its own
+_TRACE = 8.0  # seconds of tracing the graphs
+_START = 2.0  # seconds of each process that writes graphs until it does
 _PASSES = 12  # copies of the model in float32 in the time of writing a level; docs/scaling.md
 _COMPARED = 6000  # tokens, one after the other, in the time of comparing a level with the model
 _TOKENS = [1, 2, 3, 4]  # a prompt where there is no tokenizer
@@ -231,12 +232,14 @@ def _time(made: ExportPlan) -> str:
         layout = None
     if layout is None:
         return "not estimated: it was measured with files of RWKV alone"
-    levels = len(made.configurations)
-    seconds = _TRACE + FIGURES + levels * file_seconds(_PASSES * 4 * values)
+    levels, graphs = len(made.configurations), sum(one.export_onnx for one in made.configurations)
+    traced = graphs > 0 and not graphs_are_kept(made)
+    seconds = traced * _TRACE + graphs * _START + FIGURES + levels * file_seconds(_PASSES * 4 * values)
     if _is_compared(made.configurations[0]):
         seconds += levels * stepping_seconds(_COMPARED, 1, values, layout.n_layer, torch.float32, "cpu")
     scan = "; a sensitivity scan is not in it" if made.configurations[0].sensitivity_scan else ""
-    return in_words(seconds, OF_FILES) + scan
+    once = f"; {_TRACE:.0f} s of it trace graphs, once for models of these shapes" if traced else ""
+    return in_words(seconds, OF_FILES) + once + scan
 
 
 def _is_compared(configuration: ExportConfiguration) -> bool:
