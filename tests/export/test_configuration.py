@@ -146,7 +146,7 @@ def test_a_variable_that_is_nearly_one_is_refused_and_others_are_not_ours():
         ("EXPORT_QUANTISATION_LEVEL", "EXPORT_QUANTIZATION_LEVEL"),
         ("EXPORT_ONNX", "EXPORT_ENABLE_ONNX"),
         ("EXPORT_OUTPUT_DIRECTORY", "EXPORT_OUTPUT_DIR"),
-        ("EXPORT_ENABLE_PYTORCH", "EXPORT_PYTORCH"),
+        ("EXPORT_TENSORRT", "EXPORT_ENABLE_TENSORRT"),
     ):
         with pytest.raises(ParameterError, match=f"{wrong} is not known; did you mean {right}[?]"):
             ConfigurationManager(environment={wrong: "int8"})
