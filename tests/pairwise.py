@@ -1,6 +1,6 @@
 """Cases for tests with several parameters: a part of their product that has every value, or every pair of values."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import combinations, product
 from typing import Any
 
@@ -11,9 +11,12 @@ def each(*lists: Iterable[Any]) -> list[tuple]:
     return [tuple(x[i % len(x)] for x in values) for i in range(max(map(len, values)))]
 
 
-def pairwise(*lists: Iterable[Any]) -> list[tuple]:
-    """Cases in which each value of a list meets each value of every other one: pairwise testing, found greedily."""
-    cases = list(product(*lists))
+def pairwise(*lists: Iterable[Any], where: Callable[..., bool] = lambda *case: True) -> list[tuple]:
+    """Cases in which each value of a list meets each value of every other one: pairwise testing, found greedily.
+
+    `where` tells which cases there are.
+    """
+    cases = [case for case in product(*lists) if where(*case)]
     columns = list(combinations(range(len(cases[0])), 2))
 
     def pairs(case: tuple) -> set[tuple]:

@@ -16,3 +16,9 @@ def test_every_pair_is_there():
     assert len(cases) < 22 and {*cases} <= {*product(*lists)}
     for i, j in combinations(range(4), 2):
         assert {(case[i], case[j]) for case in cases} == {*product(lists[i], lists[j])}
+
+
+def test_what_there_is_not_is_not_chosen():
+    cases = pairwise("ab", "xy", range(3), where=lambda one, two, three: (one, two) != ("a", "y"))
+    assert {case[:2] for case in cases} == {("a", "x"), ("b", "x"), ("b", "y")}
+    assert {case[1:] for case in cases} == {*product("xy", range(3))}
