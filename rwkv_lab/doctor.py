@@ -14,6 +14,7 @@ from pathlib import Path
 from rwkv_lab import machine, threads
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.resources import checkout_folder, folder_of_variable, reports_folder, user_cache_folder
+from rwkv_lab.text import counted
 from rwkv_lab.version import __version__
 
 _LITTLE_MEMORY, _LITTLE_DISK = 2_000_000_000, 5_000_000_000  # bytes
@@ -127,7 +128,7 @@ def _threads() -> Iterator[Finding]:
     there, used = machine.cores(), torch.get_num_threads()
     advice = f"Unset OMP_NUM_THREADS, or set it to {there}." if used != there else ""
     processor = machine.cpu_name() or "processor"
-    yield Finding("note" if advice else "ok", "threads", f"{used} on {there} cores of {processor}", advice)
+    yield Finding("note" if advice else "ok", "threads", f"{used} on {counted(there, 'core')} of {processor}", advice)
     policy = threads.policy_in_force()
     passive = "PASSIVE" in policy.upper() or "GOMP_SPINCOUNT=0" in policy or "KMP_BLOCKTIME=0" in policy
     advice = "" if passive else "Beside other busy processes OMP_WAIT_POLICY=PASSIVE is several times faster."
@@ -208,7 +209,9 @@ def _load() -> Iterator[Finding]:
         return
     load, cores = os.getloadavg()[0], machine.cores()
     advice = "Others are at work here: all takes longer, and measured speeds cannot be trusted." if load > cores else ""
-    yield Finding("note" if advice else "ok", "load", f"{load:.1f} processes at work on {cores} cores", advice)
+    yield Finding(
+        "note" if advice else "ok", "load", f"{load:.1f} processes at work on {counted(cores, 'core')}", advice
+    )
 
 
 def _space() -> Iterator[Finding]:

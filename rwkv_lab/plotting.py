@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from rwkv_lab.names import split_block
@@ -70,24 +68,6 @@ def _in_dark(colour: Any) -> np.ndarray:
     light = rgba[:, :3].mean(1, keepdims=True)
     rgba[grey, :3] = (light * _DARK + (1 - light) * _LIGHT)[grey]
     return rgba if len(rgba) != 1 else rgba[0]
-
-
-def themed_svg(figure: Figure) -> str:
-    """The figure as SVG to stand in an HTML page, without a ground: text and axes have the colour of the page's text,
-    grids that of its lines (`--line`), so that both follow light and dark."""
-    ink, lines = "#010203", "#010204"  # told apart from the colours of the data, and replaced in the SVG
-    for text in figure.findobj(Text):
-        text.set_color(ink)
-    for axes in figure.axes:
-        axes.patch.set_visible(False)
-        axes.spines[:].set_color(ink)
-        axes.tick_params(which="both", color=ink, labelcolor=ink, grid_color=lines)
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none"}):  # text stays text, in the fonts of the reader
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    return svg.replace(ink, "currentColor").replace(lines, "var(--line)")
 
 
 def layer_map(

@@ -13,6 +13,11 @@ def shown(value: object) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def counted(number: int, what: str) -> str:
-    """A number of things, of which one is called `what`: "1 file", "12,000 files"."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def counted(number: int, what: str, plural: str = "") -> str:
+    """A number with what it counts: "1 tensor", "2,000 tensors".
+
+    Args:
+        what: one of them, "tensor", or with its verb, "tensor is".
+        plural: several of them, "matrices" or "tensors are"; empty: `what` and an s.
+    """
+    return f"{number:,} {what if number == 1 else plural or f'{what}s'}"

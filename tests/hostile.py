@@ -166,7 +166,7 @@ for _name, _content, _said in [
         return arguments(folder, base=folder / "model.pth")
 
 
-@case(11, "missing key", "LayoutError", r"lacks 1 tensors: blocks\.1\.att\.value\.weight")
+@case(11, "missing key", "LayoutError", r"lacks 1 tensor: blocks\.1\.att\.value\.weight")
 def _(folder):
     tensors = random_model()
     del tensors["blocks.1.att.value.weight"]

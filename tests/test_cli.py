@@ -41,6 +41,7 @@ def test_help_is_that_of_the_specs(name):
     for one, field in zip(read.values(), fields.values(), strict=True):
         assert (one.help, one.default) == (field.description, field.default)
     shown = " ".join(described(notebooks.notebook(name)).split())
+    assert all(f" {field} " in shown for field in fields)  # long names do not run into their help
     assert all(" ".join(field.description.split()) in shown for field in fields.values())
 
 
@@ -133,10 +134,15 @@ def test_notebooks_that_are_not_there(tmp_path, capsys):
 
 
 def test_a_wrong_command_has_its_own_code(capsys):
-    for words in (["merg"], ["list", "--all"]):
+    for words, said in (
+        (["merg"], "no command 'merg'; did you mean merge?"),
+        (["frob"], "no command 'frob'; there are: run, "),
+        (["list", "--all"], "no such option: --all"),
+        (["sweep", "merge", "g.yaml", "--foldr", "x"], "no such option: --foldr x; did you mean --folder?"),
+    ):
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
-        assert ended.value.code == 2
+        assert ended.value.code == 2 and said in capsys.readouterr().err
     assert cli.main([]) == 2 and "usage: rwkv-lab" in capsys.readouterr().out
 
 

@@ -19,6 +19,7 @@ from rwkv_lab.model.dual import RWKV_Dual, RWKVMode
 from rwkv_lab.model.inputs import check_tokens
 from rwkv_lab.model.state import RWKVState
 from rwkv_lab.progress import human_bytes
+from rwkv_lab.text import counted
 from rwkv_lab.wkv import backends as all_backends
 from rwkv_lab.wkv import use_backend
 
@@ -198,7 +199,9 @@ def growth_checks(rows: Sequence[ModeRow]) -> list[Check | NotApplicable]:
             continue
         name = f"{row.name}: error at the end over error in the second quarter of the text"
         if len(row.curve) < _ENOUGH:
-            checks.append(NotApplicable(name, f"{len(row.curve)} tokens are too few to tell growth"))
+            checks.append(
+                NotApplicable(name, f"{counted(len(row.curve), 'token is', 'tokens are')} too few to tell growth")
+            )
         else:
             checks.append(Check(name, _digits(row.growth), GROWTH, row.growth <= GROWTH))
     return checks
@@ -223,7 +226,7 @@ def check_hand_off(model: RWKV_Dual, tokens: torch.Tensor, splits: Sequence[int]
     splits = sorted({1, max(T // 2, 1), T - 1}) if splits is None else splits
     wrong = next((a for a in splits if not 1 <= a < T), None)
     if wrong is not None:
-        raise ParameterError(f"{T} tokens cannot be split after {wrong}: 1 to {T - 1}.")
+        raise ParameterError(f"{counted(T, 'token cannot', 'tokens cannot')} be split after {wrong}: 1 to {T - 1}.")
     whole, final = Execution(model)(tokens)
     dtype = model.emb.weight.dtype
     limit, checks = LIMITS[dtype], []
@@ -233,7 +236,7 @@ def check_hand_off(model: RWKV_Dual, tokens: torch.Tensor, splits: Sequence[int]
         rest, state = Execution(model, RWKVMode.RNN)(tokens[:, a:], state)
         errors = _errors((torch.cat([last[:, None], rest], 1), state), (whole[:, a - 1 :], final))
         for what, error in zip(("logits", "state"), errors, strict=True):
-            name = f"{long_name(dtype)}: {what} after {a} tokens in one pass and {T - a} one by one"
+            name = f"{long_name(dtype)}: {what} after {counted(a, 'token')} in one pass and {T - a} one by one"
             checks.append(Check(name, _digits(error), limit, error <= limit))
     return checks
 

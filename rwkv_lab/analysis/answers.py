@@ -14,7 +14,7 @@ from rwkv_lab import peft
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, open_checkpoint
 from rwkv_lab.errors import CorruptFileError, ParameterError
-from rwkv_lab.paths import to_path
+from rwkv_lab.paths import missing_file, to_path
 from rwkv_lab.peft import open_adapter
 from rwkv_lab.train.records import read_template
 
@@ -137,6 +137,8 @@ def read_prompts(path: str | Path) -> list[str | Messages]:
     path = to_path(path, "path")
     try:
         text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise missing_file(path) from None
     except OSError as e:
         raise ParameterError(f"prompts: {path} cannot be read: {e.strerror}.") from None
     except UnicodeDecodeError as e:

@@ -19,6 +19,7 @@ from rwkv_lab.merge.families import family_of
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.samples import Sample
+from rwkv_lab.text import counted
 from rwkv_lab.train import (
     Examples,
     Measurement,
@@ -151,7 +152,8 @@ def _why_not_run(result: MergeResult) -> str:
     with open_checkpoint(result.out) as merged:
         extra = merged.identity.misfit.extra if merged.identity.misfit else ()
     if extra:
-        return f"it has {len(extra)} tensors that RWKV-{result.plan.layout.version} does not know, such as {extra[0]}"
+        unknown = counted(len(extra), "tensor")
+        return f"it has {unknown} that RWKV-{result.plan.layout.version} does not know, such as {extra[0]}"
     return "values that are NaN or Inf were allowed into it" if result.checks[0].value else ""
 
 
@@ -168,7 +170,7 @@ def _counterpart(result: MergeResult) -> tuple[str, str]:
     if recipe["method"] not in ("state", "overlay") or recipe["alpha"] != 1:
         return "", "the merged values stand in no file that could be loaded instead; their numbers are checked above"
     if result.plan.skipped:
-        return "", f"include and exclude keep {len(result.plan.skipped)} tensors of the tuned file out"
+        return "", f"include and exclude keep {counted(len(result.plan.skipped), 'tensor')} of the tuned file out"
     if any(row.action == "zeros" for row in result.plan.rows):
         return "", "the tuned file has no states for some layers and is not loaded by itself"
     if recipe["method"] == "state":

@@ -12,6 +12,7 @@ from rwkv_lab import model as models
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.lazy_torch import torch
+from rwkv_lab.text import counted
 from rwkv_lab.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 from rwkv_lab.train import CORPORA, Corpus, Examples, TokenCorpus, load_corpus
 from rwkv_lab.train.held_out import WINDOW
@@ -78,16 +79,7 @@ class Reading:
         Raises:
             ParameterError, CorruptFileError: as `corpora`.
         """
-        return sum(self._tokens(corpus, 1 if vocab_size <= _BYTES else 4) for corpus in self.corpora().values())
-
-    def _tokens(self, corpus: AnyCorpus, each: int) -> float:
-        if isinstance(corpus, TokenCorpus):
-            size = each * len(corpus.held_out)
-        elif isinstance(corpus, Corpus):
-            size = len(corpus.held_out)
-        else:
-            size = sum(len(part) for example in corpus.held_out for turn in example.turns for part in turn)
-        return (size if self.most is None else min(size, self.most)) / each
+        return sum(held_out_tokens(corpus, vocab_size, self.most) for corpus in self.corpora().values())
 
     def name_tokenizer(self, model: models.RWKV_Dual) -> None:
         """Give a model the tokenizer.
@@ -189,6 +181,23 @@ def fixed_tokens(vocab_size: Annotated[int, Ge(1), Le(2**24)]) -> torch.Tensor:
 
 
 @checked
+def held_out_tokens(corpus: AnyCorpus, vocab_size: Count, most: Count | None = None) -> float:
+    """About how many tokens a corpus holds out: a token is a byte, or some four of them.
+
+    Args:
+        most: bytes that count; None for all.
+    """
+    each = 1 if vocab_size <= _BYTES else 4
+    if isinstance(corpus, TokenCorpus):
+        size = each * len(corpus.held_out)
+    elif isinstance(corpus, Corpus):
+        size = len(corpus.held_out)
+    else:
+        size = sum(len(part) for example in corpus.held_out for turn in example.turns for part in turn)
+    return (size if most is None else min(size, most)) / each
+
+
+@checked
 def tokens_to_read(
     model: models.RWKV_Dual, batch: Count, length: Count, data: str | AnyCorpus = "english"
 ) -> tuple[torch.Tensor, str]:
@@ -207,7 +216,7 @@ def tokens_to_read(
     rows = []
     for text in excerpts(held_out_text(data, tokenizer), batch, _LONGEST * length):
         if not text:
-            raise ParameterError(f"The data holds out no text, or too little of it to read {batch} parts.")
+            raise ParameterError(f"The data holds out no text, or too little of it to read {counted(batch, 'part')}.")
         ids = torch.tensor(tokenizer.encode(text))
         rows.append(ids.repeat(-(-length // len(ids)))[:length])  # a long wish is read from the start again
     name = data if isinstance(data, str) else data.name

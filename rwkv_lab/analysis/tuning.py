@@ -28,6 +28,7 @@ from rwkv_lab.patterns import is_selected, refuse_unmatched
 from rwkv_lab.peft import ADAPTER_KINDS, Adapter
 from rwkv_lab.peft.adapter import Target, Values
 from rwkv_lab.peft.rwkv_peft_layout import NOTE
+from rwkv_lab.text import counted
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Tuning:
         ranks = sorted({target.rank for target in self.adapter.targets.values()})
         called = ADAPTER_KINDS[self.method].described
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        return f"{called} of rank {span} on {len(self.adapter.targets)} matrices"
+        return f"{called} of rank {span} on {counted(len(self.adapter.targets), 'matrix', 'matrices')}"
 
     def before(self, name: str) -> torch.Tensor:
         """A tensor of the base as training had it, float64; zeros for one that the base lacks, such as time_state."""

@@ -7,6 +7,8 @@ C]`, and one-head models come with their head dimension squeezed away.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from rwkv_lab.text import counted
+
 Shape = tuple[int, ...]
 
 
@@ -26,10 +28,10 @@ class Layout:
     evidence: tuple[str, ...] = ()  # the names and shapes that decided
 
     def __str__(self) -> str:
-        heads = f", {self.n_head} heads of {self.head_size}" if self.n_head else ""
+        heads = f", {counted(self.n_head, 'head')} of {self.head_size}" if self.n_head else ""
         ranks = ", ranks " + " ".join(f"{k} {v}" for k, v in self.ranks.items()) if self.ranks else ""
         if not self.vocab_size:  # of states alone, which show no more
-            return f"states of RWKV-{self.version}: {self.n_layer} layers{heads}"
+            return f"states of RWKV-{self.version}: {counted(self.n_layer, 'layer')}{heads}"
         return (
             f"RWKV-{self.version}: {self.n_layer} layers, n_embd {self.n_embd}{heads}, "
             f"dim_ffn {self.dim_ffn}, vocabulary {self.vocab_size}{ranks}"

@@ -17,6 +17,7 @@ from rwkv_lab.checkpoint.dimensions import Layout, Shape
 from rwkv_lab.checkpoint.source import Derived, TensorInfo, dense_stride
 from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
 from rwkv_lab.lazy_torch import torch
+from rwkv_lab.text import counted
 
 LAYER = "{i}"  # stands in a row's names for the number of the layer
 
@@ -371,7 +372,7 @@ def ours_of(row: Row, info: TensorInfo, at: Place) -> list[TensorInfo]:
     try:
         parts = list(row.transform.inverse(whole, at))
         if len(parts) != len(row.names):
-            raise ValueError(f"{len(parts)} parts")
+            raise ValueError(f"{counted(len(parts), 'part')}")
     except (RuntimeError, ValueError, IndexError) as e:
         names = ", ".join(row.names).replace(LAYER, str(at.layer))
         wanted = f"it should hold {names} ({row.transform.described})"

@@ -24,6 +24,7 @@ from rwkv_lab.checkpoint.gguf_types import (
 )
 from rwkv_lab.checkpoint.source import SourceFile, is_name
 from rwkv_lab.errors import CorruptFileError, LayoutError
+from rwkv_lab.text import counted
 
 MAX_HEADER = 100_000_000  # bytes; that of a model with 256,000 tokens takes 10 MB
 _WINDOW = 1 << 20  # bytes read at a time
@@ -209,7 +210,7 @@ def _tensor(cursor: Cursor, what: str) -> GgufTensor:
         cursor.bad(f"{what} is called {name!r}, which is no printable text")
     n_dims = int(cursor.number(UINT32, name))
     if not 1 <= n_dims <= 4:
-        cursor.bad(f"the tensor {name} has {n_dims} dimensions; 1 to 4 are expected")
+        cursor.bad(f"the tensor {name} has {counted(n_dims, 'dimension')}; 1 to 4 are expected")
     shape = tuple(cursor.length(name) for _ in range(n_dims))[::-1]
     number = int(cursor.number(UINT32, name))
     if number not in TYPES:

@@ -19,6 +19,7 @@ from rwkv_lab.checkpoint.unmerged import split_unmerged
 from rwkv_lab.checkpoint.unusable import nested_hint, unusable
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.names import split_block
+from rwkv_lab.text import counted
 
 ADAPTER_NOTE = "rwkv_lab.adapter"  # what rwkv_lab writes into the metadata of an adapter: JSON with its "method"
 # Adapters by a name that only they have. The order matters: PiSSA's init file also carries "lora".
@@ -102,7 +103,7 @@ def identify(
     misfit = compare(layout, bare)
     if misfit.missing or misfit.wrong:
         lacks = misfit.missing or tuple(n for n, _, _ in misfit.wrong)
-        reason = f"{len(lacks)} tensors are missing or of another shape, first {lacks[0]}"
+        reason = f"{counted(len(lacks), 'tensor is', 'tensors are')} missing or of another shape, first {lacks[0]}"
         return Identity("partial", layout, reason, layout.evidence, prefix, misfit)
     return Identity("model", layout, "", layout.evidence, prefix, misfit)
 

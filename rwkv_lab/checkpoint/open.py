@@ -30,6 +30,7 @@ from rwkv_lab.errors import CorruptFileError, LayoutError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.paths import missing_file, to_path
 from rwkv_lab.suggestions import did_you_mean
+from rwkv_lab.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -368,7 +369,10 @@ def _open_shards(ck: Checkpoint, folder: Path, index: Path) -> None:
     others = sorted(p.name for p in folder.iterdir() if p.suffix == Path(shards[0]).suffix) if shards else []
     left = [name for name in others if name not in shards and name not in ADAPTERS]
     if left:
-        _note(ck, f"{index.name} does not name {', '.join(left[:3])}, beside its {len(shards)} shards: not read.")
+        _note(
+            ck,
+            f"{index.name} does not name {', '.join(left[:3])}, beside its {counted(len(shards), 'shard')}: not read.",
+        )
     for shard in shards:
         _open_file(ck, folder / shard)
     for name, shard in weight_map.items():

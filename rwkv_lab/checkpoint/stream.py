@@ -26,6 +26,7 @@ from rwkv_lab.errors import NumericsError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.machine import cores
 from rwkv_lab.progress import Progress
+from rwkv_lab.text import counted
 
 FLUSH_FROM = 1 << 27  # bytes of output from which it pays to write to the disk while still copying
 WORKERS = min(2, cores())  # one computes or scans while the other writes
@@ -166,7 +167,8 @@ def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: 
     if found and refuse:
         more = f" and {len(found) - 10} more" if len(found) > 10 else ""
         raise NumericsError(
-            f"NaN, Inf or overflow in {len(found)} tensors of the output: {', '.join(map(str, found[:10]))}{more}.\n"
+            f"NaN, Inf or overflow in {counted(len(found), 'tensor')} of the output: "
+            f"{', '.join(map(str, found[:10]))}{more}.\n"
             "Nothing was written. Repair the inputs, choose another dtype, or record them with allow_nonfinite=True."
         )
     for file in files:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.text import counted
 
 _PARTS = "lora_A|lora_B|lora_magnitude_vector|lora_embedding_A|lora_embedding_B|miss_block|bone_block"
 # peft: X.<part>.<adapter>, with .weight where the part is a module.
@@ -37,7 +38,7 @@ class Unmerged:
         if name is None and len(self.adapters) > 1:
             first = next(iter(self.adapters))
             raise ParameterError(
-                f"{where} holds {len(self.adapters)} adapters ({there}), and not which is meant.\n"
+                f"{where} holds {counted(len(self.adapters), 'adapter')} ({there}), and not which is meant.\n"
                 f"Pass parameters={{'adapter': {first!r}}}; for several, the file once for each and a list of names."
             )
         name = next(iter(self.adapters)) if name is None else name

@@ -5,12 +5,14 @@ Start time matters here: what a command needs is imported when it runs, torch fi
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 
 from rwkv_lab.cli import notebooks
 from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.suggestions import did_you_mean
 from rwkv_lab.version import __version__
 
 _NOTES = """\
@@ -34,11 +36,15 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if words is None else words
     completed = os.environ.get("COMP_LINE", "") if "_ARGCOMPLETE" in os.environ else ""
-    parser = _parser([*words, *completed.split()])
+    parser, commands = _parser([*words, *completed.split()])
     _complete(parser)
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        near = did_you_mean(words[0], commands) or f"; there are: {', '.join(commands)}"
+        parser.error(f"there is no command {words[0]!r}{near}")
     given, others = parser.parse_known_args(words)
     if others and not hasattr(given, "words"):
-        parser.error(f"no such option: {' '.join(others)}")
+        options = re.findall(r"--[\w-]+", commands[words[0]].format_help())
+        parser.error(f"no such option: {' '.join(others)}{did_you_mean(others[0], options)}")
     if others:
         given.words = [*others, *given.words]  # said to be no parameters, in words that help
     try:
@@ -54,8 +60,9 @@ def main(words: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """All commands; what takes long to describe is described for those that are among the words."""
+def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """That of the command line, and those of its commands by name; what takes long to describe is described for the
+    commands that are among the words."""
     parser = argparse.ArgumentParser(
         "rwkv-lab", description="A workbench for RWKV language models.", epilog=_NOTES, formatter_class=_Plain
     )
@@ -76,7 +83,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         _add_notebook(add, name, words)
     add("list", _list, "List the notebooks, and what they are for.")
     _add_others(add, words)
-    return parser
+    return parser, commands.choices
 
 
 def _add_notebook(add: Callable[..., argparse.ArgumentParser], name: str, words: Sequence[str]) -> None:
@@ -96,7 +103,9 @@ def _add_notebook(add: Callable[..., argparse.ArgumentParser], name: str, words:
 
 
 def _add_words(parser: argparse.ArgumentParser, name: str | None) -> None:
-    words = parser.add_argument("words", metavar="NAME=VALUE", nargs="*", help="a parameter of the notebook")
+    words = parser.add_argument(
+        "words", metavar="NAME=VALUE", nargs="*", default=[], help="a parameter of the notebook"
+    )
     words.completer = _Names(name)  # type: ignore[attr-defined]  # where argcomplete looks
 
 

@@ -99,7 +99,7 @@ def notebook(given: str) -> Notebook:
         return Notebook(path, _read(path))
     known = names()
     raise ParameterError(
-        f"{given!r} is no notebook{did_you_mean(given, known)}; there are: {', '.join(known)}.\n"
+        f"{given!r} is no notebook{did_you_mean(given, known) or '.'} There are: {', '.join(known)}.\n"
         "Give one of these names, or the path of an .ipynb file."
     )
 

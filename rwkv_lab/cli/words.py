@@ -39,8 +39,9 @@ def described(notebook: Notebook) -> str:
     """The parameters as `--help` lists them: name, default and help."""
     lines = ["parameters, given as name=value:"]
     for one in notebook.parameters.values():
-        default = f" (default: {one.default})" if one.default not in ("", [], {}, None) else ""
-        head = f"  {one.name:<22}"
+        value = ",".join(map(str, one.default)) if isinstance(one.default, list) else one.default
+        default = f" (default: {value})" if one.default not in ("", [], {}, None) else ""
+        head = f"  {one.name:<21} "
         lines += textwrap.wrap(
             f"{one.help}{default}", 110, initial_indent=head, subsequent_indent=" " * 24, break_on_hyphens=False
         ) or [head.rstrip()]

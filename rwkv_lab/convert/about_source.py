@@ -8,6 +8,7 @@ from rwkv_lab.convert.left_beside import about_files_beside
 from rwkv_lab.convert.output import Output
 from rwkv_lab.convert.tokenizer_files import END_IDS
 from rwkv_lab.errors import LayoutError
+from rwkv_lab.text import counted
 
 _VOCABULARY = "tokenizer.json"  # of a folder: what `tokenizer` takes
 _NO_WHOLE_MODEL = ("partial", "unmerged")
@@ -34,9 +35,13 @@ def about_source(ck: Checkpoint, output: Output) -> list[str]:
     notes = [*ck.notes, *_not_read(ck.ignored), *_other_end(ck, output)]
     if ck.others:
         notes.append(
-            f"{len(ck.others)} entries that are no tensors stay behind: {', '.join(map(str, ck.others))[:80]}."
+            f"{counted(len(ck.others), 'entry that is no tensor stays', 'entries that are no tensors stay')} behind: "
+            f"{', '.join(map(str, ck.others))[:80]}."
         )
-    notes += [f"{n} tensors of the source are {kind}, dequantised to float32." for kind, n in ck.quantised.items()]
+    notes += [
+        f"{counted(n, 'tensor of the source is', 'tensors of the source are')} {kind}, dequantised to float32."
+        for kind, n in ck.quantised.items()
+    ]
     eps = ck.group_norm_eps
     if eps is not None and abs(eps - 64e-5) > 1e-9:
         notes.append(f"The source states group_norm_eps={eps:.3g}, not 0.00064; only its config.json records that.")
@@ -45,7 +50,8 @@ def about_source(ck: Checkpoint, output: Output) -> list[str]:
     extra = ck.identity.misfit.extra if ck.kind == "model" and ck.identity.misfit else ()
     if extra and output.format is None:
         notes.append(
-            f"{len(extra)} tensors that no RWKV-{ck.layout.version if ck.layout else ''} has are written as they are, "
+            f"{counted(len(extra), 'tensor')} that no RWKV-{ck.layout.version if ck.layout else ''} has are "
+            "written as they are, "
             f"first {extra[0]}: RWKV_Dual does not load such a model."
         )
     notes += about_files_beside(ck, output)

@@ -25,6 +25,7 @@ from rwkv_lab.peft import hf_layout, rwkv_peft_layout
 from rwkv_lab.peft.adapter import Adapter, Target, Values
 from rwkv_lab.peft.config import ADAPTER_KINDS
 from rwkv_lab.peft.files import read_adapter
+from rwkv_lab.text import counted
 
 _STATED_ELSEWHERE = ("pissa_init", "bat")  # of `open_adapter`: what `save_adapter` writes down
 
@@ -95,7 +96,8 @@ def _of_no_model(adapter: Adapter) -> list[str]:
     if not others:
         return []
     return [
-        f"{len(others)} of {len(adapter.targets)} layers that the adapter changes are in no RWKV model, first "
+        f"{len(others)} of {counted(len(adapter.targets), 'layer')} that the adapter changes are in no RWKV "
+        f"model, first "
         f"{others[0]}: there is no base that it can be merged into."
     ]
 
@@ -111,7 +113,8 @@ def _recomputed(adapter: Adapter, parts: dict[str, Values]) -> list[str]:
     if not changed:
         return []
     return [
-        f"{len(changed)} layers of the {adapter.method} adapter become LoRA of another rank, which makes the same "
+        f"{counted(len(changed), 'layer')} of the {adapter.method} adapter become LoRA of another rank, "
+        "which makes the same "
         "change; what they started from is not kept."
     ]
 

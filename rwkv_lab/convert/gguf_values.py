@@ -6,6 +6,7 @@ from rwkv_lab.checkpoint.gguf_facts import RANK_KEYS
 from rwkv_lab.checkpoint.gguf_layout import tensor_type
 from rwkv_lab.convert.containers import Content
 from rwkv_lab.convert.gguf_vocabulary import Values, vocabulary
+from rwkv_lab.text import counted
 
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's, by the type of most bytes
 _CONTEXT = 1 << 20  # RWKV has no limit; llama.cpp wants one, and its own converter states this
@@ -24,7 +25,10 @@ def header_values(content: Content) -> Values:
     values: Values = [
         ("general.architecture", name),
         ("general.type", "model"),
-        ("general.name", f"RWKV-{layout.version[0]}, {layout.n_layer} layers of {layout.n_embd} channels"),
+        (
+            "general.name",
+            f"RWKV-{layout.version[0]}, {counted(layout.n_layer, 'layer')} of {counted(layout.n_embd, 'channel')}",
+        ),
         ("general.file_type", _FILE_TYPES.get(most, 0)),
         ("general.quantization_version", 2),
         (f"{name}.context_length", _CONTEXT),

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from rwkv_lab.checks import Check
 from rwkv_lab.errors import CorruptFileError, HubError, HubUnreachableError, OutputError, ParameterError, RwkvLabError
+from rwkv_lab.text import counted
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -48,7 +49,8 @@ class Pushed:
     def notes(self) -> tuple[str, ...]:
         """What happened, in words."""
         seen = "private" if self.private else "public"
-        note = f"{len(self.files)} files were uploaded to {self.repo_id}, which is {seen}: {self.url}"
+        files = counted(len(self.files), "file was", "files were")
+        note = f"{files} uploaded to {self.repo_id}, which is {seen}: {self.url}"
         was = f"Replaced there: {', '.join(self.replaced)}; the versions before are in its history."
         return (note, was) if self.replaced else (note,)
 

@@ -16,6 +16,7 @@ from rwkv_lab.convert.hub import Pushed
 from rwkv_lab.convert.spec import ConvertOptions, ConvertSpec
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.progress import human_bytes
+from rwkv_lab.text import counted
 
 
 def place_of(info: TensorInfo) -> str:
@@ -91,7 +92,7 @@ class ConvertPlan:
         what = str(self.layout) if self.layout else f"{self.kind} {self.checkpoint.path.name}"
         changed = sum(row.action != "copy" for row in self.rows)
         return (
-            f"{what} to {self.spec.to}: {len(self.rows)} tensors, {changed} of them not copied as they are, "
+            f"{what} to {self.spec.to}: {counted(len(self.rows), 'tensor')}, {changed} of them not copied as they are, "
             f"{len(self.dropped)} dropped; output {human_bytes(self.output_bytes)}, "
             f"memory at most {human_bytes(self.memory_needed)}"
         )
@@ -137,7 +138,10 @@ class ConvertResult:
         where = f"halved by rescale={spec.rescale}" if spec.rescale and not spec.dtype else "in the new dtype"
         seen = [f"{n:,} of {values:,} values {what[name]}, {where}." for name, n in totals.items() if n]
         if self.nonfinite:
-            seen.append(f"{len(self.nonfinite)} tensors hold NaN or Inf: {', '.join(self.nonfinite[:5])}.")
+            seen.append(
+                f"{counted(len(self.nonfinite), 'tensor holds', 'tensors hold')} NaN or Inf: "
+                f"{', '.join(self.nonfinite[:5])}."
+            )
         if self.pushed is not None:
             seen += self.pushed.notes
         elif self.plan.options.push_to_hub and self.outputs:

@@ -51,6 +51,7 @@ from rwkv_lab.errors import LayoutError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.paths import to_path
 from rwkv_lab.peft.rwkv_peft_layout import NOTE
+from rwkv_lab.text import counted
 from rwkv_lab.tokenizer import Tokenizer
 
 _STREAMED = ("copy", "cast", "quantised")  # actions that take a tensor block by block
@@ -186,15 +187,15 @@ def _about_quantised(spec: ConvertSpec, content: Tensors, known: ForeignFormat) 
         return []
     made = [row for row, _ in content if row.quantised]
     values = sum(math.prod(row.shape) for row in made)
-    counted = (
-        f"{len(made)} matrices with {values:,} values are quantised to {spec.quantised}; the other tensors are cast."
-    )
+    matrices = counted(len(made), "matrix", "matrices")
+    said = f"Quantised to {spec.quantised}: {matrices}, {values:,} values; the other tensors are cast."
     names = {row.name for row, _ in content if general_name(row.name)[0] in known.quantised and not row.quantised}
     if not names:
-        return [counted]
+        return [said]
     return [
-        counted,
-        f"{len(names)} matrices keep float16: their rows are no multiple of {BY_NAME[spec.quantised].elements} values "
+        said,
+        f"{counted(len(names), 'matrix keeps', 'matrices keep')} float16: their rows are no multiple of "
+        f"{BY_NAME[spec.quantised].elements} values "
         f"({', '.join(sorted(names)[:3])}).",
     ]
 

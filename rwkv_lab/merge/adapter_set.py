@@ -13,6 +13,7 @@ from rwkv_lab.merge.spec import SVD, MergeSpec
 from rwkv_lab.peft.adapter import Adapter, refuse_overlap
 from rwkv_lab.peft.files import read_adapter
 from rwkv_lab.peft.pissa_start import check_computable, with_computed_start
+from rwkv_lab.text import counted
 
 ANY = "adapters"  # the method of adapters of several kinds
 WEIGHTS = Parameter("weights", float, Takes("factor on what an adapter adds; one per adapter", each="tuned"), 1.0)
@@ -109,7 +110,7 @@ def weights_of_each(given: Any, count: int) -> list[Any]:
     """
     if not isinstance(given, list | Mapping) or isinstance(given, list) and len(given) != count:
         raise ParameterError(
-            f"weights={given!r}: a list of {count} numbers is needed, one per adapter.\n"
+            f"weights={given!r}: a list of {counted(count, 'number')} is needed, one per adapter.\n"
             "One that differs by tensor is a mapping: {'blocks.0.*': 0.5, '*': 1.0}."
         )
     each = given if isinstance(given, list) else [_of_one(given, i, count) for i in range(count)]

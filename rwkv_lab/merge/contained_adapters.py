@@ -21,6 +21,7 @@ from rwkv_lab.merge.spec import MergeSpec
 from rwkv_lab.names import split_block
 from rwkv_lab.patterns import is_selected
 from rwkv_lab.peft.adapter import Adapter
+from rwkv_lab.text import counted
 
 
 def after_changes(base: Checkpoint, tuned: Sequence[Checkpoint], changes: Sequence[ChangedTensor]) -> list[dict]:
@@ -69,7 +70,10 @@ def after_merging(
     for one in new:
         still = without_change(_content(one)) if look else 0
         if still:
-            notes.append(f"{one['name']} adds nothing to {still} of {len(_content(one))} matrices: it has zeros there.")
+            notes.append(
+                f"{one['name']} adds nothing to {still} of {counted(len(_content(one)), 'matrix', 'matrices')}: "
+                "it has zeros there."
+            )
         for there in held:
             how = _same(one, there)
             if how:

@@ -13,6 +13,7 @@ from rwkv_lab.dtypes import FLOAT_NAMES
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.names import split_block
 from rwkv_lab.patterns import matches_any
+from rwkv_lab.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def check_base(base: Checkpoint, allow_extra: Sequence[str]) -> Layout:
     if misfit.missing:
         more = f" and {len(misfit.missing) - 10} more" if len(misfit.missing) > 10 else ""
         raise LayoutError(
-            f"the base {base.path} ({identity.layout}) lacks {len(misfit.missing)} tensors: "
+            f"the base {base.path} ({identity.layout}) lacks {counted(len(misfit.missing), 'tensor')}: "
             f"{', '.join(misfit.missing[:10])}{more}.\nIf it is one shard of several, pass the folder with all of them."
         )
     if misfit.wrong:
@@ -42,7 +43,8 @@ def check_base(base: Checkpoint, allow_extra: Sequence[str]) -> Layout:
     extra = [n for n in misfit.extra if not matches_any(n, allow_extra)]
     if extra:
         raise LayoutError(
-            f"the base {base.path} has {len(extra)} tensors that RWKV-{identity.layout.version} does not know: "
+            f"the base {base.path} has {counted(len(extra), 'tensor')} that RWKV-{identity.layout.version} "
+            "does not know: "
             f"{', '.join(extra[:10])}.\nIf they belong there, name them in allow_extra."
         )
     return identity.layout
@@ -133,7 +135,8 @@ def _refuse_other_dtypes(ck: Checkpoint) -> None:
     if odd:
         name, dtype = odd[0]
         packed = not dtype.startswith("complex") and ".lora_" not in name
-        advice = f".\n{len(odd)} of its {len(ck)} tensors look packed in few bits: give the original in 16 or 32 bits"
+        advice = f".\n{len(odd)} of its {counted(len(ck), 'tensor looks', 'tensors look')} packed in few bits: "
+        advice += "give the original in 16 or 32 bits"
         raise LayoutError(
             f"{name} in {ck.path} is torch.{dtype}; weights must be bfloat16, float16, float32 or float64"
             f"{advice * packed}."
@@ -185,7 +188,8 @@ def check_full_tensors(
     refused = [n for n in extra if not matches_any(n, allow_extra)]
     if refused:
         raise LayoutError(
-            f"{len(refused)} tensors of {tuned.path} are not in the base: {', '.join(refused[:10])}.\n"
+            f"{counted(len(refused), 'tensor')} of {tuned.path} {'is' if len(refused) == 1 else 'are'} not "
+            f"in the base: {', '.join(refused[:10])}.\n"
             "If they belong there, name them in allow_extra."
         )
     for name, info in tensors.items():
@@ -203,7 +207,8 @@ def refuse_no_match(unmatched: list[str], all_names: Mapping[str, TensorInfo], b
     """
     if unmatched and len(unmatched) == len(all_names):
         raise LayoutError(
-            f"0 of {len(all_names)} tensors matched the base; first {unmatched[0]}.\nThe base has {next(iter(base))}, …"
+            f"0 of {counted(len(all_names), 'tensor')} matched the base; first {unmatched[0]}.\n"
+            f"The base has {next(iter(base))}, …"
         )
 
 
@@ -216,7 +221,7 @@ def notes_on_names(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
         for kind, n in ck.quantised.items()
     )
     taken_off = (
-        f"{ck.path.name}: the prefix {prefix} was taken off {count} of its {len(ck.stored)} names."
+        f"{ck.path.name}: the prefix {prefix} was taken off {count} of its {counted(len(ck.stored), 'name')}."
         for ck in checkpoints
         if ck.adapter_config is None
         for prefix, count in ck.prefixes.items()

@@ -13,6 +13,7 @@ from rwkv_lab.checkpoint.provenance import downloaded
 from rwkv_lab.checkpoint.unchanged import FileState, file_states, refuse_changed, refuse_changed_header
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.merge.spec import SVD, MergeSpec
+from rwkv_lab.text import counted
 
 
 @dataclass(frozen=True)
@@ -155,5 +156,7 @@ def init_paths(pissa_init: Path | Sequence[Path | None] | None, count: int) -> l
     if not isinstance(pissa_init, list):
         return [pissa_init] * count  # type: ignore[list-item]  # a path or None
     if len(pissa_init) != count:
-        raise ParameterError(f"pissa_init names {len(pissa_init)} files; one per adapter is needed, {count} in all")
+        raise ParameterError(
+            f"pissa_init names {counted(len(pissa_init), 'file')}; one per adapter is needed, {count} in all"
+        )
     return list(pissa_init)

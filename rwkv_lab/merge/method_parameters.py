@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.text import counted
 
 LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32, and of every number: the arithmetic is float32
 NEEDED: Final = object()  # the default of a parameter that must be given
@@ -86,11 +87,13 @@ def check_values(parameter: Parameter, value: Any, tuned: int, where: str) -> An
         if len(value) != wanted:
             who = "the base and each tuned model" if takes.each == "model" else "each tuned model"
             needed = f"{wanted} {'is' if wanted == 1 else 'are'} needed, one for {who}"
-            raise ParameterError(f"{name} has {len(value)} numbers{where}; {needed}")
+            raise ParameterError(f"{name} has {counted(len(value), 'number')}{where}; {needed}")
         return [check_value(parameter, v, where) for v in value]
     one = check_value(parameter, value, where)
     if takes.each == "tuned":
         return [one] * tuned
     if tuned > 1:
-        raise ParameterError(f"{name}={value!r}{where}: with {tuned + 1} models a list of {wanted} numbers is needed")
+        raise ParameterError(
+            f"{name}={value!r}{where}: with {tuned + 1} models a list of {counted(wanted, 'number')} is needed"
+        )
     return [1 - one, one]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from rwkv_lab.checkpoint import Layout
+from rwkv_lab.text import counted
 
 # What a tensor is, by name and generation, and what a mean of it does.
 _KINDS = [
@@ -51,5 +52,5 @@ def notes_on_mixing(layout: Layout, mixed: Sequence[str]) -> tuple[str, ...]:
     for pattern, generations, meaning in _KINDS:
         found = [name for name in mixed if re.search(pattern, name)]
         if found and layout.version[0] in generations:
-            notes.append(f"{found[0]} ({len(found)} tensors like it) {meaning}.")
+            notes.append(f"{found[0]} ({counted(len(found), 'tensor')} like it) {meaning}.")
     return tuple(notes)

@@ -8,6 +8,7 @@ from pathlib import Path
 from rwkv_lab.checkpoint import Checkpoint, Layout, expected_tensors
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.names import split_block
+from rwkv_lab.text import counted
 
 # model-00001-of-00003.safetensors, model_part_1_of_3.pth
 _OF = re.compile(r"(?:\d{3,}|(?:part|shard|split|chunk)[-_. ]?\d+)[-_. ]?of[-_. ]?(\d+)", re.IGNORECASE)
@@ -106,7 +107,7 @@ def note_on_part(base: Checkpoint, tuned: Checkpoint, layout: Layout) -> str:
 def describe_part(ck: Checkpoint, layout: Layout) -> str:
     """What of a model a file holds."""
     names = [name.removeprefix(ck.identity.prefix) for name in ck]
-    return f"{len(ck)} tensors ({_parts(names, layout)})"
+    return f"{counted(len(ck), 'tensor')} ({_parts(names, layout)})"
 
 
 def _parts(names: Sequence[str], layout: Layout) -> str:

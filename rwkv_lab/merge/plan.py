@@ -16,6 +16,7 @@ from rwkv_lab.merge.inputs import InputFile, MergeInputs
 from rwkv_lab.merge.spec import MergeOptions, MergeSpec
 from rwkv_lab.merge.states import ZEROS
 from rwkv_lab.progress import human_bytes
+from rwkv_lab.text import counted
 
 UNCHANGED = ("copy", "cast", ZEROS)  # actions on tensors whose values come from the base, or from nowhere
 
@@ -73,7 +74,8 @@ class MergePlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.method} into {self.layout}: {len(self.changed)} of {len(self.rows)} tensors change, "
+            f"{self.method} into {self.layout}: {len(self.changed)} of "
+            f"{counted(len(self.rows), 'tensor changes', 'tensors change')}, "
             f"{len(self.skipped)} kept out; output {human_bytes(self.output_bytes)}, "
             f"memory at most {human_bytes(self.memory_needed)}"
         )

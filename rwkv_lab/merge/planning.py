@@ -41,6 +41,7 @@ from rwkv_lab.merge.spec import MergeOptions, MergeSpec
 from rwkv_lab.merge.states import missing_states, notes_on_states
 from rwkv_lab.paths import to_path
 from rwkv_lab.patterns import is_selected, refuse_unmatched
+from rwkv_lab.text import counted
 
 
 @checked
@@ -133,7 +134,8 @@ def _nothing(inputs: MergeInputs, count: int, keeps_base: bool) -> str:
     names = ", ".join(ck.path.name for ck in inputs.tuned[:3]) or "other models"
     if not keeps_base:  # a stack of the base's own layers, some of them left out
         return f"Nothing of {names} goes in."
-    return f"0 of {count} tensors are to change: nothing of {names} goes in, and the output is the base."
+    tensors = counted(count, "tensor is", "tensors are")
+    return f"0 of {tensors} to change: nothing of {names} goes in, and the output is the base."
 
 
 def _look(changes: Changes, applied: Sequence[ChangedTensor], planned: Description) -> tuple[Sequence, Sequence[str]]:
@@ -156,7 +158,8 @@ def with_method(spec: MergeSpec, tuned: Sequence[Checkpoint]) -> MergeSpec:
         return spec.changed(method=ANY)
     if len(tuned) != 1:
         raise ParameterError(
-            f"tuned names {len(tuned)} files; method 'auto' takes one, or adapters. Name a method that mixes models"
+            f"tuned names {counted(len(tuned), 'file')}; method 'auto' takes one, or adapters. "
+            "Name a method that mixes models"
         )
     return spec.changed(method=methods.pop())
 

@@ -8,6 +8,7 @@ from rwkv_lab.checkpoint import Layout, TensorInfo
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.changed_tensors import ChangedTensor, Computed
+from rwkv_lab.text import counted
 
 ZEROS = "zeros"  # the action of a state that is written for a layer without one
 _END = ".att.time_state"
@@ -58,7 +59,8 @@ def notes_on_states(applied: Sequence[ChangedTensor], zeros: Sequence[ChangedTen
     if zeros:
         layers = ", ".join(c.name.split(".")[1] for c in zeros[:8]) + (", …" if len(zeros) > 8 else "")
         notes.append(
-            f"States are written for {layout.n_layer - len(zeros)} of {layout.n_layer} layers; the other {len(zeros)} "
+            f"States are written for {layout.n_layer - len(zeros)} of {counted(layout.n_layer, 'layer')}; "
+            f"the other {len(zeros)} "
             f"({layers}) get zeros, with which a text begins anyway, since some programs need all or none."
         )
     consumers = _CONSUMERS["7" if layout.version[0] == "7" else "5"]

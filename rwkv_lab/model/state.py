@@ -15,6 +15,7 @@ from rwkv_lab.dtypes import to_dtype
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.weights_fingerprint import weights_fingerprint
+from rwkv_lab.text import counted
 from rwkv_lab.wkv.pointers import is_dense, layout_of, missing_memory
 
 
@@ -91,7 +92,9 @@ class RWKVState:
             ParameterError: it is of several sequences already.
         """
         if self.batch_size not in (1, batch_size):
-            raise ParameterError(f"A state of {self.batch_size} sequences cannot become one of {batch_size}.")
+            raise ParameterError(
+                f"A state of {counted(self.batch_size, 'sequence')} cannot become one of {batch_size}."
+            )
         return self._map(lambda x: x.expand(batch_size, *x.shape[1:]))
 
     def for_other_weights(self) -> "RWKVState":
@@ -167,7 +170,7 @@ def check_state(state: RWKVState, model: Any, batch_size: int) -> None:
             )
         if len(part) != batch_size:
             raise ParameterError(
-                f"The state is of {len(part)} sequences, the tokens are of {batch_size}.\n"
+                f"The state is of {counted(len(part), 'sequence')}, the tokens are of {batch_size}.\n"
                 "state.expand(n) gives one sequence's state to n, state.rows([...]) picks some."
             )
         if missing := missing_memory(part):

@@ -17,6 +17,7 @@ from rwkv_lab.checkpoint import Checkpoint, Layout, expected_tensors
 from rwkv_lab.checkpoint.layout import Shape, possible_versions, same_shape
 from rwkv_lab.errors import LayoutError
 from rwkv_lab.lazy_torch import torch
+from rwkv_lab.text import counted
 
 
 class Values(Protocol):
@@ -179,7 +180,8 @@ class Adapter:
         if unknown:
             raise LayoutError(
                 f"{len(unknown)} of the {len(names)} tensors that {self.where} changes are not in the base, first "
-                f"{unknown[0]}.\nThe base is RWKV-{base.version} with {base.n_layer} layers: they do not go together."
+                f"{unknown[0]}.\nThe base is RWKV-{base.version} with {counted(base.n_layer, 'layer')}: "
+                "they do not go together."
             )
         for x, target in self.targets.items():
             misfit = target.misfit(shapes[f"{x}.weight"])
@@ -194,7 +196,8 @@ class Adapter:
         lost = [m for m in named if m not in self.targets]
         if lost:
             raise LayoutError(
-                f"{self.where} lists {lost[0]} as adapted, and has nothing for it ({len(lost)} such layers).\n"
+                f"{self.where} lists {lost[0]} as adapted, and has nothing for it "
+                f"({counted(len(lost), 'such layer')}).\n"
                 "It is incomplete: save or download it again."
             )
 

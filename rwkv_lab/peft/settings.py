@@ -7,6 +7,7 @@ there.
 import math
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.text import counted
 
 QUANTS = ("none", "int8", "nf4", "fp4", "bnb-int8")
 BITS = {"int8": 8.0, "nf4": 4 + 32 / 64, "fp4": 4 + 32 / 64, "bnb-int8": 8.0}  # per value, with the scales of blocks
@@ -78,7 +79,7 @@ def block_shape(variant: str, r: int, in_features: int, out_features: int, mini_
         return (r, out_features)
     if variant == "mini":
         if mini_r < 1 or out_features % mini_r:
-            raise ParameterError(f"mini_r={mini_r} does not divide the {out_features} outputs of the layer.")
+            raise ParameterError(f"mini_r={mini_r} does not divide the {counted(out_features, 'output')} of the layer.")
         return (r, mini_r)
     if in_features % r or out_features % r:
         raise ParameterError(

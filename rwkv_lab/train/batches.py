@@ -9,6 +9,7 @@ from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import no_grad, torch
+from rwkv_lab.text import counted
 from rwkv_lab.train.data import Corpus
 from rwkv_lab.train.examples import Examples
 from rwkv_lab.train.material import Material, Row, Tokenizer, tokenise
@@ -35,11 +36,12 @@ class Windows:
     ):
         if len(train) <= ctx_len:
             raise ParameterError(
-                f"{name} has {len(train)} tokens to train on; with ctx_len={ctx_len} a window takes {ctx_len + 1}.\n"
+                f"{name} has {counted(len(train), 'token')} to train on; with ctx_len={ctx_len} a window "
+                f"takes {ctx_len + 1}.\n"
                 "Give more text, or a smaller ctx_len."
             )
         if len(held_out) < 2:
-            raise ParameterError(f"{name} leaves {len(held_out)} tokens to hold out; 2 at least are needed.")
+            raise ParameterError(f"{name} leaves {counted(len(held_out), 'token')} to hold out; 2 at least are needed.")
         self.train, self._held_out, self.ctx_len = train, torch.from_numpy(np.array(held_out, dtype=np.int64)), ctx_len
         self.held_out_bytes = held_out_bytes
         self._generator = torch.Generator().manual_seed(seed)
@@ -97,7 +99,7 @@ class Rows:
         order, following, count = position["order"], int(position["next"]), len(self._train)
         known = len(order) == 0 or torch.equal(order.sort().values, torch.arange(count))
         if not known or not 0 <= following <= len(order):
-            raise ValueError(f"{following} of an order of {len(order)} examples, there are {count}")
+            raise ValueError(f"{following} of an order of {counted(len(order), 'example')}, there are {count}")
         self._generator.set_state(position["generator"])
         self._order, self._next = order, following
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import to_path, what_is_there
+from rwkv_lab.text import counted
 from rwkv_lab.train.examples import RECORDS, Example, Examples, read_examples, split_examples
 from rwkv_lab.train.folder import Folder, open_folder
 from rwkv_lab.train.records import RecordReader
@@ -144,11 +145,14 @@ def _of_folder(folder: Folder, reader: RecordReader) -> Corpus | Examples | Toke
     if folder.are_texts:
         if len(sources) < 2:
             hint = f"\n{notes[0]}" if notes else ""
-            raise ParameterError(f"{path} has {len(sources)} files of text; two are needed at least.{hint}")
+            raise ParameterError(f"{path} has {counted(len(sources), 'file')} of text; two are needed at least.{hint}")
         pieces = {name: source.content for name, source in sources.items()}
         notes += tuple(reader.notes())
         return _split_by_hash(path.name, pieces, "files of the folder, one in ten held out as a whole", notes)
-    notes += (f"{len(sources):,} files were read: {', '.join([*sources][:10])}{', …' if len(sources) > 10 else ''}.",)
+    notes += (
+        f"{counted(len(sources), 'file was', 'files were')} read: {', '.join([*sources][:10])}"
+        f"{', …' if len(sources) > 10 else ''}.",
+    )
     if all(source.kind in RECORDS for source in sources.values()):
         examples: list[Example] = []
         for source in sources.values():

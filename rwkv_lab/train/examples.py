@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.text import counted
 from rwkv_lab.train import tables
 from rwkv_lab.train.sources import ARRAY, PARQUET, TABLE, Source, is_json
 
@@ -89,7 +90,9 @@ def split_examples(
         parts = [part for turn in example.turns for part in turn]
         by_hash.setdefault(hashlib.sha256(b"\0".join(parts)).digest(), []).append(example)
     if len(by_hash) < 2:
-        raise ParameterError(f"{name} has {len(by_hash)} different examples; two at least: to train, and to hold out.")
+        raise ParameterError(
+            f"{name} has {counted(len(by_hash), 'different example')}; two at least: to train, and to hold out."
+        )
     held = {key for key in by_hash if int.from_bytes(key[-8:]) % 10 == 0}
     if not held or len(held) == len(by_hash):
         held = {min(by_hash)}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import ParameterError, RwkvLabError
+from rwkv_lab.text import counted
 from rwkv_lab.train.resume import other_settings, resume_path, settings_of_course
 from rwkv_lab.train.spec import TrainOptions
 
@@ -111,6 +112,6 @@ def steps_to_continue(
             "Pass the same to continue it, start= to train it further by others, or overwrite=True to begin anew."
         )
     raise ParameterError(
-        f"{out} is finished: it was trained for {finished.steps} steps.\n"
+        f"{out} is finished: it was trained for {counted(finished.steps, 'step')}.\n"
         f"Pass more than steps={steps} to continue it, or overwrite=True to begin anew."
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from rwkv_lab import model as models
 from rwkv_lab.arguments import checked
 from rwkv_lab.errors import ParameterError
+from rwkv_lab.text import counted
 from rwkv_lab.train.batches import held_out_bits, in_batches
 from rwkv_lab.train.data import Corpus
 from rwkv_lab.train.examples import Example, Examples
@@ -31,7 +32,7 @@ class Measurement:
     @property
     def described(self) -> str:
         """What was measured, in words: "65,535 bytes in windows of 128 tokens, each from a fresh state"."""
-        return f"{self.size:,} bytes in windows of {self.window:,} tokens, each from a fresh state"
+        return f"{self.size:,} bytes in windows of {counted(self.window, 'token')}, each from a fresh state"
 
 
 def change_in_words(before: float, after: float, less: str = "better", more: str = "worse") -> str:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.lazy_numpy import np
+from rwkv_lab.text import counted
 from rwkv_lab.train.data import Corpus
 from rwkv_lab.train.examples import Example, Examples, split_examples
 from rwkv_lab.train.token_files import TokenCorpus
@@ -60,9 +61,10 @@ class Fit:
         return self.longer if self.long in ("cut", "drop") else 0
 
     def __str__(self) -> str:
-        of = f"{self.longer:,} of {self.examples:,} examples"
+        of = f"{self.longer:,} of {counted(self.examples, 'example')}"
         if not self.longer:
-            return f"All {self.examples:,} examples fit into ctx_len={self.ctx_len}; ctx_len={self.needed} would do."
+            fit = counted(self.examples, "example fits", "examples fit")
+            return f"All {fit} into ctx_len={self.ctx_len}; ctx_len={self.needed} would do."
         if self.long == "split":
             return (
                 f"{of} are longer than ctx_len={self.ctx_len}: they are split into {self.pieces:,} pieces, each from a "

@@ -148,7 +148,7 @@ def _preset_note(spec: TrainSpec) -> str:
     taken = [f"{name} {value:g}" for name, value in settings.items() if getattr(spec, name) is None]
     if not size:
         return f"preset={spec.preset!r} set nothing: the model is smaller than those that presets are for."
-    guessed = spec.kind == "pretrain" and spec.lr is None and size != next(iter(PRESETS))
+    guessed = spec.kind == "pretrain" and spec.lr is None and PRESETS[size].guessed
     said = f"The preset for {size} set {', '.join(taken) or 'nothing: all of it was given'}."
     return f"{said} {START_VALUE}" if guessed else said
 

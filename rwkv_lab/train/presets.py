@@ -2,9 +2,11 @@
 
 Sources, as published with the trainers:
 
-* pretrain: 6e-4 for 0.1B, 16 sequences of 512 tokens, RWKV-LM's demo-training-run.sh (RWKV-v7/train_temp). For larger
-  models its notes say "smaller", and no number: 4e-4 to 1.5e-4 are values to start from, and a plan says so.
-* full: 1e-5, from the notes in the same script.
+* pretrain: 6e-4 for 0.1B (12 layers of 768), 4e-4 for 0.4B (24 of 1024), 3e-4 for 1.5B (24 of 2048), the notes on
+  --lr_init in RWKV-LM's train.py (RWKV-v4neo), which forks for later generations keep; 16 sequences of 512 tokens, its
+  demo-training-run.sh (RWKV-v7/train_temp). For larger models they say "smaller", and no number: 1.5e-4 is a value to
+  start from, and a plan says so.
+* full: 1e-5, from the notes in the same script, and the examples of fine-tuning 1.5B in train.py.
 * lora: 1e-4, rank 8 with alpha 16 for 0.4B, RWKV-LM-LoRA; rank 64 with alpha 128 for 7B, RWKV-PEFT.
 * pissa: 2e-5, rank 32 for 2.9B, 8 sequences of 512 tokens, 1000 steps, RWKV-PEFT's run_pissa.sh; miss is taken like it.
 * state: 1, which falls to 0.01, 512 tokens, RWKV-LM and RWKV-PEFT.
@@ -23,8 +25,8 @@ BY_SIZE = "auto"
 
 
 START_VALUE = (
-    "Its lr is a value to start from: RWKV-LM states 6e-4 for pretraining 0.1B, and of larger models only that they "
-    "take less."
+    "Its lr is a value to start from: RWKV-LM states 6e-4, 4e-4 and 3e-4 for pretraining 0.1B, 0.4B and 1.5B, and of "
+    "larger models only that they take less."
 )
 
 
@@ -38,14 +40,15 @@ class Preset:
     most: float
     pretrain_lr: float
     rank: int
+    guessed: bool = False  # pretrain_lr has no source
 
 
 PRESETS = {
     "0.1B": Preset(2.8e8, 6e-4, 8),
     "0.4B": Preset(8e8, 4e-4, 8),
     "1.5B": Preset(2.2e9, 3e-4, 32),
-    "2.9B": Preset(4.5e9, 1.5e-4, 32),
-    "7B": Preset(1e10, 1.5e-4, 64),
+    "2.9B": Preset(4.5e9, 1.5e-4, 32, guessed=True),
+    "7B": Preset(1e10, 1.5e-4, 64, guessed=True),
 }
 _SMALLEST = 5e7  # values; no smaller model is published; the kind's own numbers suit them
 _BYTES, _WORLD = 257, 65536  # tokens

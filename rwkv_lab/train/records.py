@@ -22,6 +22,7 @@ from typing import Any
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.model.chat_template import TEMPLATES, UNWRITTEN, ChatTemplate, EmptyTurn, chat_template, render_turns
 from rwkv_lab.paths import what_is_there
+from rwkv_lab.text import counted
 from rwkv_lab.train.examples import Example
 from rwkv_lab.train.names import CHATS, INPUTS, KNOWN, MEANT, PROMPTS, RESPONSES, SYSTEMS, TEXTS, TOOLS, plain
 
@@ -135,7 +136,10 @@ class RecordReader:
         if idle := [pattern for pattern in self._ignore if pattern not in self._matched]:
             notes.append(f"ignore: no field is matched by {', '.join(map(repr, idle))}.")
         if self._unanswered:
-            notes.append(f"{self._unanswered:,} conversations end with turns without an answer; these are left out.")
+            notes.append(
+                f"{counted(self._unanswered, 'conversation ends', 'conversations end')} with turns without an answer; "
+                "these are left out."
+            )
         return notes
 
     def _left_out(self) -> str:

@@ -17,6 +17,7 @@ from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.lazy_torch import torch
+from rwkv_lab.text import counted
 from rwkv_lab.train.processes import Processes, put
 
 _NOTE = "rwkv_lab.train.resume"
@@ -150,8 +151,8 @@ def _fault_of_course(course: Course, written: Mapping, settings: Mapping) -> str
     if not _is_count(course.before) or course.before != settings.get("continued", 0):
         return f"it continues {course.before!r} steps"
     if not len(course.losses) == len(course.log) == course.step - course.before:
-        rows = f"{len(course.losses)} losses and {len(course.log)} rows of the log"
-        return f"it has {rows} for {course.step - course.before} steps"
+        rows = f"{len(course.losses)} losses and {counted(len(course.log), 'row')} of the log"
+        return f"it has {rows} for {counted(course.step - course.before, 'step')}"
     best_fits = _is_number(course.best) if course.held_out else course.best is None
     if not (best_fits and _is_number(course.bits_before) and _is_count(course.worse_since)):
         return "its measurements cannot be understood"

@@ -32,6 +32,7 @@ from rwkv_lab.model.device import parse_device
 from rwkv_lab.paths import path_fault
 from rwkv_lab.peft.settings import QUANTS
 from rwkv_lab.spec import Number, OneOf, Patterns, Spec, Text
+from rwkv_lab.text import counted
 from rwkv_lab.train.presets import preset_names, preset_settings
 
 Planned = tuple[str, tuple[int, ...], int]  # tensor, shape, values that are trained of or for it
@@ -287,7 +288,7 @@ class TrainSpec(Spec):
             raise ParameterError(f"autocast computes below float32: pass dtype='float32' with it, not {self.dtype!r}.")
         steps = self.steps if self.preset else self.effective("steps")  # a preset may need the header of the base
         if self.warmup is not None and steps is not None and self.warmup > steps:
-            raise ParameterError(f"warmup={self.warmup} must be from 0 to the {steps} steps that there are.")
+            raise ParameterError(f"warmup={self.warmup} must be from 0 to the {counted(steps, 'step')} that there are.")
         if self.patience and not self.eval_every:
             raise ParameterError(f"patience={self.patience} counts measurements: pass eval_every= too.")
         return self

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.lazy_numpy import np
+from rwkv_lab.text import counted
 from rwkv_lab.train.sources import INDEX, Source
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, entries of the list of documents
@@ -172,9 +173,11 @@ def _read_index(index: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         raise ParameterError(f"{index} describes data of dtype {code}, which are no tokens (whole numbers).")
     wanted = _HEADER.size + 12 * count + 8 * documents
     if len(content) not in (wanted, wanted + count):  # newer ones have a byte of mode for each sequence
-        raise CorruptFileError(f"{index} has {len(content):,} bytes; {count:,} sequences take {wanted:,}.")
+        raise CorruptFileError(
+            f"{index} has {len(content):,} bytes; {counted(count, 'sequence takes', 'sequences take')} {wanted:,}."
+        )
     sizes = np.frombuffer(content, "<i4", count, _HEADER.size)
     pointers = np.frombuffer(content, "<i8", count, _HEADER.size + 4 * count)
     if len(sizes) and int(sizes.min()) < 0:
-        raise CorruptFileError(f"{index} has a sequence of {int(sizes.min())} tokens.")
+        raise CorruptFileError(f"{index} has a sequence of {counted(int(sizes.min()), 'token')}.")
     return np.dtype(_DTYPES[code]).newbyteorder("<"), sizes, pointers

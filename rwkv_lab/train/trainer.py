@@ -18,6 +18,7 @@ from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.paths import to_path
 from rwkv_lab.peft import count_parameters
+from rwkv_lab.text import counted
 from rwkv_lab.train.batches import batches_of
 from rwkv_lab.train.data import Corpus, load_corpus
 from rwkv_lab.train.examples import Examples
@@ -272,7 +273,8 @@ def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
     spec, processes = plan.spec, Processes.here(options.parallel)
     if spec.batch_size % processes.size:
         raise ParameterError(
-            f"batch_size={spec.batch_size} does not divide among {processes.size} processes; choose a multiple."
+            f"batch_size={spec.batch_size} does not divide among {counted(processes.size, 'process', 'processes')}; "
+            "choose a multiple."
         )
     finished = finished_training(out, options)
     check_destinations(spec, out, options.changed(overwrite=True) if finished else options)
@@ -281,7 +283,7 @@ def _prepare(plan: TrainPlan, out: Path, options: TrainOptions) -> _Training:
     if options.parallel == "fsdp" and processes.size == 1:
         found.append(_ONE_PROCESS)
     if spec.eval_every > spec.steps:
-        found.append(f"eval_every={spec.eval_every}: nothing is measured on the way, in {spec.steps} steps.")
+        found.append(f"eval_every={spec.eval_every}: nothing is measured on the way, in {counted(spec.steps, 'step')}.")
     for note in found:
         log.warning("%s", note)
     if plan.preset_note:

@@ -14,12 +14,13 @@ from rwkv_lab.progress import human_bytes, human_seconds
 
 _MEASURED = 0.05  # seconds
 _WIDTH = 1024  # of the matrix that a rate is measured with
-_IN_RNN_MODE = 500  # products of two numbers in the time that a layer of RWKV-7 takes for a token through torch
+_IN_RNN_MODE = 900  # products of two numbers in the time that a layer of RWKV-7 takes for a token through torch
 _IN_REFERENCE = 45  # the same of the WKV operator's reference alone
 _IN_WRITING = 400  # calls of torch in the time that choosing a token takes, and decoding and showing its text
 _FILE_COPY = 4  # copies in memory in the time that copying a file takes which the system has in memory
 _LOAD = 3.5  # copies of a checkpoint in the time that loading it takes: docs/scaling.md
-FIGURES = 3.0  # seconds of figures and the report
+_IN_FIGURE = 600_000  # the same of a figure, painted for light pages and for dark ones
+_IN_STATISTICS = 70  # copies in memory in the time that the statistics of values take
 
 MEANS = "from the sizes, and products and calls of torch timed now; other processes and caches may double it"
 OF_FILES = "from the sizes, and copies and products timed now; a slow disk and other processes make it longer"
@@ -57,6 +58,21 @@ def file_seconds(size: float) -> float:
     return _FILE_COPY * _seconds(x.clone) * size / (x.numel() * x.itemsize)
 
 
+def loading_seconds(size: float) -> float:
+    """Seconds of loading a model from a checkpoint of so many bytes."""
+    return file_seconds(_LOAD * size)
+
+
+def statistics_seconds(size: float) -> float:
+    """Seconds of reading so many bytes of a checkpoint, and of the statistics of their values."""
+    return file_seconds(_IN_STATISTICS / _FILE_COPY * size)
+
+
+def figure_seconds(count: int) -> float:
+    """Seconds of drawing so many figures."""
+    return count * _IN_FIGURE * _call_seconds()
+
+
 def running_seconds(models: int, size: float, values: int, layers: int, read: float, written: float) -> float:
     """Seconds of loading so many models in float32, and of each reading and then writing tokens.
 
@@ -67,7 +83,7 @@ def running_seconds(models: int, size: float, values: int, layers: int, read: fl
     """
     at_once = forward_seconds(1, max(round(read), 1), values, layers, torch.float32, "cpu")
     token = stepping_seconds(1, 1, values, layers, torch.float32, "cpu")
-    return models * (file_seconds(_LOAD * size) + at_once + token * written)
+    return models * (loading_seconds(size) + at_once + token * written)
 
 
 def _call_seconds() -> float:

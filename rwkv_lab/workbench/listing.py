@@ -14,6 +14,7 @@ from rwkv_lab.checkpoint.format import FORMATS, format_of
 from rwkv_lab.checkpoint.open import ADAPTERS, INDEXES, SINGLES, Checkpoint
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.progress import human_bytes
+from rwkv_lab.text import counted
 
 _NO_JOB_TAKES = ("unknown", "unsupported", "unusable", "converted")  # kinds of checkpoints
 _PATIENCE = 1.5  # seconds that headers of one folder may take; a local disk needs milliseconds for each
@@ -147,7 +148,7 @@ def _model(ck: Checkpoint) -> str:
 def _more(ck: Checkpoint, fault: str) -> str:
     dtypes = ", ".join(sorted({t.dtype_name for t in ck.info.values()}))
     reason = "" if fault else ck.reason
-    return "; ".join(filter(None, (str(ck.layout or ""), f"{len(ck)} tensors", dtypes, reason, *ck.notes)))
+    return "; ".join(filter(None, (str(ck.layout or ""), counted(len(ck), "tensor"), dtypes, reason, *ck.notes)))
 
 
 def _count(values: int) -> str:

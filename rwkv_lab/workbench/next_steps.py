@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.workbench.parameters import FINE_TUNE
 from rwkv_lab.workbench.registry import notebook_names, parameters_of
 from rwkv_lab.workbench.result import Record
 
@@ -34,11 +35,13 @@ def uses(record: Record) -> list[Use]:
 def next_steps(record: Record) -> list[tuple[str, str]]:
     """(what for, command) of every notebook that takes what a run wrote; none after a run that failed.
 
-    The commands are for the folder of the report.
+    The commands are for the folder of the report; what they write goes beside it, so that one list has all runs.
     """
     steps = []
     for use in uses(record):
         given = {n: v if v.startswith("demo:") else _seen_from(Path(v), record) for n, v in use.parameters.items()}
+        if record.folder.name != use.notebook:
+            given["report"] = f"../{use.notebook}"
         words = shlex.join(f"{name}={value}" for name, value in given.items())
         steps.append((use.purpose, f"rwkv-lab run {use.notebook} {words}"))
     return steps
@@ -47,12 +50,15 @@ def next_steps(record: Record) -> list[tuple[str, str]]:
 def _of_output(out: Path, record: Record) -> Iterator[Use]:
     try:
         with open_checkpoint(out) as ck:
-            kind = ck.kind
+            kinds = [ck.kind]
     except (OSError, RwkvLabError):
         return  # a folder for another program
+    if record.notebook == "train" and record.parameters.get("kind") == "full":
+        kinds.insert(0, FINE_TUNE)
     for notebook in notebook_names():
         model = parameters_of(notebook)
-        if notebook == record.notebook or kind not in model.takes_kinds:
+        kind = next((kind for kind in kinds if kind in model.takes_kinds), None)
+        if notebook == record.notebook or kind is None:
             continue
         given = {model.parameter_for(kind): str(record.cwd / out)}
         base = record.parameters.get("base")

@@ -1,5 +1,6 @@
 """HTML pages from the templates here: what they show is escaped, and names no folder of the disk that it came from."""
 
+import base64
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +20,7 @@ def environment(known: Iterable[str] = ()) -> Environment:
         known: as in `without_folders`.
     """
     known = list(known)
-    return Environment(
+    made = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
@@ -27,6 +28,8 @@ def environment(known: Iterable[str] = ()) -> Environment:
         # Whatever a template writes goes through here, then through the escaping; Markup is what it wrote itself.
         finalize=lambda v: v if isinstance(v, Markup) else without_folders(shown(v), known),
     )
+    made.filters["base64"] = lambda content: Markup(base64.b64encode(content).decode())
+    return made
 
 
 def without_folders(text: str, known: Iterable[str] = ()) -> str:

@@ -23,6 +23,7 @@ from rwkv_lab.train.held_out import WINDOW
 from rwkv_lab.workbench.words import as_option, example, from_words, in_command, takes_mapping
 
 DEMO = ("demo:base", "demo:state")
+FINE_TUNE = "fine-tune"  # in `takes_kinds`: a whole model that was tuned from a base, taken together with it
 
 
 def _absolute(path: str) -> str:

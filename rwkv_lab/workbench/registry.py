@@ -43,5 +43,5 @@ def _check_name(notebook: str) -> None:
     names = notebook_names()
     if notebook not in names:
         raise ParameterError(
-            f"{notebook!r} is no notebook{did_you_mean(notebook, names)}; there are: {', '.join(names)}."
+            f"{notebook!r} is no notebook{did_you_mean(notebook, names) or '.'} There are: {', '.join(names)}."
         )

@@ -6,12 +6,11 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
-from markupsafe import Markup
-
 from rwkv_lab.checkpoint import FileFacts, write_text
 from rwkv_lab.checks import Check
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.samples import Sample
+from rwkv_lab.text import counted
 from rwkv_lab.workbench.next_steps import next_steps
 from rwkv_lab.workbench.pages import environment
 from rwkv_lab.workbench.result import Record, versions
@@ -68,7 +67,7 @@ def write_report(path: Path, page: Page, record: Record, can_repeat: bool) -> No
         OutputError: the folder cannot be written to.
     """
     made = environment(_paths_in(record))
-    made.filters |= {"base64": lambda png: Markup(base64.b64encode(png).decode()), "bytes": human_bytes}
+    made.filters["bytes"] = human_bytes
     text = made.get_template("report.html.jinja").render(
         page=page,
         record=record,
@@ -112,14 +111,14 @@ def verdict_in_words(record: Record) -> str:
     measured = [check for check in record.checks if isinstance(check, Check)]
     failed, others = len(record.failed_checks), len(record.checks) - len(measured)
     if record.status == "failed" and not failed:
-        return "The run did not end: what stopped it stands below."
+        return "The run did not end: what stopped it stands above."
     if not measured:
-        return "Nothing was checked." if not others else f"Nothing could be checked: {others} checks do not apply here."
-    beside = f"; {others} {'does' if others == 1 else 'do'} not apply here" if others else ""
+        return (
+            "Nothing was checked."
+            if not others
+            else f"Nothing could be checked: {counted(others, 'check does', 'checks do')} not apply here."
+        )
+    beside = f"; {counted(others, 'does', 'do')} not apply here" if others else ""
     if failed:
-        return f"{failed} of {len(measured)} checks failed, first: {record.failed_checks[0].name}{beside}."
-    return f"{'All' if len(measured) > 1 else 'The'} {_count(len(measured), 'check')} passed{beside}."
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}s" if number > 1 else what
+        return f"{failed} of {counted(len(measured), 'check')} failed, first: {record.failed_checks[0].name}{beside}."
+    return f"{'The check' if len(measured) == 1 else f'All {len(measured)} checks'} passed{beside}."

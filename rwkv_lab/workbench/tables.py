@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from rwkv_lab.text import shown
+from rwkv_lab.text import counted, shown
 
 _TEXT_ROWS = 40  # of a table in a log
 _UNIT = re.compile(r"(?<=\d) (?=(?:s|ms|min|h|B|kB|MB|GB|%)\b)")  # a number and its unit stay on one line
@@ -40,7 +40,7 @@ class Table:
             *("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells),
         ]
         if len(self.rows) > _TEXT_ROWS:
-            lines.append(f"… and {len(self.rows) - _TEXT_ROWS} more rows")
+            lines.append(f"… and {counted(len(self.rows) - _TEXT_ROWS, 'more row')}")
         return "\n".join(lines + ([self.note] if self.note else []))
 
 

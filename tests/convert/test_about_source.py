@@ -27,7 +27,7 @@ def test_a_source_that_is_no_whole_model_is_called_so(left_out, to, out, tmp_pat
     model = random_model()
     assert "no whole model" not in notes(saved(tmp_path, model), to, tmp_path / out)
     del model[left_out]
-    assert f"no whole model, and is written as it is: 1 tensors are missing or of another shape, first {left_out}" in (
+    assert f"no whole model, and is written as it is: 1 tensor is missing or of another shape, first {left_out}" in (
         notes(saved(tmp_path, model), to, tmp_path / out)
     )
 

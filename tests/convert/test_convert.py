@@ -252,5 +252,5 @@ def test_nan_is_refused_or_recorded(tmp_path):
         with pytest.raises(NumericsError, match="1 NaN"):
             convert(path, target, out_for(target, tmp_path))
         result = convert(path, target, out_for(target, tmp_path), allow_nonfinite=True)
-        assert any("1 tensors hold NaN or Inf" in note for note in result.notes)
+        assert any("1 tensor holds NaN or Inf" in note for note in result.notes)
         assert all(check.passed for check in result.checks)

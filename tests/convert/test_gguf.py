@@ -368,8 +368,8 @@ def test_rows_that_are_no_blocks_keep_sixteen_bits(tmp_path):
     _, types, _ = read(result.out)
     assert types["blk.0.channel_mix_value.weight"] == "F16" and types["blk.0.channel_mix_key.weight"] == "Q8_0"
     values = sum(math.prod(row.shape) for row in result.plan.rows if row.quantised)
-    assert values and any(f"matrices with {values:,} values are quantised to Q8_0" in note for note in result.notes)
-    assert any("1 matrices keep float16" in note and "channel_mix_value" in note for note in result.notes)
+    assert values and any(f"matrices, {values:,} values;" in note for note in result.notes)
+    assert any("1 matrix keeps float16" in note and "channel_mix_value" in note for note in result.notes)
 
 
 def test_quantised_sources_say_so(tmp_path):

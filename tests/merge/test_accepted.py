@@ -130,7 +130,7 @@ def test_scan_changed_looks_only_at_what_does_not_come_from_the_base(files):
     assert same(torch.load(result.out, weights_only=True)["emb.weight"], base["emb.weight"])
     state["blocks.0.att.time_state"][0, 0, 0] = float("inf")
     torch.save(state, paths[1])
-    with pytest.raises(NumericsError, match=r"in 1 tensors of the output: blocks.0.att.time_state \(1 Inf\)"):
+    with pytest.raises(NumericsError, match=r"in 1 tensor of the output: blocks.0.att.time_state \(1 Inf\)"):
         merge(*paths, scan="changed", overwrite=True)
 
 

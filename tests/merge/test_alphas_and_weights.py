@@ -131,8 +131,8 @@ def test_weights_by_pattern_on_a_quantised_base(base, tmp_path, quant):
         ([{"att": [1, 2]}], "weights has 2 numbers"),
         ([{"att": float("nan")}], "finite"),
         ({"att": [1, 2]}, "1 numbers are needed|1 number"),
-        ([1, 2], "a list of 1 numbers"),
-        (0.5, "a list of 1 numbers"),
+        ([1, 2], "a list of 1 number "),
+        (0.5, "a list of 1 number "),
     ],
 )
 def test_weights_that_cannot_be_meant(base, tmp_path, given, says):

@@ -131,4 +131,4 @@ def test_a_plan_counts_layers_where_tensors_say_little(tmp_path):
         "base[0:2]", "tuned[1:2]"
     )
     assert "The output has 3 layers: 3 from base.pth (2 of its 2)." in notes("base[0:2]", "base[1:2]", of=[])
-    assert notes("base[0:1]", of=[]) == ("The output has 1 layers: 1 from base.pth (1 of its 2).",)
+    assert notes("base[0:1]", of=[]) == ("The output has 1 layer: 1 from base.pth (1 of its 2).",)

@@ -88,7 +88,7 @@ def test_pissa_wants_its_start(tmp_path):
     with pytest.raises(ParameterError, match="its scale is 1"):
         open_adapter(path, alpha=8, pissa_init=start)
     half = {n: t for n, t in in_layout_of("init").items() if X not in n}
-    with pytest.raises(LayoutError, match=f"starts for 1 layers, .* adapts 2; nothing for {X}"):
+    with pytest.raises(LayoutError, match=f"starts for 1 layer, .* adapts 2; nothing for {X}"):
         open_adapter(path, pissa_init=written(tmp_path / "half.pth", half))
     with pytest.raises(LayoutError, match="starts for 0 layers"):
         open_adapter(path, pissa_init=written(tmp_path / "none.pth", {"x": torch.zeros(3)}))

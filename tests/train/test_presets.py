@@ -19,6 +19,7 @@ def base(demo_folder):
     ("kind", "size", "lr", "rank"),
     [
         ("pretrain", "0.1B", 6e-4, None),
+        ("pretrain", "1.5B", 3e-4, None),
         ("pretrain", "7B", 1.5e-4, None),
         ("full", "1.5B", 1e-5, None),
         ("lora", "0.4B", 1e-4, 8),
@@ -32,7 +33,7 @@ def test_a_named_size_sets_what_is_not_given(kind, size, lr, rank, base):
     (note,) = plan.notes
     assert note.startswith(f"The preset for {size} set ctx_len 512") and f"lr {lr:g}" in note
     assert "batch_size" not in note  # it was given
-    assert ("a value to start from" in note) == (kind == "pretrain" and size != "0.1B")
+    assert ("a value to start from" in note) == (kind == "pretrain" and size == "7B")
 
 
 def test_auto_looks_at_the_size_of_the_fresh_model():

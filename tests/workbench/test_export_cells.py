@@ -87,7 +87,7 @@ def test_the_figure_of_a_scan():
     chosen = Proposal({}, {}, 40, 1e-4, 2e-4, 1e-5, 0.99)
     left, right = figures.sensitivity(Sensitivity("int4", 99, damages, frontier, chosen), "It").axes
     texts = [text.get_text() for axes in (left, right) for text in axes.get_legend().get_texts()]
-    assert texts == ["int4", "int8, 1 parts cost nothing", "predicted: the sum of the parts"] + [
+    assert texts == ["int4", "int8, 1 part costs nothing", "predicted: the sum of the parts"] + [
         "taken: KL 0.0002 measured, 4e-05 MB"
     ]
     assert [text.get_text() for text in left.texts] == ["0.att"]

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from rwkv_lab.errors import LayoutError, ParameterError
 from rwkv_lab.workbench.parameters import read_parameters
@@ -103,8 +104,17 @@ def test_paths_are_seen_from_the_current_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("given", "missing"), [("base", "tuned"), ("tuned", "base")])
-def test_own_and_demo_files_are_not_mixed(given, missing):
-    assert refusal({given: "own.pth"}).startswith(f"{missing} is missing")
+def test_own_and_demo_files_are_not_mixed(given, missing, tmp_path, monkeypatch):
+    monkeypatch.setenv("RWKV_LAB_DEMO", str(tmp_path))
+    with pytest.raises(ParameterError, match=f"^{missing} is missing"):
+        read({given: "own.pth"}).check_files()
+
+
+def test_what_was_trained_on_the_demo_model_merges_into_it(demo_folder, tmp_path):
+    read({"tuned": str(demo_folder / "demo-state.pth")}).check_files()
+    torch.save({"blocks.0.att.time_state": torch.zeros(2, 64, 64)}, tmp_path / "other.pth")
+    with pytest.raises(ParameterError, match="base is missing: (.|\n)*time_state(.|\n)*Give both"):
+        read({"tuned": str(tmp_path / "other.pth")}).check_files()
 
 
 def test_a_state_is_trained_on_some_model():

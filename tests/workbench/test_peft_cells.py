@@ -213,7 +213,7 @@ def nan_in(path, name):
         ("unmerge", "ParameterError", "nothing is merged"),
         ("three values", "ParameterError", "a list of two"),
         ("another generation", "LayoutError", "blocks.0.ffn.key of the base is [52, 32]"),
-        ("a lack of depth", "LayoutError", "with 1 layers"),
+        ("a lack of depth", "LayoutError", "with 1 layer:"),
         ("another depth, a state", "LayoutError", "the model has layers 0 to 2"),
         ("another depth, a model", "LayoutError", "n_layer differs"),
         ("NaN in an adapter", "NumericsError", "NaN or Inf"),

@@ -32,7 +32,7 @@ def test_every_notebook_has_a_plan_that_loads_no_model(notebook, demo_folder, tm
     monkeypatch.setattr(RWKV_Dual, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     said = plan(notebook, tmp_path, capsys)
     assert re.search(r"memory .*\d [kMG]?B.* are free", said)
-    assert notebook == "inspect" or re.search(r"about \d+ (s|min).*timed now", said)
+    assert re.search(r"about \d+ (s|min).*timed now", said)
 
 
 def test_what_a_plan_counts(model, tmp_path, capsys):
@@ -95,6 +95,29 @@ def test_the_time_of_an_export_has_tracing_where_no_graph_is_kept(demo_folder, t
         taken[kept] = seconds(said)
         assert ("; 8 s of it trace graphs, once for models of these shapes" in said) is not kept
     assert taken[False] - taken[True] >= 5
+
+
+def test_the_time_of_modes_counts_runs_states_and_figures(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rwkv_lab.workbench.modes.cells.stepping_seconds", lambda *_: 1000.0)
+    monkeypatch.setattr("rwkv_lab.workbench.modes.cells.figure_seconds", lambda count: 10_000.0 * count)
+    given = {"model": str(model), "length": 32, "backends": ["reference", "chunked"], "dtypes": ["float32"]}
+    assert abs(seconds(plan("modes", tmp_path, capsys, **given)) - (3.5 * 1000 + 5 * 10_000)) < 1800
+
+
+def test_the_time_of_training_counts_what_is_measured(demo_folder, tmp_path, capsys, monkeypatch):
+    counted = lambda tokens, rows, *_: float(tokens * rows)  # noqa: E731
+    monkeypatch.setattr("rwkv_lab.workbench.train.cells.forward_seconds", counted)
+    given = {"kind": "state", "steps": 2, "batch_size": 1, "ctx_len": 8}
+    once, often = (seconds(plan("train", tmp_path, capsys, **given, eval_every=n)) for n in (0, 1))
+    assert once > 3 * 50_000 and often == pytest.approx(5 / 3 * once, rel=0.05)
+
+
+def test_the_time_of_a_benchmark_is_that_of_its_parts(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rwkv_lab.workbench.benchmark.cells.figure_seconds", lambda count: 36_000.0 * count)
+    said = plan("benchmark", tmp_path, capsys, model=str(model), lengths=[32], batches=[1], peers=[])
+    parts = [float(n) for n in re.findall(r"about (\S+) h\s*\n", said)]
+    total = float(re.search(r"in all +about (\S+) h,", said)[1])
+    assert len(parts) == 4 and total == pytest.approx(sum(parts), rel=0.05)
 
 
 def test_a_longer_text_takes_longer_and_token_by_token_longest():

@@ -121,14 +121,30 @@ def test_it_leads_on_to_the_notebooks_that_take_the_output(tmp_path):
     record = Record(tmp_path, "merge", {"base": "/elsewhere/base.pth"}, status="ok")
     record.outputs = [FileFacts(out, 12, "")]
     steps = dict(next_steps(record))
-    assert steps["See what is in it"] == "rwkv-lab run inspect 'checkpoint=merged here.pth'"
+    assert steps["See what is in it"] == "rwkv-lab run inspect 'checkpoint=merged here.pth' report=../inspect"
     assert not any("merge " in command for command in steps.values())
+    record.notebook, record.parameters["kind"] = "train", "full"
+    steps = dict(next_steps(record))
+    assert (
+        steps["Merge it into its base"]
+        == "rwkv-lab run merge 'tuned=merged here.pth' base=PATH/base.pth report=../merge"
+    )
+    assert (
+        steps["Check that its parallel and its recurrent mode agree"]
+        == "rwkv-lab run modes 'model=merged here.pth' report=../modes"
+    )
     state = tmp_path / "state.pth"
     torch.save({"blocks.0.att.time_state": torch.zeros(2, 32, 32)}, state)
     record.notebook, record.outputs = "train", [FileFacts(state, 12, "")]
-    assert dict(next_steps(record))["Merge it into its base"] == "rwkv-lab run merge tuned=state.pth base=PATH/base.pth"
+    assert (
+        dict(next_steps(record))["Merge it into its base"]
+        == "rwkv-lab run merge tuned=state.pth base=PATH/base.pth report=../merge"
+    )
     record.folder, record.cwd = tmp_path / "reports" / "x", tmp_path
-    assert dict(next_steps(record))["See what is in it"] == "rwkv-lab run inspect checkpoint=../../state.pth"
+    assert (
+        dict(next_steps(record))["See what is in it"]
+        == "rwkv-lab run inspect checkpoint=../../state.pth report=../inspect"
+    )
     record.status = "failed"
     assert next_steps(record) == []
 

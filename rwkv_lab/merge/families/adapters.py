@@ -43,6 +43,7 @@ from rwkv_lab.peft.config import ADAPTER_KINDS
 from rwkv_lab.peft.pissa_start import ComputedHalf
 from rwkv_lab.peft.settings import QUANTS
 from rwkv_lab.suggestions import did_you_mean
+from rwkv_lab.text import counted
 
 ALPHA = Parameter("alpha", float, Takes("of a LoRA, whose product is scaled by alpha / r", 0), None)
 PARAMETERS = {
@@ -252,7 +253,7 @@ def _notes_on_weights(adapters: AdapterSet, n_layer: int) -> list[str]:
             names = [*(f"{x}.weight" for x in adapter.targets), *adapter.full]
             counts = Counter(adapters.weight(i, name, n_layer) for name in names).most_common()
             shown = ", ".join(f"× {w:g} into {count}" for w, count in counts[:6]) + (", …" if len(counts) > 6 else "")
-            notes.append(f"{Path(adapter.where).name} goes in {shown} of its {len(names)} tensors.")
+            notes.append(f"{Path(adapter.where).name} goes in {shown} of its {counted(len(names), 'tensor')}.")
     return notes
 
 

@@ -16,6 +16,7 @@ from rwkv_lab.merge.method import Method
 from rwkv_lab.merge.method_parameters import Parameter, Takes, check_value
 from rwkv_lab.merge.parts import note_on_part
 from rwkv_lab.merge.spec import MergeSpec
+from rwkv_lab.text import counted
 
 ALPHA = Parameter("alpha", float, Takes("share of the way from the base to tuned; 1 copies, bit for bit", 0, 1), 1.0)
 _TAKES = frozenset({"alpha", "include", "exclude"})
@@ -44,7 +45,7 @@ class IntoBase(Family):
     def check(self, spec: MergeSpec) -> MergeSpec:
         if len(spec.tuned) != 1:
             raise ParameterError(
-                f"tuned names {len(spec.tuned)} files; method {spec.method!r} takes one.\n"
+                f"tuned names {counted(len(spec.tuned), 'file')}; method {spec.method!r} takes one.\n"
                 "Pass a method that mixes models."
             )
         refuse_option(spec, "pissa_init", "it is for PiSSA adapters")
@@ -98,7 +99,8 @@ def check_states(tuned: Checkpoint, layout: Layout) -> dict[str, TensorInfo]:
     extra = [n for n in states if n not in expected]
     if extra:
         raise LayoutError(
-            f"{tuned.path} holds states for {len(states)} layers, the base has {layout.n_layer} layers.\n"
+            f"{tuned.path} holds states for {counted(len(states), 'layer')}, the base has "
+            f"{counted(layout.n_layer, 'layer')}.\n"
             f"Not in the base: {', '.join(extra[:3])}."
         )
     wanted = (layout.n_head, layout.head_size, layout.head_size)

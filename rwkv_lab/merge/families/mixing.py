@@ -25,6 +25,7 @@ from rwkv_lab.merge.parts import note_on_part
 from rwkv_lab.merge.random_numbers import draws
 from rwkv_lab.merge.settings import GRADIENT, REST, check_setting, value_for, with_default
 from rwkv_lab.merge.spec import MergeSpec
+from rwkv_lab.text import counted
 
 PIECE = 1 << 17  # elements worked on at a time: a dozen of them in float32 fit the caches, and the allocator keeps them
 
@@ -134,7 +135,9 @@ def _describe(inputs: MergeInputs, layout: Layout, weights: Any, applied: Sequen
     parts = [note for ck in inputs.tuned if ck.kind != "state" and (note := note_on_part(inputs.base, ck, layout))]
     same = [c.name for c in applied if c.action == "copy"]
     if same:
-        parts.append(f"alpha is 0 for {len(same)} of {len(applied)} tensors (first {same[0]}): they are the base's.")
+        parts.append(
+            f"alpha is 0 for {len(same)} of {counted(len(applied), 'tensor')} (first {same[0]}): they are the base's."
+        )
     shares = weights[-len(inputs.tuned) :] if isinstance(weights, list) else []
     parts += _notes_on_missing_states(inputs, [c.name for c in applied])
     idle = [ck.path.name for ck, share in zip(inputs.tuned, shares, strict=False) if share == 0]

@@ -22,6 +22,7 @@ from rwkv_lab.merge.method import Method
 from rwkv_lab.merge.method_parameters import NEEDED, Parameter, Takes
 from rwkv_lab.merge.spec import MergeSpec
 from rwkv_lab.names import split_block
+from rwkv_lab.text import counted
 
 _RUN = re.compile(r"(base|tuned(\d*))\[(\d{1,4}):(\d{1,4})\]")
 LAYERS = Parameter(
@@ -87,7 +88,7 @@ def _sources(models: Sequence[Checkpoint], layouts: Sequence[Layout], order: Seq
         for ck, layout, layers in zip(models, layouts, taken, strict=True)
         if layers
     ]
-    return f"The output has {len(order)} layers: {', '.join(parts)}."
+    return f"The output has {counted(len(order), 'layer')}: {', '.join(parts)}."
 
 
 def _describe(inputs: MergeInputs, layout: Layout, sources: str, applied: Sequence[ChangedTensor]) -> Description:
@@ -128,7 +129,7 @@ def _run(text: str, layouts: Sequence[Layout]) -> tuple[int, int, int]:
     model = 0 if found[1] == "base" else int(found[2] or 1)
     if found[1] != "base" and not 1 <= model < len(layouts):
         given = {1: "no tuned model is given", 2: "one tuned model is given, called tuned"}
-        many = f"{len(layouts) - 1} tuned models are given"
+        many = f"{counted(len(layouts) - 1, 'tuned model is', 'tuned models are')} given"
         raise ParameterError(f"layers: {text!r}: {given.get(len(layouts), many)}")
     start, end, depth = int(found[3]), int(found[4]), layouts[model].n_layer
     if not start < end <= depth:

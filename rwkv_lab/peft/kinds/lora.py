@@ -19,6 +19,7 @@ from rwkv_lab.peft.config import AdapterKind, Layers, LoraConfig, register
 from rwkv_lab.peft.lora_target import MAGNITUDE, LoraTarget, as_plain_lora, lora_targets
 from rwkv_lab.peft.options import AdapterOptions
 from rwkv_lab.peft.settings import lora_scaling
+from rwkv_lab.text import counted
 
 if TYPE_CHECKING:
     from rwkv_lab.peft.linear import AdaptedLinear, LoraLinear
@@ -219,7 +220,7 @@ def _has_start(ck: Checkpoint, layers: Layers) -> bool:
             raise LayoutError(f"{x}.{has} is there, {x}.{lacks} is not; {ck.path} is incomplete.")
     started = ["init_lora_A" in parts for parts in layers.values()]
     if any(started) and not all(started):
-        raise LayoutError(f"{ck.path} has a start for {sum(started)} of its {len(started)} layers only.")
+        raise LayoutError(f"{ck.path} has a start for {sum(started)} of its {counted(len(started), 'layer')} only.")
     return any(started)
 
 

@@ -15,6 +15,7 @@ from rwkv_lab.peft.adapter import Adapter, InMemory, Target, Values
 from rwkv_lab.peft.config import LoraConfig, register
 from rwkv_lab.peft.kinds.lora import Lora, with_values
 from rwkv_lab.peft.lora_target import LoraTarget, lora_targets
+from rwkv_lab.text import counted
 
 if TYPE_CHECKING:
     from rwkv_lab.peft.linear import LoraLinear, PissaLinear
@@ -107,7 +108,7 @@ def with_start(adapter: Adapter, init: Checkpoint) -> dict[str, Target]:
     missing = [x for x in adapter.targets if set(parts.get(x, ())) != {"A", "B"}]
     if missing or len(parts) != len(adapter.targets):
         raise LayoutError(
-            f"{init.path} has starts for {len(parts)} layers, {adapter.where} adapts {len(adapter.targets)}"
+            f"{init.path} has starts for {counted(len(parts), 'layer')}, {adapter.where} adapts {len(adapter.targets)}"
             f"{f'; nothing for {missing[0]}' if missing else ''}.\nThey are not of one training run."
         )
     for x, target in targets.items():

@@ -25,7 +25,7 @@ from rwkv_lab.model.device import parse_device
 from rwkv_lab.progress import human_bytes, human_seconds
 from rwkv_lab.text import counted
 from rwkv_lab.wkv import backends
-from rwkv_lab.workbench.estimate import forward_seconds, in_words, memory_in_words
+from rwkv_lab.workbench.estimate import figure_seconds, forward_seconds, in_words, memory_in_words
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step
@@ -35,6 +35,7 @@ _LOADS = 2  # at most, since each starts a process that imports torch
 _QUIET = 0.2  # cores that other processes may use before figures are doubted
 _GROWTH = (1, 4, 16)  # contexts, in the longest of the prompts
 _SAMPLE, _START = 0.5, 5.0  # seconds: of a sample of decoding, and of a process that imports torch
+_FLOORS = 0.5  # seconds of measuring, once, what the machine allows
 _COMPUTES_IN = {"int8": "fp32", "int4": "fp32"}  # weights are packed, activations are not
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.6}  # of a weight
 
@@ -83,31 +84,35 @@ def _plan_of(run: Run) -> Plan:
 
 def _plan_table(run: Run, plan: Plan, facts: FileFacts, layout: Layout, values: int) -> Table:
     """What each cell measures, and about how long it takes on a CPU."""
-    engines, rounds, longest = len(plan.dtypes) + len(plan.peers), plan.rounds + 1, max(plan.lengths)
+    others = sum(peer.runs(dtype) for peer in plan.peers for dtype in plan.dtypes)
+    engines, samples, longest = len(plan.dtypes) + others, plan.rounds + 1, max(plan.lengths)
+    floors, figure = plan.rounds * _FLOORS, figure_seconds(1)
     size = (1, values, layout.n_layer)
     passes = sum(
-        rounds * forward_seconds(length, *size, to_dtype(_COMPUTES_IN.get(dtype, dtype)), "cpu")
+        samples * forward_seconds(length, *size, to_dtype(_COMPUTES_IN.get(dtype, dtype)), "cpu") + floors
         for length in plan.lengths
         for dtype in plan.dtypes
     )
-    decoding = len(plan.batches) * engines * (rounds * _SAMPLE + 1)
+    decoding = (len(plan.batches) + 1) * (engines * samples * _SAMPLE + floors)  # once more beside a busy loop
     reference = forward_seconds(sum(plan.lengths), *size, torch.float64, "reference")
-    rates = decoding + passes * engines / len(plan.dtypes) + reference
+    rates = others * _START + decoding + passes * engines / len(plan.dtypes) + reference + 2 * figure
     names = run.config.backends or list(backends())
     loops = 3 * forward_seconds(longest, 1, 0, 1, torch.float32, "reference")  # one layer, forward and backward
-    operators = len(OPERATORS) * (len(names) + rounds * loops)
-    loading = engines * min(plan.rounds, _LOADS) * _START
-    read = max(_GROWTH) * longest + len(_GROWTH) * rounds * 512
-    context = forward_seconds(read, *size, to_dtype(_COMPUTES_IN.get(plan.dtypes[0], plan.dtypes[0])), "cpu") + rounds
+    # Each backend is compared with the reference first; of the samples, those of the reference take the time.
+    operators = len(OPERATORS) * ((len(names) + samples) * loops + floors) + figure
+    loading = engines * min(plan.rounds, _LOADS) * _START + figure
+    read = max(_GROWTH) * longest + len(_GROWTH) * samples * 512
+    context = forward_seconds(read, *size, to_dtype(_COMPUTES_IN.get(plan.dtypes[0], plan.dtypes[0])), "cpu")
+    context += samples * len(_GROWTH) * _SAMPLE + figure
     measured = f"rwkv_lab in {', '.join(plan.dtypes)}" + (
         f" and {counted(len(plan.peers), 'peer')}" if plan.peers else ""
     )
     parts = [
         ("decode and prefill", f"{measured}; batches {_list(plan.batches)}, prompts of {_list(plan.lengths)} tokens, "
          f"{counted(plan.rounds, 'round')}", rates),
-        ("WKV operators", f"{', '.join(names)}, {longest} tokens", operators),
+        ("WKV operators", f"{', '.join(names)}, {counted(longest, 'token')}", operators),
         ("loading", f"{measured}; each in processes of its own", loading),
-        ("along the context", f"up to {max(_GROWTH) * longest:,} tokens", context),
+        ("along the context", f"up to {counted(max(_GROWTH) * longest, 'token')}", context),
     ]  # fmt: skip
     total = sum(seconds for *_, seconds in parts)
     rows = [("model", f"{facts.path.name}, {human_bytes(facts.bytes)}: {layout}", "")]
@@ -135,6 +140,7 @@ def load(run: Run) -> Measured:
     run.record.inputs = [facts]
     display(_plan_table(run, plan, facts, layout, values))
     described = describe_machine()
+    threads = counted(described["threads"], "thread")
     run.record.metrics |= {"layout": str(layout), "machine": described}
     threads = counted(described["threads"], "thread")
     run.page.headline = f"{path.name}, an RWKV-{layout.version}, on {described['cpu']}."
@@ -221,7 +227,7 @@ def _of_load(cores_of_others: float) -> str:
     if cores_of_others < _QUIET:
         return ""
     return (
-        f" Other processes used {cores_of_others:.1f} of {cores()} cores meanwhile: the rates are too low, "
+        f" Other processes used {cores_of_others:.1f} of {counted(cores(), 'core')} meanwhile: the rates are too low, "
         "and ratios between them are not to be trusted."
     )
 

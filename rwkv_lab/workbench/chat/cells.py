@@ -97,9 +97,11 @@ def answer(run: Run, speakers: list[Speaker]) -> Asked:
                 progress.advance(1)
     tokens = sum(len(a.ids) for _, answers in asked for a in answers.values())
     seconds = sum(a.seconds for _, answers in asked for a in answers.values())
-    of = "" if len(speakers) == 1 else f", {len(speakers)} answers each"
+    of = "" if len(speakers) == 1 else f", {counted(len(speakers), 'answer')} each"
     prompts = f"{counted(len(asked), 'prompt')}{of}"
-    run.page.summary = f"{prompts}: {tokens} tokens, {tokens / max(seconds, 1e-9):.0f} tokens/s with reading."
+    run.page.summary = (
+        f"{prompts}: {counted(tokens, 'token')}, {tokens / max(seconds, 1e-9):.0f} tokens/s with reading."
+    )
     run.record.metrics |= {"prompts": len(asked), "tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9)}
     out = run.output_path("answers.json")
     write_text(out, json.dumps(_as_json(asked), ensure_ascii=False, indent=1) + "\n", run.may_overwrite())

@@ -19,8 +19,9 @@ from rwkv_lab.machine import memory_free
 from rwkv_lab.plotting import layer_map
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.samples import Sample
+from rwkv_lab.text import counted
 from rwkv_lab.workbench.convert import figures
-from rwkv_lab.workbench.estimate import FIGURES, OF_FILES, file_seconds, in_words, running_seconds
+from rwkv_lab.workbench.estimate import OF_FILES, figure_seconds, file_seconds, in_words, running_seconds
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
@@ -28,6 +29,7 @@ from rwkv_lab.workbench.tables import Table
 _DRY = "dry_run=True: nothing was converted, so there is nothing to show here."
 _COLUMNS = ("BlinkDL's name", "name in the output", "layers", "shape", "what is done", "dtype", "bytes")
 _PASSES = 3  # copies of source and output in the time of writing and comparing them
+_FIGURES = 3
 _KEY_MAP = "key_map.csv"  # beside the report
 
 
@@ -224,14 +226,14 @@ def _agreement_table(found: ConversionAgreement) -> Table:
     ]
     if both is not None:
         rows.append(("greedy tokens that are the same, from the first on", f"{both.same} of {len(both.source)}"))
-    note = f"{positions} fixed tokens from all over the vocabulary; both models computed in float32 by rwkv_lab."
+    note = f"{counted(positions, 'fixed token')} from all over the vocabulary; both models computed in float32."
     return Table("Source and output", ("measure", "found"), rows, note)
 
 
 def _unrounded(result: ConvertResult) -> str:
     if not result.rounding:
         return "No tensor changed its dtype: no value was rounded."
-    return f"{len(result.rounding)} tensors were cast to a wider dtype: no value was rounded."
+    return f"{counted(len(result.rounding), 'tensor was', 'tensors were')} cast to a wider dtype: no value was rounded."
 
 
 def _plan_tables(made: ConvertPlan) -> list[Table]:
@@ -292,7 +294,7 @@ def _facts(made: ConvertPlan) -> list[tuple[str, object]]:
         ("output", f"{made.out.name}, {human_bytes(made.output_bytes)}: {_target(made)}"),
         *([("settings", ", ".join(f"{name} {value}" for name, value in options.items()))] if options else []),
         ("tensors", f"{len(made.rows)}: {', '.join(f'{n} {action}' for action, n in actions.most_common())}"),
-        ("dropped", f"{len(made.dropped)} tensors" if made.dropped else "nothing"),
+        ("dropped", counted(len(made.dropped), "tensor") if made.dropped else "nothing"),
         ("disk", f"{human_bytes(made.output_bytes)}; {human_bytes(made.disk_free)} are free on that disk"),
         ("memory", f"{human_bytes(made.memory_needed)} at most; {human_bytes(made.memory_free)} are free"),
         *(("to know", note) for note in made.notes),
@@ -301,11 +303,11 @@ def _facts(made: ConvertPlan) -> list[tuple[str, object]]:
 
 def _seconds(made: ConvertPlan) -> float:
     """About the seconds of writing and comparing all tensors, and of running source and output; an upload's not."""
-    files = file_seconds(_PASSES * (made.source.bytes + made.output_bytes))
+    files = file_seconds(_PASSES * (made.source.bytes + made.output_bytes)) + figure_seconds(_FIGURES)
     values = sum(math.prod(row.shape) for row in made.rows)
     if made.layout is None or 4 * values > memory_free():  # then no model is run
         return files
-    return files + FIGURES + running_seconds(2, made.source.bytes, values, made.layout.n_layer, 64, 64)
+    return files + running_seconds(2, made.source.bytes, values, made.layout.n_layer, 64, 64)
 
 
 def _target(made: ConvertPlan) -> str:
@@ -341,7 +343,9 @@ def _summary(result: ConvertResult, found: ConversionAgreement | None) -> str:
         return f"{begin}; {logits}; {greedy}.{end}"
     if found is not None:
         return f"{begin}. {found.unread}{end}"
-    compared = f"{len(made.rows)} tensors compared with the source" if made.options.verify else "not compared"
+    compared = (
+        f"{counted(len(made.rows), 'tensor')} compared with the source" if made.options.verify else "not compared"
+    )
     return f"{begin}; {compared}.{end}"
 
 

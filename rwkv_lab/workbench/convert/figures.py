@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rwkv_lab.analysis.conversion import ConversionAgreement, ValueRange
 from rwkv_lab.dtypes import long_name
 from rwkv_lab.plotting import BLUE, GREEN, GREY, NAME, ORANGE, PURPLE, ROWS, quiet, short, single, titled
+from rwkv_lab.text import counted
 
 _POINTS = 20_000  # of a scatter plot
 
@@ -63,7 +64,7 @@ def ranges(found: Sequence[ValueRange], subtitle: str) -> Figure:
         largest, normal, smallest = _limits(dtype)
         subtitle += f"\n{long_name(dtype)} holds {smallest:.2g} to {largest:.3g}, with all its digits from {normal:.2g}"
     if len(rows) < len(found):
-        subtitle += f"\n{len(rows)} of {len(found)} kinds of tensors"
+        subtitle += f"\n{len(rows)} of {counted(len(found), 'kind')} of tensors"
     figure, axes = single(0.8 + 0.22 * len(rows), "Does the new dtype hold the values?", subtitle)
     axes.set_xscale("log")
     for place, row in enumerate(rows):

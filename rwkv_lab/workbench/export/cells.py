@@ -16,7 +16,7 @@ from rwkv_lab.export.monitoring_logger import timeline
 from rwkv_lab.export.planning import ExportPlan, graphs_are_kept, plan_export
 from rwkv_lab.progress import human_bytes, human_seconds
 from rwkv_lab.samples import Sample
-from rwkv_lab.workbench.estimate import FIGURES, OF_FILES, file_seconds, in_words, stepping_seconds
+from rwkv_lab.workbench.estimate import OF_FILES, figure_seconds, file_seconds, in_words, stepping_seconds
 from rwkv_lab.workbench.export import figures
 from rwkv_lab.workbench.export.details import STORAGE, storage_as_csv, tables_of_exports
 from rwkv_lab.workbench.export.exported import Exported, facts_of, one_after_the_other, read_exported
@@ -33,6 +33,7 @@ _TRACE = 8.0  # seconds of tracing the graphs
 _START = 2.0  # seconds of each process that writes graphs until it does
 _PASSES = 12  # copies of the model in float32 in the time of writing a level; docs/scaling.md
 _COMPARED = 6000  # tokens, one after the other, in the time of comparing a level with the model
+_FIGURES = 6
 _TOKENS = [1, 2, 3, 4]  # a prompt where there is no tokenizer
 
 
@@ -234,7 +235,8 @@ def _time(made: ExportPlan) -> str:
         return "not estimated: it was measured with files of RWKV alone"
     levels, graphs = len(made.configurations), sum(one.export_onnx for one in made.configurations)
     traced = graphs > 0 and not graphs_are_kept(made)
-    seconds = traced * _TRACE + graphs * _START + FIGURES + levels * file_seconds(_PASSES * 4 * values)
+    seconds = traced * _TRACE + graphs * _START + figure_seconds(_FIGURES)
+    seconds += levels * file_seconds(_PASSES * 4 * values)
     if _is_compared(made.configurations[0]):
         seconds += levels * stepping_seconds(_COMPARED, 1, values, layout.n_layer, torch.float32, "cpu")
     scan = "; a sensitivity scan is not in it" if made.configurations[0].sensitivity_scan else ""

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from rwkv_lab.export.sensitivity import Sensitivity
 from rwkv_lab.plotting import BLUE, CYCLE, GREEN, GREY, ORANGE, quiet, single, titled
+from rwkv_lab.text import counted
 from rwkv_lab.workbench.export.exported import Exported, size_of
 
 _NAMED = 5  # parts that lose most
@@ -101,7 +102,9 @@ def sensitivity(found: Sensitivity, subtitle: str) -> Figure:
     for stored, colour, mark in (("int4", ORANGE, "o"), ("int8", BLUE, "s")):
         every = [d for d in found.damages if d.stored == stored]
         some = [d for d in every if d.kl > 0]
-        label = stored + (f", {len(every) - len(some)} parts cost nothing" if len(some) < len(every) else "")
+        label = stored + (
+            f", {counted(len(every) - len(some), 'part costs', 'parts cost')} nothing" if len(some) < len(every) else ""
+        )
         left.plot([d.saved_bytes / 1e6 for d in some], [d.kl for d in some], mark, color=colour, ms=4, label=label)
     for d in sorted(found.damages, key=lambda d: -d.kl)[:_NAMED]:
         if not d.kl:

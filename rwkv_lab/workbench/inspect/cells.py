@@ -12,12 +12,14 @@ from rwkv_lab.names import split_block
 from rwkv_lab.plotting import layer_map
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.text import counted
-from rwkv_lab.workbench.estimate import memory_in_words
+from rwkv_lab.workbench.estimate import OF_FILES, figure_seconds, in_words, memory_in_words, statistics_seconds
 from rwkv_lab.workbench.inspect import figures
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
+
+_FIGURES = 3
 
 
 def preview(run: Run) -> None:
@@ -28,8 +30,13 @@ def preview(run: Run) -> None:
     """
     with open_checkpoint(input_path(run.config.checkpoint)) as ck:
         largest = max((t.numel for t in ck.info.values()), default=0)
-        rows = [*_facts(ck), ("would be read", f"{human_bytes(ck.bytes)}, once, a tensor at a time")]
-    display(Table("The plan", ("", ""), [*rows, ("memory", memory_in_words(3 * 4 * largest))]))
+        rows = [
+            *_facts(ck),
+            ("would be read", f"{human_bytes(ck.bytes)}, once, a tensor at a time"),
+            ("memory", memory_in_words(3 * 4 * largest)),
+            ("time", in_words(statistics_seconds(ck.bytes) + figure_seconds(_FIGURES), OF_FILES)),
+        ]
+    display(Table("The plan", ("", ""), rows))
 
 
 def describe(run: Run) -> None:
@@ -87,7 +94,7 @@ def measure(run: Run) -> dict[str, Statistics]:
     run.page.tables.append(table)
     nan, inf = sum(s.nan for s in found.values()), sum(s.inf for s in found.values())
     run.record.metrics |= {"nan": nan, "inf": inf}
-    run.page.summary = f"{len(found):,} tensors; {nan + inf:,} values are NaN or Inf."
+    run.page.summary = f"{counted(len(found), 'tensor')}; {nan + inf:,} values are NaN or Inf."
     called = {"nan": "NaN", "inf": "Inf"}
     for what, count in (("nan", nan), ("inf", inf)):
         first = next((name for name, s in found.items() if getattr(s, what)), "")
@@ -119,7 +126,7 @@ def _facts(ck: Checkpoint) -> list[tuple[str, object]]:
         ("kind", _kind_in_words(ck)),
         ("format", f"{ck.format}, {counted(len(ck.files), 'file')}, {human_bytes(ck.bytes)}"),
         ("model", str(ck.layout) if ck.layout else f"no layout: {ck.reason}"),
-        ("tensors", f"{len(ck)}, {sum(t.numel for t in ck.info.values()):,} values"),
+        ("tensors", f"{len(ck)}, {counted(sum(t.numel for t in ck.info.values()), 'value')}"),
         ("dtypes", ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())),
     ]
     if ck.layout and ck.reason:
@@ -127,11 +134,18 @@ def _facts(ck: Checkpoint) -> list[tuple[str, object]]:
     if few := in_few_bits(ck.info.values()):
         facts.append(("packed", few))
     if ck.prefixes:
-        taken_off = ", ".join(f"{prefix} ({count} names)" for prefix, count in ck.prefixes.items())
+        taken_off = ", ".join(f"{prefix} ({counted(count, 'name')})" for prefix, count in ck.prefixes.items())
         facts.append(("prefixes", f"taken off the names: {taken_off}"))
     ranks = Counter(t.shape[0] for n, t in ck.info.items() if n.endswith(".lora_A") and len(t.shape) == 2)
     if ranks:
-        facts.append(("ranks", ", ".join(f"{count} matrices of rank {rank}" for rank, count in ranks.most_common())))
+        facts.append(
+            (
+                "ranks",
+                ", ".join(
+                    f"{counted(count, 'matrix', 'matrices')} of rank {rank}" for rank, count in ranks.most_common()
+                ),
+            )
+        )
     if ck.others:
         facts.append(("other entries", ", ".join(map(str, list(ck.others)[:10]))))
     if ck.adapter_config:

@@ -28,7 +28,8 @@ from rwkv_lab.merge.families import family_of
 from rwkv_lab.merge.inputs import open_tuned
 from rwkv_lab.plotting import bits_bars
 from rwkv_lab.progress import human_bytes
-from rwkv_lab.workbench.estimate import FIGURES, OF_FILES, file_seconds, in_words, running_seconds
+from rwkv_lab.text import counted
+from rwkv_lab.workbench.estimate import OF_FILES, figure_seconds, file_seconds, in_words, running_seconds
 from rwkv_lab.workbench.merge import figures
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step, show_verdict
@@ -37,6 +38,7 @@ from rwkv_lab.workbench.tables import Table
 _DRY = "dry_run=True: nothing was merged, so there is nothing to show here."
 _PASSES = 8  # copies of inputs and output in the time of writing and proving a merged state; others take twice that
 _WRITTEN = 400  # tokens, about, that each model writes
+_FIGURES = 4
 _ROLES = {"base": "base", "tuned": "tuned", "init": "PiSSA's start"}
 
 
@@ -126,7 +128,9 @@ def show_what_moved(run: Run, result: MergeResult | None) -> None:
         copies = {d.name: d.rms * d.numel**0.5 for d in moved}
         run.record.metrics |= _change(result.effect.with_copies(copies))
         rest = len(result.plan.rows) - len(names)
-        subtitle = f"{_what(result.plan)}" + (f"; {rest} other tensors are those of the base" if rest else "")
+        subtitle = f"{_what(result.plan)}" + (
+            f"; {counted(rest, 'other tensor is', 'other tensors are')} those of the base" if rest else ""
+        )
         figure = figures.moved_per_layer(moved, result.plan.layout.n_layer, subtitle)
         caption = (
             "Each cell is one tensor, on a logarithmic scale; grey did not change. + marks tensors that the base does "
@@ -220,9 +224,10 @@ def _seconds(made: MergePlan, reading: Reading) -> float:
     files = file_seconds((_PASSES if made.method in ("state", "overlay") else 2 * _PASSES) * moved)
     values = sum(math.prod(row.shape) for row in made.rows)
     if 4 * values > memory_free():  # then no model is run
-        return files + FIGURES
+        return files + figure_seconds(_FIGURES)
     models, read = 3 if goes_into else 2 + len(made.spec.tuned), reading.tokens(made.layout.vocab_size)
-    return files + FIGURES + running_seconds(models, made.output_bytes, values, made.layout.n_layer, read, _WRITTEN)
+    running = running_seconds(models, made.output_bytes, values, made.layout.n_layer, read, _WRITTEN)
+    return files + figure_seconds(_FIGURES) + running
 
 
 def _effect(result: MergeResult) -> str:
@@ -231,7 +236,7 @@ def _effect(result: MergeResult) -> str:
     if not count:
         return "No value was to change."
     share = f"; {effect.share:.2%} of the asked-for change arrived" if effect.wanted else ""
-    return f"{count - len(effect.unchanged)} of {count} targets changed{share}."
+    return f"{count - len(effect.unchanged)} of {counted(count, 'target')} changed{share}."
 
 
 def _change(effect: MergeEffect) -> dict[str, float]:

@@ -9,6 +9,7 @@ from matplotlib.ticker import EngFormatter
 from rwkv_lab.analysis.deltas import BINS, Delta
 from rwkv_lab.merge.effect import MergeEffect
 from rwkv_lab.plotting import BLUE, GREY, layer_map, quiet, single
+from rwkv_lab.text import counted
 
 
 def moved_per_layer(changes: Sequence[Delta], n_layer: int, subtitle: str) -> Figure:
@@ -44,7 +45,7 @@ def arrived(effect: MergeEffect, n_layer: int, subtitle: str) -> Figure:
         subtitle: base, tuned and method.
     """
     changed = len(effect.tensors) - len(effect.unchanged)
-    title = f"{changed} of {len(effect.tensors)} targets changed"
+    title = f"{changed} of {counted(len(effect.tensors), 'target')} changed"
     if effect.wanted:
         title += f"; {effect.share:.1%} of the asked-for change arrived"
     shares = {t.name: t.share if t.changed else 0.0 for t in effect.tensors}

@@ -6,16 +6,18 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from rwkv_lab.checkpoint import open_checkpoint
-from rwkv_lab.errors import ParameterError, RwkvLabError
+from rwkv_lab.errors import LayoutError, ParameterError, RwkvLabError
 from rwkv_lab.merge import MERGE_METHODS, MergeOptions, MergeSpec, check_files, read_recipe
 from rwkv_lab.merge.families import family_of, method_of
 from rwkv_lab.merge.method import OF_SOME_METHODS, Method
 from rwkv_lab.spec import Number, Text
 from rwkv_lab.train import CORPORA
 from rwkv_lab.train.data import check_data
+from rwkv_lab.train.demo_paths import demo_file
 from rwkv_lab.workbench.options import takes, values_for
 from rwkv_lab.workbench.parameters import (
     DEMO,
+    FINE_TUNE,
     Files,
     InputsOrEmpty,
     ModelPath,
@@ -27,13 +29,14 @@ from rwkv_lab.workbench.parameters import (
 )
 
 Setting = Number | dict[str, Any]  # or one that differs by tensor: a mapping of patterns to numbers
+_BOTH = "Give both, or neither for the demo."
 _IN_RECIPES = ("base", "tuned", "method", "alpha", "weights", "pissa_init", "parameters", "dtype")
 
 
 @takes(MergeSpec, MergeOptions)
 class MergeParameters(ReadsText):
     title: ClassVar[str] = "merge"
-    takes_kinds: ClassVar[tuple[str, ...]] = ("state", "lora", "pissa", "miss")
+    takes_kinds: ClassVar[tuple[str, ...]] = ("state", "lora", "pissa", "miss", FINE_TUNE)
     takes_output: ClassVar[str] = "tuned"
     purpose: ClassVar[str] = "Merge it into its base"
     basic: ClassVar[tuple[str, ...]] = (
@@ -98,24 +101,32 @@ class MergeParameters(ReadsText):
             for name in _IN_RECIPES:
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ParameterError(f"{name}={getattr(self, name)!r}: the recipe states it; leave one of them out")
-        elif (self.base in DEMO) != (self.tuned in DEMO):
-            given, missing = ("base", "tuned") if self.tuned in DEMO else ("tuned", "base")
-            raise ParameterError(
-                f"{missing} is missing: {given} is {getattr(self, given)}, {missing} is still the demo's.\n"
-                f"Give both, or neither for the demo."
-            )
+        elif self.tuned in DEMO and self.base not in DEMO:
+            raise ParameterError(f"tuned is missing: base is {self.base}, tuned is still the demo's.\n{_BOTH}")
 
     def check_files(self) -> None:
         if self.recipe:
             check_files(read_recipe(self.recipe))
         elif self.tuned not in DEMO:
-            check_files(self._spec(self.base, self.tuned))
+            self._check_tuned()
         else:
             spec = self._spec("demo", "demo")
             spec = spec.changed(method="state") if spec.method == "auto" else spec  # the demo's tuned file is a state
             family_of(spec.method).check(spec)
         for data in self.data:
             check_data(data)
+
+    def _check_tuned(self) -> None:
+        """Refuse files that do not go with the base, which may be the demo model that they were trained on."""
+        if self.base not in DEMO:
+            return check_files(self._spec(self.base, self.tuned))
+        demo, why = demo_file("base"), "It is not there yet."
+        try:
+            if demo.exists():
+                return check_files(self._spec(demo, self.tuned))
+        except LayoutError as e:
+            why = str(e).splitlines()[0]
+        raise ParameterError(f"base is missing: tuned is {self.tuned}, base is still the demo's.\n{why}\n{_BOTH}")
 
     def demo_files(self) -> list[str]:
         return [] if self.recipe else super().demo_files()

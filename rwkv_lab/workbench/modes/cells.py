@@ -28,12 +28,21 @@ from rwkv_lab.errors import LayoutError
 from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.text import counted
 from rwkv_lab.wkv import backends as all_backends
-from rwkv_lab.workbench.estimate import forward_seconds, in_words, memory_in_words, stepping_seconds
+from rwkv_lab.workbench.estimate import (
+    figure_seconds,
+    forward_seconds,
+    in_words,
+    loading_seconds,
+    memory_in_words,
+    stepping_seconds,
+)
 from rwkv_lab.workbench.modes import figures
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
+
+_FIGURES = 5
 
 
 @dataclass(frozen=True)
@@ -70,10 +79,11 @@ def _planned(run: Run) -> tuple[list[FileFacts], Layout, list[tuple[str, object]
                 raise LayoutError(f"These models cannot be compared:\n{both}")
     backends = {name: config.backends or all_backends(to_dtype(name)) for name in config.dtypes}
     runs = 2 * sum(map(len, backends.values()))
-    seconds = sum(
-        _seconds_of(config.length, config.batch, values, layout.n_layer, to_dtype(dtype), names)
-        for dtype, names in backends.items()
-    )
+    size = (config.length, config.batch, values, layout.n_layer)
+    seconds = sum(_seconds_of(size, to_dtype(dtype), names) for dtype, names in backends.items())
+    # Half of the text and all of it, token by token, for the states that are handed over.
+    seconds += 1.5 * stepping_seconds(*size, to_dtype(config.dtypes[0]), backends[config.dtypes[0]][-1])
+    seconds += sum(loading_seconds(one.bytes) for one in inputs) + figure_seconds(_FIGURES)
     return (
         inputs,
         layout,
@@ -88,11 +98,12 @@ def _planned(run: Run) -> tuple[list[FileFacts], Layout, list[tuple[str, object]
     )
 
 
-def _seconds_of(
-    length: int, batch: int, values: int, layers: int, dtype: torch.dtype, backends: Sequence[str]
-) -> float:
-    """About the seconds of all runs in a dtype, and of the one in float64 that they are compared with."""
-    size = (length, batch, values, layers)
+def _seconds_of(size: tuple[int, int, int, int], dtype: torch.dtype, backends: Sequence[str]) -> float:
+    """About the seconds of all runs in a dtype, and of the one in float64 that they are compared with.
+
+    Args:
+        size: tokens, sequences, values of the model and its layers.
+    """
     runs = sum(forward_seconds(*size, dtype, name) + stepping_seconds(*size, dtype, name) for name in backends)
     return runs + forward_seconds(*size, torch.float64, "reference")
 
@@ -232,7 +243,7 @@ def explore(run: Run, subject: Subject) -> None:
 
 def _subtitle(run: Run, subject: Subject) -> str:
     B, T = subject.tokens.shape
-    return f"{run.page.facts[0][1]}\n{counted(B, 'sequence')} of {T} tokens, {subject.source}"
+    return f"{run.page.facts[0][1]}\n{counted(B, 'sequence')} of {counted(T, 'token')}, {subject.source}"
 
 
 def _summary(rows: Sequence[ModeRow]) -> str:

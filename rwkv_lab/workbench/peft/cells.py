@@ -15,8 +15,16 @@ from rwkv_lab.checkpoint import file_facts
 from rwkv_lab.checks import Check, NotApplicable
 from rwkv_lab.names import split_block
 from rwkv_lab.plotting import layer_map
+from rwkv_lab.text import counted
 from rwkv_lab.train import Measurement, TokenCorpus
-from rwkv_lab.workbench.estimate import forward_seconds, in_words, memory_in_words, svd_seconds
+from rwkv_lab.workbench.estimate import (
+    figure_seconds,
+    forward_seconds,
+    in_words,
+    loading_seconds,
+    memory_in_words,
+    svd_seconds,
+)
 from rwkv_lab.workbench.parameters import input_path
 from rwkv_lab.workbench.peft import figures
 from rwkv_lab.workbench.run import Run
@@ -24,6 +32,7 @@ from rwkv_lab.workbench.steps import Step, show_verdict
 from rwkv_lab.workbench.tables import Table
 
 _TEXTS, _TOKENS = 16, 128  # beginnings of texts that a state is followed along, and tokens of each
+_FIGURES = 8  # of what applies to a tuning
 _EXCERPTS, _EXCERPT_BYTES = 16, 512  # of held-out text, for the ablation
 
 
@@ -48,14 +57,19 @@ def _plan(run: Run, t: Tuning) -> list[tuple[str, object]]:
     layers = {inside[0] for name in names if (inside := split_block(name))}
     groups = len(layers) + len({tensor_part(name) for name in names})
     read = (groups + 3) * _EXCERPTS * _EXCERPT_BYTES
-    ablation = forward_seconds(read, 1, values, layout.n_layer, torch.float32, "cpu")
+    also = 2 * _reading(run).tokens(layout.vocab_size)  # all that is held out, with the tuning and without it
+    reading = loading_seconds(t.base.bytes) + figure_seconds(_FIGURES)
+    reading += forward_seconds(round(read + also), 1, values, layout.n_layer, torch.float32, "cpu")
     return [
         ("base", f"{t.base.path.name}: {layout}"),
         ("tuned", f"{t.tuned.path.name}: {t}"),
-        ("spectra", f"{len(matrices)} matrices of {len(names)} tensors that may have changed"),
-        ("ablation", f"{groups} groups of tensors, {read:,} bytes of text, beside all that is held out"),
+        (
+            "spectra",
+            f"{counted(len(matrices), 'matrix', 'matrices')} of {counted(len(names), 'tensor')} that may have changed",
+        ),
+        ("ablation", f"{counted(groups, 'group')} of tensors, {read:,} bytes of text, beside all that is held out"),
         ("memory", memory_in_words(2 * 4 * values)),
-        ("time", in_words(spectra + ablation)),
+        ("time", in_words(spectra + reading)),
     ]
 
 

@@ -12,7 +12,7 @@ from rwkv_lab.analysis.spectra import Spectrum
 from rwkv_lab.analysis.tuning import tensor_part
 from rwkv_lab.names import split_block
 from rwkv_lab.plotting import BLUE, GREEN, GREY, ORANGE, SKY, cell_borders, colour_bound, quiet, titled
-from rwkv_lab.text import shown
+from rwkv_lab.text import counted, shown
 
 _ROWS = 60  # of a map or a bar chart
 _PANELS = 12  # of a figure with one per matrix
@@ -47,7 +47,7 @@ def spectra_by_matrix(spectra: Sequence[Spectrum], rank: int, subtitle: str) -> 
     """Singular values of every change, relative to its largest, a panel per kind of matrix and a line per layer."""
     kinds = _by_part(spectra)
     if len(kinds) > _PANELS:
-        subtitle += f"\nthe first {_PANELS} of {len(kinds)} kinds of matrices"
+        subtitle += f"\nthe first {_PANELS} of {counted(len(kinds), 'kind')} of matrices"
     kinds = dict(list(kinds.items())[:_PANELS])
     columns = min(len(kinds), 4)
     rows = -(-len(kinds) // columns)
@@ -115,7 +115,7 @@ def cosine_map(cosines: Mapping[str, float], title: str, subtitle: str) -> Figur
     if not all(names.values()):
         labels.append("none")
     if len(rows) > _ROWS:
-        subtitle += f"\nthe first {_ROWS} of {len(rows)} matrices"
+        subtitle += f"\nthe first {_ROWS} of {counted(len(rows), 'matrix', 'matrices')}"
         rows = rows[:_ROWS]
     grid = np.full((len(rows), len(labels)), np.nan)
     for name, m in names.items():
@@ -148,7 +148,9 @@ def state_heads(state: np.ndarray, subtitle: str) -> Figure:
     """
     L, H = state.shape[:2]
     if max(L, H) > _HEADS:
-        subtitle += f"\nthe first {_HEADS} of {L} layers and {H} heads" if L > _HEADS else f"\n{_HEADS} of {H} heads"
+        subtitle += (
+            f"\nthe first {_HEADS} of {counted(L, 'layer')} and {H} heads" if L > _HEADS else f"\n{_HEADS} of {H} heads"
+        )
     state = state[:_HEADS, :_HEADS]
     L, H, V, K = state.shape
     gap = max(V // 16, 1)

@@ -11,6 +11,7 @@ from rwkv_lab.train.data import check_data
 from rwkv_lab.workbench.options import takes
 from rwkv_lab.workbench.parameters import (
     DEMO,
+    FINE_TUNE,
     InputOrEmpty,
     InputPath,
     InputsOrEmpty,
@@ -24,7 +25,7 @@ from rwkv_lab.workbench.parameters import (
 @takes()
 class PeftParameters(ReadsText):
     title: ClassVar[str] = "peft"
-    takes_kinds: ClassVar[tuple[str, ...]] = ("state", "lora", "pissa", "miss")
+    takes_kinds: ClassVar[tuple[str, ...]] = ("state", "lora", "pissa", "miss", FINE_TUNE)
     takes_output: ClassVar[str] = "adapter"
     purpose: ClassVar[str] = "Look into what the tuning changed"
     basic: ClassVar[tuple[str, ...]] = ("base", "adapter", "second", "rank", "data")

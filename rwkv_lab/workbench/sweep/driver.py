@@ -13,6 +13,7 @@ from rwkv_lab.errors import OutputError, ParameterError
 from rwkv_lab.paths import to_path
 from rwkv_lab.progress import human_bytes
 from rwkv_lab.resources import reports_folder
+from rwkv_lab.text import counted
 from rwkv_lab.workbench.process import is_running, this_process
 from rwkv_lab.workbench.result import write_json
 from rwkv_lab.workbench.sweep.cluster import run_on_cluster
@@ -63,7 +64,7 @@ def sweep(notebook: str, grid: str | Path | Mapping[str, Any], **options: Any) -
     """
     spec, option = read_sweep(grid), SweepOptions.read(options)
     folder = _folder(notebook, grid, option)
-    print(f"Planning {len(expand(spec))} runs of {notebook}", flush=True)
+    print(f"Planning {counted(len(expand(spec)), 'run')} of {notebook}", flush=True)
     runs = runs_of(notebook, spec, folder, Path.cwd())
     seen: dict[str, str] = {}
     for run in runs:
@@ -151,12 +152,14 @@ def _print_plan(runs: Sequence[SweepRun], folder: Path, option: SweepOptions) ->
     """
     count = Counter(run.state for run in runs)
     if count["skipped"] == len(runs):
-        raise ParameterError(f"the notebook refuses all {len(runs)} runs, the first: {runs[0].error}")
+        raise ParameterError(
+            f"the notebook refuses every run, {counted(len(runs), 'run')} in all; the first: {runs[0].error}"
+        )
     waiting = [run for run in runs if run.state == "waiting"]
     already = sum(run.seen_before for run in runs)
     also = [f"{already} are finished already"] if already else []
     also += [f"{count['skipped']} are refused and left out"] if count["skipped"] else []
-    said = "; ".join([f"{len(runs)} runs", ", ".join(also)]) if also else f"{len(runs)} runs"
+    said = "; ".join([counted(len(runs), "run"), ", ".join(also)]) if also else counted(len(runs), "run")
     print(f"{said}. Folder: {folder}", flush=True)
     if not waiting:
         return

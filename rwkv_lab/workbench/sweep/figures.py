@@ -1,6 +1,6 @@
 """Figures of a sweep: a metric over each parameter, and the trade-off of two metrics.
 
-Narrow enough to be read on a phone; `rwkv_lab.plotting.themed_svg` makes them follow light and dark pages.
+Narrow enough to be read on a phone.
 """
 
 import math

@@ -12,6 +12,7 @@ from pydantic import Field
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.spec import Spec, Text
 from rwkv_lab.suggestions import unknown_name
+from rwkv_lab.text import counted
 from rwkv_lab.yaml_file import read_mapping
 
 _RANGE = ("low", "high", "log")
@@ -87,7 +88,9 @@ def expand(spec: SweepSpec) -> list[dict[str, Any]]:
     if spec.grid:
         count = math.prod(map(len, spec.grid.values()))
         if count > MOST:
-            raise ParameterError(f"the grid has {count:,} combinations; {MOST:,} at most. Draw some of them by random.")
+            raise ParameterError(
+                f"the grid has {counted(count, 'combination')}; {MOST:,} at most. Draw some of them by random."
+            )
         found = [dict(zip(spec.grid, values, strict=True)) for values in itertools.product(*spec.grid.values())]
     else:
         found = list(spec.runs) or list(_drawn(spec))

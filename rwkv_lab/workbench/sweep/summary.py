@@ -9,12 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from rwkv_lab.checkpoint import write_text
 from rwkv_lab.progress import human_seconds
 from rwkv_lab.suggestions import did_you_mean
 from rwkv_lab.workbench.pages import environment
+from rwkv_lab.workbench.report import Picture
 from rwkv_lab.workbench.result import write_json
 from rwkv_lab.workbench.sweep.progress import SUMMARY, link_to
 from rwkv_lab.workbench.sweep.runs import SweepRun
@@ -185,10 +184,10 @@ class _Facts:
             "link": link_to(run, self.folder),
         }
 
-    def _figures(self) -> list[tuple[str, Markup]]:
+    def _figures(self) -> list[Picture]:
         if len(self.ok) < 2 or not self.columns:
             return []
-        from rwkv_lab.plotting import themed_svg  # matplotlib takes a second
+        from rwkv_lab.plotting import dark_png, png  # matplotlib takes a second
         from rwkv_lab.workbench.sweep import figures
 
         points = [(run.swept, metrics_of(run.result)) for run in self.ok]
@@ -197,13 +196,12 @@ class _Facts:
             at = [i for i, run in enumerate(self.ok) if run in self.on_front]
             x, y = self.columns[:2]
             caption = f"Trade-off: {x} and {y}"
-            made.append((caption, themed_svg(figures.trade_off(points, x, y, at, swept_names(self.spec)))))
+            made.append((caption, figures.trade_off(points, x, y, at, swept_names(self.spec))))
         names = [n for n in swept_names(self.spec) if len({str(swept.get(n)) for swept, _ in points}) > 1]
         for metric in self.columns:
             for name in names[:_PARAMETERS]:
-                figure = figures.by_parameter(points, name, metric, names)
-                made.append((f"{metric} by {name}", themed_svg(figure)))
-        return [(caption, Markup(svg)) for caption, svg in made]
+                made.append((f"{metric} by {name}", figures.by_parameter(points, name, metric, names)))
+        return [Picture(caption, "", png(figure), dark_png(figure), "") for caption, figure in made]
 
 
 def _in_order(runs: Sequence[SweepRun], objectives: Mapping[str, bool]) -> list[SweepRun]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from IPython.display import display
 
+from rwkv_lab.analysis.texts import AnyCorpus, held_out_tokens
 from rwkv_lab.checkpoint import open_checkpoint
 from rwkv_lab.machine import memory_free
 from rwkv_lab.plotting import bits_bars, dark_png, png
@@ -27,7 +28,7 @@ from rwkv_lab.train import (
 )
 from rwkv_lab.train.held_out import change_in_words
 from rwkv_lab.train.output import check_destinations
-from rwkv_lab.workbench.estimate import forward_seconds, in_words
+from rwkv_lab.workbench.estimate import figure_seconds, forward_seconds, in_words, loading_seconds
 from rwkv_lab.workbench.report import Picture
 from rwkv_lab.workbench.run import Run
 from rwkv_lab.workbench.steps import Step, show_verdict
@@ -35,6 +36,7 @@ from rwkv_lab.workbench.tables import Table
 from rwkv_lab.workbench.train import figures
 
 _DRY = "dry_run=True: nothing was trained, so there is nothing to show here."
+_FIGURES = 3
 _REDRAW = 3.0  # seconds; drawing the loss takes a tenth of one
 
 
@@ -132,7 +134,7 @@ def show_curves(run: Run, plan: TrainPlan, result: TrainResult | None) -> None:
         print(_DRY)
         return
     spec, data = plan.spec, plan.spec.effective("data")
-    subtitle = f"{result.kind} on {data}: {result.trained:,} parameters trained, {result.frozen:,} frozen"
+    subtitle = f"{result.kind} on {data}: {counted(result.trained, 'parameter')} trained, {result.frozen:,} frozen"
     figure = figures.loss_curve(result.losses, subtitle)
     run.show_figure("loss", "Loss while training", "Of the text that is trained on, one batch per step.", figure)
     bits = {data: {"before": result.bits_before, "after": result.bits_after}}
@@ -141,7 +143,7 @@ def show_curves(run: Run, plan: TrainPlan, result: TrainResult | None) -> None:
     caption = "Bits the model needs for each byte of text that it was not trained on; lower is better."
     run.show_figure("held_out", "Bits per byte of held-out text", caption, figure)
     if result.held_out:
-        subtitle = f"{result.kind} on {data}, measured every {spec.eval_every} steps"
+        subtitle = f"{result.kind} on {data}, measured every {counted(spec.eval_every, 'step')}"
         figure = figures.held_out_curve(result.held_out, result.bits_before, subtitle)
         caption = "Where this rises while the loss falls, the model overfits; patience stops training there."
         run.show_figure("held_out_curve", "Held-out text while training", caption, figure)
@@ -193,7 +195,9 @@ def show_compared(run: Run, found: list[Compared], data: str) -> None:
     """Figure and table of a comparison, in the notebook and in the report."""
     counts = sorted({c.trained for c in found})
     about = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    subtitle = f"on {data}, each with {about} trained parameters, {len(found[0].losses)} steps of the same batches"
+    subtitle = (
+        f"on {data}, each with {about} trained parameters, {counted(len(found[0].losses), 'step')} of the same batches"
+    )
     caption = "Left: what each gains on held-out text. Right: its loss, the mean of a few batches at a time."
     figure = figures.methods_compared(found, subtitle)
     run.show_figure("compared", "Methods at equal trained parameters", caption, figure)
@@ -233,23 +237,26 @@ def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
     if spec.base:
         with open_checkpoint(spec.base) as ck:
             described = f"{ck.path.name}, {human_bytes(ck.bytes)}"
-    each = f"{spec.accumulate} × " if spec.accumulate > 1 else ""
+    each = (f"{spec.accumulate} × " if spec.accumulate > 1 else "") + counted(spec.batch_size, "sequence")
     facts: list[tuple[str, object]] = [
         ("kind", spec.kind),
         ("base", described),
         ("model", str(made.layout)),
-        ("trained", f"{made.count:,} parameters, {made.count / total:.2%} of {total:,}; {made.frozen:,} are frozen"),
+        (
+            "trained",
+            f"{counted(made.count, 'parameter')}, {made.count / total:.2%} of {total:,}; {made.frozen:,} are frozen",
+        ),
         ("text", f"{corpus.name}, {_size(corpus, 'train')}"),
         ("held out", f"{_size(corpus, 'held_out')}: {corpus.split}"),
-        ("steps", f"{spec.steps:,}, each of {each}{counted(spec.batch_size, 'sequence')} of {spec.ctx_len} tokens"),
-        ("learning rate", f"up to {spec.lr:g} after {spec.warmup_steps:,} steps"),
+        ("steps", f"{spec.steps:,}, each of {each} of {counted(spec.ctx_len, 'token')}"),
+        ("learning rate", f"up to {spec.lr:g} after {counted(spec.warmup_steps, 'step')}"),
         (
             "memory",
             f"about {human_bytes(made.memory_bytes)}: weights {human_bytes(made.weights_bytes)}, gradients and "
             f"optimiser {human_bytes(made.gradients_bytes + made.optimiser_bytes)}, "
             f"one batch {human_bytes(made.activations_bytes)}; {human_bytes(memory_free())} are free",
         ),
-        ("time", in_words(_seconds(made))),
+        ("time", in_words(_seconds(made, corpus)) + ("; the comparison is not in it" if run.config.compare else "")),
         ("output", run.output_path("trained.pth").name),
         *(("to know", note) for note in made.notes),
     ]
@@ -258,12 +265,17 @@ def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
     return facts
 
 
-def _seconds(made: TrainPlan) -> float:
-    """About the seconds of all steps: forward, and backward for twice as long."""
-    spec, values = made.spec, made.count + made.frozen
+def _seconds(made: TrainPlan, corpus: AnyCorpus) -> float:
+    """About the seconds of all steps, forward, and backward for twice as long, and of measuring held-out text."""
+    spec, values, layers = made.spec, made.count + made.frozen, made.layout.n_layer
     dtype = spec.autocast_dtype or spec.torch_dtype
-    once = forward_seconds(spec.ctx_len, spec.batch_size, values, made.layout.n_layer, dtype, "cpu")
-    return spec.steps * spec.accumulate * once * (4 if spec.gradient_checkpointing else 3)
+    once = forward_seconds(spec.ctx_len, spec.batch_size, values, layers, dtype, "cpu")
+    steps = spec.steps * spec.accumulate * once * (4 if spec.gradient_checkpointing else 3)
+    # Before, after, of the file that was written, and on the way.
+    times = 3 + (spec.steps // spec.eval_every if spec.eval_every else 0)
+    held_out = round(held_out_tokens(corpus, made.layout.vocab_size))
+    measured = times * forward_seconds(max(held_out, 1), 1, values, layers, dtype, "cpu")
+    return steps + measured + loading_seconds(2 * values * dtype.itemsize) + figure_seconds(_FIGURES)
 
 
 def _trained_table(made: TrainPlan) -> Table:
@@ -275,7 +287,7 @@ def _size(corpus: Corpus | Examples | TokenCorpus, part: str) -> str:
     size = len(getattr(corpus, part))
     if isinstance(corpus, Corpus):
         return human_bytes(size)
-    return f"{size:,} {'tokens' if isinstance(corpus, TokenCorpus) else 'examples'}"
+    return counted(size, "token" if isinstance(corpus, TokenCorpus) else "example")
 
 
 STEPS = (

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rwkv_lab.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, quiet, titled
+from rwkv_lab.text import counted
 from rwkv_lab.train import Compared
 
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE)  # one per method
@@ -20,7 +21,7 @@ def loss_curve(losses: Sequence[float], subtitle: str) -> Figure:
     axes.plot(np.arange(1, len(losses) + 1), losses, color=SKY, linewidth=0.8, alpha=0.7, label="each batch")
     window = _window(len(losses))
     if window > 1:
-        axes.plot(*_smooth(losses), color=BLUE, linewidth=2, label=f"mean of {window} batches")
+        axes.plot(*_smooth(losses), color=BLUE, linewidth=2, label=f"mean of {counted(window, 'batch', 'batches')}")
         axes.legend(frameon=False)
     _by_step(axes, "loss, bits per token")
     return figure
