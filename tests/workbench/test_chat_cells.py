@@ -94,7 +94,7 @@ def test_prompts_that_cannot_be_read(tmp_path, content, error, words):
     (tmp_path / "p").write_bytes(content)
     with pytest.raises(error, match=words):
         read_prompts(tmp_path / "p")
-    with pytest.raises(ParameterError, match="cannot be read"):
+    with pytest.raises(ParameterError, match="there is no file"):
         read_prompts(tmp_path / "none")
 
 
