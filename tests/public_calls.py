@@ -348,6 +348,7 @@ def calls(world: World) -> list[Call]:
 def calls_of_analyses(w: World, merged: Any, converted: Any) -> dict[str, dict[str, Any]]:
     from rwkv_lab.analysis.agreement import Execution
     from rwkv_lab.analysis.tuning import TuningOptions, open_tuning
+    from rwkv_lab.train import load_corpus
 
     state = w.open(open_tuning(w.base, w.state_file))
     lora = w.open(open_tuning(w.base, w.folder / "adapter.pth", TuningOptions()))
@@ -389,6 +390,7 @@ def calls_of_analyses(w: World, merged: Any, converted: Any) -> dict[str, dict[s
         "texts:held_out_excerpts": {"data": str(w.folder / "text.txt"), "count": 2, "size": 8},
         "texts:fixed_tokens": {"vocab_size": 257},
         "texts:tokens_to_read": {"model": w.model, "batch": 1, "length": 4, "data": str(w.folder / "text.txt")},
+        "texts:held_out_tokens": {"corpus": load_corpus(str(w.folder / "text.txt")), "vocab_size": 257},
         "tuned_model:why_not_run": {"tuning": state},
         "tuned_model:tuned_model": {"tuning": state},
         "tuned_model:model_as_trained": {"tuning": state},
