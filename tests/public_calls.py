@@ -364,6 +364,7 @@ def calls_of_analyses(w: World, merged: Any, converted: Any) -> dict[str, dict[s
         "agreement:in_dtype": {"model": w.model, "dtype": torch.float32},
         "agreement:error_curve": {"found": w.logits, "expected": w.logits},
         "answers:load_to_ask": {"path": w.base},
+        "answers:refuse_as_adapter": {"ck": w.open(open_checkpoint(w.folder / "adapter.pth"))},
         "answers:read_prompts": {"path": str(w.folder / "text.txt")},
         "behaviour:compare_behaviour": {"result": None},  # a valid one reads corpora and takes seconds each time
         "changes:count_values": {"tuning": lora, "changed": [f"{name}.weight"]},
