@@ -1,6 +1,7 @@
 """The panel without a browser: set a value, click, look at the run."""
 
 import json
+import threading
 
 import pytest
 from ipywidgets import Dropdown
@@ -223,6 +224,25 @@ def test_an_adapter_comes_with_its_base(panel, demo_folder):
     assert found["merge"] == {"tuned": state, "base": "demo:base"}
     assert found["chat"] == {"state": state, "model": "demo:base"}
     assert found["export"] == {"checkpoint_path": state, "base_model_name": "demo:base"}
+
+
+def test_what_the_kernel_says_while_a_job_runs_is_not_the_jobs(panel, capsys):
+    prints, ends = threading.Event(), threading.Event()
+
+    def work():
+        with panel.output.captured():
+            print("of the job")
+            prints.set()
+            ends.wait()
+
+    job = threading.Thread(target=work)
+    job.start()
+    prints.wait()
+    print("No such comm")
+    ends.set()
+    job.join()
+    assert [output["text"] for box in panel.output.box.children for output in box.outputs] == ["of the job\n"]
+    assert "No such comm\n" in capsys.readouterr().out
 
 
 def test_what_cells_run_replaces_what_the_panel_shows(panel):
