@@ -96,8 +96,8 @@ class _Text(io.TextIOBase):
 
     def __init__(self, output: JobOutput, name: str, replaced: Any):
         self._output, self._name, self._begun, self._replaced = output, name, "", replaced
-        main = threading.main_thread()
-        self._others = None if threading.current_thread() is main else main  # the kernel's messages, while a job runs
+        # Those of the kernel, which take messages while a job runs.
+        self._others = set(threading.enumerate()) - {threading.current_thread()}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._replaced, name)  # the kernel tells sys.stdout of cells that wait for the job
@@ -106,7 +106,7 @@ class _Text(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        if threading.current_thread() is self._others:
+        if threading.current_thread() in self._others:
             return self._replaced.write(text)
         whole, newline, self._begun = (self._begun + text).rpartition("\n")
         if newline:
