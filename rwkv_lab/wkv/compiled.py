@@ -65,4 +65,6 @@ def _needs_no_operator(*tensors: Tensor) -> bool:
     """Whether torch would only call the function behind the operator, having imported its compiler for a second."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
-    return not (only_traced() or intercepted()) and all(type(x) in (Tensor, Parameter) and x.is_cpu for x in tensors)
+    if only_traced() or intercepted():
+        return False
+    return all(type(x) in (Tensor, Parameter) and x.is_cpu and not x.is_neg() for x in tensors)
