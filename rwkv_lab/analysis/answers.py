@@ -113,6 +113,7 @@ def load_to_ask(
     return model.requires_grad_(False)
 
 
+@checked
 def refuse_as_adapter(ck: Checkpoint) -> None:
     """Refuse what is asked in another way, from the header.
 
