@@ -140,7 +140,6 @@ def load(run: Run) -> Measured:
     run.record.inputs = [facts]
     display(_plan_table(run, plan, facts, layout, values))
     described = describe_machine()
-    threads = counted(described["threads"], "thread")
     run.record.metrics |= {"layout": str(layout), "machine": described}
     threads = counted(described["threads"], "thread")
     run.page.headline = f"{path.name}, an RWKV-{layout.version}, on {described['cpu']}."

@@ -138,14 +138,8 @@ def _facts(ck: Checkpoint) -> list[tuple[str, object]]:
         facts.append(("prefixes", f"taken off the names: {taken_off}"))
     ranks = Counter(t.shape[0] for n, t in ck.info.items() if n.endswith(".lora_A") and len(t.shape) == 2)
     if ranks:
-        facts.append(
-            (
-                "ranks",
-                ", ".join(
-                    f"{counted(count, 'matrix', 'matrices')} of rank {rank}" for rank, count in ranks.most_common()
-                ),
-            )
-        )
+        of_rank = [f"{counted(n, 'matrix', 'matrices')} of rank {rank}" for rank, n in ranks.most_common()]
+        facts.append(("ranks", ", ".join(of_rank)))
     if ck.others:
         facts.append(("other entries", ", ".join(map(str, list(ck.others)[:10]))))
     if ck.adapter_config:
