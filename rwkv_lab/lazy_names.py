@@ -1,8 +1,9 @@
-"""Packages whose names are imported when they are first used: what is refused before work begins needs no model.
+"""Packages that are imported when something of them is first used: what is refused before work begins needs no model.
 
-A package states its names twice: under TYPE_CHECKING for readers and the type checker, and as a table for Python.
+Names are stated twice: under TYPE_CHECKING for readers and the type checker, and as a table or a name for Python.
 """
 
+import functools
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -33,3 +34,14 @@ def found_on_use(package: str, home: Mapping[str, str]) -> None:
     module = sys.modules[package]
     module.__dict__.update(__getattr__=get, __dir__=lambda: sorted(home))
     module.__class__ = Package
+
+
+def imported_on_use(name: str) -> Any:
+    """What stands for the package `name`, and imports it when it is first asked for one of its attributes."""
+    module = functools.cache(lambda: import_module(name))
+
+    class Package:
+        def __getattr__(self, attribute: str) -> Any:
+            return getattr(module(), attribute)
+
+    return Package()

@@ -3,22 +3,13 @@
 Modules that use it have `from __future__ import annotations`, so that annotations alone do not import it.
 """
 
-import functools
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rwkv_lab.lazy_names import imported_on_use
 
 if TYPE_CHECKING:
     import numpy as np
 else:
-
-    @functools.cache
-    def _module() -> Any:
-        return import_module("numpy")
-
-    class _Numpy:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(_module(), name)
-
-    np = _Numpy()
+    np = imported_on_use("numpy")
 
 __all__ = ["np"]

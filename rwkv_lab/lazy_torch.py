@@ -6,22 +6,14 @@ Modules that use it have `from __future__ import annotations`, so that annotatio
 
 import functools
 from collections.abc import Callable
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from rwkv_lab.lazy_names import imported_on_use
 
 if TYPE_CHECKING:
     import torch
 else:
-
-    @functools.cache
-    def _module() -> Any:
-        return import_module("torch")
-
-    class _Torch:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(_module(), name)
-
-    torch = _Torch()
+    torch = imported_on_use("torch")
 
 __all__ = ["no_grad", "torch"]
 
