@@ -25,16 +25,6 @@ constexpr bool HAS_PAIRS = true;
 constexpr bool HAS_PAIRS = false;
 #endif
 
-// Intel's cores take four times as long for a vector of pairs as for one of float32: they leave bfloat16 to AMX.
-inline bool pairs_are_slow() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    return __builtin_cpu_is("intel");
-#else
-    return false;
-#endif
-}
-
 inline int64_t units_of(int64_t k, bool pairs) { return pairs ? (k + 1) / 2 : k; }
 
 // ------------------------------------------------------------------ laying out

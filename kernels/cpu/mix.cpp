@@ -145,10 +145,8 @@ INLINE void map(float *x, int64_t n, Function f) {
 
 extern "C" {
 
-// Whether this library multiplies pairs of bfloat16, whether they are faster than float32 on this processor, and floats that
-// `rows` rows of k take, packed.
+// Whether 16-bit models are multiplied in pairs of bfloat16 here, and floats that `rows` rows of k take, packed.
 int64_t has_pairs() { return HAS_PAIRS; }
-int64_t pairs_pay() { return HAS_PAIRS && !pairs_are_slow(); }
 int64_t packed_floats(int64_t rows, int64_t k, int64_t pairs) { return packed_floats_of(rows, k, pairs); }
 
 // Whether bytes can be multiplied by a path here (see IntegerPath), and the fastest one.

@@ -34,6 +34,7 @@ ACCURACY = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 5e-2, tor
 # decays settle late: what is kept for 10,000 tokens gives 1.6 over 512 of them.
 GROWTH = 2.0
 
+_FINEST = torch.finfo(torch.float64).eps
 _ENOUGH = 64  # tokens; quarters of fewer do not show growth
 _COPIES = 3  # of the model in float64, at the same time: the model, the reference, the run beside it
 
@@ -83,11 +84,15 @@ class ModeRow:
 
     @property
     def growth(self) -> float:
-        """Median error of the last quarter of positions over that of the second: near 1 when errors do not pile up."""
+        """Median error of the last quarter of positions over that of the second: near 1 when errors do not pile up.
+
+        Errors below the rounding of float64, in which they are measured, count as that: two runs of one computation are
+        equal bit for bit in some positions and not in others.
+        """
         quarter = max(len(self.curve) // 4, 1)
         parts = self.curve[-quarter:], self.curve[-3 * quarter : -2 * quarter]
-        last, second = (float(part.median()) for part in parts)
-        return last / second if second else 1.0 if last == 0 else math.inf
+        last, second = (float(part.clamp(min=_FINEST).median()) for part in parts)
+        return last / second
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def cpu_build(name: str) -> Build:
     """
     portable = _portable()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    flags = (_PORTABLE if x86 else ()) if portable else _NATIVE
+    flags = (_PORTABLE if x86 else ()) if portable else _native()
     program, *words = _words_of_cxx()
     # Options in CXX are repeated at the end, where they override ours; a wrapper's own words are not repeated.
     chosen = [word for word in words if word.startswith(("-O", "-f", "-m", "-std="))]
@@ -157,6 +157,14 @@ def _remembered(key: tuple, plan) -> ctypes.CDLL:
     if isinstance(found, KernelError):
         raise KernelError(str(found))
     return found
+
+
+def _native() -> tuple[str, ...]:
+    """Options for the processor here: of Intel's without pairs of bfloat16, for which their cores take longer than for
+    float32 (kernels/README.md); bfloat16 models are multiplied in float32 then, in both modes."""
+    identity = cpu_identity()
+    slow_pairs = "GenuineIntel" in identity and "avx512_bf16" in identity
+    return (*_NATIVE, "-mno-avx512bf16") if slow_pairs else _NATIVE
 
 
 def _portable() -> bool:

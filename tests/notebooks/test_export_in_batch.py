@@ -53,7 +53,7 @@ def test_a_configuration_with_an_adapter_and_several_levels(batch, tmp_path):
     assert metrics["exports"].keys() == {"none", "int8"} and metrics["exports"]["int8"]["measured"]["kl_mean"] > 0
     assert metrics["exports"]["none"]["peak_disk"] > 100_000 and metrics["exports"]["int8"]["inference_speed_ms"] > 0
     assert (
-        metrics["summary"].startswith("Exported float32, int8; the smallest is int8: ")
+        metrics["summary"].startswith("Exported float32, int8; the smallest is int8, ")
         and "nats per token" in metrics["summary"]
     )
     assert all(check["passed"] is not False for check in result["checks"])

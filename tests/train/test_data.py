@@ -95,7 +95,7 @@ def test_equal_examples_are_on_one_side(tmp_path):
     ("lines", "words"),
     [
         ([], "0 different examples"),
-        ([{"text": "a"}, {"text": "a"}], "1 different examples"),
+        ([{"text": "a"}, {"text": "a"}], "1 different example;"),
         ([{"text": "a"}, '{"text": "b'], "line 2: this is no JSON"),
         ([{"text": "a"}, "", [1]], "line 3: it must be an object"),
         ([{"prompt": "a"}], 'line 1: "response" is missing'),

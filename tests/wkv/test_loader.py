@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rwkv_lab.resources import kernels_folder
-from rwkv_lab.wkv import backends
+from rwkv_lab.wkv import backends, loader
 
 pytestmark = pytest.mark.skipif("cpu" not in backends(), reason="no C++ compiler")
 
@@ -355,3 +355,13 @@ def test_all_sources_are_built_and_the_state_of_every_backend_is_printed(tmp_pat
     assert "cpu        wkv5 and wkv6: there" in out and "-march=native" in out
     out, _ = finish(start(code, cache=tmp_path, PATH="/nowhere", CXX=""))
     assert "cpu        wkv7: not there. No C++ compiler" in out
+
+
+@pytest.mark.parametrize("vendor, without", [("GenuineIntel", True), ("AuthenticAMD", False)])
+def test_pairs_of_bfloat16_are_left_out_where_float32_is_faster(vendor, without, monkeypatch):
+    monkeypatch.setattr(loader, "cpu_identity", lambda: f"vendor_id: {vendor}\nflags: avx512f avx512_bf16")
+    for name in ("CXX", "RWKV_LAB_PORTABLE"):
+        monkeypatch.delenv(name, raising=False)
+    assert ("-mno-avx512bf16" in loader.cpu_build("wkv4").command) is without
+    monkeypatch.setenv("CXX", "g++ -mavx512bf16")
+    assert loader.cpu_build("wkv4").command[-1] == "-mavx512bf16"  # the last of both counts

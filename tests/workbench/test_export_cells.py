@@ -20,7 +20,7 @@ from rwkv_lab.plotting import png
 from rwkv_lab.workbench import panel as panels
 from rwkv_lab.workbench import start
 from rwkv_lab.workbench.export import cells, figures
-from rwkv_lab.workbench.export.details import storage_as_csv, tables_of_exports
+from rwkv_lab.workbench.export.details import results_table, storage_as_csv, tables_of_exports
 from rwkv_lab.workbench.export.exported import Exported, one_after_the_other
 from rwkv_lab.workbench.registry import parameters_of
 from rwkv_lab.workbench.steps import run_all
@@ -217,11 +217,21 @@ def test_what_was_stored_tried_and_lost_is_listed(tmp_path):
     assert storage.rows == [("int8", "int8", 2, 8, 2)] and left_out.rows == [("blocks.0.x",)]
     assert [row[3:] for row in attempts.rows] == [(1.0, "ONNXExportError: no", ""), (2.0, "", "fixed sizes")]
     assert storage_as_csv([one]) == "level,tensor,stored as\nint8,a,int8\nint8,b,int8\n"
-    found = "int8: 2 MB -> 1 MB, KL 0.1 nats per token, same likeliest token 90.0 %; int8 is degraded: fixed sizes."
+    found = (
+        "int8, 1 MB (2 MB before), KL 0.1 nats per token, same likeliest token 90.0 %; int8 is degraded: fixed sizes."
+    )
     assert cells._summary([one]) == f"Exported {found}"
     whole = exported("none", tmp_path, kl_mean=0.0, top1=1.0)
     whole.result.optimized_size_mb = 3.0
     assert cells._summary([whole, one]) == f"Exported float32, int8; the smallest is {found}"
+
+
+def test_warnings_do_not_hide_that_all_checks_passed(tmp_path):
+    one = exported("int8", tmp_path, kl_mean=0.1, top1=0.9)
+    one.result.validation_passed, one.result.warnings = True, ["cut"]
+    assert results_table([one]).rows[0][-1] == "PASS, 1 warning"
+    one.result.validation_passed = None
+    assert results_table([one]).rows[0][-1] == "WARN"
 
 
 def test_checks_of_several_levels_have_their_names(tmp_path):

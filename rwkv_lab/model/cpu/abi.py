@@ -105,7 +105,6 @@ _NORM = (Span, Span, DOUBLE, INT64)  # weight, bias, eps, dtype
 # Function -> its arguments. All return a number; where they are given memory, 0 says that it fits the sizes.
 PREFILL = {
     "has_pairs": (),
-    "pairs_pay": (),
     "packed_floats": (INT64,) * 3,
     "has_integer_path": (INT64,),
     "integer_path": (),

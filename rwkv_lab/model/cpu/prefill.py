@@ -2,9 +2,9 @@
 
 PyTorch's form in rwkv4.py to rwkv7.py of `rwkv_lab/model` is the definition; files of those names here have the layers'
 compiled form. Everything between two matrix products is float32, the residual stream too, so that float16 needs no
-rescaling; what products read is rounded to bfloat16 where the model is bfloat16 and pairs of it are multiplied faster
-than float32. Products take the weights as they are stored, in 8 or 4 bits too: no copy is kept. These are made in
-integers where `PackedLinear` rounds what it reads.
+rescaling; what products read is rounded to bfloat16 where the model is bfloat16 and pairs of it are multiplied, as
+the loader of kernels decides. Products take the weights as they are stored, in 8 or 4 bits too: no copy is kept.
+These are made in integers where `PackedLinear` rounds what it reads.
 """
 
 import ctypes
@@ -68,11 +68,6 @@ def integer_path(library: ctypes.CDLL) -> int:
     return library.integer_path()
 
 
-def takes_pairs(library: ctypes.CDLL) -> bool:
-    """Whether bfloat16 models are multiplied in pairs: where the processor does that faster than in float32."""
-    return bool(library.pairs_pay())
-
-
 @dataclass
 class Transposed:
     """A matrix `[k,n]`, k being what is multiplied: RWKV's low-rank pairs are stored so, a Linear's as `[n,k]`."""
@@ -87,7 +82,7 @@ class Pass:
         self.model, self.found, self.tokens = model, found, tokens
         self.library, self.threads = abi.prefill_library(), torch.get_num_threads()
         self.torch_dtype, self.dtype = model.emb.weight.dtype, abi.DTYPES[model.emb.weight.dtype]
-        self.pairs = int(model.emb.weight.dtype == torch.bfloat16 and takes_pairs(self.library))
+        self.pairs = int(model.emb.weight.dtype == torch.bfloat16 and self.library.has_pairs())
         self._scratch: dict[tuple, Tensor] = {}
         self._made: dict[int, tuple[Tensor, Span]] = {}  # by id; kept alive, so that no other comes to have it
 

@@ -1,6 +1,5 @@
 """What the cells of export.ipynb call, in their order. Each shows its part, and notes it for result and report."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from rwkv_lab.export import OnnxModel, run_levels
 from rwkv_lab.export.configuration import ExportConfiguration
 from rwkv_lab.export.monitoring_logger import timeline
 from rwkv_lab.export.planning import ExportPlan, graphs_are_kept, plan_export
-from rwkv_lab.progress import human_bytes, human_seconds
+from rwkv_lab.progress import human_bytes
 from rwkv_lab.samples import Sample
 from rwkv_lab.workbench.estimate import OF_FILES, figure_seconds, file_seconds, in_words, stepping_seconds
 from rwkv_lab.workbench.export import figures
-from rwkv_lab.workbench.export.details import STORAGE, storage_as_csv, tables_of_exports
+from rwkv_lab.workbench.export.details import STORAGE, results_table, storage_as_csv, tables_of_exports
 from rwkv_lab.workbench.export.exported import Exported, facts_of, one_after_the_other, read_exported
 from rwkv_lab.workbench.parameters import train_demo
 from rwkv_lab.workbench.run import Run
@@ -101,7 +100,7 @@ def carry_out(run: Run, plan: ExportPlan) -> list[Exported]:
     run.record.metrics["exports"] = {one.level: _metrics(one) for one in found}
     run.page.headline = f"{_what(plan)}."
     run.page.facts += [("to know", note) for note in run.record.notes if note not in plan.notes]
-    tables = [_results_table(found), *tables_of_exports(found)]
+    tables = [results_table(found), *tables_of_exports(found)]
     run.page.tables = tables + run.page.tables
     run.page.attached = {STORAGE: storage_as_csv(found)}
     display(*tables)
@@ -290,31 +289,9 @@ def _configuration_table(made: ExportPlan) -> Table:
     return Table("Configuration", ("option", "value", "from"), sorted(rows, key=lambda r: r[2] == "default"), note)
 
 
-def _results_table(results: Iterable[Exported]) -> Table:
-    rows = [
-        (
-            one.label,
-            f"{one.result.original_size_mb:.4g} -> {one.result.optimized_size_mb:.4g} MB",
-            _number(one.measured.get("kl_mean"), "{:.3g}"),
-            _number(one.measured.get("top1"), "{:.1%}"),
-            _number(one.measured.get("perplexity_ratio"), "{:.4f}"),
-            _number(one.result.inference_speed_ms, "{:.2f}"),
-            human_seconds(sum(one.result.seconds.values())),
-            one.result.verdict.partition(":")[0],
-        )
-        for one in results
-    ]
-    columns = ("weights", "size", "KL, nats per token", "same likeliest token", "perplexity ratio", "ms per token")
-    return Table("What was exported", (*columns, "took", "verdict"), rows)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
-
-
 def _summary(results: list[Exported]) -> str:
-    """ "Exported int8: 3.4 MB -> 1.1 MB, KL 0.0021 nats per token, same likeliest token 98.2 %."; of several levels the
-    smallest stands for all, and every one that lost something is named."""
+    """ "Exported int8, 1.1 MB (3.4 MB before), KL 0.0021 nats per token, same likeliest token 98.2 %."; of several
+    levels the smallest stands for all, and every one that lost something is named."""
     last = min(results, key=lambda one: one.result.optimized_size_mb or 0.0)
     lost = "".join(
         f"; {one.label} is degraded: {', '.join(one.result.degraded)}" for one in results if one.result.degraded
@@ -326,7 +303,7 @@ def _summary(results: list[Exported]) -> str:
 
 def _sentence(one: Exported) -> str:
     before, after = (human_bytes(1e6 * (s or 0)) for s in (one.result.original_size_mb, one.result.optimized_size_mb))
-    text = f"{one.label}: {before} -> {after}"
+    text = f"{one.label}, {after} ({before} before)"
     if not one.measured:
         return f"{text}, not compared with the model"
     kl, top1 = one.measured["kl_mean"], one.measured["top1"]

@@ -1,13 +1,47 @@
-"""Tables of export.ipynb about single exports: how tensors are stored, what was tried to write the graphs."""
+"""Tables of export.ipynb: what came out, how tensors are stored, what was tried to write the graphs."""
 
 import csv
 import io
 from collections.abc import Sequence
 
+from rwkv_lab.export.result import ExportResult
+from rwkv_lab.progress import human_seconds
+from rwkv_lab.text import counted
 from rwkv_lab.workbench.export.exported import Exported
 from rwkv_lab.workbench.tables import Table
 
 STORAGE = "storage.csv"  # beside the report
+
+
+def results_table(results: Sequence[Exported]) -> Table:
+    """Sizes, agreement, speed and verdict of every level."""
+    rows = [
+        (
+            one.label,
+            f"{one.result.original_size_mb:.4g} -> {one.result.optimized_size_mb:.4g} MB",
+            _number(one.measured.get("kl_mean"), "{:.3g}"),
+            _number(one.measured.get("top1"), "{:.1%}"),
+            _number(one.measured.get("perplexity_ratio"), "{:.4f}"),
+            _number(one.result.inference_speed_ms, "{:.2f}"),
+            human_seconds(sum(one.result.seconds.values())),
+            _verdict(one.result),
+        )
+        for one in results
+    ]
+    columns = ("weights", "size", "KL, nats per token", "same likeliest token", "perplexity ratio", "ms per token")
+    return Table("What was exported", (*columns, "took", "verdict"), rows)
+
+
+def _verdict(result: ExportResult) -> str:
+    """The verdict in a word, as the report counts: of what was checked, warnings beside it."""
+    word = result.verdict.partition(":")[0]
+    if word != "WARN" or result.validation_passed is None:
+        return word
+    return f"PASS, {counted(len(result.warnings), 'warning')}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
 
 
 def tables_of_exports(results: Sequence[Exported]) -> list[Table]:

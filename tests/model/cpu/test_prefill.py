@@ -7,7 +7,7 @@ from random_models import VERSIONS, load_model, make_tokens, relative_rms
 from rwkv_lab.analysis.agreement import in_dtype
 from rwkv_lab.errors import KernelError
 from rwkv_lab.model import RWKVMode, capture, init_state_with_past
-from rwkv_lab.model.cpu import abi, prefill
+from rwkv_lab.model.cpu import prefill
 from rwkv_lab.model.cpu.eligibility import fallback_reason
 from rwkv_lab.wkv import cpu, pointers, use_backend
 from rwkv_lab.wkv.loader import cpu_library
@@ -78,28 +78,9 @@ def test_float32_gives_what_torch_gives(version, B, T, sizes, tmp_path, poisoned
     assert all(torch.equal(part, kept.tensors()[name]) for name, part in start.tensors().items())
 
 
-@pytest.fixture(params=[False, True])
-def pairs(request, monkeypatch):
-    """Products of bfloat16 models in float32 or in pairs, whichever is faster here."""
-    if request.param and not abi.prefill_library().has_pairs():
-        pytest.skip("this processor does not multiply pairs of bfloat16")
-    asked = []
-    monkeypatch.setattr(prefill, "takes_pairs", lambda library: asked.append(1) or request.param)
-    yield
-    assert asked
-
-
 @pytest.mark.parametrize("version", VERSIONS)
-def test_bfloat16_is_no_worse_than_torch(version, tmp_path, pairs):
-    is_no_worse_than_torch(version, torch.bfloat16, tmp_path)
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_float16_is_no_worse_than_torch(version, tmp_path):
-    is_no_worse_than_torch(version, torch.float16, tmp_path)
-
-
-def is_no_worse_than_torch(version, dtype, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_no_worse_than_torch(version, dtype, tmp_path):
     # Eight layers: RWKV-4 to 6 in float16 have halved their residual stream by then, and ours has not.
     model = load_model(tmp_path, version, dtype=dtype, n_layer=8, n_head=2, head_size=32)
     tokens = make_tokens(2, 100)
