@@ -171,7 +171,7 @@ def test_the_panel_sets_numbers_trains_and_draws_the_loss(tmp_path, demo_folder,
     monkeypatch.setattr(training.figures, "loss_curve", lambda *a: drawn.append(a[1]) or loss_curve(*a))
     panel = panels.show_panel(run)
     assert "to start from" in panel.fields["base"].widget.text.tooltip  # its own words, not those of merge.ipynb
-    assert "twice the rank" in panel.fields["alpha"].widget.placeholder
+    assert panel.fields["alpha"].widget.placeholder == "empty: 16"  # twice the rank
     panel.fields["kind"].widget.value = "lora"
     panel.fields["rank"].widget.value = "4"
     panel.fields["steps"].widget.value = "many"
