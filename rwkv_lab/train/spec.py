@@ -218,7 +218,8 @@ class TrainSpec(Spec):
     )
     preset: Annotated[str, OneOf(preset_names)] = Field(
         "",
-        description="sets what is not given by the model's size: auto, 0.1B, 0.4B, 1.5B, 2.9B, 7B; empty: the kind's own",
+        description="sets what is not given by the model's size: auto, 0.1B, 0.4B, 1.5B, 2.9B, 7B; "
+        "empty: the kind's own",
     )
     tokenizer: PathOrEmpty = Field(
         "", description="world, bytes, or the path of a vocabulary or tokenizer.json; empty: by the vocabulary's size"
