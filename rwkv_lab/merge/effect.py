@@ -173,6 +173,10 @@ class Meter:
         """Begin anew: a plan may be carried out more than once."""
         self.moved, self.wanted, self.along, self.size, self.eps = 0, 0.0, 0.0, 0.0, 0.0
         self.rounded = self.zero = 0
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Hold no values of the base: there is a meter for every tensor of a model."""
         self._before: torch.Tensor | None = None
         self._first = 0  # place of its first value in the tensor
         self._blocks: Iterator[torch.Tensor] | None = None  # of a base that is not stored as it is read
@@ -210,12 +214,13 @@ class Meter:
             lost = (rounded.abs() < _NORMAL) & (rounded.to(values.dtype) != values)
             self.rounded += _count(lost)
             self.zero += _count(lost & (rounded == 0))
-        if not self.target or self.stops_early and self.moved:
-            return
-        before = self._base_at(start, len(values))
-        for i in range(0, len(values), _PIECE):
-            part = slice(i, i + _PIECE)
-            self._add(None if before is None else before[part], values[part], rounded[part])
+        if self.target and not (self.stops_early and self.moved):
+            before = self._base_at(start, len(values))
+            for i in range(0, len(values), _PIECE):
+                part = slice(i, i + _PIECE)
+                self._add(None if before is None else before[part], values[part], rounded[part])
+        if start + len(values) == self.values:
+            self._let_go()
 
     def result(self) -> TensorEffect:
         """What was found."""

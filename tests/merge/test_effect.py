@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from rwkv_lab import merge
 from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.errors import NumericsError
 from rwkv_lab.merge import verify_merge
-from rwkv_lab.merge.effect import MergeEffect
+from rwkv_lab.merge.effect import MergeEffect, Meter
 
 COUNT = SEVEN.n_layer * len(MATRICES)  # matrices that `random_lora` adapts
 KEY = "blocks.0.att.key.weight"
@@ -260,3 +261,19 @@ def test_the_file_beside_says_what_changed(run):
     result = run(random_model(), scaled(random_lora(full=False), 0), alpha=4)
     beside = json.loads(result.outputs[1].path.read_text())
     assert beside["effect"]["targets"] == COUNT and beside["effect"]["changed"] == 0
+
+
+def test_values_of_the_base_are_let_go_when_their_tensor_is_written():
+    """A merge has a meter for every tensor: what each kept of the base grew with the model."""
+    held = []
+
+    def blocks():
+        for _ in range(2):
+            before = torch.ones(4)
+            held.append(weakref.ref(before))
+            yield torch.zeros(4), before
+
+    meter = Meter("x", 8, torch.float32, None, copied=False)
+    for i, values in enumerate(meter.watched(blocks)()):
+        meter.see(4 * i, values, values)
+    assert meter.result().moved == 8 and [ref() for ref in held] == [None, None]
