@@ -157,12 +157,14 @@ class MergeParameters(ReadsText):
 
 def _method_of_file(tuned: Any) -> Method | None:
     """The method that auto stands for with one file, as far as its header tells."""
+    if isinstance(tuned, list):  # several files
+        return None
     if tuned in DEMO:
         return MERGE_METHODS["state"]
     try:
         with open_checkpoint(tuned) as ck:
             return MERGE_METHODS[method_of(ck)]
-    except (RwkvLabError, OSError, TypeError):  # the message beside the fields says so; or several files
+    except (RwkvLabError, OSError):  # the message beside the fields says so
         return None
 
 
