@@ -154,9 +154,9 @@ def _memory(configurations: Sequence[ExportConfiguration], tensors: Mapping[str,
     needed = _PROCESS + memory_of_graphs(max(sizes))
     if compared:
         levels = {one.quantization_level for one in compared}
-        copied = max(
-            _COPIED * sum(sizes) * ("int4" in levels), 4 * max(sizes) * ("fp16" in levels)
-        )  # that: a cast head
+        in_int4 = _COPIED * sum(sizes) if "int4" in levels else 0
+        in_fp16 = 4 * max(sizes) if "fp16" in levels else 0  # the head, cast to float32
+        copied = max(in_int4, in_fp16)  # one level is compared after the other
         needed = max(needed, _PROCESS + int(5 * weights if weights <= WHOLE else _COMPARED + 2 * max(sizes) + copied))
     return needed
 
@@ -169,7 +169,7 @@ def graphs_are_kept(plan: ExportPlan) -> bool:
     """
     try:
         from rwkv_lab.export.onnx.tracing import is_kept
-    except ImportError:
+    except ImportError:  # a plan needs none of the packages that write graphs
         return False
     with open_model(plan.base or plan.checkpoint.path) as (ck, layout):
         model = outline(ck, layout)
