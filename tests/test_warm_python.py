@@ -59,7 +59,7 @@ def test_ends(code, both, tmp_path):
 
 
 def test_an_interrupt_reaches_it(warm):
-    code = "import time\nprint('on', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('interrupted')"
+    code = "import time\ntry: print('on', flush=True), time.sleep(60)\nexcept KeyboardInterrupt: print('interrupted')"
     given = {"env": warm.environment | {"WORD": ""}, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([warm.python, "-c", code], **given) as process:
         assert process.stdout.readline() == "on\n"

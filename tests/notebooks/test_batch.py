@@ -60,7 +60,7 @@ def test_a_refusal_ends_with_a_code_and_the_message(warm, tmp_path):
 
 def test_an_interrupt_reaches_the_cell_that_runs(environment, tmp_path):
     """Jobs clean up after themselves then."""
-    code = "import time\nprint('begun')\ntry:\n    time.sleep(60)\nfinally:\n    open('cleaned-up', 'w').close()"
+    code = "import time\ntry:\n    print('begun')\n    time.sleep(60)\nfinally:\n    open('cleaned-up', 'w').close()"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, tmp_path / "sleep.ipynb")
