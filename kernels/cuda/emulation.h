@@ -1,23 +1,26 @@
 // Lets a host compiler build the device code of this folder unchanged and run it on the CPU, to check it where there is
-// no GPU. Blocks run in turn; the threads of a block are real threads that meet at barriers, so that a thread sanitizer
-// sees a missing barrier. Slow by design, and only as much of CUDA as the kernels use.
+// no GPU. Blocks run in turn; the threads of a block are fibers, which change at barriers. The thread sanitizer is told
+// of both, so that it sees a missing barrier. Only as much of CUDA as the kernels use.
 //
 // A launch returns 0, or DIVERGED when threads of a block passed different numbers of barriers, or TRAMPLED when
-// something was written beside the shared memory asked for. Shared memory is full of NaN when a block starts.
+// something was written beside the shared memory asked for, or STUCK when every thread that is left waits for others.
+// Shared memory is full of NaN when a block starts.
 #pragma once
 
+#include <ucontext.h>
+
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <memory>
-#include <mutex>
-#include <thread>
 #include <vector>
+
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#endif
 
 #define __global__
 #define __device__
@@ -63,40 +66,140 @@ inline __half __float2half_rn(float x) { return {_Float16(x)}; }
 
 namespace emulation {
 
-constexpr int DIVERGED = 10001, TRAMPLED = 10002;
+constexpr int DIVERGED = 10001, TRAMPLED = 10002, STUCK = 10003;
 constexpr int WARP = 32;
+
+// What the thread sanitizer is told: which fiber runs from here on, which is no order between the two; and that what
+// came before release(x) is over where acquire(x) returns. UNSEEN is code that it does not look at.
+#ifdef __SANITIZE_THREAD__
+#define UNSEEN __attribute__((no_sanitize("thread")))
+inline void* this_fiber() { return __tsan_get_current_fiber(); }
+inline void* new_fiber() { return __tsan_create_fiber(0); }
+inline void delete_fiber(void* fiber) { __tsan_destroy_fiber(fiber); }
+inline void announce(void* fiber) { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
+inline void release(void* x) { __tsan_release(x); }
+inline void acquire(void* x) { __tsan_acquire(x); }
+#else
+#define UNSEEN
+inline void* this_fiber() { return nullptr; }
+inline void* new_fiber() { return nullptr; }
+inline void delete_fiber(void*) {}
+inline void announce(void*) {}
+inline void release(void*) {}
+inline void acquire(void*) {}
+#endif
+
+struct Fiber {
+    static constexpr std::size_t STACK = 256 << 10;
+    std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK]};
+    ucontext_t context, caller;
+    void* name = new_fiber();
+    void* caller_name = nullptr;
+    unsigned index = 0;                // threadIdx.x
+    int barriers = 0;                  // that it has passed in this block
+    const unsigned* waits = nullptr;   // goes on when this is no longer `seen`
+    unsigned seen = 0;
+    bool ended = false;
+
+    ~Fiber() { delete_fiber(name); }
+    UNSEEN bool ready() const { return !ended && (!waits || *waits != seen); }
+};
+
+inline thread_local Fiber* fiber = nullptr;
+
+}  // namespace emulation
+
+inline thread_local uint3 threadIdx, blockIdx;
+
+namespace emulation {
+
+// From a fiber back to what resumed it.
+UNSEEN inline void pause() {
+    Fiber& self = *fiber;
+    announce(self.caller_name);
+    swapcontext(&self.context, &self.caller);
+}
+
+UNSEEN inline void resume(Fiber& next) {
+    fiber = &next;
+    threadIdx = {next.index, 0, 0};
+    next.caller_name = this_fiber();
+    announce(next.name);
+    swapcontext(&next.caller, &next.context);
+}
+
+// Runs work() once in each of a block's threads; false where all that are left wait for others.
+template <class Work>
+bool run_all(std::deque<Fiber>& fibers, const Work& work) {
+    static thread_local const Work* given;
+    static thread_local char begun, over;
+    given = &work;
+    const auto begin = +[] {
+        acquire(&begun);
+        (*given)();
+        fiber->ended = true;
+        release(&over);
+        pause();
+    };
+    unsigned index = 0;
+    for (Fiber& next : fibers) {
+        next.index = index++;
+        getcontext(&next.context);
+        next.context.uc_stack.ss_sp = next.stack.get();
+        next.context.uc_stack.ss_size = Fiber::STACK;
+        next.context.uc_link = nullptr;
+        makecontext(&next.context, begin, 0);
+    }
+    release(&begun);
+    for (bool moved = true; moved;) {
+        moved = false;
+        for (Fiber& next : fibers) {
+            if (!next.ready()) continue;
+            resume(next);
+            moved = true;
+        }
+    }
+    acquire(&over);
+    return std::all_of(fibers.begin(), fibers.end(), [](const Fiber& x) { return x.ended; });
+}
 
 // A barrier for a number of members that may shrink.
 class Meeting {
   public:
-    explicit Meeting(int members) : members_(members) {}
+    explicit Meeting(int members = 0) : members_(members) {}
 
-    void wait() {
-        std::unique_lock lock(mutex_);
+    UNSEEN void wait() {
         const unsigned round = round_;
+        release(&order_[round % 2]);  // who goes on to the next round must not be taken for one who came to this
         if (++here_ == members_) {
             open();
         } else {
-            opened_.wait(lock, [&] { return round_ != round; });
+            fiber->waits = &round_;
+            fiber->seen = round;
+            pause();
         }
+        acquire(&order_[round % 2]);
     }
 
-    void leave() {
-        std::unique_lock lock(mutex_);
+    UNSEEN void leave() {
         if (--members_ == here_ && here_ > 0) open();
     }
 
-  private:
-    void open() {
-        here_ = 0;
-        ++round_;
-        opened_.notify_all();
+    // The same for `count` members, where nobody has come yet.
+    UNSEEN Meeting& of(int count) {
+        if (!members_) members_ = count;
+        return *this;
     }
 
-    std::mutex mutex_;
-    std::condition_variable opened_;
+  private:
+    UNSEEN void open() {
+        here_ = 0;
+        ++round_;
+    }
+
     int members_, here_ = 0;
     unsigned round_ = 0;
+    char order_[2];
 };
 
 struct Warp {
@@ -116,26 +219,18 @@ struct Block {
                !std::all_of(memory.end() - GUARD, memory.end(), intact);
     }
     // The barrier that `count` threads use among themselves.
-    Meeting& among(int number, int count) {
-        std::unique_lock lock(mutex);
-        if (!named[number]) named[number] = std::make_unique<Meeting>(count);
-        return *named[number];
-    }
+    Meeting& among(int number, int count) { return named[number].of(count); }
 
     static constexpr std::size_t GUARD = 256;
     Meeting meeting;
     std::vector<unsigned char> memory;  // operator new aligns it to 16 bytes
     std::deque<Warp> warps;
-    std::mutex mutex;
-    std::unique_ptr<Meeting> named[16];
+    Meeting named[16];
 };
 
 inline thread_local Block* block = nullptr;
-inline thread_local int barriers = 0;  // that this thread has passed in this block
 
 }  // namespace emulation
-
-inline thread_local uint3 threadIdx, blockIdx;
 
 template <class Shared>
 Shared& block_memory() {
@@ -164,8 +259,8 @@ void among_lanes(const Value& mine, Look look) {
 
 }  // namespace emulation
 
-inline void __syncthreads() {
-    ++emulation::barriers;
+UNSEEN inline void __syncthreads() {
+    ++emulation::fiber->barriers;
     emulation::block->meeting.wait();
 }
 inline void __syncwarp() { emulation::warp().meeting.wait(); }
@@ -192,31 +287,20 @@ inline float __expf(float x) { return std::exp(x); }
 template <class Shared, class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int blocks, int threads, void*, Arguments... arguments) {
     using namespace emulation;
-    std::deque<Block> running;
-    for (int i = 0; i < blocks; ++i) running.emplace_back(threads, sizeof(Shared));
-    std::vector<int> passed(threads);
-    std::atomic<int> result = 0;
-    Meeting team(threads);
-    const auto work = [&](int thread) {
-        threadIdx = {unsigned(thread), 0, 0};
-        for (int i = 0; i < blocks; ++i) {
-            blockIdx = {unsigned(i), 0, 0};
-            block = &running[i];
-            barriers = 0;
+    for (int i = 0; i < blocks; ++i) {
+        Block running(threads, sizeof(Shared));
+        block = &running;
+        blockIdx = {unsigned(i), 0, 0};
+        std::deque<Fiber> fibers(threads);
+        const bool ended = run_all(fibers, [&] {
             kernel(arguments...);
-            passed[thread] = barriers;
             warp().meeting.leave();
             block->meeting.leave();
-            team.wait();
-            if (thread == 0) {
-                if (block->trampled()) result = TRAMPLED;
-                if (std::any_of(passed.begin(), passed.end(), [&](int n) { return n != passed[0]; })) result = DIVERGED;
-            }
-            team.wait();
-        }
-    };
-    std::vector<std::thread> workers;
-    for (int i = 0; i < threads; ++i) workers.emplace_back(work, i);
-    for (auto& worker : workers) worker.join();
-    return result;
+        });
+        if (!ended) return STUCK;
+        if (running.trampled()) return TRAMPLED;
+        const auto differs = [&](const Fiber& x) { return x.barriers != fibers[0].barriers; };
+        if (std::any_of(fibers.begin(), fibers.end(), differs)) return DIVERGED;
+    }
+    return 0;
 }

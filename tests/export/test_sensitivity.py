@@ -56,7 +56,6 @@ def test_each_group_is_measured_alone(scanned):
     for d in found.damages:
         assert d.kl == pytest.approx(kl(scanned.model, dict.fromkeys(d.names, d.stored), scanned.texts), rel=0.05)
         assert 0 < d.kl_standard_error < d.kl * 2
-    assert found.damages[0].kl > 3 * found.damages[1].kl
     for four, eight in zip(found.damages[:8:2], found.damages[1:8:2], strict=True):
         assert four.bytes < eight.bytes and four.saved_bytes > eight.saved_bytes
     assert torch.equal(scanned.model.head.weight, before)  # the model is as it was

@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 from emulated_gpu import FLAGS, SOURCES
 
-# Run in a process of its own, without torch, which is full of false alarms: calls a function with buffers that are full
-# of one byte, 0, or one that makes every log-decay -24.
+# Run in a process of its own, without torch, which is full of false alarms: calls each function with its numbers and with
+# buffers that are full of one byte, 0, or one that makes every log-decay -24.
 CALL = """
 import ctypes, sys
-library, function, *numbers = sys.argv[1:]
-*sizes, buffers, byte = map(int, numbers)
-memory = [ctypes.create_string_buffer(bytes([byte]) * (4 << 20)) for _ in range(buffers)]
-pointers = [ctypes.c_void_p(-(-ctypes.addressof(x) // 64) * 64) for x in memory]
-sys.exit(getattr(ctypes.CDLL(library), function)(*sizes, *pointers, None))
+library = ctypes.CDLL(sys.argv[1])
+for function, *sizes, buffers, byte in eval(sys.argv[2]):
+    print(function, *sizes, byte, file=sys.stderr)
+    memory = [ctypes.create_string_buffer(bytes([byte]) * (4 << 20)) for _ in range(buffers)]
+    pointers = [ctypes.c_void_p(-(-ctypes.addressof(x) // 64) * 64) for x in memory]
+    if error := getattr(library, function)(*sizes, *pointers, None):
+        sys.exit(error)
 """
 
 STRONG = 0xC1
@@ -46,17 +48,12 @@ def sanitizer() -> str:
     return answer.stdout.strip()
 
 
-def call(library, runtime, *arguments):
-    command = [sys.executable, "-c", CALL, library, *map(str, arguments)]
-    environment = os.environ | {"LD_PRELOAD": runtime, "TSAN_OPTIONS": "exitcode=66 halt_on_error=1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_no_barrier_is_missing(name, tmp_path):
     runtime, library = sanitizer(), tmp_path / f"{name}.so"
     command = ["g++", *FLAGS, "-O0", "-fsanitize=thread", "-o", library, SOURCES / f"{name}.cu"]
     subprocess.run(command, check=True)  # what it takes longer to run without optimisation, it takes less to compile
-    for case in CASES[name]:
-        done = call(library, runtime, *case)
-        assert done.returncode == 0, (case, done.stderr[-3000:])
+    environment = os.environ | {"LD_PRELOAD": runtime, "TSAN_OPTIONS": "exitcode=66 halt_on_error=1"}
+    command = [sys.executable, "-c", CALL, library, str(CASES[name])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
