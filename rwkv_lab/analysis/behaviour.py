@@ -1,6 +1,5 @@
 """What a merged model does, beside its base, and beside its inputs loaded one by one."""
 
-import gc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -208,8 +207,6 @@ def _outputs(model: RWKV_Dual, reading: Reading, corpora: Mapping[str, AnyCorpus
             samples = [pair for corpus in corpora.values() for pair in _answers(model, corpus)]
         except ParameterError as e:
             measured, samples, unread = {}, [], reading.why_unread(model, e)
-    del model
-    gc.collect()  # the next model may need that memory
     return _Outputs(logits, measured, samples, unread)
 
 

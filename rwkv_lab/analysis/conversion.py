@@ -1,6 +1,5 @@
 """What a converted model says beside its source, and what became of the values of its tensors."""
 
-import gc
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -117,7 +116,6 @@ def compare_conversion(
         expected, source_ids, shown, source_text = _said(load_source(result), prompt, tokens, tokenizer)
     except LayoutError as e:
         return _not_run(f"the source does not run here: {e}")
-    gc.collect()  # the next model needs that memory
     found, output_ids, _, output_text = _said(RWKV_Dual.from_pretrained(result.out), prompt, tokens, tokenizer)
     if result.nonfinite and not bool(found.isfinite().all()):
         return _not_run("values that are NaN or Inf were allowed into it")

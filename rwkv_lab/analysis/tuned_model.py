@@ -1,6 +1,5 @@
 """A base with a tuning worked into it, in float32, whose tensors can be set back to the base's one by one."""
 
-import gc
 from collections.abc import Callable, Iterable
 
 import torch
@@ -74,7 +73,6 @@ def checked_model(tuning: Tuning) -> tuple[RWKV_Dual, Check | NotApplicable]:
         return tuned_model(tuning), NotApplicable(_SAME, "a part of a model does not run by itself")
     tokens = fixed_tokens(tuning.layout.vocab_size)
     trained = model_as_trained(tuning).parallel(tokens)[0].double()
-    gc.collect()  # the next model may need that memory
     model = tuned_model(tuning)
     apart = model.parallel(tokens)[0].double() - trained
     relative = float(apart.square().mean().sqrt() / trained.square().mean().sqrt())

@@ -1,6 +1,8 @@
 """Files into models and back."""
 
+import gc
 import subprocess
+import weakref
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,25 @@ def test_what_float16_cannot_hold_is_refused(tmp_path):
         RWKV_Dual.from_pretrained(tmp_path / "m.pth", dtype=torch.float16)
     with pytest.raises(ParameterError, match="torch.int8"):
         RWKV_Dual.from_pretrained(tmp_path / "m.pth", dtype=torch.int8)
+
+
+@pytest.mark.parametrize("weights", ["stored", "int8"])
+@pytest.mark.parametrize("version", ["4.0", "5.2", "6.0", "7.0"])
+def test_memory_is_free_as_soon_as_a_model_is_let_go(tmp_path, version, weights):
+    """The next one may need it; a search for cycles would take a tenth of a second where much is imported."""
+    path = write_model(tmp_path / "m.pth", make_layout(version, n_head=2, head_size=32, dim_ffn=128, vocab_size=257))
+    gc.disable()
+    try:
+        with torch.no_grad():
+            model = RWKV_Dual.from_pretrained(path, weights=weights)
+            _, state = model.prefill(torch.tensor([[1, 2, 3]]))
+            model(torch.tensor([[3]]), state)
+            model.generate_with_streaming("a", 3, 0.7, 0.9, seed=0)
+        kept = [weakref.ref(model), *(weakref.ref(p) for p in model.parameters())]
+        del model, state
+        assert not [x for x in kept if x() is not None]
+    finally:
+        gc.enable()
 
 
 _PEAK = """
