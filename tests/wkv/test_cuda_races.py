@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from emulated_gpu import FLAGS, SOURCES
 
-# Run in a process of its own, without torch, which is full of false alarms: calls each function with its numbers and with
+# Run in a process of its own, without torch, which is full of false alarms: calls functions with their numbers and
 # buffers that are full of one byte, 0, or one that makes every log-decay -24.
 CALL = """
 import ctypes, sys
