@@ -3,7 +3,8 @@
 # make consumers  adds llama.cpp, built from source (some minutes), for the tests that compare with it
 # make lab    opens JupyterLab on notebooks/index.ipynb; it saves a notebook only when you say so
 # make lint   ruff on Python and notebooks; pyright against the number of findings that are left
-# make bench  measures models, kernels, loading, merging and conversion beside others (15 GB of disk, an hour)
+# make bench  measures models, kernels, loading, merging and conversion beside others (15 GB of disk, an hour); llama.cpp
+#             is among them after make consumers
 # make browser  every notebook in JupyterLab, in Chromium (half an hour on two busy cores); screenshots in reports/ci
 # make sanitize  tests compiled code under AddressSanitizer and UBSan, with 2,000 random changes of models (an hour)
 # make compat  exports tiny models with the oldest and the newest packages that pyproject.toml allows (12 GB of disk)
@@ -77,7 +78,8 @@ lint: $(TESTS_READY)
 	$(BIN)/python tests/type_findings.py
 
 bench: $(TESTS_READY)
-	$(BIN)/python -m rwkv_lab.bench all
+	$(BIN)/python -m rwkv_lab.bench all --peers rwkv \
+		$$($(BIN)/python -c 'import importlib.util as u; print("llama.cpp" * bool(u.find_spec("llama_cpp")))')
 	$(BIN)/python -m rwkv_lab.bench merge
 	$(BIN)/python -m rwkv_lab.bench convert
 

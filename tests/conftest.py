@@ -13,15 +13,12 @@ from typing import Any
 import pytest
 import torch
 from skips import pytest_configure  # noqa: F401  a skip that SKIPS.md does not have fails the run
-from warm_python import Warm, warm_python
+from warm_python import IN_FULL, Warm, do_less, warm_python
 
 # Everything here is tiny: a second thread would only wait for the first, and spin while other processes need the core.
 # Processes that tests start take the variable; tests of threads set their own number.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-
-# No file of a test must outlive a crash of the machine; thousands of them would wait for the disk.
-os.fsync = os.fdatasync = lambda fd: None
 
 # As in rwkv_lab.workbench.batch: it checks what no notebook holds, and its import takes a second.
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
@@ -30,6 +27,16 @@ sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 # what exports import then is as much again.
 gc.disable()
 gc.set_threshold(10_000, 20, 20)
+
+
+do_less()
+
+
+@pytest.fixture
+def in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes as users have them."""
+    for name, value in IN_FULL.items():
+        monkeypatch.setattr(name, value)
 
 
 def pytest_collection_finish() -> None:

@@ -24,6 +24,7 @@ import traceback
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -138,23 +139,31 @@ def _import() -> None:
 
     for name in notebook_names():
         cells_of(name)
-    _do_less()
+    do_less()
 
 
-def _do_less() -> None:
-    """What takes long and shows nothing more: small pictures, short answers, the beginning of texts that are compared,
-    no file that waits for the disk.
+# What takes long and shows nothing more: large pictures, long answers, long texts that are compared, rates that are
+# measured for more than a moment.
+LESS = {
+    "rwkv_lab.plotting._DPI": 36,
+    "rwkv_lab.analysis.behaviour._SAMPLE": 10,
+    "rwkv_lab.train.data._MAX_HELD_OUT": 4096,
+    "rwkv_lab.train.samples._LENGTH": 20,
+    "rwkv_lab.workbench.estimate._MEASURED": 0.005,
+}
+IN_FULL: dict[str, Any] = {}  # what was there before
 
-    Processes that start as users do have all of it.
-    """
-    from rwkv_lab import plotting
+
+def do_less() -> None:
+    """Have LESS here, and no file that waits for the disk. Processes that start as users do have all of it."""
     from rwkv_lab.analysis import behaviour
-    from rwkv_lab.train import data, samples
 
+    for name, value in LESS.items():
+        module, _, attribute = name.rpartition(".")
+        IN_FULL[name] = getattr(import_module(module), attribute)
+        setattr(import_module(module), attribute, value)
     measure = behaviour.measure_held_out
     behaviour.measure_held_out = lambda *given, most=None: measure(*given, most=most or 2000)
-    behaviour._SAMPLE, plotting._DPI = 10, 36
-    data._MAX_HELD_OUT, samples._LENGTH = 4096, 20
     os.fsync = os.fdatasync = lambda fd: None
 
 

@@ -1,11 +1,12 @@
 """About how long work on a model takes here, before it begins: formulas of its size times rates that are measured now.
 
-Each rate is measured for a twentieth of a second. Estimates are meant to tell a minute from an hour: caches, other
-processes and the operators themselves make them off by a factor of two or so.
+Each rate is measured for a twentieth of a second and then taken for ten: a plan asks for some of them a dozen times.
+Estimates are meant to tell a minute from an hour: caches, other processes and the operators themselves make them off by a
+factor of two or so.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 
@@ -13,6 +14,8 @@ from rwkv_lab.machine import memory_free
 from rwkv_lab.progress import human_bytes, human_seconds
 
 _MEASURED = 0.05  # seconds
+_VALID = 10.0  # seconds
+_rates: dict[Hashable, tuple[float, float]] = {}  # what was measured -> when, and the seconds of one call
 _WIDTH = 1024  # of the matrix that a rate is measured with
 _IN_RNN_MODE = 900  # products of two numbers in the time that a layer of RWKV-7 takes for a token through torch
 _IN_REFERENCE = 45  # the same of the WKV operator's reference alone
@@ -30,7 +33,7 @@ def product_seconds(rows: int, values: int, dtype: torch.dtype) -> float:
     """Seconds of the products of all matrices of a model, of so many `values`, with `rows` tokens at once."""
     rows_measured = min(rows, 256)
     x, w = torch.ones(rows_measured, _WIDTH, dtype=dtype), torch.ones(_WIDTH, _WIDTH, dtype=dtype)
-    return _seconds(lambda: x @ w) * (rows / rows_measured) * values / w.numel()
+    return _seconds(("product", rows_measured, dtype), lambda: x @ w) * (rows / rows_measured) * values / w.numel()
 
 
 def forward_seconds(tokens: int, rows: int, values: int, layers: int, dtype: torch.dtype, backend: str) -> float:
@@ -48,14 +51,14 @@ def stepping_seconds(tokens: int, rows: int, values: int, layers: int, dtype: to
 def writing_seconds(tokens: int, vocabulary: int, values: int, layers: int, dtype: torch.dtype) -> float:
     """Seconds of writing so many tokens one after the other, each drawn from a vocabulary of this size."""
     logits = torch.rand(vocabulary)
-    drawing = _seconds(lambda: logits.sort(descending=True)) + _IN_WRITING * _call_seconds()
+    drawing = _seconds(("sort", vocabulary), lambda: logits.sort(descending=True)) + _IN_WRITING * _call_seconds()
     return tokens * drawing + stepping_seconds(tokens, 1, values, layers, dtype, "cpu")
 
 
 def file_seconds(size: float) -> float:
     """Seconds of copying so many bytes from file to file, as far as the processor's part goes."""
     x = torch.ones(2**20)
-    return _FILE_COPY * _seconds(x.clone) * size / (x.numel() * x.itemsize)
+    return _FILE_COPY * _seconds("copy", x.clone) * size / (x.numel() * x.itemsize)
 
 
 def loading_seconds(size: float) -> float:
@@ -89,14 +92,14 @@ def running_seconds(models: int, size: float, values: int, layers: int, read: fl
 def _call_seconds() -> float:
     """Seconds of a call of torch on next to nothing."""
     x = torch.ones(64)
-    return _seconds(lambda: x * x)
+    return _seconds("call", lambda: x * x)
 
 
 def svd_seconds(shape: tuple[int, int]) -> float:
     """Seconds of the singular values of a matrix: of a small one timed now, by the cube of the size."""
     small = torch.rand(128, 128)
     least, most = min(shape), max(shape)
-    return _seconds(lambda: torch.linalg.svdvals(small)) * (least / 128) ** 2 * (most / 128)
+    return _seconds("svd", lambda: torch.linalg.svdvals(small)) * (least / 128) ** 2 * (most / 128)
 
 
 def in_words(seconds: float, means: str = MEANS) -> str:
@@ -109,12 +112,16 @@ def memory_in_words(needed: float) -> str:
     return f"about {human_bytes(needed)}; {human_bytes(memory_free())} are free"
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(what: Hashable, work: Callable[[], object]) -> float:
     """The least seconds of one call, of as many as fit into the time: others' work makes calls slower, never faster."""
+    when, least = _rates.get(what, (float("-inf"), 0.0))
+    if (now := time.perf_counter()) - when < _VALID:
+        return least
     work()  # the first call sets things up
     least, end = float("inf"), time.perf_counter() + _MEASURED
     while time.perf_counter() < end:
         start = time.perf_counter()
         work()
         least = min(least, time.perf_counter() - start)
+    _rates[what] = now, least
     return least

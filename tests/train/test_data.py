@@ -23,7 +23,7 @@ def test_a_file_of_ones_own(tmp_path):
         load_corpus(str(path))
 
 
-def test_held_out_text_is_not_in_the_training_text():
+def test_held_out_text_is_not_in_the_training_text(in_full):
     for name in ("english", "python"):
         corpus = load_corpus(name)
         assert len(corpus.train) > 8 * len(corpus.held_out) > 160_000

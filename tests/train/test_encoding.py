@@ -30,7 +30,7 @@ def read(path, content):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_text_of_any_script_without_a_mark(script, encoding, tmp_path):
+def test_text_of_any_script_without_a_mark(script, encoding, tmp_path, in_full):
     text = SCRIPTS[script] * 800
     assert read(tmp_path / "a.txt", text.encode(encoding)) == text
 

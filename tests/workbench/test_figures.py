@@ -95,7 +95,7 @@ def test_sizes_add_up(demo_folder):
         assert total * 1e6 == pytest.approx(sum(t.nbytes for t in ck.info.values()))
 
 
-def test_a_figure_is_a_png_of_useful_size():
+def test_a_figure_is_a_png_of_useful_size(in_full):
     from PIL import Image
 
     width, _ = Image.open(io.BytesIO(plotting.png(figures.delta_histogram([delta("a")], "")))).size

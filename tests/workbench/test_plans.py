@@ -55,7 +55,7 @@ def seconds(said: str) -> float:
     return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
 
 
-def test_the_time_of_a_merge_counts_the_text_and_the_models(demo_folder, tmp_path, capsys, monkeypatch):
+def test_the_time_of_a_merge_counts_the_text_and_the_models(demo_folder, tmp_path, capsys, monkeypatch, in_full):
     counted = lambda models, size, values, layers, read, written: models * (read + written)  # noqa: E731
     monkeypatch.setattr("rwkv_lab.workbench.merge.cells.running_seconds", counted)
     (tmp_path / "long.txt").write_text("the cat sat on the mat. " * 500_000)
@@ -104,7 +104,7 @@ def test_the_time_of_modes_counts_runs_states_and_figures(model, tmp_path, capsy
     assert abs(seconds(plan("modes", tmp_path, capsys, **given)) - (3.5 * 1000 + 5 * 10_000)) < 1800
 
 
-def test_the_time_of_training_counts_what_is_measured(demo_folder, tmp_path, capsys, monkeypatch):
+def test_the_time_of_training_counts_what_is_measured(demo_folder, tmp_path, capsys, monkeypatch, in_full):
     counted = lambda tokens, rows, *_: float(tokens * rows)  # noqa: E731
     monkeypatch.setattr("rwkv_lab.workbench.train.cells.forward_seconds", counted)
     given = {"kind": "state", "steps": 2, "batch_size": 1, "ctx_len": 8}
