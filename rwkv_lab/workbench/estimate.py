@@ -1,8 +1,8 @@
 """About how long work on a model takes here, before it begins: formulas of its size times rates that are measured now.
 
-Each rate is measured for a twentieth of a second and then taken for ten: a plan asks for some of them a dozen times.
-Estimates are meant to tell a minute from an hour: caches, other processes and the operators themselves make them off by a
-factor of two or so.
+Each rate is measured for a twentieth of a second and then taken for ten seconds: a plan asks for some a dozen times.
+Estimates are meant to tell a minute from an hour: caches, other processes and the operators themselves make them off by
+a factor of two or so.
 """
 
 import time
