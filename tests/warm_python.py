@@ -24,8 +24,8 @@ import traceback
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple, NoReturn
 
 # Read when a process starts or while modules are imported: a fork has those of its server.
@@ -41,7 +41,7 @@ if not (script or plain[:1] in (["-m"], ["-c"])) or any(environment.get(n, "") !
 server = socket.socket(socket.AF_UNIX)
 server.connect({path!r})
 given = dict(words=plain, unbuffered=unbuffered, environment=environment)
-given |= dict(folder=os.getcwd(), parent=os.getppid(), mask=os.umask(0))
+given |= dict(folder=os.getcwd(), parent=os.getppid(), mask=os.umask(0), program=os.path.abspath(sys.argv[0]))
 message = json.dumps(given).encode("utf-8", "surrogateescape")
 socket.send_fds(server, [struct.pack("!I", len(message))], [0, 1, 2])
 server.sendall(message)
@@ -143,13 +143,16 @@ def _import() -> None:
 
 
 # What takes long and shows nothing more: large pictures, long answers, long texts that are compared, rates that are
-# measured for more than a moment.
+# measured for more than a moment or again where others disturbed it.
 LESS = {
     "rwkv_lab.plotting._DPI": 36,
     "rwkv_lab.analysis.behaviour._SAMPLE": 10,
     "rwkv_lab.train.data._MAX_HELD_OUT": 4096,
     "rwkv_lab.train.samples._LENGTH": 20,
     "rwkv_lab.workbench.estimate._MEASURED": 0.005,
+    "rwkv_lab.bench.comparison._AGAIN": 0,
+    "rwkv_lab.bench.machine._READ_BYTES": 1 << 22,
+    "rwkv_lab.bench.engines.decoder.__defaults__": (0.02,),  # seconds of a sample
 }
 IN_FULL: dict[str, Any] = {}  # what was there before
 
@@ -159,9 +162,9 @@ def do_less() -> None:
     from rwkv_lab.analysis import behaviour
 
     for name, value in LESS.items():
-        module, _, attribute = name.rpartition(".")
-        IN_FULL[name] = getattr(import_module(module), attribute)
-        setattr(import_module(module), attribute, value)
+        where, _, attribute = name.rpartition(".")
+        IN_FULL[name] = getattr(resolve_name(where), attribute)
+        setattr(resolve_name(where), attribute, value)
     measure = behaviour.measure_held_out
     behaviour.measure_held_out = lambda *given, most=None: measure(*given, most=most or 2000)
     os.fsync = os.fdatasync = lambda fd: None
@@ -185,6 +188,7 @@ def _become(connection: socket.socket) -> dict[str, Any]:
     os.environ.update(given["environment"])
     os.chdir(given["folder"])
     os.umask(given["mask"])
+    sys.executable = given["program"]  # what it starts, starts at once, too
     if given["unbuffered"]:
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     return given

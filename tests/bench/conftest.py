@@ -3,14 +3,13 @@
 import pytest
 from models import LAYOUTS
 
-from rwkv_lab.bench import engines, operators, speed
+from rwkv_lab.bench import operators, speed
 from rwkv_lab.bench.models import random_model
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Samples of a hundredth of a second, and floors that are not measured."""
-    monkeypatch.setattr(speed, "decoder", lambda e, tokens, duration=0: engines.decoder(e, tokens, duration=0.01))
+    """Floors that are not measured."""
     for module in (speed, operators):
         monkeypatch.setattr(module, "read_rate", lambda: 40.0)
         monkeypatch.setattr(module, "multiply_add_rate", lambda: 500.0)

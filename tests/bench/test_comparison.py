@@ -35,7 +35,7 @@ def test_entries_take_turns_and_the_first_round_does_not_count(monkeypatch):
     assert found["a"][0] == [4.0, 9.0, 11.0] and len(found["c"][0]) == 3
 
 
-def test_a_disturbed_sample_is_taken_again_and_the_quietest_counts(monkeypatch):
+def test_a_disturbed_sample_is_taken_again_and_the_quietest_counts(monkeypatch, in_full):
     loads = iter([0.5, 0.9, 0.3])  # all above the limit
 
     class Watched:

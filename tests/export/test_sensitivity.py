@@ -90,7 +90,7 @@ def test_budgets(scanned):
 
 
 @pytest.fixture(scope="module")
-def exported(scanned, tmp_path_factory):
+def exported(scanned, tmp_path_factory, warm):
     """What an export with a scan wrote, in a size at which some matrices have 4 bits, some 8 and some 16."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
@@ -98,7 +98,8 @@ def exported(scanned, tmp_path_factory):
     given = dict(checkpoint_path=scanned.path, output_directory=tmp_path_factory.mktemp("out"), naming_pattern="it")
     given |= dict(quantization_level="int4", sensitivity_scan=True, calibration_data=str(scanned.text))
     given |= dict(size_budget=size, calibration_samples=4, run_validation_tests=False)
-    return run(ConfigurationManager(environment={}).resolve(**given))
+    with warm.for_children():
+        return run(ConfigurationManager(environment={}).resolve(**given))
 
 
 def test_a_scan_decides_what_an_export_writes(scanned, exported):
