@@ -33,10 +33,17 @@ do_less()
 
 
 @pytest.fixture
-def in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_full(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sizes as users have them."""
+    from rwkv_lab.train import data
+
     for name, value in IN_FULL.items():
         monkeypatch.setattr(name, value)
+    for made_once in (data._english, data._python):
+        made_once.cache_clear()
+    yield
+    for made_once in (data._english, data._python):
+        made_once.cache_clear()
 
 
 def pytest_collection_finish() -> None:
