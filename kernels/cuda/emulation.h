@@ -185,7 +185,7 @@ class Meeting {
         if (--members_ == here_ && here_ > 0) open();
     }
 
-    // The same for `count` members, where nobody has come yet.
+    // The same for `count` members, where none has come yet.
     UNSEEN Meeting& of(int count) {
         if (!members_) members_ = count;
         return *this;
