@@ -60,8 +60,10 @@ $(MERGEKIT): $(TESTS_READY)
 	@$(PIP) --no-deps mergekit
 	@touch $(MERGEKIT)
 
+# One process more than cores: some wait for the disk, a browser, a time limit.
 test: $(TESTS_READY) $(MERGEKIT)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(min(os.cpu_count() + 1, 4))') \
+		--dist loadfile --no-loadscope-reorder
 
 consumers: $(TESTS_READY)
 	@echo "building llama.cpp into .venv (once)"
