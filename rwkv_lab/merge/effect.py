@@ -257,14 +257,15 @@ class Meter:
 
     def _add(self, before: torch.Tensor | None, values: torch.Tensor, rounded: torch.Tensor) -> None:
         wide = values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32
-        delta, change, differs = (buffer[: len(values)] for buffer in _scratch(wide))
+        delta, change, base, differs = (buffer[: len(values)] for buffer in _scratch(wide))
         change.copy_(rounded)
         if before is None:
             delta.copy_(values)
         else:
-            torch.sub(values.to(wide), before.to(wide), out=delta)
-            self.size, self.eps = self.size + float(before.to(wide).dot(before.to(wide))), torch.finfo(wide).eps
-            change.sub_((before if self.same_dtype else round_to(before, rounded.dtype)).to(wide))
+            base.copy_(before)
+            torch.sub(values.to(wide), base, out=delta)
+            self.size, self.eps = self.size + float(base.dot(base)), torch.finfo(wide).eps
+            change.sub_(base if self.same_dtype else round_to(before, rounded.dtype).to(wide))
         np.not_equal(change.numpy(), 0, out=differs.numpy())
         moved, wanted, along = _count(differs), float(delta.dot(delta)), float(delta.dot(change))
         if not math.isfinite(wanted + along):  # NaN, Inf, or squares too large for float32
@@ -277,11 +278,11 @@ class Meter:
 _local = threading.local()
 
 
-def _scratch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two buffers of floats and one of truth values, of this thread: fresh ones cost as much as the arithmetic."""
+def _scratch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three buffers of floats and one of truth values, of this thread: fresh ones cost as much as the arithmetic."""
     buffers = vars(_local).setdefault("buffers", {})
     if dtype not in buffers:
-        buffers[dtype] = (*torch.empty(2, _PIECE, dtype=dtype), torch.empty(_PIECE, dtype=torch.bool))
+        buffers[dtype] = (*torch.empty(3, _PIECE, dtype=dtype), torch.empty(_PIECE, dtype=torch.bool))
     return buffers[dtype]
 
 
