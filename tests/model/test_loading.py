@@ -216,4 +216,4 @@ def test_loading_needs_no_more_memory_than_the_model(warm, tmp_path, suffix, sto
     command = [warm.python, "-c", _PEAK, tmp_path / f"small{suffix}", tmp_path / f"m{suffix}", dtype]
     done = subprocess.run(command, env=warm.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1.1
+    assert float(done.stdout) < 1.2  # blocks that are read take a tenth; an embedding that is there twice, a quarter
