@@ -209,11 +209,14 @@ print((now("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
     "suffix, stored, dtype", [(".pth", "bfloat16", "float32"), (".safetensors", "float32", "bfloat16")]
 )
 def test_loading_needs_no_more_memory_than_the_model(warm, tmp_path, suffix, stored, dtype):
-    """Peak resident memory while loading; half of this model is its embedding and head, as in small real ones."""
+    """Peak resident memory while loading; half of this model is its embedding and head, as in small real ones.
+
+    A process takes 2 to 6 MB besides, whatever the size: the model has to be large beside that.
+    """
     write_model(tmp_path / f"small{suffix}", make_layout("6.0"))
-    tensors = random_tensors(make_layout("6.0", n_head=8, head_size=64, dim_ffn=1800, vocab_size=8000))
+    tensors = random_tensors(make_layout("6.0", n_head=8, head_size=64, dim_ffn=3600, vocab_size=16000))
     write_checkpoint(tmp_path / f"m{suffix}", {name: t.to(getattr(torch, stored)) for name, t in tensors.items()})
     command = [warm.python, "-c", _PEAK, tmp_path / f"small{suffix}", tmp_path / f"m{suffix}", dtype]
     done = subprocess.run(command, env=warm.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1.2  # blocks that are read take a tenth; an embedding that is there twice, a quarter
+    assert float(done.stdout) < 1.1
