@@ -165,7 +165,7 @@ def do_less() -> None:
         where, _, attribute = name.rpartition(".")
         IN_FULL[name] = getattr(resolve_name(where), attribute)
         setattr(resolve_name(where), attribute, value)
-    measure = behaviour.measure_held_out
+    measure = IN_FULL["rwkv_lab.analysis.behaviour.measure_held_out"] = behaviour.measure_held_out
     behaviour.measure_held_out = lambda *given, most=None: measure(*given, most=most or 2000)
     os.fsync = os.fdatasync = lambda fd: None
 
