@@ -95,9 +95,9 @@ struct Fiber {
     ucontext_t context, caller;
     void* name = new_fiber();
     void* caller_name = nullptr;
-    unsigned index = 0;                // threadIdx.x
-    int barriers = 0;                  // that it has passed in this block
-    const unsigned* waits = nullptr;   // goes on when this is no longer `seen`
+    unsigned index = 0;               // threadIdx.x
+    int barriers = 0;                 // that it has passed in this block
+    const unsigned* waits = nullptr;  // goes on when this is no longer `seen`
     unsigned seen = 0;
     bool ended = false;
 

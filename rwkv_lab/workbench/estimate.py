@@ -13,8 +13,8 @@ import torch
 from rwkv_lab.machine import memory_free
 from rwkv_lab.progress import human_bytes, human_seconds
 
-_MEASURED = 0.05  # seconds
-_VALID = 10.0  # seconds
+_MEASURED = 0.05  # seconds of measuring a rate
+_VALID = 10.0  # seconds for which it is taken then
 _rates: dict[Hashable, tuple[float, float]] = {}  # what was measured -> when, and the seconds of one call
 _WIDTH = 1024  # of the matrix that a rate is measured with
 _IN_RNN_MODE = 900  # products of two numbers in the time that a layer of RWKV-7 takes for a token through torch
