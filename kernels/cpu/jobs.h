@@ -46,7 +46,8 @@ struct Job {
     const Tensor *weight;
     Rows x, out;
     Activation then = NONE;
-    void *result = nullptr;  // [B,outputs] in the model's dtype
+    void *result = nullptr;  // [B,outputs]
+    int dtype = FLOAT32;     // of `result`
 };
 
 // Calls task(i) for every i in 0 .. n-1. Each thread has a stretch of its own and goes through it in order, since memory is
@@ -69,17 +70,18 @@ void in_stretches(int n, int threads, Task &&task) {
     });
 }
 
+constexpr int MOST_JOBS = 8;  // at once
+
 // The inputs of jobs packed for `product_of_many`; the calling thread keeps the memory. None for the transposed ones, and
 // where there are few tokens.
-template <int N>
-void pack_inputs(const Job (&jobs)[N], int64_t B, PackedRows (&packed)[N]) {
+inline void pack_inputs(const Job *jobs, int count, int64_t B, PackedRows *packed) {
     if (B < FEWEST) return;
     thread_local std::unique_ptr<Buffer> scratch;
     thread_local int64_t size = 0;
     int64_t needed = 0, at = 0;
-    for (const Job &job : jobs) needed += job.weight->transposed ? 0 : packed_size(*job.weight, job.x, B);
+    for (int i = 0; i < count; i++) needed += jobs[i].weight->transposed ? 0 : packed_size(*jobs[i].weight, jobs[i].x, B);
     if (size < needed) scratch = std::make_unique<Buffer>(size_t(size = needed));
-    for (int i = 0; i < N; i++) {
+    for (int i = 0; i < count; i++) {
         if (jobs[i].weight->transposed) continue;
         packed[i] = pack(*jobs[i].weight, jobs[i].x, B, scratch->get() + at);
         at += packed_size(*jobs[i].weight, jobs[i].x, B);
@@ -87,13 +89,12 @@ void pack_inputs(const Job (&jobs)[N], int64_t B, PackedRows (&packed)[N]) {
 }
 
 // All jobs at once, cut into runs of outputs that take some microseconds each.
-template <int D, int N>
-void run_jobs(const Job (&jobs)[N], int64_t B, int threads) {
+inline void run_jobs(const Job *jobs, int count, int64_t B, int threads) {
     constexpr int64_t BYTES = 1 << 15;
-    PackedRows packed[N];
-    pack_inputs(jobs, B, packed);
-    int run[N], last[N], total = 0;
-    for (int i = 0; i < N; i++) {
+    PackedRows packed[MOST_JOBS];
+    pack_inputs(jobs, count, B, packed);
+    int run[MOST_JOBS], last[MOST_JOBS], total = 0;
+    for (int i = 0; i < count; i++) {
         const Tensor &w = *jobs[i].weight;
         const int64_t rows = std::max<int64_t>(BYTES / w.row_bytes(), 1);
         run[i] = w.transposed ? 64 : packed[i].at ? 4 * TOGETHER : (int(std::min<int64_t>(rows, 256)) + 15) / 16 * 16;
@@ -113,10 +114,16 @@ void run_jobs(const Job (&jobs)[N], int64_t B, int threads) {
             product(w, first, first + n, job.x, 0, B, out, stride);
         for (int64_t b = 0; b < B; b++) {
             activate(out + b * stride, n, job.then);
-            if (job.result) store_row({job.result, D}, b * w.outputs() + first, out + b * stride, n);
+            if (job.result) store_row({job.result, job.dtype}, b * w.outputs() + first, out + b * stride, n);
             if (job.out.half) store_row({job.out.half, BFLOAT16}, b * stride + first, out + b * stride, n);
         }
     });
+}
+
+template <int N>
+void run_jobs(const Job (&jobs)[N], int64_t B, int threads) {
+    static_assert(N <= MOST_JOBS);
+    run_jobs(jobs, N, B, threads);
 }
 
 }  // namespace rwkv_lab

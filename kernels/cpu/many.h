@@ -218,10 +218,11 @@ inline void product_of_many(const Tensor &w, int first, int last, const PackedRo
         if (v < x.vectors) lanes_block<PAIRS, ROWS, 1>(w, block, x, v, B, to, out_stride);
     };
     auto all = [&](auto pairs) __attribute__((always_inline)) {
-        int row = first;
-        for (; row + TOGETHER <= last; row += TOGETHER) some(row, pairs, std::integral_constant<int, TOGETHER>{});
-        for (; row + 2 <= last; row += 2) some(row, pairs, std::integral_constant<int, 2>{});
-        if (row < last) some(row, pairs, std::integral_constant<int, 1>{});
+        if (last - first < TOGETHER)
+            for (int row = first; row < last; row++) some(row, pairs, std::integral_constant<int, 1>{});
+        else  // at the end some once more, which is faster than one by one
+            for (int row = first; row < last; row += TOGETHER)
+                some(std::min(row, last - TOGETHER), pairs, std::integral_constant<int, TOGETHER>{});
     };
     if (x.pairs)
         all(std::true_type{});

@@ -51,7 +51,8 @@ public:
     }
 
     // Calls function(context, i) once for every i in 0 .. n_tasks-1, on up to n_threads threads, the caller's included.
-    void run(int n_tasks, int n_threads, Function function, void *context) {
+    // Not inlined: every kind of task would be compiled with a copy.
+    __attribute__((noinline)) void run(int n_tasks, int n_threads, Function function, void *context) {
         n_threads = std::min({n_threads, n_tasks, max_threads});
         // One job at a time. Whoever comes second (another Python thread, or a task of a task) works alone.
         if (n_threads <= 1 || busy_.exchange(true, std::memory_order_acquire)) {

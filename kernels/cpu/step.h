@@ -115,18 +115,17 @@ private:
     size_t next_ = 0;
 };
 
-// A parameter's numbers one by one; loops over them become vector code.
-template <int P>
-struct Numbers {
-    const void *data;
-
-    explicit Numbers(const Tensor &t) : data(t.data) {}
-    INLINE float operator[](int64_t i) const {
-        if constexpr (P == FLOAT32) return static_cast<const float *>(data)[i];
-        const uint16_t x = static_cast<const uint16_t *>(data)[i];
-        return P == BFLOAT16 ? bfloat_to_float(x) : half_to_float(x);
-    }
-};
+// The first n numbers of a vector as float32: where they lie, or in memory of this thread, which keeps them until the next
+// call with this SLOT. Widened before they are used, so that what uses them is compiled once instead of for every dtype.
+template <int SLOT = 0>
+const float *numbers(const Tensor &t, int n) {
+    if (t.format == FLOAT32) return static_cast<const float *>(t.data);
+    thread_local std::unique_ptr<Buffer> mine;
+    thread_local int there = 0;
+    if (n > there) mine = std::make_unique<Buffer>(size_t(there = n));
+    load_row(mine->get(), {t.data, t.format}, 0, n, n);
+    return mine->get();
+}
 
 inline float total(const float *x, int n) {
     Vec sums{};
@@ -154,10 +153,9 @@ inline void standardise(float *to, const float *x, int n, float eps) {
     for (int i = 0; i < n; i++) to[i] *= scale;
 }
 
-template <int D>
-void layer_norm(float *to, const float *x, const Tensor &weight, const Tensor &bias, int n, float eps) {
+inline void layer_norm(float *to, const float *x, const Tensor &weight, const Tensor &bias, int n, float eps) {
     standardise(to, x, n, eps);
-    const Numbers<D> w(weight), b(bias);
+    const float *w = numbers<0>(weight, n), *b = numbers<1>(bias, n);
     for (int i = 0; i < n; i++) to[i] = to[i] * w[i] + b[i];
 }
 
@@ -169,18 +167,14 @@ inline void mirror(const Rows &x, int64_t b, int n) {
 // Work on each sequence; spread over the threads where there are several.
 template <class Task>
 void each_sequence(int64_t B, int threads, Task &&task) {
-    if (B < 4)
-        for (int64_t b = 0; b < B; b++) task(b);
-    else
-        parallel_for(int(B), threads, [&](int b) {
-            FlushToZero flush;
-            task(b);
-        });
+    parallel_for(int(B), B < 4 ? 1 : threads, [&](int b) {
+        FlushToZero flush;
+        task(b);
+    });
 }
 
 // x[b] = ln0(embedding of the token)
-template <int D>
-void embed(const Model &m, const Call &c, int64_t b, float *x) {
+inline void embed(const Model &m, const Call &c, int64_t b, float *x) {
     const Tensor &table = m.tensors[EMB];
     const int64_t token = c.tokens[b];
     if (table.format <= FLOAT16) {
@@ -200,42 +194,39 @@ void embed(const Model &m, const Call &c, int64_t b, float *x) {
             x[i] = float(code) * bfloat_to_float(short_scales(table)[token * lines * 4 + i / GROUP4]);
         }
     }
-    layer_norm<D>(x, x, m.tensors[LN0], m.tensors[LN0 + 1], m.C, m.norm_eps);
+    layer_norm(x, x, m.tensors[LN0], m.tensors[LN0 + 1], m.C, m.norm_eps);
 }
 
 // now = ln(x), kept as the new shift; before = the shift given.
-template <int D>
-void norm_and_shift(const Model &m, const Call &c, int layer, int64_t b, bool att, const Tensor *ln, const float *x, float *now,
-                    float *before) {
-    layer_norm<D>(now, x, ln[0], ln[1], m.C, m.norm_eps);
-    for (int i = 0; i < m.C; i++) now[i] = rounded<D>(now[i]);  // as the state will have it
-    const int64_t *strides = att ? c.att_strides : c.ffn_strides;
-    load_row(before, {att ? c.att_shift : c.ffn_shift, D}, b * strides[0] + layer * strides[1], m.C, m.C);
-    store_row({att ? c.new_att_shift : c.new_ffn_shift, D}, (b * m.L + layer) * m.C, now, m.C);
+inline void norm_and_shift(const Model &m, const Call &c, int layer, int64_t b, bool att, const Tensor *ln, const float *x,
+                           float *now, float *before) {
+    layer_norm(now, x, ln[0], ln[1], m.C, m.norm_eps);
+    const int64_t *strides = att ? c.att_strides : c.ffn_strides, at = (b * m.L + layer) * m.C;
+    void *shift = att ? c.new_att_shift : c.new_ffn_shift;
+    load_row(before, {att ? c.att_shift : c.ffn_shift, m.dtype}, b * strides[0] + layer * strides[1], m.C, m.C);
+    store_row({shift, m.dtype}, at, now, m.C);
+    if (m.dtype != FLOAT32) load_row(now, {shift, m.dtype}, at, m.C, m.C);  // rounded as the state has it
 }
 
 // to = now + (before - now) * mu
-template <int D>
-void mix(const Rows &to, int64_t b, const float *now, const float *delta, const Tensor &mu, int n) {
-    const Numbers<D> share(mu);
+inline void mix(const Rows &to, int64_t b, const float *now, const float *delta, const Tensor &mu, int n) {
+    const float *share = numbers(mu, n);
     float *out = to.row(b);
     for (int i = 0; i < n; i++) out[i] = now[i] + delta[i] * share[i];
     mirror(to, b, n);
 }
 
-template <int D>
-void add(float *x, const float *y, int n) {
+inline void add(float *x, const float *y, int n) {
     for (int i = 0; i < n; i++) x[i] += y[i];
 }
 
 // Logits of x.
-template <int D>
-void head(const Model &m, const Call &c, const Rows &x, const Rows &now) {
+inline void head(const Model &m, const Call &c, const Rows &x, const Rows &now) {
     each_sequence(c.B, int(c.threads), [&](int64_t b) {
-        layer_norm<D>(now.row(b), x.row(b), m.tensors[LN_OUT], m.tensors[LN_OUT + 1], m.C, m.norm_eps);
+        layer_norm(now.row(b), x.row(b), m.tensors[LN_OUT], m.tensors[LN_OUT + 1], m.C, m.norm_eps);
         mirror(now, b, m.C);
     });
-    run_jobs<D>({{&m.tensors[HEAD], now, {}, NONE, c.logits}}, c.B, int(c.threads));
+    run_jobs({{&m.tensors[HEAD], now, {}, NONE, c.logits, m.dtype}}, c.B, int(c.threads));
 }
 
 // A state of one head, key-major: S[k][v] for values v0 .. v0+width-1 into rows of `width`.

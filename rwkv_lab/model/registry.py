@@ -20,8 +20,7 @@ from rwkv_lab.errors import LayoutError, ParameterError
 class CompiledForm:
     """How the compiled paths of `model/cpu` take the layers of a generation.
 
-    step: the source in kernels/cpu whose function `step` takes one token through the model.
-    number: `Model.generation` in that source.
+    number: `Model.generation` in kernels/cpu/step.cpp, which takes one token through the model.
     slots: per layer, what goes into which place of the step's table: enumerator in the source -> parameter, or module
         whose parameters go there, in the order of the enum. A norm takes two places, weight and bias. What a layer does
         not have stays empty.
@@ -32,7 +31,6 @@ class CompiledForm:
     channel_mix: the same, `(prefill, block, x, shape, shift)` -> the new shift.
     """
 
-    step: str
     number: int
     slots: Mapping[str, str]
     time_mix: Callable

@@ -83,7 +83,7 @@ def make_block(layout: Layout, layer: int, group_norm_eps: float, names: Collect
     return Block(layout, layer, TimeMix(layout, layer), ChannelMix(layout, layer), halves_float16=True)
 
 
-_SLOTS = {  # place in the table of kernels/cpu/step4.cpp: parameter, or module whose parameters go there
+_SLOTS = {  # place in the table of kernels/cpu/step4.h: parameter, or module whose parameters go there
     "LN1": "ln1",
     "LN2": "ln2",
     "DECAY": "att.time_decay",
@@ -110,6 +110,6 @@ register(
         first_wkv=lambda layout, device: empty_wkv4_state(layout.n_layer, layout.dim_att, device),
         has_time_state=False,
         halves_float16=True,
-        compiled=CompiledForm("step4", 4, _SLOTS, compiled.time_mix, compiled.channel_mix),
+        compiled=CompiledForm(4, _SLOTS, compiled.time_mix, compiled.channel_mix),
     )
 )

@@ -101,7 +101,7 @@ def make_block(layout: Layout, layer: int, group_norm_eps: float, names: Collect
     )
 
 
-_SLOTS = {  # place in the table of kernels/cpu/step56.cpp: parameter, or module whose parameters go there
+_SLOTS = {  # place in the table of kernels/cpu/step56.h: parameter, or module whose parameters go there
     "LN1": "ln1",
     "LN2": "ln2",
     "BONUS": "att.time_faaaa",
@@ -129,6 +129,6 @@ register(
         versions=("5.0", "5.1", "5.2"),
         make_block=make_block,
         halves_float16=True,
-        compiled=CompiledForm("step56", 5, _SLOTS, compiled.time_mix, compiled.channel_mix),
+        compiled=CompiledForm(5, _SLOTS, compiled.time_mix, compiled.channel_mix),
     )
 )

@@ -99,7 +99,7 @@ def make_block(layout: Layout, layer: int, group_norm_eps: float, names: Collect
     return Block(layout, layer, TimeMix(layout, layer, group_norm_eps), ChannelMix(layout, layer), halves_float16=True)
 
 
-_SLOTS = {  # place in the table of kernels/cpu/step56.cpp: parameter, or module whose parameters go there
+_SLOTS = {  # place in the table of kernels/cpu/step56.h: parameter, or module whose parameters go there
     "LN1": "ln1",
     "LN2": "ln2",
     "BONUS": "att.time_faaaa",
@@ -134,7 +134,10 @@ register(
         make_block=make_block,
         halves_float16=True,
         compiled=CompiledForm(
-            *("step56", 6, _SLOTS, compiled.time_mix, compiled.channel_mix),
+            6,
+            _SLOTS,
+            compiled.time_mix,
+            compiled.channel_mix,
             transposed=frozenset(f"att.time_{z}_w{i}" for z in ("maa", "decay") for i in "12"),
         ),
     )

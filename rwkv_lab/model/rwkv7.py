@@ -200,7 +200,7 @@ def _numbers(n: int) -> torch.Tensor:
     return torch.arange(n, dtype=torch.float32, device="cpu")
 
 
-_SLOTS = {  # place in the table of kernels/cpu/step7.cpp: parameter, or module whose parameters go there
+_SLOTS = {  # place in the table of kernels/cpu/step7.h: parameter, or module whose parameters go there
     "LN1": "ln1",
     "LN2": "ln2",
     "X_R": "att.x_r",
@@ -239,7 +239,10 @@ register(
         make_block=make_block,
         has_v_first=True,
         compiled=CompiledForm(
-            *("step7", 7, _SLOTS, compiled.time_mix, compiled.channel_mix),
+            7,
+            _SLOTS,
+            compiled.time_mix,
+            compiled.channel_mix,
             transposed=frozenset(f"att.{z}{i}" for z in "wavg" for i in "12"),
             unused_in_first_layer=frozenset({"att.v0", "att.v1", "att.v2"}),
         ),

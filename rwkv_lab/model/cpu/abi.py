@@ -132,13 +132,13 @@ def prefill_library() -> ctypes.CDLL:
     return _declared(library_on_torch_threads("mix"), PREFILL)
 
 
-def step_library(source: str) -> ctypes.CDLL:
-    """The function `step` of one of the step*.cpp.
+def step_library() -> ctypes.CDLL:
+    """The function `step` of step.cpp.
 
     Raises:
         KernelError: as `cpu_library`.
     """
-    return _declared(cpu_library(source), STEP)
+    return _declared(cpu_library("step"), STEP)
 
 
 def packing_library() -> ctypes.CDLL:

@@ -34,7 +34,6 @@ from rwkv_lab.errors import KernelError
 from rwkv_lab.model.cpu import abi
 from rwkv_lab.model.cpu.lazy_state import is_lazy
 from rwkv_lab.model.cpu.model_faults import fault_of_modules, fault_of_tensors, refuse_tensors_without_values
-from rwkv_lab.model.registry import generation_of
 from rwkv_lab.model.standard_modules import patched_class
 from rwkv_lab.model.state import RWKVState
 from rwkv_lab.wkv.choice import chosen_backend
@@ -128,7 +127,7 @@ def _decide(model: Any, path: str, tokens, state) -> tuple[Permit | None, str]:
     if path == "prefill":
         abi.prefill_library()
     else:
-        found.step = abi.step_library(found.source).step
+        found.step = abi.step_library().step
     return Permit(found, storages), ""
 
 
@@ -198,14 +197,12 @@ class Eligibility:
 
     faults: why the model cannot take a path, "" where it can; by path.
     lasting: whether `holds` notices when that changes. Where a tensor does not fit, it might not.
-    source, step, table: of the step: its source, its function, and what it makes of the tensors at its first use.
+    step, table: of the step: its function, and what it makes of the tensors at its first use.
     meanwhile: the step has run, and its weights are large: from now on a second thread compares while it runs.
     """
 
     def __init__(self, model: Any):
         self.layout, self.meanwhile = model.layout, False
-        form = generation_of(model.layout).compiled
-        self.source = form.step if form else ""
         self.step: Any = None
         self.table: Any = None
         # Without the model itself, which would not be given back while this is kept for it.

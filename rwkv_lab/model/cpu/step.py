@@ -1,4 +1,4 @@
-"""One token through a whole model as one compiled call: `kernels/cpu/step*.cpp`, with weights used where they lie."""
+"""One token through a whole model as one compiled call: `kernels/cpu/step.cpp`, with weights used where they lie."""
 
 import ctypes
 from typing import Any

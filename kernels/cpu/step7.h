@@ -1,9 +1,9 @@
 // RWKV-7: one token of every sequence through the whole model; formulas as in rwkv_lab/model/rwkv7.py.
+#pragma once
+
 #include "step.h"
 
-using namespace rwkv_lab;
-
-namespace {
+namespace rwkv_lab::step7 {
 
 enum { LN1 = 0, LN2 = 2, X_R = 4, X_W, X_K, X_V, X_A, X_G, W0, W1, W2, A0, A1, A2, V0, V1, V2, G1, G2, K_K, K_A, R_K,
        RECEPTANCE, KEY, VALUE, OUTPUT, LN_X, FFN_X_K = LN_X + 2, FFN_KEY, FFN_VALUE, PER_LAYER };
@@ -31,7 +31,7 @@ INLINE void wkv_block(float *to, const float *S, int N, int v0, const float *r, 
     for (int i = 0; i < NV; i++) store(y + v0 + i * LANES, out[i]);
 }
 
-void wkv(float *to, const float *S, int N, const float *r, const float *d, const float *k, const float *v, const float *a,
+inline void wkv(float *to, const float *S, int N, const float *r, const float *d, const float *k, const float *v, const float *a,
          const float *b, float *y) {
     int v0 = 0;
     for (; v0 + 4 * LANES <= N; v0 += 4 * LANES) wkv_block<4>(to, S, N, v0, r, d, k, v, a, b, y);
@@ -55,60 +55,66 @@ struct Mixed {
 };
 
 // One head of tokens b0 .. b1-1: the outer halves of the low-rank pairs, WKV, norm, bonus, gate.
-template <int D>
-void one_head(const Model &m, const Call &c, int layer, const Tensor *t, const Mixed &x, int h, int64_t b0, int64_t b1) {
+inline void one_head(const Model &m, const Call &c, int layer, const Tensor *t, const Mixed &x, int h, int64_t b0, int64_t b1) {
     FlushToZero flush;
     const int N = m.N, first = h * N, wide = round_up(N, LANES);
     const int64_t count = b1 - b0, all = count * wide;
-    float *low = workspace(size_t(4 * all) + 6 * wide + size_t(N) * N + LANES), *rows = low + 4 * all;
+    float *low = workspace(size_t(4 * all) + 14 * wide + size_t(N) * N + LANES), *rows = low + 4 * all;
     const bool mixes_values = layer > 0;
     product(t[W2], first, first + N, x.w, b0, b1, low, wide);
     product(t[A2], first, first + N, x.a, b0, b1, low + all, wide);
     product(t[G2], first, first + N, x.g, b0, b1, low + 2 * all, wide);
     if (mixes_values) product(t[V2], first, first + N, x.gate, b0, b1, low + 3 * all, wide);
-    const Numbers<D> w0(t[W0]), a0(t[A0]), v0(t[V0]), k_k(t[K_K]), k_a(t[K_A]), r_k(t[R_K]), ln_w(t[LN_X]), ln_b(t[LN_X + 1]);
-    float *d = rows, *k = d + wide, *kk = k + wide, *ka = kk + wide, *v = ka + wide, *y = v + wide, *S = y + wide;
+    float *d = rows, *k = d + wide, *kk = k + wide, *ka = kk + wide, *v = ka + wide, *y = v + wide, *next = y + wide;
+    auto of_head = [&](int which) {
+        float *to = next;
+        load_row(to, {t[which].data, m.dtype}, first, N, N);
+        next += wide;
+        return to;
+    };
+    const float *w0 = of_head(W0), *a0 = of_head(A0), *v0 = mixes_values ? of_head(V0) : nullptr, *k_k = of_head(K_K);
+    const float *k_a = of_head(K_A), *r_k = of_head(R_K), *ln_w = of_head(LN_X), *ln_b = of_head(LN_X + 1);
+    float *S = next;
     for (int64_t b = b0; b < b1; b++) {
         float *pw = low + (b - b0) * wide, *pa = pw + all, *pg = pa + all, *pv = pg + all;
         const float *r = x.r.row(b) + first, *key = x.k.row(b) + first;
-        for (int i = 0; i < N; i++) d[i] = w0[first + i] + pw[i];
+        for (int i = 0; i < N; i++) d[i] = w0[i] + pw[i];
         sigmoids(d, N);
         for (int i = 0; i < N; i++) d[i] *= -0.60653066f;  // -e^(-1/2)
         exponentials_of(d, N);
-        for (int i = 0; i < N; i++) pa[i] = a0[first + i] + pa[i];
+        for (int i = 0; i < N; i++) pa[i] = a0[i] + pa[i];
         sigmoids(pa, N);
         float *own = x.v.row(b) + first, *v_first = x.v_first.row(b) + first;
         if (mixes_values) {
-            for (int i = 0; i < N; i++) pv[i] = v0[first + i] + pv[i];
+            for (int i = 0; i < N; i++) pv[i] = v0[i] + pv[i];
             sigmoids(pv, N);
             for (int i = 0; i < N; i++) v[i] = own[i] + (v_first[i] - own[i]) * pv[i];
         } else {
             for (int i = 0; i < N; i++) v[i] = v_first[i] = own[i];
         }
-        for (int i = 0; i < N; i++) kk[i] = key[i] * k_k[first + i];
+        for (int i = 0; i < N; i++) kk[i] = key[i] * k_k[i];
         const float length = std::max(std::sqrt(total_of_products(kk, kk, N)), 1e-12f);
         for (int i = 0; i < N; i++) {
             kk[i] /= length;
             ka[i] = kk[i] * pa[i];
             kk[i] = -kk[i];
-            k[i] = key[i] * (1 + (pa[i] - 1) * k_a[first + i]);
+            k[i] = key[i] * (1 + (pa[i] - 1) * k_a[i]);
         }
         const HeadState state = head_state(m, c, layer, b, h);
         wkv(state.to, key_major(state, N, S), N, r, d, k, v, kk, ka, y);
         float bonus = 0;
-        for (int i = 0; i < N; i++) bonus += r[i] * k[i] * r_k[first + i];
+        for (int i = 0; i < N; i++) bonus += r[i] * k[i] * r_k[i];
         standardise(y, y, N, m.head_norm_eps);
         float *out = x.y.row(b) + first;
         for (int i = 0; i < N; i++) {
-            const float normed = ln_b[first + i] + y[i] * ln_w[first + i];
+            const float normed = ln_b[i] + y[i] * ln_w[i];
             out[i] = (normed + bonus * v[i]) * pg[i];
         }
         if (x.y.half) store_row({x.y.half, BFLOAT16}, b * x.y.stride + first, out, N);
     }
 }
 
-template <int D>
-void step(const Model &m, const Call &c) {
+inline void step(const Model &m, const Call &c) {
     FlushToZero flush;
     const int threads = int(c.threads), C = m.C;
     const int64_t B = c.B;
@@ -118,7 +124,7 @@ void step(const Model &m, const Call &c) {
         for (int layer = 0; layer < m.L; layer++) n = std::max(n, t[layer * PER_LAYER + which].outputs());
         return n;
     };
-    Scratch scratch(B, D);
+    Scratch scratch(B, m.dtype);
     const Rows x = scratch.rows(C), now = scratch.rows(C), before = scratch.rows(C), out = scratch.rows(C);
     Rows mixed[6];
     for (Rows &z : mixed) z = scratch.rows(C);
@@ -127,41 +133,41 @@ void step(const Model &m, const Call &c) {
             scratch.rows(inner(A1)), scratch.rows(inner(G1)), scratch.rows(inner(V1)), scratch.rows(m.A)};
     const Rows key = scratch.rows(m.F);
 
-    each_sequence(B, threads, [&](int64_t b) { embed<D>(m, c, b, x.row(b)); });
+    each_sequence(B, threads, [&](int64_t b) { embed(m, c, b, x.row(b)); });
     for (int layer = 0; layer < m.L; layer++, t += PER_LAYER) {
         each_sequence(B, threads, [&](int64_t b) {
-            if (layer) add<D>(x.row(b), out.row(b), C);
+            if (layer) add(x.row(b), out.row(b), C);
             float *delta = before.row(b);
-            norm_and_shift<D>(m, c, layer, b, true, t + LN1, x.row(b), now.row(b), delta);
+            norm_and_shift(m, c, layer, b, true, t + LN1, x.row(b), now.row(b), delta);
             for (int i = 0; i < C; i++) delta[i] -= now.row(b)[i];
-            for (int i = 0; i < 6; i++) mix<D>(mixed[i], b, now.row(b), delta, t[X_R + i], C);
+            for (int i = 0; i < 6; i++) mix(mixed[i], b, now.row(b), delta, t[X_R + i], C);
         });
         const Job projections[] = {{&t[RECEPTANCE], xr, z.r}, {&t[KEY], xk, z.k},           {&t[VALUE], xv, z.v},
                                    {&t[W1], xw, z.w, TANH},   {&t[A1], xa, z.a},            {&t[G1], xg, z.g, SIGMOID},
                                    {&t[V1], xv, z.gate}};
-        run_jobs<D>(projections, B, threads);
+        run_jobs(projections, B, threads);
         constexpr int TOGETHER = 8;
         const int blocks = int((B + TOGETHER - 1) / TOGETHER);
         parallel_for(m.H * blocks, threads, [&](int i) {
             const int64_t b0 = i % blocks * TOGETHER;
-            one_head<D>(m, c, layer, t, z, i / blocks, b0, std::min(b0 + TOGETHER, B));
+            one_head(m, c, layer, t, z, i / blocks, b0, std::min(b0 + TOGETHER, B));
         });
-        run_jobs<D>({{&t[OUTPUT], z.y, out}}, B, threads);
+        run_jobs({{&t[OUTPUT], z.y, out}}, B, threads);
         each_sequence(B, threads, [&](int64_t b) {
-            add<D>(x.row(b), out.row(b), C);
+            add(x.row(b), out.row(b), C);
             float *delta = before.row(b);
-            norm_and_shift<D>(m, c, layer, b, false, t + LN2, x.row(b), now.row(b), delta);
+            norm_and_shift(m, c, layer, b, false, t + LN2, x.row(b), now.row(b), delta);
             for (int i = 0; i < C; i++) delta[i] -= now.row(b)[i];
-            mix<D>(xk, b, now.row(b), delta, t[FFN_X_K], C);
+            mix(xk, b, now.row(b), delta, t[FFN_X_K], C);
         });
-        run_jobs<D>({{&t[FFN_KEY], xk, key, SQUARED_RELU}}, B, threads);
-        run_jobs<D>({{&t[FFN_VALUE], key, out}}, B, threads);
+        run_jobs({{&t[FFN_KEY], xk, key, SQUARED_RELU}}, B, threads);
+        run_jobs({{&t[FFN_VALUE], key, out}}, B, threads);
     }
-    each_sequence(B, threads, [&](int64_t b) { add<D>(x.row(b), out.row(b), C); });
-    head<D>(m, c, x, now);
+    each_sequence(B, threads, [&](int64_t b) { add(x.row(b), out.row(b), C); });
+    head(m, c, x, now);
 }
 
-bool fit(const Model &m, const Call &c) {
+inline bool fit(const Model &m, const Call &c) {
     const int64_t C = m.C, A = m.A, F = m.F;
     if (!fits(m, c, A * m.N, PER_LAYER, true)) return false;
     for (int layer = 0; layer < m.L; layer++) {
@@ -182,13 +188,4 @@ bool fit(const Model &m, const Call &c) {
     return true;
 }
 
-}  // namespace
-
-// One token of B sequences: logits [B,V] and the new state.
-extern "C" int64_t step(const Model *model, const Call *call) {
-    if (!fit(*model, *call)) return MISFIT;
-    if (model->dtype == FLOAT32) step<FLOAT32>(*model, *call);
-    if (model->dtype == BFLOAT16) step<BFLOAT16>(*model, *call);
-    if (model->dtype == FLOAT16) step<FLOAT16>(*model, *call);
-    return FITS;
-}
+}  // namespace rwkv_lab::step7

@@ -1,37 +1,36 @@
 // RWKV-4: one token of every sequence through the whole model; formulas as in rwkv_lab/model/rwkv4.py.
+#pragma once
+
 #include "step456.h"
 
-using namespace rwkv_lab;
-
-namespace {
+namespace rwkv_lab::step4 {
 
 enum { LN1 = 0, LN2 = 2, DECAY = 4, FIRST, MIX_K, MIX_V, MIX_R, KEY, VALUE, RECEPTANCE, OUTPUT, FFN_MIX_K, FFN_MIX_R, FFN_KEY,
        FFN_RECEPTANCE, FFN_VALUE, PER_LAYER };
 
-template <int D>
-void step(const Model &m, const Call &c) {
+inline void step(const Model &m, const Call &c) {
     FlushToZero flush;
     const int threads = int(c.threads), C = m.C, A = m.A;
     const int64_t B = c.B;
     const Tensor *t = m.tensors + LAYERS;
-    Scratch scratch(B, D);
+    Scratch scratch(B, m.dtype);
     const Rows x = scratch.rows(C), now = scratch.rows(C), before = scratch.rows(C), out = scratch.rows(C);
     const Rows xk = scratch.rows(C), xv = scratch.rows(C), xr = scratch.rows(C);
     const Rows k = scratch.rows(A), v = scratch.rows(A), r = scratch.rows(A), y = scratch.rows(A), work = scratch.rows(5 * A);
     ChannelMix ffn(scratch, m);
 
-    each_sequence(B, threads, [&](int64_t b) { embed<D>(m, c, b, x.row(b)); });
+    each_sequence(B, threads, [&](int64_t b) { embed(m, c, b, x.row(b)); });
     for (int layer = 0; layer < m.L; layer++, t += PER_LAYER) {
         each_sequence(B, threads, [&](int64_t b) {
-            norm_and_shift<D>(m, c, layer, b, true, t + LN1, x.row(b), now.row(b), before.row(b));
-            from_before<D>(xk, b, now.row(b), before.row(b), t[MIX_K], C);
-            from_before<D>(xv, b, now.row(b), before.row(b), t[MIX_V], C);
-            from_before<D>(xr, b, now.row(b), before.row(b), t[MIX_R], C);
+            norm_and_shift(m, c, layer, b, true, t + LN1, x.row(b), now.row(b), before.row(b));
+            from_before(xk, b, now.row(b), before.row(b), t[MIX_K], C);
+            from_before(xv, b, now.row(b), before.row(b), t[MIX_V], C);
+            from_before(xr, b, now.row(b), before.row(b), t[MIX_R], C);
         });
         const Job projections[] = {{&t[KEY], xk, k}, {&t[VALUE], xv, v}, {&t[RECEPTANCE], xr, r, SIGMOID}};
-        run_jobs<D>(projections, B, threads);
+        run_jobs(projections, B, threads);
         each_sequence(B, threads, [&](int64_t b) {
-            const Numbers<D> decay(t[DECAY]), first(t[FIRST]);
+            const float *decay = numbers<0>(t[DECAY], A), *first = numbers<1>(t[FIRST], A);
             const float *a = c.wkv + b * c.wkv_strides[0] + layer * c.wkv_strides[1], *sum = a + c.wkv_strides[2];
             const float *p = sum + c.wkv_strides[2], *key = k.row(b), *value = v.row(b);
             float *new_a = c.new_wkv + (b * m.L + layer) * 3 * A, *new_sum = new_a + A, *new_p = new_sum + A;
@@ -53,17 +52,17 @@ void step(const Model &m, const Call &c) {
                 new_sum[i] = old[i] * sum[i] + fresh[i];
                 y.row(b)[i] = r.row(b)[i] * wkv;
             }
-            halve<D>(m, layer, y.row(b), A);
+            halve(m, layer, y.row(b), A);
             mirror(y, b, A);
         });
-        run_jobs<D>({{&t[OUTPUT], y, out}}, B, threads);
-        ffn.mixes<D>(m, c, layer, t + LN2, x, now, before, out, t[FFN_MIX_K], t[FFN_MIX_R], true);
-        ffn.run<D>(m, c, layer, t[FFN_KEY], t[FFN_RECEPTANCE], t[FFN_VALUE], x);
+        run_jobs({{&t[OUTPUT], y, out}}, B, threads);
+        ffn.mixes(m, c, layer, t + LN2, x, now, before, out, t[FFN_MIX_K], t[FFN_MIX_R], true);
+        ffn.run(m, c, layer, t[FFN_KEY], t[FFN_RECEPTANCE], t[FFN_VALUE], x);
     }
-    head<D>(m, c, x, now);
+    head(m, c, x, now);
 }
 
-bool fit(const Model &m, const Call &c) {
+inline bool fit(const Model &m, const Call &c) {
     const int64_t C = m.C, A = m.A, F = m.F;
     if (!fits(m, c, 3 * A, PER_LAYER, false)) return false;
     for (int layer = 0; layer < m.L; layer++)
@@ -75,13 +74,4 @@ bool fit(const Model &m, const Call &c) {
     return true;
 }
 
-}  // namespace
-
-// One token of B sequences: logits [B,V] and the new state.
-extern "C" int64_t step(const Model *model, const Call *call) {
-    if (!fit(*model, *call)) return MISFIT;
-    if (model->dtype == FLOAT32) step<FLOAT32>(*model, *call);
-    if (model->dtype == BFLOAT16) step<BFLOAT16>(*model, *call);
-    if (model->dtype == FLOAT16) step<FLOAT16>(*model, *call);
-    return FITS;
-}
+}  // namespace rwkv_lab::step4

@@ -1,9 +1,9 @@
 // RWKV-5 and 6: one token of every sequence through the whole model; formulas as in rwkv_lab/model/rwkv5.py and rwkv6.py.
+#pragma once
+
 #include "step456.h"
 
-using namespace rwkv_lab;
-
-namespace {
+namespace rwkv_lab::step56 {
 
 enum { LN1 = 0, LN2 = 2, BONUS = 4, LOG_BONUS, DECAY, RECEPTANCE, KEY, VALUE, GATE, OUTPUT, LN_X, FFN_MIX_K = LN_X + 2, FFN_MIX_R,
        FFN_KEY, FFN_RECEPTANCE, FFN_VALUE, SHARED };
@@ -11,7 +11,7 @@ enum { MIX_K = SHARED, MIX_V, MIX_R, MIX_G, PER_LAYER_5 };
 enum { MAA_X = SHARED, MAA_W, MAA_K, MAA_V, MAA_R, MAA_G, MAA_W1, MAA_W2, DECAY_W1, DECAY_W2, PER_LAYER_6 };
 
 // y = S r + (r . (u k)) v, S' = S diag(d) + v kᵀ; S[K][V].
-void wkv(float *to, const float *S, int N, const float *r, const float *d, const float *k, const float *v, const float *u, float *y) {
+inline void wkv(float *to, const float *S, int N, const float *r, const float *d, const float *k, const float *v, const float *u, float *y) {
     float bonus = 0;
     for (int j = 0; j < N; j++) bonus += r[j] * u[j] * k[j];
     for (int i = 0; i < N; i++) y[i] = bonus * v[i];
@@ -30,19 +30,26 @@ struct Mixed {
     Rows r, k, v, gate, decay, y;  // `decay`: the inner half of its low-rank pair
 };
 
-template <int D, int GENERATION>
-void one_head(const Model &m, const Call &c, int layer, const Tensor *t, const Mixed &x, int h, int64_t b0, int64_t b1) {
+inline void one_head(const Model &m, const Call &c, int layer, const Tensor *t, const Mixed &x, int h, int64_t b0, int64_t b1) {
     FlushToZero flush;
     const int N = m.N, first = h * N, wide = round_up(N, LANES);
-    float *d = workspace(size_t(b1 - b0 + 3) * wide + size_t(N) * N + LANES), *u = d + (b1 - b0) * wide, *y = u + wide, *S = y + wide;
-    const Numbers<D> decay(t[DECAY]), bonus(t[BONUS].data ? t[BONUS] : t[LOG_BONUS]), ln_w(t[LN_X]), ln_b(t[LN_X + 1]);
+    const bool six = m.generation == 6;
+    float *d = workspace(size_t(b1 - b0 + 6) * wide + size_t(N) * N + LANES), *u = d + (b1 - b0) * wide, *y = u + wide;
+    float *decay = y + wide, *ln_w = decay + wide, *ln_b = ln_w + wide, *S = ln_b + wide;
     const bool per_channel = t[DECAY].rows * t[DECAY].columns == m.A && m.A != m.H;
-    for (int i = 0; i < N; i++) u[i] = bonus[per_channel ? first + i : h];
+    // Of this head's channels, or one of the head.
+    auto of_head = [&](float *to, const Tensor &w) {
+        load_row(to, {w.data, w.format}, per_channel ? first : h, per_channel ? N : 1, 1);
+        if (!per_channel) std::fill(to + 1, to + N, to[0]);
+    };
+    of_head(u, t[BONUS].data ? t[BONUS] : t[LOG_BONUS]);
+    of_head(decay, t[DECAY]);
+    load_row(ln_w, {t[LN_X].data, m.dtype}, first, N, N);
+    load_row(ln_b, {t[LN_X + 1].data, m.dtype}, first, N, N);
     if (!t[BONUS].data) exponentials_of(u, N);
-    if constexpr (GENERATION == 6) product(t[DECAY_W2], first, first + N, x.decay, b0, b1, d, wide);
+    if (six) product(t[DECAY_W2], first, first + N, x.decay, b0, b1, d, wide);
     for (int64_t b = b0; b < b1; b++, d += wide) {
-        for (int i = 0; i < N; i++)
-            d[i] = GENERATION == 6 ? decay[first + i] + d[i] : decay[per_channel ? first + i : h];
+        for (int i = 0; i < N; i++) d[i] = six ? decay[i] + d[i] : decay[i];
         exponentials_of(d, N);
         for (int i = 0; i < N; i++) d[i] = -d[i];
         exponentials_of(d, N);
@@ -50,33 +57,32 @@ void one_head(const Model &m, const Call &c, int layer, const Tensor *t, const M
         wkv(state.to, key_major(state, N, S), N, x.r.row(b) + first, d, x.k.row(b) + first, x.v.row(b) + first, u, y);
         standardise(y, y, N, m.head_norm_eps);
         float *out = x.y.row(b) + first;
-        for (int i = 0; i < N; i++) out[i] = ln_b[first + i] + y[i] * ln_w[first + i];
+        for (int i = 0; i < N; i++) out[i] = ln_b[i] + y[i] * ln_w[i];
         if (t[GATE].data)
             for (int i = 0; i < N; i++) out[i] *= x.gate.row(b)[first + i];
-        halve<D>(m, layer, out, N);
+        halve(m, layer, out, N);
         if (x.y.half) store_row({x.y.half, BFLOAT16}, b * x.y.stride + first, out, N);
     }
 }
 
 // One of the five matrices of time_maa_w2 [5,rank,C].
-Tensor part(const Tensor &w, int which) {
+inline Tensor part(const Tensor &w, int which) {
     Tensor out = w;
     out.rows /= 5;
     out.data = static_cast<const char *>(w.data) + int64_t(which) * out.rows * w.columns * (w.format == FLOAT32 ? 4 : 2);
     return out;
 }
 
-template <int D, int GENERATION>
-void step(const Model &m, const Call &c) {
+inline void step(const Model &m, const Call &c) {
     FlushToZero flush;
     const int threads = int(c.threads), C = m.C;
     const int64_t B = c.B;
     const Tensor *t = m.tensors + LAYERS;
-    Scratch scratch(B, D);
+    Scratch scratch(B, m.dtype);
     const Rows x = scratch.rows(C), now = scratch.rows(C), before = scratch.rows(C), out = scratch.rows(C);
     const Rows xw = scratch.rows(C), xk = scratch.rows(C), xv = scratch.rows(C), xr = scratch.rows(C), xg = scratch.rows(C);
     const Rows *mixed[5] = {&xw, &xk, &xv, &xr, &xg};
-    const bool six = GENERATION == 6;
+    const bool six = m.generation == 6;
     Rows inner[5], shares[5];
     if (six)
         for (int i = 0; i < 5; i++) inner[i] = scratch.rows(t[MAA_W1].columns / 5), shares[i] = scratch.rows(C);
@@ -85,16 +91,16 @@ void step(const Model &m, const Call &c) {
                   scratch.rows(six ? t[DECAY_W1].columns : 1), scratch.rows(m.A)};
     ChannelMix ffn(scratch, m);
 
-    each_sequence(B, threads, [&](int64_t b) { embed<D>(m, c, b, x.row(b)); });
+    each_sequence(B, threads, [&](int64_t b) { embed(m, c, b, x.row(b)); });
     for (int layer = 0; layer < m.L; layer++, t += six ? int(PER_LAYER_6) : int(PER_LAYER_5)) {
         static const Tensor nothing{nullptr, nullptr, FLOAT32, 0, 0, 1, 0, 0};
-        if constexpr (GENERATION == 6) {
+        if (six) {
             each_sequence(B, threads, [&](int64_t b) {
-                norm_and_shift<D>(m, c, layer, b, true, t + LN1, x.row(b), now.row(b), before.row(b));
+                norm_and_shift(m, c, layer, b, true, t + LN1, x.row(b), now.row(b), before.row(b));
                 for (int i = 0; i < C; i++) before.row(b)[i] -= now.row(b)[i];
-                mix<D>(xw, b, now.row(b), before.row(b), t[MAA_X], C);
+                mix(xw, b, now.row(b), before.row(b), t[MAA_X], C);
             });
-            run_jobs<D>({{&t[MAA_W1], xw, all, TANH}}, B, threads);
+            run_jobs({{&t[MAA_W1], xw, all, TANH}}, B, threads);
             const int rank = t[MAA_W1].columns / 5;
             for (int i = 0; i < 5; i++)
                 for (int64_t b = 0; b < B; b++) {
@@ -104,11 +110,10 @@ void step(const Model &m, const Call &c) {
             const Tensor w2[] = {part(t[MAA_W2], 0), part(t[MAA_W2], 1), part(t[MAA_W2], 2), part(t[MAA_W2], 3), part(t[MAA_W2], 4)};
             const Job jobs[] = {{&w2[0], inner[0], shares[0]}, {&w2[1], inner[1], shares[1]}, {&w2[2], inner[2], shares[2]},
                                 {&w2[3], inner[3], shares[3]}, {&w2[4], inner[4], shares[4]}};
-            run_jobs<D>(jobs, B, threads);
+            run_jobs(jobs, B, threads);
             each_sequence(B, threads, [&](int64_t b) {
                 for (int i = 0; i < 5; i++) {
-                    const Numbers<D> mu(t[MAA_W + i]);
-                    const float *more = shares[i].row(b), *present = now.row(b), *delta = before.row(b);
+                    const float *mu = numbers(t[MAA_W + i], C), *more = shares[i].row(b), *present = now.row(b), *delta = before.row(b);
                     float *to = mixed[i]->row(b);
                     for (int j = 0; j < C; j++) to[j] = present[j] + delta[j] * (mu[j] + more[j]);
                     mirror(*mixed[i], b, C);
@@ -116,37 +121,30 @@ void step(const Model &m, const Call &c) {
             });
         } else {
             each_sequence(B, threads, [&](int64_t b) {
-                norm_and_shift<D>(m, c, layer, b, true, t + LN1, x.row(b), now.row(b), before.row(b));
-                from_before<D>(xk, b, now.row(b), before.row(b), t[MIX_K], C);
-                from_before<D>(xv, b, now.row(b), before.row(b), t[MIX_V], C);
-                from_before<D>(xr, b, now.row(b), before.row(b), t[MIX_R], C);
-                if (t[GATE].data) from_before<D>(xg, b, now.row(b), before.row(b), t[MIX_G], C);
+                norm_and_shift(m, c, layer, b, true, t + LN1, x.row(b), now.row(b), before.row(b));
+                from_before(xk, b, now.row(b), before.row(b), t[MIX_K], C);
+                from_before(xv, b, now.row(b), before.row(b), t[MIX_V], C);
+                from_before(xr, b, now.row(b), before.row(b), t[MIX_R], C);
+                if (t[GATE].data) from_before(xg, b, now.row(b), before.row(b), t[MIX_G], C);
             });
         }
         const Job projections[] = {{&t[RECEPTANCE], xr, z.r}, {&t[KEY], xk, z.k}, {&t[VALUE], xv, z.v}, {&t[GATE], xg, z.gate, SILU},
                                    {six ? &t[DECAY_W1] : &nothing, xw, z.decay, TANH}};
-        run_jobs<D>(projections, B, threads);
+        run_jobs(projections, B, threads);
         constexpr int TOGETHER = 8;
         const int blocks = int((B + TOGETHER - 1) / TOGETHER);
         parallel_for(m.H * blocks, threads, [&](int i) {
             const int64_t b0 = i % blocks * TOGETHER;
-            one_head<D, GENERATION>(m, c, layer, t, z, i / blocks, b0, std::min(b0 + TOGETHER, B));
+            one_head(m, c, layer, t, z, i / blocks, b0, std::min(b0 + TOGETHER, B));
         });
-        run_jobs<D>({{&t[OUTPUT], z.y, out}}, B, threads);
-        ffn.mixes<D>(m, c, layer, t + LN2, x, now, before, out, t[FFN_MIX_K], t[FFN_MIX_R], !six);
-        ffn.run<D>(m, c, layer, t[FFN_KEY], t[FFN_RECEPTANCE], t[FFN_VALUE], x);
+        run_jobs({{&t[OUTPUT], z.y, out}}, B, threads);
+        ffn.mixes(m, c, layer, t + LN2, x, now, before, out, t[FFN_MIX_K], t[FFN_MIX_R], !six);
+        ffn.run(m, c, layer, t[FFN_KEY], t[FFN_RECEPTANCE], t[FFN_VALUE], x);
     }
-    head<D>(m, c, x, now);
+    head(m, c, x, now);
 }
 
-template <int GENERATION>
-void step_of(const Model &m, const Call &c) {
-    if (m.dtype == FLOAT32) step<FLOAT32, GENERATION>(m, c);
-    if (m.dtype == BFLOAT16) step<BFLOAT16, GENERATION>(m, c);
-    if (m.dtype == FLOAT16) step<FLOAT16, GENERATION>(m, c);
-}
-
-bool fit(const Model &m, const Call &c) {
+inline bool fit(const Model &m, const Call &c) {
     const int64_t C = m.C, A = m.A, F = m.F, H = m.H;
     const bool six = m.generation == 6;
     const int per_layer = six ? int(PER_LAYER_6) : int(PER_LAYER_5);
@@ -179,14 +177,4 @@ bool fit(const Model &m, const Call &c) {
     return true;
 }
 
-}  // namespace
-
-// One token of B sequences: logits [B,V] and the new state.
-extern "C" int64_t step(const Model *model, const Call *call) {
-    if (!fit(*model, *call)) return MISFIT;
-    if (model->generation == 6)
-        step_of<6>(*model, *call);
-    else
-        step_of<5>(*model, *call);
-    return FITS;
-}
+}  // namespace rwkv_lab::step56
