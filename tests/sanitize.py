@@ -14,7 +14,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -DRWKV_LAB_CHECKED"
-TESTS = ("tests/wkv/test_cpu.py", "tests/model/test_weight_only.py", "tests/convert/test_gguf.py", "tests/model/cpu")
+TESTS = (
+    "tests/wkv/test_cpu.py",
+    "tests/model/test_weight_only.py",
+    "tests/convert/test_gguf.py",
+    "tests/merge/test_compiled.py",
+    "tests/model/cpu",
+)
 
 
 def sanitizer() -> str | None:

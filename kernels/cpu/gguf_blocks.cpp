@@ -4,7 +4,7 @@
 #include <bit>
 #include <cstring>
 
-#include "simd.h"
+#include "elements.h"
 #include "spans.h"
 
 namespace {
@@ -16,48 +16,16 @@ constexpr int64_t NO_SUCH_STEP = 2;
 constexpr float BELOW_HALF = 0x1.fffffep-2f;  // 0.5 itself would take what is just below a tie
 constexpr int32_t SIGN = INT32_MIN, INFINITE = 0x7f800000;
 
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 struct Values {
     Vec v[K];
 };
 
-INLINE Vec bfloats(const uint16_t *from) {
-#if defined(__AVX512F__)
-    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from))), 16);
-#elif defined(__AVX2__)
-    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))), 16);
-#else
-    Halves halves;
-    memcpy(&halves, from, sizeof halves);
-    return (Vec)(__builtin_convertvector(halves, Ints) << 16);
-#endif
-}
-
 template <int DTYPE>
 INLINE Values block_of(const void *values, int64_t b) {
     Values out;
-    if constexpr (DTYPE == FLOAT32) {
-        for (int k = 0; k < K; k++) out.v[k] = load(static_cast<const float *>(values) + b * N + k * LANES);
-        return out;
-    }
-    const uint16_t *from = static_cast<const uint16_t *>(values) + b * N;
-    if constexpr (DTYPE == FLOAT16) {
-#if defined(__AVX512F__)
-        for (int k = 0; k < K; k++)
-            out.v[k] = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + k * LANES)));
-#elif defined(__F16C__)
-        for (int k = 0; k < K; k++)
-            out.v[k] = (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + k * LANES)));
-#else
-        float x[N];
-        for (int i = 0; i < N; i++) x[i] = half_to_float(from[i]);
-        memcpy(&out, x, sizeof out);
-#endif
-        return out;
-    }
-    for (int k = 0; k < K; k++) out.v[k] = bfloats(from + k * LANES);
+    for (int k = 0; k < K; k++) out.v[k] = elements<DTYPE>(values, b * N + k * LANES);
     return out;
 }
 

@@ -90,14 +90,23 @@ def lineage(base: Checkpoint, weights: Weights) -> list[Weights]:
 def hashes_of(tensors: Iterable[tuple[str, Sequence[int], Callable[[], torch.Tensor]]]) -> dict[str, str]:
     """A hash of (name, shape, what gives its values) of tensors in any order, for each dtype that values are rounded
     to. Dimensions of one and states (`time_state`) do not count."""
-    hashes = {name: hashlib.sha256() for name in _ROUNDED_TO}
+    heads, values = [], []
     for tensor, shape, values_of in sorted(tensors, key=lambda t: t[0]):
-        if tensor.endswith(".time_state"):
-            continue
-        values, head = values_of().float(), f"{tensor} {[size for size in shape if size != 1]};".encode()
-        for name, dtype in [(name, to_dtype(name)) for name in _ROUNDED_TO]:
-            hashes[name].update(head + values.to(dtype).view(torch.uint8).numpy().tobytes())
-    return {name: one.hexdigest() for name, one in hashes.items()}
+        if not tensor.endswith(".time_state"):
+            heads.append(f"{tensor} {[size for size in shape if size != 1]};".encode())
+            values.append(values_of().float())
+    counts = [len(one) for one in values]
+    flat = torch.cat([torch.empty(0, dtype=torch.float32), *values])
+    return {name: _hash_of(heads, counts, flat.to(to_dtype(name))) for name in _ROUNDED_TO}
+
+
+def _hash_of(heads: Sequence[bytes], counts: Sequence[int], flat: torch.Tensor) -> str:
+    """Of each head, and so many of the values behind it."""
+    digest, at, data = hashlib.sha256(), 0, flat.view(torch.uint8).numpy().data
+    for head, count in zip(heads, counts, strict=True):
+        digest.update(head)
+        digest.update(data[at : (at := at + count * flat.itemsize)])
+    return digest.hexdigest()
 
 
 def same_weights(a: Weights, b: Weights) -> bool:
@@ -118,7 +127,7 @@ def _first_values(info: TensorInfo) -> torch.Tensor:
         return torch.empty(0)
     if not info.plain:
         return next(iter(info.blocks()))[:count].float()
-    return _read(info, 0, count)
+    return _read(info, [0], count)
 
 
 def _spread_values(info: TensorInfo) -> torch.Tensor:
@@ -126,10 +135,13 @@ def _spread_values(info: TensorInfo) -> torch.Tensor:
     if info.numel <= _VALUES:
         return _first_values(info)
     size = _VALUES // _PIECES
-    return torch.cat([_read(info, i * (info.numel - size) // (_PIECES - 1), size) for i in range(_PIECES)])
+    return _read(info, [i * (info.numel - size) // (_PIECES - 1) for i in range(_PIECES)], size)
 
 
-def _read(info: TensorInfo, first: int, count: int) -> torch.Tensor:
-    size = info.dtype.itemsize
-    data = bytearray(info.file.read(info.offset + first * size, count * size))
+def _read(info: TensorInfo, starts: Sequence[int], count: int) -> torch.Tensor:
+    """So many values from each of these places on."""
+    size = count * info.dtype.itemsize
+    data = bytearray(len(starts) * size)
+    for i, start in enumerate(starts):
+        info.file.read_into(memoryview(data)[i * size : (i + 1) * size], info.offset + start * info.dtype.itemsize)
     return torch.frombuffer(data, dtype=info.dtype).float()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import cast
 
 from rwkv_lab import peft
@@ -13,6 +14,7 @@ from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.adapter_set import AdapterSet
 from rwkv_lab.merge.changed_tensors import ChangedTensor, Computed, from_tuned
+from rwkv_lab.merge.low_rank import can_be_fused, low_rank_change
 from rwkv_lab.names import is_block_matrix
 from rwkv_lab.peft.adapter import Target, Values
 from rwkv_lab.peft.settings import WHOLE_MATRIX
@@ -65,9 +67,8 @@ def memory_for(base: Checkpoint, adapters: AdapterSet, precision: torch.dtype) -
     piece = BLOCK
     for adapter in adapters.adapters:
         for x, target in adapter.targets.items():
-            size = sum(
-                math.prod(v.shape) * (v.dtype.itemsize + 2 * precision.itemsize) for v in target.tensors.values()
-            )
+            # As it is stored, twice in the precision or, as factors, in float64.
+            size = sum(math.prod(v.shape) * (v.dtype.itemsize + 2 * 8) for v in target.tensors.values())
             parts[x] = parts.get(x, 0) + size
     for name, info in base.info.items():
         targets = [a.targets[name[:-7]] for a in adapters.adapters if name[:-7] in a.targets]
@@ -107,8 +108,28 @@ def _changed(
             first += len(values)
             yield values.flatten(), before.flatten()
 
+    fused = None
+    if steps and quant == "none" and not unmerge and can_be_fused(info, precision):
+        fused = partial(_in_one_pass, info, multiple, steps, compute)
     source = "base + tuned" if steps else "base"
-    return ChangedTensor(name, action, source, info.shape, info.dtype, compute=compute)
+    return ChangedTensor(name, action, source, info.shape, info.dtype, compute=compute, compute_rounded=fused)
+
+
+def _in_one_pass(
+    info: TensorInfo,
+    multiple: int,
+    steps: list[tuple[Target, float]],
+    compute: Callable[[], Iterator[Computed]],
+) -> Iterator[Computed]:
+    """As `compute`, in compiled code where it can be had and the change has factors."""
+    change = low_rank_change(steps)
+    if change is None:
+        yield from compute()
+        return
+    first = 0
+    for rows in _row_blocks(info, multiple):
+        yield change.added_to(rows, first)
+        first += len(rows)
 
 
 def _largest(info: TensorInfo, ready: Sequence[Target], multiple: int, precision: torch.dtype) -> torch.Tensor:

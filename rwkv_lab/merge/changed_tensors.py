@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from rwkv_lab.checkpoint import TensorInfo
 from rwkv_lab.lazy_torch import torch
+from rwkv_lab.merge.effect_sums import Sums
 
-# Values in the precision of the merge, and the base's at their place in any dtype; None where it has none.
-Computed = tuple["torch.Tensor", "torch.Tensor | None"]
+# Values in the precision of the merge, and the base's at their place in any dtype; None where it has none. Or values as
+# they are written, and what was measured of them.
+Computed = tuple["torch.Tensor", "torch.Tensor | Sums | None"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class ChangedTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype  # unless the caller asks for another
     copy: TensorInfo | None = None  # the tensor whose bytes the output takes, or …
-    compute: Callable[[], Iterator[Computed]] | None = None  # … its values, flat and in order
+    compute: Callable[[], Iterator[Computed]] | None = None  # … its values, flat and in order; and where there is a
+    compute_rounded: Callable[[], Iterator[Computed]] | None = None  # faster way to have them in `dtype`, that one
 
 
 def from_tuned(

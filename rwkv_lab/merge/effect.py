@@ -8,18 +8,17 @@ moves values up and down, and what it adds across Δ is what was not asked for.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rwkv_lab.checkpoint import TensorInfo
-from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checks import Check
 from rwkv_lab.dtypes import short_name
-from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
+from rwkv_lab.merge.changed_tensors import Computed
+from rwkv_lab.merge.compiled import worth_compiling
+from rwkv_lab.merge.effect_sums import NONE, Sums, count, sums_of
 
-_PIECE = 1 << 16  # elements measured at a time: a few of them in float32 stay in a core's cache
 ENOUGH = 0.9  # of the change: where less arrives, a note says so
 _NORMAL = 2.0**-14  # the smallest number of float16 that has all its digits
 _ROUNDING = 4  # units of the arithmetic's precision, relative to the base's values
@@ -171,21 +170,19 @@ class Meter:
 
     def reset(self) -> None:
         """Begin anew: a plan may be carried out more than once."""
-        self.moved, self.wanted, self.along, self.size, self.eps = 0, 0.0, 0.0, 0.0, 0.0
+        self.sums, self.eps = NONE, 0.0
         self.rounded = self.zero = 0
         self._let_go()
 
     def _let_go(self) -> None:
         """Hold no values of the base: there is a meter for every tensor of a model."""
-        self._before: torch.Tensor | None = None
+        self._before: torch.Tensor | Sums | None = None
         self._first = 0  # place of its first value in the tensor
         self._blocks: Iterator[torch.Tensor] | None = None  # of a base that is not stored as it is read
         self._left = torch.empty(0, dtype=self.base.dtype if self.base else self.dtype)  # of them, not looked at yet
 
-    def watched(
-        self, compute: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor | None]]]
-    ) -> Callable[[], Iterator[torch.Tensor]]:
-        """`compute`, which yields (values, the base's values or None), as the writer takes it: values alone.
+    def watched(self, compute: Callable[[], Iterator[Computed]]) -> Callable[[], Iterator[torch.Tensor]]:
+        """`compute` as the writer takes it: values alone.
 
         The writer shows each piece to `see` before it asks for the next.
         """
@@ -212,30 +209,41 @@ class Meter:
             self.reset()
         if self.dtype == torch.float16 and values.dtype != torch.float16:
             lost = (rounded.abs() < _NORMAL) & (rounded.to(values.dtype) != values)
-            self.rounded += _count(lost)
-            self.zero += _count(lost & (rounded == 0))
-        if self.target and not (self.stops_early and self.moved):
-            before = self._base_at(start, len(values))
-            for i in range(0, len(values), _PIECE):
-                part = slice(i, i + _PIECE)
-                self._add(None if before is None else before[part], values[part], rounded[part])
+            self.rounded += count(lost)
+            self.zero += count(lost & (rounded == 0))
+        if self.target and not (self.stops_early and self.sums.moved):
+            self._measure(start, values, rounded)
         if start + len(values) == self.values:
             self._let_go()
 
+    def _measure(self, start: int, values: torch.Tensor, rounded: torch.Tensor) -> None:
+        if isinstance(self._before, Sums):  # of the whole block, of which this is a piece
+            found, there = self._before if start == self._first else NONE, True
+        else:
+            before = self._base_at(start, len(values))
+            found, there = (
+                sums_of(before, values, rounded, self.same_dtype, worth_compiling(self.values)),
+                before is not None,
+            )
+        self.sums = self.sums.plus(found)
+        if there:
+            self.eps = torch.finfo(torch.float64 if values.dtype == torch.float64 else torch.float32).eps
+
     def result(self) -> TensorEffect:
         """What was found."""
+        sums = self.sums
         if self.stops_early:
-            return TensorEffect(self.name, self.dtype, self.values, None, None, None, self.moved > 0)
+            return TensorEffect(self.name, self.dtype, self.values, None, None, None, sums.moved > 0)
         # As large as what adding and taking away the same leaves, of the values that moved or of all: nothing is meant.
-        count = self.moved or self.values
-        noise = (_ROUNDING * self.eps) ** 2 * self.size / max(self.values, 1)
-        if self.wanted == 0 or math.isfinite(noise) and self.wanted / max(count, 1) <= noise:
-            return TensorEffect(self.name, self.dtype, self.values, self.moved, 0.0, 0.0, False)
-        wanted = math.sqrt(self.wanted)
-        return TensorEffect(self.name, self.dtype, self.values, self.moved, wanted, self.along / wanted, self.moved > 0)
+        of = sums.moved or self.values
+        noise = (_ROUNDING * self.eps) ** 2 * sums.size / max(self.values, 1)
+        if sums.wanted == 0 or math.isfinite(noise) and sums.wanted / max(of, 1) <= noise:
+            return TensorEffect(self.name, self.dtype, self.values, sums.moved, 0.0, 0.0, False)
+        wanted = math.sqrt(sums.wanted)
+        return TensorEffect(self.name, self.dtype, self.values, sums.moved, wanted, sums.along / wanted, sums.moved > 0)
 
     def _base_at(self, start: int, count: int) -> torch.Tensor | None:
-        if self._before is not None:
+        if isinstance(self._before, torch.Tensor):
             inside = start - self._first
             return self._before[inside : inside + count]
         if self.base is None:
@@ -254,54 +262,6 @@ class Meter:
             self._left = torch.cat([self._left, next(self._blocks)])
         found, self._left = self._left[:count], self._left[count:]
         return found
-
-    def _add(self, before: torch.Tensor | None, values: torch.Tensor, rounded: torch.Tensor) -> None:
-        wide = values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32
-        delta, change, base, differs = (buffer[: len(values)] for buffer in _scratch(wide))
-        change.copy_(rounded)
-        if before is None:
-            delta.copy_(values)
-        else:
-            base.copy_(before)
-            torch.sub(values.to(wide), base, out=delta)
-            self.size, self.eps = self.size + float(base.dot(base)), torch.finfo(wide).eps
-            change.sub_(base if self.same_dtype else round_to(before, rounded.dtype).to(wide))
-        np.not_equal(change.numpy(), 0, out=differs.numpy())
-        moved, wanted, along = _count(differs), float(delta.dot(delta)), float(delta.dot(change))
-        if not math.isfinite(wanted + along):  # NaN, Inf, or squares too large for float32
-            moved, wanted, along = _of_odd_values(before, delta.double(), change.double(), rounded)
-        self.moved += moved
-        self.wanted += wanted
-        self.along += along
-
-
-_local = threading.local()
-
-
-def _scratch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three buffers of floats and one of truth values, of this thread: fresh ones cost as much as the arithmetic."""
-    buffers = vars(_local).setdefault("buffers", {})
-    if dtype not in buffers:
-        buffers[dtype] = (*torch.empty(3, _PIECE, dtype=dtype), torch.empty(_PIECE, dtype=torch.bool))
-    return buffers[dtype]
-
-
-def _of_odd_values(
-    before: torch.Tensor | None, delta: torch.Tensor, change: torch.Tensor, rounded: torch.Tensor
-) -> tuple[int, float, float]:
-    """As `_add`; NaN and Inf count as moved unless the base has the same there, and add nothing to the norms."""
-    finite = delta.isfinite() & change.isfinite()
-    odd = ~finite
-    if before is not None:
-        stored = before.to(rounded.dtype)
-        odd &= ~((stored == rounded) | (stored.isnan() & rounded.isnan()))
-    delta, change = delta[finite], change[finite]
-    moved = _count(change != 0) + _count(odd)
-    return moved, float(delta.dot(delta)), float(delta.dot(change))
-
-
-def _count(true: torch.Tensor) -> int:
-    return int(np.count_nonzero(true.numpy()))  # of torch's own, ten times as slow
 
 
 def effect_of(meters: Sequence[Meter]) -> MergeEffect:

@@ -198,7 +198,8 @@ def _output(
         meter = Meter(change.name, count, wanted, kept.get(change.name), copied, target)
         compute = change.copy.blocks if change.copy is not None and cast else None
         if change.compute is not None:
-            compute = meter.watched(change.compute)
+            faster = change.compute_rounded if wanted == change.dtype else None
+            compute = meter.watched(faster or change.compute)
         measured = target or cast and wanted == torch.float16
         if measured:
             meters.append(meter)
