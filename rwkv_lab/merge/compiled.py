@@ -8,8 +8,6 @@ from functools import cache
 
 from rwkv_lab.errors import KernelError
 from rwkv_lab.lazy_torch import torch
-from rwkv_lab.wkv.loader import cpu_library
-from rwkv_lab.wkv.pointers import DTYPES, Span, span
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +22,9 @@ def worth_compiling(values: int) -> bool:
 @cache
 def functions() -> ctypes.CDLL | None:
     """`merge_effect` and `merge_low_rank`; None, and said once, where they cannot be compiled."""
+    from rwkv_lab.wkv.loader import cpu_library  # imports torch, which a refusal does not wait for
+    from rwkv_lab.wkv.pointers import Span
+
     try:
         library = cpu_library("merge")
     except KernelError as e:
@@ -37,12 +38,45 @@ def functions() -> ctypes.CDLL | None:
     return library
 
 
-def span_and_dtype(x: torch.Tensor) -> tuple[Span, int]:
-    """Of a contiguous tensor, as the functions take it."""
-    return span(x, x.shape), DTYPES[x.dtype]
+def effect_sums(before: torch.Tensor, values: torch.Tensor, rounded: torch.Tensor) -> list[float] | None:
+    """Four sums over flat tensors of equal length, as kernels/cpu/merge.cpp describes them; None where there is no
+    compiled function for their dtypes.
+
+    Args:
+        before: the base's values, which are numbers of the dtype of `rounded`.
+        values: float32.
+    """
+    from rwkv_lab.wkv.pointers import DTYPES, Span, check, span
+
+    library = functions()
+    if library is None or before.dtype not in DTYPES or rounded.dtype not in DTYPES:
+        return None
+    shape, sums = (len(values),), (ctypes.c_double * 4)()
+    of_base, of_output = (span(before, shape), DTYPES[before.dtype]), (span(rounded, shape), DTYPES[rounded.dtype])
+    where = Span(ctypes.addressof(sums), ctypes.sizeof(sums))
+    code = library.merge_effect(span(values, shape, torch.float32), *of_base, *of_output, len(values), where)
+    check(code, "merge_effect")
+    return list(sums)
 
 
-def new_sums() -> tuple[ctypes.Array[ctypes.c_double], Span]:
-    """Four numbers for the functions to write, and their place."""
-    sums = (ctypes.c_double * 4)()
-    return sums, Span(ctypes.addressof(sums), ctypes.sizeof(sums))
+def low_rank_added(
+    rows: torch.Tensor, left: torch.Tensor, right: torch.Tensor, library: ctypes.CDLL
+) -> tuple[torch.Tensor, list[float]]:
+    """(rows + left · right, rounded to their dtype once, four sums as of `effect_sums`). Where a sum is not finite, the
+    values mean nothing.
+
+    Args:
+        rows: `[n, columns]`, float32 or bfloat16.
+        left, right: `[n, k]`, `[k, columns]`, float32.
+        library: of `functions`.
+    """
+    from rwkv_lab.wkv.pointers import DTYPES, Span, check, span
+
+    (n, columns), k = rows.shape, left.shape[1]
+    out, sums = torch.empty_like(rows), (ctypes.c_double * 4)()
+    factors = span(left, (n, k), torch.float32), span(right, (k, columns), torch.float32)
+    where = Span(ctypes.addressof(sums), ctypes.sizeof(sums))
+    of_rows, of_output = span(rows, (n, columns)), span(out, (n, columns))
+    code = library.merge_low_rank(of_rows, *factors, of_output, DTYPES[rows.dtype], n, columns, k, where)
+    check(code, "merge_low_rank")
+    return out, list(sums)

@@ -10,8 +10,7 @@ from typing import NamedTuple
 from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
-from rwkv_lab.merge.compiled import functions, new_sums, span_and_dtype
-from rwkv_lab.wkv.pointers import DTYPES, check, span
+from rwkv_lab.merge.compiled import effect_sums as compiled_sums
 
 _PIECE = 1 << 16  # elements that torch measures at a time: a few of them in float32 stay in a core's cache
 
@@ -32,6 +31,11 @@ class Sums(NamedTuple):
 NONE = Sums(0, 0.0, 0.0, 0.0)
 
 
+def sums_from(found: Sequence[float]) -> Sums:
+    """Those that a compiled function wrote."""
+    return Sums(int(found[0]), *found[1:])
+
+
 def sums_of(
     before: torch.Tensor | None, values: torch.Tensor, rounded: torch.Tensor, same_dtype: bool, compiled: bool
 ) -> Sums:
@@ -46,9 +50,9 @@ def sums_of(
         compiled: use the kernel where it can be had and takes these dtypes.
     """
     if compiled and same_dtype and before is not None and values.dtype == torch.float32:
-        found = _sums_compiled(before, values, rounded)
-        if found is not None and math.isfinite(found.wanted + found.along):
-            return found
+        found = compiled_sums(before, values, rounded)
+        if found is not None and math.isfinite(found[1] + found[2]):
+            return sums_from(found)
     total = NONE
     for i in range(0, len(values), _PIECE):
         part = slice(i, i + _PIECE)
@@ -56,23 +60,6 @@ def sums_of(
             _sums_in_torch(None if before is None else before[part], values[part], rounded[part], same_dtype)
         )
     return total
-
-
-def _sums_compiled(before: torch.Tensor, values: torch.Tensor, rounded: torch.Tensor) -> Sums | None:
-    """As `sums_of`, but not finite where any value is not; None where there is no kernel for these dtypes."""
-    library = functions()
-    if library is None or before.dtype not in DTYPES or rounded.dtype not in DTYPES:
-        return None
-    sums, where = new_sums()
-    n = len(values)
-    values_at, of_base, of_output = span(values, (n,)), span_and_dtype(before), span_and_dtype(rounded)
-    check(library.merge_effect(values_at, *of_base, *of_output, n, where), "merge_effect")
-    return sums_from(list(sums))
-
-
-def sums_from(found: Sequence[float]) -> Sums:
-    """Those that a compiled function wrote."""
-    return Sums(int(found[0]), *found[1:])
 
 
 def _sums_in_torch(before: torch.Tensor | None, values: torch.Tensor, rounded: torch.Tensor, same_dtype: bool) -> Sums:

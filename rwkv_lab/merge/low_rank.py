@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from rwkv_lab.checkpoint import TensorInfo
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.changed_tensors import Computed
-from rwkv_lab.merge.compiled import functions, new_sums, span_and_dtype, worth_compiling
+from rwkv_lab.merge.compiled import functions, low_rank_added, worth_compiling
 from rwkv_lab.merge.effect_sums import sums_from
 from rwkv_lab.peft.adapter import Target
-from rwkv_lab.wkv.pointers import check, span
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -33,22 +30,17 @@ class LowRankChange:
         Args:
             rows: `[n, in]` of the matrix, contiguous.
         """
-        left, out = self.left[first_row : first_row + len(rows)], torch.empty_like(rows)
-        sums, where = new_sums()
-        of_rows, dtype = span_and_dtype(rows)
-        factors = span(left, left.shape), span(self.right, self.right.shape)
-        size = len(rows), rows.shape[1], left.shape[1]
-        code = self.library.merge_low_rank(of_rows, *factors, span(out, out.shape), dtype, *size, where)
-        check(code, "merge_low_rank")
-        if all(map(math.isfinite, sums)):
-            return out.flatten(), sums_from(list(sums))
+        left = self.left[first_row : first_row + len(rows)]
+        out, found = low_rank_added(rows, left, self.right, self.library)
+        if all(map(math.isfinite, found)):
+            return out.flatten(), sums_from(found)
         before = rows.float()
         return torch.addmm(before, left, self.right).flatten(), before.flatten()
 
 
 def can_be_fused(info: TensorInfo, precision: torch.dtype) -> bool:
     """Whether there is a compiled function for a matrix, and it is worth it."""
-    return precision == torch.float32 and info.dtype in _DTYPES and worth_compiling(info.numel)
+    return precision == torch.float32 and info.dtype in (torch.float32, torch.bfloat16) and worth_compiling(info.numel)
 
 
 def low_rank_change(steps: Sequence[tuple[Target, float]]) -> LowRankChange | None:
