@@ -66,7 +66,8 @@ def in_step(tensors: Sequence[TensorInfo]) -> Iterator[list[torch.Tensor]]:
         for flow, rest in flows:
             while sum(len(p) for p in rest) < len(block):
                 rest.append(next(flow))
-            joined = torch.cat([p for p in rest if len(p)])
+            parts = [p for p in rest if len(p)]
+            joined = parts[0] if len(parts) == 1 else torch.cat([rest[0][:0], *parts])  # cat copies
             pieces.append(joined[: len(block)])
             rest[:] = [joined[len(block) :]]
         yield pieces

@@ -17,7 +17,7 @@ from rwkv_lab.dtypes import short_name
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.changed_tensors import Computed
 from rwkv_lab.merge.compiled import worth_compiling
-from rwkv_lab.merge.effect_sums import NONE, Sums, count, sums_of
+from rwkv_lab.merge.effect_sums import NONE, Sums, count, same_bytes, sums_of
 
 ENOUGH = 0.9  # of the change: where less arrives, a note says so
 _NORMAL = 2.0**-14  # the smallest number of float16 that has all its digits
@@ -218,16 +218,14 @@ class Meter:
 
     def _measure(self, start: int, values: torch.Tensor, rounded: torch.Tensor) -> None:
         if isinstance(self._before, Sums):  # of the whole block, of which this is a piece
-            found, there = self._before if start == self._first else NONE, True
+            found = self._before if start == self._first else NONE
         else:
             before = self._base_at(start, len(values))
-            found, there = (
-                sums_of(before, values, rounded, self.same_dtype, worth_compiling(self.values)),
-                before is not None,
-            )
+            if self.stops_early and before is not None and same_bytes(before, rounded):
+                return
+            found = sums_of(before, values, rounded, self.same_dtype, worth_compiling(self.values))
         self.sums = self.sums.plus(found)
-        if there:
-            self.eps = torch.finfo(torch.float64 if values.dtype == torch.float64 else torch.float32).eps
+        self.eps = torch.finfo(torch.float64 if values.dtype == torch.float64 else torch.float32).eps
 
     def result(self) -> TensorEffect:
         """What was found."""

@@ -172,6 +172,26 @@ def test_a_merge_is_the_same_with_and_without_compiled_code(given, count, dtype,
         assert one.share == pytest.approx(other.share, abs=1e-2)
 
 
+@pytest.mark.parametrize("given", [{}, {"alpha": 0.5}, {"method": "linear", "weights": [1, 1]}, {"method": "slerp"}], ids=str)
+def test_nothing_of_a_merge_is_measured_in_torch_where_compiled_code_can(given, tmp_path, monkeypatch):
+    """So that a merge stays as fast as it is: one pass over the values of a block."""
+    base = random_model()
+    frozen = dict(list(base.items())[:5])  # a tuned model has the base's values where it was not trained
+    write_checkpoint(tmp_path / "base.pth", base)
+    write_checkpoint(tmp_path / "lora.pth", {n: t * 0.1 for n, t in random_lora(full=False).items()})
+    write_checkpoint(tmp_path / "tuned.pth", random_model(seed=1) | frozen)
+    in_torch = []
+    monkeypatch.setattr(effect_sums, "_sums_in_torch", lambda *given: in_torch.append(given) or effect_sums.NONE)
+    merge(tmp_path / "base.pth", tmp_path / "tuned.pth", tmp_path / "out.pth", **given)
+    changed = len(base) - len(frozen) if not given else 0  # of a copy the first block that differs decides
+    assert len(in_torch) == changed
+    added = []
+    add = low_rank.low_rank_added
+    monkeypatch.setattr(low_rank, "low_rank_added", lambda *given: added.append(given) or add(*given))
+    merge(tmp_path / "base.pth", tmp_path / "lora.pth", tmp_path / "adapted.pth", alpha=4)
+    assert len(added) == len(random_lora(full=False)) // 2 and len(in_torch) == changed
+
+
 def test_a_merge_that_overflows_is_refused_as_without_compiled_code(tmp_path):
     write_checkpoint(tmp_path / "base.pth", random_model())
     lora = {n: t * 1e19 for n, t in random_lora(dtype=torch.float32, full=False).items()}
