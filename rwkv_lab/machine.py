@@ -62,15 +62,30 @@ def give_memory_back() -> None:
 
 
 def _descendants(process: int | str) -> Iterator[int]:
-    """The processes that a process has started, and those that they have."""
-    for thread in proc(str(process), "task").glob("*/children"):
+    """The processes that a process has started, and those that they have, with memory of their own."""
+    try:
+        threads = list(proc(str(process), "task").glob("*/children"))
+    except OSError:  # the process has ended
+        return
+    for thread in threads:
         try:
             children = [int(word) for word in thread.read_text().split()]
         except OSError:  # the thread has ended
             continue
         for child in children:
-            yield child
-            yield from _descendants(child)
+            if not _is_in_memory_of(child, process):
+                yield child
+                yield from _descendants(child)
+
+
+def _is_in_memory_of(child: int, parent: int | str) -> bool:
+    """Whether a process has been started and not begun its own program yet: it runs in its parent's memory until then
+    (vfork), and what the system reports of the two is the same, to the page."""
+    try:
+        pages, of_parent, then = (proc(str(process), "statm").read_bytes() for process in (child, parent, child))
+    except OSError:  # one has ended, or the system does not report it
+        return False
+    return of_parent in (pages, then)  # the parent's other threads go on meanwhile
 
 
 def cores() -> int:

@@ -1,6 +1,8 @@
 """What is seen of an export: stages, memory and disk over time, a log of its own, and a thread that ends."""
 
 import logging
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -114,6 +116,25 @@ def test_memory_of_processes_that_were_started_counts(tmp_path, monkeypatch):
         (tmp_path / process / "status").write_text(f"Name:\tpython\nRssAnon:\t{size} kB\n")
         (tmp_path / process / "task/1/children").write_text(children)
     assert machine.anonymous_memory() == 60 * 1024
+
+
+def test_memory_is_counted_once_while_processes_start_and_end():
+    """Until it begins its own program, a process that was started is reported with the memory of the one that did."""
+    code = (
+        "import subprocess, threading\n"
+        "from rwkv_lab import machine\n"
+        "held = bytearray(b'1') * (300 << 20)\n"
+        "over, samples = threading.Event(), []\n"
+        "def sample():\n"
+        "    while not over.is_set(): samples.append(machine.anonymous_memory())\n"
+        "thread = threading.Thread(target=sample); thread.start()\n"
+        "for _ in range(100): subprocess.run(['true'], check=True)\n"
+        "over.set(); thread.join()\n"
+        "print(len(samples), max(samples) < 500 << 20 if samples[0] else True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    count, once = done.stdout.split()
+    assert int(count) > 10 and once == "True" and not done.stderr
 
 
 def test_an_unknown_level_is_refused():

@@ -172,7 +172,9 @@ def test_a_merge_is_the_same_with_and_without_compiled_code(given, count, dtype,
         assert one.share == pytest.approx(other.share, abs=1e-2)
 
 
-@pytest.mark.parametrize("given", [{}, {"alpha": 0.5}, {"method": "linear", "weights": [1, 1]}, {"method": "slerp"}], ids=str)
+@pytest.mark.parametrize(
+    "given", [{}, {"alpha": 0.5}, {"method": "linear", "weights": [1, 1]}, {"method": "slerp"}], ids=str
+)
 def test_nothing_of_a_merge_is_measured_in_torch_where_compiled_code_can(given, tmp_path, monkeypatch):
     """So that a merge stays as fast as it is: one pass over the values of a block."""
     base = random_model()
