@@ -37,10 +37,11 @@ def bits_per_byte(model: Model, data: bytes, ctx_len: Annotated[int, Ge(1)], sta
         raise ParameterError(f"bits_per_byte needs 2 tokens or more; the data has {len(ids)}.")
     ctx_len = min(ctx_len, len(ids))
     n_bytes = len(data) - len(model.tokenizer.decode_bytes(ids[:1]))
-    tokens = torch.tensor(ids)
+    tokens = torch.tensor(ids, device="cpu")
     start = model.create_state() if state is None else state
     n_window = (len(ids) - 1) // ctx_len
-    whole = torch.arange(n_window)[:, None] * ctx_len + torch.arange(ctx_len + 1)  # [window, ctx_len + 1]
+    steps = torch.arange(ctx_len + 1, device="cpu")
+    whole = torch.arange(n_window, device="cpu")[:, None] * ctx_len + steps  # [window, ctx_len + 1]
     batches = list(tokens[whole].split(max(1, _TOKENS_AT_ONCE // ctx_len))) if n_window else []
     tail = tokens[n_window * ctx_len :]
     if len(tail) > 1:

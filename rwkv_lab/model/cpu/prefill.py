@@ -224,7 +224,7 @@ class Pass:
         model, form, v_first = self.model, compiled_form(self.model.layout), None
         (rows, C), shape, emb = x.shape, tokens.shape, model.emb.weight
         if isinstance(model.emb, PackedEmbedding):  # the rows that are read, once each
-            emb, tokens = model.emb(tokens).reshape(rows, C).contiguous(), torch.arange(rows)
+            emb, tokens = model.emb(tokens).reshape(rows, C).contiguous(), torch.arange(rows, device=tokens.device)
         self.call(
             *("embed", span(tokens, tokens.shape, torch.int64), self.weights(emb)),
             *(*self.norm(model.blocks[0].ln0), rows, len(emb), C, self.floats(x, rows, C)),

@@ -1,0 +1,39 @@
+"""torch's default device, whatever it is, is not where a model on the CPU computes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from models import LAYOUTS, random_model
+
+from rwkv_lab import RWKV_Dual
+from rwkv_lab.checkpoint import write_checkpoint
+from rwkv_lab.model import generate, quantise_weights
+from rwkv_lab.model.evaluate import bits_per_byte
+
+IDS = torch.tensor([[1, 2, 3, 4]])
+JOBS = {
+    "parallel": lambda model: model.parallel(IDS)[0].tolist(),
+    "prefill": lambda model: model.prefill(IDS)[0].tolist(),
+    "generate": lambda model: generate(model, ["hello", "you"], max_new_tokens=3, presence_penalty=0.5),
+    "evaluate": lambda model: bits_per_byte(model, b"hello you there", ctx_len=4),
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "demo.pth"  # with a vocabulary of bytes
+    write_checkpoint(path, random_model(replace(LAYOUTS["7.0"], vocab_size=257), torch.float32))
+    return path
+
+
+@pytest.mark.parametrize("mode", ["transformer", "rnn"])
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+def test_the_default_device_changes_nothing(quant, mode, path):
+    model = RWKV_Dual.from_pretrained(path, mode=mode)
+    if quant != "none":
+        quantise_weights(model, quant)
+    for name, job in JOBS.items():
+        expected = job(model)
+        with torch.device("meta"):
+            assert job(model) == expected, name
