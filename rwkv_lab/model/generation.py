@@ -173,7 +173,7 @@ class GenerationStream:
             logits, after, at = self._row.before
             state = after.rows([at])
             if new:
-                logits, state = self._model.prefill(torch.tensor([new[-1:]]), state)
+                logits, state = self._model.prefill(torch.tensor([new[-1:]], device="cpu"), state)
                 at = 0
             self._after = len(new), logits[at], state
         return self._after
@@ -276,7 +276,7 @@ def _run(
         if not going:
             return
         rows, after = [rows[at] for at in going], after if len(going) == len(rows) else after.rows(going)
-        logits, after = model.prefill(torch.tensor([[row.ids[-1]] for row in rows]), after)
+        logits, after = model.prefill(torch.tensor([[row.ids[-1]] for row in rows], device="cpu"), after)
 
 
 def _token_set(model: Model, tokens: Iterable[int] | int, name: str) -> frozenset[int]:

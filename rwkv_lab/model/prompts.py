@@ -136,7 +136,7 @@ def read_prompts(
     read, states, logits = (list(column) for column in zip(*known, strict=True))
     while unread := [i for i, prompt in enumerate(prompts) if read[i] < len(prompt)]:
         n = min(model.ctx_len, *(len(prompts[i]) - read[i] for i in unread))
-        tokens = torch.tensor([prompts[i][read[i] : read[i] + n] for i in unread])
+        tokens = torch.tensor([prompts[i][read[i] : read[i] + n] for i in unread], device="cpu")
         after, joined = model.prefill(tokens, join([states[i] for i in unread]))
         for row, i in enumerate(unread):
             read[i] += n

@@ -88,7 +88,8 @@ def sample(
     if not logits.isfinite().all():
         raise NumericsError("The model's logits hold NaN or infinity: its weights or its dtype are at fault.")
     if counts and (sampling.presence_penalty or sampling.frequency_penalty):
-        seen, often = torch.tensor(list(counts)), torch.tensor(list(counts.values()), dtype=torch.float32)
+        seen = torch.tensor(list(counts), device="cpu")
+        often = torch.tensor(list(counts.values()), dtype=torch.float32, device="cpu")
         logits = logits.clone()
         logits[seen] -= sampling.presence_penalty + sampling.frequency_penalty * often
         if not logits.isfinite().all():
