@@ -16,7 +16,7 @@ JOBS = {
     "parallel": lambda model: model.parallel(IDS)[0].tolist(),
     "prefill": lambda model: model.prefill(IDS)[0].tolist(),
     "generate": lambda model: generate(model, ["hello", "you"], max_new_tokens=3, presence_penalty=0.5),
-    "stream": lambda model: model.generate_with_streaming("hello", 5, frequency_penalty=0.5, presence_penalty=0.5),
+    "stream": lambda model: model.generate_with_streaming("hello", 20, 0.0, presence_penalty=100.0),
     "evaluate": lambda model: bits_per_byte(model, b"hello you there", ctx_len=4),
 }
 
