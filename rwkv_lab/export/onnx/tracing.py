@@ -13,6 +13,7 @@ from rwkv_lab.errors import ONNXExportError
 from rwkv_lab.export.onnx import kept_graphs
 from rwkv_lab.export.onnx.graphs import name_axes, plain_torch, without_notes
 from rwkv_lab.export.onnx.layers import TRANSPOSED, X, join_states, repeat_last_layer
+from rwkv_lab.export.onnx.plain_operators import in_plain_operators
 from rwkv_lab.export.onnx.weights import WeightTensors
 from rwkv_lab.export.onnx_folder import AXES, STATES, Logits, Recurrence
 from rwkv_lab.model import RWKV_Dual
@@ -165,6 +166,7 @@ def _exported(module: Graph, layout: Layout) -> torch.export.ExportedProgram:
         inputs = _example(layout, layers, one_token)
         program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
     _without_empty_parts(program.graph)
+    in_plain_operators(program)
     return program
 
 
