@@ -46,17 +46,17 @@ def effect_sums(before: torch.Tensor, values: torch.Tensor, rounded: torch.Tenso
         before: the base's values, which are numbers of the dtype of `rounded`.
         values: float32.
     """
-    from rwkv_lab.wkv.pointers import DTYPES, Span, check, span
+    from rwkv_lab.wkv.pointers import DTYPES, check, new, span, span_of_new
 
     library = functions()
     if library is None or before.dtype not in DTYPES or rounded.dtype not in DTYPES:
         return None
-    shape, sums = (len(values),), (ctypes.c_double * 4)()
+    shape, sums = (len(values),), new((4,), torch.float64)
     of_base, of_output = (span(before, shape), DTYPES[before.dtype]), (span(rounded, shape), DTYPES[rounded.dtype])
-    where = Span(ctypes.addressof(sums), ctypes.sizeof(sums))
+    where = span_of_new(sums)
     code = library.merge_effect(span(values, shape, torch.float32), *of_base, *of_output, len(values), where)
     check(code, "merge_effect")
-    return list(sums)
+    return sums.tolist()
 
 
 def low_rank_added(
@@ -70,13 +70,12 @@ def low_rank_added(
         left, right: `[n, k]`, `[k, columns]`, float32.
         library: of `functions`.
     """
-    from rwkv_lab.wkv.pointers import DTYPES, Span, check, span
+    from rwkv_lab.wkv.pointers import DTYPES, check, new, span, span_of_new
 
     (n, columns), k = rows.shape, left.shape[1]
-    out, sums = torch.empty_like(rows), (ctypes.c_double * 4)()
+    out, sums = torch.empty_like(rows), new((4,), torch.float64)
     factors = span(left, (n, k), torch.float32), span(right, (k, columns), torch.float32)
-    where = Span(ctypes.addressof(sums), ctypes.sizeof(sums))
     of_rows, of_output = span(rows, (n, columns)), span(out, (n, columns))
-    code = library.merge_low_rank(of_rows, *factors, of_output, DTYPES[rows.dtype], n, columns, k, where)
+    code = library.merge_low_rank(of_rows, *factors, of_output, DTYPES[rows.dtype], n, columns, k, span_of_new(sums))
     check(code, "merge_low_rank")
-    return out, list(sums)
+    return out, sums.tolist()
