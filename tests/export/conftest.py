@@ -1,6 +1,7 @@
 """Exported models, each written once: tracing takes seconds."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,15 @@ from rwkv_lab.model import RWKV_Dual
 class Exported(NamedTuple):
     model: RWKV_Dual  # what it was made from
     folder: Path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_read_once() -> None:
+    """torch.onnx has onnxscript read the sources of all its operators anew for every graph: 0.3 s each time."""
+    with suppress(ImportError, AttributeError):  # private, and not needed
+        from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+        onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
 
 
 @pytest.fixture(scope="session")
