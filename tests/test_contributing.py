@@ -6,9 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from warm_python import warm_python
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
@@ -39,10 +42,18 @@ def project(tmp_path_factory, demo_folder) -> Path:
     return tree
 
 
-def tried(trial: str, tree: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", trial]
-    return subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def tried(project) -> Iterator[Callable[[str], subprocess.CompletedProcess]]:
+    """Runs a trial in a process that has imported torch and nothing of the project."""
+    environment = {**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
+
+    def run(trial: str) -> subprocess.CompletedProcess:
+        words = [warm.python, "-c", trial]
+        return subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
+
+    with tempfile.TemporaryDirectory() as folder:  # a short path
+        with warm_python(Path(folder), environment, torch_alone=True) as warm:
+            yield run
 
 
 def remove_new(tree: Path, before: set[Path]) -> None:
@@ -65,18 +76,18 @@ print("tried")
 
 
 @pytest.fixture(scope="module")
-def without_files(project) -> list[str]:
+def without_files(project, tried) -> list[str]:
     """What was printed when all trials were run without the files of the recipes, in one process."""
     before = set(project.rglob("*"))
     (project / "trials.json").write_text(json.dumps({recipe: blocks(recipe)[1] for recipe in RECIPES}))
-    done = tried(WITHOUT, project)
+    done = tried(WITHOUT)
     remove_new(project, before)
     assert done.stderr.count("Traceback") >= len(RECIPES), done.stderr
     return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_works_and_is_needed(recipe, project, without_files):
+def test_a_recipe_works_and_is_needed(recipe, project, tried, without_files):
     files, trial = blocks(recipe)
     assert files, "no block of this recipe has a path above it"
     assert f"works: {recipe}" not in without_files and without_files[-1] == "tried"
@@ -85,7 +96,7 @@ def test_a_recipe_works_and_is_needed(recipe, project, without_files):
         for path, text in files.items():
             (project / path).parent.mkdir(parents=True, exist_ok=True)
             (project / path).write_text(text)
-        done = tried(trial, project)
+        done = tried(trial)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     finally:
         remove_new(project, before)

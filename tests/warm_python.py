@@ -1,6 +1,6 @@
 """Python that starts at once: a process imports what notebooks and commands import, once, and others are forks of it.
 
-    python warm_python.py SOCKET    the process that forks
+    python warm_python.py SOCKET [torch]    the process that forks; with nothing imported but torch
 
 In place of `sys.executable` tests start the file that `warm_python` yields. It asks for a fork, which becomes the
 program: a process of its own with the arguments, folder, variables and streams of whoever started it.
@@ -85,8 +85,11 @@ class Warm(NamedTuple):
 
 
 @contextmanager
-def warm_python(folder: Path, environment: Mapping[str, str]) -> Iterator[Warm]:
-    """Forks for processes in this environment. `folder`: a short path, it has a socket in it."""
+def warm_python(folder: Path, environment: Mapping[str, str], torch_alone: bool = False) -> Iterator[Warm]:
+    """Forks for processes in this environment. `folder`: a short path, it has a socket in it.
+
+    torch_alone: they import rwkv_lab themselves, as it is then, and do nothing less.
+    """
     path, client = str(folder / "socket"), folder / "python"
     fixed = {name: environment.get(name, "") for name in FIXED}
     client.write_text(_CLIENT.format(python=sys.executable, fixed=fixed, path=path))
@@ -96,17 +99,21 @@ def warm_python(folder: Path, environment: Mapping[str, str]) -> Iterator[Warm]:
     argv = [str(client), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, __file__, path], env=environment, **pipes) as server:
+    words = [sys.executable, __file__, path, *(["torch"] if torch_alone else [])]
+    with subprocess.Popen(words, env=environment, **pipes) as server:
         assert server.stdout and server.stdout.readline() == "ready\n"
         yield Warm(str(client), {**environment, "JUPYTER_PATH": str(folder)})
         assert server.stdin
         server.stdin.close()
 
 
-def serve(path: str) -> dict[str, Any] | None:
+def serve(path: str, torch_alone: bool = False) -> dict[str, Any] | None:
     """Listen on a socket, and fork for each that connects; ends with its stdin. In a fork: what it is to be."""
     gc.disable()
-    _import()
+    if torch_alone:
+        import torch  # noqa: F401
+    else:
+        _import()
     gc.freeze()  # a collection in a fork would copy its memory
     gc.enable()
     server = socket.socket(socket.AF_UNIX)
@@ -255,7 +262,7 @@ def _end(code: object) -> NoReturn:
     os._exit(0 if code is None else code & 0xFF if isinstance(code, int) else 1)
 
 
-if __name__ == "__main__" and (given := serve(sys.argv[1])):
+if __name__ == "__main__" and (given := serve(sys.argv[1], sys.argv[2:] == ["torch"])):
     try:
         run(given["words"], given["parent"])
     except SystemExit as e:
