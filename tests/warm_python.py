@@ -11,6 +11,7 @@ program, too.
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import select
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple, NoReturn
 
 # Read when a process starts or while modules are imported: a fork has those of its server.
 FIXED = ("PYTHONPATH", "OMP_NUM_THREADS", "LD_PRELOAD", "ASAN_OPTIONS")
+MORE = "WARM_PYTHON_IMPORTS"  # a variable: modules that a process wants to have imported already
 _CLIENT = """#!{python} -SE
 import json, os, signal, socket, struct, sys
 words, fixed, environment = sys.argv[1:], {fixed!r}, dict(os.environ)
@@ -125,11 +127,30 @@ def serve(path: str, torch_alone: bool = False) -> dict[str, Any] | None:
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:  # those that have ended
                 pass
+        try:
+            given, streams = _asked(connection)
+        except (OSError, ValueError, struct.error):  # whoever asked has ended
+            connection.close()
+            continue
+        _import_more(given["environment"].get(MORE, ""))
         if os.fork() == 0:
             server.close()
-            return _become(connection)
-        connection.close()
+            _become(given, streams, connection)
+            return given
+        for open_file in (connection, *map(os.fdopen, streams)):
+            open_file.close()
     return None
+
+
+def _import_more(names: str) -> None:
+    """What those import that ask for it, once; names of modules that are not there mean nothing."""
+    gc.disable()
+    for name in names.split():
+        if name not in sys.modules:
+            with suppress(ImportError):
+                importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
 
 
 def _import() -> None:
@@ -177,13 +198,17 @@ def do_less() -> None:
     os.fsync = os.fdatasync = lambda fd: None
 
 
-def _become(connection: socket.socket) -> dict[str, Any]:
-    """Take over streams, variables and folder; a process above this one answers with its exit code."""
+def _asked(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """What a process is to be, and its streams."""
     header, streams, _, _ = socket.recv_fds(connection, 4, 3)
-    message = b""
-    while len(message) < struct.unpack("!I", header)[0]:
-        message += connection.recv(1 << 20)
-    given = json.loads(message.decode("utf-8", "surrogateescape"))
+    (size,), message = struct.unpack("!I", header), b""
+    while len(message) < size and (some := connection.recv(1 << 20)):
+        message += some
+    return json.loads(message.decode("utf-8", "surrogateescape")), streams
+
+
+def _become(given: dict[str, Any], streams: list[int], connection: socket.socket) -> None:
+    """Take over streams, variables and folder; a process above this one answers with its exit code."""
     if pid := os.fork():
         _answer(connection, pid)
     connection.close()
@@ -198,7 +223,6 @@ def _become(connection: socket.socket) -> dict[str, Any]:
     sys.executable = given["program"]  # what it starts, starts at once, too
     if given["unbuffered"]:
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
-    return given
 
 
 def _answer(connection: socket.socket, pid: int) -> NoReturn:

@@ -1,13 +1,13 @@
 """Exported models, each written once: tracing takes seconds."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from random_models import SIZES, load_model
+from warm_python import MORE
 
 from rwkv_lab.model import RWKV_Dual
 
@@ -17,13 +17,14 @@ class Exported(NamedTuple):
     folder: Path
 
 
-@pytest.fixture(scope="session", autouse=True)
-def operators_read_once() -> None:
-    """torch.onnx has onnxscript read the sources of all its operators anew for every graph: 0.3 s each time."""
-    with suppress(ImportError, AttributeError):  # private, and not needed
-        from torch.onnx._internal.exporter._registration import onnxscript_apis
+@pytest.fixture(scope="module", autouse=True)
+def imported_for_children() -> Iterator[None]:
+    """Processes that export have what they import."""
+    import operators_read_once  # noqa: F401
 
-        onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MORE, "exporting")
+        yield
 
 
 @pytest.fixture(scope="session")

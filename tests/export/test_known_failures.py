@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from known_failures import ASKED, MODELS
+from warm_python import MORE
 
 from rwkv_lab.errors import ONNXExportError, TracerWarningError, UnorderedMapError
 from rwkv_lab.export.attempt import Attempt, Work
@@ -41,7 +42,7 @@ def found(tmp_path_factory, warm) -> dict:
         [*words, str(tmp_path_factory.mktemp("failures")), *DIAGNOSED],
         capture_output=True,
         text=True,
-        env=warm.environment,
+        env=warm.environment | {MORE: "exporting"},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
