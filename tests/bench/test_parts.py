@@ -75,7 +75,7 @@ def test_loading_in_processes_of_their_own(tiny):
         assert rows[1].facts["model MB"] == pytest.approx(rows[1].median / rows[1].shares["the model's size"])
 
 
-def test_loading_what_is_no_model_says_why(tmp_path):
+def test_loading_what_is_no_model_says_why(warm_children, tmp_path):
     (tmp_path / "m.pth").write_bytes(b"nothing")
     (row,) = measure_loading(tmp_path / "m.pth", "tiny", ["fp32"], rounds=1)
     assert row.samples == [] and "m.pth" in row.problem
