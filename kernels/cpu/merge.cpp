@@ -12,15 +12,17 @@ using namespace rwkv_lab;
 
 constexpr int64_t CHUNK = 4096;  // elements of one sum in float32
 
+INLINE Vec magnitude(Vec x) { return (Vec)((Ints)x & INT32_MAX); }
+
 struct Sums {
-    Vec wanted{}, along{}, size{};  // d·d, d·a, base·base
+    Vec wanted{}, along{}, size{};  // d·d, d·a, Σ |base|
     Ints moved{};                   // minus the number of elements in which a is not 0
 
     INLINE void add(Vec value, Vec base, Vec output) {
         const Vec d = value - base, a = output - base;
         wanted += d * d;
         along += d * a;
-        size += base * base;
+        size += magnitude(base);
         moved += a != Vec{};
     }
 
@@ -134,8 +136,8 @@ void add_low_rank(const Matrix &m, double *out) {
 }  // namespace
 
 // values [n] float32, base [n] and output [n] of any dtype; the base's values are numbers of the output's dtype.
-// sums [4] float64: how many of the output are not the base's, |d|², d·a, |base|². Sums that are not finite mean nothing:
-// there is NaN or infinity among the values, or squares are too large for float32.
+// sums [4] float64: how many of the output are not the base's, d·d, d·a, Σ |base|. Where the second or third is not finite
+// they mean nothing: there is NaN or infinity among the values, or squares are too large for float32.
 extern "C" int64_t merge_effect(Span values, Span base, int64_t base_dtype, Span output, int64_t output_dtype, int64_t n, Span sums) {
     if (!is_dtype(base_dtype) || !is_dtype(output_dtype)) return MISFIT;
     if (!holds(values, 4, {n}) || !holds(base, size_of(base_dtype), {n}) || !holds(output, size_of(output_dtype), {n})) return MISFIT;
@@ -160,7 +162,7 @@ extern "C" int64_t merge_effect(Span values, Span base, int64_t base_dtype, Span
 }
 
 // base [rows, columns] + left [rows, k] right [k, columns] -> output [rows, columns], rounded once; base and output of the
-// same dtype, float32 or bfloat16. sums [4] as of merge_effect; where they are not finite, `output` means nothing either.
+// same dtype, float32 or bfloat16. sums [4] as of merge_effect; where those are not finite, `output` means nothing either.
 extern "C" int64_t merge_low_rank(Span base, Span left, Span right, Span output, int64_t dtype, int64_t rows, int64_t columns,
                                   int64_t k, Span sums) {
     if (dtype != FLOAT32 && dtype != BFLOAT16) return MISFIT;

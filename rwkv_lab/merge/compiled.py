@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from functools import cache
 
 from rwkv_lab.errors import KernelError
@@ -19,9 +20,17 @@ def worth_compiling(values: int) -> bool:
     return values >= _LEAST
 
 
-@cache
 def functions() -> ctypes.CDLL | None:
     """`merge_effect` and `merge_low_rank`; None, and said once, where they cannot be compiled."""
+    with _one_thread:  # the first of those that write an output; the others wait
+        return _functions()
+
+
+_one_thread = threading.Lock()
+
+
+@cache
+def _functions() -> ctypes.CDLL | None:
     from rwkv_lab.wkv.loader import cpu_library  # imports torch, which a refusal does not wait for
     from rwkv_lab.wkv.pointers import Span
 
@@ -38,7 +47,11 @@ def functions() -> ctypes.CDLL | None:
     return library
 
 
-def effect_sums(before: torch.Tensor, values: torch.Tensor, rounded: torch.Tensor) -> list[float] | None:
+def effect_sums(
+    before: torch.Tensor,
+    values: torch.Tensor,
+    rounded: torch.Tensor,
+) -> list[float] | None:
     """Four sums over flat tensors of equal length, as kernels/cpu/merge.cpp describes them; None where there is no
     compiled function for their dtypes.
 

@@ -7,12 +7,13 @@ An entry, as of `rwkv_lab.checkpoint.contents`, is {"name", "fingerprint", "weig
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rwkv_lab.checkpoint import Checkpoint, file_facts
 from rwkv_lab.checkpoint.contents import adapters_in, mixed
 from rwkv_lab.checkpoint.origin import origin_of
-from rwkv_lab.checkpoint.provenance import printable
+from rwkv_lab.checkpoint.provenance import printable, records_of
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.merge.adapter_content import blank, closeness, content_of, is_same, same_layers, without_change
 from rwkv_lab.merge.adapter_set import AdapterSet
@@ -189,6 +190,7 @@ def _without(base: Checkpoint, held: list[dict], new: list[dict]) -> tuple[list[
     for one in new:
         before = known.get(one["fingerprint"])
         if before is None:
+            _refuse_what_is_not_in_there(base, held, one)
             notes.append(f"Nothing in the base's provenance says that it contains this adapter, {one['name']}.")
             continue
         if before.get("mixed"):
@@ -209,6 +211,21 @@ def _without(base: Checkpoint, held: list[dict], new: list[dict]) -> tuple[list[
     out = {one["fingerprint"] for one in new}
     _refuse_another_order(base, held, [one["fingerprint"] for one in new])
     return [one for one in held if one["fingerprint"] not in out], tuple(dict.fromkeys(notes))
+
+
+def _refuse_what_is_not_in_there(base: Checkpoint, held: list[dict], one: dict) -> None:
+    """Where the base's provenance says so: what is taken out then is put in with its sign turned."""
+    if held:
+        names = ", ".join(str(there.get("name")) for there in held)
+        raise ParameterError(
+            f"{base.path} contains {names}, its provenance says so, and not {one['name']}, which cannot be taken out.\n"
+            "If another program merged it before them, take those out first."
+        )
+    for record in records_of(base)[:1]:
+        with suppress(KeyError, TypeError):  # a record that says it in another way
+            out = record["recipe"]["parameters"]["unmerge"]
+            if out and any(source["fingerprint"] == one["fingerprint"] for source in record["inputs"]):
+                raise ParameterError(f"{one['name']} was taken out of {base.path} already: its provenance says so.")
 
 
 def _as_held(one: dict, held: list[dict]) -> dict:

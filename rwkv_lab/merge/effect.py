@@ -21,7 +21,7 @@ from rwkv_lab.merge.effect_sums import NONE, Sums, count, same_bytes, sums_of
 
 ENOUGH = 0.9  # of the change: where less arrives, a note says so
 _NORMAL = 2.0**-14  # the smallest number of float16 that has all its digits
-_ROUNDING = 4  # units of the arithmetic's precision, relative to the base's values
+_ROUNDING = 5  # units of the arithmetic's precision, relative to the base's values in the mean
 _HALF = 0.5  # of the change: less is no effect as it was asked for
 
 
@@ -108,7 +108,8 @@ class MergeEffect:
         notes, still, count = [], self.unchanged, len(self.tensors)
         lost = [t for t in still if t.wanted]
         if still:
-            only = " The output is the base." if len(still) == count else ""
+            rounded = ", up to rounding" * any(t.moved for t in still)
+            only = f" The output is the base{rounded}." if len(still) == count else ""
             why = f"; of {len(lost)} the change is below {short_name(lost[0].dtype)}'s resolution" if lost else ""
             computed = any(t.wanted is not None for t in still)
             why = why or f"; nothing is added to them{', or less than the arithmetic holds' * computed}"
@@ -233,11 +234,12 @@ class Meter:
         if self.stops_early:
             return TensorEffect(self.name, self.dtype, self.values, None, None, None, sums.moved > 0)
         # As large as what adding and taking away the same leaves, of the values that moved or of all: nothing is meant.
+        # The mean magnitude stands for the base's values, since of squares a single one could be nearly all.
         of = sums.moved or self.values
-        noise = (_ROUNDING * self.eps) ** 2 * sums.size / max(self.values, 1)
-        if sums.wanted == 0 or math.isfinite(noise) and sums.wanted / max(of, 1) <= noise:
-            return TensorEffect(self.name, self.dtype, self.values, sums.moved, 0.0, 0.0, False)
+        noise = _ROUNDING * self.eps * sums.size / max(self.values, 1)
         wanted = math.sqrt(sums.wanted)
+        if wanted == 0 or math.isfinite(noise) and wanted <= noise * math.sqrt(max(of, 1)):
+            return TensorEffect(self.name, self.dtype, self.values, sums.moved, 0.0, 0.0, False)
         return TensorEffect(self.name, self.dtype, self.values, sums.moved, wanted, sums.along / wanted, sums.moved > 0)
 
     def _base_at(self, start: int, count: int) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ from rwkv_lab.lazy_numpy import np
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.compiled import effect_sums as compiled_sums
 
+_TINY = 1e-30  # mean square of Δ: far above 1.2e-38, below which float32 loses digits
 _PIECE = 1 << 16  # elements that torch measures at a time: a few of them in float32 stay in a core's cache
 
 
@@ -21,11 +22,16 @@ class Sums(NamedTuple):
     moved: int  # values of the output that are not the base's
     wanted: float  # ‖Δ‖²
     along: float  # ⟨what arrived, Δ⟩
-    size: float  # ‖base‖², which may be NaN or infinite; 0 where there is none
+    size: float  # Σ |base|, which may be NaN or infinite; 0 where there is none
 
     def plus(self, other: Sums) -> Sums:
         moved, wanted, along = self.moved + other.moved, self.wanted + other.wanted, self.along + other.along
         return Sums(moved, wanted, along, self.size + other.size)
+
+    def are_exact(self, count: int) -> bool:
+        """Whether float32 could hold the squares of so many values: none overflowed, and not most became 0."""
+        nothing = self.moved == self.wanted == 0
+        return math.isfinite(self.wanted + self.along) and (nothing or self.wanted >= _TINY * count)
 
 
 NONE = Sums(0, 0.0, 0.0, 0.0)
@@ -51,7 +57,7 @@ def sums_of(
     """
     if compiled and same_dtype and before is not None and values.dtype == torch.float32:
         found = compiled_sums(before, values, rounded)
-        if found is not None and math.isfinite(found[1] + found[2]):
+        if found is not None and sums_from(found).are_exact(len(values)):
             return sums_from(found)
     total = NONE
     for i in range(0, len(values), _PIECE):
@@ -72,12 +78,13 @@ def _sums_in_torch(before: torch.Tensor | None, values: torch.Tensor, rounded: t
     else:
         base.copy_(before)
         torch.sub(values.to(wide), base, out=delta)
-        size = float(base.dot(base))
+        size = float(torch.linalg.vector_norm(base, 1))
         change.sub_(base if same_dtype else round_to(before, rounded.dtype).to(wide))
     np.not_equal(change.numpy(), 0, out=differs.numpy())
-    moved, wanted, along = count(differs), float(delta.dot(delta)), float(delta.dot(change))
-    if not math.isfinite(wanted + along):  # NaN, Inf, or squares too large for float32
-        moved, wanted, along = _of_odd_values(before, delta.double(), change.double(), rounded)
+    sums = Sums(count(differs), float(delta.dot(delta)), float(delta.dot(change)), size)
+    if sums.are_exact(len(values)):
+        return sums
+    moved, wanted, along = _of_odd_values(before, delta.double(), change.double(), rounded)
     return Sums(moved, wanted, along, size)
 
 
@@ -95,7 +102,7 @@ def _scratch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 def _of_odd_values(
     before: torch.Tensor | None, delta: torch.Tensor, change: torch.Tensor, rounded: torch.Tensor
 ) -> tuple[int, float, float]:
-    """(moved, wanted, along), in float64 and of finite values."""
+    """(moved, wanted, along) in float64, the latter two of finite values."""
     finite = delta.isfinite() & change.isfinite()
     odd = ~finite
     if before is not None:

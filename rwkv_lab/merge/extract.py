@@ -18,6 +18,7 @@ from pathlib import Path
 from rwkv_lab.checkpoint import Checkpoint, FileFacts, Layout, TensorInfo, file_facts, open_checkpoint, write_text
 from rwkv_lab.checkpoint.file_layout import file_layout
 from rwkv_lab.checkpoint.output_checks import check_free_space
+from rwkv_lab.checkpoint.packed import refuse_packed
 from rwkv_lab.checkpoint.provenance import RECORD, as_text, downloaded, provenance, provenance_path, text_beside
 from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.checkpoint.write import file_kind, write_stream
@@ -136,6 +137,7 @@ def _matrices_to_decompose(base: Checkpoint, tuned: Checkpoint, spec: ExtractSpe
     refuse_same_file(base, [tuned])
     layout = check_base(base, [])
     for ck in (base, tuned):
+        refuse_packed(ck.path, ck.info.values(), "Extracting an adapter")
         check_dtypes(ck)
     _check_tuned(base, tuned, layout)
     matrices = [n for n, t in tuned.info.items() if n in base.info and (n == HEAD or is_block_matrix(n, t.shape))]

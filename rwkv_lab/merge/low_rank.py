@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,16 +23,17 @@ class LowRankChange:
     library: ctypes.CDLL
 
     def added_to(self, rows: torch.Tensor, first_row: int) -> Computed:
-        """The changed rows, flat: in the dtype of `rows`, with what was measured. Where any value is not finite, in
-        float32 and with the rows, to be counted as any other values are.
+        """The changed rows, flat: in the dtype of `rows`, with what was measured. Where float32 cannot hold the sums,
+        or a value is not finite, in float32 and with the rows, to be measured as any other values are.
 
         Args:
             rows: `[n, in]` of the matrix, contiguous.
         """
         left = self.left[first_row : first_row + len(rows)]
         out, found = low_rank_added(rows, left, self.right, self.library)
-        if all(map(math.isfinite, found)):
-            return out.flatten(), sums_from(found)
+        sums = sums_from(found)
+        if sums.are_exact(out.numel()):
+            return out.flatten(), sums
         before = rows.float()
         return torch.addmm(before, left, self.right).flatten(), before.flatten()
 

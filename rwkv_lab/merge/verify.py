@@ -163,6 +163,15 @@ def _worst(out: torch.Tensor, exact: Exact) -> float:
         part = slice(start, min(start + _ROWS, len(out)))
         found, (wanted, arithmetic) = out[part].double(), exact(part)
         errors = [(found - w).abs() / (unit * w.abs() + arithmetic * (1 + unit) + tiny) for w in wanted]
-        nearest = torch.stack([e.nan_to_num(nan=float("inf")) for e in errors]).amin(0)
+        same = [(found == _held(w, out.dtype)) | (found.isnan() & w.isnan()) for w in wanted]  # Inf - Inf is NaN
+        errors = [torch.where(s, 0, e).nan_to_num(nan=float("inf")) for s, e in zip(same, errors, strict=True)]
+        nearest = torch.stack(errors).amin(0)
         worst = max(worst, float(nearest.max()))
     return worst
+
+
+def _held(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float64, in which what is too large for a dtype is Inf, as it is there."""
+    return torch.where(
+        values.abs() > torch.finfo(dtype).max, torch.copysign(torch.tensor(float("inf")), values), values
+    )

@@ -99,9 +99,15 @@ def test_what_is_taken_out_is_what_went_in(in_by, out_by, says, held):
         assert not adapters_in(found)
 
 
-def test_notes_name_what_was_never_in_there(held):
+def test_what_is_not_in_there_is_not_taken_out(held):
     held("base", "a", "m")
-    notes = held("m", "b", "n", parameters=UNDO, dry_run=True).plan.notes
+    with pytest.raises(ParameterError, match="contains a.pth, its provenance says so, and not b.pth"):
+        held("m", "b", "n", parameters=UNDO)
+    held("m", "a", "back", parameters=UNDO)
+    with pytest.raises(ParameterError, match="a.pth was taken out of .*back.pth already"):
+        held("back", "a", "n", parameters=UNDO)
+    # Merged by a program that says nothing of it.
+    notes = held("base", "b", "n", parameters=UNDO, dry_run=True).plan.notes
     assert any("Nothing in the base's provenance says that it contains this adapter, b.pth" in n for n in notes)
 
 

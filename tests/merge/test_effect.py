@@ -12,7 +12,7 @@ from tuned_files import write_adapter
 from rwkv_lab import merge
 from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.errors import NumericsError
-from rwkv_lab.merge import verify_merge
+from rwkv_lab.merge import compiled, verify_merge
 from rwkv_lab.merge.effect import MergeEffect, Meter
 
 COUNT = SEVEN.n_layer * len(MATRICES)  # matrices that `random_lora` adapts
@@ -195,6 +195,23 @@ def test_an_adapter_that_was_not_trained_has_no_effect(dtype, precision, tmp_pat
         result = merge(tmp_path / "base.pth", adapter, tmp_path / "o.pth", precision=precision, overwrite=True)
         assert effect_check(result).value == 0, result.effect
         assert not result.effect.notes()[0].count("resolution")
+
+
+@pytest.mark.parametrize("least", [0, 1 << 60], ids=["compiled", "torch"])
+def test_a_change_counts_however_small_it_is_and_whatever_else_the_base_holds(least, run, monkeypatch):
+    monkeypatch.setattr(compiled, "_LEAST", least)
+    lora = random_lora(full=False, dtype=torch.float32)
+    # Squares of such numbers are nothing in float32.
+    result = run(scaled(random_model(), 0.0), scaled(lora, 1e-12), alpha=3)
+    assert len(result.effect.unchanged) == 0 and result.effect.share == pytest.approx(1, abs=1e-2)
+    out = torch.load(result.out, weights_only=True)
+    norm = math.sqrt(sum(float(t.double().square().sum()) for t in out.values()))
+    assert result.effect.reached == pytest.approx(norm, rel=1e-2) and 0 < norm < 1e-18
+    # One value that is far larger than all others.
+    base = random_model(dtype=torch.float32)
+    base[KEY][0, 0] = 1e5
+    result = run(base, scaled(lora, 0.02), alpha=3)
+    assert KEY not in [t.name for t in result.effect.unchanged] and result.effect.share > 0.9
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])

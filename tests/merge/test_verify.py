@@ -1,6 +1,7 @@
 """The proof of a merge fails where it should: one wrong value, anywhere, of any kind."""
 
 import gc
+import math
 import re
 import weakref
 import zipfile
@@ -118,6 +119,21 @@ def test_a_lora_scaled_without_its_rank_fails(run):
     result, *_ = run("lora")
     result.recipe["alpha"] *= 3
     assert "error of 10 computed tensors" in failed(result)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 3.3e38])
+@pytest.mark.parametrize("given", [{"alpha": 4}, {"alpha": 0.5}, {"method": "linear", "weights": [1, 1]}], ids=str)
+def test_values_that_are_not_finite_and_were_allowed_are_no_error(odd, given, tmp_path):
+    base = random_model()
+    base["blocks.0.att.key.weight"][0, :3] = torch.tensor([odd, -odd, 1.0])
+    tuned = random_lora() if "alpha" in given and given["alpha"] == 4 else base
+    torch.save(base, tmp_path / "base.pth")
+    torch.save(tuned, tmp_path / "tuned.pth")
+    files = tmp_path / "base.pth", tmp_path / "tuned.pth"
+    result = merge(*files, tmp_path / "out.pth", dtype="fp16", allow_nonfinite=True, **given)
+    assert not failed(result)
+    rewrite(result.out, nudge("blocks.0.att.key.weight", place=2))
+    assert failed(result)
 
 
 def test_a_wrong_checksum_in_the_output_fails(tmp_path):

@@ -14,7 +14,7 @@ from rwkv_lab.checkpoint.packed import ACTIVATIONS, COLUMNS, NOTE
 from rwkv_lab.cli import main
 from rwkv_lab.convert import convert
 from rwkv_lab.errors import CorruptFileError, LayoutError, ParameterError
-from rwkv_lab.merge import merge
+from rwkv_lab.merge import extract_lora, merge
 from rwkv_lab.model import RWKVMode, quantise_weights
 from rwkv_lab.model.weight_only import SCHEMES, PackedEmbedding, PackedLinear
 from rwkv_lab.peft import LoraConfig, apply_peft, load_model_and_apply_peft
@@ -105,6 +105,8 @@ def test_jobs_that_need_weights_as_they_were_say_how_it_is_packed_and_what_to_do
     for base, tuned in ((folder, plain), (plain, folder)):
         with pytest.raises(LayoutError, match=says.format("A merge")):
             merge(base, tuned, tmp_path / "out.pth", method="linear", weights=[1, 0])
+        with pytest.raises(LayoutError, match=says.format("Extracting an adapter")):
+            extract_lora(base, tuned, tmp_path / "out.pth", rank=1)
     for target in ("safetensors", "pth", "fla"):
         with pytest.raises(LayoutError, match=says.format("A conversion")):
             convert(folder, target, tmp_path / "out")
