@@ -214,7 +214,7 @@ def _without(base: Checkpoint, held: list[dict], new: list[dict]) -> tuple[list[
 
 
 def _refuse_what_is_not_in_there(base: Checkpoint, held: list[dict], one: dict) -> None:
-    """Where the base's provenance says so: what is taken out then is put in with its sign turned."""
+    """Where the base's provenance says so: what is taken out then is added with the opposite sign."""
     if held:
         names = ", ".join(str(there.get("name")) for there in held)
         raise ParameterError(
