@@ -47,11 +47,7 @@ def _functions() -> ctypes.CDLL | None:
     return library
 
 
-def effect_sums(
-    before: torch.Tensor,
-    values: torch.Tensor,
-    rounded: torch.Tensor,
-) -> list[float] | None:
+def effect_sums(before: torch.Tensor, values: torch.Tensor, rounded: torch.Tensor) -> list[float] | None:
     """Four sums over flat tensors of equal length, as kernels/cpu/merge.cpp describes them; None where there is no
     compiled function for their dtypes.
 

@@ -25,6 +25,7 @@ class Sums(NamedTuple):
     size: float  # Σ |base|, which may be NaN or infinite; 0 where there is none
 
     def plus(self, other: Sums) -> Sums:
+        """Those of two pieces together."""
         moved, wanted, along = self.moved + other.moved, self.wanted + other.wanted, self.along + other.along
         return Sums(moved, wanted, along, self.size + other.size)
 
