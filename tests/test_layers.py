@@ -42,6 +42,7 @@ LAYERS = (
         "version",
         "plotting",
         "samples",
+        "sigterm",
         "text",
         "threads",
         "yaml_file",

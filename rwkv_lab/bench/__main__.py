@@ -3,10 +3,8 @@
 import argparse
 import json
 import logging
-import signal
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +33,7 @@ from rwkv_lab.errors import DeviceError, NumericsError, ParameterError, RwkvLabE
 from rwkv_lab.export.onnx_folder import Weights
 from rwkv_lab.model.device import parse_device
 from rwkv_lab.resources import reports_folder
+from rwkv_lab.sigterm import sigterm_cleans_up
 from rwkv_lab.wkv import backends
 
 JOBS = {
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.job not in ("merge", "convert", "scaling"):
             _check_device(options.device)
-        with _sigterm_cleans_up(), tempfile.TemporaryDirectory(prefix="rwkv_lab-bench-", dir=Path.cwd()) as temporary:
+        with sigterm_cleans_up(), tempfile.TemporaryDirectory(prefix="rwkv_lab-bench-", dir=Path.cwd()) as temporary:
             folder = options.folder or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
             options.report.mkdir(parents=True, exist_ok=True)
@@ -75,21 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 _measure(options, folder)
     except RwkvLabError as e:
         raise SystemExit(f"{type(e).__name__}: {e}") from e
-
-
-@contextmanager
-def _sigterm_cleans_up() -> Iterator[None]:
-    """End with exit code 143 on SIGTERM, as Ctrl-C ends: temporary folders are removed, children stopped."""
-
-    def end(number: int, _frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one would come in the middle of cleaning up
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _check_device(name: str) -> None:

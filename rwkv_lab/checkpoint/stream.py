@@ -145,9 +145,13 @@ def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: 
 
     total = sum(f.tensors[i].nbytes for f, i in jobs)
     with one_torch_thread_each(), Progress(label, total) as progress, ThreadPoolExecutor(WORKERS + 1) as pool:
-        flushing = pool.submit(_flush_along, [f.fd for f in files], work) if total >= FLUSH_FROM else None
-        futures = [pool.submit(run, file, i) for file, i in jobs]
+        flushing = None
+        # An interrupt may come at any moment, that of a submission as well. Leaving the pool waits for its threads, and
+        # the one that flushes ends when it is told to.
         try:
+            if total >= FLUSH_FROM:
+                flushing = pool.submit(_flush_along, [f.fd for f in files], work)
+            futures = [pool.submit(run, file, i) for file, i in jobs]
             pending = set(futures)
             while pending:
                 done, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
@@ -155,12 +159,10 @@ def stream(files: Sequence[OutFile], scan: Callable[[OutTensor], bool], refuse: 
                 if any(f.exception() for f in done):
                     break
             findings = [f.result() for f in futures if not f.cancelled() and (f.done() or not pending)]
-        except BaseException:
-            work.stop.set()
+            progress.advance(work.done - progress.done)
+        finally:
+            work.end()
             pool.shutdown(cancel_futures=True)
-            raise
-        progress.advance(work.done - progress.done)
-        work.stop.set()
         if flushing is not None:
             flushing.result()  # the kernel reports a failed write to one caller only: it must not get lost here
     found = sorted((f for f in findings if not f.clean), key=lambda f: f.name)
@@ -204,11 +206,20 @@ class _Work:
         # The file system lets one thread at a time write to a file; the others would spin, not sleep, for their turn.
         self.writing = threading.Lock()
 
-    def advance(self, nbytes: int) -> None:
-        if self.stop.is_set():
-            raise InterruptedError("stopped")
+    def write(self, fd: int, data: memoryview, offset: int) -> None:
+        with self.writing:
+            if self.stop.is_set():
+                raise InterruptedError("stopped")
+            _write(fd, data, offset)
         with self.lock:
-            self.done += nbytes
+            self.done += len(data)
+
+    def end(self) -> None:
+        """Have the threads stop; nothing is written any more on return. The pool does not know a thread, and will not
+        wait for it, if an interrupt came while it was started."""
+        self.stop.set()
+        with self.writing:
+            pass
 
 
 def _copy(t: OutTensor, source: TensorInfo, fd: int, offset: int, look: bool, work: _Work) -> tuple[int, Findings]:
@@ -226,9 +237,7 @@ def _copy(t: OutTensor, source: TensorInfo, fd: int, offset: int, look: bool, wo
         if t.watch is not None:
             values = torch.frombuffer(block, dtype=t.dtype)
             t.watch(start // t.dtype.itemsize, values, values)
-        with work.writing:
-            _write(fd, block, offset + start)
-        work.advance(len(block))
+        work.write(fd, block, offset + start)
     source.check(crc)
     if t.checksum is not None:
         t.checksum(crc)
@@ -256,10 +265,8 @@ def _compute(
             if not all_finite(block, t.dtype):
                 findings = _add(findings, _count(t.name, [piece], t.dtype))
             crc = crc32(block, crc)
-            with work.writing:
-                _write(fd, block, offset + start)
+            work.write(fd, block, offset + start)
             start += len(block)
-            work.advance(len(block))
     if start != t.nbytes:
         raise AssertionError(f"{t.name}: {start} bytes were computed, {t.nbytes} were planned")
     return crc, findings

@@ -101,8 +101,8 @@ def _compared(pairs: Mapping[str, Pair], known: _Known, label: str) -> dict[str,
     names = sorted(pairs, key=lambda n: -pairs[n][0].nbytes)
     total, found, large = sum(source.nbytes for source, _ in pairs.values()), dict[str, float](), OneLarge()
     with one_torch_thread_each(), Progress(label, total) as progress, ThreadPoolExecutor(WORKERS) as pool:
-        futures = {pool.submit(_difference, n, *pairs[n], known, large): n for n in names}
-        try:
+        try:  # an interrupt may come while work is handed out
+            futures = {pool.submit(_difference, n, *pairs[n], known, large): n for n in names}
             for future in as_completed(futures):
                 name = futures[future]
                 found[name] = future.result()

@@ -10,6 +10,7 @@ has nothing to warn of. This process starts a kernel and waits for it: it import
 
 # ruff: noqa: E402  the first statement comes before what it is for
 
+import asyncio
 import logging
 import sys
 
@@ -24,6 +25,7 @@ from typing import Any
 
 import click
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from papermill import execute_notebook
 from papermill.cli import papermill
 from papermill.engines import NBClientEngine, papermill_engines
@@ -31,16 +33,45 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.sigterm import sigterm_cleans_up
+
+# Seconds that a cell has to end after an interrupt.
+_PATIENCE = 30.0
 
 
 class _Kernel(AsyncKernelManager):
-    """Stops a kernel that is done without interrupting it first, which ipykernel reports as an error at times."""
+    """Stops a kernel that is done without interrupting it first, which ipykernel reports as an error at times, and one
+    whose cell runs after that cell has ended."""
 
     computes = False  # while a cell is being executed; one kernel per process
+    latest: "_Kernel | None" = None
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        _Kernel.latest = self
 
     async def _async_interrupt_kernel(self) -> None:
         if self.computes or not self.shutting_down:
             await super()._async_interrupt_kernel()
+        if self.computes and self.shutting_down:
+            _Kernel.computes = False
+            await self._cell_has_ended()
+
+    async def _cell_has_ended(self) -> None:
+        """Wait for the end of an interrupted cell. A kernel that is told to shut down before closes the sockets that
+        the cell answers by, and is killed seconds later, whatever the cell has to clean up."""
+        client = self.client()
+        client.start_channels()
+        try:
+            await client.wait_for_ready(timeout=_PATIENCE)  # a kernel answers when no cell runs
+        except RuntimeError:  # it is stuck, or has died
+            pass
+        finally:
+            client.stop_channels()
+        # What still waits for the cell's reply may have been cut short, and would report that the kernel is gone.
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
 
 
 def _cell_begins(**_: object) -> None:
@@ -59,10 +90,17 @@ class Engine(NBClientEngine):
         streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
         options |= {name: stream for name, stream in streams.items() if not options.get(name)}
         with tempfile.TemporaryDirectory(prefix="rwkv_lab-") as folder:  # short: a socket's path has 104 bytes
-            sockets = {"transport": "ipc", "ip": str(Path(folder) / "kernel")}
-            options |= {"kernel_manager_class": _Kernel, "config": Config({"KernelManager": sockets})}
+            connection = {"connection_file": str(Path(folder) / "kernel.json")}  # goes with the folder, however it ends
+            connection |= {"transport": "ipc", "ip": str(Path(folder) / "kernel")}
+            options |= {"kernel_manager_class": _Kernel, "config": Config({"KernelManager": connection})}
             options |= {"on_cell_execute": _cell_begins, "on_cell_executed": _cell_ended}
-            return super().execute_managed_notebook(nb_man, kernel_name, **options)
+            try:
+                with sigterm_cleans_up():
+                    return super().execute_managed_notebook(nb_man, kernel_name, **options)
+            except (KeyboardInterrupt, SystemExit):
+                if _Kernel.latest and _Kernel.latest.has_kernel:  # nbclient leaves one alone that was still starting
+                    run_sync(_Kernel.latest.shutdown_kernel)(now=True)
+                raise
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -85,6 +123,9 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(f"{type(e).__name__}: {e}")
     except PapermillExecutionError as e:
         sys.exit(f"{e.ename}: {e.evalue}")  # the traceback is in the notebook
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def execute(notebook: Path, executed: Path, parameters: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,21 +59,28 @@ def test_a_refusal_ends_with_a_code_and_the_message(warm, tmp_path):
     assert json.loads((tmp_path / "report" / "result.json").read_text())["status"] == "failed"
 
 
-def test_an_interrupt_reaches_the_cell_that_runs(environment, tmp_path):
-    """Jobs clean up after themselves then."""
-    code = "import time\ntry:\n    print('begun')\n    time.sleep(60)\nfinally:\n    open('cleaned-up', 'w').close()"
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+@pytest.mark.parametrize("sign, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_lets_the_cell_that_runs_clean_up(sign, code, environment, tmp_path):
+    """However long it takes, and without a word of what Jupyter makes of it."""
+    cell = (
+        "import time\ntry:\n    print('begun')\n    time.sleep(60)\n"
+        "finally:\n    time.sleep(4)\n    open('cleaned-up', 'w').close()"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, tmp_path / "sleep.ipynb")
+    sockets = tmp_path / "tmp"
+    sockets.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "rwkv_lab.workbench.batch", tmp_path / "sleep.ipynb", tmp_path / "run.ipynb"],
         cwd=tmp_path,
-        env=environment,
+        env={**environment, "TMPDIR": str(sockets)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout.readline() == "begun\n"
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=50)
-    assert process.returncode != 0 and (tmp_path / "cleaned-up").exists()
+    process.send_signal(sign)
+    _, err = process.communicate(timeout=50)
+    assert (process.returncode, err) == (code, "stopped\n" if sign == signal.SIGINT else "")
+    assert (tmp_path / "cleaned-up").exists() and list(sockets.iterdir()) == []
