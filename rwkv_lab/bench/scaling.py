@@ -165,8 +165,8 @@ JOBS = {
 
 
 def _adapter_block(layout: Layout) -> int:
-    """Bytes that a thread holds: the largest matrix's halves, in the file's dtype and twice in float32; and pieces."""
-    return RANK * (layout.n_embd + layout.dim_ffn) * (2 + 2 * 4) + PIECES * BLOCK
+    """Bytes that a thread holds: the largest matrix's halves, in the file's dtype and twice in float64; and pieces."""
+    return RANK * (layout.n_embd + layout.dim_ffn) * (2 + 2 * 8) + PIECES * BLOCK
 
 
 @dataclass(frozen=True)
