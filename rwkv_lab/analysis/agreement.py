@@ -147,7 +147,8 @@ def compare_modes(
     thrice.
 
     Args:
-        model: a model, which stays as it is, or the path of a checkpoint.
+        model: a model, which stays as it is, or the path of a checkpoint; its packed weights are taken as dense ones of
+            the same values.
         backends: names that `wkv7` takes; None for all that there are for each dtype.
         modes: the first is what the others are compared with.
 
@@ -160,7 +161,8 @@ def compare_modes(
     without = next((d for d in dtypes if d not in LIMITS), None)
     if without is not None:
         raise ParameterError(f"There is no limit for {without}; compare {', '.join(map(str, LIMITS))}.")
-    model = RWKV_Dual.from_pretrained(model, dtype=torch.float64) if not isinstance(model, RWKV_Dual) else model
+    if not isinstance(model, RWKV_Dual):
+        model = RWKV_Dual.from_pretrained(model, dtype=torch.float64, weights="dense")
     rows = []
     for dtype in dtypes:
         rounded = in_dtype(model, dtype)

@@ -10,6 +10,7 @@ from rwkv_lab import wkv
 from rwkv_lab.analysis import agreement
 from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.errors import DeviceError, KernelError, LayoutError, OutputError, ParameterError
+from rwkv_lab.model import RWKV_Dual
 from rwkv_lab.plotting import png
 from rwkv_lab.workbench import panel as panels
 from rwkv_lab.workbench import start
@@ -63,6 +64,19 @@ def test_a_model_of_a_generation_passes(version, run, tmp_path, capsys):
     ]
     assert (run.folder / "report.html").read_text().count('src="data:image/png;base64,') == 5
     assert "there is no mismatch to look for" in capsys.readouterr().out
+
+
+def test_a_packed_model_passes_with_dense_weights_of_its_values(run, tmp_path):
+    write_checkpoint(tmp_path / "m.pth", calm(LAYOUTS["7.0"]))
+    RWKV_Dual.from_pretrained(tmp_path / "m.pth", weights="int8").save_pretrained(tmp_path / "packed")
+    run = run(tmp_path / "packed", **SHORT, dtypes=["float64"])
+    run_all(run)
+    found = result(run)
+    assert found["status"] == "ok" and all(check["passed"] for check in found["checks"])
+    (note,) = found["notes"]
+    assert note.startswith("packed has weights in 8 or 4 bits.")
+    rows = agreement.compare_modes(tmp_path / "packed", torch.randint(0, 11, (1, 32)), [torch.float64], ["reference"])
+    assert all(row.passed for row in rows)
 
 
 def test_a_wrong_decay_in_one_backend_fails_and_is_placed_in_words(run, tmp_path, monkeypatch):

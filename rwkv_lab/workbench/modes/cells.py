@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from IPython.display import display
@@ -21,6 +22,7 @@ from rwkv_lab.analysis.dynamics import measure_dynamics
 from rwkv_lab.analysis.mismatch import explain_failures, first_mismatch
 from rwkv_lab.analysis.texts import tokens_to_read
 from rwkv_lab.checkpoint import FileFacts, Layout, file_facts, open_checkpoint
+from rwkv_lab.checkpoint.packed import parts_of
 from rwkv_lab.checkpoint.whole_model import whole_model
 from rwkv_lab.checks import Check
 from rwkv_lab.dtypes import long_name, to_dtype
@@ -122,7 +124,7 @@ def load(run: Run) -> Subject:
         run.record.inputs, layout, plan = _planned(run)
         name = run.record.inputs[0].path.name
         display(Table("The plan", ("", ""), plan))
-        model = RWKV_Dual.from_pretrained(input_path(config.model), dtype=torch.float64).requires_grad_(False)
+        model = _dense(input_path(config.model))
         tokens, source = tokens_to_read(model, config.batch, config.length)
     version = model.layout.version
     run.record.metrics |= {"layout": str(layout), "version": version, "tokens": source}
@@ -132,8 +134,26 @@ def load(run: Run) -> Subject:
         ("tokens", f"{counted(config.batch, 'sequence')} of {config.length}: {source}"),
         *(fact for fact in plan if fact[0] not in ("model", "tokens", "time")),
     ]
+    for path in filter(None, (config.model, config.compare_with)):
+        _note_packed(run, input_path(path))
     print(f"tokens: {source}")
     return Subject(name, model, tokens, source)
+
+
+def _dense(path: Path) -> RWKV_Dual:
+    """A model in float64. Packed weights are taken with the values that they stand for: long texts would be multiplied
+    in 8 bits else, whose rounding hides whether modes agree."""
+    return RWKV_Dual.from_pretrained(path, dtype=torch.float64, weights="dense").requires_grad_(False)
+
+
+def _note_packed(run: Run, path: Path) -> None:
+    with open_checkpoint(path) as ck:
+        packed = any(parts_of(info) for info in ck.info.values())
+    if packed:
+        run.record.notes.append(
+            f"{path.name} has weights in 8 or 4 bits. The modes are compared with the same values in floating point; "
+            "how a text of 16 tokens or more is read in integers is not part of that."
+        )
 
 
 def compare(run: Run, subject: Subject) -> list[ModeRow]:
@@ -205,7 +225,7 @@ def compare_files(run: Run, subject: Subject) -> None:
         return
     path = input_path(run.config.compare_with)
     with run.timed("compare files"):
-        other = RWKV_Dual.from_pretrained(path, dtype=torch.float64).requires_grad_(False)
+        other = _dense(path)
         found = first_mismatch(Execution(subject.model), Execution(other), subject.tokens)
     words = f"{path.name} beside {subject.name}: {found or 'both compute the same.'}"
     run.record.metrics["compared"] = words
