@@ -14,6 +14,7 @@ from rwkv_lab.analysis.spectra import delta
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint import Checkpoint, Layout, open_checkpoint
 from rwkv_lab.checkpoint.origin import origin_of, same_weights, weights_of
+from rwkv_lab.checkpoint.packed import refuse_packed
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.adapter_set import ANY, read_adapters
@@ -176,14 +177,16 @@ def open_tuning(
         direction_only: the size of a LoRA's change does not matter, so that its alpha need not be known.
 
     Raises:
-        LayoutError: no whole model, no tuning, or two files that do not go together.
+        LayoutError: no whole model, no tuning, two files that do not go together, or packed weights.
         ParameterError: one file given twice; an option that is missing, or that the file contradicts.
         CorruptFileError, UnsafeFileError: see `open_checkpoint`.
     """
     with ExitStack() as stack:
         base_ck = stack.enter_context(open_checkpoint(base))
+        refuse_packed(base_ck.path, base_ck.info.values(), "Measuring a tuning")
         layout = check_base(base_ck, [])
         ck = stack.enter_context(open_checkpoint(tuned))
+        refuse_packed(ck.path, ck.info.values(), "Measuring a tuning")
         refuse_same_file(base_ck, [ck])
         method, adapter, quant = _opened(stack, ck, options, direction_only)
         if adapter:

@@ -29,6 +29,7 @@ from rwkv_lab.checkpoint.foreign_format import (
 from rwkv_lab.checkpoint.gguf_types import BY_NAME
 from rwkv_lab.checkpoint.numerics import round_to
 from rwkv_lab.checkpoint.output_checks import check_free_space, check_output
+from rwkv_lab.checkpoint.packed import refuse_packed
 from rwkv_lab.checkpoint.source import BLOCK
 from rwkv_lab.checkpoint.stream import WORKERS, OutTensor
 from rwkv_lab.checkpoint.unchanged import file_states
@@ -136,6 +137,7 @@ def check_source(ck: Checkpoint, spec: ConvertSpec) -> None:
         ParameterError, LayoutError: says why.
     """
     refuse_unreadable(ck)
+    refuse_packed(ck.path, ck.info.values(), "A conversion")
     if ck.kind == "model" and ck.layout is not None and spec.to != STATE:
         completed(spec, format_for(spec.to, ck.layout), ck.layout)
 

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field
 
 from rwkv_lab.analysis.texts import Reading
 from rwkv_lab.checkpoint import open_checkpoint
+from rwkv_lab.checkpoint.packed import refuse_packed
 from rwkv_lab.checkpoint.whole_model import whole_model
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.paths import path_fault
@@ -228,15 +229,19 @@ def input_path(value: str) -> Path:
     return Path(value)
 
 
-def check_headers(*paths: str | None) -> None:
+def check_headers(*paths: str | None, dense_for: str = "") -> None:
     """Refuse checkpoints that cannot be opened, from their headers; demo files and "" pass.
 
+    Args:
+        dense_for: refuse packed ones, too: the job that needs dense weights, as `refuse_packed` takes it.
     Raises:
-        RwkvLabError: as `open_checkpoint`.
+        RwkvLabError: as `open_checkpoint` and `refuse_packed`.
     """
     for path in paths:
         if path and path not in DEMO:
-            open_checkpoint(path).close()
+            with open_checkpoint(path) as ck:
+                if dense_for:
+                    refuse_packed(ck.path, ck.info.values(), dense_for)
 
 
 def check_models(*paths: str | None) -> None:

@@ -11,7 +11,7 @@ from models import LAYOUTS, random_lora, random_model, random_state
 from models import SEVEN as LAYOUT
 
 from rwkv_lab.analysis.answers import WEIGHTS
-from rwkv_lab.model import generate_stream
+from rwkv_lab.model import RWKV_Dual, generate_stream
 from rwkv_lab.model.weight_only import SCHEMES
 from rwkv_lab.workbench.chat.parameters import SETTINGS, ChatParameters
 from rwkv_lab.workbench.registry import notebook_names
@@ -42,11 +42,16 @@ REFUSED = {
     "train": [{"base": "missing.pth"}, {"base": "broken.pth"}, {"kind": "nothing"}, {"data": "missing.txt"}],
 }
 # Files that can be opened, and do not go with the rest: by their headers.
-SEVEN = {"base": "seven.pth"}
+SEVEN, PACKED = {"base": "seven.pth"}, "packed/model.safetensors"
 MISFITS = {
     "benchmark": [{"model": "state8.pth"}],
     "chat": [{"model": "lacks.pth"}, {"model": "state8.pth"}],
-    "convert": [{"source": "four.pth", "to": "gguf"}, {"source": "seven.pth", "to": "fla", "size": "7B"}],
+    "convert": [
+        {"source": "four.pth", "to": "gguf"},
+        {"source": "seven.pth", "to": "fla", "size": "7B"},
+        {"source": PACKED},
+    ],
+    "export": [{"checkpoint_path": PACKED}],
     "merge": [
         SEVEN | {"tuned": "four.pth"},
         SEVEN | {"tuned": "four.pth", "method": "state"},
@@ -61,8 +66,13 @@ MISFITS = {
         {"recipe": "mix.yaml"},
     ],
     "modes": [{"model": "lacks.pth"}, {"compare_with": "state8.pth"}],
-    "peft": [SEVEN | {"adapter": "four.pth"}, SEVEN | {"adapter": "lora32.pth", "alpha": 8.0}],
-    "train": [{"base": "lacks.pth"}],
+    "peft": [
+        SEVEN | {"adapter": "four.pth"},
+        SEVEN | {"adapter": "lora32.pth", "alpha": 8.0},
+        {"base": PACKED, "adapter": "seven.pth"},
+        SEVEN | {"adapter": PACKED},
+    ],
+    "train": [{"base": "lacks.pth"}, {"base": PACKED}],
 }
 PROGRAM = """
 import json, sys
@@ -99,6 +109,7 @@ def folder(tmp_path):
     others |= {"int8": model | {"ln_out.weight": zeros(16).char()}}
     for name, tensors in others.items():
         save(tensors, tmp_path / f"{name}.pth")
+    RWKV_Dual.from_pretrained(tmp_path / "seven.pth", weights="int8").save_pretrained(tmp_path / "packed")
     (tmp_path / "mix.yaml").write_text(
         "merge_method: ties\nbase_model: seven.pth\nmodels: [{model: deep.pth, parameters: {weight: 1}}]\n"
     )

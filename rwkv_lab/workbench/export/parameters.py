@@ -80,7 +80,7 @@ class ExportParameters(Parameters):
         path = Path(first.checkpoint_path)
         is_demo = str(path) in map(_demo_path, DEMO)
         if not (path.is_dir() or is_demo):  # a folder may hold many; which one is taken is found later
-            check_headers(str(path))
+            check_headers(str(path), dense_for="An export")
 
     def demo_files(self) -> list[str]:
         return list(_DEMO.values()) if self._is_demo(self._manager()) else super().demo_files()

@@ -73,6 +73,7 @@ class TrainParameters(Parameters):
 
     def check_files(self) -> None:
         check_models(self.base)
+        check_headers(self.base, dense_for="Training")
         check_headers(self.start)
         check_data(self.data)
 
