@@ -143,7 +143,8 @@ def _kernels() -> Iterator[Finding]:
     try:
         builds = [cpu_build(name) for name in sources("cpu")]
     except KernelError as e:
-        yield Finding("note", "compiler", str(e).splitlines()[0], "apt-get install g++, or set CXX")
+        wrong, _, remedy = str(e).splitlines()[0].rstrip(".").partition("; ")
+        yield Finding("note", "compiler", wrong, f"{remedy[0].upper()}{remedy[1:]}." if remedy else "")
     else:
         built = sum(build.library.exists() for build in builds)
         compiler = next((build.compiler for build in builds), "")
@@ -218,9 +219,10 @@ def _space() -> Iterator[Finding]:
     free = machine.memory_free()
     advice = "A model in float32 needs 4 bytes for each weight: end other programs." if free < _LITTLE_MEMORY else ""
     yield Finding("note" if advice else "ok", "memory", f"{human_bytes(free)} free", advice)
-    places = {"reports": reports_folder(), "cache": folder_of_variable("RWKV_LAB_CACHE") or user_cache_folder()}
-    for what, folder in places.items():
-        yield _place(what, folder)
+    yield _place("reports", reports_folder(), "FAIL", "Work in a folder of your own.", "work on another disk")
+    # Without it kernels are compiled into a temporary folder.
+    cache, other = folder_of_variable("RWKV_LAB_CACHE") or user_cache_folder(), "set RWKV_LAB_CACHE to another folder"
+    yield _place("cache", cache, "note", f"Every process compiles its own kernels: {other}.", other)
 
 
 def _sizes() -> Iterator[Finding]:
@@ -240,13 +242,19 @@ def _sizes() -> Iterator[Finding]:
         yield Finding("ok" if found.largest else "note", what, words, advice if found.beyond else "")
 
 
-def _place(what: str, folder: Path) -> Finding:
-    """A folder that is written to, or the one that it would be made in."""
+def _place(what: str, folder: Path, state: str, remedy: str, elsewhere: str) -> Finding:
+    """A folder that is written to, or the one that it would be made in.
+
+    Args:
+        state, remedy: what it means that it cannot be written to, and what to do then.
+        elsewhere: what to do where the disk is nearly full, beside making space.
+    """
     there = next(parent for parent in _upward(folder.absolute()) if parent.exists())
+    # Root may write anywhere; /proc and the like have no space at all.
+    if not os.access(there, os.W_OK) or not there.is_dir() or shutil.disk_usage(there).total == 0:
+        return Finding(state, what, f"{folder} cannot be written to", remedy)
     free = machine.disk_free(there)
-    if not os.access(there, os.W_OK) or not there.is_dir():
-        return Finding("FAIL", what, f"{folder} cannot be written to", "Work in a folder of your own.")
-    advice = "Make space, or work on another disk." if free < _LITTLE_DISK else ""
+    advice = f"Make space, or {elsewhere}." if free < _LITTLE_DISK else ""
     return Finding("note" if advice else "ok", what, f"{folder}, {human_bytes(free)} free on that disk", advice)
 
 

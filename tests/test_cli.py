@@ -146,6 +146,20 @@ def test_a_wrong_command_has_its_own_code(capsys):
     assert cli.main([]) == 2 and "usage: rwkv-lab" in capsys.readouterr().out
 
 
+def test_a_current_folder_that_was_deleted_is_one_sentence(tmp_path, capsys, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for words in (["doctor"], ["report"], ["merge", "base=b.pth"], ["train", "--help"], ["sweep", "train", "g.yaml"]):
+        try:
+            code = cli.main(words)
+        except SystemExit as e:  # of --help
+            code = e.code
+        out, err = capsys.readouterr()
+        assert (code, err) == ((0, "") if out else (1, "The current folder has been deleted: change to another one.\n"))
+    assert cli.main(["list"]) == 0
+
+
 def test_inspect_says_what_files_are(demo_folder, capsys):
     base, state = demo_folder / "demo-base.pth", demo_folder / "demo-state.pth"
     assert cli.main(["inspect", str(base), str(state), "--all"]) == 0

@@ -64,7 +64,18 @@ def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("RWKV_LAB_CACHE", str(tmp_path))
     one = found("compiler")
-    assert one.state == "note" and one.advice
+    assert one.state == "note" and one.advice == "Correct or unset it." and ".." not in str(one)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert found("compiler").advice == "Install g++, or name one in CXX."
+
+
+def test_a_cache_that_cannot_be_written_to_is_a_note(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "cache", Path("/proc/cache")):
+        monkeypatch.setenv("RWKV_LAB_CACHE", str(folder))
+        one = found("cache")
+        assert (one.state, one.found) == ("note", f"{folder} cannot be written to") and "RWKV_LAB_CACHE" in one.advice
 
 
 def test_threads_that_spin(monkeypatch):

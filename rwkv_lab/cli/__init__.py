@@ -47,6 +47,9 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"no such option: {' '.join(others)}{did_you_mean(others[0], options)}")
     if others:
         given.words = [*others, *given.words]  # said to be no parameters, in words that help
+    if given.work not in (_list, _completion) and not _has_current_folder():
+        print("The current folder has been deleted: change to another one.", file=sys.stderr)
+        return 1
     try:
         return given.work(given)
     except RwkvLabError as e:
@@ -58,6 +61,14 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `rwkv-lab list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _has_current_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
