@@ -216,13 +216,22 @@ def _become(given: dict[str, Any], streams: list[int], connection: socket.socket
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    before = _of_the_hub()
     os.environ.clear()
     os.environ.update(given["environment"])
+    if _of_the_hub() != before:  # the package reads them while it is imported, which a process before may have had done
+        for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]
     os.chdir(given["folder"])
     os.umask(given["mask"])
     sys.executable = given["program"]  # what it starts, starts at once, too
     if given["unbuffered"]:
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+
+
+def _of_the_hub() -> dict[str, str]:
+    """The variables of huggingface_hub."""
+    return {name: value for name, value in os.environ.items() if name.startswith("HF_")}
 
 
 def _answer(connection: socket.socket, pid: int) -> NoReturn:
