@@ -96,7 +96,7 @@ def hashes_of(tensors: Iterable[tuple[str, Sequence[int], Callable[[], torch.Ten
             heads.append(f"{tensor} {[size for size in shape if size != 1]};".encode())
             values.append(values_of().float())
     counts = [len(one) for one in values]
-    flat = torch.cat([torch.empty(0, dtype=torch.float32), *values])
+    flat = torch.cat([torch.empty(0, dtype=torch.float32, device="cpu"), *values])
     return {name: _hash_of(heads, counts, flat.to(to_dtype(name))) for name in _ROUNDED_TO}
 
 

@@ -1,12 +1,12 @@
-"""torch's default device, whatever it is, is not where a model on the CPU computes."""
+"""torch's default device, whatever it is, is not where a model on the CPU computes, nor a merge."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from models import LAYOUTS, random_model
+from models import LAYOUTS, random_lora, random_model, random_state
 
-from rwkv_lab import RWKV_Dual
+from rwkv_lab import RWKV_Dual, merge
 from rwkv_lab.checkpoint import write_checkpoint
 from rwkv_lab.model import generate, quantise_weights
 from rwkv_lab.model.evaluate import bits_per_byte
@@ -38,3 +38,15 @@ def test_the_default_device_changes_nothing(quant, mode, path):
         expected = job(model)
         with torch.device("meta"):
             assert job(model) == expected, name
+
+
+@pytest.mark.parametrize(
+    ("tuned", "given"), [(random_lora(), {"alpha": 4}), (random_state(), {})], ids=["lora", "state"]
+)
+def test_a_merge_gives_the_same_bytes(tuned, given, tmp_path):
+    write_checkpoint(tmp_path / "base.pth", random_model())
+    write_checkpoint(tmp_path / "tuned.pth", tuned)
+    files = tmp_path / "base.pth", tmp_path / "tuned.pth"
+    expected = merge(*files, tmp_path / "expected.pth", **given).out.read_bytes()
+    with torch.device("meta"):
+        assert merge(*files, tmp_path / "out.pth", **given).out.read_bytes() == expected
