@@ -21,7 +21,7 @@ from rwkv_lab.merge.effect_sums import NONE, Sums, count, same_bytes, sums_of
 
 ENOUGH = 0.9  # of the change: where less arrives, a note says so
 _NORMAL = 2.0**-14  # the smallest number of float16 that has all its digits
-# Units of the arithmetic's precision, relative to the base's mean magnitude: of normal values, 4 of the root mean square.
+# Units of the arithmetic's precision, of the base's mean magnitude: of normal values, 4 of the root mean square.
 _ROUNDING = 5
 _HALF = 0.5  # of the change: less is no effect as it was asked for
 
