@@ -5,6 +5,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -99,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rwkv_lab.bench")
     jobs = parser.add_subparsers(dest="job", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--rounds", type=_positive, help="samples of everything (default 5, with --quick 3)")
+    common.add_argument(
+        "--rounds", type=_positive, help="samples of everything (default 5, with --quick 3); what takes long stops at 3"
+    )
     common.add_argument("--threads", type=_positive, help="of torch and of the peers; by default as torch has it")
     common.add_argument(
         "--folder", type=Path, help="for models that are made here; by default a temporary one, removed at the end"
@@ -112,7 +115,10 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--models", nargs="*", type=Path, default=[], help="checkpoints of your own, instead")
         one.add_argument("--dtypes", nargs="+", type=in_short, choices=LIMITS, default=list(Plan.dtypes))
         one.add_argument(
-            "--lengths", nargs="+", type=_positive, help="tokens of prompts; the longest is the operators' too"
+            "--lengths",
+            nargs="+",
+            type=_positive,
+            help="tokens of prompts; the longest is the operators' too (default 512, and 2,048 for the first shape)",
         )
         one.add_argument("--batches", nargs="+", type=_positive, help="sequences decoded at once")
         one.add_argument("--contexts", nargs="+", type=_positive, help="tokens read before, for growth")
@@ -209,9 +215,12 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         elif job == "training":
             rows = measure_training(names, rounds)
         else:
-            for subject, path in _subjects(options, job, folder):
+            for number, (subject, path) in enumerate(_subjects(options, job, folder)):
                 if job == "models":
-                    found, now = measure_speed(path, subject, plan)
+                    # Peers take minutes for long prompts of larger models: without a choice the first shape is enough.
+                    chosen = options.lengths or options.models or number == 0
+                    lengths = plan.lengths if chosen else plan.lengths[:1]
+                    found, now = measure_speed(path, subject, replace(plan, lengths=lengths))
                     rows += found
                     for name, samples in now.items():
                         floors.setdefault(name, []).extend(samples)

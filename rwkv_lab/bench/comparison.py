@@ -22,6 +22,8 @@ OURS = "rwkv_lab"  # our engine's name in rows
 QUIET = 0.1  # CPUs that other processes may use during a sample; above that it is taken again
 _AGAIN = 2  # times at most; then the quietest counts and the row is marked
 _LONG = 3.0  # seconds: a sample that took longer is not taken again
+_ENOUGH = 20.0  # seconds: an entry whose samples took longer is not sampled again once it has _AT_LEAST of them
+_AT_LEAST = 3
 _PAUSE = 0.05  # seconds between two samples, for the last one's spinning threads to fall asleep
 
 
@@ -98,17 +100,23 @@ def interleave(
         warm_up: one round more, first, which does not count.
     Returns:
         Name -> (samples in order of rounds, CPUs that other processes used during the worst of them). A sample that
-        others disturbed is taken again, twice at most, and the quietest counts.
+        others disturbed is taken again, twice at most, and the quietest counts. An entry whose samples took more than
+        20 seconds together is not sampled again once it has three.
     """
     names = list(entries)
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+    spent = dict.fromkeys(names, 0.0)
     for r in range(-1 if warm_up else 0, rounds):
         first = max(r, 0) % max(len(names), 1)
         for name in names[first:] + names[:first]:
             if r < 0:
                 entries[name]()
                 continue
+            if spent[name] > _ENOUGH and r >= _AT_LEAST:
+                continue
+            began = time.perf_counter()
             value, other_load = _sample(entries[name])
+            spent[name] += time.perf_counter() - began
             found[name][0].append(value)
             found[name][1].append(other_load)
     return {name: (samples, max(other_load)) for name, (samples, other_load) in found.items()}
@@ -149,8 +157,8 @@ def refusal(agreement: Agreement) -> str:
 
 
 def median_share(numerator: Sequence[float], floor: Sequence[float]) -> float:
-    """Median over rounds of a rate's share of the floor measured in the same round."""
-    return statistics.median(a / b for a, b in zip(numerator, floor, strict=True))
+    """Median over rounds of a rate's share of the floor measured in the same round; a slow entry has fewer rounds."""
+    return statistics.median(a / b for a, b in zip(numerator, floor, strict=False))
 
 
 def log_row(row: Row) -> Row:

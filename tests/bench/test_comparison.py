@@ -35,6 +35,26 @@ def test_entries_take_turns_and_the_first_round_does_not_count(monkeypatch):
     assert found["a"][0] == [4.0, 9.0, 11.0] and len(found["c"][0]) == 3
 
 
+def test_a_slow_entry_is_sampled_three_times(monkeypatch):
+    seconds = iter(range(1000))
+    clock = {"slow": 11, "fast": 0}
+    now = 0
+
+    def take(name):
+        def sample():
+            nonlocal now
+            now += clock[name]
+            return float(next(seconds))
+
+        return sample
+
+    monkeypatch.setattr(comparison.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(comparison, "_sample", lambda take: (take(), 0.0))
+    found = interleave({name: take(name) for name in clock}, rounds=5)
+    assert len(found["slow"][0]) == 3 and len(found["fast"][0]) == 5
+    assert len(interleave({"slow": take("slow")}, rounds=2)["slow"][0]) == 2
+
+
 def test_a_disturbed_sample_is_taken_again_and_the_quietest_counts(monkeypatch, in_full):
     loads = iter([0.5, 0.9, 0.3])  # all above the limit
 
@@ -101,6 +121,7 @@ def test_json_has_spread_and_no_nan_and_the_table_a_line_for_each_row():
 
 def test_a_share_is_taken_round_by_round():
     assert median_share([10, 20, 90], [20, 40, 100]) == 0.5
+    assert median_share([10, 30], [20, 40, 1]) == 0.625  # sampled in the first two rounds only
 
 
 def test_peers_wait_as_the_machine_is_described(monkeypatch):
