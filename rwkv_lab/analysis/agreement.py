@@ -55,7 +55,8 @@ class ModeRow:
     state_error: float = math.nan
     logits_apart: float = math.nan  # against the first mode, same backend and dtype
     state_apart: float = math.nan
-    curve: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False)  # [T], logits_error per position
+    # [T], logits_error per position
+    curve: torch.Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"), repr=False)
     problem: str = ""  # why it did not run, "" if it did
 
     @property

@@ -49,8 +49,9 @@ class ConversionAgreement:
     """Empty where the models cannot be run; `unread` states why."""
 
     unread: str = ""
-    expected: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)  # [T, V] float64
-    found: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)  # the output's
+    # Logits [T, V] in float64, and the output's.
+    expected: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, device="cpu"), repr=False)
+    found: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, device="cpu"), repr=False)
     continued: Continued | None = None
     checks: list[Check | NotApplicable] = field(default_factory=list)
 
@@ -181,11 +182,11 @@ def _said(model: RWKV_Dual, prompt: str, count: int, tokenizer: str) -> tuple[to
         text = lambda new: " ".join(map(str, new))  # noqa: E731
         shown = text(ids)
     logits = prompt_logits(model)
-    last, state = model.prefill(torch.tensor([ids]))
+    last, state = model.prefill(torch.tensor([ids], device="cpu"))
     new: list[int] = []
     for _ in range(count):
         new.append(int(last[0].argmax()))
-        last, state = model.prefill(torch.tensor([new[-1:]]), state)
+        last, state = model.prefill(torch.tensor([new[-1:]], device="cpu"), state)
     return logits, tuple(new), shown, text(new)
 
 

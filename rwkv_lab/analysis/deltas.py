@@ -51,7 +51,7 @@ def deltas(base: Checkpoint, merged: Checkpoint, names: Iterable[str]) -> list[D
 
 
 def _delta(base: TensorInfo | None, merged: TensorInfo, progress: Progress) -> Delta:
-    histogram = torch.zeros(BINS, dtype=torch.int64)
+    histogram = torch.zeros(BINS, dtype=torch.int64, device="cpu")
     moved = size = largest = 0.0
     old = _chunks(base) if base else None
     for after in _chunks(merged):
@@ -76,7 +76,7 @@ def _delta(base: TensorInfo | None, merged: TensorInfo, progress: Progress) -> D
 
 def _chunks(info: TensorInfo) -> Iterator[torch.Tensor]:
     """The values in order, `_CHUNK` at a time, whatever the blocks are: those of quantised tensors have other sizes."""
-    left = torch.empty(0, dtype=info.dtype)
+    left = torch.empty(0, dtype=info.dtype, device="cpu")
     for block in info.blocks():
         chunks = (torch.cat([left, block]) if len(left) else block).split(_CHUNK)
         whole = [chunk for chunk in chunks if len(chunk) == _CHUNK]

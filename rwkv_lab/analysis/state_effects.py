@@ -33,8 +33,9 @@ class StateEffect:
     checks, where the model cannot run here.
     """
 
-    kl_bits: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))  # [B,T] KL(with ‖ without), float64
-    bits_saved: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))  # [B,T] fewer for the next token
+    # [B,T] KL(with ‖ without), and how many bits fewer the next token takes; float64.
+    kl_bits: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, device="cpu"))
+    bits_saved: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, device="cpu"))
     source: str = ""  # where the tokens come from, in words
     checks: list[NotApplicable] = field(default_factory=list)
 
@@ -53,7 +54,7 @@ def state_heads(tuning: Tuning) -> StateHeads:
     _refuse_without_state(tuning)
     state = tuning.state(tuning.after)
     sigma = torch.linalg.svdvals(state)  # [L,H,min(V,K)]
-    ranks = torch.tensor([[effective_rank(head) for head in layer] for layer in sigma])
+    ranks = torch.tensor([[effective_rank(head) for head in layer] for layer in sigma], device="cpu")
     return StateHeads(state, state.flatten(2).norm(dim=2), ranks, sigma.shape[2])
 
 

@@ -177,7 +177,7 @@ def held_out_excerpts(
 @checked
 def fixed_tokens(vocab_size: Annotated[int, Ge(1), Le(2**24)]) -> torch.Tensor:
     """64 tokens `[1,64]` that are the same every time: any will do where models only have to read the same."""
-    return torch.arange(1, 65)[None] * 7919 % vocab_size
+    return torch.arange(1, 65, device="cpu")[None] * 7919 % vocab_size
 
 
 @checked
@@ -211,13 +211,13 @@ def tokens_to_read(
         tokenizer = model.tokenizer
     except ParameterError:
         vocab = model.layout.vocab_size
-        drawn = torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(0))
+        drawn = torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(0), device="cpu")
         return drawn, f"drawn at random from {vocab:,}, the same each time (the vocabulary does not tell its tokenizer)"
     rows = []
     for text in excerpts(held_out_text(data, tokenizer), batch, _LONGEST * length):
         if not text:
             raise ParameterError(f"The data holds out no text, or too little of it to read {counted(batch, 'part')}.")
-        ids = torch.tensor(tokenizer.encode(text))
+        ids = torch.tensor(tokenizer.encode(text), device="cpu")
         rows.append(ids.repeat(-(-length // len(ids)))[:length])  # a long wish is read from the start again
     name = data if isinstance(data, str) else data.name
     return torch.stack(rows), f"held-out text of the corpus {name!r}"

@@ -110,7 +110,7 @@ class Tuning:
     def before(self, name: str) -> torch.Tensor:
         """A tensor of the base as training had it, float64; zeros for one that the base lacks, such as time_state."""
         if name not in self.base.info:
-            return torch.zeros(self.replacements[name].shape, dtype=torch.float64)
+            return torch.zeros(self.replacements[name].shape, dtype=torch.float64, device="cpu")
         weight, target = self._read(self.base.info[name]), self._target(name)
         if target is None or self.quant == "none":
             return self._stored(weight) if self.is_quantised(name) else weight

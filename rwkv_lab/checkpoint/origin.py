@@ -124,7 +124,7 @@ def _can_be_spread(ck: Checkpoint) -> bool:
 def _first_values(info: TensorInfo) -> torch.Tensor:
     count = min(_VALUES, info.numel)
     if not count:
-        return torch.empty(0)
+        return torch.empty(0, device="cpu")
     if not info.plain:
         return next(iter(info.blocks()))[:count].float()
     return _read(info, [0], count)

@@ -49,4 +49,4 @@ def _log_size(info: TensorInfo) -> float:
         first = k * (info.numel - _CHUNK) // max(_CHUNKS - 1, 1)
         data = info.file.read(info.offset + first * itemsize, _CHUNK * itemsize)
         squares += float(torch.frombuffer(bytearray(data), dtype=info.dtype).double().square().sum())
-    return float(torch.tensor(squares / (_CHUNKS * _CHUNK), dtype=torch.float64).log2() / 2)
+    return float(torch.tensor(squares / (_CHUNKS * _CHUNK), dtype=torch.float64, device="cpu").log2() / 2)

@@ -199,9 +199,9 @@ class TensorInfo:
     def read(self) -> torch.Tensor:
         """The tensor, dense and row-major, in memory of its own."""
         if self.numel == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         if self.derived is not None:
-            values, at = torch.empty(self.numel, dtype=self.dtype), 0
+            values, at = torch.empty(self.numel, dtype=self.dtype, device="cpu"), 0
             for block in self.blocks():
                 values[at : at + len(block)] = block
                 at += len(block)

@@ -53,7 +53,7 @@ def prompt_logits(model: models.RWKV_Dual) -> torch.Tensor:
 
 def prompt_tokens(vocab_size: int) -> torch.Tensor:
     """The fixed prompt, `[1, 32]`: tokens from all over the vocabulary."""
-    return torch.arange(_TOKENS)[None] * max(vocab_size // _TOKENS, 1) % vocab_size
+    return torch.arange(_TOKENS, device="cpu")[None] * max(vocab_size // _TOKENS, 1) % vocab_size
 
 
 def logits_check(result: ConvertResult, expected: torch.Tensor, found: torch.Tensor) -> Check:

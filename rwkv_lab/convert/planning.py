@@ -266,7 +266,7 @@ def _by_table(ck: Checkpoint, spec: ConvertSpec, known: ForeignFormat, layout: L
 def _zeros(name: str, shape: Shape, known: ForeignFormat, spec: ConvertSpec) -> tuple[ConvertRow, OutTensor]:
     """A tensor that the format's readers ask for and make no use of."""
     dtype = known.dtype_of(name, shape, spec.output_dtype or torch.float32)
-    tensor = OutTensor(name, shape, dtype, compute=lambda: [torch.zeros(shape, dtype=dtype).flatten()])
+    tensor = OutTensor(name, shape, dtype, compute=lambda: [torch.zeros(shape, dtype=dtype, device="cpu").flatten()])
     return ConvertRow(name, (), "zeros: asked for, not used", shape, dtype, tensor.nbytes), tensor
 
 

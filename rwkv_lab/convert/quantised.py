@@ -18,7 +18,7 @@ from rwkv_lab.checkpoint.stream import OutTensor
 from rwkv_lab.errors import KernelError, NumericsError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.wkv.loader import cpu_library
-from rwkv_lab.wkv.pointers import DTYPES, Span, check, span
+from rwkv_lab.wkv.pointers import DTYPES, Span, check, new, span
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def _blocks_compiled(values: torch.Tensor, kind: TensorType) -> torch.Tensor | N
     functions = _compiled()
     assert functions is not None, "not compiled"
     n = len(values) // kind.elements
-    made = torch.empty(n, kind.nbytes, dtype=torch.uint8)
+    made = new((n, kind.nbytes), torch.uint8)
     spans = span(values, values.shape), DTYPES[values.dtype], span(made, made.shape, torch.uint8)
     code = functions.gguf_blocks(*spans, n, _BITS[kind.name])
     if code == _NO_SUCH_STEP:
@@ -89,7 +89,7 @@ def _q8_0(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(step of each row [n, 1], its 32 levels from -127 to 127, two's complement)"""
     steps = rows.abs().amax(1, keepdim=True) / 127
     scaled = rows * torch.where(steps == 0, 0, 1 / steps)
-    scaled += torch.copysign(torch.tensor(_BELOW_HALF), scaled)  # to the nearest level, ties away from zero
+    scaled += scaled.sign() * _BELOW_HALF  # to the nearest level, ties away from zero
     return steps, scaled.to(torch.int8).view(torch.uint8)
 
 
@@ -154,7 +154,7 @@ def _excess(values: torch.Tensor, blocks: torch.Tensor, kind: TensorType) -> flo
     functions, n = _compiled(), len(values) // kind.elements
     limits = STEPS[kind.name], LEVELS[kind.name] * _SMALLEST
     if functions is not None:
-        most = torch.empty(1)
+        most = new((1,), torch.float32)
         spans = span(values, values.shape), DTYPES[values.dtype], span(blocks, blocks.shape, torch.uint8)
         check(functions.gguf_excess(*spans, n, _BITS[kind.name], *limits, span(most, (1,))), "gguf_excess")
         return float(most)

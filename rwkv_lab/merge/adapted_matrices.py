@@ -134,7 +134,7 @@ def _in_one_pass(
 
 def _largest(info: TensorInfo, ready: Sequence[Target], multiple: int, precision: torch.dtype) -> torch.Tensor:
     """The largest magnitude in what training froze of a matrix."""
-    largest, first = torch.zeros(()), 0
+    largest, first = torch.zeros((), dtype=torch.float32, device="cpu"), 0
     for rows in _row_blocks(info, multiple):
         values = rows.to(precision)
         for target in ready:

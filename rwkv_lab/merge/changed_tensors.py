@@ -60,7 +60,8 @@ def from_tuned(
 def in_step(tensors: Sequence[TensorInfo]) -> Iterator[list[torch.Tensor]]:
     """Blocks of tensors of equal size, with equally many elements each."""
     first, *others = tensors
-    flows = [(t.blocks(), [torch.empty(0, dtype=t.dtype)]) for t in others]  # what comes, what is left over
+    # What comes, what is left over.
+    flows = [(t.blocks(), [torch.empty(0, dtype=t.dtype, device="cpu")]) for t in others]
     for block in first.blocks():
         pieces = [block]
         for flow, rest in flows:

@@ -181,7 +181,8 @@ class Meter:
         self._before: torch.Tensor | Sums | None = None
         self._first = 0  # place of its first value in the tensor
         self._blocks: Iterator[torch.Tensor] | None = None  # of a base that is not stored as it is read
-        self._left = torch.empty(0, dtype=self.base.dtype if self.base else self.dtype)  # of them, not looked at yet
+        dtype = self.base.dtype if self.base else self.dtype
+        self._left = torch.empty(0, dtype=dtype, device="cpu")  # of them, not looked at yet
 
     def watched(self, compute: Callable[[], Iterator[Computed]]) -> Callable[[], Iterator[torch.Tensor]]:
         """`compute` as the writer takes it: values alone.

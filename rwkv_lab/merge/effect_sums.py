@@ -96,7 +96,8 @@ def _scratch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     """Three buffers of floats and one of truth values, of this thread: fresh ones cost as much as the arithmetic."""
     buffers = vars(_local).setdefault("buffers", {})
     if dtype not in buffers:
-        buffers[dtype] = (*torch.empty(3, _PIECE, dtype=dtype), torch.empty(_PIECE, dtype=torch.bool))
+        floats = torch.empty(3, _PIECE, dtype=dtype, device="cpu")
+        buffers[dtype] = (*floats, torch.empty(_PIECE, dtype=torch.bool, device="cpu"))
     return buffers[dtype]
 
 

@@ -230,7 +230,7 @@ def _randomised(delta: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor
     """The largest singular values and vectors, from where random directions go under Δ Δᵀ."""
     g = torch.Generator().manual_seed(seed)
     width = min(rank + _MORE, *delta.shape)
-    q = torch.linalg.qr(delta @ torch.randn(delta.shape[1], width, generator=g)).Q  # [out, width]
+    q = torch.linalg.qr(delta @ torch.randn(delta.shape[1], width, generator=g, device="cpu")).Q  # [out, width]
     for _ in range(_ROUNDS):
         q = torch.linalg.qr(delta @ torch.linalg.qr(delta.T @ q).Q).Q
     u, s, vh = torch.linalg.svd(q.T @ delta, full_matrices=False)

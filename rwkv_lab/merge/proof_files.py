@@ -123,10 +123,10 @@ class _Gguf(Mapping[str, "torch.Tensor"]):
         found = self.tensors[name]
         shape = [int(size) for size in reversed(found.shape)]
         if found.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-            return torch.tensor(found.data).reshape(shape)
+            return torch.tensor(found.data, device="cpu").reshape(shape)
         if found.tensor_type == GGMLQuantizationType.BF16:
-            return torch.tensor(found.data).view(torch.bfloat16).reshape(shape)
-        return torch.tensor(dequantize(found.data, found.tensor_type)).reshape(shape)
+            return torch.tensor(found.data, device="cpu").view(torch.bfloat16).reshape(shape)
+        return torch.tensor(dequantize(found.data, found.tensor_type), device="cpu").reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

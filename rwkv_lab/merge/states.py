@@ -44,7 +44,7 @@ def missing_states(
 
 def _zeros(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> ChangedTensor:
     def compute() -> Iterator[Computed]:
-        for part in torch.zeros(shape, dtype=dtype).flatten().split(BLOCK):
+        for part in torch.zeros(shape, dtype=dtype, device="cpu").flatten().split(BLOCK):
             yield part, None
 
     return ChangedTensor(name, ZEROS, "zeros", shape, dtype, compute=compute)

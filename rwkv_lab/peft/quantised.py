@@ -155,9 +155,9 @@ def dequantize_int8(
 def _dynamic_levels() -> torch.Tensor:
     """The 256 values of "bnb-int8", in order: of each power of ten from 1e-6 to 1 the middles of 1, 2, 4, … 64 equal
     steps, both signs, and 0 and 1."""
-    found = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
+    found = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         middles = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         found += [middles, -middles]
     return torch.cat(found).sort().values

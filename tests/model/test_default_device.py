@@ -7,7 +7,11 @@ import torch
 from models import LAYOUTS, random_lora, random_model, random_state
 
 from rwkv_lab import RWKV_Dual, merge
+from rwkv_lab.analysis.conversion import changes_of_values
 from rwkv_lab.checkpoint import write_checkpoint
+from rwkv_lab.convert import convert, verify_convert
+from rwkv_lab.convert.logits import prompt_logits
+from rwkv_lab.merge import verify_merge
 from rwkv_lab.model import generate, quantise_weights
 from rwkv_lab.model.evaluate import bits_per_byte
 
@@ -17,6 +21,7 @@ JOBS = {
     "prefill": lambda model: model.prefill(IDS)[0].tolist(),
     "generate": lambda model: generate(model, ["hello", "you"], max_new_tokens=3, presence_penalty=0.5),
     "stream": lambda model: model.generate_with_streaming("hello", 20, 0.0, presence_penalty=100.0),
+    "prompt": lambda model: prompt_logits(model).tolist(),
     "evaluate": lambda model: bits_per_byte(model, b"hello you there", ctx_len=4),
 }
 
@@ -40,13 +45,32 @@ def test_the_default_device_changes_nothing(quant, mode, path):
             assert job(model) == expected, name
 
 
-@pytest.mark.parametrize(
-    ("tuned", "given"), [(random_lora(), {"alpha": 4}), (random_state(), {})], ids=["lora", "state"]
-)
-def test_a_merge_gives_the_same_bytes(tuned, given, tmp_path):
+SOME = dict([*random_model(seed=1).items()][:3])
+MERGES = {
+    "lora": (random_lora(), {"alpha": 4}),
+    "quantised": (random_lora(full=False), {"alpha": 4, "parameters": {"quant": "bnb-int8"}}),
+    "state": (random_state(), {}),
+    "blend": (SOME, {"alpha": 0.5}),
+    "slerp": (SOME, {"method": "slerp"}),
+    "ties": (SOME, {"method": "ties"}),
+    "dare_ties": (SOME, {"method": "dare_ties", "parameters": {"density": 0.5}}),
+}
+
+
+@pytest.mark.parametrize("kind", MERGES)
+def test_a_merge_gives_the_same_bytes_and_is_proved(kind, tmp_path):
+    tuned, given = MERGES[kind]
     write_checkpoint(tmp_path / "base.pth", random_model())
     write_checkpoint(tmp_path / "tuned.pth", tuned)
     files = tmp_path / "base.pth", tmp_path / "tuned.pth"
     expected = merge(*files, tmp_path / "expected.pth", **given).out.read_bytes()
     with torch.device("meta"):
-        assert merge(*files, tmp_path / "out.pth", **given).out.read_bytes() == expected
+        result = merge(*files, tmp_path / "out.pth", **given)
+        assert result.out.read_bytes() == expected and all(check.passed for check in verify_merge(result))
+
+
+def test_a_model_is_converted_and_compared(path, tmp_path):
+    with torch.device("meta"):
+        result = convert(path, "gguf", tmp_path / "out.gguf", dtype="q4_0")
+        assert all(check.passed for check in verify_convert(result))
+        assert changes_of_values(result)

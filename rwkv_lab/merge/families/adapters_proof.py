@@ -101,7 +101,7 @@ class AdaptersProof(Proof):
         return lambda part: ([values[part]], off[part])
 
     def _matrix(self, weight: torch.Tensor, name: str, eps: float) -> Bounded:
-        now = weight.double(), torch.zeros(weight.shape, dtype=torch.float64)
+        now = weight.double(), torch.zeros(weight.shape, dtype=torch.float64, device="cpu")
         steps = [a for a in self.adapters if name in a.layers and a.at(name)]
         if self.unmerge:
             for a in reversed(steps):
@@ -253,7 +253,7 @@ def _without(now: Bounded, a: Understood, parts: dict, scale: float, weight: flo
         added = _spread(D, values.shape)
         return values - added, off + 4 * eps * (values.abs() + added.abs())
     r = D.shape[-1]
-    both = torch.eye(r, dtype=D.dtype) + D
+    both = torch.eye(r, dtype=D.dtype, device="cpu") + D
     inverse = torch.linalg.inv(both)
     condition = float((torch.linalg.matrix_norm(both) * torch.linalg.matrix_norm(inverse)).max())
     times, D_at = _tiles(a.variant, D)
@@ -265,7 +265,7 @@ def _without(now: Bounded, a: Understood, parts: dict, scale: float, weight: flo
 
 def _spread(D: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """What MiSS adds: D[j mod r, i mod columns] at row i, column j."""
-    rows, columns = torch.arange(shape[0]) % D.shape[1], torch.arange(shape[1]) % D.shape[0]
+    rows, columns = torch.arange(shape[0], device="cpu") % D.shape[1], torch.arange(shape[1], device="cpu") % D.shape[0]
     return D.T[rows][:, columns]
 
 
@@ -298,7 +298,7 @@ def _quantised(now: Bounded, quant: str) -> Bounded:
         near = ((share - share.floor()) - 0.5).abs() <= unsure
         found = share.round() * step
         return found, found.abs() * (off.amax(1, keepdim=True) / top.clamp_min(1e-300) + 4 * _SINGLE) + near * step
-    levels = torch.tensor(_TABLES[quant], dtype=torch.float64)
+    levels = torch.tensor(_TABLES[quant], dtype=torch.float64, device="cpu")
     flat, wrong = values.reshape(-1), off.reshape(-1)
     block = len(flat) if quant == "bnb-int8" else 64  # values that share a scale
     x, e = (torch.nn.functional.pad(t, (0, -len(flat) % block)).view(-1, block) for t in (flat, wrong))

@@ -174,10 +174,10 @@ def _resolve(signature: Signature, settings: Mapping[str, Any], name: str, n_lay
 
 def _try(method: MixingMethod, values: dict[str, Any], tuned: int) -> None:
     """Run a method on nothing: what it refuses, it refuses before anything is read."""
-    nothing = torch.empty(0)
+    nothing = torch.empty(0, device="cpu")
     found = _looked(method, lambda: iter([(nothing, [nothing] * tuned)]), values)
     if method.signature.draws:
-        found["draws"] = lambda seed, model: torch.empty(0, dtype=torch.float64)
+        found["draws"] = lambda seed, model: torch.empty(0, dtype=torch.float64, device="cpu")
     method.function(nothing, [nothing] * tuned, **values, **found)
 
 

@@ -51,4 +51,4 @@ def proof(t: WholeTensor) -> Exact:
 
 @mixing_method("Model Stock", proof)
 def model_stock(base: torch.Tensor, tuned: Several, *, t: Annotated[float, Look(ratio)]) -> torch.Tensor:
-    return torch.lerp(base, sum(tuned, torch.zeros(())) / len(tuned), t)
+    return torch.lerp(base, sum(tuned, torch.zeros((), device="cpu")) / len(tuned), t)

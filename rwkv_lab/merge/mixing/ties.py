@@ -23,12 +23,12 @@ def smallest_kept(blocks: Blocks, density: Sequence[float]) -> list[float]:
     Two passes: the bits of a positive float32 are ordered as its values are, so counting the upper ones finds the bin
     that the k-th value is in, and counting the lower ones of that bin's members finds the value.
     """
-    high = [torch.zeros(1 << _HIGH, dtype=torch.int64) for _ in density]
+    high = [torch.zeros(1 << _HIGH, dtype=torch.int64, device="cpu") for _ in density]
     for base, tuned in blocks():
         for counts, t in zip(high, tuned, strict=True):
             counts += torch.bincount(_bits(t - base) >> _LOW, minlength=1 << _HIGH)
     places = [_place(counts, share) for counts, share in zip(high, density, strict=True)]
-    low = [torch.zeros(1 << _LOW, dtype=torch.int64) for _ in density]
+    low = [torch.zeros(1 << _LOW, dtype=torch.int64, device="cpu") for _ in density]
     if any(place is not None for place in places):
         for base, tuned in blocks():
             for counts, t, place in zip(low, tuned, places, strict=True):
@@ -42,7 +42,7 @@ def smallest_kept(blocks: Blocks, density: Sequence[float]) -> list[float]:
             found.append(math.inf if share == 0 else 0.0)
             continue
         last = _from_above(counts, place[1])[0]
-        bits = torch.tensor(place[0] << _LOW | last, dtype=torch.int32)
+        bits = torch.tensor(place[0] << _LOW | last, dtype=torch.int32, device="cpu")
         found.append(float(bits.view(torch.float32)))
     return found
 
@@ -99,7 +99,8 @@ def elect(
         check_sum(weights)
     opposed = min(weights) < 0 < max(weights)  # else no sum of them cancels, and float32 does
     weighted = [d * w for d, w in zip(deltas, weights, strict=True)]
-    elected = (sum(weighted, torch.zeros(())).sign() + 0.5).sign()  # 1 or -1; numbers, since torch is slow on booleans
+    # 1 or -1; numbers, since torch is slow on booleans.
+    elected = (sum(weighted[1:], weighted[0]).sign() + 0.5).sign()
     total = torch.zeros_like(base)
     counted = torch.zeros_like(base, dtype=torch.float64 if opposed else None)
     size = torch.zeros_like(counted)
