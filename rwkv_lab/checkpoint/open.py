@@ -18,7 +18,7 @@ from rwkv_lab.checkpoint.format import FORMATS, format_of, no_checkpoint
 from rwkv_lab.checkpoint.json_files import read_json
 from rwkv_lab.checkpoint.kind import Identity, identify
 from rwkv_lab.checkpoint.layout import Layout
-from rwkv_lab.checkpoint.packed import unpacked
+from rwkv_lab.checkpoint.packed import shown, unpacked
 from rwkv_lab.checkpoint.prefixes import bare_names, note_on_prefixes, removed_prefixes
 from rwkv_lab.checkpoint.rescaled import looks_rescaled
 from rwkv_lab.checkpoint.shard_index import shards_of
@@ -162,8 +162,8 @@ class Checkpoint:
 
     @property
     def quantised(self) -> Counter[str]:
-        """How many tensors are quantised in the file, by type ("Q8_0"); they are read as float32."""
-        return Counter(t.derived.quantised for t in self.stored.values() if t.derived and t.derived.quantised)
+        """How many tensors are quantised in the file, by type ("Q8_0", "int8"); they are read as float32."""
+        return Counter(shown(t.derived.quantised) for t in self.stored.values() if t.derived and t.derived.quantised)
 
     @property
     def group_norm_eps(self) -> float | None:

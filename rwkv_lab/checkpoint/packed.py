@@ -45,6 +45,11 @@ GROUPED = {"int8-grouped": 8, "int4-grouped": 4}  # kind -> bits
 Shape = tuple[int, ...]
 
 
+def shown(kind: str) -> str:
+    """What the option `weights` calls a kind, and messages; a type of GGUF keeps its name."""
+    return kind.removesuffix("-grouped")
+
+
 def part_shapes(kind: str, shape: Shape) -> dict[str, tuple[Shape, str]]:
     """Shape and dtype of every part of a matrix `[out,in]`, by what its name ends in."""
     rows, columns = shape
@@ -123,8 +128,9 @@ def in_few_bits(infos: Iterable[TensorInfo]) -> str:
     counts, sizes, wide = Counter[str](), Counter[str](), 0
     for info in infos:
         if info.derived is not None and info.derived.quantised:
-            counts[info.derived.quantised] += 1
-            sizes[info.derived.quantised] += sum(part.nbytes for part in (info.derived.of, *info.derived.others))
+            kind = shown(info.derived.quantised)
+            counts[kind] += 1
+            sizes[kind] += sum(part.nbytes for part in (info.derived.of, *info.derived.others))
             wide += info.nbytes
     forms = ", ".join(f"{count} in {kind} ({human_bytes(sizes[kind])})" for kind, count in counts.items())
     return f"{forms}; {human_bytes(wide)} as float32" if forms else ""
@@ -138,7 +144,7 @@ def refuse_packed(path: Path, infos: Iterable[TensorInfo], job: str) -> None:
     Raises:
         LayoutError: says how it is packed, and what to do.
     """
-    if kinds := Counter(found[0] for info in infos if (found := parts_of(info))):
+    if kinds := Counter(shown(found[0]) for info in infos if (found := parts_of(info))):
         described = ", ".join(f"{count} in {kind}" for kind, count in kinds.items())
         raise LayoutError(
             f"{path} is packed: of its matrices {described}. "

@@ -9,7 +9,17 @@ from torch import nn
 
 from rwkv_lab.checkpoint import TensorInfo
 from rwkv_lab.checkpoint.mapped import mapped
-from rwkv_lab.checkpoint.packed import ACTIVATIONS, GROUPED, NOTE, PARTS, VERSION, columns_note, part_shapes, parts_of
+from rwkv_lab.checkpoint.packed import (
+    ACTIVATIONS,
+    GROUPED,
+    NOTE,
+    PARTS,
+    VERSION,
+    columns_note,
+    part_shapes,
+    parts_of,
+    shown,
+)
 from rwkv_lab.checkpoint.rounding import NF4_BLOCK
 from rwkv_lab.errors import CorruptFileError, ParameterError
 from rwkv_lab.model.loading import in_dtype
@@ -132,7 +142,7 @@ def refuse_packed_twice(tensors: Mapping[str, TensorInfo], weights: Weights, pat
     """Raises:
     ParameterError: a file in 8 or 4 bits is to be packed.
     """
-    kinds = {found[0] for info in tensors.values() if (found := parts_of(info))}
+    kinds = {shown(found[0]) for info in tensors.values() if (found := parts_of(info))}
     if weights in SCHEMES and kinds:
         raise ParameterError(
             f'weights="{weights}": {path} is packed already ({", ".join(sorted(kinds))}); rounding it again would lose '

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from rwkv_lab.arguments import checked
 from rwkv_lab.checkpoint.four_bits import from_4_bits
 from rwkv_lab.checkpoint.grouped import GROUPS
-from rwkv_lab.checkpoint.packed import GROUPED, PARTS, part_shapes, values_of
+from rwkv_lab.checkpoint.packed import GROUPED, PARTS, part_shapes, shown, values_of
 from rwkv_lab.checkpoint.rounding import NF4_BLOCK, NF4_LEVELS
 from rwkv_lab.errors import NumericsError, ParameterError
 from rwkv_lab.model.cpu.packing import packed_codes, packed_nf4
@@ -117,7 +117,7 @@ class _Packed(nn.Module):
         return self.kind in GROUPED or self.columns % NF4_BLOCK == 0
 
     def extra_repr(self) -> str:
-        return f"{self.rows}, {self.columns}, {self.kind}"
+        return f"{self.rows}, {self.columns}, {shown(self.kind)}"
 
 
 _SAME_SIZE = {torch.bfloat16: torch.int16, torch.float32: torch.int32}

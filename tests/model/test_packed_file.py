@@ -71,7 +71,7 @@ def test_its_codes_are_mapped_and_the_file_stays_as_it_is(tmp_path, monkeypatch)
 def test_it_is_a_model_to_everything_that_reads_checkpoints(tmp_path):
     model, folder = saved(tmp_path, scheme="int8")
     with open_checkpoint(folder) as ck:
-        assert ck.kind == "model" and ck.quantised == {"int8-grouped": 12 + 2}
+        assert ck.kind == "model" and ck.quantised == {"int8": 12 + 2}
         assert ck.info["emb.weight"].shape == (70, 100)
         for name in ("emb", "blocks.1.ffn.value"):
             assert torch.equal(ck[f"{name}.weight"], model.get_submodule(name).dequantised())
@@ -93,14 +93,14 @@ def test_inspection_says_how_it_is_packed(tmp_path, capsys):
         size = sum(part.nbytes for info in there for part in (info.derived.of, *info.derived.others))
         wide = sum(info.nbytes for info in there)
         assert dict(_facts(ck))["packed"] == shown[0].split(maxsplit=1)[1]
-    assert shown == [f"  packed   14 in int4-grouped ({human_bytes(size)}); {human_bytes(wide)} as float32"]
+    assert shown == [f"  packed   14 in int4 ({human_bytes(size)}); {human_bytes(wide)} as float32"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_jobs_that_need_weights_as_they_were_say_how_it_is_packed_and_what_to_do(tmp_path, scheme):
     _, folder = saved(tmp_path, scheme=scheme)
     plain = tmp_path / "m.safetensors"
-    how = f"of its matrices 14 in {SCHEMES[scheme]}"
+    how = f"of its matrices 14 in {scheme}"
     says = rf"is packed: {how}. {{}} needs .*the model it was packed from.\n.*\n.*\"dense\""
     for base, tuned in ((folder, plain), (plain, folder)):
         with pytest.raises(LayoutError, match=says.format("A merge")):

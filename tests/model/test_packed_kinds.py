@@ -143,7 +143,7 @@ def test_packed_while_it_is_read_it_is_the_same_model(tmp_path, scheme, dtype):
     assert found.keys() == right.keys() and not any(p.requires_grad for p in model.parameters())
     for name, tensor in found.items():
         assert tensor.dtype == right[name].dtype and (torch.equal(tensor, right[name]) or tensor.isnan().all())
-    with pytest.raises(ParameterError, match=r'weights="int4": .* is packed already .*\n.*"stored"'):
+    with pytest.raises(ParameterError, match=rf'weights="int4": .* is packed already \({scheme}\).*\n.*"stored"'):
         RWKV_Dual.from_pretrained(model.save_pretrained(tmp_path / "packed"), weights="int4")
 
 
