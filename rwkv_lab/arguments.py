@@ -148,56 +148,80 @@ def _hints(of: Any) -> dict[str, Any]:
 
 def _fault(value: Any, hint: Any) -> str:
     """What is wrong with a value, in words; "" where nothing is."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    faults = [_fault_of_one(value, option) for option in options]
-    if "" in faults:
-        if isinstance(value, str | os.PathLike) and any(option in (Path, os.PathLike) for option in options):
-            return path_fault(os.fsdecode(value))
-        return _fault_of_device(value) if _torch("device") in options and value is not None else ""
-    inside = [
-        fault for fault in faults if fault and not fault.startswith("it must be ")
-    ]  # of a fitting type: says more
-    return inside[0] if inside else f"it must be {described(hint)}"
+    options = _options(hint)
+    if value is None and type(None) in options:
+        return ""
+    faults = []
+    for option in options:
+        fault = _fault_of_one(value, option)
+        if not fault:
+            break
+        faults.append(fault)
+    else:
+        inside = [fault for fault in faults if not fault.startswith("it must be ")]  # of a fitting type: says more
+        return inside[0] if inside else _must_be(hint)
+    if isinstance(value, str | os.PathLike) and any(option in (Path, os.PathLike) for option in options):
+        return path_fault(os.fsdecode(value))
+    return _fault_of_device(value) if _torch("device") in options else ""
 
 
 def _fault_of_one(value: Any, hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    wrong = f"it must be {described(hint)}"
-    if hint in (Any, object, inspect.Parameter.empty) or isinstance(hint, TypeVar):
+    if type(value) is hint and hint in (str, bool):  # what most arguments are
         return ""
+    if hint is int:
+        return _fault_of_int(value)
     if hint in (None, type(None)):
-        return "" if value is None else wrong
+        return "" if value is None else _must_be(hint)
+    origin, args = _parts(hint)
     if origin is Annotated:
         fault = _fault_of_one(value, args[0])
         if fault:
-            return fault if fault == _TOO_LARGE else wrong
-        return "" if _in_range(value, args[1:]) else wrong
+            return fault if fault == _TOO_LARGE else _must_be(hint)
+        return "" if _in_range(value, args[1:]) else _must_be(hint)
     if origin in (Union, types.UnionType):
         return _fault(value, hint)
-    if origin is Literal:
-        return "" if any(value == x and type(value) is type(x) for x in args) else wrong
-    if hint is int:
-        return _fault_of_int(value)
-    if hint is float:
-        return "" if _is_number(value) else wrong
-    if hint is Path:
-        return "" if isinstance(value, os.PathLike) else wrong
     kind = origin or hint
     if kind in (list, tuple, set, frozenset, Sequence, Collection, Iterable, Iterator):
-        return _fault_of_items(value, kind, args, wrong)
-    if kind in (dict, Mapping):
-        if not isinstance(value, kind):
-            return wrong
+        return _fault_of_items(value, kind, args, _must_be(hint))
+    if kind in (dict, Mapping) and isinstance(value, kind):
         return next(filter(None, (_fault_of_entry(k, value[k], args) for k in (value if args else ()))), "")
+    return "" if _fits(value, hint, kind, args) else _must_be(hint)
+
+
+def _fits(value: Any, hint: Any, kind: Any, args: tuple) -> bool:
+    """Whether a value is of a kind that holds nothing which is looked at."""
+    if hint in (Any, object, inspect.Parameter.empty) or isinstance(hint, TypeVar):
+        return True
+    if kind is Literal:
+        return any(value == x and type(value) is type(x) for x in args)
+    if hint is float:
+        return _is_number(value)
+    if hint is Path:
+        return isinstance(value, os.PathLike)
     if hint is bytes:
-        return "" if isinstance(value, bytes | bytearray) else wrong
+        return isinstance(value, bytes | bytearray)
     if kind is Callable:
-        return "" if callable(value) else wrong
-    if not isinstance(kind, type):
-        return ""
+        return callable(value)
     if getattr(kind, "_is_protocol", False):
-        return "" if _has_all(value, kind) else wrong
-    return "" if isinstance(value, kind) else wrong
+        return _has_all(value, kind)
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+@functools.cache
+def _parts(hint: Any) -> tuple[Any, tuple]:
+    return get_origin(hint), get_args(hint)
+
+
+@functools.cache
+def _options(hint: Any) -> tuple:
+    """The members of a union; of anything else itself."""
+    origin, args = _parts(hint)
+    return args if origin in (Union, types.UnionType) else (hint,)
+
+
+@functools.cache
+def _must_be(hint: Any) -> str:
+    return f"it must be {described(hint)}"
 
 
 def _fault_of_device(value: Any) -> str:
@@ -213,7 +237,8 @@ _TOO_LARGE = "it is outside -2^63 to 2^63 - 1, the range of whole numbers"  # sa
 
 def _fault_of_int(value: Any) -> str:
     try:
-        number = None if isinstance(value, bool) or _is_tensor(value) and value.ndim else operator.index(value)
+        wrong = isinstance(value, bool) or type(value) is not int and _is_tensor(value) and value.ndim
+        number = None if wrong else operator.index(value)
     except (TypeError, RuntimeError):
         number = None
     if number is None:

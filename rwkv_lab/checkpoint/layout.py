@@ -44,15 +44,17 @@ _VARIANTS = [
     (r"^blocks\.\d+\.ffn\.s_emb", "RWKV-7a (DeepEmbed)"),
     (r"^(model\.layers|rwkv\.blocks|model\.embeddings)\.", _HUGGING_FACE),
 ]
+_MARK = re.compile("|".join(pattern for pattern, _ in _VARIANTS))
 
 
 def unsupported_variant(names: list[str]) -> tuple[str, str] | None:
     """(what the variant is called, the name that gives it away), None where nothing is recognised."""
-    ours = any(split_block(name) for name in names)  # then names of theirs are left over, and found as such
+    marked = [name for name in names if _MARK.search(name)]  # of most files none
     for pattern, called in _VARIANTS:
-        for name in [] if ours and called is _HUGGING_FACE else names:
-            if re.search(pattern, name):
-                return called, name
+        name = next((name for name in marked if re.search(pattern, name)), None)
+        if name is None or called is _HUGGING_FACE and any(map(split_block, names)):  # then theirs are left over
+            continue
+        return called, name
     return None
 
 

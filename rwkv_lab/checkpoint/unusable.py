@@ -5,7 +5,7 @@ a text that a model has read, and an interrupted training of rwkv_lab.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ _ADAPTERS = [
     (r"\.(vera_lambda_[bd]|ia3_l)(\.|$)", "VeRA or IA3"),
     (r"\.lora_embedding_[AB](\.|$)", "a LoRA of an embedding"),
 ]
+_MARK = re.compile("|".join(pattern for pattern, _ in (*_PACKED, *_ADAPTERS)))
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ def unusable(shapes: Mapping[str, Shape], others: Mapping[str, object]) -> Unusa
     if empty:
         here = f"{len(empty)} of its {len(shapes)} tensors are empty, first {empty[0]}: DeepSpeed's ZeRO-3 left their"
         return Unusable(f"{here} values on its ranks;\n{_ZERO}", empty[0])
+    marked = [name for some in (shapes, others) for name in map(str, some) if _MARK.search(name)]  # of most files none
     for pattern, how in _PACKED:
-        if name := _first(pattern, shapes, others):
+        if name := _first(pattern, marked):
             return Unusable(f"its weights are packed in {how} (there is {name}).\n{_WHOLE}", name)
     for pattern, what in _ADAPTERS:
-        if name := _first(pattern, shapes, others):
+        if name := _first(pattern, marked):
             return Unusable(f"it is {what} (there is {name}), which is not read.\nMerge it where it was trained", name)
     flat = _first(r"(^|\.)_?flat_param(_\d+)?$", shapes)
     if flat:
@@ -76,8 +78,9 @@ def unusable(shapes: Mapping[str, Shape], others: Mapping[str, object]) -> Unusa
     return None
 
 
-def _first(pattern: str, *names: Mapping[str, object]) -> str | None:
-    return next((name for some in names for name in map(str, some) if re.search(pattern, name)), None)
+def _first(pattern: str, names: Iterable[str]) -> str | None:
+    search = re.compile(pattern).search
+    return next(filter(search, names), None)
 
 
 def nested_hint(others: Mapping[str, object]) -> str:
