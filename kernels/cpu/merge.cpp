@@ -65,6 +65,12 @@ void measure(const float *values, const void *base, const void *output, int64_t 
 constexpr int ROWS = 6, NV = REGISTERS == 32 ? 4 : 2, COLUMNS = NV * LANES;  // of a tile, whose sums are held in registers
 constexpr int64_t GROUP = std::max<int64_t>(CHUNK / (ROWS * COLUMNS), 1) * ROWS;  // rows of one sum
 
+// base + product, and where nothing is added the base itself: -0 + 0 would be 0.
+INLINE Vec added(Vec base, Vec product) {
+    const Vec value = unfused(base + product);
+    return product == Vec{} ? base : value;
+}
+
 // The sums of products in ROWS rows of `left` with a panel [k][COLUMNS] of the other factor.
 INLINE void multiply(Vec (&product)[ROWS][NV], const float *const (&left)[ROWS], const float *panel, int64_t k) {
     for (int i = 0; i < ROWS; i++)
@@ -107,7 +113,7 @@ INLINE void tiles(const Matrix &m, const float *panel, int64_t first, int64_t wi
             const char *from = whole ? m.base + at : edge;
             char *to = whole ? m.output + at : edge;
             for (int v = 0; v < NV; v++) {
-                const Vec base = elements<DTYPE>(from, v * LANES), value = unfused(base + product[i][v]);
+                const Vec base = elements<DTYPE>(from, v * LANES), value = added(base, product[i][v]);
                 sums.add(value, base, store_elements<DTYPE>(to, v * LANES, value));
             }
             if (!whole) memcpy(m.output + at, edge, size_t(width) * SIZE);

@@ -57,6 +57,24 @@ def from_tuned(
     return ChangedTensor(name, "blend", "base + tuned", shape, base.dtype, compute=blend)
 
 
+def keeping_zeros(compute: Callable[[], Iterator[Computed]]) -> Callable[[], Iterator[Computed]]:
+    """`compute`, with the base's own 0 where it has one and 0 was computed: -0 + 0 is 0, and the base would change
+    though nothing is added to it. Compiled code sees to that itself."""
+
+    def values() -> Iterator[Computed]:
+        for after, before in compute():
+            yield (_with_zeros_of(before, after) if isinstance(before, torch.Tensor) else after), before
+
+    return values
+
+
+def _with_zeros_of(before: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    bits = before.view(getattr(torch, f"int{8 * before.itemsize}"))
+    if not len(bits) or bits.numpy().min() != torch.iinfo(bits.dtype).min:  # the bits of -0, which few models have
+        return values
+    return torch.where((values == 0) & (before == 0), before.to(values.dtype), values)
+
+
 def in_step(tensors: Sequence[TensorInfo]) -> Iterator[list[torch.Tensor]]:
     """Blocks of tensors of equal size, with equally many elements each."""
     first, *others = tensors

@@ -19,7 +19,7 @@ from rwkv_lab.checkpoint.write import file_kind
 from rwkv_lab.errors import ParameterError
 from rwkv_lab.lazy_torch import torch
 from rwkv_lab.merge.adapter_set import ANY
-from rwkv_lab.merge.changed_tensors import ChangedTensor
+from rwkv_lab.merge.changed_tensors import ChangedTensor, keeping_zeros
 from rwkv_lab.merge.effect import Meter
 from rwkv_lab.merge.families import family_of, method_of
 from rwkv_lab.merge.family import Changes, Description
@@ -199,7 +199,7 @@ def _output(
         compute = change.copy.blocks if change.copy is not None and cast else None
         if change.compute is not None:
             faster = change.compute_rounded if wanted == change.dtype else None
-            compute = meter.watched(faster or change.compute)
+            compute = meter.watched(keeping_zeros(faster or change.compute))
         measured = target or cast and wanted == torch.float16
         if measured:
             meters.append(meter)

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from models import MATRICES, SEVEN, random_lora, random_model, random_state
+from models import MATRICES, SEVEN, random_lora, random_model, random_state, same
 from tuned_files import write_adapter
 
 from rwkv_lab import merge
@@ -212,6 +212,31 @@ def test_a_change_counts_however_small_it_is_and_whatever_else_the_base_holds(le
     base[KEY][0, 0] = 1e5
     result = run(base, scaled(lora, 0.02), alpha=3)
     assert KEY not in [t.name for t in result.effect.unchanged] and result.effect.share > 0.9
+
+
+@pytest.mark.parametrize("least", [0, 1 << 60], ids=["compiled", "torch"])
+@pytest.mark.parametrize(
+    ("tuned", "given"),
+    [
+        (None, {"alpha": 4}),
+        (None, {"alpha": 4, "precision": "float64"}),
+        (scaled(random_lora(full=False), 0), {"alpha": 4}),
+        ({}, {"alpha": 0.3}),
+        ({}, {"method": "task_arithmetic"}),
+    ],
+    ids=["lora", "in float64", "zeros", "blend", "mix"],
+)
+def test_where_nothing_is_added_the_bytes_are_the_base_s(tuned, given, least, run, monkeypatch):
+    """-0 and 0 are equal, and not the same bytes."""
+    monkeypatch.setattr(compiled, "_LEAST", least)
+    base, lora = random_model(), random_lora(full=False)
+    base[KEY][:2] = -0.0
+    lora[KEY.replace("weight", "lora_B")][0] = 0.0  # the first row alone has no change
+    tuned = lora if tuned is None else tuned or {KEY: base[KEY]}
+    out = torch.load(run(base, tuned, **given).out, weights_only=True)
+    rows = 1 if tuned is lora else len(base[KEY])
+    assert same(out[KEY][:rows], base[KEY][:rows])
+    assert tuned is not lora or out[KEY][1].all()
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
