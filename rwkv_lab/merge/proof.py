@@ -36,9 +36,10 @@ class ProofInputs:
     recipe: Mapping[str, Any]
 
     @property
-    def eps(self) -> float:
-        """The unit roundoff of the recipe's precision, times two."""
-        return torch.finfo(getattr(torch, self.recipe["precision"])).eps
+    def precision(self) -> torch.finfo:
+        """Of the merge's arithmetic. An operation may err by `eps` / 2 of its result, and of `smallest_normal` where
+        that is larger: numbers below it are equally far apart."""
+        return torch.finfo(getattr(torch, self.recipe["precision"]))
 
     def may_change(self, name: str) -> bool:
         """Whether include and exclude let the merge touch a tensor."""
@@ -93,6 +94,11 @@ class WholeTensor:
         """What the arithmetic may add to an error, relative to the size of its terms."""
         return torch.finfo(self.precision).eps * (4 + 2 * len(self.models))
 
+    @property
+    def tiny(self) -> float:
+        """The size that a smaller term's error grows with: numbers below it are equally far apart."""
+        return torch.finfo(self.precision).smallest_normal
+
     def each(self, value: Any) -> list:
         """A number per tuned model; one that is given alone holds for all."""
         return value if isinstance(value, list) else [value] * len(self.tuned)
@@ -110,7 +116,7 @@ def elementwise(t: WholeTensor, formula: Callable[..., torch.Tensor]) -> Exact:
     def exact(part: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
         values = [model[part].double() for model in t.models]
         size = total([v.abs() for v in values])
-        return [formula(*values)], t.eps * size
+        return [formula(*values)], t.eps * (size + t.tiny)
 
     return exact
 
@@ -126,7 +132,7 @@ def combined(t: WholeTensor, shares: Sequence[float]) -> Exact:
             for m, s in zip(t.models, shares, strict=True)
         ]
         size = total(sizes)
-        return [total(terms) if terms else torch.zeros_like(size)], t.eps * size
+        return [total(terms) if terms else torch.zeros_like(size)], t.eps * (size + t.tiny)
 
     return exact
 
@@ -145,7 +151,7 @@ def added(
         base = t.base[part].double()
         deltas, sizes = _deltas(t, part, weights, kept, scale)
         size = base.abs() + abs(alpha / divisor) * total(sizes)
-        return [base + alpha * total(deltas) / divisor], t.eps * size
+        return [base + alpha * total(deltas) / divisor], t.eps * (size + t.tiny)
 
     return exact
 
@@ -175,7 +181,7 @@ def elected(
             cancels = divisor.abs() <= 1e-6 * magnitude  # what rounding left, or none agrees: a sum, and no mean
             divisor = divisor.masked_fill(cancels, 1.0) if normalize else torch.ones_like(base)
             answers.append(base + alpha * total([d * a for d, a in zip(deltas, agree, strict=True)]) / divisor)
-            allowed = torch.maximum(allowed, t.eps * (base.abs() + abs(alpha) * size / divisor.abs()))
+            allowed = torch.maximum(allowed, t.eps * (base.abs() + t.tiny + abs(alpha) * size / divisor.abs()))
         # Rounded deltas may add up to the other sign.
         one, other = (torch.where(everything >= 0, x, y) for x, y in (answers, answers[::-1]))
         return [one, torch.where(everything.abs() <= t.eps * size, other, one)], allowed
@@ -197,5 +203,5 @@ def _deltas(
         wide = tuned[part].double()
         keep = 1.0 if mask is None else mask[part].double()
         deltas.append((wide - base) * keep * s * w)
-        sizes.append((wide.abs() + base.abs()) * keep * abs(s * w))
+        sizes.append((wide.abs() + base.abs()) * keep * abs(s * w) + t.tiny)
     return deltas, sizes

@@ -136,6 +136,21 @@ def test_values_that_are_not_finite_and_were_allowed_are_no_error(odd, given, tm
     assert failed(result)
 
 
+@pytest.mark.parametrize("given", [{"alpha": 0.1}, {"method": "linear", "weights": [1, 2, 0.3]}], ids=str)
+def test_numbers_below_the_normal_range_are_as_exact_as_they_can_be(given, tmp_path):
+    name = "blocks.0.att.key.weight"
+    base, *others = ({n: t * 1e-40 for n, t in random_model(dtype=torch.float32, seed=i).items()} for i in range(3))
+    lora = {n: t * (1e-40 if "lora_B" in n else 1) for n, t in random_lora(dtype=torch.float32, full=False).items()}
+    files = [lora] if "alpha" in given else [{name: other[name]} for other in others]
+    for i, tensors in enumerate([base, *files]):
+        torch.save(tensors, tmp_path / f"{i}.pth")
+    tuned = [tmp_path / f"{i}.pth" for i in range(1, len(files) + 1)]
+    result = merge(tmp_path / "0.pth", tuned, tmp_path / "out.pth", **given)
+    assert not failed(result)
+    rewrite(result.out, nudge(name, ulps=64))
+    assert failed(result)
+
+
 def test_a_wrong_checksum_in_the_output_fails(tmp_path):
     torch.save(random_model(), tmp_path / "base.pth")
     torch.save(random_state(), tmp_path / "state.pth")

@@ -87,39 +87,40 @@ class AdaptersProof(Proof):
         return next(tensors[name] for tensors in files if name in tensors)
 
     def exact(self, name: str) -> Exact:
-        base, eps = self.inputs.base, self.inputs.eps
+        base, precision = self.inputs.base, self.inputs.precision
         whole = next((a for a in self.adapters if name in a.whole and a.at(name)), None)
         if whole is not None:
             to = whole.whole[name].double()
             start = base[name].double().reshape(to.shape) if name in base else torch.zeros_like(to)
             weight = whole.at(name)
             values = start + weight * (to - start)
-            off = 4 * eps * (1 + abs(weight)) * (start.abs() + to.abs())
+            size = start.abs() + to.abs() + precision.smallest_normal
+            off = 4 * precision.eps * (1 + abs(weight)) * size
         else:
-            values, off = self._matrix(base[name], name, eps)
+            values, off = self._matrix(base[name], name, precision)
         values, off = values.reshape(-1), off.reshape(-1)
         return lambda part: ([values[part]], off[part])
 
-    def _matrix(self, weight: torch.Tensor, name: str, eps: float) -> Bounded:
+    def _matrix(self, weight: torch.Tensor, name: str, precision: torch.finfo) -> Bounded:
         now = weight.double(), torch.zeros(weight.shape, dtype=torch.float64, device="cpu")
         steps = [a for a in self.adapters if name in a.layers and a.at(name)]
         if self.unmerge:
             for a in reversed(steps):
-                now = _without(now, a, a.layers[name], a.scale.get(name, 0.0), a.at(name), eps)
+                now = _without(now, a, a.layers[name], a.scale.get(name, 0.0), a.at(name), precision)
             return now
         for i, a in enumerate(steps):
             parts, s = a.layers[name], a.scale.get(name, 0.0) * a.at(name)
             if "A0" in parts:
-                now = _plus_product(now, parts["A0"], parts["B0"], -s, eps)
+                now = _plus_product(now, parts["A0"], parts["B0"], -s, precision)
             now = _quantised(now, self.quant) if i == 0 else now
             if "m" in parts:
-                changed = _plus_product(now, parts["A"], parts["B"], a.scale.get(name, 0.0), eps)
-                now = _with_lengths(now, changed, parts["m"], a.at(name), eps)
+                changed = _plus_product(now, parts["A"], parts["B"], a.scale.get(name, 0.0), precision)
+                now = _with_lengths(now, changed, parts["m"], a.at(name), precision)
                 continue
             now = (
-                _with_block(now, a, parts, a.at(name), eps)
+                _with_block(now, a, parts, a.at(name), precision)
                 if "block" in parts
-                else _plus_product(now, parts["A"], parts["B"], s, eps)
+                else _plus_product(now, parts["A"], parts["B"], s, precision)
             )
         return now if steps else _quantised(now, self.quant)
 
@@ -212,54 +213,58 @@ def _variant(note: dict, config: dict | None, given: dict, layers: dict) -> str:
     return f"bat-{given['bat']}" if three else "plain"
 
 
-def _with_lengths(before: Bounded, changed: Bounded, m: torch.Tensor, weight: float, eps: float) -> Bounded:
+def _with_lengths(before: Bounded, changed: Bounded, m: torch.Tensor, weight: float, precision: torch.finfo) -> Bounded:
     """DoRA: the rows of `changed` brought to the lengths m; with a weight, so much of the way there."""
     (start, loose), (values, off), m = before, changed, m.double().reshape(-1, 1)
     norm = values.square().sum(1, keepdim=True).sqrt()
-    wrong = off.square().sum(1, keepdim=True).sqrt() + (values.shape[1] + 4) * eps * norm
+    wrong = off.square().sum(1, keepdim=True).sqrt() + (values.shape[1] + 4) * precision.eps * norm
     found = values * (m / norm)
-    bound = (m / norm).abs() * off + found.abs() * (wrong / norm + 8 * eps)
+    bound = (m / norm).abs() * off + found.abs() * (wrong / norm + 8 * precision.eps)
     out = start + weight * (found - start)
-    bound = abs(weight) * bound + abs(1 - weight) * loose + 4 * eps * (start.abs() + found.abs()) * (weight != 1)
+    bound = (
+        abs(weight) * bound + abs(1 - weight) * loose + 4 * precision.eps * (start.abs() + found.abs()) * (weight != 1)
+    )
     return out, bound
 
 
-def _plus_product(now: Bounded, A: torch.Tensor, B: torch.Tensor, s: float, eps: float) -> Bounded:
+def _plus_product(now: Bounded, A: torch.Tensor, B: torch.Tensor, s: float, precision: torch.finfo) -> Bounded:
     (values, off), A, B = now, A.double(), B.double()
-    size = values.abs() + abs(s) * (B.abs() @ A.abs())
-    return values + s * (B @ A), off + (len(A) + 4) * eps * size
+    tiny = precision.smallest_normal * max(abs(s), 1.0)
+    size = values.abs() + (abs(s) * B.abs() + tiny) @ (A.abs() + tiny) + tiny
+    return values + s * (B @ A), off + (len(A) + 4) * precision.eps * size
 
 
-def _with_block(now: Bounded, a: Understood, parts: dict, weight: float, eps: float) -> Bounded:
+def _with_block(now: Bounded, a: Understood, parts: dict, weight: float, precision: torch.finfo) -> Bounded:
     (values, off), D = now, parts["block"].double() * weight
     if not a.variant.startswith("bat"):
         added = _spread(D, values.shape)
-        return values + added, off + 4 * eps * (values.abs() + added.abs())
+        return values + added, off + 4 * precision.eps * (values.abs() + added.abs() + precision.smallest_normal)
     r = D.shape[-1]
     times, D_at = _tiles(a.variant, D)
     W, e = (_cut(t, r) for t in (values, off))
-    size = W.abs() + times(W.abs(), D.abs()) + D_at.abs()
-    e = e + times(e, D.abs()) + (r + 4) * eps * size
+    size = W.abs() + times(W.abs(), D.abs()) + D_at.abs() + precision.smallest_normal
+    e = e + times(e, D.abs()) + (r + 4) * precision.eps * size
     return _joined(W + times(W, D) + D_at), _joined(e)
 
 
-def _without(now: Bounded, a: Understood, parts: dict, scale: float, weight: float, eps: float) -> Bounded:
+def _without(now: Bounded, a: Understood, parts: dict, scale: float, weight: float, precision: torch.finfo) -> Bounded:
     if "block" not in parts:
         s = scale * weight
-        now = _plus_product(now, parts["A"], parts["B"], -s, eps)
-        return _plus_product(now, parts["A0"], parts["B0"], s, eps) if "A0" in parts else now
+        now = _plus_product(now, parts["A"], parts["B"], -s, precision)
+        return _plus_product(now, parts["A0"], parts["B0"], s, precision) if "A0" in parts else now
     (values, off), D = now, parts["block"].double() * weight
     if not a.variant.startswith("bat"):
         added = _spread(D, values.shape)
-        return values - added, off + 4 * eps * (values.abs() + added.abs())
+        return values - added, off + 4 * precision.eps * (values.abs() + added.abs() + precision.smallest_normal)
     r = D.shape[-1]
     both = torch.eye(r, dtype=D.dtype, device="cpu") + D
     inverse = torch.linalg.inv(both)
     condition = float((torch.linalg.matrix_norm(both) * torch.linalg.matrix_norm(inverse)).max())
     times, D_at = _tiles(a.variant, D)
     T, e = (_cut(t, r) for t in (values, off))
-    e = times(e + 4 * eps * (T.abs() + D_at.abs()), inverse.abs())
-    e = e + 8 * r * eps * condition * times(T.abs() + D_at.abs(), inverse.abs())
+    size = T.abs() + D_at.abs() + precision.smallest_normal
+    e = times(e + 4 * precision.eps * size, inverse.abs())
+    e = e + 8 * r * precision.eps * condition * times(size, inverse.abs())
     return _joined(times(T - D_at, inverse)), _joined(e)
 
 

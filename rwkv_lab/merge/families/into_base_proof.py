@@ -18,11 +18,13 @@ class IntoBaseProof(Proof):
 
     def exact(self, name: str) -> Exact:
         base, (tuned,), alpha = self.inputs.base, self.inputs.tuned, self.inputs.recipe["alpha"]
+        precision = self.inputs.precision
         t = tuned[name].reshape(-1)
         weight = base[name].reshape(-1) if name in base else torch.zeros_like(t)
 
         def blend(part: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
             w, to = weight[part].double(), t[part].double()
-            return [w + alpha * (to - w)], 4 * self.inputs.eps * (w.abs() + to.abs())
+            size = w.abs() + to.abs() + precision.smallest_normal
+            return [w + alpha * (to - w)], 4 * precision.eps * size
 
         return blend
