@@ -4,16 +4,18 @@ import gc
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from skips import pytest_configure  # noqa: F401  a skip that SKIPS.md does not have fails the run
-from warm_python import IN_FULL, Warm, do_less, warm_python
+from warm_python import IN_FULL, Warm, do_less, warm_in, warm_python
 
 # Everything here is tiny: a second thread would only wait for the first, and spin while other processes need the core.
 # Processes that tests start take the variable; tests of threads set their own number.
@@ -30,6 +32,8 @@ gc.set_threshold(10_000, 20, 20)
 
 
 do_less()
+
+_SERVER = pytest.StashKey[Path]()  # the folder of the process that processes of tests are forked from
 
 
 @pytest.fixture
@@ -106,15 +110,33 @@ def demo_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def environment(demo_folder) -> dict[str, str]:
     """For processes: the checkout before any installed copy, one thread, the tiny demo model."""
-    return _for_processes(demo_folder)
+    return _for_processes() | {"RWKV_LAB_DEMO": str(demo_folder)}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """With `pytest -n`: what its processes start is forked from one server, so that modules are imported once."""
+    node.workerinput["warm"] = str(_server_folder(node.config))
+
+
+def _server_folder(config: pytest.Config) -> Path:
+    """Where the server of this run listens, which ends with it."""
+    if _SERVER not in config.stash:
+        stack = ExitStack()
+        config.add_cleanup(stack.close)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))  # a short path
+        stack.enter_context(warm_python(folder, _for_processes()))
+        config.stash[_SERVER] = folder
+    return config.stash[_SERVER]
 
 
 @pytest.fixture(scope="session")
-def warm(demo_folder) -> Iterator[Warm]:
+def warm(environment, pytestconfig) -> Warm:
     """Processes that start at once, in the same. With `environment` they start as users' do, which takes seconds."""
-    with tempfile.TemporaryDirectory() as folder:  # a short path
-        with warm_python(Path(folder), _for_processes(demo_folder)) as warm:
-            yield warm
+    folder = getattr(pytestconfig, "workerinput", {}).get("warm") or _server_folder(pytestconfig)
+    warm = warm_in(Path(folder), environment)
+    subprocess.run([warm.python, "-c", ""], env=warm.environment, check=True)  # it imports now, in no test's time
+    return warm
 
 
 @pytest.fixture
@@ -124,9 +146,9 @@ def warm_children(warm) -> Iterator[None]:
         yield
 
 
-def _for_processes(demo_folder: Path) -> dict[str, str]:
+def _for_processes() -> dict[str, str]:
     path = os.pathsep.join(p for p in (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")) if p)
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RWKV_LAB_DEMO": str(demo_folder)}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")

@@ -104,24 +104,23 @@ def warm_python(folder: Path, environment: Mapping[str, str], torch_alone: bool 
     words = [sys.executable, __file__, path, *(["torch"] if torch_alone else [])]
     with subprocess.Popen(words, env=environment, **pipes) as server:
         assert server.stdout and server.stdout.readline() == "ready\n"
-        yield Warm(str(client), {**environment, "JUPYTER_PATH": str(folder)})
+        yield warm_in(folder, environment)
         assert server.stdin
         server.stdin.close()
 
 
+def warm_in(folder: Path, environment: Mapping[str, str]) -> Warm:
+    """What `warm_python` yields, for other processes, too."""
+    return Warm(str(folder / "python"), {**environment, "JUPYTER_PATH": str(folder)})
+
+
 def serve(path: str, torch_alone: bool = False) -> dict[str, Any] | None:
     """Listen on a socket, and fork for each that connects; ends with its stdin. In a fork: what it is to be."""
-    gc.disable()
-    if torch_alone:
-        import torch  # noqa: F401
-    else:
-        _import()
-    gc.freeze()  # a collection in a fork would copy its memory
-    gc.enable()
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)
     server.listen(16)
     print("ready", flush=True)
+    imported = False
     while sys.stdin not in select.select([server, sys.stdin], [], [])[0]:  # no thread: a fork has only its own
         connection, _ = server.accept()
         with suppress(ChildProcessError):
@@ -132,6 +131,9 @@ def serve(path: str, torch_alone: bool = False) -> dict[str, Any] | None:
         except (OSError, ValueError, struct.error):  # whoever asked has ended
             connection.close()
             continue
+        if not imported:  # a run of tests that start no process takes no time for it
+            _import(torch_alone)
+            imported = True
         _import_more(given["environment"].get(MORE, ""))
         if os.fork() == 0:
             server.close()
@@ -153,7 +155,17 @@ def _import_more(names: str) -> None:
     gc.enable()
 
 
-def _import() -> None:
+def _import(torch_alone: bool) -> None:
+    gc.disable()
+    if torch_alone:
+        import torch  # noqa: F401
+    else:
+        _import_what_notebooks_do()
+    gc.freeze()  # a collection in a fork would copy its memory
+    gc.enable()
+
+
+def _import_what_notebooks_do() -> None:
     # As rwkv_lab.workbench.batch: it checks what no notebook holds, and its import takes a second.
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import ipykernel.kernelapp  # noqa: F401
