@@ -46,9 +46,15 @@ def dark_png(figure: Figure) -> bytes:
     for artist in [*figure.findobj(), *behind]:
         mapped = getattr(artist, "get_array", lambda: None)() is not None
         whole = isinstance(artist, (Figure, Axes))  # what these are asked for is the colour of another artist
-        for what in () if mapped or whole or artist in on_data else _COLOURED:
-            colour = getattr(artist, f"get_{what}", lambda: None)()
-            if colour is not None and not (isinstance(colour, str) and colour in ("none", "auto", "inherit")):
+        coloured = () if mapped or whole or artist in on_data else _COLOURED
+        # All are asked for before any is set: the edge colour of error bars is their colour, and would change twice.
+        colours = {what: getattr(artist, f"get_{what}", lambda: None)() for what in coloured}
+        for what, colour in colours.items():
+            if colour is None or (isinstance(colour, str) and colour in ("none", "auto", "inherit")):
+                continue
+            if to_rgba_array(colour)[
+                :, 3
+            ].any():  # setting one that is not seen would show it at the artist's own alpha
                 getattr(artist, f"set_{what}")(_in_dark(colour))
     return _drawn(figure)
 

@@ -28,9 +28,21 @@ def text_of(figure) -> str:
 
 def test_what_lies_behind_a_text_is_dark_on_a_dark_page():
     figure = plotting.titled(2, "Rates", "of a model")
-    text = figure.subplots().text(0.5, 0.5, "12", bbox={"facecolor": "white", "edgecolor": "none"})
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75}
+    text = figure.subplots().text(0.5, 0.5, "12", bbox=box)
     plotting.dark_png(figure)
     assert max(text.get_bbox_patch().get_facecolor()[:3]) < 0.2 < 0.8 < min(text.get_color()[:3])
+    assert text.get_bbox_patch().get_edgecolor()[3] == 0
+
+
+def test_grey_lines_are_light_on_a_dark_page():
+    figure = plotting.titled(2, "Rates", "of a model")
+    axes = figure.subplots()
+    bars = axes.errorbar([1], [1], xerr=[[0.5], [0.5]], color="#333333", capsize=2)
+    (marked,) = axes.plot([1, 2], [1, 2], "o-", color="black")
+    plotting.dark_png(figure)
+    for colour in (bars.lines[2][0].get_color()[0], marked.get_color(), marked.get_markerfacecolor()):
+        assert min(colour[:3]) > 0.6
 
 
 @pytest.mark.parametrize("n_layer", [1, 3, 12, 61])
