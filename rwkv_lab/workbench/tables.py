@@ -8,23 +8,28 @@ from html import escape
 from rwkv_lab.text import counted, shown
 
 _TEXT_ROWS = 40  # of a table in a log
+_SIDES = (' style="text-align: left; white-space: pre-wrap"', ' style="text-align: right"')  # of words, of numbers
 _UNIT = re.compile(r"(?<=\d) (?=(?:s|ms|min|h|B|kB|MB|GB|%)\b)")  # a number and its unit stay on one line
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under column names. Cells are text or numbers; numbers stand to the right."""
+    """Rows of cells under column names. Cells are text or numbers; columns with a number in them stand to the right."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     note: str = ""
 
+    def of_numbers(self) -> list[bool]:
+        """Of each column, whether there is a number in it: words beside it, such as "new", stand where it does."""
+        return [any(_is_number(row[i]) for row in self.rows) for i in range(len(self.columns))]
+
     def _repr_html_(self) -> str:
-        first = self.rows[0] if self.rows else [""] * len(self.columns)
-        head = "".join(f"<th{_side(v)}>{escape(c)}</th>" for c, v in zip(self.columns, first, strict=True))
+        sides = [_SIDES[numbers] for numbers in self.of_numbers()]
+        head = "".join(f"<th{side}>{escape(c)}</th>" for c, side in zip(self.columns, sides, strict=True))
         head = f"<thead><tr>{head}</tr></thead>" if any(self.columns) else ""
-        body = "".join(f"<tr>{''.join(_cell(v) for v in row)}</tr>" for row in self.rows)
+        body = "".join(f"<tr>{''.join(map(_cell, row, sides))}</tr>" for row in self.rows)
         note = f"<p>{escape(self.note)}</p>" if self.note else ""
         table = f"<table>{head}<tbody>{body}</tbody></table>"
         title = escape(self.title)
@@ -44,11 +49,10 @@ class Table:
         return "\n".join(lines + ([self.note] if self.note else []))
 
 
-def _cell(value: object) -> str:
+def _cell(value: object, side: str) -> str:
     text = _UNIT.sub("\N{NO-BREAK SPACE}", shown(value))
-    return f"<td{_side(value)}>{escape(text)}</td>"
+    return f"<td{side}>{escape(text)}</td>"
 
 
-def _side(value: object) -> str:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return ' style="text-align: right"' if number else ' style="text-align: left; white-space: pre-wrap"'
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -168,5 +168,13 @@ def test_tables_in_a_notebook_are_escaped():
     assert "\u202e" not in repr(Table("", ("x",), [(EVIL,)]))
 
 
+def test_words_in_a_column_of_numbers_stand_with_the_numbers(page, tmp_path):
+    table = Table("t", ("part", "share"), [("ffn", "new"), ("att", 0.5)])
+    assert table.of_numbers() == [False, True]
+    assert table._repr_html_().count("text-align: right") == 3  # the name of the column, the word, the number
+    text = render((Page("x", tables=[table]), page[1]), tmp_path)
+    assert '<td data-label="share" class="among">new</td>' in text and '<th class="number">share</th>' in text
+
+
 def test_a_long_table_is_cut_in_a_log():
     assert "… and 60 more rows" in repr(Table("t", ("x",), [(i,) for i in range(100)]))
