@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from rwkv_lab.text import shown
+
 
 @dataclass(frozen=True)
 class Check:
@@ -11,7 +13,7 @@ class Check:
     passed: bool
 
     def __str__(self) -> str:
-        return f"{'PASS' if self.passed else 'FAIL'}  {self.name}: {self.value} (limit {self.limit})"
+        return f"{'PASS' if self.passed else 'FAIL'}  {self.name}: {shown(self.value)} (limit {shown(self.limit)})"
 
 
 @dataclass(frozen=True)
