@@ -210,6 +210,7 @@ def use_theme(page: "Page", name: str) -> None:
     choose(page, "Settings", "Theme", f"JupyterLab {name}")
     light = "true" if name == "Light" else "false"
     page.locator(f'body[data-jp-theme-light="{light}"]').wait_for(state="attached")
+    page.locator("#jupyterlab-splash").wait_for(state="detached")  # it covers the page while the theme changes
 
 
 def run_all(page: "Page", seconds: float = WAIT) -> None:
