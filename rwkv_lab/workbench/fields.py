@@ -293,7 +293,7 @@ def _patterns(name: str) -> Field:
         description=name,
         placeholder=f"{_WORDS}; one per line",
         rows=2,
-        layout=_WIDE,
+        layout=_WIDE | {"align_items": "flex-start"},  # else the label sinks to the last line while a job runs
         continuous_update=False,
     )
     return Field(name, widget, "\n".join, lambda text: [line.strip() for line in text.splitlines() if line.strip()])

@@ -41,7 +41,7 @@ def agreement(results: Sequence[Exported], subtitle: str) -> Figure:
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.5))
     labels = [one.label for one in results]
     kl = [one.measured["kl_mean"] for one in results]
-    _bars(left, labels, kl, [one.gate["kl"] for one in results], "mean KL, nats per token")
+    _bars(left, labels, kl, [one.gate["kl"] for one in results], "mean KL, nats per token", _FLOOR)
     left.set_yscale("log")
     left.set_ylim(bottom=max(min([value for value in kl if value > 0], default=_FLOOR) / 10, _FLOOR))
     changed = [100 * (1 - one.measured["top1"]) for one in results]
@@ -128,11 +128,17 @@ def sensitivity(found: Sensitivity, subtitle: str) -> Figure:
     return figure
 
 
-def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], limits: Sequence[float], unit: str) -> None:
-    """A bar per level: blue within its limit, which is a short line, orange beyond."""
+def _bars(
+    axes: Axes, labels: Sequence[str], values: Sequence[float], limits: Sequence[float], unit: str, floor: float = 0.0
+) -> None:
+    """A bar per level: blue within its limit, which is a short line, orange beyond.
+
+    Args:
+        floor: where the axis begins at the latest; what is below it ends there, with its number.
+    """
     places = np.arange(len(labels))
     colours = [BLUE if value <= limit else ORANGE for value, limit in zip(values, limits, strict=True)]
-    bars = axes.bar(places, values, 0.6, color=colours)
+    bars = axes.bar(places, np.maximum(values, floor), 0.6, color=colours)
     axes.bar_label(bars, [f"{value:.2g}" for value in values], fontsize=8)
     axes.hlines(limits, places - 0.4, places + 0.4, color=GREY, linestyle="--", linewidth=1.2)
     axes.set_xticks(places, labels, fontsize=8)

@@ -23,7 +23,8 @@ _HEADS = 16  # state images of one figure
 
 def agreement_matrix(rows: Sequence[ModeRow], subtitle: str) -> Figure:
     """Mode and backend down, dtype across: each run's error beside float64, and mode beside mode."""
-    runs = list(dict.fromkeys((row.mode.value, row.backend) for row in rows))
+    modes = list(dict.fromkeys(row.mode.value for row in rows))
+    runs = sorted(dict.fromkeys((row.mode.value, row.backend) for row in rows), key=lambda run: modes.index(run[0]))
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     figure = titled(0.9 + 0.52 * len(runs), "Do the modes agree? Error of each run, with its verdict", subtitle)
     panels = figure.subplots(1, 2, sharey=True)

@@ -35,8 +35,8 @@ def counts_by_part(counts: Mapping[str, tuple[int, int]], subtitle: str) -> Figu
         axes.bar_label(bars, [f" {v:,}" if v else "" for v in values], fontsize=7.5)
     _rows(axes, list(counts))
     axes.set_xscale("log")
-    axes.set_xlim(left=1)
-    axes.margins(x=0.12)
+    largest = max((max(pair) for pair in counts.values()), default=1)
+    axes.set_xlim(1, max(largest, 10) ** 1.12)  # else the number behind the longest bar lies outside
     axes.set_xlabel("values")
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     quiet(axes)
@@ -134,7 +134,7 @@ def cosine_map(cosines: Mapping[str, float], title: str, subtitle: str) -> Figur
     axes.set_yticks(range(len(rows)), [shown(r)[:40] for r in rows], fontsize=8, family="monospace", parse_math=False)
     axes.set_xlabel("layer")
     if len(labels) <= 32:
-        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xticks(range(len(labels)), labels, fontsize=8)
     cell_borders(axes, *grid.shape)
     figure.colorbar(image, ax=axes, pad=0.02, aspect=30).set_label("cosine", fontsize=9)
     return figure

@@ -22,7 +22,8 @@ def loss_curve(losses: Sequence[float], subtitle: str) -> Figure:
     window = _window(len(losses))
     if window > 1:
         axes.plot(*_smooth(losses), color=BLUE, linewidth=2, label=f"mean of {counted(window, 'batch', 'batches')}")
-        axes.legend(frameon=False)
+        # Above the lines: they may run through any corner.
+        axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
     _by_step(axes, "loss, bits per token")
     return figure
 
