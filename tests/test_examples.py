@@ -14,7 +14,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 CASES: dict[str, list[tuple[str, list[str]]]] = {
     "ablate_a_tuning": [
         ("", ["with all of it ", "without layer 1: ", "PASS  bits per byte with all parts put back"]),
-        ("base lora english", ["without att.key: ", "PASS  the tuning answers here as it does loaded"]),
+        ("base lora english", ["without att.key: ", "PASS  logits with the tuning merged here, and with it loaded"]),
     ],
     "changes_of_a_tuning": [
         ("", ["demo-state.pth, a tuned state, trains 1,024 values; "]),

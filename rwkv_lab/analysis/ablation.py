@@ -70,7 +70,8 @@ def measure_ablation(
         return Ablation(checks=[*checks, NotApplicable(_WHAT, reading.why_unread(model, e))])
     layers, parts = (_without(model, tuning, groups, text, ctx_len) for groups in (_by_layer(names), _by_part(names)))
     again = bits_per_byte(model, text, ctx_len)
-    checks.append(Check("bits per byte with all parts put back, less those at first", again - tuned, 0, again == tuned))
+    name = "bits per byte with all parts put back: difference from before the ablation"
+    checks.append(Check(name, again - tuned, 0, again == tuned))
     set_tensors(model, tuning.names(), tuning.before)
     return Ablation(tuned, bits_per_byte(model, text, ctx_len), layers, parts, checks, whole, measure())
 

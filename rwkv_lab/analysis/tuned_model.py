@@ -14,7 +14,7 @@ from rwkv_lab.peft import load_adapter
 from rwkv_lab.progress import human_bytes
 
 _COPIES = 2  # of a model in float32 at a time: the model, and the tensors of it that are being changed
-_SAME = "the tuning answers here as it does loaded as it was trained: relative RMS difference of logits"
+_SAME = "logits with the tuning merged here, and with it loaded as it was trained: relative RMS difference"
 _ROUNDING = 1e-4  # float32: sums in another order, grown by some tens of layers
 _LEVELS = 1e-2  # of a base in fewer bits: what lies in the middle of two levels may go to either
 

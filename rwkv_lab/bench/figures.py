@@ -22,7 +22,7 @@ def all_figures(rows: Sequence[Row], floors: Floors, subtitle: str) -> dict[str,
     for subject in dict.fromkeys(row.subject for row in rows if row.job in ("decode", "prefill") and row.samples):
         title = f"Rates of {subject}"
         caption = (
-            "Medians; whiskers from the slowest to the fastest sample. A black tick is what the machine allowed in the "
+            "Medians; whiskers from the slowest to the fastest sample. The tick is what the machine allowed in the "
             "same rounds: for decoding the rate at which memory is read, for prefill that of multiply-adds."
         )
         mine = [row for row in rows if row.subject == subject]

@@ -67,8 +67,10 @@ def verify_convert(result: ConvertResult) -> list[Check]:
             what = f"largest difference of the values of {len(blocks)} quantised tensors, of what their blocks allow"
             checks.append(Check(what, round(most, 4), 1, most <= 1))
         if plan.layout is not None:
-            layout, expected = written.layout, plan.layout
-            checks.append(Check("model read back", str(layout), str(expected), str(layout) == str(expected)))
+            found_layout, expected = str(written.layout), str(plan.layout)
+            same = found_layout == expected
+            values = ("the source's", "the source's") if same else (found_layout, expected)
+            checks.append(Check("layout of the model, read back", *values, same))
     return checks
 
 

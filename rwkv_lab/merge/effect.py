@@ -119,7 +119,7 @@ class MergeEffect:
             name = self.worst_dtype
             wider = "precision='float64' and a wider dtype keep" if name in ("fp32", "fp64") else "dtype='fp32' keeps"
             notes.append(
-                f"{_percent(1 - self.share)} of the change is below {name}'s resolution (norm {self.reached:.3g} of "
+                f"{in_percent(1 - self.share)} of the change is below {name}'s resolution (norm {self.reached:.3g} of "
                 f"{self.wanted:.3g} arrived); {wider} it."
             )
         if self.small:
@@ -147,7 +147,7 @@ class MergeEffect:
         return tuple(checks)
 
 
-def _percent(share: float) -> str:
+def in_percent(share: float) -> str:
     """In whole per cent; never 100 % where something is left, nor 0 % where something is lost."""
     whole = round(100 * share)
     return f"{share:.2%}".replace("%", " %") if whole in (0, 100) and 0 < share < 1 else f"{whole} %"

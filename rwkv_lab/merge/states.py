@@ -18,8 +18,9 @@ _CONSUMERS = {
     "5": "rwkv_lab and rwkv (ChatRWKV) begin with it; web-rwkv and Ai00 do once it is converted to their format.\n"
     "RWKV-Runner takes the state's own file beside the model; fla, transformers, llama.cpp and rwkv.cpp ignore it.",
     "7": "rwkv_lab begins with it; web-rwkv and Ai00 do once it is converted to their format.\n"
-    "rwkv (ChatRWKV), RWKV-Runner, rwkv7-hf, fla, llama.cpp and rwkv.cpp ignore it. Give RWKV-Runner the state's own\n"
-    "file; rwkv and rwkv7-hf the WKV part of the state that they start from, fla its transpose [H, K, V].",
+    "rwkv (ChatRWKV), RWKV-Runner, rwkv7-hf, fla, llama.cpp and rwkv.cpp ignore it.\n"
+    "Give RWKV-Runner the state's own file; rwkv and rwkv7-hf the WKV part of the state that they start from, fla its "
+    "transpose [H, K, V].",
 }
 
 

@@ -231,7 +231,8 @@ class TrainSpec(Spec):
         [], examples=[["id", "source"]], description="fields of records that are not trained on, or patterns of them"
     )
     long: Literal["split", "cut", "drop", "error"] | None = Field(
-        None, description="examples of more than ctx_len tokens: split, cut, drop or error; None: cut, texts are split"
+        None,
+        description="examples longer than ctx_len: split, cut, drop or error; None or empty: cut, texts are split",
     )
     steps: Positive | None = Field(None, description="updates; None: the kind's own number")
     batch_size: Positive | None = Field(None, description="texts per batch; None: the kind's own")

@@ -38,7 +38,7 @@ def verify_training(spec: TrainSpec, result: TrainResult) -> list[Check]:
     again = measure_again(spec, result.out)
     apart = abs(again - result.bits_after)
     changed = sum(file_facts(before.path).fingerprint != before.fingerprint for before in result.inputs)
-    reopened = "bits per byte, output opened again against end of training: difference"
+    reopened = "bits per byte of the re-opened output: difference from the end of training"
     fewer = "bits per byte of held-out text: fewer than before"
     return [
         *checks,

@@ -25,8 +25,8 @@ _LOAD = 3.5  # copies of a checkpoint in the time that loading it takes: docs/sc
 _IN_FIGURE = 600_000  # the same of a figure, painted for light pages and for dark ones
 _IN_STATISTICS = 70  # copies in memory in the time that the statistics of values take
 
-MEANS = "from the sizes, and products and calls of torch timed now; other processes and caches may double it"
-OF_FILES = "from the sizes, and copies and products timed now; a slow disk and other processes make it longer"
+MEANS = "estimated from the sizes and from short work of torch, timed now; other processes may double it"
+OF_FILES = "estimated from the sizes and from short work, timed now; a slow disk and other processes make it longer"
 
 
 def product_seconds(rows: int, values: int, dtype: torch.dtype) -> float:

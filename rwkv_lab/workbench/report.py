@@ -111,7 +111,7 @@ def verdict_in_words(record: Record) -> str:
     measured = [check for check in record.checks if isinstance(check, Check)]
     failed, others = len(record.failed_checks), len(record.checks) - len(measured)
     if record.status == "failed" and not failed:
-        return "The run did not end: what stopped it stands above."
+        return "The run stopped before its end; the error is above."
     if not measured:
         return (
             "Nothing was checked."

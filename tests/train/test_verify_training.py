@@ -12,7 +12,7 @@ from rwkv_lab.train import TrainSpec, measure_again, train, verify_training
 WRITTEN = [
     "kind of the output",
     "values in the output that are NaN or Inf",
-    "bits per byte, output opened again against end of training: difference",
+    "bits per byte of the re-opened output: difference from the end of training",
     "bits per byte of held-out text: fewer than before",
     "inputs that changed while training",
 ]

@@ -217,9 +217,7 @@ def test_what_was_stored_tried_and_lost_is_listed(tmp_path):
     assert storage.rows == [("int8", "int8", 2, 8, 2)] and left_out.rows == [("blocks.0.x",)]
     assert [row[3:] for row in attempts.rows] == [(1.0, "ONNXExportError: no", ""), (2.0, "", "fixed sizes")]
     assert storage_as_csv([one]) == "level,tensor,stored as\nint8,a,int8\nint8,b,int8\n"
-    found = (
-        "int8, 1 MB (2 MB before), KL 0.1 nats per token, same likeliest token 90.0 %; int8 is degraded: fixed sizes."
-    )
+    found = "int8, 1 MB (2 MB before), KL 0.1 nats per token, same likeliest token 90 %; int8 is degraded: fixed sizes."
     assert cells._summary([one]) == f"Exported {found}"
     whole = exported("none", tmp_path, kl_mean=0.0, top1=1.0)
     whole.result.optimized_size_mb = 3.0

@@ -71,7 +71,7 @@ def test_the_map_of_what_arrived_marks_what_did_not_change():
         TensorEffect("emb.weight", bf16, 9, None, None, None, True),
     ]
     text = text_of(figures.arrived(MergeEffect(tuple(tensors)), 2, "lora into base"))
-    assert "2 of 3 targets changed; 25.0% of the asked-for change arrived" in text and "×" in text
+    assert "2 of 3 targets changed; 25 % of the asked-for change arrived" in text and "×" in text
     assert "emb.weight 1" in text
     plotting.png(figures.arrived(MergeEffect(()), 2, ""))
 

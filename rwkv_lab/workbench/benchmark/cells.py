@@ -199,7 +199,7 @@ def show_verdict(run: Run, measured: Measured) -> None:
     peers = {peer.name for peer in measured.plan.peers}
     run.record.checks = []
     for row in measured.rows:
-        name = f"{row.job}, {row.subject}, {row.size}, {row.name}: answers beside the reference"
+        name = f"{row.job}, {row.subject}, {_size(row)}, {row.name}: answers beside the reference"
         if row.agreement is not None and row.engine not in peers:
             agreement = row.agreement
             run.record.checks.append(Check(name, _digits(agreement.error), agreement.limit, agreement.passed))
@@ -215,10 +215,13 @@ def _summary(rows: Sequence[Row]) -> str:
     for job in ("decode", "prefill"):
         ours = next((row for row in rows if row.job == job and row.engine == OURS and row.samples), None)
         if ours is not None:
-            of = counted(ours.size, "sequence" if job == "decode" else "token")
-            found.append(f"{job} {ours.median:,.0f} {ours.unit} ({ours.dtype}, {of})")
+            found.append(f"{job} {ours.median:,.0f} {ours.unit} ({ours.dtype}, {_size(ours)})")
     words = "; ".join(found)
     return f"{words[:1].upper()}{words[1:]}." if found else "No rate was measured."
+
+
+def _size(row: Row) -> str:
+    return counted(row.size, "sequence" if row.job.startswith("decode") else "token")
 
 
 def _of_load(cores_of_others: float) -> str:

@@ -38,7 +38,8 @@ class BenchmarkParameters(Parameters):
     backends: Backends = Field([], description="of the WKV operator; empty: all there are")
     device: Text = Field("cpu", description="cpu or cuda")
     peers: list[Annotated[str, AfterValidator(_peer)]] = Field(
-        ["auto"], description="auto is the package rwkv where it is installed; others by a command, see the README"
+        ["auto"],
+        description="auto: the package rwkv where it is installed; others by a command, see docs/benchmarks.md",
     )
     rounds: Annotated[int, Field(ge=1)] = Field(3, description="samples of everything, taken in turn")
     report: PathOrEmpty = Field("", description="folder of this run's report; empty: reports/benchmark")

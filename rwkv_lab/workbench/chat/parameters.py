@@ -78,8 +78,8 @@ class ChatParameters(Parameters):
         0.9, description="draw from the likeliest tokens that hold this much probability"
     )
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="draw from so many tokens; 0: from all")
-    presence_penalty: Number = Field(0.0, description="off the logit of what was written")
-    frequency_penalty: Number = Field(0.0, description="the same, for each time")
+    presence_penalty: Number = Field(0.0, description="taken off the logit of every token that was written")
+    frequency_penalty: Number = Field(0.0, description="taken off as well, for each time that a token was written")
     penalty_decay: Annotated[Number, Field(ge=0, le=1)] = Field(
         1.0, description="by which counts shrink with every token; 0.996 is common with RWKV"
     )

@@ -272,7 +272,7 @@ def _layers(layers: tuple[int, ...]) -> str:
 
 
 def _shapes(row: KeyMapRow) -> str:
-    ours, theirs = (None if s is None else "×".join(map(str, s)) or "one value" for s in (row.our_shape, row.shape))
+    ours, theirs = (None if s is None else " × ".join(map(str, s)) or "one value" for s in (row.our_shape, row.shape))
     return str(theirs) if ours is None or ours == theirs else f"{ours} → {theirs}"
 
 
@@ -297,7 +297,7 @@ def _facts(made: ConvertPlan) -> list[tuple[str, object]]:
         ("dropped", counted(len(made.dropped), "tensor") if made.dropped else "nothing"),
         ("disk", f"{human_bytes(made.output_bytes)}; {human_bytes(made.disk_free)} are free on that disk"),
         ("memory", f"{human_bytes(made.memory_needed)} at most; {human_bytes(made.memory_free)} are free"),
-        *(("to know", note) for note in made.notes),
+        *(("note", note) for note in made.notes),
     ]
 
 

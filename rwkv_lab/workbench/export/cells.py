@@ -99,7 +99,7 @@ def carry_out(run: Run, plan: ExportPlan) -> list[Exported]:
     run.record.checks = _checks(found)
     run.record.metrics["exports"] = {one.level: _metrics(one) for one in found}
     run.page.headline = f"{_what(plan)}."
-    run.page.facts += [("to know", note) for note in run.record.notes if note not in plan.notes]
+    run.page.facts += [("note", note) for note in run.record.notes if note not in plan.notes]
     tables = [results_table(found), *tables_of_exports(found)]
     run.page.tables = tables + run.page.tables
     run.page.attached = {STORAGE: storage_as_csv(found)}
@@ -185,11 +185,11 @@ def show_use(run: Run, results: list[Exported]) -> None:
         folder = where.parents[1] if one.onnx else where.parents[2]  # output_directory
         if one.onnx:
             run.page.code.append(
-                (f"{one.label}, in {folder.name}/:", _lines(one.onnx.relative_to(folder), one.has_text))
+                (f"{one.label}, by onnxruntime, in {folder.name}/:", _lines(one.onnx.relative_to(folder), one.has_text))
             )
             print(f"{one.label}, by onnxruntime:", _lines(one.onnx, one.has_text), sep="\n", end="\n\n")
         if one.pytorch:
-            run.page.code.append((f"{one.label}, for PyTorch:", _pytorch(one.pytorch, folder)))
+            run.page.code.append((f"{one.label}, for PyTorch, in {folder.name}/:", _pytorch(one.pytorch, folder)))
             print(f"{one.label}, for PyTorch:", _pytorch(one.pytorch, Path("/")), sep="\n", end="\n\n")
 
 
@@ -219,7 +219,7 @@ def _facts(made: ExportPlan) -> list[tuple[str, object]]:
         ("compared", _compared(first)),
         ("disk", f"about {human_bytes(made.disk_needed)}; {human_bytes(made.disk_free)} are free on that disk"),
         ("memory", f"about {human_bytes(made.memory_needed)}; {human_bytes(made.memory_free)} are free"),
-        *(("to know", note) for note in made.notes),
+        *(("note", note) for note in made.notes),
     ]
 
 
@@ -307,7 +307,7 @@ def _sentence(one: Exported) -> str:
     if not one.measured:
         return f"{text}, not compared with the model"
     kl, top1 = one.measured["kl_mean"], one.measured["top1"]
-    return f"{text}, KL {kl:.2g} nats per token, same likeliest token {100 * top1:.1f} %"
+    return f"{text}, KL {kl:.2g} nats per token, same likeliest token {100 * top1:.4g} %"
 
 
 def _metrics(one: Exported) -> dict[str, object]:

@@ -67,7 +67,7 @@ def _storage(results: Sequence[Exported]) -> Table:
         for one in results
         for stored, entry in one.result.storage.items()
     ]
-    note = f"fp32 is what is kept. Tensor by tensor: {STORAGE}, beside the report."
+    note = f"What is in fp32 is not quantised. Tensor by tensor: {STORAGE}, beside the report."
     return Table("How weights are stored", ("weights", "stored as", "tensors", "bytes before", "bytes"), rows, note)
 
 

@@ -94,7 +94,9 @@ def measure(run: Run) -> dict[str, Statistics]:
     run.page.tables.append(table)
     nan, inf = sum(s.nan for s in found.values()), sum(s.inf for s in found.values())
     run.record.metrics |= {"nan": nan, "inf": inf}
-    run.page.summary = f"{counted(len(found), 'tensor')}; {nan + inf:,} values are NaN or Inf."
+    bad = f"{counted(nan + inf, 'value is', 'values are')} NaN or Inf" if nan + inf else "no value is NaN or Inf"
+    run.page.headline = f"{run.page.headline.removesuffix('.')}: {counted(len(found), 'tensor')}, {bad}."
+    run.page.summary = run.page.headline
     called = {"nan": "NaN", "inf": "Inf"}
     for what, count in (("nan", nan), ("inf", inf)):
         first = next((name for name, s in found.items() if getattr(s, what)), "")
@@ -113,9 +115,12 @@ def show_figures(run: Run, statistics: dict[str, Statistics]) -> None:
             "sizes", "Bytes by part and dtype", "Bars of parts that repeat in every layer are their sum.", figure
         )
         layers = {inside[0] for name in ck.info if (inside := split_block(name))}
-        for measure, title in (("std", "Spread of the values"), ("absmax", "Largest absolute value")):
+        for measure, title, unit in (
+            ("std", "Spread of the values", "standard deviation"),
+            ("absmax", "Largest absolute value", "largest absolute value"),
+        ):
             values = {name: getattr(s, measure) for name, s in statistics.items()}
-            figure = layer_map(values, max(layers, default=-1) + 1, f"{title}, by tensor", subtitle, measure)
+            figure = layer_map(values, max(layers, default=-1) + 1, f"{title}, by tensor", subtitle, unit)
             caption = "Each cell is one tensor, on a logarithmic scale; grey is zero, not finite, or not there."
             run.show_figure(measure, f"{title}, by layer and matrix", caption, figure)
 

@@ -23,7 +23,7 @@ from rwkv_lab.merge import (
     write_merge,
 )
 from rwkv_lab.merge.adapter_set import ANY, read_adapters
-from rwkv_lab.merge.effect import MergeEffect
+from rwkv_lab.merge.effect import MergeEffect, in_percent
 from rwkv_lab.merge.families import family_of
 from rwkv_lab.merge.inputs import open_tuned
 from rwkv_lab.plotting import bits_bars
@@ -132,10 +132,9 @@ def show_what_moved(run: Run, result: MergeResult | None) -> None:
             f"; {counted(rest, 'other tensor is', 'other tensors are')} those of the base" if rest else ""
         )
         figure = figures.moved_per_layer(moved, result.plan.layout.n_layer, subtitle)
-        caption = (
-            "Each cell is one tensor, on a logarithmic scale; grey did not change. + marks tensors that the base does "
-            "not have; where all are such, the colour gives the root mean square of their values."
-        )
+        caption = "Each cell is one tensor, on a logarithmic scale; grey did not change."
+        if any(d.new for d in moved) and not all(d.new for d in moved):
+            caption += " + marks tensors that the base does not have."
         run.show_figure("what_moved", "What moved, by layer and matrix", caption, figure)
         figure = figures.delta_histogram(moved, subtitle)
         caption = "Weights by the absolute value of their change; the axis is logarithmic, the bins double in width."
@@ -213,7 +212,7 @@ def _facts(made: MergePlan) -> list[tuple[str, object]]:
         ("tensors", ", ".join(f"{count} {action}" for action, count in actions.most_common())),
         ("size", f"{made.output_bytes:,} bytes; {human_bytes(made.disk_free)} are free on that disk"),
         ("memory", f"{human_bytes(made.memory_needed)} at most; {human_bytes(made.memory_free)} are free"),
-        *(("to know", note) for note in made.notes),
+        *(("note", note) for note in made.notes),
     ]
 
 
@@ -235,7 +234,7 @@ def _effect(result: MergeResult) -> str:
     effect, count = result.effect, len(result.effect.tensors)
     if not count:
         return "No value was to change."
-    share = f"; {effect.share:.2%} of the asked-for change arrived" if effect.wanted else ""
+    share = f"; {in_percent(effect.share)} of the asked-for change arrived" if effect.wanted else ""
     return f"{count - len(effect.unchanged)} of {counted(count, 'target')} changed{share}."
 
 

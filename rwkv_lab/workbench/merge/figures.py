@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from rwkv_lab.analysis.deltas import BINS, Delta
-from rwkv_lab.merge.effect import MergeEffect
+from rwkv_lab.merge.effect import MergeEffect, in_percent
 from rwkv_lab.plotting import BLUE, GREY, layer_map, quiet, single
 from rwkv_lab.text import counted
 
@@ -47,7 +47,7 @@ def arrived(effect: MergeEffect, n_layer: int, subtitle: str) -> Figure:
     changed = len(effect.tensors) - len(effect.unchanged)
     title = f"{changed} of {counted(len(effect.tensors), 'target')} changed"
     if effect.wanted:
-        title += f"; {effect.share:.1%} of the asked-for change arrived"
+        title += f"; {in_percent(effect.share)} of the asked-for change arrived"
     shares = {t.name: t.share if t.changed else 0.0 for t in effect.tensors}
     marks = {"×": {t.name for t in effect.unchanged}}
     unit = "share of ‖Δ‖ that reached the output, × is unchanged"
@@ -58,7 +58,7 @@ def delta_histogram(changes: Sequence[Delta], subtitle: str) -> Figure:
     """How many weights moved how far: |Δ| in bins that double, over all tensors that may have moved."""
     counts = sum((d.histogram for d in changes), np.zeros(BINS, dtype=np.int64))
     total, still = int(counts.sum()), int(counts[0])
-    share = f"{still / total:.1%}" if total else "none"
+    share = f"{still / total:.1%}" if still else "none"
     subtitle += f"\nof {total:,} weights in tensors that changed, {share} stayed where they were"
     if counts[-1]:  # the exponent of NaN and Inf
         subtitle += f", {counts[-1]:,} became NaN or Inf"

@@ -180,6 +180,8 @@ def compare(run: Run, subject: Subject) -> list[ModeRow]:
     display(table)
     figure = figures.agreement_matrix(rows, _subtitle(run, subject))
     caption = "The larger error of logits and final state. A run passes where it keeps both limits, left and right."
+    if len(rows) < len({(row.mode, row.backend) for row in rows}) * len({row.dtype for row in rows}):
+        caption += " Grey: the backend does not compute in that dtype."
     run.show_figure("agreement", "Agreement of modes, backends and dtypes", caption, figure)
     return rows
 
@@ -275,7 +277,8 @@ def _summary(rows: Sequence[ModeRow]) -> str:
     worst = max(ran, key=lambda row: max(row.logits_error, row.state_error) / row.accuracy)
     error = max(worst.logits_error, worst.state_error)
     return (
-        f"{passed} of {len(ran)} runs agree; nearest to its limit: {worst.name}, {error:.1e} of {worst.accuracy:.0e}."
+        f"{passed} of {len(ran)} runs agree; nearest to its limit is {worst.name}: relative RMS error {error:.2g}, "
+        f"limit {worst.accuracy:g}."
     )
 
 

@@ -167,14 +167,14 @@ def show_energy(run: Run, changes: Changes) -> None:
         return
     layers = 1 + max((inside[0] for n in frobenius if (inside := split_block(n))), default=-1)
     title = "Where does the change sit? ‖Δ‖ / ‖W‖ of every tensor"
-    figure = layer_map(frobenius, layers, title, _subtitle(run), "Frobenius norm of the change, of the base's")
+    figure = layer_map(frobenius, layers, title, _subtitle(run), "Frobenius norm of the change over the base's")
     caption = "All entries count the same: how much of the tensor is new. Grey did not change or was not measured."
     run.show_figure("energy_frobenius", title, caption, figure)
     spectral = {s.name: s.relative_spectral for s in changes.spectra}
     if not spectral:
         return
     title = "Where can it turn a layer's output most? σ₁(Δ) / σ₁(W) of every matrix"
-    figure = layer_map(spectral, layers, title, _subtitle(run), "largest singular value, of the base's")
+    figure = layer_map(spectral, layers, title, _subtitle(run), "largest singular value of the change over the base's")
     caption = "The direction that changed most, beside the one in which the base is strongest."
     run.show_figure("energy_spectral", title, caption, figure)
 
@@ -187,17 +187,17 @@ def show_spectra(run: Run, changes: Changes) -> None:
         return
     rank, subtitle = run.config.rank, _subtitle(run)
     figure = figures.spectra_by_matrix(spectra, rank, subtitle)
-    caption = "A line per layer, the last ones darkest; zeros are left out."
+    caption = "A line per layer, the later the layer the stronger its colour; zeros are left out."
     run.show_figure("spectra", "In how many directions does each matrix change?", caption, figure)
     figure = figures.ranks_by_matrix(spectra, subtitle)
-    caption = "Bars are means over the layers, lines go from the least to the largest. Of ‖Δ‖²."
+    caption = "Bars are means over the layers, lines go from the least to the largest; 90 and 99 % are of ‖Δ‖²."
     run.show_figure("ranks", "Which rank would have been enough?", caption, figure)
     if not changes.spectra:
         return
     layers = 1 + max((inside[0] for s in spectra if (inside := split_block(s.name))), default=-1)
     title = "How many directions carry the change? Effective rank of Δ"
     figure = layer_map({s.name: s.effective_rank for s in spectra}, layers, title, subtitle, "effective rank")
-    caption = "e to the entropy of the singular values' shares: r where r of them are equal."
+    caption = "The effective rank is e to the entropy of the singular values' shares: r where r of them are equal."
     run.show_figure("effective_rank", title, caption, figure)
 
 
@@ -237,7 +237,7 @@ def _show_heads_in_numbers(run: Run, changes: Changes) -> None:
     rank, columns = run.config.rank, ("head", "shape", "‖Δ‖", "σ₁(Δ)", "effective rank", "for 90 %", "for 99 %")
     rows = [
         (
-            s.name.removeprefix("blocks."),
+            _head_in_words(s.name),
             " × ".join(map(str, s.shape)),
             s.frobenius,
             s.spectral,
@@ -254,11 +254,20 @@ def _show_heads_in_numbers(run: Run, changes: Changes) -> None:
     display(table)
 
 
+def _head_in_words(name: str) -> str:
+    """`layer 0, head 1` for the head of a tuned state, whose name is `blocks.0.state.head 1`."""
+    layer, head = split_block(name) or ("?", name)
+    return f"layer {layer}, {head.removeprefix('state.')}"
+
+
 def _show_head_sizes(run: Run) -> None:
     """How large each head of a tuned state is, and in how many directions it lies."""
     with open_tuning(*_files(run)) as t:
         found, name = state_heads(t), t.tuned.path.name
-    caption = "e to the entropy of the singular values' shares: 1 where a head holds a single pair of value and key."
+    caption = (
+        "The effective rank is e to the entropy of the singular values' shares: 1 where a head holds a single pair of "
+        "value and key."
+    )
     title = "Which heads hold the state, and in how many directions?"
     figure = figures.head_map(found.norms.numpy(), found.effective_ranks.numpy(), found.full_rank, name)
     run.show_figure("head_sizes", title, caption, figure)

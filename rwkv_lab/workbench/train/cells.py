@@ -73,7 +73,8 @@ def preview(run: Run) -> TrainPlan:
     # An older output is refused when it is about to be replaced; a plan is made after a run too.
     options = run.config.options().changed(overwrite=True)
     check_destinations(made.spec, run.output_path("trained.pth"), options)
-    display(Table("What will happen", ("", ""), _facts(run, made)), _trained_table(made))
+    time = in_words(_seconds(made)) + ("; the comparison is not in it" if run.config.compare else "")
+    display(Table("What will happen", ("", ""), [*_facts(run, made), ("time", time)]), _trained_table(made))
     return made
 
 
@@ -136,7 +137,8 @@ def show_curves(run: Run, plan: TrainPlan, result: TrainResult | None) -> None:
     spec, data = plan.spec, plan.spec.effective("data")
     subtitle = f"{result.kind} on {data}: {counted(result.trained, 'parameter')} trained, {result.frozen:,} frozen"
     figure = figures.loss_curve(result.losses, subtitle)
-    run.show_figure("loss", "Loss while training", "Of the text that is trained on, one batch per step.", figure)
+    caption = "The loss on the text that is trained on, one batch per step."
+    run.show_figure("loss", "Loss while training", caption, figure)
     bits = {data: {"before": result.bits_before, "after": result.bits_after}}
     subtitle = Measurement(result.bits_after, result.held_out_bytes, spec.effective("ctx_len")).described
     figure = bits_bars(bits, subtitle)
@@ -231,7 +233,7 @@ def _live_loss(steps: int) -> Callable | None:
 
 def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
     spec = made.spec
-    corpus = load_corpus(spec.data) if made.corpus is None else made.corpus
+    corpus = _corpus(made)
     total = made.count + made.frozen
     described = "none: a fresh model"
     if spec.base:
@@ -256,18 +258,18 @@ def _facts(run: Run, made: TrainPlan) -> list[tuple[str, object]]:
             f"optimiser {human_bytes(made.gradients_bytes + made.optimiser_bytes)}, "
             f"one batch {human_bytes(made.activations_bytes)}; {human_bytes(memory_free())} are free",
         ),
-        ("time", in_words(_seconds(made, corpus)) + ("; the comparison is not in it" if run.config.compare else "")),
         ("output", run.output_path("trained.pth").name),
-        *(("to know", note) for note in made.notes),
+        *(("note", note) for note in made.notes),
     ]
     if spec.quant != "none":
         facts.insert(4, ("frozen matrices", spec.quant))
     return facts
 
 
-def _seconds(made: TrainPlan, corpus: AnyCorpus) -> float:
+def _seconds(made: TrainPlan) -> float:
     """About the seconds of all steps, forward, and backward for twice as long, and of measuring held-out text."""
     spec, values, layers = made.spec, made.count + made.frozen, made.layout.n_layer
+    corpus = _corpus(made)
     dtype = spec.autocast_dtype or spec.torch_dtype
     once = forward_seconds(spec.ctx_len, spec.batch_size, values, layers, dtype, "cpu")
     steps = spec.steps * spec.accumulate * once * (4 if spec.gradient_checkpointing else 3)
@@ -276,6 +278,10 @@ def _seconds(made: TrainPlan, corpus: AnyCorpus) -> float:
     held_out = round(held_out_tokens(corpus, made.layout.vocab_size))
     measured = times * forward_seconds(max(held_out, 1), 1, values, layers, dtype, "cpu")
     return steps + measured + loading_seconds(2 * values * dtype.itemsize) + figure_seconds(_FIGURES)
+
+
+def _corpus(made: TrainPlan) -> AnyCorpus:
+    return load_corpus(made.spec.data) if made.corpus is None else made.corpus
 
 
 def _trained_table(made: TrainPlan) -> Table:
