@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,16 @@ def test_a_wrong_command_has_its_own_code(capsys):
             cli.main(words)
         assert ended.value.code == 2 and said in capsys.readouterr().err
     assert cli.main([]) == 2 and "usage: rwkv-lab" in capsys.readouterr().out
+
+
+def test_every_command_cleans_up_when_it_is_told_to_end(monkeypatch):
+    found = []
+    monkeypatch.setattr(cli, "_list", lambda given: found.append(signal.getsignal(signal.SIGTERM)) or 0)
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["list"]) == 0 and signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(SystemExit, match="143"):
+        found[0](signal.SIGTERM, None)
+    signal.signal(signal.SIGTERM, before)  # it ignores a second one
 
 
 def test_a_current_folder_that_was_deleted_is_one_sentence(tmp_path, capsys, monkeypatch):

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 
 from rwkv_lab.cli import notebooks
 from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.sigterm import sigterm_cleans_up
 from rwkv_lab.suggestions import did_you_mean
 from rwkv_lab.version import __version__
 
 _NOTES = """\
 A run ends with its verdict and the path of its report. Exit codes: 0 the run is ok, 1 it was refused or a check failed,
-2 the command line is wrong, 130 stopped by Ctrl-C.
+2 the command line is wrong, 130 stopped by Ctrl-C, 143 by SIGTERM.
 Completion of commands and parameters: eval "$(rwkv-lab completion bash)"
 """
 
@@ -51,7 +52,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print("The current folder has been deleted: change to another one.", file=sys.stderr)
         return 1
     try:
-        return given.work(given)
+        with sigterm_cleans_up():
+            return given.work(given)
     except RwkvLabError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return 1

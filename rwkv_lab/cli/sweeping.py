@@ -14,7 +14,7 @@ def run_sweep(given: dict[str, Any]) -> int:
         given: the parsed command line.
     Raises:
         RwkvLabError: see `sweep`.
-        KeyboardInterrupt: it was stopped.
+        KeyboardInterrupt, SystemExit: it was stopped.
     """
     notebook, grid = given["notebook"], given["grid"]
     options = settings_of({n: given[n] for n in ("json", *SweepOptions.model_fields)}, (), SweepOptions.model_fields)
@@ -22,7 +22,7 @@ def run_sweep(given: dict[str, Any]) -> int:
 
     try:
         result = sweep(Path(notebook).stem if notebook.endswith(".ipynb") else notebook, grid, **options)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         print("Stopped. The same command continues from here; what is finished is not run again.")
         raise
     if result.summary is None:

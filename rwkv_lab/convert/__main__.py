@@ -15,6 +15,7 @@ from rwkv_lab.command_line import add_flags, settings_of
 from rwkv_lab.convert import ConvertOptions, ConvertSpec, convert
 from rwkv_lab.convert.hub import TRANSPORTS
 from rwkv_lab.errors import RwkvLabError
+from rwkv_lab.sigterm import sigterm_cleans_up
 
 _FIELDS = {**ConvertSpec.model_fields, **ConvertOptions.model_fields}
 
@@ -29,7 +30,8 @@ def main(words: list[str] | None = None) -> int:
     for name in TRANSPORTS:  # they log every request with its address, which may be signed
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        result = convert(**settings_of(given, ("to", "out"), [*_FIELDS, "out"]))
+        with sigterm_cleans_up():
+            result = convert(**settings_of(given, ("to", "out"), [*_FIELDS, "out"]))
     except RwkvLabError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return 1

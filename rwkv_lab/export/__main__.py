@@ -14,6 +14,7 @@ import sys
 from rwkv_lab.command_line import add_flags, settings_of
 from rwkv_lab.errors import RwkvLabError
 from rwkv_lab.export import ConfigurationManager, ExportConfiguration, run_levels
+from rwkv_lab.sigterm import sigterm_cleans_up
 
 
 def main(words: list[str] | None = None) -> int:
@@ -28,11 +29,12 @@ def main(words: list[str] | None = None) -> int:
         config = given.pop("config")
         configurations = ConfigurationManager(config).resolve_levels(**settings_of(given, (), fields))
         failed = False
-        for result in run_levels(configurations):
-            for line in (*result.warnings, *result.checks):
-                print(line)
-            print(f"{result.verdict}: {result.onnx_model_path or result.pytorch_model_path}")
-            failed |= result.verdict.startswith("FAIL")
+        with sigterm_cleans_up():
+            for result in run_levels(configurations):
+                for line in (*result.warnings, *result.checks):
+                    print(line)
+                print(f"{result.verdict}: {result.onnx_model_path or result.pytorch_model_path}")
+                failed |= result.verdict.startswith("FAIL")
     except RwkvLabError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return 1

@@ -16,9 +16,11 @@ import psutil
 import pytest
 
 from rwkv_lab.errors import DeviceError
+from rwkv_lab.sigterm import sigterm_cleans_up
 from rwkv_lab.workbench.sweep import sweep
 from rwkv_lab.workbench.sweep.cluster import run_on_cluster
 from rwkv_lab.workbench.sweep.jobs import Job, carry_out, write_job
+from rwkv_lab.workbench.sweep.local import run_here
 from rwkv_lab.workbench.sweep.runs import SweepRun
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +28,7 @@ CELLS = (
     "report = ''\nseconds = 0\nfault = ''",
     "import json, os, pathlib, time\n"
     "pathlib.Path(report, 'began').write_text(str(os.getpid()))\n"
-    "time.sleep(seconds)\n"
+    "try:\n    time.sleep(seconds)\nfinally:\n    pathlib.Path(report, 'cleaned up').touch()\n"
     "error = {'class': fault, 'message': 'no'} if fault else None\n"
     "threads = int(os.environ['OMP_NUM_THREADS'])\n"
     "result = {'status': 'failed' if fault else 'ok', 'error': error, 'metrics': {'threads': threads}}\n"
@@ -76,17 +78,24 @@ def test_a_job_and_one_that_fails(job):
     assert (good / "run.ipynb").is_file()
 
 
-def test_a_run_is_stopped_with_its_kernel(job):
-    one, stop = job(seconds=600), threading.Event()
-    found = []
-    thread = threading.Thread(target=lambda: found.append(carry_out(one, stop)))
-    thread.start()
+def test_a_sweep_that_is_told_to_end_stops_its_runs_with_their_kernels(job):
+    """Also where it was started in the background of a script, which has its children ignore Ctrl-C."""
+    one, ended = job(seconds=20), []
     began = Path(one.folder) / "began"
-    until(began.is_file)
-    kernel = int(began.read_text())
-    stop.set()
-    thread.join(60)
-    assert found[0].status == "stopped" and not psutil.pid_exists(kernel)
+
+    def end():
+        until(began.is_file)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with sigterm_cleans_up(), pytest.raises(SystemExit) as stopped:
+            threading.Thread(target=end).start()
+            run_here([SweepRun(one, {})], 1, 0, 0, lambda run, outcome: ended.append(outcome))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 143 and ended[-1].status == "stopped"
+    assert began.with_name("cleaned up").is_file() and not psutil.pid_exists(int(began.read_text()))
 
 
 def test_a_run_whose_process_is_killed_may_be_tried_again(job):

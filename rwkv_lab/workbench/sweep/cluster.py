@@ -18,12 +18,12 @@ _FOR_MEMORY = 600  # seconds that a job waits on a worker for memory
 def run_on_cluster(runs: Sequence[SweepRun], scheduler: str, retries: int, changed: Changed) -> None:
     """Carry out all runs on the workers; a worker that dies loses no finished run, and its runs start again elsewhere.
 
-    Ctrl-C takes the runs off the workers, and raises.
+    Ctrl-C and SIGTERM (`sigterm_cleans_up`) take the runs off the workers, and raise.
 
     Raises:
         ParameterError: distributed is not installed.
         DeviceError: there is no scheduler at that address, or it has no workers.
-        KeyboardInterrupt
+        KeyboardInterrupt, SystemExit
     """
     try:
         from distributed import Client, as_completed
@@ -43,7 +43,7 @@ def run_on_cluster(runs: Sequence[SweepRun], scheduler: str, retries: int, chang
                 else:
                     changed(run, outcome)
                 future.release()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             client.cancel(list(waiting.futures), force=True)
             client.run(_stop_jobs)
             raise

@@ -60,7 +60,7 @@ def sweep(notebook: str, grid: str | Path | Mapping[str, Any], **options: Any) -
         ParameterError: an unknown name, or values that are refused; nothing has been run then.
         OutputError: the folder is of another sweep, another process is at work in it, or the outputs do not fit.
         DeviceError: there is no scheduler at the address, or it has no workers.
-        KeyboardInterrupt: stopped; the same call continues from there.
+        KeyboardInterrupt, SystemExit: stopped; the same call continues from there.
     """
     spec, option = read_sweep(grid), SweepOptions.read(options)
     folder = _folder(notebook, grid, option)

@@ -7,7 +7,6 @@ the same paths everywhere, which is looked at first.
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import threading
@@ -79,7 +78,7 @@ def carry_out(job: Job, stop: threading.Event | None = None) -> Outcome:
     """Run a job to its end.
 
     Args:
-        stop: the run is stopped as by Ctrl-C when this is set.
+        stop: the run is stopped by SIGTERM when this is set.
     """
     fault = _not_here(job)
     if fault:
@@ -163,7 +162,7 @@ def _watch(process: subprocess.Popen, stop: threading.Event | None) -> int:
     while process.poll() is None:
         peak = max(peak, _memory(process.pid))
         if stop is not None and stop.is_set():
-            asked = asked or _interrupt(process)
+            asked = asked or _ask_to_end(process)
             if time.monotonic() - asked > _GRACE:
                 break
         time.sleep(_LOOK_EVERY)
@@ -185,8 +184,8 @@ def _memory(pid: int) -> int:
     return total
 
 
-def _interrupt(process: subprocess.Popen) -> float:
-    process.send_signal(signal.SIGINT)
+def _ask_to_end(process: subprocess.Popen) -> float:
+    process.terminate()  # no SIGINT: what a shell starts in the background ignores it, and so do its children
     return time.monotonic()
 
 

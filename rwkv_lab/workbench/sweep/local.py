@@ -18,14 +18,14 @@ def run_here(
     changed: Changed,
     carry_out: Callable[[Job, threading.Event], Outcome] = carry_out,
 ) -> None:
-    """Carry out all runs; Ctrl-C stops those at work and raises.
+    """Carry out all runs; Ctrl-C and SIGTERM (`sigterm_cleans_up`) stop those at work and raise.
 
     Args:
         memory: bytes that all may take together.
         changed: called when a run was started, and when it ended for good.
         carry_out: what does it.
     Raises:
-        KeyboardInterrupt
+        KeyboardInterrupt, SystemExit
     """
     waiting, stop = list(runs), threading.Event()
     at_work: dict[Future[Outcome], SweepRun] = {}
@@ -46,7 +46,7 @@ def run_here(
                         waiting.append(run)
                     else:
                         changed(run, outcome)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             stop.set()
             for future, run in at_work.items():
                 changed(run, future.result())

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 from rwkv_lab.resources import notebooks_folder
+from rwkv_lab.sigterm import sigterm_cleans_up
 from rwkv_lab.workbench.batch import execute
 from rwkv_lab.workbench.sweep.jobs import RUN, read_json
 
@@ -23,10 +24,8 @@ def main() -> int:
     notebook = Path(told["notebook"])
     if not notebook.suffix:
         notebook = notebooks_folder() / f"{notebook}.ipynb"
-    try:
+    with sigterm_cleans_up():
         error = execute(notebook, folder / "run.ipynb", told["parameters"])
-    except KeyboardInterrupt:
-        error = "stopped"
     if error:
         print(error, file=sys.stderr)
     return 1 if error else 0
