@@ -48,8 +48,8 @@ class Windows:
 
     def draw(self, count: int) -> Batch:
         """The next `count` windows."""
-        start = torch.randint(len(self.train) - self.ctx_len, (count, 1), generator=self._generator)
-        places = (start + torch.arange(self.ctx_len + 1)).numpy()  # [count, ctx_len + 1]
+        start = torch.randint(len(self.train) - self.ctx_len, (count, 1), generator=self._generator, device="cpu")
+        places = (start + torch.arange(self.ctx_len + 1, device="cpu")).numpy()  # [count, ctx_len + 1]
         window = torch.from_numpy(np.asarray(self.train[places], dtype=np.int64))
         return window[:, :-1], window[:, 1:]
 
@@ -64,7 +64,8 @@ class Windows:
         T, tokens = self.ctx_len, self._held_out
         count = (len(tokens) - 1) // T
         if count:
-            whole = tokens[torch.arange(count)[:, None] * T + torch.arange(T + 1)]  # [window, T + 1]
+            places = torch.arange(count, device="cpu")[:, None] * T + torch.arange(T + 1, device="cpu")
+            whole = tokens[places]  # [window, T + 1]
             for part in whole.split(max(1, _TOKENS_AT_ONCE // T)):
                 yield part[:, :-1], part[:, 1:]
         tail = tokens[count * T :]
@@ -78,14 +79,14 @@ class Rows:
     def __init__(self, train: Sequence[Row], held_out: Sequence[Row], held_out_bytes: int, seed: int):
         self._train, self._held_out, self.held_out_bytes = train, held_out, held_out_bytes
         self._generator = torch.Generator().manual_seed(seed)
-        self._order, self._next = torch.empty(0, dtype=torch.int64), 0
+        self._order, self._next = torch.empty(0, dtype=torch.int64, device="cpu"), 0
 
     def draw(self, count: int) -> Batch:
         """The next `count` examples, as wide as the longest of them."""
         rows = []
         while len(rows) < count:
             if self._next == len(self._order):
-                self._order, self._next = torch.randperm(len(self._train), generator=self._generator), 0
+                self._order, self._next = torch.randperm(len(self._train), generator=self._generator, device="cpu"), 0
             rows.append(self._train[int(self._order[self._next])])
             self._next += 1
         return _padded(rows)
@@ -93,11 +94,11 @@ class Rows:
     def position(self) -> dict[str, torch.Tensor]:
         """What `draw` continues from; `resume_from` takes it."""
         state = self._generator.get_state()
-        return {"generator": state, "order": self._order, "next": torch.tensor([self._next])}
+        return {"generator": state, "order": self._order, "next": torch.tensor([self._next], device="cpu")}
 
     def resume_from(self, position: dict[str, torch.Tensor]) -> None:
         order, following, count = position["order"], int(position["next"]), len(self._train)
-        known = len(order) == 0 or torch.equal(order.sort().values, torch.arange(count))
+        known = len(order) == 0 or torch.equal(order.sort().values, torch.arange(count, device="cpu"))
         if not known or not 0 <= following <= len(order):
             raise ValueError(f"{following} of an order of {counted(len(order), 'example')}, there are {count}")
         self._generator.set_state(position["generator"])
@@ -112,8 +113,9 @@ class Rows:
 
 
 def _padded(rows: list[Row]) -> Batch:
-    T = max(map(len, rows)) - 1
-    tokens, targets = torch.zeros(len(rows), T, dtype=torch.int64), torch.full((len(rows), T), SKIP)
+    shape = len(rows), max(map(len, rows)) - 1
+    tokens = torch.zeros(shape, dtype=torch.int64, device="cpu")
+    targets = torch.full(shape, SKIP, device="cpu")
     for i, row in enumerate(rows):
         ids, learned = torch.from_numpy(row.tokens), torch.from_numpy(row.learned)
         tokens[i, : len(ids) - 1] = ids[:-1]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from models import LAYOUTS, random_lora, random_model, random_state
@@ -14,6 +15,8 @@ from rwkv_lab.convert.logits import prompt_logits
 from rwkv_lab.merge import verify_merge
 from rwkv_lab.model import generate, quantise_weights
 from rwkv_lab.model.evaluate import bits_per_byte
+from rwkv_lab.train.batches import Rows, Windows
+from rwkv_lab.train.material import Row
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 JOBS = {
@@ -74,3 +77,15 @@ def test_a_model_is_converted_and_compared(path, tmp_path):
         result = convert(path, "gguf", tmp_path / "out.gguf", dtype="q4_0")
         assert all(check.passed for check in verify_convert(result))
         assert changes_of_values(result)
+
+
+def test_batches_are_the_same():
+    tokens = np.arange(50)
+    rows = [Row(tokens[:n], tokens[:n] > 1) for n in (5, 3, 8)]
+    made = (lambda: Windows("x", tokens, tokens, 50, 4, 0)), (lambda: Rows(rows, rows, 16, 0))
+    for make in made:
+        expected = [str(batch) for batch in (make().draw(2), *make().held_out())]
+        with torch.device("meta"):
+            batches = make()
+            assert [str(batch) for batch in (batches.draw(2), *batches.held_out())] == expected
+            batches.resume_from(batches.position())
