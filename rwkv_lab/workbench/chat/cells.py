@@ -99,7 +99,7 @@ def answer(run: Run, speakers: list[Speaker]) -> Asked:
     seconds = sum(a.seconds for _, answers in asked for a in answers.values())
     of = "" if len(speakers) == 1 else f", {counted(len(speakers), 'answer')} each"
     prompts = f"{counted(len(asked), 'prompt')}{of}"
-    rate = f"{tokens / max(seconds, 1e-9):.0f} tokens/s, the reading of the prompt included"
+    rate = f"{tokens / max(seconds, 1e-9):,.0f} tokens/s, the reading of the prompt included"
     run.page.summary = f"{prompts}: {counted(tokens, 'token')}, {rate}."
     run.record.metrics |= {"prompts": len(asked), "tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9)}
     out = run.output_path("answers.json")

@@ -293,7 +293,7 @@ def _facts(made: ConvertPlan) -> list[tuple[str, object]]:
         ("source", f"{made.source.path.name}, {human_bytes(made.source.bytes)}: {made.layout or made.kind}"),
         ("output", f"{made.out.name}, {human_bytes(made.output_bytes)}: {_target(made)}"),
         *([("settings", ", ".join(f"{name} {value}" for name, value in options.items()))] if options else []),
-        ("tensors", f"{len(made.rows)}: {', '.join(f'{n} {action}' for action, n in actions.most_common())}"),
+        ("tensors", f"{len(made.rows)}: {', '.join(f'{n} × {action}' for action, n in actions.most_common())}"),
         ("dropped", counted(len(made.dropped), "tensor") if made.dropped else "nothing"),
         ("disk", f"{human_bytes(made.output_bytes)}; {human_bytes(made.disk_free)} are free on that disk"),
         ("memory", f"{human_bytes(made.memory_needed)} at most; {human_bytes(made.memory_free)} are free"),

@@ -41,7 +41,7 @@ def agreement_matrix(rows: Sequence[ModeRow], subtitle: str) -> Figure:
             _write_verdict(axes, x, y, row, error, limits[row.dtype], scale)
         image = axes.imshow(np.ma.masked_invalid(grid), cmap="cividis", norm=scale, aspect="auto")
         axes.set_facecolor("#e4e7eb")
-        axes.set_title(heading, fontsize=10, loc="left")
+        axes.set_title(heading, fontsize=9, loc="left")
         axes.set_xticks(range(len(dtypes)), [f"{long_name(d)}\nlimit {limits[d]:.0e}" for d in dtypes], fontsize=9)
         axes.set_yticks(range(len(runs)), [f"{mode}, {backend}" for mode, backend in runs], fontsize=9)
         cell_borders(axes, len(runs), len(dtypes))
