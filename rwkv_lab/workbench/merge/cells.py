@@ -209,7 +209,7 @@ def _facts(made: MergePlan) -> list[tuple[str, object]]:
         ("method", f"{made.method}: {_help(made)}"),
         *_adapters(made),
         ("settings", ", ".join(f"{name} {value}" for name, value in options.items())),
-        ("tensors", ", ".join(f"{count} {action}" for action, count in actions.most_common())),
+        ("tensors", ", ".join(f"{count} × {action}" for action, count in actions.most_common())),
         ("size", f"{made.output_bytes:,} bytes; {human_bytes(made.disk_free)} are free on that disk"),
         ("memory", f"{human_bytes(made.memory_needed)} at most; {human_bytes(made.memory_free)} are free"),
         *(("note", note) for note in made.notes),
