@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import zip_longest
 
 from rwkv_lab.text import counted, shown
 
@@ -38,12 +39,13 @@ class Table:
         return f'<p><b>{title}</b></p><div {scrolls} style="max-height: 36em; overflow: auto">{table}</div>{note}'
 
     def __repr__(self) -> str:
-        cells = [list(self.columns)] + [[shown(v) for v in row] for row in self.rows[:_TEXT_ROWS]]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
-        lines = [
-            self.title,
-            *("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells),
-        ]
+        head = [self.columns] if any(self.columns) else []
+        cells = [[shown(v).split("\n") for v in row] for row in [*head, *self.rows[:_TEXT_ROWS]]]
+        widths = [max((len(part) for row in cells for part in row[i]), default=0) for i in range(len(self.columns))]
+        lines = [self.title]
+        for row in cells:
+            for parts in zip_longest(*row, fillvalue=""):  # a cell of several lines stays in its column
+                lines.append("  ".join(c.ljust(w) for c, w in zip(parts, widths, strict=True)).rstrip())
         if len(self.rows) > _TEXT_ROWS:
             lines.append(f"… and {counted(len(self.rows) - _TEXT_ROWS, 'more row')}")
         return "\n".join(lines + ([self.note] if self.note else []))

@@ -176,5 +176,11 @@ def test_words_in_a_column_of_numbers_stand_with_the_numbers(page, tmp_path):
     assert '<td data-label="share" class="among">new</td>' in text and '<th class="number">share</th>' in text
 
 
+def test_cells_of_several_lines_stay_in_their_column_of_a_log():
+    table = Table("Samples", ("base", "merged"), [("one\ntwo", "three"), ("", "a\n\nb")])
+    assert repr(table).split("\n") == ["Samples", "base  merged", "one   three", "two", "      a", "", "      b"]
+    assert repr(Table("The plan", ("", ""), [("size", "3 MB")])) == "The plan\nsize  3 MB"
+
+
 def test_a_long_table_is_cut_in_a_log():
     assert "… and 60 more rows" in repr(Table("t", ("x",), [(i,) for i in range(100)]))
