@@ -93,6 +93,7 @@ def _bars(axes: Axes, rows: Sequence[Row], marked: Sequence[str]) -> None:
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8, parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, max(ends))
+    axes.xaxis.set_major_formatter("{x:,.10g}")
     quiet(axes)
 
 
