@@ -13,11 +13,11 @@ import atexit
 import gc
 import importlib
 import json
+import marshal
 import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -32,32 +32,34 @@ from typing import Any, NamedTuple, NoReturn
 # Read when a process starts or while modules are imported: a fork has those of its server.
 FIXED = ("PYTHONPATH", "OMP_NUM_THREADS", "LD_PRELOAD", "ASAN_OPTIONS")
 MORE = "WARM_PYTHON_IMPORTS"  # a variable: modules that a process wants to have imported already
+# Of C modules alone, which are there at once: what Python has around them takes longer than all the rest.
 _CLIENT = """#!{python} -SE
-import json, os, signal, socket, struct, sys
+import marshal, os, sys, _signal, _socket
 words, fixed, environment = sys.argv[1:], {fixed!r}, dict(os.environ)
 unbuffered = words[:1] == ["-u"]
 plain = words[unbuffered:]
 script = bool(plain) and not plain[0].startswith("-")
 if not (script or plain[:1] in (["-m"], ["-c"])) or any(environment.get(n, "") != v for n, v in fixed.items()):
     os.execv({python!r}, [{python!r}, *words])
-server = socket.socket(socket.AF_UNIX)
+server = _socket.socket(_socket.AF_UNIX)
 server.connect({path!r})
 given = dict(words=plain, unbuffered=unbuffered, environment=environment)
 given |= dict(folder=os.getcwd(), parent=os.getppid(), mask=os.umask(0), program=os.path.abspath(sys.argv[0]))
-message = json.dumps(given).encode("utf-8", "surrogateescape")
-socket.send_fds(server, [struct.pack("!I", len(message))], [0, 1, 2])
+message = marshal.dumps(given)
+streams = b"".join(n.to_bytes(4, sys.byteorder) for n in (0, 1, 2))
+server.sendmsg([len(message).to_bytes(4, "big")], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
 server.sendall(message)
 server.settimeout(1)
-signal.signal(signal.SIGINT, lambda *_: server.send(b"i"))  # it is meant for the fork
+_signal.signal(_signal.SIGINT, lambda *_: server.send(b"i"))  # it is meant for the fork
 while os.getppid() == given["parent"]:  # it does not outlive who started it
     try:
         code = server.recv(4)
     except TimeoutError:
         continue
-    code = struct.unpack("!i", code)[0] if code else 1
+    code = int.from_bytes(code, "big", signed=True) if code else 1
     if code < 0:
-        if -code not in (signal.SIGKILL, signal.SIGSTOP):
-            signal.signal(-code, signal.SIG_DFL)
+        if -code not in (_signal.SIGKILL, _signal.SIGSTOP):
+            _signal.signal(-code, _signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 """
@@ -116,32 +118,72 @@ def warm_in(folder: Path, environment: Mapping[str, str]) -> Warm:
 
 def serve(path: str, torch_alone: bool = False) -> dict[str, Any] | None:
     """Listen on a socket, and fork for each that connects; ends with its stdin. In a fork: what it is to be."""
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(path)
-    server.listen(16)
-    print("ready", flush=True)
-    imported = False
-    while sys.stdin not in select.select([server, sys.stdin], [], [])[0]:  # no thread: a fork has only its own
-        connection, _ = server.accept()
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:  # those that have ended
-                pass
-        try:
-            given, streams = _asked(connection)
-        except (OSError, ValueError, struct.error):  # whoever asked has ended
-            connection.close()
-            continue
-        if not imported:  # a run of tests that start no process takes no time for it
-            _import(torch_alone)
-            imported = True
-        _import_more(given["environment"].get(MORE, ""))
-        if os.fork() == 0:
-            server.close()
-            _become(given, streams, connection)
-            return given
-        for open_file in (connection, *map(os.fdopen, streams)):
-            open_file.close()
-    return None
+    forks: dict[int, socket.socket] = {}  # pid -> whoever asked for it
+    with socket.socket(socket.AF_UNIX) as server, _ends_of_forks() as ended:
+        server.bind(path)
+        server.listen(16)
+        print("ready", flush=True)
+        imported = False
+        while True:  # no thread: a fork has only its own
+            ready = select.select([server, sys.stdin, ended, *forks.values()], [], [])[0]
+            if sys.stdin in ready:
+                for pid in forks:
+                    os.kill(pid, signal.SIGKILL)
+                return None
+            if ended in ready:
+                ended.recv(4096)
+                _answer(forks)
+            _pass_on(forks, ready)
+            if server not in ready or (asked := _asked(server)) is None:
+                continue
+            given, streams, asker = asked
+            if not imported:  # a run of tests that start no process takes no time for it
+                _import(torch_alone)
+                imported = True
+            _import_more(given["environment"].get(MORE, ""))
+            pid = os.fork()
+            if pid == 0:
+                break
+            forks[pid] = asker
+            for stream in streams:
+                os.close(stream)
+    for other in (asker, *forks.values()):
+        other.close()
+    _become(given, streams)
+    return given
+
+
+@contextmanager
+def _ends_of_forks() -> Iterator[socket.socket]:
+    """A socket that can be read when a fork has ended."""
+    reading, writing = socket.socketpair()
+    with reading, writing:
+        writing.setblocking(False)
+        signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        yield reading
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+
+
+def _answer(forks: dict[int, socket.socket]) -> None:
+    """Tell the exit codes of those that have ended."""
+    while forks:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            break
+        with forks.pop(pid) as asker, suppress(OSError):
+            asker.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, "big", signed=True))
+
+
+def _pass_on(forks: dict[int, socket.socket], ready: list[Any]) -> None:
+    """Interrupts; and a fork ends with whoever asked for it."""
+    for pid, asker in forks.items():
+        if asker in ready:
+            interrupt = False
+            with suppress(OSError):
+                interrupt = bool(asker.recv(1))
+            os.kill(pid, signal.SIGINT if interrupt else signal.SIGKILL)
 
 
 def _import_more(names: str) -> None:
@@ -210,20 +252,26 @@ def do_less() -> None:
     os.fsync = os.fdatasync = lambda fd: None
 
 
-def _asked(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """What a process is to be, and its streams."""
+def _asked(server: socket.socket) -> tuple[dict[str, Any], list[int], socket.socket] | None:
+    """What a process is to be, its streams, and whoever asked; None where that one has ended."""
+    asker, _ = server.accept()
+    try:
+        return *_read(asker), asker
+    except (OSError, ValueError, EOFError):
+        asker.close()
+        return None
+
+
+def _read(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     header, streams, _, _ = socket.recv_fds(connection, 4, 3)
-    (size,), message = struct.unpack("!I", header), b""
+    size, message = int.from_bytes(header, "big"), b""
     while len(message) < size and (some := connection.recv(1 << 20)):
         message += some
-    return json.loads(message.decode("utf-8", "surrogateescape")), streams
+    return marshal.loads(message), streams
 
 
-def _become(given: dict[str, Any], streams: list[int], connection: socket.socket) -> None:
-    """Take over streams, variables and folder; a process above this one answers with its exit code."""
-    if pid := os.fork():
-        _answer(connection, pid)
-    connection.close()
+def _become(given: dict[str, Any], streams: list[int]) -> None:
+    """Take over streams, variables and folder."""
     os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -244,24 +292,6 @@ def _become(given: dict[str, Any], streams: list[int], connection: socket.socket
 def _of_the_hub() -> dict[str, str]:
     """The variables of huggingface_hub."""
     return {name: value for name, value in os.environ.items() if name.startswith("HF_")}
-
-
-def _answer(connection: socket.socket, pid: int) -> NoReturn:
-    """Wait for a fork, which ends with whoever asked for it."""
-    for stream in (0, 1, 2):
-        os.close(stream)
-
-    def pass_on() -> None:
-        """Interrupts, and the end."""
-        while connection.recv(1):
-            os.kill(pid, signal.SIGINT)
-        os.kill(pid, signal.SIGKILL)
-
-    threading.Thread(target=pass_on, daemon=True).start()
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    with suppress(OSError):
-        connection.sendall(struct.pack("!i", code))
-    os._exit(0)
 
 
 def run(words: list[str], parent: int) -> None:
