@@ -60,7 +60,7 @@ def test_a_tokenizer_is_asked_for_and_used(kind, folder, tmp_path):
     assert result.bits_before < 8 and result.samples[0].prompt.startswith("Der") or result.samples
     names = ("base", "data", "ctx_len", "batch_size", "steps")
     spec = TrainSpec.read({"kind": kind, "tokenizer": tokenizer, **{n: settings[n] for n in names}})
-    again = next(c for c in verify_training(spec, result) if "opened again" in c.name)
+    again = next(c for c in verify_training(spec, result) if "re-opened" in c.name)
     assert again.passed
 
 
