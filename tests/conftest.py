@@ -110,7 +110,7 @@ def demo_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def environment(demo_folder) -> dict[str, str]:
     """For processes: the checkout before any installed copy, one thread, the tiny demo model."""
-    return _for_processes() | {"RWKV_LAB_DEMO": str(demo_folder)}
+    return _for_processes(demo_folder)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -131,10 +131,10 @@ def _server_folder(config: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="session")
-def warm(environment, pytestconfig) -> Warm:
+def warm(demo_folder, pytestconfig) -> Warm:
     """Processes that start at once, in the same. With `environment` they start as users' do, which takes seconds."""
     folder = getattr(pytestconfig, "workerinput", {}).get("warm") or _server_folder(pytestconfig)
-    warm = warm_in(Path(folder), environment)
+    warm = warm_in(Path(folder), _for_processes(demo_folder))
     subprocess.run([warm.python, "-c", ""], env=warm.environment, check=True)  # it imports now, in no test's time
     return warm
 
@@ -146,9 +146,10 @@ def warm_children(warm) -> Iterator[None]:
         yield
 
 
-def _for_processes() -> dict[str, str]:
+def _for_processes(demo_folder: Path | None = None) -> dict[str, str]:
     path = os.pathsep.join(p for p in (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")) if p)
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    demo = {} if demo_folder is None else {"RWKV_LAB_DEMO": str(demo_folder)}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **demo}
 
 
 @pytest.fixture(scope="module")
