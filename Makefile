@@ -5,7 +5,7 @@
 # make lint   ruff on Python and notebooks; pyright against the number of findings that are left
 # make bench  measures models, kernels, loading, merging and conversion beside others (15 GB of disk, an hour); llama.cpp
 #             is among them after make consumers
-# make browser  every notebook in JupyterLab, in Chromium (half an hour on two busy cores); screenshots in reports/ci
+# make browser  every notebook in JupyterLab, in Chromium (ten to fifteen minutes); screenshots in reports/ci
 # make sanitize  tests compiled code under AddressSanitizer and UBSan, with 2,000 random changes of models (an hour)
 # make compat  exports tiny models with the oldest and the newest packages that pyproject.toml allows (12 GB of disk)
 # make torture  10,000 damaged checkpoints, 200 kills and full disks, 100,000 tokens, 100 notebooks in a row (two hours)

@@ -189,7 +189,7 @@ def _fault_of_one(value: Any, hint: Any) -> str:
 
 
 def _fits(value: Any, hint: Any, kind: Any, args: tuple) -> bool:
-    """Whether a value is of a kind that holds nothing which is looked at."""
+    """Whether a value is of a type whose contents are not looked at."""
     if hint in (Any, object, inspect.Parameter.empty) or isinstance(hint, TypeVar):
         return True
     if kind is Literal:

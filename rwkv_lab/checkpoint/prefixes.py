@@ -59,6 +59,8 @@ def removed_prefixes(bare: dict[str, str]) -> dict[str, int]:
 
 def _bare(name: str, before: tuple[str, ...]) -> str:
     parts = name.split(".")
+    if not all(parts):  # no name of a module: "model." is whole as it is
+        return name
     while len(parts) > 1 and parts[0] in before:
         first = parts.pop(0)
         if first == "base_model" and parts[0] == "model" and len(parts) > 1:
