@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from rwkv_lab import wkv
-from rwkv_lab.bench import gpu_wkv, growth
+from rwkv_lab.bench import gpu_wkv, growth, operators
 from rwkv_lab.bench.__main__ import main
+from rwkv_lab.bench.comparison import interleave
 from rwkv_lab.bench.growth import measure_growth
 from rwkv_lab.bench.loading import measure_loading
 from rwkv_lab.bench.operators import OPERATORS, Shape, flops, measure_operators, traffic
@@ -30,6 +31,16 @@ def test_operators_on_every_backend(quick):
     forward = next(row for row in rows if row.subject == "wkv7")
     assert forward.facts["GFLOP/s"] > 0 and forward.shares.keys() == {"FMA rate", "read floor"}
     assert len(floors["FMA GFLOP/s"]) == 2 * len(OPERATORS)
+
+
+def test_a_slow_operator_has_fewer_samples(quick, monkeypatch):
+    def slow(*given, **options):
+        results = interleave(*given, **options)
+        return {n: (s[:1], load) if n == "chunked both" else (s, load) for n, (s, load) in results.items()}
+
+    monkeypatch.setattr(operators, "interleave", slow)
+    rows, _ = measure_operators(SMALL, ["chunked"], rounds=2, operators=["wkv6"])
+    assert [(row.job, len(row.samples)) for row in rows] == [("wkv forward", 2), ("wkv backward", 1)]
 
 
 def test_a_wrong_operator_gets_no_time(quick, monkeypatch):
