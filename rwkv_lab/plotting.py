@@ -52,9 +52,8 @@ def dark_png(figure: Figure) -> bytes:
         for what, colour in colours.items():
             if colour is None or (isinstance(colour, str) and colour in ("none", "auto", "inherit")):
                 continue
-            if to_rgba_array(colour)[
-                :, 3
-            ].any():  # setting one that is not seen would show it at the artist's own alpha
+            seen = to_rgba_array(colour)[:, 3].any()  # set, a transparent one would show at the artist's own alpha
+            if seen:
                 getattr(artist, f"set_{what}")(_in_dark(colour))
     return _drawn(figure)
 

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     jobs = parser.add_subparsers(dest="job", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--rounds", type=_positive, help="samples of everything (default 5, with --quick 3); what takes long stops at 3"
+        "--rounds", type=_positive, help="samples of everything (default 5, with --quick 3); fewer of what takes long"
     )
     common.add_argument("--threads", type=_positive, help="of torch and of the peers; by default as torch has it")
     common.add_argument(
